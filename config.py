@@ -1,0 +1,512 @@
+"""The schema: every knob of config.yaml and of the command line, declared once. Imports no torch, so it answers at once.
+
+A value travels  schema default < config file(s) < flag,  through one strict coercion, into frozen dataclasses.
+    load_config(["config.yaml"], {"lora.rank": "8"}) -> Config        config.lora.rank, or config['lora']['rank']
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import logging
+import math
+import os
+import sys
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+class ConfigError(ValueError):
+    """What a user can mend: wrong config, flag, data or adapter. Exit code 2, one line a problem."""
+
+    def __init__(self, *problems: str):
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class Section:
+    """Base of the sections: the tutorial's `config['data']['max_length']` reads the same value as the attribute."""
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in {field.name for field in dataclasses.fields(self)}:
+            raise KeyError(key)
+        return getattr(self, key)
+
+
+def knob(default: Any, help: str, *, resumable: bool = False, path: bool = False, **limits: Any) -> Any:
+    """Declare one leaf.
+
+    limits: at_least, above, below, at_most (numbers) and choices (strings). `resumable` marks what a resumed run may change,
+    `path` what may name a local file (looked up from the current folder, then from the config file's).
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "resumable": resumable, "path": path, **limits})
+
+
+SWITCH = ("auto", "on", "off")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig(Section):
+    name: str = knob("Qwen/Qwen2.5-3B-Instruct", "hub id or local folder of a causal language model", path=True)
+    revision: str | None = knob(None, "branch, tag or commit on the hub")
+    attn_implementation: str = knob(
+        "sdpa", "attention of transformers; sdpa needs no extra package", choices=("sdpa", "eager", "flash_attention_2")
+    )
+    trust_remote_code: bool = knob(False, "run Python code that comes with the model: only for sources you trust")
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizationConfig(Section):
+    load_in_4bit: bool = knob(True, "false keeps the base in compute_dtype (LoRA instead of QLoRA)")
+    quant_type: str = knob("nf4", "4-bit data type", choices=("nf4", "fp4"))
+    compute_dtype: str = knob(
+        "bfloat16",
+        "type of the matrix products; a GPU without bfloat16 gets float16 and a loss scaler",
+        choices=("bfloat16", "float16", "float32"),
+    )
+    use_double_quant: bool = knob(True, "quantise the quantisation constants too: 0.373 bit a weight less")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraSettings(Section):
+    rank: int = knob(16, "rank r of the update B A", at_least=1)
+    alpha: float = knob(32.0, "the update is scaled by alpha / rank", above=0)
+    dropout: float = knob(0.05, "dropout on the adapter's input", at_least=0, below=1)
+    target_modules: tuple[str, ...] | str = knob(
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        "names of the linear layers that get an adapter, or the word all-linear",
+        choices=("all-linear",),
+    )
+    use_rslora: bool = knob(False, "scale by alpha / sqrt(rank) (rank-stabilised LoRA)")
+    use_dora: bool = knob(False, "weight-decomposed LoRA; slower: it keeps peft's own layers")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig(Section):
+    dataset: str = knob(
+        "Salesforce/wikitext", "hub id, or a local .txt .csv .json .jsonl .parquet or folder", path=True
+    )
+    dataset_config: str | None = knob("wikitext-2-raw-v1", "configuration of a hub data set; ignored for local files")
+    train_split: str = knob("train", "split to train on")
+    validation_split: str | None = knob("validation", "split to evaluate on; where absent, rows are held out")
+    validation_fraction: float = knob(
+        0.05, "share of the rows held out by seed where there is no validation split", at_least=0, below=1
+    )
+    text_column: str = knob("text", "column that holds the text")
+    format: str = knob("auto", "what a row is", choices=("auto", "text", "chat", "prompt"))
+    rows: str = knob(
+        "auto",
+        "documents: each row stands alone; lines: rows run on as one text",
+        choices=("auto", "documents", "lines"),
+    )
+    completion_only: bool = knob(True, "chat and prompt data: learn the answers only")
+    max_length: int = knob(512, "tokens a sequence", at_least=8)
+    packing: bool = knob(True, "join rows and cut blocks of max_length; false: one padded row a sequence")
+    max_train_samples: int | None = knob(None, "use this many rows at most", at_least=1)
+    max_eval_samples: int | None = knob(None, "evaluate on this many rows at most", at_least=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig(Section):
+    num_epochs: float = knob(3.0, "passes over the data", above=0, resumable=True)
+    max_steps: int | None = knob(None, "optimizer steps; replaces num_epochs", at_least=1, resumable=True)
+    batch_size: int = knob(1, "sequences a micro-batch; auto_fit may reshape it", at_least=1, resumable=True)
+    gradient_accumulation_steps: int = knob(
+        16, "micro-batches an optimizer step; auto_fit keeps the product", at_least=1, resumable=True
+    )
+    learning_rate: float = knob(2e-4, "peak learning rate", above=0)
+    lr_scheduler: str = knob("cosine", "shape after the warm-up", choices=("cosine", "linear", "constant"))
+    warmup_ratio: float = knob(0.03, "share of the steps that warm up", at_least=0, below=1)
+    weight_decay: float = knob(0.0, "decoupled weight decay on the adapter", at_least=0)
+    max_grad_norm: float = knob(0.3, "gradients are clipped to this norm", above=0)
+    optim: str = knob(
+        "paged_adamw_8bit",
+        "paged ones move their states to host memory when the GPU is full",
+        choices=("paged_adamw_8bit", "adamw_8bit", "paged_adamw_32bit", "adamw_torch"),
+    )
+    gradient_checkpointing: bool | int | str = knob(
+        True,
+        "recompute activations: true, false, N (first N layers) or auto; auto_fit may lower it",
+        at_least=0,
+        choices=("auto",),
+        resumable=True,
+    )
+    seed: int = knob(42, "order of the data, initial adapter, dropout", at_least=0)
+    logging_steps: int = knob(10, "optimizer steps between two logged rows", at_least=1, resumable=True)
+    eval_steps: int | None = knob(
+        None, "steps between two evaluations; null: once an epoch", at_least=1, resumable=True
+    )
+    save_steps: int | None = knob(
+        None, "steps between two checkpoints, beside save_minutes", at_least=1, resumable=True
+    )
+    save_minutes: float | None = knob(15.0, "minutes between two checkpoints", above=0, resumable=True)
+    save_total_limit: int = knob(2, "checkpoints kept", at_least=1, resumable=True)
+    early_stopping_patience: int | None = knob(
+        None, "stop after this many evaluations without a better loss", at_least=1, resumable=True
+    )
+    resume: str = knob(
+        "auto", "auto: go on from the last checkpoint; never; or a checkpoint folder", path=True, resumable=True
+    )
+    output_dir: str = knob("output_qlora_qwen_3b", "folder that gets everything a run leaves", resumable=True)
+    report_to: str = knob("none", "tracker of accelerate: tensorboard, wandb, …, or none", resumable=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class PerformanceConfig(Section):
+    auto_fit: bool = knob(
+        True, "pick the fastest shape that fits the GPU; never changes what is learned", resumable=True
+    )
+    memory_limit_gib: float | None = knob(
+        None, "GPU memory this process may take; null: all that is free", above=0, resumable=True
+    )
+    fused_lora: str = knob("auto", "one operator for the 4-bit product and its adapter", choices=SWITCH, resumable=True)
+    compile: str = knob("auto", "compile the layers with torch.compile", choices=SWITCH, resumable=True)
+    cuda_graphs: str = knob("auto", "replay a micro-batch as one CUDA graph", choices=SWITCH, resumable=True)
+    deterministic: bool = knob(False, "bit-identical runs on a GPU; slower", resumable=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationConfig(Section):
+    max_new_tokens: int = knob(128, "tokens an answer may have", at_least=1, resumable=True)
+    temperature: float = knob(0.7, "0 takes the likeliest token", at_least=0, resumable=True)
+    top_p: float = knob(
+        0.9, "sample from the smallest set of tokens with this probability", above=0, at_most=1, resumable=True
+    )
+    top_k: int | None = knob(None, "sample from the k likeliest tokens", at_least=1, resumable=True)
+    repetition_penalty: float = knob(1.0, "above 1 discourages repetition", above=0, resumable=True)
+    system_prompt: str | None = knob(None, "system message of a chat; null: the template's own", resumable=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Section):
+    """All sections. `flags` holds the dotted names that came from the command line: auto_fit keeps those as they are."""
+
+    model: ModelConfig = ModelConfig()
+    quantization: QuantizationConfig = QuantizationConfig()
+    lora: LoraSettings = LoraSettings()
+    data: DataConfig = DataConfig()
+    training: TrainingConfig = TrainingConfig()
+    performance: PerformanceConfig = PerformanceConfig()
+    generation: GenerationConfig = GenerationConfig()
+    flags: frozenset[str] = dataclasses.field(default=frozenset(), compare=False, repr=False)
+
+
+SECTIONS: dict[str, type[Section]] = {
+    "model": ModelConfig,
+    "quantization": QuantizationConfig,
+    "lora": LoraSettings,
+    "data": DataConfig,
+    "training": TrainingConfig,
+    "performance": PerformanceConfig,
+    "generation": GenerationConfig,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One knob as the reading side sees it: its dotted name, its admitted types and its declaration."""
+
+    section: str
+    key: str
+    kinds: tuple[type, ...]
+    field: dataclasses.Field
+
+    @property
+    def name(self) -> str:
+        return f"{self.section}.{self.key}"
+
+    @property
+    def optional(self) -> bool:
+        return types.NoneType in self.kinds
+
+    @property
+    def expected(self) -> str:
+        """What a value must be, in words, for errors and --help."""
+        limits, words = self.field.metadata, []
+        if bool in self.kinds:
+            words.append("true or false")
+        if int in self.kinds or float in self.kinds:
+            bounds = [
+                f"{sign} {limits[key]}"
+                for key, sign in (("at_least", ">="), ("above", ">"), ("at_most", "<="), ("below", "<"))
+                if key in limits
+            ]
+            words.append(" ".join(["an integer" if int in self.kinds else "a number", " and ".join(bounds)]).strip())
+        if tuple in self.kinds:
+            words.append("a list of names, not empty")
+        if "choices" in limits:
+            words.append(("one of " if len(limits["choices"]) > 1 else "the word ") + ", ".join(limits["choices"]))
+        elif str in self.kinds:
+            words.append("a text, not empty")
+        if self.optional:
+            words.append("null")
+        return " or ".join(words)
+
+
+def _kinds(annotation: Any) -> tuple[type, ...]:
+    members = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    return tuple(typing.get_origin(member) or member for member in members)
+
+
+def leaves() -> Iterator[Leaf]:
+    """Yield every knob of the schema, in the order of config.yaml."""
+    for section, cls in SECTIONS.items():
+        hints = typing.get_type_hints(cls)
+        for field in dataclasses.fields(cls):
+            yield Leaf(section, field.name, _kinds(hints[field.name]), field)
+
+
+LEAVES: dict[str, Leaf] = {leaf.name: leaf for leaf in leaves()}
+_KEYS = [leaf.key for leaf in LEAVES.values()]
+SHORT: dict[str, str] = {leaf.key: leaf.name for leaf in LEAVES.values() if _KEYS.count(leaf.key) == 1}
+SHORT["model_name"] = "model.name"
+
+
+def coerce(leaf: Leaf, value: Any) -> Any:
+    """Return `value`, as YAML reads it, as the leaf's type; a ConfigError names the leaf, what it takes and what came."""
+    problem = ConfigError(f"{leaf.name}: expected {leaf.expected}, got {value!r}")
+    limits, choices = leaf.field.metadata, leaf.field.metadata.get("choices", ())
+    if value is None and leaf.optional:
+        return None
+    if isinstance(value, bool):
+        if bool in leaf.kinds:
+            return value
+        if choices == SWITCH:  # YAML 1.1 reads a bare on/off as a boolean
+            return "on" if value else "off"
+        raise problem
+    if isinstance(value, str) and str in leaf.kinds and (value in choices if choices else value.strip()):
+        return value
+    if isinstance(value, str) and float in leaf.kinds:
+        try:  # YAML 1.1 reads 2e-4, without a point, as text
+            value = float(value)
+        except ValueError:
+            raise problem from None
+    if isinstance(value, (list, tuple)) and tuple in leaf.kinds:
+        if value and all(isinstance(item, str) and item.strip() for item in value):
+            return tuple(value)
+        raise problem
+    if isinstance(value, int) and (int in leaf.kinds or float in leaf.kinds):
+        value = value if int in leaf.kinds else float(value)
+    elif not (isinstance(value, float) and float in leaf.kinds and math.isfinite(value)):
+        raise problem
+    inside = (
+        ("at_least" not in limits or value >= limits["at_least"])
+        and ("above" not in limits or value > limits["above"])
+        and ("at_most" not in limits or value <= limits["at_most"])
+        and ("below" not in limits or value < limits["below"])
+    )
+    if not inside:
+        raise problem
+    return value
+
+
+def coerce_flag(leaf: Leaf, text: str) -> Any:
+    """Read a flag's text as YAML would, but leave texts texts: `--output_dir 2024` is a folder's name."""
+    if str in leaf.kinds and leaf.kinds in ((str,), (str, types.NoneType)):
+        return coerce(leaf, None if leaf.optional and text in ("null", "~") else text)
+    try:
+        return coerce(leaf, yaml.safe_load(text))
+    except (yaml.YAMLError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{leaf.name}: expected {leaf.expected}, got {text!r}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """yaml.safe_load that refuses a key written twice, which YAML forbids and PyYAML drops in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key.value!r} is written twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> dict:
+    """Return the mapping in a YAML file; an empty file is an empty mapping."""
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a SafeLoader: nothing in the file is executed
+    except FileNotFoundError:
+        raise ConfigError(f"--config: no such file: {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config: cannot read {path} as UTF-8 text: {error}".replace("\n", " ")) from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}, line {mark.line + 1}, column {mark.column + 1}" if mark else str(path)
+        reason = getattr(error, "problem", None) or str(error) or type(error).__name__
+        raise ConfigError(f"--config: {where}: not valid YAML: {reason}".replace("\n", " ")) from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(
+            f"--config: {path}: expected sections such as 'model:' and 'training:', got {type(tree).__name__}"
+        )
+    return tree
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    match = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
+    return f"; did you mean {match[0]}?" if match else ""
+
+
+def _values(tree: dict, problems: list[str]) -> dict[str, Any]:
+    """Return the coerced leaves of a config file's tree by dotted name, and add what is wrong to `problems`."""
+    values = {}
+    for section, body in tree.items():
+        if section not in SECTIONS:
+            hint = f"; did you mean {SHORT[section]}?" if section in SHORT else _nearest(section, list(SECTIONS))
+            problems.append(f"{section}: unknown section{hint}")
+        elif body is not None and not isinstance(body, dict):
+            problems.append(f"{section}: expected keys and values, got {body!r}")
+        for key, value in body.items() if isinstance(body, dict) and section in SECTIONS else ():
+            leaf = LEAVES.get(f"{section}.{key}")
+            if leaf is None:
+                own = [leaf.key for leaf in LEAVES.values() if leaf.section == section]
+                hint = f"; did you mean {SHORT[key]}?" if key in SHORT else _nearest(key, own)
+                problems.append(f"{section}.{key}: unknown key{hint}")
+                continue
+            try:
+                values[leaf.name] = coerce(leaf, value)
+            except ConfigError as error:
+                problems.extend(error.problems)
+    return values
+
+
+def _contradictions(config: Config) -> Iterator[str]:
+    """Yield what cannot be meant together."""
+    if config.lora.use_dora and config.performance.fused_lora == "on":
+        yield "performance.fused_lora: on cannot go with lora.use_dora: true, whose layers stay peft's; use auto or off"
+    if config.performance.memory_limit_gib is not None and config.performance.memory_limit_gib > 4096:
+        yield f"performance.memory_limit_gib: expected GiB, got {config.performance.memory_limit_gib}; is that MiB?"
+
+
+def _locate(value: str, folders: Sequence[Path]) -> str:
+    """Return the absolute path of a local file or folder, looked up in `folders`; anything else (a hub id) as it is."""
+    for folder in folders:
+        candidate = folder / Path(value).expanduser()
+        try:
+            if candidate.exists():
+                return str(Path(os.path.abspath(candidate)))
+        except OSError:  # a name too long, a symlink loop: not a local path
+            continue
+    return value
+
+
+def load_config(paths: Sequence[str | Path] | str | Path = (), overrides: dict[str, Any] | None = None) -> Config:
+    """Return the configuration: schema defaults, then each file in turn, then `overrides` by dotted name.
+
+    An override that is a str is read like a flag's text. Every problem found is reported in one ConfigError.
+    """
+    paths = [paths] if isinstance(paths, (str, Path)) else paths
+    values, problems, given = {}, [], frozenset(overrides or {})
+    for path in map(Path, paths):
+        for name, value in _values(read_yaml(path), problems).items():
+            is_path = LEAVES[name].field.metadata["path"] and isinstance(value, str)
+            values[name] = _locate(value, (Path.cwd(), path.resolve().parent)) if is_path else value
+    for name, value in (overrides or {}).items():
+        leaf = LEAVES[name]
+        try:
+            values[name] = coerce_flag(leaf, value) if isinstance(value, str) else coerce(leaf, value)
+        except ConfigError as error:
+            problems.extend(error.problems)
+            continue
+        if leaf.field.metadata["path"]:
+            values[name] = _locate(
+                values[name], (Path.cwd(), *(path.resolve().parent for path in reversed(list(map(Path, paths)))))
+            )
+    if problems:
+        raise ConfigError(*problems)
+    sections = {
+        name: cls(**{key.split(".")[1]: value for key, value in values.items() if key.startswith(name + ".")})
+        for name, cls in SECTIONS.items()
+    }
+    config = Config(**sections, flags=given)
+    if problems := list(_contradictions(config)):
+        raise ConfigError(*problems)
+    return config
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Return every leaf by its dotted name."""
+    return {leaf.name: config[leaf.section][leaf.key] for leaf in LEAVES.values()}
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write every effective value, so that `load_config(path)` gives the same configuration back from any folder."""
+    tree: dict[str, dict] = {}
+    for name, value in flatten(config).items():
+        section, key = name.split(".")
+        tree.setdefault(section, {})[key] = list(value) if isinstance(value, tuple) else value
+    path.write_text(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise ConfigError(message)
+
+
+def build_parser(description: str) -> argparse.ArgumentParser:
+    """Return a parser that knows --config and one flag (long, and short where unique) for every leaf of the schema."""
+    parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", metavar="PATH", help="file that replaces the config.yaml beside the script")
+    groups = {name: parser.add_argument_group(name) for name in SECTIONS}
+    names = {leaf.name: [f"--{leaf.name}"] for leaf in LEAVES.values()}
+    for short, name in SHORT.items():
+        names[name].append(f"--{short}")
+    for leaf in LEAVES.values():
+        default = leaf.field.default
+        shown = ", ".join(default) if isinstance(default, tuple) else "null" if default is None else str(default)
+        groups[leaf.section].add_argument(
+            *names[leaf.name],
+            dest=leaf.name,
+            default=argparse.SUPPRESS,
+            metavar="VALUE",
+            help=f"{leaf.field.metadata['help']} ({leaf.expected}; default: {shown})".replace("%", "%%"),
+        )
+    return parser
+
+
+def parse_arguments(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None
+) -> tuple[argparse.Namespace, dict[str, str]]:
+    """Return the script's own options and the overrides {dotted name: text}; an unknown flag names its nearest neighbour."""
+    namespace, unknown = parser.parse_known_args(argv)
+    flags = [word.split("=")[0] for word in unknown if word.startswith("-")]
+    known = [option for action in parser._actions for option in action.option_strings]
+    problems = [f"{flag}: unknown flag{_nearest(flag, known)}" for flag in flags]
+    if unknown and not flags:
+        problems = [f"unexpected argument{'s' if len(unknown) > 1 else ''}: {' '.join(unknown)}"]
+    if problems:
+        raise ConfigError(*problems)
+    overrides = {name: value for name, value in vars(namespace).items() if name in LEAVES}
+    return namespace, overrides
+
+
+def before_heavy_imports() -> None:
+    """Keep the libraries that are imported next quiet and from running code of the hub; called by the scripts, not by imports.
+
+    bitsandbytes would fetch a kernel from the hub while it is imported, where the package `kernels` is installed, and say so where not.
+    """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]  # None makes `import kernels` fail
+
+
+def report(error: ConfigError) -> int:
+    """Print one line a problem on stderr and return exit code 2."""
+    for problem in error.problems:
+        line = "error: " + problem.replace("\n", " ")
+        encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
+        print(
+            line.encode(encoding, "replace").decode(encoding), file=sys.stderr
+        )  # a cp950 console must not hide an error
+    return 2

@@ -1,0 +1,357 @@
+"""4-bit bases and LoRA adapters: the two configurations, loading, preparation, counting. Shared by training and inference.
+
+python quantization_utils.py        checks the installation: a line for each thing that training needs; exit 1 if it cannot run
+"""
+
+import functools
+import os
+import platform
+import re
+import shutil
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+from config import ConfigError, LoraSettings, before_heavy_imports
+
+if __name__ == "__main__":
+    before_heavy_imports()
+
+import bitsandbytes as bnb
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import cached_file
+
+DEFAULT_TARGETS = LoraSettings().target_modules
+
+
+# ------------------------------------------------------------------------------------------------ configurations
+
+
+def bf16_missing() -> bool:
+    """Return whether there is a GPU and it has no bfloat16 of its own (compute capability below 8.0: RTX 20, T4)."""
+    return torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def usable_dtype(compute_dtype: str | torch.dtype) -> torch.dtype:
+    """Return the torch type of a compute_dtype; float16 where bfloat16 was asked for and the GPU has none, with a line."""
+    dtype = getattr(torch, compute_dtype) if isinstance(compute_dtype, str) else compute_dtype
+    if dtype is torch.bfloat16 and bf16_missing():
+        name = torch.cuda.get_device_name()
+        print(f"quantization.compute_dtype: {name} has no bfloat16: using float16 with a loss scaler", file=sys.stderr)
+        return torch.float16
+    return dtype
+
+
+def create_bnb_config(
+    load_in_4bit: bool = True, quant_type: str = "nf4", compute_dtype: str = "bfloat16", use_double_quant: bool = True
+) -> BitsAndBytesConfig | None:
+    """Return bitsandbytes' 4-bit configuration, or None where the base stays unquantised.
+
+    quant_type: nf4 or fp4. use_double_quant: constants in 8 bit, 0.127 bit a weight instead of 0.5 (QLoRA, arXiv 2305.14314, section 3).
+    """
+    if not load_in_4bit:
+        return None
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quant_type,
+        bnb_4bit_compute_dtype=usable_dtype(compute_dtype),
+        bnb_4bit_use_double_quant=use_double_quant,
+    )
+
+
+def create_lora_config(
+    rank: int = 16,
+    alpha: float = 32.0,
+    dropout: float = 0.05,
+    target_modules: list[str] | tuple[str, ...] | str = DEFAULT_TARGETS,
+    use_rslora: bool = False,
+    use_dora: bool = False,
+) -> LoraConfig:
+    """Return peft's configuration of an adapter of a causal language model; target_modules may be the word all-linear."""
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
+        use_rslora=use_rslora,
+        use_dora=use_dora,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
+# ------------------------------------------------------------------------------------------------ loading
+
+
+def cannot_load(model_name: str, error: Exception) -> ConfigError:
+    """Return the one line that says why a model or tokenizer did not load and what to do."""
+    text = " ".join(str(error).split())
+    if not Path(model_name).exists():
+        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model_name):
+            return ConfigError(f"model.name: no such folder: {model_name}")
+        return ConfigError(
+            f"model.name: cannot get {model_name} from the hub ({type(error).__name__}); check the name and the network, "
+            "give a local folder, point HF_HOME at a cache that has it, or try --config tiny/config.yaml"
+        )
+    if "safetensors" in text and "no file named" in text:
+        return ConfigError(
+            f"model.name: expected safetensors weights in {model_name}, found none (pickled weights are not loaded)"
+        )
+    return ConfigError(f"model.name: cannot load {model_name}: {type(error).__name__}: {text[:300]}")
+
+
+# What transformers, safetensors and huggingface_hub raise for a name, a file or a network that is not as it should be.
+LOADING_ERRORS = (OSError, ValueError, KeyError, AttributeError, ImportError, RuntimeError, TypeError)
+
+
+def load_tokenizer(
+    model_name: str, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Return the exact tokenizer with a padding token, which never grows the vocabulary.
+
+    Where there is a tokenizer.json it is taken as it is: tokenizer_class GPT2Tokenizer loses a pre-tokenizer (SmolLM2's digits).
+    """
+    try:
+        exact = cached_file(
+            model_name, "tokenizer.json", revision=revision, _raise_exceptions_for_missing_entries=False
+        )
+        cls = AutoTokenizer if exact is None or trust_remote_code else PreTrainedTokenizerFast
+        arguments = {"trust_remote_code": trust_remote_code} if cls is AutoTokenizer else {}
+        tokenizer = cls.from_pretrained(model_name, revision=revision, **arguments)
+    except LOADING_ERRORS as error:
+        raise cannot_load(model_name, error) from None
+    except Exception as error:  # the tokenizers library raises a plain Exception for a corrupt tokenizer.json
+        raise ConfigError(
+            f"model.name: cannot read the tokenizer of {model_name}: {' '.join(str(error).split())[:200]}"
+        ) from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+def load_model_and_tokenizer(
+    model_name: str,
+    bnb_config: BitsAndBytesConfig | None = None,
+    *,
+    compute_dtype: str | torch.dtype = "bfloat16",
+    revision: str | None = None,
+    attn_implementation: str = "sdpa",
+    trust_remote_code: bool = False,
+    device: torch.device | str | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return a causal language model on `device` (the first GPU, else the CPU) and its tokenizer, from hub or folder.
+
+    bnb_config: None leaves the weights in compute_dtype. A model stored in 4 bit keeps its own quantisation. Weights come from
+    safetensors only. Raises ConfigError.
+    """
+    device = torch.device(device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
+    dtype = bnb_config.bnb_4bit_compute_dtype if bnb_config else usable_dtype(compute_dtype)
+    tokenizer = load_tokenizer(model_name, revision, trust_remote_code)
+    try:
+        model_config = AutoConfig.from_pretrained(model_name, revision=revision, trust_remote_code=trust_remote_code)
+        stored = getattr(model_config, "quantization_config", None)
+        if stored is not None:
+            method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
+            if str(getattr(method, "value", method)) != "bitsandbytes":
+                raise ConfigError(
+                    f"model.name: {model_name} is stored in {method}; expected bitsandbytes' 4 bit or none"
+                )
+            print(f"{model_name} is stored in 4 bit: its own quantisation is kept", file=sys.stderr)
+        model = AutoModelForCausalLM.from_pretrained(
+            model_name,
+            config=model_config,
+            revision=revision,
+            quantization_config=None if stored is not None else bnb_config,
+            dtype=dtype,
+            device_map={"": device},
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+        )
+    except (ConfigError, torch.OutOfMemoryError):
+        raise
+    except (*LOADING_ERRORS, SafetensorError) as error:
+        raise cannot_load(model_name, error) from None
+    for module in model.modules():
+        # On a CPU with AVX512-BF16 one forward in eval mode would repack the weights for good, and training after it is wrong.
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+    return model, tokenizer
+
+
+def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
+    """Return the model with the adapter of a folder attached, in eval mode; ConfigError where the two do not belong together."""
+    folder = Path(folder)
+    if not (folder / "adapter_config.json").is_file():
+        raise ConfigError(f"--adapter: no adapter_config.json in {folder}")
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ConfigError(f"--adapter: no adapter_model.safetensors in {folder} (pickled weights are not loaded)")
+    try:
+        return PeftModel.from_pretrained(model, str(folder)).eval()
+    except (*LOADING_ERRORS, SafetensorError) as error:
+        raise ConfigError(
+            f"--adapter: {folder} does not fit {model.name_or_path}: {type(error).__name__}: {' '.join(str(error).split())[:250]}"
+        ) from None
+
+
+# ------------------------------------------------------------------------------------------------ preparation
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Return the distinct last names of the linear layers, the output head left out, in the order of the model."""
+    head = model.get_output_embeddings()
+    names = (
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    )
+    return list(dict.fromkeys(names))
+
+
+def _check_targets(model: nn.Module, targets: set[str] | list[str] | str) -> None:
+    if isinstance(targets, str):  # all-linear
+        return
+    modules = dict(model.named_modules())
+    missing = sorted(t for t in targets if not any(name == t or name.endswith("." + t) for name in modules))
+    if missing:
+        raise ConfigError(
+            f"lora.target_modules: the model has no {', '.join(missing)}; its linear layers are {', '.join(linear_names(model))}"
+        )
+
+
+def prepare_model_for_training(
+    model: PreTrainedModel, lora_config: LoraConfig, use_gradient_checkpointing: bool | int = True
+) -> PeftModel:
+    """Return the model with a fresh adapter in fp32, everything else frozen in the dtype it was loaded in.
+
+    use_gradient_checkpointing: all layers, none, or the first N. Unlike peft's prepare_model_for_kbit_training nothing is cast
+    to fp32: the embedding of Qwen2.5-3B alone would take 0.58 GiB more.
+    """
+    _check_targets(model, lora_config.target_modules)
+    model.config.use_cache = False
+    try:
+        peft_model = get_peft_model(model, lora_config)  # freezes the base, adapters in fp32
+    except ValueError as error:
+        raise ConfigError(f"lora.target_modules: {' '.join(str(error).split())[:300]}") from None
+    set_gradient_checkpointing(peft_model, use_gradient_checkpointing)
+    return peft_model
+
+
+def set_gradient_checkpointing(model: nn.Module, layers: bool | int) -> int:
+    """Recompute the activations of all decoder layers (True), none (False) or the first N; return how many recompute."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    found = base.get_decoder().layers
+    count = len(found) if layers is True else min(int(layers), len(found))
+    # Non-reentrant, since the frozen embedding's output has no gradient. Stateless dropout needs no RNG state, so none is stored.
+    recompute = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    for number, layer in enumerate(found):
+        if not hasattr(layer, "gradient_checkpointing"):
+            raise ConfigError(
+                f"training.gradient_checkpointing: {type(layer).__name__} of this model cannot recompute; use false"
+            )
+        layer.gradient_checkpointing = number < count
+        layer._gradient_checkpointing_func = recompute
+    return count
+
+
+def weight_count(parameter: nn.Parameter) -> int:
+    """Return how many weights a parameter holds; a packed 4-bit one holds two a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return state.shape.numel() if state is not None else parameter.numel()
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Return (trainable, all) parameters, 4-bit weights counted unpacked and tied ones once."""
+    counts = [(weight_count(p), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, trainable in counts if trainable), sum(n for n, _ in counts)
+
+
+def parameter_line(model: nn.Module) -> str:
+    """Return the tutorial's line about trainable and all parameters."""
+    trainable, total = count_parameters(model)
+    return f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}"
+
+
+# ------------------------------------------------------------------------------------------------ installation check
+
+
+def no_gpu_reason() -> str:
+    """Return why torch sees no GPU: built without CUDA, or built with it and finding no usable card or driver."""
+    if torch.version.cuda is None and torch.version.hip is None:
+        index = "https://download.pytorch.org/whl/cu128"
+        return (
+            f"this torch ({torch.__version__}) is CPU-only; for an NVIDIA card: pip install torch --index-url {index}"
+        )
+    return f"torch {torch.__version__} is built for CUDA {torch.version.cuda} but finds no usable GPU; see nvidia-smi and the driver"
+
+
+def check_nf4(device: torch.device) -> float:
+    """Return the relative error of one NF4 product in bfloat16 (float16 without it) against fp32 on the same quantised weights."""
+    generator = torch.Generator().manual_seed(0)
+    dtype = usable_dtype("bfloat16") if device.type == "cuda" else torch.bfloat16
+    weight, x = (torch.randn(256, 256, generator=generator) for _ in range(2))
+    packed, state = bnb.functional.quantize_4bit(weight.to(device, dtype), quant_type="nf4", compress_statistics=True)
+    reference = x @ bnb.functional.dequantize_4bit(packed, state).float().cpu().t()
+    product = bnb.matmul_4bit(x.to(device, dtype), packed.t(), quant_state=state).float().cpu()
+    return ((product - reference).norm() / reference.norm()).item()
+
+
+def _hub_line() -> str:
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+
+    if constants.HF_HUB_OFFLINE:
+        return "hub: not asked (HF_HUB_OFFLINE is set): models and data come from folders or the cache"
+    try:
+        get_hf_file_metadata(hf_hub_url("Qwen/Qwen2.5-3B-Instruct", "config.json"), timeout=5)
+    except Exception as error:  # any failure has the same meaning here, and the line names it
+        return f"hub: not reachable ({type(error).__name__}): models and data come from folders or the cache"
+    return "hub: reachable"
+
+
+def main() -> int:
+    """Print a line for each thing that training needs; return 0 if training can run here, else 1."""
+    names = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate")
+    print("versions: Python " + platform.python_version() + "".join(f", {name} {version(name)}" for name in names))
+    devices = [torch.device("cpu")]
+    if torch.cuda.is_available():
+        devices.append(torch.device("cuda"))
+        free, total = torch.cuda.mem_get_info()
+        print(f"GPU: {torch.cuda.get_device_name()}, {total / 2**30:.1f} GiB, {free / 2**30:.1f} free")
+        print("bfloat16: " + ("no: float16 with a loss scaler is used" if bf16_missing() else "yes"))
+    else:
+        print(f"GPU: none: {no_gpu_reason()}")
+    try:
+        print(f"Triton: {version('triton')}")
+    except ModuleNotFoundError:
+        print("Triton: not installed: layers are not compiled (Windows: pip install triton-windows)")
+    good = True
+    for device in devices:
+        try:
+            error = check_nf4(device)
+            fine = error < 0.02  # bfloat16 keeps 8 bits: products of 256 terms measured 0.003
+            print(f"NF4 on {device.type}: {'right' if fine else 'WRONG'}, relative error {error:.4f} against fp32")
+        except (RuntimeError, OSError, NotImplementedError) as problem:
+            fine = False
+            print(f"NF4 on {device.type}: fails: {' '.join(str(problem).split())[:200]}")
+        good &= fine
+    print(f"disk: {shutil.disk_usage(Path.cwd()).free / 2**30:.0f} GiB free in {os.getcwd()}")
+    print(_hub_line())
+    print("training can run here" if good else "training cannot run here: see the lines above")
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
