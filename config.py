@@ -43,7 +43,7 @@ def knob(default: Any, help: str, *, resumable: bool = False, path: bool = False
     """Declare one leaf.
 
     limits: at_least, above, below, at_most (numbers) and choices (strings). `resumable` marks what a resumed run may change,
-    `path` what may name a local file (looked up from the current folder, then from the config file's).
+    `path` what may name a local file (looked up in the current folder, then in the config file's); `words` are no paths.
     """
     return dataclasses.field(default=default, metadata={"help": help, "resumable": resumable, "path": path, **limits})
 
@@ -137,7 +137,7 @@ class TrainingConfig(Section):
         choices=("auto",),
         resumable=True,
     )
-    seed: int = knob(42, "order of the data, initial adapter, dropout", at_least=0)
+    seed: int = knob(42, "order of the data, initial adapter, dropout", at_least=0, at_most=2**32 - 1)  # numpy's range
     logging_steps: int = knob(10, "optimizer steps between two logged rows", at_least=1, resumable=True)
     eval_steps: int | None = knob(
         None, "steps between two evaluations; null: once an epoch", at_least=1, resumable=True
@@ -151,10 +151,14 @@ class TrainingConfig(Section):
         None, "stop after this many evaluations without a better loss", at_least=1, resumable=True
     )
     resume: str = knob(
-        "auto", "auto: go on from the last checkpoint; never; or a checkpoint folder", path=True, resumable=True
+        "auto",
+        "auto: go on from the last checkpoint; never; or a checkpoint folder",
+        path=True,
+        words=("auto", "never"),
+        resumable=True,
     )
     output_dir: str = knob("output_qlora_qwen_3b", "folder that gets everything a run leaves", resumable=True)
-    report_to: str = knob("none", "tracker of accelerate: tensorboard, wandb, …, or none", resumable=True)
+    report_to: str = knob("none", "tracker of accelerate: tensorboard, wandb, ..., or none", resumable=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,7 +296,10 @@ def coerce(leaf: Leaf, value: Any) -> Any:
             return tuple(value)
         raise problem
     if isinstance(value, int) and (int in leaf.kinds or float in leaf.kinds):
-        value = value if int in leaf.kinds else float(value)
+        try:
+            value = value if int in leaf.kinds else float(value)
+        except OverflowError:
+            raise problem from None
     elif not (isinstance(value, float) and float in leaf.kinds and math.isfinite(value)):
         raise problem
     inside = (
@@ -308,11 +315,11 @@ def coerce(leaf: Leaf, value: Any) -> Any:
 
 def coerce_flag(leaf: Leaf, text: str) -> Any:
     """Read a flag's text as YAML would, but leave texts texts: `--output_dir 2024` is a folder's name."""
-    if str in leaf.kinds and leaf.kinds in ((str,), (str, types.NoneType)):
+    if leaf.kinds in ((str,), (str, types.NoneType)) and leaf.field.metadata.get("choices") != SWITCH:
         return coerce(leaf, None if leaf.optional and text in ("null", "~") else text)
     try:
         return coerce(leaf, yaml.safe_load(text))
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{leaf.name}: expected {leaf.expected}, got {text!r}") from None
@@ -324,6 +331,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem="a key must be a word", problem_mark=key.start_mark)
             if key.value in seen:
                 raise yaml.MarkedYAMLError(
                     problem=f"the key {key.value!r} is written twice", problem_mark=key.start_mark
@@ -390,14 +399,16 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield f"performance.memory_limit_gib: expected GiB, got {config.performance.memory_limit_gib}; is that MiB?"
 
 
-def _locate(value: str, folders: Sequence[Path]) -> str:
+def _locate(leaf: Leaf, value: Any, folders: Sequence[Path]) -> Any:
     """Return the absolute path of a local file or folder, looked up in `folders`; anything else (a hub id) as it is."""
+    if not leaf.field.metadata["path"] or value in leaf.field.metadata.get("words", ()):
+        return value
     for folder in folders:
-        candidate = folder / Path(value).expanduser()
         try:
+            candidate = folder / Path(value).expanduser()
             if candidate.exists():
-                return str(Path(os.path.abspath(candidate)))
-        except OSError:  # a name too long, a symlink loop: not a local path
+                return os.path.abspath(candidate)
+        except (OSError, ValueError, RuntimeError):  # a name too long, a null in it, no such user: not a local path
             continue
     return value
 
@@ -411,19 +422,19 @@ def load_config(paths: Sequence[str | Path] | str | Path = (), overrides: dict[s
     values, problems, given = {}, [], frozenset(overrides or {})
     for path in map(Path, paths):
         for name, value in _values(read_yaml(path), problems).items():
-            is_path = LEAVES[name].field.metadata["path"] and isinstance(value, str)
-            values[name] = _locate(value, (Path.cwd(), path.resolve().parent)) if is_path else value
+            values[name] = _locate(LEAVES[name], value, (Path.cwd(), path.resolve().parent))
     for name, value in (overrides or {}).items():
-        leaf = LEAVES[name]
+        leaf = LEAVES.get(name)
+        if leaf is None:
+            problems.append(f"{name}: unknown key{_nearest(name, list(LEAVES))}")
+            continue
         try:
-            values[name] = coerce_flag(leaf, value) if isinstance(value, str) else coerce(leaf, value)
+            value = coerce_flag(leaf, value) if isinstance(value, str) else coerce(leaf, value)
         except ConfigError as error:
             problems.extend(error.problems)
             continue
-        if leaf.field.metadata["path"]:
-            values[name] = _locate(
-                values[name], (Path.cwd(), *(path.resolve().parent for path in reversed(list(map(Path, paths)))))
-            )
+        folders = [path.resolve().parent for path in reversed(list(map(Path, paths)))]
+        values[name] = _locate(leaf, value, (Path.cwd(), *folders))
     if problems:
         raise ConfigError(*problems)
     sections = {
@@ -447,7 +458,7 @@ def save_config(config: Config, path: Path) -> None:
     for name, value in flatten(config).items():
         section, key = name.split(".")
         tree.setdefault(section, {})[key] = list(value) if isinstance(value, tuple) else value
-    path.write_text(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    path.write_text(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=math.inf), encoding="utf-8")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -8,6 +8,7 @@ tutorial's own prepare_dataset can be put in its place.
 """
 
 import dataclasses
+import glob
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset, DatasetDict
+from datasets.data_files import DataFilesDict, get_data_patterns
 from transformers import PreTrainedTokenizerBase
 
 from config import ConfigError, DataConfig
@@ -25,19 +27,21 @@ from config import ConfigError, DataConfig
 BUILDERS = {".txt": "text", ".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 # Wikitext marks an article by " = Title = " and its sections by " = = Title = = ".
 WIKITEXT_TITLE = r"^ ?= [^=](.*[^=])? = ?\n?$"
+# What datasets says of files that hold no rows, each format in its own way.
+NO_ROWS = ("at least one example", "corresponds to no data", "BatchSize must be greater than 0", "No columns to parse")
 IGNORED = -100  # the label of a position that is not supervised, PyTorch's default ignore_index
 
 
 # ------------------------------------------------------------------------------------------------ rows
 
 
-def local_files(dataset: str) -> tuple[str, dict] | None:
-    """Return (builder, load_dataset arguments) of a local file or folder, or None where `dataset` is a hub id."""
+def local_files(dataset: str) -> tuple[str, dict[str, list[str]]] | None:
+    """Return (builder, files by split) of a local file or folder, or None where `dataset` is a hub id."""
     path = Path(dataset)
     if path.is_file():
         if path.suffix.lower() not in BUILDERS:
             raise ConfigError(f"data.dataset: expected one of {', '.join(BUILDERS)}, got {path}")
-        return BUILDERS[path.suffix.lower()], {"data_files": str(path)}
+        return BUILDERS[path.suffix.lower()], {"train": [str(path)]}
     if path.is_dir():
         kinds = sorted({p.suffix.lower() for p in path.rglob("*") if p.suffix.lower() in BUILDERS})
         if len({BUILDERS[kind] for kind in kinds}) != 1:
@@ -45,8 +49,11 @@ def local_files(dataset: str) -> tuple[str, dict] | None:
             raise ConfigError(
                 f"data.dataset: expected files of one kind ({', '.join(BUILDERS)}) in {path}, got {found}"
             )
-        return BUILDERS[kinds[0]], {"data_dir": str(path)}
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", dataset) or path.suffix.lower() in BUILDERS:
+        base = glob.escape(str(path))  # splits by the names of files and folders, as datasets reads them
+        found = DataFilesDict.from_patterns(get_data_patterns(base), base_path=base)
+        files = {split: [f for f in names if Path(f).suffix.lower() in BUILDERS] for split, names in found.items()}
+        return BUILDERS[kinds[0]], {split: names for split, names in files.items() if names}
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", dataset) or path.suffix.lower() in BUILDERS:
         raise ConfigError(f"data.dataset: no such file or folder: {dataset}")
     return None
 
@@ -61,12 +68,18 @@ def load_rows(data: DataConfig) -> DatasetDict:
         if local is None:
             loaded = datasets.load_dataset(data.dataset, data.dataset_config)
         else:
-            builder, arguments = local
-            if builder == "text":
-                arguments["keep_linebreaks"] = True  # rows that run on are joined as they are
-            loaded = datasets.load_dataset(builder, **arguments)
-    except (datasets.exceptions.DatasetsError, OSError, ValueError, pa.ArrowException) as error:
+            builder, files = local
+            # Rows of a .txt that run on are joined as they are; in a .csv the words NA and None are words.
+            options = {
+                "text": {"keep_linebreaks": True, "encoding": "utf-8-sig"},
+                "csv": {"keep_default_na": False},
+            }.get(builder, {})
+            patterns = {split: [glob.escape(name) for name in names] for split, names in files.items()}
+            loaded = datasets.load_dataset(builder, data_files=patterns, **options)
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, StopIteration, pa.ArrowException) as error:
         cause = error.__cause__ or error
+        if isinstance(cause, StopIteration) or any(words in str(cause) for words in NO_ROWS):
+            raise ConfigError(f"data.dataset: {data.dataset} has no rows") from None
         if local is None and not isinstance(error, ValueError):
             raise ConfigError(
                 f"data.dataset: cannot get {data.dataset} from the hub ({type(cause).__name__}); give a local file or folder, "
@@ -113,23 +126,30 @@ def tokenize_rows(rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, data: D
         name: datasets.Features({**split.features, "input_ids": datasets.List(datasets.Value("int32"))})
         for name, split in rows.items()
     }
-    return DatasetDict(
-        {
-            name: split.map(encode, batched=True, features=features[name], desc=f"tokenise {name}")
-            for name, split in rows.items()
-        }
-    )
+    try:
+        return DatasetDict(
+            {
+                name: split.map(encode, batched=True, features=features[name], desc=f"tokenise {name}")
+                for name, split in rows.items()
+            }
+        )
+    except UnicodeDecodeError as error:  # Arrow reads JSON and Parquet without looking at the bytes of a text
+        raise ConfigError(f"data.text_column: column {column!r} in {data.dataset} is not UTF-8: {error}") from None
 
 
 # ------------------------------------------------------------------------------------------------ documents
+
+
+def is_wikitext(data: DataConfig) -> bool:
+    """Return whether the data set, not a folder on its way, is called Wikitext."""
+    return "wikitext" in Path(data.dataset).name.lower()
 
 
 def rows_are_lines(data: DataConfig) -> bool:
     """Return whether a row is a line of a running text (data.rows; auto: Wikitext and .txt)."""
     if data.rows != "auto":
         return data.rows == "lines"
-    name = data.dataset.lower().rstrip("/")
-    if "wikitext" in name.rsplit("/", 1)[-1]:
+    if is_wikitext(data):
         return True
     local = local_files(data.dataset)
     return local is not None and local[0] == "text"
@@ -158,21 +178,32 @@ def _column(dataset: Dataset, name: str) -> pa.ChunkedArray:
     return dataset.data.column(name)
 
 
+def row_lengths(dataset: Dataset) -> np.ndarray:
+    """Return each row's tokens, int64 [rows], without the pads where an attention mask tells them."""
+    if "attention_mask" not in dataset.column_names:
+        return pc.list_value_length(_column(dataset, "input_ids")).to_numpy().astype(np.int64)
+    masks = _column(dataset, "attention_mask")
+    ends = np.cumsum(pc.list_value_length(masks).to_numpy().astype(np.int64))
+    real = np.append(0, np.cumsum(pc.list_flatten(masks).to_numpy(), dtype=np.int64))
+    return np.diff(real[ends], prepend=0)
+
+
 def drop_empty(dataset: Dataset, data: DataConfig) -> tuple[Dataset, np.ndarray]:
     """Return the rows that have tokens, and for each whether a document starts there, bool [rows].
 
     Documents: every row starts one. Lines: after a blank line, or at a Wikitext title; without a text column, only the first.
     """
-    kept = pc.list_value_length(_column(dataset, "input_ids")).to_numpy() > 0
+    kept = row_lengths(dataset) > 0
     text = _column(dataset, data.text_column) if data.text_column in dataset.column_names else None
     if text is not None:
+        text = text.cast(pa.string()) if pa.types.is_null(text.type) else text  # a column of nothing but nulls
         blank = pc.equal(pc.utf8_trim_whitespace(pc.fill_null(text, "")), "").to_numpy(zero_copy_only=False)
         kept &= ~blank
     if not rows_are_lines(data):
         starts = np.ones(len(dataset), bool)
     elif text is None:
         starts = np.zeros(len(dataset), bool)
-    elif "wikitext" in data.dataset.lower():
+    elif is_wikitext(data):
         starts = (
             pc.match_substring_regex(pc.fill_null(text, ""), WIKITEXT_TITLE).to_numpy(zero_copy_only=False).astype(bool)
         )
@@ -207,19 +238,23 @@ def close_documents(dataset: Dataset, starts: np.ndarray, first: list[int], end:
     )
 
 
-def hold_out(starts: np.ndarray, lengths: np.ndarray, fraction: float, block: int, seed: int) -> np.ndarray:
-    """Return which rows are held out, bool [rows]: whole documents, picked by seed, until their rows and tokens suffice.
+def hold_out(starts: np.ndarray, lengths: np.ndarray, fraction: float, least: int, seed: int) -> np.ndarray | None:
+    """Return which rows are held out, bool [rows]: whole documents picked by seed, or a single document's last rows.
 
-    They hold at least `fraction` of the rows and one block of tokens, or half of all tokens where that is less.
+    They hold at least `fraction` of the rows and `least` tokens (half of all where that is less). None where whole
+    documents would be too few, or more than half of the tokens: then only a cut within a row will do.
     """
     document = np.cumsum(starts) - 1
-    rows, tokens = np.bincount(document), np.bincount(document, lengths)
-    order = np.random.default_rng(seed).permutation(len(rows))
-    enough = (np.cumsum(rows[order]) >= fraction * len(starts)) & (
-        np.cumsum(tokens[order]) >= min(block, tokens.sum() / 2)
-    )
-    count = min(int(np.argmax(enough)) + 1, len(rows) - 1)
-    return np.isin(document, order[:count])
+    order = np.random.default_rng(seed).permutation(document[-1] + 1)
+    if len(order) == 1:
+        document = np.arange(len(starts))
+        order = document[::-1]
+    rows, tokens = np.bincount(document)[order], np.bincount(document, lengths)[order]
+    total = tokens.sum()
+    enough = (np.cumsum(rows) >= fraction * len(starts)) & (np.cumsum(tokens) >= min(least, total / 2))
+    count = min(int(np.argmax(enough)) + 1, len(order) - 1)
+    fits = least <= tokens[:count].sum() <= max(fraction, 0.5) * total
+    return np.isin(document, order[:count]) if count and (fits or total < 2 * least) else None
 
 
 # ------------------------------------------------------------------------------------------------ blocks
@@ -305,10 +340,10 @@ def _blocks(dataset: Dataset, starts: np.ndarray, data: DataConfig) -> Blocks:
 
 
 def _split_tail(blocks: Blocks, fraction: float) -> tuple[Blocks, Blocks]:
-    """Return a single document's blocks as (train, held out): the last part, at least one block."""
+    """Return the blocks as (train, held out): the last part, at least one block."""
     if len(blocks) < 2:
         raise ConfigError(
-            f"data.dataset: one document of {blocks.tokens} tokens is too short to hold out a block; "
+            f"data.dataset: {blocks.tokens} tokens are too short to hold out a block; "
             "give a validation split, a smaller data.max_length, or data.validation_fraction 0"
         )
     count = min(max(1, round(len(blocks) * fraction)), len(blocks) - 1)
@@ -327,8 +362,9 @@ def make_blocks(
 
     tokenized: a DatasetDict with input_ids, with or without the text column, attention_mask or a validation split.
     """
-    if "train" not in tokenized:
-        raise ConfigError(f"prepare_dataset: expected a DatasetDict with a split 'train', got {', '.join(tokenized)}")
+    if not isinstance(tokenized, DatasetDict) or "train" not in tokenized:
+        found = ", ".join(tokenized) if isinstance(tokenized, DatasetDict) else type(tokenized).__name__
+        raise ConfigError(f"prepare_dataset: expected a DatasetDict with a split 'train', got {found}")
     if "input_ids" not in tokenized["train"].column_names:
         raise ConfigError(
             f"prepare_dataset: expected a column input_ids, got {', '.join(tokenized['train'].column_names)}"
@@ -336,12 +372,14 @@ def make_blocks(
     first, end = first_token(tokenizer), document_end(tokenizer)
     train, starts = drop_empty(tokenized["train"], data)
     held, held_starts = drop_empty(tokenized["validation"], data) if "validation" in tokenized else (None, None)
-    tail = held is None and data.validation_fraction > 0 and starts.sum() == 1
-    if held is None and data.validation_fraction > 0 and not tail:
-        lengths = pc.list_value_length(_column(train, "input_ids")).to_numpy()
-        out = hold_out(starts, lengths, data.validation_fraction, data.max_length, seed)
-        held, held_starts = train.select(np.flatnonzero(out)), starts[out]
-        train, starts = train.select(np.flatnonzero(~out)), starts[~out]
+    tail = False
+    if held is None and data.validation_fraction > 0:
+        least = data.max_length if data.packing else 2  # one block; unpacked a row is one
+        out = hold_out(starts, row_lengths(train), data.validation_fraction, least, seed)
+        tail = out is None
+        if out is not None:
+            held, held_starts = train.select(np.flatnonzero(out)), starts[out]
+            train, starts = train.select(np.flatnonzero(~out)), starts[~out]
     train, starts = _limit(train, starts, data.max_train_samples)
     blocks = {"train": _blocks(close_documents(train, starts, first, end), starts, data), "validation": None}
     if tail:

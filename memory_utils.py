@@ -132,7 +132,7 @@ def plan_for(config: Config) -> tuple[ModelShape, MemoryPlan]:
     if not adapted(shape, config.lora.target_modules):
         raise ConfigError(f"lora.target_modules: the model has none of {', '.join(config.lora.target_modules)}")
     wanted = config.training.gradient_checkpointing
-    checkpointed = shape.layers if wanted in (True, "auto") else min(int(wanted), shape.layers)
+    checkpointed = shape.layers if wanted is True or wanted == "auto" else min(int(wanted), shape.layers)  # 1 == True
     return shape, plan_memory(shape, config, config.training.batch_size, checkpointed)
 
 
@@ -169,4 +169,4 @@ def cap_memory(device: torch.device, limit_gib: float | None) -> None:
         raise ConfigError(
             f"performance.memory_limit_gib: expected more than the context's {CONTEXT_BYTES / GIB} GiB, got {limit_gib}"
         )
-    torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device.index or 0)

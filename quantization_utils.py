@@ -9,6 +9,7 @@ import platform
 import re
 import shutil
 import sys
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,8 +20,9 @@ if __name__ == "__main__":
 
 import bitsandbytes as bnb
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError
+from huggingface_hub.errors import StrictDataclassError
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -100,7 +102,7 @@ def cannot_load(model_name: str, error: Exception) -> ConfigError:
     """Return the one line that says why a model or tokenizer did not load and what to do."""
     text = " ".join(str(error).split())
     if not Path(model_name).exists():
-        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model_name):
+        if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", model_name):
             return ConfigError(f"model.name: no such folder: {model_name}")
         return ConfigError(
             f"model.name: cannot get {model_name} from the hub ({type(error).__name__}); check the name and the network, "
@@ -114,7 +116,16 @@ def cannot_load(model_name: str, error: Exception) -> ConfigError:
 
 
 # What transformers, safetensors and huggingface_hub raise for a name, a file or a network that is not as it should be.
-LOADING_ERRORS = (OSError, ValueError, KeyError, AttributeError, ImportError, RuntimeError, TypeError)
+LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    AttributeError,
+    ImportError,
+    RuntimeError,
+    TypeError,
+    StrictDataclassError,
+)
 
 
 def load_tokenizer(
@@ -137,6 +148,8 @@ def load_tokenizer(
         raise ConfigError(
             f"model.name: cannot read the tokenizer of {model_name}: {' '.join(str(error).split())[:200]}"
         ) from None
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what AutoTokenizer makes where the files are missing
+        raise ConfigError(f"model.name: no tokenizer in {model_name}: expected a tokenizer.json")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer
@@ -170,7 +183,7 @@ def load_model_and_tokenizer(
                     f"model.name: {model_name} is stored in {method}; expected bitsandbytes' 4 bit or none"
                 )
             print(f"{model_name} is stored in 4 bit: its own quantisation is kept", file=sys.stderr)
-        model = AutoModelForCausalLM.from_pretrained(
+        model, loaded = AutoModelForCausalLM.from_pretrained(
             model_name,
             config=model_config,
             revision=revision,
@@ -180,7 +193,12 @@ def load_model_and_tokenizer(
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
+            output_loading_info=True,
         )
+        if missing := sorted(loaded["missing_keys"]):  # transformers would leave them random
+            raise ConfigError(
+                f"model.name: {model_name} lacks {len(missing)} weights of its config.json, such as {missing[0]}"
+            )
     except (ConfigError, torch.OutOfMemoryError):
         raise
     except (*LOADING_ERRORS, SafetensorError) as error:
@@ -192,6 +210,15 @@ def load_model_and_tokenizer(
     return model, tokenizer
 
 
+def finite_tensors(path: Path) -> set[str]:
+    """Return the names of the tensors in a safetensors file; ConfigError for one that is not finite."""
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118  # the file is no dict and cannot be iterated
+            if not torch.isfinite(file.get_tensor(name)).all():
+                raise ConfigError(f"--adapter: {name} in {path}: expected finite numbers, got infinite ones or NaN")
+        return set(file.keys())
+
+
 def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
     """Return the model with the adapter of a folder attached, in eval mode; ConfigError where the two do not belong together."""
     folder = Path(folder)
@@ -200,11 +227,22 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
     if not (folder / "adapter_model.safetensors").is_file():
         raise ConfigError(f"--adapter: no adapter_model.safetensors in {folder} (pickled weights are not loaded)")
     try:
-        return PeftModel.from_pretrained(model, str(folder)).eval()
+        names = finite_tensors(folder / "adapter_model.safetensors")
+        with warnings.catch_warnings():
+            # peft only warns of layers that the file lacks, and says nothing of those that the model lacks.
+            warnings.simplefilter("ignore", UserWarning)
+            peft_model = PeftModel.from_pretrained(model, str(folder)).eval()
+    except ConfigError:
+        raise
     except (*LOADING_ERRORS, SafetensorError) as error:
         raise ConfigError(
             f"--adapter: {folder} does not fit {model.name_or_path}: {type(error).__name__}: {' '.join(str(error).split())[:250]}"
         ) from None
+    odd = names ^ set(get_peft_model_state_dict(peft_model, save_embedding_layers=False))
+    for name in sorted(name for name in odd if "lora_" in name):
+        owner = "adapter" if name in names else "model"
+        raise ConfigError(f"--adapter: {folder} does not fit {model.name_or_path}: only the {owner} has {name}")
+    return peft_model
 
 
 # ------------------------------------------------------------------------------------------------ preparation
@@ -291,7 +329,7 @@ def parameter_line(model: nn.Module) -> str:
 def no_gpu_reason() -> str:
     """Return why torch sees no GPU: built without CUDA, or built with it and finding no usable card or driver."""
     if torch.version.cuda is None and torch.version.hip is None:
-        index = "https://download.pytorch.org/whl/cu128"
+        index = "https://download.pytorch.org/whl/cu130"
         return (
             f"this torch ({torch.__version__}) is CPU-only; for an NVIDIA card: pip install torch --index-url {index}"
         )

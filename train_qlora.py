@@ -48,9 +48,11 @@ import dataclasses
 import functools
 import hashlib
 import json
+import logging
 import math
 import os
 import platform
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -72,6 +74,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from checkpoint_utils import (
+    TEMPORARY,
     StopRequest,
     checkpoints,
     clean_up,
@@ -84,8 +87,15 @@ from checkpoint_utils import (
 from config import LEAVES, TrainingConfig, flatten, save_config
 from data_utils import IGNORED, Blocks, collate, load_rows, make_blocks, step_windows, tokenize_rows
 from fused_ops import (
+    CapturedStep,
     DropoutClock,
+    FastPath,
+    choose_fast_path,
+    chunk_rows,
     chunked_cross_entropy,
+    compile_layers,
+    compiled_chunk_loss,
+    fuse,
     shift_labels,
     use_causal_attention,
     use_stateless_dropout,
@@ -126,6 +136,7 @@ class SummedLoss:
         self.base = model.get_base_model() if isinstance(model, PeftModel) else model
         self.device, self.dtype = next(model.parameters()).device, dtype
         self.decoder, self.head = self.base.get_decoder(), self.base.get_output_embeddings()
+        self.options: dict[str, Any] = {}  # of chunked_cross_entropy
         self.chunked = self._head_is_plain()
 
     def autocast(self) -> contextlib.AbstractContextManager:
@@ -150,7 +161,9 @@ class SummedLoss:
         with self.autocast():
             if self.chunked:
                 hidden = self.decoder(input_ids=input_ids, use_cache=False).last_hidden_state
-                return chunked_cross_entropy(hidden.flatten(0, 1), self.head.weight, targets, self.head.bias)
+                return chunked_cross_entropy(
+                    hidden.flatten(0, 1), self.head.weight, targets, self.head.bias, **self.options
+                )
             logits = self.base(input_ids=input_ids, use_cache=False).logits
         return F.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=IGNORED, reduction="sum")
 
@@ -185,24 +198,60 @@ def create_scheduler(optimizer: Any, training: TrainingConfig, total_steps: int)
 
 
 @dataclasses.dataclass
+class Learner:
+    """The model with its adapter, and how a micro-batch runs forward and backward through it."""
+
+    model: PeftModel
+    loss: SummedLoss
+    clock: DropoutClock
+    scaler: torch.amp.GradScaler
+    fast: FastPath
+    shape: tuple[int, int]  # a full micro-batch: (sequences, tokens)
+    captured: CapturedStep | None = None
+
+    @functools.cached_property
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def forward_backward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Add the gradients of a batch's summed loss to the parameters' and return the loss; no host synchronisation."""
+        loss = self.loss(input_ids, labels)
+        self.scaler.scale(loss).backward()
+        return loss.detach()
+
+    def micro_step(self, step: int, sequences: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Run one micro-batch: as the captured graph where there is one, with the same numbers either way."""
+        if self.fast.cuda_graphs and self.captured is None:
+            self.captured = CapturedStep(self.forward_backward, self.clock, *self.shape, self.parameters)
+        if self.captured is not None:
+            sequences = F.pad(sequences, (0, self.shape[0] - len(sequences)))
+        self.clock.set(step, sequences)
+        return (self.captured or self.forward_backward)(**batch)
+
+    def zero_gradients(self) -> None:
+        """Set all gradients to zero, in place: a captured graph adds to this memory."""
+        if self.parameters[0].grad is None:
+            for parameter in self.parameters:
+                parameter.grad = torch.zeros_like(parameter)
+        torch._foreach_zero_([p.grad for p in self.parameters])
+
+
+@dataclasses.dataclass
 class Session:
     """What training works on; nothing in it is configuration."""
 
     accelerator: Accelerator
-    model: PeftModel
+    learner: Learner
     tokenizer: PreTrainedTokenizerBase
     blocks: dict[str, Blocks | None]
-    loss: SummedLoss
-    clock: DropoutClock
     optimizer: Any
     scheduler: Any
-    scaler: torch.amp.GradScaler
     micro_batch: int
     window: int  # sequences an optimizer step, over all micro-batches and processes
 
     @property
-    def parameters(self) -> list[nn.Parameter]:
-        return [p for p in self.model.parameters() if p.requires_grad]
+    def model(self) -> PeftModel:
+        return self.learner.model
 
     @property
     def steps_per_epoch(self) -> int:
@@ -217,7 +266,10 @@ def batches(
         part = numbers[start : start + size]
         batch = collate([blocks[i] for i in part], pad)
         tokens = int((batch["labels"][:, 1:] != IGNORED).sum())
-        yield {name: tensor.to(device) for name, tensor in batch.items()}, tokens, np.arange(start, start + len(part))
+        if device.type == "cuda":  # from pinned memory the copy waits for nothing, and the GPU for no copy
+            batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
+        on_device = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+        yield on_device, tokens, np.arange(start, start + len(part))
 
 
 def sum_over_processes(session: Session, extra: list[float | torch.Tensor]) -> torch.Tensor:
@@ -226,7 +278,7 @@ def sum_over_processes(session: Session, extra: list[float | torch.Tensor]) -> t
     numbers = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in extra])
     if session.accelerator.num_processes == 1:
         return numbers
-    gradients = [p.grad for p in session.parameters]
+    gradients = [p.grad for p in session.learner.parameters]
     flat = session.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "sum")
     for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(part.view_as(gradient))
@@ -243,40 +295,31 @@ class StepResult:
 
 def training_step(session: Session, step: int, window: np.ndarray, max_grad_norm: float, stop: bool) -> StepResult:
     """Learn from the blocks of one window: sum loss and gradients over all of them, divide once, clip, step."""
-    session.model.train()
-    for parameter in session.parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    loss_sum = torch.zeros((), device=session.accelerator.device)
-    tokens = 0
+    learner, device = session.learner, session.accelerator.device
+    learner.model.train()
+    learner.zero_gradients()
+    loss_sum, tokens = torch.zeros((), device=device), 0
     rank, processes = session.accelerator.process_index, session.accelerator.num_processes
-    pad, device = session.tokenizer.pad_token_id, session.accelerator.device
-    for batch, count, positions in batches(
-        session.blocks["train"], window[rank::processes], session.micro_batch, pad, device
-    ):
-        session.clock.set(step, torch.from_numpy(rank + processes * positions))
-        loss = session.loss(**batch)
-        session.scaler.scale(loss).backward()
-        loss_sum += loss.detach()
+    mine, pad = window[rank::processes], session.tokenizer.pad_token_id
+    for batch, count, positions in batches(session.blocks["train"], mine, session.micro_batch, pad, device):
+        loss_sum += learner.micro_step(step, torch.from_numpy(rank + processes * positions), batch)
         tokens += count
     numbers = sum_over_processes(session, [loss_sum, tokens, stop])
-    session.scaler.unscale_(session.optimizer)
-    for parameter in session.parameters:
-        parameter.grad /= numbers[1].float()
-    norm = nn.utils.clip_grad_norm_(session.parameters, max_grad_norm)
+    learner.scaler.unscale_(session.optimizer)
+    torch._foreach_mul_([p.grad for p in learner.parameters], 1 / numbers[1].float())
+    norm = nn.utils.clip_grad_norm_(learner.parameters, max_grad_norm)
     loss_value, token_count, stops, grad_norm = (*numbers.tolist(), norm.item())
-    scaling = session.scaler.is_enabled() and not math.isfinite(
+    scaling = learner.scaler.is_enabled() and not math.isfinite(
         grad_norm
     )  # the scaler skips such a step and lowers its scale
     if not math.isfinite(loss_value) or not (math.isfinite(grad_norm) or scaling):
         raise NumbersWentWrong(
-            f"step {step + 1}: loss {loss_value / token_count}, gradient norm {grad_norm} (compute type {session.loss.dtype}), "
+            f"step {step + 1}: loss {loss_value / token_count}, gradient norm {grad_norm} (compute type {learner.loss.dtype}), "
             f"blocks {', '.join(map(str, window))}; the last checkpoint is intact: try a lower learning_rate"
         )
-    session.scaler.step(session.optimizer)
-    session.scaler.update()
+    learner.scaler.step(session.optimizer)
+    learner.scaler.update()
     session.scheduler.step()
-    session.optimizer.zero_grad(set_to_none=False)
     return StepResult(loss_value, int(token_count), grad_norm, bool(stops))
 
 
@@ -383,7 +426,7 @@ def save_state(run: "Run") -> None:
         "progress": dataclasses.asdict(run.progress),
         "optimizer": session.optimizer.state_dict(),
         "scheduler": session.scheduler.state_dict(),
-        "scaler": session.scaler.state_dict(),
+        "scaler": session.learner.scaler.state_dict(),
         "best_adapter": run.best_adapter or {},
         "config": {name: list(v) if isinstance(v, tuple) else v for name, v in flatten(config).items()},
         "fingerprint": run.fingerprint,
@@ -439,7 +482,7 @@ def restore(run: "Run", adapter: dict[str, torch.Tensor], state: dict) -> None:
     session.scheduler.lr_lambdas = before  # the schedule of the steps that this run is to make
     for group, rate in zip(session.optimizer.param_groups, session.scheduler.base_lrs, strict=True):
         group["lr"] = rate * before[0](state["progress"]["step"])
-    session.scaler.load_state_dict(state["scaler"])
+    session.learner.scaler.load_state_dict(state["scaler"])
     run.progress = Progress(**state["progress"])
     run.best_adapter = state["best_adapter"] or None
 
@@ -501,7 +544,9 @@ def evaluate_and_keep_best(run: Run) -> None:
     if blocks is None or any(row["step"] == progress.step and "eval_loss" in row for row in progress.history):
         return
     session = run.session
-    loss = evaluate(session.loss, blocks, session.accelerator, session.micro_batch, session.tokenizer.pad_token_id)
+    loss = evaluate(
+        session.learner.loss, blocks, session.accelerator, session.micro_batch, session.tokenizer.pad_token_id
+    )
     if not math.isfinite(loss):
         raise NumbersWentWrong(f"step {progress.step}: the validation loss is {loss}; the last checkpoint is intact")
     run.note({"step": progress.step, "eval_loss": loss, "perplexity": perplexity(loss)})
@@ -681,17 +726,25 @@ def create_accelerator(config: Config, output_dir: Path) -> Accelerator:
     known = [kind.value for kind in LoggerType if kind.value != "all"]
     if tracker is not None and tracker not in known:
         raise ConfigError(f"training.report_to: expected none or one of {', '.join(known)}, got {tracker!r}")
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    alone = ConfigError(
+        f"the launcher announces {launched} processes, but this one runs alone: use torchrun --nproc_per_node {launched}"
+    )
+    if launched > 1 and not {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        raise alone  # torch would wait for the others
     try:
-        accelerator = Accelerator(gradient_accumulation_steps=1, log_with=tracker, project_dir=str(output_dir / "runs"))
+        accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(),  # without it accelerate starts no gloo group on a machine without a GPU
+            gradient_accumulation_steps=1,
+            log_with=tracker,
+            project_dir=str(output_dir / "runs"),
+        )
     except (ImportError, ValueError) as error:
         raise ConfigError(f"training.report_to: {tracker}: {' '.join(str(error).split())[:200]}") from None
     if tracker is not None and not accelerator.log_with:
         raise ConfigError(f"training.report_to: the package of {tracker} is not installed")
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
-        raise ConfigError(
-            f"the launcher announces {launched} processes, but this one runs alone: use torchrun --nproc_per_node {launched}"
-        )
+        raise alone
     return accelerator
 
 
@@ -747,8 +800,6 @@ def build_session(config: Config, accelerator: Accelerator, say: Callable[[str],
     """Load the model, prepare the adapter and the data, and return what training works on."""
     device, training = accelerator.device, config.training
     window = sequences_a_step(training, accelerator.num_processes)
-    dtype = usable_dtype(config.quantization.compute_dtype)
-    transformers.set_seed(training.seed)
     if config.performance.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -757,30 +808,45 @@ def build_session(config: Config, accelerator: Accelerator, say: Callable[[str],
     with accelerator.main_process_first():
         tokenized = prepare_dataset(config, tokenizer)
         blocks = make_blocks(tokenized, tokenizer, config.data, training.seed)
-    lora_config = create_lora_config(**vars(config.lora))
-    checkpointing = True if training.gradient_checkpointing == "auto" else training.gradient_checkpointing
-    peft_model = prepare_model_for_training(model, lora_config, checkpointing)
-    use_causal_attention(model)
-    clock = DropoutClock(training.seed, device)
-    use_stateless_dropout(peft_model, config.lora.dropout, clock)
-    say(parameter_line(peft_model))
-    parameters = [p for p in peft_model.parameters() if p.requires_grad]
-    optimizer = create_optimizer(parameters, training, device, say)
+    micro_batch = min(training.batch_size, window // accelerator.num_processes)
+    learner = build_learner(config, model, micro_batch, say)
+    optimizer = create_optimizer(learner.parameters, training, device, say)
     steps = total_steps(training, -(-len(blocks["train"]) // window))
-    return Session(
-        accelerator=accelerator,
-        model=peft_model,
-        tokenizer=tokenizer,
-        blocks=blocks,
-        loss=SummedLoss(peft_model, dtype),
-        clock=clock,
-        optimizer=optimizer,
-        scheduler=create_scheduler(optimizer, training, steps),
-        # Losses are sums over tokens, so gradients are large already: 2**16, torch's start, would overflow fp16 at once.
-        scaler=torch.amp.GradScaler(device.type, init_scale=2.0**6, enabled=dtype is torch.float16),
-        micro_batch=min(training.batch_size, window // accelerator.num_processes),
-        window=window,
+    scheduler = create_scheduler(optimizer, training, steps)
+    return Session(accelerator, learner, tokenizer, blocks, optimizer, scheduler, micro_batch, window)
+
+
+def build_learner(config: Config, model: PreTrainedModel, micro_batch: int, say: Callable[[str], None]) -> Learner:
+    """Attach a fresh adapter to the base model and set up the path that its micro-batches take."""
+    training, p = config.training, config.lora.dropout
+    checkpointing = True if training.gradient_checkpointing == "auto" else training.gradient_checkpointing
+    transformers.set_seed(training.seed)  # of the fresh adapter
+    peft_model = prepare_model_for_training(model, create_lora_config(**vars(config.lora)), checkpointing)
+    say(parameter_line(peft_model))
+    device, dtype = model.device, usable_dtype(config.quantization.compute_dtype)
+    causal = use_causal_attention(model)
+    clock = DropoutClock(training.seed, device)
+    use_stateless_dropout(peft_model, p, clock)
+    loss = SummedLoss(peft_model, dtype)
+    fast = choose_fast_path(config.performance, peft_model, dtype, device)
+    for line in fast.lines:
+        say(line)
+    if fast.fused_lora:
+        fuse(peft_model, clock, p, fast.kernels)
+    if fast.compile:
+        compile_layers(peft_model)
+        loss.options["chunk_loss"] = compiled_chunk_loss
+    if device.type == "cuda":
+        loss.options["chunk"] = chunk_rows(len(loss.head.weight), torch.cuda.mem_get_info(device)[0])
+    parts = ("fused_lora", "compile", "cuda_graphs")
+    say(
+        "fast path: "
+        + (", ".join(name for name in parts if getattr(fast, name)) or "none")
+        + ("" if causal else ", masks")
     )
+    # Losses are sums over tokens, so gradients are large already: 2**16, torch's start, would overflow fp16 at once.
+    scaler = torch.amp.GradScaler(device.type, init_scale=2.0**6, enabled=dtype is torch.float16)
+    return Learner(peft_model, loss, clock, scaler, fast, (micro_batch, config.data.max_length))
 
 
 def describe_data(session: Session, config: Config, say: Callable[[str], None]) -> None:
@@ -801,16 +867,19 @@ def describe_data(session: Session, config: Config, say: Callable[[str], None]) 
 
 def open_output(config: Config, output_dir: Path, overwrite: bool) -> None:
     """Refuse an output folder that cannot be one, or that holds a finished run nobody said to overwrite."""
-    if output_dir.exists() and not output_dir.is_dir():
+    if os.path.isfile(output_dir):  # unlike Path's, no error for a name too long
         raise ConfigError(f"training.output_dir: expected a folder, got the file {output_dir}")
-    finished = (output_dir / "adapter_model.safetensors").is_file()
+    finished = os.path.isfile(output_dir / "adapter_model.safetensors")
     if finished and not overwrite and (config.training.resume == "never" or not checkpoints(output_dir)):
         raise ConfigError(
             f"training.output_dir: {output_dir} holds a finished run; choose another folder or give --overwrite"
         )
-    parent = next(p for p in (output_dir, *output_dir.parents) if p.exists())
-    if not os.access(parent, os.W_OK):
-        raise ConfigError(f"training.output_dir: cannot write in {parent}")
+    parent = next(p for p in (output_dir, *output_dir.parents) if os.path.exists(p))
+    try:  # os.access knows neither Windows' rights nor a read-only file system
+        with tempfile.TemporaryDirectory(dir=parent, prefix=TEMPORARY) as trial:
+            (Path(trial) / output_dir.name).mkdir(exist_ok=True)  # the name may be too long, or empty (`.`)
+    except OSError as error:
+        raise ConfigError(f"training.output_dir: cannot write in {parent}: {error.strerror}") from None
 
 
 def find_checkpoint(config: Config, output_dir: Path, overwrite: bool, say: Callable) -> tuple[Path, dict, dict] | None:
@@ -918,7 +987,7 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of names that peft still uses
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    datasets.utils.logging.set_verbosity_error()
+    datasets.utils.logging.set_verbosity(logging.CRITICAL)  # it logs what it also raises, and we report
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
 

@@ -1,0 +1,662 @@
+"""Talk to a model with its adapter, compare the two, answer files of prompts, or merge them into a plain model.
+
+python inference_example.py                                   chat with the adapter of config.yaml; /help lists commands
+python inference_example.py --adapter output_r8 --mode demo   a fixed set of prompts, base and adapter side by side
+python inference_example.py --mode text --prompt "Hello"      only the answer on stdout; --prompt - reads stdin
+python inference_example.py --mode text --prompts questions.txt --output answers.jsonl     called again, it goes on
+python inference_example.py --adapter none --raw              the base alone, continuing plain text
+python inference_example.py --mode merge --output merged      a plain bfloat16 model: needs no peft, no bitsandbytes
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from pathlib import Path
+
+from config import Config, ConfigError, before_heavy_imports, build_parser, load_config, parse_arguments, report
+
+Prompt = str | list[dict[str, str]]  # a text, or the messages of a chat, the last one the user's
+
+# ------------------------------------------------------------------------------------------------ command line
+
+
+def clean(value: Prompt) -> Prompt:
+    """Return the value with lone surrogates, which tokenizers and UTF-8 refuse, replaced by question marks."""
+    return json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
+
+
+def read_row(line: str) -> Prompt:
+    """Return the prompt of a line of .jsonl: `prompt`, or `messages` up to the user's last; raises ValueError."""
+    with contextlib.suppress(Exception):  # no JSON, no object, no list, no texts: the error below says what is expected
+        row = json.loads(line)
+        prompt = row.get("prompt", row.get("messages"))
+        if isinstance(prompt, str) and prompt.strip():
+            return clean(prompt)
+        messages = [{"role": message["role"] + "", "content": message["content"] + ""} for message in prompt]
+        messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages  # the answer, in data to train on
+        if messages[-1]["role"] == "user":
+            return clean(messages)
+    raise ValueError("expected an object with a text `prompt`, or `messages` (role, content), the last the user's")
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """Return the prompts of a .txt (a line each, blank ones skipped) or .jsonl file; raises ConfigError."""
+    read = {".txt": clean, ".jsonl": read_row}.get(path.suffix.lower())
+    if read is None:
+        raise ConfigError(f"--prompts: expected a .txt or .jsonl file, got {path}")
+    where, prompts = str(path), []
+    try:  # utf-8-sig: Windows' editors begin a file with a byte order mark
+        for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+            where = f"{path}, line {number}"
+            prompts += [read(line)] if line.strip() else []
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--prompts: {where}: {error}") from None
+    if not prompts:
+        raise ConfigError(f"--prompts: {path} has no prompts")
+    return prompts
+
+
+def finished_rows(output: Path, prompts: list[Prompt]) -> tuple[int, int]:
+    """Return how many prompts an output file answers and the bytes of those rows; ConfigError if it is another's."""
+    try:
+        *rows, torn = output.read_bytes().split(b"\n") if output.exists() else [b""]
+        known = [json.loads(row)["prompt"] for row in rows] == prompts[: len(rows)]
+    except (OSError, ValueError, TypeError, KeyError):
+        known = False
+    # A torn last row, of a call that was killed, is written again; a file that is anything else stays as it is.
+    if not known or not (torn.startswith(b'{"prompt": ') or b'{"prompt": '.startswith(torn)):
+        raise ConfigError(f"--output: {output} is there and holds something else; choose another file")
+    return len(rows), sum(len(row) + 1 for row in rows)
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Raise a ConfigError with a line for each option that is missing, or that the mode does not take."""
+    text, merge = options.mode == "text", options.mode == "merge"
+    output = Path(options.output) if options.output else None
+    there = next(p for p in Path(os.path.abspath(output or ".")).parents if p.exists())
+    problems = [
+        f"--{name}: goes with --mode {mode}"
+        for name, mode in (("prompt", "text"), ("prompts", "text"), ("merge_base", "merge"))
+        if getattr(options, name) is not None and options.mode != mode
+    ]
+    if text and (options.prompt is None) == (options.prompts is None):
+        problems.append('--mode text: expected one of --prompt "...", --prompt - and --prompts FILE')
+    if options.prompt is not None and not options.prompt.strip():
+        problems.append("--prompt: expected a text, not empty")
+    if (merge or (text and options.prompts is not None)) != (output is not None):
+        problems.append("--output: goes with --mode merge (a folder) and --prompts (a .jsonl file), which need it")
+    elif merge and output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        problems.append(f"--output: {output} is there and is no empty folder; choose another")
+    elif output and text and (output.suffix.lower() != ".jsonl" or output.resolve() == Path(options.prompts).resolve()):
+        problems.append(f"--output: expected a .jsonl file, not --prompts itself, got {output}")
+    elif output and not os.access(there, os.W_OK):
+        problems.append(f"--output: cannot write in {there}")
+    if merge and options.adapter == "none":
+        problems.append("--mode merge: expected an adapter, got --adapter none")
+    if problems:
+        raise ConfigError(*problems)
+
+
+def find_adapter(given: str | None, paths: list[Path], overrides: dict[str, str]) -> Path | None:
+    """Return the adapter's folder: --adapter, else training.output_dir; None for the base alone. Raises ConfigError."""
+    if given == "none":
+        return None
+    folder = Path(given or load_config(paths, overrides).training.output_dir).expanduser()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            what = f"no {name} in {folder}" if folder.is_dir() else f"no such folder: {folder}"
+            unfinished = sorted(folder.glob("checkpoint-*/adapter_config.json"), key=os.path.getmtime)
+            hint = f"; its last checkpoint is one too: --adapter {unfinished[-1].parent}" if unfinished else ""
+            raise ConfigError(f"--adapter: {what}: train_qlora.py makes one, --adapter none takes the base alone{hint}")
+    return folder
+
+
+def run_config(adapter: Path) -> list[Path]:
+    """Return the config.yaml that a run left with its adapter, for a checkpoint in the folder above; perhaps none."""
+    folder = adapter.resolve()
+    places = [folder, folder.parent] if folder.name.startswith("checkpoint-") else [folder]
+    return [place / "config.yaml" for place in places if (place / "config.yaml").is_file()][:1]
+
+
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
+    """Return the script's own options and the configuration: schema < the run's config.yaml < --config < flags."""
+    parser = build_parser(__doc__)
+    add = parser.add_argument
+    add("--mode", choices=("interactive", "demo", "text", "merge"), default="interactive", help="default: interactive")
+    add("--adapter", metavar="DIR|none", help="the adapter's folder (default: training.output_dir), or the base alone")
+    add("--prompt", metavar="TEXT", help="with --mode text: what to answer; - reads it from stdin")
+    add("--prompts", metavar="FILE", help="with --mode text: .txt (a prompt a line) or .jsonl (`prompt` or `messages`)")
+    add("--output", metavar="PATH", help=".jsonl for the answers to --prompts, or the folder of the merged model")
+    add("--raw", action="store_true", help="continue plain text: no chat template, no history")
+    add("--merge_base", choices=("dequantized", "original"), help="what the adapter is added to (default: dequantized)")
+    options, overrides = parse_arguments(parser, argv)
+    check_options(options)
+    options.rows = read_prompts(Path(options.prompts)) if options.prompts else []
+    options.finished = finished_rows(Path(options.output), options.rows) if options.rows else (0, 0)
+    given, beside = [Path(options.config)] if options.config else [], [Path(__file__).with_name("config.yaml")]
+    options.adapter = find_adapter(options.adapter, given or beside, overrides)
+    own = run_config(options.adapter) if options.adapter else []
+    return options, load_config(own + given or beside, overrides)
+
+
+if __name__ == "__main__":  # --help and every error in options and configuration answer before torch is imported
+    try:
+        parse(sys.argv[1:])
+    except ConfigError as error:
+        sys.exit(report(error))
+    before_heavy_imports()
+
+import copy
+import dataclasses
+import shutil
+import signal
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+import transformers
+from accelerate import init_empty_weights
+from jinja2 import TemplateError
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+from config import LEAVES, GenerationConfig, coerce_flag
+from memory_utils import cap_memory
+from quantization_utils import create_bnb_config, load_adapter, load_model_and_tokenizer, no_gpu_reason
+
+BATCH_ROWS, BATCH_TOKENS = 8, 8192  # of a batch of --prompts; 8,192 tokens of a 3B's cache are 0.28 GiB
+
+DEMO_PROMPTS = (
+    "Continue this article of an encyclopedia: The octopus is a soft-bodied animal that",
+    "Explain in two sentences why the sky is blue.",
+    "Hello! What did you do last weekend?",
+    "Write four lines about the sea at night.",
+)
+
+# What the merged model is compared with the live adapter on.
+REFERENCE_TEXT = """\
+A lighthouse is a tower that shows sailors where they are. The first ones were fires on hills; later ones burned oil,
+gas and, in the end, electricity. In 1822 Augustin Fresnel built a lens of many thin rings of glass, which sent the
+light of one lamp more than thirty kilometres out to sea. Keepers lived beside it, often with their families, wound the
+clockwork that turned it and wrote down the weather. Today nearly every light runs by itself."""
+
+
+def say(line: str) -> None:
+    """Print a line that is not an answer."""
+    print(line, file=sys.stderr, flush=True)
+
+
+# ------------------------------------------------------------------------------------------------ loading
+
+
+def load_base(config: Config, four_bit: bool = True) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Return the configured base and its tokenizer on the first GPU or the CPU; not four_bit: bfloat16 on the CPU."""
+    device = torch.device("cuda:0" if four_bit and torch.cuda.is_available() else "cpu")
+    if four_bit and device.type == "cpu" and config.model.name == LEAVES["model.name"].field.default:
+        say(f"{config.model.name} will be slow on this CPU: {no_gpu_reason()}")
+    cap_memory(device, config.performance.memory_limit_gib)
+    return load_model_and_tokenizer(
+        config.model.name,
+        create_bnb_config(**vars(config.quantization)) if four_bit else None,
+        compute_dtype=config.quantization.compute_dtype if four_bit else "bfloat16",
+        device=device,
+        **{key: value for key, value in vars(config.model).items() if key != "name"},
+    )
+
+
+def attach(base: PreTrainedModel, adapter: Path, model_name: str) -> PeftModel:
+    """Return the base with the adapter, and say so if the adapter's own file names another base."""
+    model = load_adapter(base, adapter)
+    recorded = model.peft_config["default"].base_model_name_or_path
+    if recorded and os.path.abspath(recorded) != os.path.abspath(model_name):
+        say(f"warning: {adapter} was trained on {recorded}; model.name is {model_name}")
+    return model
+
+
+# ------------------------------------------------------------------------------------------------ tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """What answers are made with."""
+
+    model: PeftModel | PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    ends: list[int]  # tokens that end an answer
+    limit: float  # positions the model knows
+    raw: bool  # plain continuation instead of the chat template
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return every token that ends an answer: what the model's files and the tokenizer name, and what training teaches.
+
+    That is <|im_end|> after a chat's turn and <|endoftext|> after a document, where the vocabulary has them.
+    """
+    vocabulary = tokenizer.get_vocab()
+    named = [model.generation_config.eos_token_id, getattr(model.config, "eos_token_id", None), tokenizer.eos_token_id]
+    named += [vocabulary.get("<|im_end|>"), vocabulary.get("<|endoftext|>")]
+    return sorted({i for ids in named for i in (ids if isinstance(ids, list) else [ids]) if i is not None})
+
+
+def create_engine(model: PeftModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase, raw: bool) -> Engine:
+    """Return the model, in eval mode, ready to answer by our settings alone."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    ends = end_tokens(base, tokenizer)
+    # generate takes what is unset from here, and Qwen2.5's file says top_k 20 and repetition_penalty 1.05.
+    base.generation_config = transformers.GenerationConfig()
+    if not raw and tokenizer.chat_template is None:
+        say("the tokenizer has no chat template: continuing plain text, as with --raw")
+    limit = getattr(base.config.get_text_config(), "max_position_embeddings", None) or float("inf")
+    return Engine(model.eval(), tokenizer, ends, limit, raw or tokenizer.chat_template is None)
+
+
+def encode(engine: Engine, prompt: Prompt, system_prompt: str | None) -> list[int]:
+    """Return the tokens of a prompt: through the chat template up to where the assistant speaks, or as plain text."""
+    if engine.raw and isinstance(prompt, str):
+        return engine.tokenizer(prompt)["input_ids"]
+    if engine.raw:
+        raise ConfigError("--prompts: `messages` need a chat template: the tokenizer has none, or --raw was given")
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if system_prompt and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system_prompt}, *messages]
+    try:
+        return engine.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    except TemplateError as error:
+        raise ConfigError(f"the chat template refuses these messages: {error}") from None
+
+
+def room_after(engine: Engine, length: int, settings: GenerationConfig) -> int:
+    """Return how many tokens may follow a prompt of `length`: max_new_tokens, or the positions that are left."""
+    if length >= engine.limit:
+        raise ConfigError(f"a prompt has {length:,} tokens; the model knows {engine.limit:,} positions")
+    return min(settings.max_new_tokens, engine.limit - length)
+
+
+class Watch(transformers.StoppingCriteria):
+    """Counts the tokens of an answer, notes when the first and the last came, and stops where asked."""
+
+    def __init__(self) -> None:
+        self.start, self.first, self.last = time.perf_counter(), 0.0, 0.0
+        self.tokens, self.stop = 0, False
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self.last = time.perf_counter()
+        self.first = self.first or self.last
+        self.tokens += 1
+        return torch.full((len(input_ids),), self.stop, dtype=torch.bool, device=input_ids.device)
+
+    def line(self, cut: bool) -> str:
+        """Return how many tokens came, why no more, tokens/s after the first one, and the seconds until that one."""
+        why = ", stopped" if self.stop else ", cut at max_new_tokens" if cut else ""
+        rate = (self.tokens - 1) / (self.last - self.first) if self.tokens > 1 else 1 / (self.last - self.start)
+        return f"[{self.tokens} tokens{why} | {rate:.1f} tokens/s | first token after {self.first - self.start:.2f} s]"
+
+
+@contextlib.contextmanager
+def ctrl_c_stops(watch: Watch) -> Iterator[None]:
+    """Let Ctrl-C end the answer after its current token instead of raising an exception in the middle of something."""
+    previous = signal.signal(signal.SIGINT, lambda signum, frame: setattr(watch, "stop", True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def generate_ids(
+    engine: Engine, rows: list[list[int]], settings: GenerationConfig, watch: Watch, streamer: Any = None
+) -> list[list[int]]:
+    """Return the tokens after each prompt, up to an end token and with it: the one place where tokens come from.
+
+    rows: the tokens of the prompts, padded here on the left. A temperature of 0 takes the likeliest token.
+    """
+    longest, device = max(map(len, rows)), engine.model.device
+    pad = engine.tokenizer.pad_token_id or 0
+    sampling = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k or 0}
+    generation = transformers.GenerationConfig(
+        max_new_tokens=room_after(engine, longest, settings),
+        do_sample=settings.temperature > 0,
+        repetition_penalty=settings.repetition_penalty,
+        eos_token_id=engine.ends or None,
+        pad_token_id=pad,
+        **(sampling if settings.temperature > 0 else {}),
+    )
+    with ctrl_c_stops(watch):
+        output = engine.model.generate(
+            input_ids=torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=device),
+            attention_mask=torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device),
+            generation_config=generation,
+            stopping_criteria=[watch],
+            streamer=streamer,
+        )
+    answers = output[:, longest:].tolist()  # [batch, new]: rows that end before the longest are padded
+    return [row[: next((i + 1 for i, token in enumerate(row) if token in engine.ends), len(row))] for row in answers]
+
+
+def stream_answer(engine: Engine, ids: list[int], settings: GenerationConfig, note: Callable) -> tuple[str, bool]:
+    """Print the answer to one prompt on stdout as it comes, `note` its speed, return it and whether it was stopped."""
+    watch, streamer = Watch(), TextStreamer(engine.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    new = generate_ids(engine, [ids], settings, watch, streamer)[0]
+    note(watch.line(cut=new[-1] not in engine.ends))
+    return engine.tokenizer.decode(new, skip_special_tokens=True), watch.stop
+
+
+# ------------------------------------------------------------------------------------------------ text and demo
+
+
+def answer_prompt(engine: Engine, config: Config, prompt: str) -> int:
+    """Print the answer to one prompt, and nothing else, on stdout; return the exit code."""
+    ids = encode(engine, prompt, config.generation.system_prompt)
+    transformers.set_seed(config.training.seed)
+    _, stopped = stream_answer(engine, ids, config.generation, say)
+    return 130 if stopped else 0
+
+
+def answer_file(engine: Engine, config: Config, prompts: list[Prompt], output: Path, finished: tuple[int, int]) -> int:
+    """Append an answer for each prompt that the output file lacks, in order and in batches; return the exit code."""
+    settings, (first, good_bytes) = config.generation, finished
+    rows = [encode(engine, prompt, settings.system_prompt) for prompt in prompts]
+    longest = max(map(len, rows))
+    room = room_after(engine, longest, settings)  # refuses a prompt that is too long before anything is written
+    size = max(1, min(BATCH_ROWS, BATCH_TOKENS // (longest + room)))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    start, tokens = time.perf_counter(), 0
+    bar = tqdm(total=len(prompts), initial=first, unit="prompt", disable=not sys.stderr.isatty())
+    with open(output, "ab") as file, bar:
+        file.truncate(good_bytes)
+        for done in range(first, len(prompts), size):
+            transformers.set_seed(config.training.seed + done)  # by row: going on samples what one call would have
+            answers = generate_ids(engine, rows[done : done + size], settings, watch := Watch())
+            if watch.stop:
+                say(f"stopped: {output} has {done} of {len(prompts)} answers; the same command goes on")
+                return 130
+            texts = engine.tokenizer.batch_decode(answers, skip_special_tokens=True)
+            for prompt, text in zip(prompts[done : done + size], texts, strict=True):
+                file.write(json.dumps({"prompt": prompt, "completion": text}, ensure_ascii=False).encode() + b"\n")
+            file.flush()
+            tokens += sum(map(len, answers))
+            bar.update(len(answers))
+    speed = tokens / (time.perf_counter() - start)
+    say(f"{len(prompts) - first} answers in {output} [{tokens} tokens | {speed:.1f} tokens/s]")
+    return 0
+
+
+def demo(engine: Engine, config: Config, adapter: Path | None) -> int:
+    """Print the answers of base and adapter to each of DEMO_PROMPTS, one under the other; return the exit code."""
+    voices = {f"base: {config.model.name}": engine.model.disable_adapter if adapter else contextlib.nullcontext}
+    voices |= {f"adapter: {adapter}": contextlib.nullcontext} if adapter else {}
+    for number, prompt in enumerate(DEMO_PROMPTS, 1):
+        print(f"{'=' * 80}\n[{number}/{len(DEMO_PROMPTS)}] {prompt}")
+        ids = encode(engine, prompt, config.generation.system_prompt)
+        for label, voice in voices.items():
+            print(f"\n--- {label}", flush=True)
+            transformers.set_seed(config.training.seed)
+            with voice():
+                _, stopped = stream_answer(engine, ids, config.generation, print)
+            if stopped:
+                return 130
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------ interactive
+
+HELP = f"""\
+/help                  these lines
+/reset                 forget the conversation
+/system TEXT           set the system prompt; without TEXT back to the template's own
+/set KEY VALUE         set {", ".join(field.name for field in dataclasses.fields(GenerationConfig))};
+                       without KEY show them
+/save FILE             add the conversation to FILE, as a line of .jsonl
+/quit                  leave; so do Ctrl-D (Ctrl-Z Enter on Windows) and Ctrl-C, which during an answer stops only that
+Any other line is a message; put a space before a slash that begins one."""
+
+
+@dataclasses.dataclass
+class Conversation:
+    """What an interactive session remembers."""
+
+    settings: GenerationConfig
+    messages: list[dict[str, str]] = dataclasses.field(default_factory=list)  # user, assistant, user, …
+
+
+def set_knob(talk: Conversation, key: str, value: str) -> None:
+    """Set a generation.* key as a flag would, and show it; without a key show all."""
+    names = [field.name for field in dataclasses.fields(GenerationConfig)]
+    if key and key not in names:
+        raise ConfigError(f"/set: no key {key}; there are {', '.join(names)}")
+    if key:
+        talk.settings = dataclasses.replace(talk.settings, **{key: coerce_flag(LEAVES[f"generation.{key}"], value)})
+    for name in [key] if key else names:
+        print(f"{name} = {'null' if talk.settings[name] is None else talk.settings[name]}")
+
+
+def save(talk: Conversation, path: str) -> None:
+    """Append the conversation, with the system prompt if one is set, to a file: {"messages": [...]}."""
+    if not path or not talk.messages:
+        raise ConfigError("/save: nothing was said yet" if path else "/save: expected the name of a file")
+    system = [{"role": "system", "content": talk.settings.system_prompt}] if talk.settings.system_prompt else []
+    try:
+        with open(Path(path).expanduser(), "a", encoding="utf-8", newline="\n") as file:
+            file.write(json.dumps({"messages": system + talk.messages}, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise ConfigError(f"/save: {error}") from None
+    print(f"added the conversation ({len(talk.messages)} messages) to {path}")
+
+
+def command(line: str, talk: Conversation) -> bool:
+    """Carry out a line that begins with a slash; return whether to go on. ConfigError says what cannot be done."""
+    word, _, rest = line.strip().partition(" ")
+    key, _, value = rest.strip().partition(" ")
+    if word == "/help":
+        print(HELP)
+    elif word == "/reset":
+        talk.messages.clear()
+        print("the conversation is forgotten")
+    elif word == "/system":
+        set_knob(talk, "system_prompt", rest.strip() or "null")
+    elif word == "/set":
+        set_knob(talk, key, value.strip())
+    elif word == "/save":
+        save(talk, rest.strip())
+    elif word != "/quit":
+        raise ConfigError(f"{word}: no such command; /help lists them")
+    return word != "/quit"
+
+
+def fitted(engine: Engine, talk: Conversation) -> list[int]:
+    """Return the tokens of the conversation, its oldest turns dropped, with a line, until a whole answer fits too."""
+    ids, forgotten = encode(engine, talk.messages, talk.settings.system_prompt), 0
+    while len(ids) + talk.settings.max_new_tokens > engine.limit and len(talk.messages) > 1:
+        del talk.messages[:2]
+        forgotten += 1
+        ids = encode(engine, talk.messages, talk.settings.system_prompt)
+    room_after(engine, len(ids), talk.settings)
+    if forgotten:
+        print(f"[forgot the oldest turns, {forgotten} of them: the model knows {engine.limit:,} positions]")
+    return ids
+
+
+def take_turn(engine: Engine, line: str, talk: Conversation) -> None:
+    """Answer a line, with the conversation before it unless the engine is raw; a turn that fails leaves no trace."""
+    before = list(talk.messages)
+    talk.messages.append({"role": "user", "content": line})
+    try:
+        ids = encode(engine, line, None) if engine.raw else fitted(engine, talk)
+        text, _ = stream_answer(engine, ids, talk.settings, print)
+    except (ConfigError, torch.OutOfMemoryError):
+        talk.messages[:] = before
+        raise
+    talk.messages.append({"role": "assistant", "content": text})
+
+
+def interactive(engine: Engine, config: Config, adapter: Path | None) -> int:
+    """Read lines and answer them until /quit, the end of the input or Ctrl-C at the prompt; return 0."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  # its import gives input() line editing; Windows has its own
+    talk, going_on = Conversation(config.generation), True
+    how = "plain continuation, no history" if engine.raw else "chat"
+    print(f"{config.model.name} | adapter: {adapter or 'none'} | {how} | /help lists the commands", flush=True)
+    transformers.set_seed(config.training.seed)
+    while going_on:
+        try:
+            line = input("\n> ")
+            if line.startswith("/"):
+                going_on = command(line, talk)
+            elif line.strip():
+                take_turn(engine, line, talk)
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return 0
+        except ConfigError as error:
+            print("\n".join(error.problems))
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            print("\nout of GPU memory: the message was dropped; /reset or a smaller max_new_tokens makes room")
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------ merge
+
+
+def plain_copy(model: PreTrainedModel, remote: bool) -> PreTrainedModel:
+    """Return the model unquantised, on the CPU, each 4-bit weight as the model itself dequantises it to multiply.
+
+    It is made from the model in memory: no 16-bit file is read, and a base stored in 4 bit works too. What is on
+    the CPU and not packed is shared with it.
+    """
+    model_config = copy.deepcopy(model.config)
+    if hasattr(model_config, "quantization_config"):
+        del model_config.quantization_config
+    with init_empty_weights():  # parameters take no memory yet; buffers (rotary frequencies) are real
+        plain = AutoModelForCausalLM.from_config(model_config, dtype=model.dtype, trust_remote_code=remote)
+    weights = {}
+    for name, p in model.named_parameters():
+        packed = isinstance(p, bnb.nn.Params4bit)
+        weights[name] = (bnb.functional.dequantize_4bit(p.data, p.quant_state) if packed else p.data).cpu()
+    plain.load_state_dict(weights, strict=False, assign=True)  # not strict: tied weights come under one name
+    plain.tie_weights()
+    plain.generation_config = model.generation_config
+    return plain.eval()
+
+
+def merge_adapter(peft_model: PeftModel, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
+    """Return the base with the adapter added by peft's own merge, in fp32, each weight rounded once to `dtype`."""
+    base = peft_model.get_base_model()
+    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
+    if isinstance(head, LoraLayer) and head.get_base_layer().weight is embedding.weight:
+        raise ConfigError("--mode merge: the adapter changes the output head, whose weight is the embedding's too")
+    for module in [m for m in peft_model.modules() if isinstance(m, LoraLayer)]:
+        weight = module.get_base_layer().weight
+        weight.data = weight.data.float()
+        module.merge(safe_merge=True)
+        weight.data = weight.data.to(dtype)
+    plain = peft_model.unload()
+    for parameter in plain.parameters():  # not plain.to(dtype), which would round the rotary frequencies too
+        parameter.data = parameter.data.to(dtype)
+    return plain
+
+
+@torch.inference_mode()
+def logits_on(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
+    """Return the model's logits, fp32 on the CPU [tokens, vocabulary]."""
+    device = next(model.parameters()).device
+    return model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0].float().cpu()
+
+
+def write_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a model that plain transformers loads; the folder appears under its name only when all is there."""
+    folder = Path(os.path.abspath(folder))
+    temporary = folder.with_name(".writing-" + folder.name)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        model.save_pretrained(temporary, max_shard_size="2GB")
+        tokenizer.save_pretrained(temporary)
+        if folder.is_dir():
+            folder.rmdir()  # empty, as parse saw; it raises if it no longer is
+        os.rename(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def merge(config: Config, adapter: Path, folder: Path, base: str) -> int:
+    """Write base + adapter as a plain bfloat16 model, print how far its logits are from the live ones; return 0."""
+    live, tokenizer = load_base(config)
+    source = live if base == "dequantized" else load_base(config, four_bit=False)[0]
+    plain = plain_copy(source, config.model.trust_remote_code)
+    ids = tokenizer(REFERENCE_TEXT)["input_ids"]
+    expected = logits_on(attach(live, adapter, config.model.name), ids)
+    del live, source
+    merged = merge_adapter(load_adapter(plain, adapter))
+    difference = ((found := logits_on(merged, ids)) - expected).abs()
+    write_folder(merged, tokenizer, folder)
+    print(
+        f"{base} base and {adapter} merged in bfloat16: {folder}\n"
+        f"largest logit difference to the live adapter on {len(ids)} tokens of text: {difference.max():.4f} "
+        f"(mean {difference.mean():.4f}, logits up to {expected.abs().max():.1f}, the same likeliest token at "
+        f"{100 * (found.argmax(-1) == expected.argmax(-1)).float().mean():.1f} % of positions)"
+    )
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------ main
+
+
+def quiet_libraries() -> None:
+    """Leave the console to this script, and let one that lacks a character show a question mark instead."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of names that peft still uses
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+def run(options: argparse.Namespace, config: Config) -> int:
+    """Do what the mode says and return the exit code."""
+    if options.rows and options.finished[0] == len(options.rows):
+        say(f"nothing left to do: {options.output} answers all {len(options.rows)} prompts")
+        return 0
+    prompt = clean(sys.stdin.read().removesuffix("\n") if options.prompt == "-" else options.prompt or "")
+    if options.prompt and not prompt.strip():
+        raise ConfigError("--prompt: expected a text on stdin, got nothing")
+    if options.mode == "merge":
+        return merge(config, options.adapter, Path(options.output), options.merge_base or "dequantized")
+    model, tokenizer = load_base(config)
+    model = attach(model, options.adapter, config.model.name) if options.adapter else model
+    engine = create_engine(model, tokenizer, options.raw)
+    if options.rows:
+        return answer_file(engine, config, options.rows, Path(options.output), options.finished)
+    if options.mode == "text":
+        return answer_prompt(engine, config, prompt)
+    return (demo if options.mode == "demo" else interactive)(engine, config, options.adapter)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return the exit code: parse → load → answer or merge."""
+    options = None
+    try:
+        options, config = parse(argv)
+        quiet_libraries()
+        return run(options, config)
+    except ConfigError as error:
+        return report(error)
+    except KeyboardInterrupt:
+        return 0 if options is not None and options.mode == "interactive" else 130
+    except torch.OutOfMemoryError as error:
+        say(f"error: out of GPU memory: {str(error).splitlines()[0]}")
+        return 3
+    except (OSError, SafetensorError) as error:
+        say(f"error: {' '.join(str(error).split())}")
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,287 @@
+"""Time a micro-batch's forward and backward: this toolkit, transformers + peft as tutorials write it, and Unsloth if installed.
+
+    python tests/benchmarks/bench_training.py MODEL --cases 1x512 16x512 4x512@24 1x8192%7.3 --peers ours hf unsloth
+    python tests/benchmarks/bench_training.py MODEL --profile 16x512 --checkpointing on        GPU time by kind of work
+
+A case is BATCHxLENGTH, with @N confined to N multiprocessors (a stand-in for a smaller card) and %G capped at G GiB. LoRA r = 16 on all
+seven projections, NF4 + double quantisation, bf16, full blocks of random tokens. Each case runs in a process of its own and
+prints a JSON line; the table comes last. Compare only figures of one call on one machine. Memory is what the allocator reserved.
+"""
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+GIB = 2**30
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder of the model")
+    parser.add_argument("--cases", nargs="+", default=["1x512", "16x512"], metavar="BxL[@SMS][%%GIB]")
+    parser.add_argument("--peers", nargs="+", default=["ours", "hf", "unsloth"], choices=("ours", "hf", "unsloth"))
+    parser.add_argument("--checkpointing", nargs="+", default=["on", "off"], choices=("on", "off", "offload"))
+    parser.add_argument("--dropout", nargs="+", type=float, default=[0.0])
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="SECTION.KEY=VALUE", help="settings of this toolkit's cases"
+    )
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--timeout", type=int, default=240, help="seconds a case may take")
+    parser.add_argument(
+        "--profile", metavar="CASE", help="print the GPU time of one micro-step of this toolkit by kernel"
+    )
+    parser.add_argument("--single", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def confine(case: dict) -> object:
+    """Hold the process to the case's multiprocessors and memory, as long as what this returns is kept."""
+    import torch
+
+    context = None
+
+    torch.zeros(1, device="cuda")
+    if case["sms"]:
+        from torch.cuda.green_contexts import GreenContext
+
+        context = GreenContext.create(case["sms"], 0)
+        context.set_context()
+    if case["cap"]:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(case["cap"] * GIB / total)
+    return context
+
+
+def load_ours(case: dict):
+    """Return a function that runs one micro-batch of this toolkit and the learner behind it."""
+    sys.path.insert(0, str(ROOT))
+    import torch
+
+    import train_qlora
+    from config import load_config
+
+    overrides = {
+        "model.name": case["model"],
+        "lora.dropout": str(case["dropout"]),
+        "data.max_length": str(case["length"]),
+        "training.batch_size": str(case["batch"]),
+        "training.gradient_checkpointing": {"on": "true", "off": "false"}.get(
+            case["checkpointing"], case["checkpointing"]
+        ),
+        **dict(pair.split("=", 1) for pair in case["set"]),
+    }
+    config = load_config((), overrides)
+    model, _ = train_qlora.load_base(config, torch.device("cuda:0"))
+    learner = train_qlora.build_learner(config, model, case["batch"], lambda line: print(line, file=sys.stderr))
+    learner.model.train()
+    learner.zero_gradients()
+    optimizer = train_qlora.create_optimizer(learner.parameters, config.training, torch.device("cuda:0"), print)
+    sequences = torch.arange(case["batch"])
+
+    def micro_batch(step: int, ids: torch.Tensor) -> torch.Tensor:
+        return learner.micro_step(step, sequences, {"input_ids": ids, "labels": ids})
+
+    return micro_batch, optimizer, learner.zero_gradients
+
+
+def load_peer(case: dict):
+    """The same for a peer, prepared the way it documents."""
+    import bitsandbytes as bnb
+    import torch
+
+    if case["peer"] == "unsloth":
+        from unsloth import FastLanguageModel
+
+        model, _ = FastLanguageModel.from_pretrained(
+            case["model"],
+            max_seq_length=max(2048, case["length"]),
+            dtype=torch.bfloat16,
+            load_in_4bit=True,
+            local_files_only=True,
+        )
+        model = FastLanguageModel.get_peft_model(
+            model,
+            r=16,
+            lora_alpha=32,
+            lora_dropout=case["dropout"],
+            target_modules=TARGETS,
+            bias="none",
+            use_gradient_checkpointing={"on": True, "off": False, "offload": "unsloth"}[case["checkpointing"]],
+        )
+    else:
+        from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+        model = AutoModelForCausalLM.from_pretrained(
+            case["model"],
+            quantization_config=quantization,
+            dtype=torch.bfloat16,
+            device_map={"": 0},
+            attn_implementation="sdpa",
+        )
+        model.config.use_cache = False
+        model = prepare_model_for_kbit_training(
+            model,
+            use_gradient_checkpointing=case["checkpointing"] == "on",
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+        )
+        settings = LoraConfig(
+            r=16, lora_alpha=32, lora_dropout=case["dropout"], target_modules=TARGETS, task_type="CAUSAL_LM"
+        )
+        model = get_peft_model(model, settings)
+    model.train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = bnb.optim.PagedAdamW8bit(parameters, lr=2e-4)
+
+    def micro_batch(step: int, ids: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        return loss.detach() * (ids.numel() - len(ids))
+
+    return micro_batch, optimizer, optimizer.zero_grad
+
+
+def run_single(case: dict) -> dict:
+    """Return the case with the median milliseconds of a micro-batch, tokens a second and peak GiB."""
+    if case["peer"] == "unsloth":
+        import unsloth  # noqa: F401  (must be imported before transformers)
+    import torch
+
+    context = confine(case)
+    try:
+        micro_batch, optimizer, zero = (load_ours if case["peer"] == "ours" else load_peer)(case)
+        torch.manual_seed(0)
+        times, started = [], time.perf_counter()
+        for step in range(case["steps"] + 3):
+            ids = torch.randint(0, 150000, (case["batch"], case["length"]), device="cuda")
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            loss = micro_batch(step, ids)
+            torch.cuda.synchronize()
+            if step == 0:
+                case["first_s"] = round(time.perf_counter() - started, 1)
+            if step >= 3:
+                times.append(time.perf_counter() - start)
+            if step % 4 == 1:
+                optimizer.step()
+                zero()
+        if case.get("profile"):
+            profile(micro_batch, ids)
+        median = statistics.median(times)
+        tokens = case["batch"] * case["length"]
+        case |= {
+            "ms": round(median * 1e3, 1),
+            "tokens_per_s": round(tokens / median),
+            "loss": round(loss.item() / tokens, 3),
+        }
+    except torch.OutOfMemoryError:
+        case["error"] = "out of memory"
+    del context
+    case["peak_allocated_gib"] = round(torch.cuda.max_memory_allocated() / GIB, 2)
+    case["peak_reserved_gib"] = round(torch.cuda.max_memory_reserved() / GIB, 2)
+    return case
+
+
+def profile(micro_batch, ids) -> None:
+    """Print the GPU time of one micro-step by kernel, the longest first."""
+    import torch
+    from torch.profiler import ProfilerActivity
+
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as result:
+        micro_batch(0, ids)
+        torch.cuda.synchronize()
+    kernels = sorted(result.key_averages(), key=lambda e: -e.self_device_time_total)
+    total = sum(e.self_device_time_total for e in kernels)
+    print(f"GPU time of one micro-step: {total / 1e3:.1f} ms in {sum(e.count for e in kernels)} kernels")
+    for event in kernels[:28]:
+        print(f"{event.self_device_time_total / 1e3:9.2f} ms {event.count:6d} x  {event.key[:110]}")
+
+
+def table(results: list[dict]) -> str:
+    """Return the results a row a case, with this toolkit's ratio to the best setting of each peer at the same shape."""
+    rows = [f"{'case':<16}{'peer':<9}{'ckpt':<9}{'dropout':<9}{'tok/s':>8}{'ms':>9}{'GiB':>8}{'first s':>9}"]
+    for r in results:
+        name = (
+            f"{r['batch']}x{r['length']}" + (f"@{r['sms']}" if r["sms"] else "") + (f"%{r['cap']}" if r["cap"] else "")
+        )
+        speed = f"{r['tokens_per_s']:>8}{r['ms']:>9}" if "ms" in r else f"{r.get('error', 'failed'):>17}"
+        rows.append(
+            f"{name:<16}{r['peer']:<9}{r['checkpointing']:<9}{r['dropout']:<9}{speed}"
+            f"{r.get('peak_reserved_gib', 0):>8}{r.get('first_s', 0):>9}"
+        )
+    return "\n".join(rows)
+
+
+def main() -> int:
+    """Run every case in a process of its own and print the table."""
+    args = parse()
+    if args.single:
+        print("RESULT " + json.dumps(run_single(json.loads(args.single))))
+        return 0
+    results = []
+    for text in [args.profile] if args.profile else args.cases:
+        match = re.fullmatch(r"(\d+)x(\d+)(?:@(\d+))?(?:%([\d.]+))?", text)
+        if not match:
+            print(f"--cases: expected BATCHxLENGTH[@SMS][%GIB], got {text}", file=sys.stderr)
+            return 2
+        shape = {
+            "batch": int(match[1]),
+            "length": int(match[2]),
+            "sms": int(match[3] or 0),
+            "cap": float(match[4] or 0),
+        }
+        for peer in ["ours"] if args.profile else args.peers:
+            for checkpointing in args.checkpointing:
+                if checkpointing == "offload" and peer != "unsloth":
+                    continue
+                for dropout in args.dropout:
+                    case = {
+                        "peer": peer,
+                        **shape,
+                        "checkpointing": checkpointing,
+                        "dropout": dropout,
+                        "model": args.model,
+                    }
+                    case |= {"steps": args.steps, "set": args.set, "profile": bool(args.profile)}
+                    results.append(run_process(case, args.timeout))
+    print(table(results))
+    return 0
+
+
+def run_process(case: dict, timeout: int) -> dict:
+    """Run one case in a fresh process and return its result."""
+    command = [sys.executable, __file__, case["model"], "--single", json.dumps(case)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
+    except subprocess.TimeoutExpired:
+        return case | {"error": f"over {timeout} s"}
+    lines = done.stdout.splitlines()
+    for line in lines:
+        if not line.startswith("RESULT ") and case.get("profile"):
+            print(line)
+    found = [json.loads(line[7:]) for line in lines if line.startswith("RESULT ")]
+    result = found[0] if found else case | {"error": "failed"}
+    if not found:
+        print("\n".join(done.stderr.splitlines()[-12:]), file=sys.stderr)
+    print(json.dumps({k: v for k, v in result.items() if k not in ("model", "profile", "set", "steps")}), flush=True)
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main())

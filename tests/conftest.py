@@ -1,0 +1,146 @@
+"""What the tests share: a quiet, offline environment, small models and texts, and the two ways to run a script."""
+
+import functools
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Before datasets, huggingface_hub and torch are imported, here or in a child: they read these once. Nothing of the
+# developer's caches is seen or changed, and nothing asks the network.
+CACHE = tempfile.mkdtemp(prefix="qlora-tests-")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HOME"] = CACHE
+os.environ["HF_HUB_CACHE"] = str(Path(CACHE) / "hub")
+os.environ["HF_DATASETS_CACHE"] = str(Path(CACHE) / "datasets")
+# One thread: these models are too small for more, and threads waiting for each other on two busy cores made runs up to
+# twenty times slower (measured).
+os.environ["OMP_NUM_THREADS"] = "1"
+for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "PYTHONIOENCODING"):
+    os.environ.pop(name, None)
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(CACHE, ignore_errors=True)
+
+
+# ------------------------------------------------------------------------------------------------ models and texts
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Path:
+    """The trained Qwen2 of 4.3 M parameters with its tokenizer."""
+    return ROOT / "tiny" / "model"
+
+
+@pytest.fixture(scope="session")
+def random_models(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A function that returns the folder of a random two-layer model of a family, made on its first use.
+
+    qwen2 (tied, biases on q, k, v), llama (own head, no bias), mistral (grouped heads, a window of 16 positions), qwen3
+    (norms on q and k, grouped heads), gemma2 (soft-capped logits). Hidden size and the width of k and v are 256: at
+    rank 16 an adapter matrix has 4,096 elements or more, from which on bitsandbytes keeps its states in 8 bit. Their
+    tokenizer is the tiny model's.
+    """
+    import torch
+    import transformers
+
+    # family: (class prefix, grouped heads, what sets it apart)
+    families = {
+        "qwen2": ("Qwen2", 4, {"tie_word_embeddings": True}),
+        "llama": ("Llama", 4, {"tie_word_embeddings": False, "attention_bias": False}),
+        "mistral": ("Mistral", 8, {"tie_word_embeddings": False, "sliding_window": 16}),
+        "qwen3": ("Qwen3", 8, {"tie_word_embeddings": True}),
+        "gemma2": ("Gemma2", 4, {"query_pre_attn_scalar": 64, "final_logit_softcapping": 5.0}),
+    }
+
+    @functools.cache
+    def make(family: str) -> Path:
+        prefix, heads, own = families[family]
+        sizes = {"vocab_size": 4096, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
+        attention = {"num_attention_heads": heads, "num_key_value_heads": 4, "head_dim": 64}
+        # ids of the tiny tokenizer; weights large enough that no two tokens are as good as equal
+        rest = {"eos_token_id": 2, "pad_token_id": 0, "bos_token_id": None, "initializer_range": 0.08}
+        config = getattr(transformers, f"{prefix}Config")(**sizes, **attention, **rest, **own)
+        torch.manual_seed(0)
+        model = getattr(transformers, f"{prefix}ForCausalLM")(config).to(torch.bfloat16)
+        folder = tmp_path_factory.mktemp(family)
+        model.save_pretrained(folder)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(tiny_model / name, folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A .txt of 60 documents of eight lines, about 5,600 tokens of Shakespeare."""
+    text = (ROOT / "tiny" / "text" / "train.txt").read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if line.strip()]
+    documents = ["\n".join(lines[i : i + 8]) + "\n" for i in range(0, 480, 8)]
+    path = tmp_path_factory.mktemp("corpus") / "plays.txt"
+    path.write_text("\n".join(documents), encoding="utf-8")
+    return path
+
+
+# ------------------------------------------------------------------------------------------------ the scripts
+
+
+@pytest.fixture
+def train(corpus: Path, tmp_path: Path) -> Callable[..., tuple[int, Path]]:
+    """A function that runs train_qlora.main here, on the tiny model: train(*flags) -> (exit code, output_dir).
+
+    Without flags it makes three optimizer steps of 4 sequences of 64 tokens of `corpus`; a flag replaces that.
+    """
+    import torch
+
+    import train_qlora
+
+    def run(*flags: object, output_dir: Path | None = None) -> tuple[int, Path]:
+        output_dir = output_dir or tmp_path / "output"
+        argv = ["--config", ROOT / "tiny" / "config.yaml", "--dataset", corpus, "--output_dir", output_dir]
+        argv += ["--max_length", 64, "--batch_size", 2, "--gradient_accumulation_steps", 2, "--max_steps", 3]
+        argv += ["--compile", "off"]  # compiling takes longer than the three steps; tests of it say on
+        try:
+            return train_qlora.main([str(word) for word in (*argv, *flags)]), output_dir
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+    return run
+
+
+@pytest.fixture
+def run_cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """A function that runs a script of the toolkit as a child: run_cli("train_qlora.py", *flags, env=, input=, cwd=).
+
+    The child's folder is `tmp_path`, so that nothing it leaves by mistake lands in the repository.
+    """
+
+    def run(
+        script: str,
+        *flags: object,
+        env: dict[str, str] | None = None,
+        input: str | None = None,
+        cwd: Path | None = None,
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, str(ROOT / script), *map(str, flags)],
+            cwd=cwd or tmp_path,
+            env={**os.environ, **(env or {})},
+            input=input,
+            stdin=subprocess.DEVNULL if input is None else None,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=300,
+        )
+
+    return run

@@ -1,0 +1,362 @@
+"""Checkpoints: nothing is lost in a round trip, what is damaged is noticed, and a crash never leaves a false checkpoint."""
+
+import json
+import os
+import shutil
+import signal
+
+import bitsandbytes as bnb
+import pytest
+import torch
+
+import checkpoint_utils
+from checkpoint_utils import (
+    TEMPORARY,
+    checkpoints,
+    clean_up,
+    flatten_state,
+    latest_checkpoint,
+    read_checkpoint,
+    restore_state,
+    stop_on_signal,
+    write_atomically,
+    write_checkpoint,
+)
+
+FILES = {
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "training_state.safetensors",
+    "training_state.json",
+    "checksums.json",
+}
+
+
+def same(a, b) -> bool:
+    """Whether two nested states are equal in structure, types of keys, dtypes and bits; tuples count as lists."""
+    if isinstance(a, torch.Tensor):
+        bits = lambda t: t.detach().cpu().contiguous().reshape(-1).view(torch.uint8)  # noqa: E731  NaN equals itself in bits
+        return (
+            isinstance(b, torch.Tensor) and a.dtype == b.dtype and a.shape == b.shape and torch.equal(bits(a), bits(b))
+        )
+    if isinstance(a, dict):
+        keys = [(type(key), key) for key in a]
+        return isinstance(b, dict) and keys == [(type(key), key) for key in b] and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return isinstance(b, (list, tuple)) and len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and a == b
+
+
+def round_trip(state):
+    """What a checkpoint's two files give back, by way of the text of one and the tensors of the other."""
+    tensors = {}
+    tree = json.loads(json.dumps(flatten_state(state, "state", tensors)))
+    return restore_state(tree, tensors)
+
+
+def stepped(kind, steps: int = 3):
+    """An optimizer after some steps over a large (8-bit), a small (32-bit) and a bfloat16 parameter."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (((64, 128), torch.float32), ((7,), torch.float32), ((64, 64), torch.bfloat16))
+    parameters = [torch.nn.Parameter(torch.randn(*shape, generator=generator).to(dtype)) for shape, dtype in shapes]
+    optimizer = kind(parameters, lr=1e-2, weight_decay=0.01)
+    for _ in range(steps):
+        step(optimizer, generator)
+    return optimizer, parameters, generator
+
+
+def step(optimizer, generator) -> None:
+    for parameter in optimizer.param_groups[0]["params"]:
+        parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+    optimizer.step()
+
+
+def write(folder, number: int, keep: int = 10, **more):
+    """A checkpoint whose content depends on its number."""
+    adapter = {"a.lora_A.weight": torch.full((2, 3), float(number))}
+    return write_checkpoint(folder, number, adapter, {"r": 2}, {"progress": {"step": number}, **more}, keep)
+
+
+def ignore(line: str) -> None:
+    pass
+
+
+# ------------------------------------------------------------------------------------------------ states
+
+
+@pytest.mark.parametrize("kind", [bnb.optim.AdamW8bit, bnb.optim.AdamW32bit, torch.optim.AdamW])
+def test_optimizer_state_survives_the_round_trip_bit_for_bit(kind):
+    optimizer, _, _ = stepped(kind)
+    state = optimizer.state_dict()
+    assert same(round_trip(state), state)
+    first = state["state"][0]
+    if kind is bnb.optim.AdamW8bit:
+        nested = first["__bnb_optimizer_quant_state__"]
+        assert nested["state1"].dtype is torch.uint8  # else this test would not look at 8-bit states
+
+
+@pytest.mark.parametrize("kind", [bnb.optim.AdamW8bit, bnb.optim.AdamW32bit, torch.optim.AdamW])
+def test_restored_optimizer_goes_on_as_the_one_that_was_never_stopped(kind, tmp_path):
+    optimizer, parameters, generator = stepped(kind)
+    write(tmp_path, 1, optimizer=optimizer.state_dict())
+    again, copies, _ = stepped(kind, steps=0)
+    for copy, parameter in zip(copies, parameters, strict=True):
+        copy.data.copy_(parameter.data)
+    again.load_state_dict(read_checkpoint(tmp_path / "checkpoint-1")[1]["optimizer"])
+    before = generator.get_state()
+    for _ in range(3):
+        step(optimizer, generator)
+    generator.set_state(before)
+    for _ in range(3):
+        step(again, generator)
+    assert all(torch.equal(a, b) for a, b in zip(parameters, copies, strict=True))
+    assert same(again.state_dict()["state"], optimizer.state_dict()["state"])
+
+
+def test_state_keeps_types_of_keys_and_values(tmp_path):
+    base = torch.arange(12, dtype=torch.float32)
+    state = {
+        "numbers": {0: 1, 10: 2.5, -3: None, "0x": True},
+        "empty": [{}, [], ""],
+        "text": "μ 中",
+        "extremes": [2**40, 1e-300, float("inf"), -0.0],
+        "lists": [[1, [2, {"three": torch.tensor(3)}]], (4, 5)],
+        "tensors": [
+            torch.tensor(2.0),
+            torch.zeros(0, 3),
+            torch.tensor([True, False]),
+            torch.tensor([1.5, float("nan")], dtype=torch.bfloat16),
+            torch.tensor([2**62]),
+            torch.arange(6, dtype=torch.uint8).reshape(2, 3).t(),  # not contiguous
+            base[:4],
+            base[2:8],  # shares the storage of the one before
+        ],
+    }
+    write(tmp_path, 4, **state)
+    _, restored = read_checkpoint(tmp_path / "checkpoint-4")
+    assert same({key: restored[key] for key in state}, state)
+
+
+def test_tensors_under_names_that_look_alike_stay_apart():
+    state = {1: torch.tensor([1]), "1": torch.tensor([2]), "a": {"b": torch.tensor([3])}, "a.b": torch.tensor([4])}
+    assert same(round_trip(state), state)
+
+
+# ------------------------------------------------------------------------------------------------ what is written and found
+
+
+def test_checkpoint_holds_the_files_it_names_and_no_pickle(tmp_path):
+    folder = write(tmp_path, 7, best=torch.ones(3))
+    assert folder == tmp_path / "checkpoint-7"
+    assert {path.name for path in folder.iterdir()} == FILES
+    assert set(json.loads((folder / "checksums.json").read_text(encoding="utf-8"))) == FILES - {"checksums.json"}
+    adapter, state = read_checkpoint(folder)
+    assert torch.equal(adapter["a.lora_A.weight"], torch.full((2, 3), 7.0))
+    assert state["progress"] == {"step": 7} and torch.equal(state["best"], torch.ones(3))
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-7"}
+
+
+def test_newest_is_by_number_and_other_names_are_not_checkpoints(tmp_path):
+    for number in (9, 20, 100):
+        write(tmp_path, number)
+    for name in ("checkpoint-", "checkpoint-x", "checkpoint-3-old", "checkpoint-5.bak", "mycheckpoint-8"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-100", "checkpoint-20", "checkpoint-9"]
+    assert latest_checkpoint(tmp_path, ignore)[0].name == "checkpoint-100"
+    assert latest_checkpoint(tmp_path / "absent", ignore) is None
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_save_total_limit(tmp_path, keep):
+    for number in range(1, 6):
+        write(tmp_path, number, keep)
+        expected = [f"checkpoint-{n}" for n in range(number, max(0, number - keep), -1)]
+        assert [path.name for path in checkpoints(tmp_path)] == expected
+    assert {path.name for path in tmp_path.iterdir()} == set(expected)  # nothing else lies about
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_checkpoint_of_an_abandoned_future_does_not_outlive_the_one_just_written(tmp_path, keep):
+    """After going back (the newest was damaged, or an older one was asked for) the newest is the one written last."""
+    for number in (3, 6, 9):
+        write(tmp_path, number, 3)
+    (tmp_path / "checkpoint-9" / "adapter_model.safetensors").write_bytes(b"damaged")
+    write(tmp_path, 7, keep)
+    assert latest_checkpoint(tmp_path, ignore)[0].name == "checkpoint-7"
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-7", "checkpoint-6"][:keep]
+
+
+# ------------------------------------------------------------------------------------------------ damage
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+@pytest.mark.parametrize("damage", ["half", "empty", "absent", "bit"])
+def test_damaged_file_is_noticed_and_the_checkpoint_before_is_taken(tmp_path, name, damage):
+    write(tmp_path, 3, moments=torch.randn(50))
+    folder = write(tmp_path, 6, moments=torch.randn(50))
+    path = folder / name
+    content = path.read_bytes()
+    if damage == "absent":
+        path.unlink()
+    elif damage == "bit":
+        middle = len(content) // 2
+        path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    else:
+        path.write_bytes(content[: len(content) // 2] if damage == "half" else b"")
+    with pytest.raises(ValueError, match=r"\w"):
+        read_checkpoint(folder)
+    lines = []
+    found = latest_checkpoint(tmp_path, lines.append)
+    assert found[0].name == "checkpoint-3" and found[2]["progress"] == {"step": 3}
+    assert len(lines) == 1 and "checkpoint-6" in lines[0] and "\n" not in lines[0]
+
+
+def test_no_undamaged_checkpoint_is_none_with_a_line_each(tmp_path):
+    for number in (1, 2):
+        (write(tmp_path, number) / "training_state.json").unlink()
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-4").write_text("a file, not a folder", encoding="utf-8")
+    lines = []
+    assert latest_checkpoint(tmp_path, lines.append) is None
+    assert [line.split()[0] for line in lines] == [f"checkpoint-{n}" for n in (4, 3, 2, 1)]
+
+
+@pytest.mark.parametrize("sums", ["{}", "[]", "null", "7"])
+def test_checksums_that_name_nothing_vouch_for_nothing(tmp_path, sums):
+    folder = write(tmp_path, 1)
+    (folder / "checksums.json").write_text(sums, encoding="utf-8")
+    with pytest.raises(ValueError):
+        read_checkpoint(folder)
+
+
+# ------------------------------------------------------------------------------------------------ crashes
+
+
+class Crash(BaseException):
+    """Stands for a kill: nothing in the program catches it."""
+
+
+CALLS = [(checkpoint_utils, "write_atomically"), (os, "replace"), (os, "rename"), (os, "fsync"), (shutil, "rmtree")]
+
+
+@pytest.mark.parametrize("module, function", CALLS, ids=[name for _, name in CALLS])
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_crash_at_any_write_leaves_only_whole_checkpoints(tmp_path, monkeypatch, module, function, moment):
+    """The same step is written again over an older folder, and an old one is deleted: every path of write_checkpoint."""
+    real = getattr(module, function)
+    crashes = 0
+    for fatal in range(40):
+        output_dir = tmp_path / str(fatal)
+        for number in (2, 4):
+            write(output_dir, number)
+        calls = iter(range(100))
+
+        def fails(*arguments, calls=calls, fatal=fatal, **keywords):
+            now = next(calls) == fatal
+            if now and moment == "before":
+                raise Crash
+            result = real(*arguments, **keywords)
+            if now:
+                raise Crash
+            return result
+
+        monkeypatch.setattr(module, function, fails)
+        try:
+            write(output_dir, 4, keep=1)
+            done = True
+        except Crash:
+            done, crashes = False, crashes + 1
+        finally:
+            monkeypatch.setattr(module, function, real)
+        for folder in checkpoints(output_dir):
+            read_checkpoint(folder)  # raises where a folder with the name is not a checkpoint
+        assert latest_checkpoint(output_dir, pytest.fail) is not None  # one of the two is always there
+        clean_up(output_dir)
+        assert {path.name for path in output_dir.iterdir()} <= {"checkpoint-2", "checkpoint-4"}
+        if done:
+            break
+    assert done and crashes, "the loop has to meet every call once, and there have to be some"
+
+
+def test_half_deleted_folder_is_never_one_with_the_name(tmp_path, monkeypatch):
+    """rmtree that dies in the middle, with some files gone, is the worst of crashes."""
+    real = shutil.rmtree
+
+    def dies(path, *arguments, **keywords):
+        files = sorted(path.iterdir()) if path.exists() else []
+        if not files:
+            return real(path, *arguments, **keywords)
+        files[0].unlink()
+        raise Crash
+
+    for number in (2, 4):
+        write(tmp_path, number)
+    for number, keep in ((4, 5), (6, 1)):  # the same step again; an old one too many
+        monkeypatch.setattr(shutil, "rmtree", dies)
+        with pytest.raises(Crash):
+            write(tmp_path, number, keep)
+        monkeypatch.setattr(shutil, "rmtree", real)
+        for folder in checkpoints(tmp_path):
+            read_checkpoint(folder)
+        clean_up(tmp_path)
+
+
+def test_leftovers_of_a_killed_run_are_removed_and_nothing_else(tmp_path):
+    write(tmp_path, 2)
+    half = tmp_path / f"{TEMPORARY}checkpoint-4"
+    half.mkdir()
+    (half / "adapter_model.safetensors").write_bytes(b"half")
+    (tmp_path / f"{TEMPORARY}metrics.jsonl").write_bytes(b"half")
+    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
+    clean_up(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "notes.txt"}
+    write(tmp_path, 4)
+    assert latest_checkpoint(tmp_path, pytest.fail)[0].name == "checkpoint-4"
+
+
+def test_leftover_of_the_same_step_is_not_mixed_in(tmp_path):
+    half = tmp_path / f"{TEMPORARY}checkpoint-4"
+    half.mkdir()
+    (half / "old.bin").write_bytes(b"old")
+    folder = write(tmp_path, 4)
+    assert {path.name for path in folder.iterdir()} == FILES
+
+
+def test_atomic_file_is_the_old_or_the_new_one(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    write_atomically(path, b"old")
+    real = os.replace
+
+    def fails(*arguments):
+        raise Crash
+
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.raises(Crash):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    monkeypatch.setattr(os, "replace", real)
+    write_atomically(path, b"new")
+    assert path.read_bytes() == b"new" and [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+# ------------------------------------------------------------------------------------------------ signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_first_signal_is_a_request_and_the_handlers_come_back(number):
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    lines = []
+    with stop_on_signal(lines.append) as request:
+        assert request.signum is None
+        signal.raise_signal(number)
+        assert request.signum == number and len(lines) == 1
+    assert {n: signal.getsignal(n) for n in before} == before
+
+
+def test_second_signal_exits_at_once(monkeypatch):
+    codes = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    with stop_on_signal(ignore):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+    assert codes == [128 + signal.SIGINT]

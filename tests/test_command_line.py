@@ -1,0 +1,497 @@
+"""A user's mistakes through the real entry point: exit code 2, a line a problem on stderr, and nothing written."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ROOT / "tiny" / "config.yaml"
+
+
+def listing(folder: Path) -> dict[str, bytes | None]:
+    """Return every file below a folder with its content."""
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+def said(stderr: str) -> list[str]:
+    """Return the problems that a script reported; anything else on stderr fails the test."""
+    lines = stderr.splitlines()
+    assert lines
+    assert all(line.startswith("error: ") for line in lines), stderr
+    assert all(len(line) < 700 for line in lines), stderr
+    return [line.removeprefix("error: ") for line in lines]
+
+
+@pytest.fixture
+def refused(train, tmp_path, monkeypatch, capfd) -> Callable[..., list[str]]:
+    """A function that trains with flags that must be refused and returns the problems; the disk may not change."""
+
+    def run(*flags: object, output_dir: Path | None = None) -> list[str]:
+        here = tmp_path / "here"
+        here.mkdir(exist_ok=True)
+        monkeypatch.chdir(here)
+        before = listing(tmp_path)
+        capfd.readouterr()
+        code, _ = train(*flags, output_dir=output_dir)
+        problems = said(capfd.readouterr().err)
+        assert code == 2
+        assert listing(tmp_path) == before
+        return problems
+
+    return run
+
+
+# ----------------------------------------------------------------------------------------------- flags and config files
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--rnak", "8"], ["--rnak: unknown flag; did you mean --rank?"]),
+        (["--rank"], ["argument --lora.rank/--rank: expected one argument"]),
+        (["extra"], ["unexpected argument: extra"]),
+        (["--rank", "eight"], ["lora.rank: expected an integer >= 1, got 'eight'"]),
+        (["--rank", "0"], ["lora.rank: expected an integer >= 1, got 0"]),
+        (["--seed", "true"], ["training.seed: expected an integer"]),
+        (
+            ["--rank", "0", "--top_p", "2", "--quant_type", "int8"],
+            ["lora.rank", "generation.top_p", "quantization.quant_type: expected one of nf4, fp4"],
+        ),
+        (["--config", "nowhere.yaml"], ["--config: no such file: nowhere.yaml"]),
+        (["--adapter", "somewhere"], ["--adapter: goes with --evaluate"]),
+        (["--use_dora", "true", "--fused_lora", "on"], ["performance.fused_lora"]),
+    ],
+)
+def test_flags(refused, flags, expected):
+    problems = refused(*flags)
+    assert len(problems) == len(expected)
+    assert all(problem.startswith(start) for problem, start in zip(problems, expected, strict=True))
+
+
+def test_config_file(refused, tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text("lora: {rnak: 8, rank: x}\ntrainin: {}\n", encoding="utf-8")
+    assert [p.split(":")[0] for p in refused("--config", path)] == ["lora.rnak", "lora.rank", "trainin"]
+    path.write_bytes(b"\xff\xfe\x00")
+    assert "UTF-8" in refused("--config", path)[0]
+
+
+# ------------------------------------------------------------------------------------------------ data
+
+
+def table(**columns: list) -> Callable[[Path], object]:
+    return lambda path: pq.write_table(pa.table(columns), path)
+
+
+ROWS = "".join(json.dumps({"text": f"row {i} of some text", "n": i}) + "\n" for i in range(50))
+
+DATA = {  # name of the file: content, what is said
+    "empty.txt": ("", r"has no (rows|text)"),
+    "blank.txt": ("\n  \n\t\n", r"no text"),
+    "empty.jsonl": ("", r"has no (rows|text)"),
+    "newline.jsonl": ("\n\n", r"has no (rows|text)"),
+    "empty.json": ("[]", r"has no (rows|text)"),
+    "empty.csv": ("", r"has no (rows|text)"),
+    "header.csv": ("text,n\n", r"has no (rows|text)"),
+    "empty.parquet": (table(text=pa.array([], pa.string())), r"has no (rows|text)"),
+    "blank.jsonl": ('{"text": " "}\n{"text": null}\n', r"no text"),
+    "short.txt": ("ab\n", r"too short"),
+    "column.jsonl": (
+        ROWS.replace('"text"', '"body"'),
+        r"data\.text_column: no column 'text' in .*; it has body, n",
+    ),
+    "column.csv": ("body,n\na,1\n", r"data\.text_column: no column 'text' in .*; it has body, n"),
+    "number.csv": ("text\n1\n2\n", r"data\.text_column: expected text in column 'text', got int64"),
+    "list.jsonl": ('{"text": ["a", "b"]}\n', r"data\.text_column: expected text in column 'text', got "),
+    "dict.jsonl": ('{"text": {"a": "b"}}\n', r"data\.text_column: expected text in column 'text', got "),
+    "number.parquet": (
+        table(text=[1.5, 2.5]),
+        r"data\.text_column: expected text in column 'text', got double|float64",
+    ),
+    "truncated.json": (json.dumps([{"text": "a"}] * 20)[:-30], r"cannot read"),
+    "truncated.jsonl": (ROWS[:-20], r"cannot read"),
+    "text.json": ("this is no JSON at all", r"cannot read"),
+    "number.json": ("5", r"cannot read"),
+    "ragged.csv": ("text,n\na,1\nb,2,3,4,5\n", r"cannot read"),
+    "quote.csv": ('text,n\n"never closed,1\nb,2\n', r"cannot read"),
+    "garbage.parquet": ("this is no parquet file, whatever its name says", r"cannot read"),
+    "latin.txt": ("größer\n".encode("latin-1") * 20, r"cannot read .*(utf-8|UTF)"),
+    "latin.csv": ("text\ngrößer\n".encode("latin-1"), r"cannot read .*(utf-8|UTF)"),
+    "latin.jsonl": ('{"text": "größer"}\n'.encode("latin-1"), r"latin\.jsonl .*(utf-8|UTF)"),
+    "utf16.txt": ("some text\n".encode("utf-16"), r"cannot read .*(utf-8|UTF)"),
+    "letter.docx": ("text", r"expected one of \.txt, \.csv, \.json, \.jsonl, \.parquet"),
+    "no_ending": ("text", r"expected one of \.txt"),
+}
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_data_file(refused, tmp_path, name):
+    content, expected = DATA[name]
+    path = tmp_path / name
+    if callable(content):
+        content(path)
+    else:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    (problem,) = refused("--dataset", path)
+    assert problem.startswith("data.")
+    assert name in problem or "text_column" in problem or "too short" in problem
+    assert re.search(expected, problem)
+
+
+def test_truncated_parquet(refused, tmp_path):
+    path = tmp_path / "rows.parquet"
+    table(text=["some text"] * 500)(path)
+    path.write_bytes(path.read_bytes()[:-100])
+    (problem,) = refused("--dataset", path)
+    assert problem.startswith(f"data.dataset: cannot read {path}")
+
+
+@pytest.mark.parametrize("name", ["none.txt", "none/", "./none", "/none/of/these", "data\\none.jsonl", "none.parquet"])
+def test_missing_data(refused, name):
+    assert refused("--dataset", name) == [f"data.dataset: no such file or folder: {name}"]
+
+
+def test_folders_of_data(refused, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    assert refused("--dataset", folder) == [
+        f"data.dataset: expected files of one kind (.txt, .csv, .json, .jsonl, .parquet) in {folder}, got none"
+    ]
+    (folder / "README.md").write_text("no data", encoding="utf-8")
+    assert "got none" in refused("--dataset", folder)[0]
+    (folder / "a.txt").write_text("text\n", encoding="utf-8")
+    (folder / "b.csv").write_text("text\na\n", encoding="utf-8")
+    assert refused("--dataset", folder)[0].endswith(f"in {folder}, got a mixture of .csv, .txt")
+
+
+def test_data_that_the_hub_does_not_give(refused):
+    for name in ("nobody/no-such-data", "wikitext"):
+        (problem,) = refused("--dataset", name)
+        assert problem.startswith(f"data.dataset: cannot get {name} from the hub")
+        assert all(way in problem for way in ("local file or folder", "HF_HOME", "tiny/config.yaml"))
+
+
+# ------------------------------------------------------------------------------------------------ models
+
+
+@pytest.fixture
+def model(tiny_model, tmp_path) -> Path:
+    """A copy of the tiny model that a test may damage."""
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+
+def test_model_folder_that_is_not_there(refused):
+    for name in ("./none", "/none/of/these", "a/b/c"):
+        assert refused("--model_name", name) == [f"model.name: no such folder: {name}"]
+
+
+def test_model_that_the_hub_does_not_give(refused):
+    (problem,) = refused("--model_name", "nobody/no-such-model")
+    assert problem.startswith("model.name: cannot get nobody/no-such-model from the hub")
+    assert all(way in problem for way in ("local folder", "HF_HOME", "tiny/config.yaml"))
+
+
+def test_model_that_is_a_file(refused, model):
+    (problem,) = refused("--model_name", model / "config.json")
+    assert problem.startswith("model.name: ")
+
+
+def test_model_without_weights(refused, model):
+    (model / "model.safetensors").unlink()
+    expected = f"model.name: expected safetensors weights in {model}, found none (pickled weights are not loaded)"
+    assert refused("--model_name", model) == [expected]
+    torch.save({"weight": torch.zeros(1)}, model / "pytorch_model.bin")
+    assert refused("--model_name", model) == [expected]
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def garble(path: Path) -> None:
+    path.write_bytes(b"not what it says" * 10)
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def listed(path: Path) -> None:
+    path.write_bytes(b"[]")  # sound JSON of another kind
+
+
+@pytest.mark.parametrize("damage", [cut, garble, empty, listed])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_damaged_model(refused, model, name, damage):
+    damage(model / name)
+    (problem,) = refused("--model_name", model)
+    assert problem.startswith("model.name: cannot ")
+    assert str(model) in problem
+
+
+def test_model_of_which_a_part_is_missing(refused, model):
+    (model / "model.safetensors").rename(model / "model-00001-of-00002.safetensors")
+    weights = {f"layer.{i}": f"model-0000{i}-of-00002.safetensors" for i in (1, 2)}
+    (model / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weights}), encoding="utf-8"
+    )
+    (problem,) = refused("--model_name", model)
+    assert problem.startswith(f"model.name: cannot load {model}")
+    assert "model-00002-of-00002.safetensors" in problem
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_incomplete_model(refused, model, name):
+    (model / name).unlink()
+    (problem,) = refused("--model_name", model)
+    assert problem.startswith("model.name: ")
+    assert str(model) in problem
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model_type": "unheard-of"},
+        {"architectures": ["BertModel"], "model_type": "bert"},  # not a causal language model's weights
+        {"hidden_size": 128},  # weights of another shape
+        {"num_hidden_layers": 9},  # and only 4 layer_types
+        {"num_hidden_layers": 5, "layer_types": ["full_attention"] * 5},  # a layer that has no weights
+        {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+    ],
+)
+def test_model_whose_config_does_not_fit(refused, model, change):
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    (model / "config.json").write_text(json.dumps({**config, **change}), encoding="utf-8")
+    (problem,) = refused("--model_name", model)
+    assert problem.startswith("model.name: ")
+    assert str(model) in problem
+
+
+def test_planning_for_what_is_not_there(refused, model):
+    assert refused("--plan", "--model_name", "./none") == ["model.name: no such folder: ./none"]
+    assert refused("--plan", "--model_name", "nobody/no-such-model")[0].startswith("model.name: cannot get")
+    assert refused("--plan", "--target_modules", "[query]")[0].startswith("lora.target_modules: ")
+    cut(model / "config.json")
+    assert refused("--plan", "--model_name", model)[0].startswith(f"model.name: cannot load {model}")
+
+
+def test_target_modules_that_the_model_has_not(refused):
+    (problem,) = refused("--target_modules", "[q_proj, query, c_attn]")
+    assert problem == (
+        "lora.target_modules: the model has no c_attn, query; its linear layers are "
+        "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
+    )
+
+
+@pytest.mark.parametrize("target", ["layers", "act_fn", "norm"])
+def test_target_modules_that_are_no_linear_layers(refused, target):
+    (problem,) = refused("--target_modules", f"[{target}]")
+    assert problem.startswith("lora.target_modules: ")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the default model may run")
+def test_the_default_model_without_a_gpu(refused):
+    for flags in ((), ("--evaluate",)):
+        (problem,) = refused("--model_name", "Qwen/Qwen2.5-3B-Instruct", *flags)
+        assert problem.startswith("model.name: Qwen/Qwen2.5-3B-Instruct needs a GPU")
+        assert re.search(r"one optimizer step would take about [\d.]+ (hours|minutes)", problem)
+        assert "tiny/config.yaml" in problem
+        if torch.version.cuda is None:
+            assert "CPU-only" in problem
+            assert "--index-url" in problem
+
+
+# ------------------------------------------------------------------------------------------------ adapters
+
+
+def test_evaluate_without_an_adapter_there(refused, tmp_path, tiny_model):
+    folder = tmp_path / "none"
+    assert refused("--evaluate", "--adapter", folder) == [f"--adapter: no adapter_config.json in {folder}"]
+    assert refused("--evaluate", "--adapter", tiny_model)[0].startswith("--adapter: no adapter_config.json in")
+
+
+def test_evaluate_with_nothing_held_out(refused):
+    assert refused("--evaluate", "--validation_fraction", 0) == [
+        "data.validation_fraction: nothing is held out to evaluate on"
+    ]
+
+
+def test_evaluate_with_an_adapter_that_does_not_fit(refused, train, tmp_path, random_models):
+    code, adapter = train("--target_modules", "[q_proj]", output_dir=tmp_path / "finished")
+    assert code == 0
+    (problem,) = refused("--evaluate", "--adapter", adapter, "--model_name", random_models("mistral"))
+    assert problem.startswith(f"--adapter: {adapter} does not fit")
+    weights = (adapter / "adapter_model.safetensors").read_bytes()
+    (adapter / "adapter_model.safetensors").write_bytes(weights[:1000])
+    assert refused("--evaluate", "--adapter", adapter)[0].startswith(f"--adapter: {adapter} does not fit")
+    (adapter / "adapter_model.safetensors").unlink()
+    (adapter / "adapter_model.bin").write_bytes(b"a pickle")
+    assert "no adapter_model.safetensors" in refused("--evaluate", "--adapter", adapter)[0]
+    (adapter / "adapter_config.json").write_text("{", encoding="utf-8")
+    assert refused("--evaluate", "--adapter", adapter)[0].startswith("--adapter: ")
+
+
+# ------------------------------------------------------------------------------------------- output folder and resuming
+
+
+def test_output_dir_that_cannot_be_one(refused, tmp_path):
+    (tmp_path / "file").touch()
+    (problem,) = refused(output_dir=tmp_path / "file")
+    assert problem == f"training.output_dir: expected a folder, got the file {tmp_path / 'file'}"
+    for path in (tmp_path / "file" / "below", tmp_path / ("x" * 300)):
+        (problem,) = refused(output_dir=path)
+        assert problem.startswith("training.output_dir: ")
+
+
+def test_output_dir_may_be_the_current_folder(train, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert train("--max_steps", 1, output_dir=Path("."))[0] == 0
+    assert (tmp_path / "here" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs a folder in which nobody may write, root included")
+def test_output_dir_in_an_unwritable_place(refused, tmp_path):
+    (problem,) = refused(output_dir=Path("/proc/output"))
+    assert problem.startswith("training.output_dir: cannot write in /proc")
+    if os.getuid() != 0:
+        locked = tmp_path / "locked"
+        locked.mkdir(mode=0o500)
+        (problem,) = refused(output_dir=locked / "output")
+        assert problem.startswith(f"training.output_dir: cannot write in {locked}")
+
+
+def test_finished_run(refused, train, tmp_path, capfd):
+    code, finished = train(output_dir=tmp_path / "finished")
+    assert code == 0
+    expected = f"training.output_dir: {finished} holds a finished run; choose another folder or give --overwrite"
+    assert refused("--resume", "never", output_dir=finished) == [expected]
+    for checkpoint in finished.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    assert refused(output_dir=finished) == [expected]
+    assert train("--overwrite", output_dir=finished) == (0, finished)
+
+
+def test_resume_that_would_not_be_the_same_run(refused, train, tmp_path, corpus):
+    code, output = train("--max_steps", 2, output_dir=tmp_path / "run")
+    assert code == 0
+    other = tmp_path / "other.txt"
+    other.write_text(corpus.read_text(encoding="utf-8").upper(), encoding="utf-8")
+    for flags, start in {
+        ("--rank", 8): "lora.rank: was 16 in checkpoint-2, is 8 now",
+        ("--learning_rate", "1e-3"): "training.learning_rate: was 0.004 in checkpoint-2, is 0.001 now",
+        ("--seed", 1): "training.seed: was 42",
+        ("--dataset", other): "data.dataset: its content is not what checkpoint-2 was trained on",
+        (
+            "--batch_size",
+            4,
+        ): "training.batch_size x training.gradient_accumulation_steps: was 4 in checkpoint-2, is 8 now",
+    }.items():
+        problems = refused(*flags, "--max_steps", 4, output_dir=output)
+        assert any(problem.startswith(start) for problem in problems)
+        assert all("--resume never" in problem for problem in problems)
+    problems = refused("--rank", 8, "--alpha", 16, "--max_steps", 4, output_dir=output)
+    assert [problem.split(":")[0] for problem in problems] == ["lora.rank", "lora.alpha"]
+
+
+def test_resume_from_a_folder_that_is_no_checkpoint(refused, train, tmp_path):
+    (problem,) = refused("--resume", tmp_path / "none")
+    assert problem.startswith(f"training.resume: cannot go on from {tmp_path / 'none'}")
+    _, output = train("--max_steps", 1, output_dir=tmp_path / "run")
+    cut(output / "checkpoint-1" / "training_state.safetensors")
+    (problem,) = refused("--resume", output / "checkpoint-1")
+    assert "does not match its checksum" in problem
+
+
+# ----------------------------------------------------------------------------------------------- launchers and trackers
+
+
+def test_tracker_that_is_unknown_or_not_installed(refused):
+    (problem,) = refused("--report_to", "carrier-pigeon")
+    assert problem.startswith("training.report_to: expected none or one of ")
+    assert "tensorboard" in problem
+    (problem,) = refused("--report_to", "comet_ml")
+    assert problem.startswith("training.report_to: ")
+
+
+def test_product_of_batch_sizes_that_does_not_divide(monkeypatch):
+    from config import ConfigError, TrainingConfig
+    from train_qlora import sequences_a_step
+
+    training = TrainingConfig(batch_size=3, gradient_accumulation_steps=5)
+    assert sequences_a_step(training, 5) == 15
+    with pytest.raises(ConfigError, match=r"expected a multiple of 2 processes, got 15"):
+        sequences_a_step(training, 2)
+
+
+# ------------------------------------------------------------------------------------------ the same as a child process
+
+
+def child(
+    run_cli, tmp_path: Path, *flags: object, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Train in a child process that must be refused; nothing may appear in its folder."""
+    here = tmp_path / "here"
+    here.mkdir()
+    result = run_cli("train_qlora.py", "--config", TINY, "--output_dir", "output", *flags, cwd=here, env=env)
+    assert result.returncode == 2, result.stderr
+    assert listing(here) == {}
+    return result
+
+
+CHILDREN = {
+    "flag": (["--rnak", "8"], "--rnak: unknown flag"),
+    "config": (["--config", "nowhere.yaml"], "--config: no such file"),
+    "data": (["--dataset", "nowhere.txt"], "data.dataset: no such file or folder: nowhere.txt"),
+    "hub data": (["--dataset", "nobody/no-such-data"], "data.dataset: cannot get nobody/no-such-data from the hub"),
+    "hub model": (["--model_name", "nobody/no-such-model"], "model.name: cannot get nobody/no-such-model from the hub"),
+    "adapter": (["--evaluate", "--adapter", "nowhere"], "--adapter: no adapter_config.json in nowhere"),
+    "tracker": (["--report_to", "carrier-pigeon"], "training.report_to: expected none or one of"),
+}
+
+
+@pytest.mark.parametrize("case", CHILDREN)
+def test_a_child_says_one_line_and_nothing_else(run_cli, tmp_path, case):
+    flags, expected = CHILDREN[case]
+    (problem,) = said(child(run_cli, tmp_path, *flags).stderr)
+    assert problem.startswith(expected)
+
+
+def test_a_child_says_nothing_else_of_damaged_files(run_cli, tmp_path, model):
+    cut(model / "model.safetensors")
+    data = tmp_path / "rows.jsonl"
+    data.write_text(ROWS[:-20], encoding="utf-8")
+    here = tmp_path / "one"
+    here.mkdir()
+    (problem,) = said(child(run_cli, here, "--model_name", model).stderr)
+    assert problem.startswith(f"model.name: cannot load {model}")
+    here = tmp_path / "two"
+    here.mkdir()
+    (problem,) = said(child(run_cli, here, "--dataset", data).stderr)
+    assert problem.startswith(f"data.dataset: cannot read {data}")
+
+
+def test_a_launch_that_announces_more_processes_than_there_are(run_cli, tmp_path):
+    (problem,) = said(child(run_cli, tmp_path, env={"WORLD_SIZE": "2"}).stderr)
+    assert "2 processes" in problem
+    assert "torchrun --nproc_per_node 2" in problem
+
+
+def test_a_console_in_cp950_does_not_crash(run_cli, tmp_path):
+    path = tmp_path / "größer.txt"
+    path.write_text("größer, 說中文 and 😀 in a text\n" * 40, encoding="utf-8")
+    flags = ["--dataset", path, "--max_length", 64, "--max_steps", 1, "--output_dir", tmp_path / "output"]
+    env = {"PYTHONIOENCODING": "cp950:strict", "PYTHONUTF8": "0"}
+    result = run_cli("train_qlora.py", "--config", TINY, *flags, env=env)
+    assert result.returncode == 0, result.stderr
+    log = (tmp_path / "output" / "training_log.txt").read_text(encoding="utf-8")
+    assert "größer, 說中文 and 😀" in log

@@ -1,0 +1,539 @@
+"""inference_example.py through its entry point, on the tiny model in real NF4 with a random adapter."""
+
+import dataclasses
+import io
+import json
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+
+import inference_example
+from config import ConfigError, load_config, save_config
+from inference_example import (
+    Conversation,
+    Engine,
+    Watch,
+    attach,
+    create_engine,
+    encode,
+    fitted,
+    generate_ids,
+    load_base,
+    take_turn,
+)
+from quantization_utils import create_lora_config, load_model_and_tokenizer
+
+TEXT = "A lighthouse is a tower that shows sailors where they are. In 1822 Fresnel built a lens."
+PROMPTS = ["Hello there.", "Who are you?", "Tell me about a town in the north of France.", "Is it late?"]
+PROMPTS += [f"What is {word}?" for word in ("rain", "a hill", "glass", "the sea", "bread", "snow")]
+
+
+def make_adapter(model_folder: Path, folder: Path, **lora: object) -> Path:
+    """Leave in `folder` what a run leaves for inference: an adapter whose B is not zero, and config.yaml."""
+    model, _ = load_model_and_tokenizer(str(model_folder), compute_dtype="float32", device="cpu")
+    torch.manual_seed(1)
+    peft_model = get_peft_model(model, create_lora_config(rank=8, **lora))
+    for name, parameter in peft_model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.01)
+    peft_model.save_pretrained(folder, save_embedding_layers=False)
+    config = load_config((), {"model.name": str(model_folder), "generation.max_new_tokens": 10})
+    save_config(config, folder / "config.yaml")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_adapter(tiny_model, tmp_path_factory.mktemp("adapter"))
+
+
+@pytest.fixture
+def copy(adapter: Path, tmp_path: Path) -> Path:
+    """An adapter's folder that a test may spoil."""
+    return shutil.copytree(adapter, tmp_path / "copy")
+
+
+@pytest.fixture(scope="session")
+def engine(adapter: Path) -> Engine:
+    """The model with the adapter, as the script loads it, in fp32, where no two tokens are as good as equal."""
+    config = load_config(adapter / "config.yaml", {"quantization.compute_dtype": "float32"})
+    model, tokenizer = load_base(config)
+    return create_engine(attach(model, adapter, config.model.name), tokenizer, raw=False)
+
+
+@pytest.fixture
+def run(adapter: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable:
+    """A function that runs main in this process: run(*flags, stdin="") -> (exit code, stdout, stderr)."""
+
+    def call(*flags: object, stdin: str = "", adapter: object = adapter) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
+        capsys.readouterr()
+        code = inference_example.main([str(word) for word in ("--adapter", adapter, *flags)])
+        return (code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real SIGINT at the third token of every answer."""
+    plain = Watch.__call__
+
+    def pressed(watch: Watch, *arguments: object, **named: object) -> torch.Tensor:
+        if watch.tokens == 2:
+            signal.raise_signal(signal.SIGINT)
+        return plain(watch, *arguments, **named)
+
+    monkeypatch.setattr(Watch, "__call__", pressed)
+
+
+def answer(engine: Engine, prompt: object, **settings: object) -> str:
+    """Return the likeliest answer, by one call on one prompt."""
+    talk = load_config((), {"generation.max_new_tokens": 10, "generation.temperature": 0}).generation
+    talk = dataclasses.replace(talk, **settings)
+    return engine.tokenizer.decode(
+        generate_ids(engine, [encode(engine, prompt, talk.system_prompt)], talk, Watch())[0], skip_special_tokens=True
+    )
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+# ------------------------------------------------------------------------------------------------ loading and tokens
+
+
+def plain_model(tiny_model: Path, adapter: Path) -> PeftModel:
+    """The tutorial's own loading."""
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_use_double_quant=True,
+    )
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, quantization_config=quantization, dtype=torch.bfloat16)
+    for module in base.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return PeftModel.from_pretrained(base, adapter)
+
+
+def test_logits_and_answer_are_those_of_the_tutorials_loading(run: Callable, tiny_model: Path, adapter: Path) -> None:
+    plain, tokenizer = plain_model(tiny_model, adapter), AutoTokenizer.from_pretrained(tiny_model)
+    config = load_config(adapter / "config.yaml")
+    ours = attach(load_base(config)[0], adapter, config.model.name)
+    ids = tokenizer(TEXT, return_tensors="pt")["input_ids"].to(ours.device)
+    with torch.no_grad():
+        assert torch.equal(ours(input_ids=ids).logits, plain(input_ids=ids).logits)
+        with plain.disable_adapter(), ours.disable_adapter():
+            assert torch.equal(ours(input_ids=ids).logits, plain(input_ids=ids).logits)
+    chat = [{"role": "user", "content": TEXT}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    ids = ids["input_ids"].to(plain.device)
+    greedy = GenerationConfig(max_new_tokens=10, do_sample=False, eos_token_id=[0, 2], pad_token_id=0)
+    expected = plain.generate(ids, attention_mask=torch.ones_like(ids), generation_config=greedy)[0, ids.shape[1] :]
+    code, out, _ = run("--mode", "text", "--prompt", TEXT, "--temperature", 0)
+    assert (code, out) == (0, tokenizer.decode(expected, skip_special_tokens=True) + "\n")
+
+
+def test_greedy_ignores_the_seed_and_sampling_follows_it(run: Callable) -> None:
+    def text(*flags: object) -> str:
+        return run("--mode", "text", "--prompt", TEXT, *flags)[1]
+
+    assert text("--temperature", 0) == text("--temperature", 0, "--seed", 7)
+    assert text("--temperature", 2) == text("--temperature", 2)
+    assert text("--temperature", 2) != text("--temperature", 2, "--seed", 7)
+    assert text("--temperature", 2, "--top_k", 1) == text("--temperature", 0)
+
+
+def test_the_models_own_generation_config_does_not_leak_in(
+    run: Callable, tiny_model: Path, adapter: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    own = {"eos_token_id": [2, 0], "do_sample": True, "repetition_penalty": 9.0, "top_k": 1, "no_repeat_ngram_size": 1}
+    (folder / "generation_config.json").write_text(json.dumps(own), encoding="utf-8")
+    for temperature in (0, 1):
+        flags = ("--mode", "text", "--prompt", TEXT, "--temperature", temperature, "--max_new_tokens", 24)
+        assert run(*flags, "--model_name", folder)[1] == run(*flags)[1]
+
+
+def test_an_answer_ends_at_every_end_token(engine: Engine) -> None:
+    names = engine.tokenizer.get_vocab()
+    assert engine.ends == sorted([names["<|endoftext|>"], names["<|im_end|>"]])
+    base, plain = engine.model.get_base_model(), GenerationConfig()
+    base.generation_config = GenerationConfig(eos_token_id=[7, 9])
+    assert inference_example.end_tokens(base, engine.tokenizer) == sorted([*engine.ends, 7, 9])
+    base.generation_config = plain
+    settings = load_config((), {"generation.max_new_tokens": 10, "generation.temperature": 0}).generation
+    ids = encode(engine, TEXT, None)
+    whole = generate_ids(engine, [ids], settings, Watch())[0]
+    for end in whole[:4]:
+        cut = generate_ids(dataclasses.replace(engine, ends=[end]), [ids, ids + ids], settings, Watch())[0]
+        assert cut == whole[: whole.index(end) + 1]
+
+
+def test_a_model_without_a_chat_template_continues_text(run: Callable, tiny_model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    del settings["chat_template"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    flags = ("--mode", "text", "--prompt", "The river rises in", "--temperature", 0)
+    _, out, err = run(*flags, "--model_name", folder)
+    assert "no chat template" in err
+    assert out == run(*flags, "--raw")[1] != run(*flags)[1]
+
+
+# ------------------------------------------------------------------------------------------------ text
+
+
+def test_text_mode_as_a_user_runs_it(run_cli: Callable, run: Callable, adapter: Path) -> None:
+    flags = ("--mode", "text", "--temperature", 0)
+    child = run_cli("inference_example.py", "--adapter", adapter, *flags, "--prompt", "-", input="Grüße, 你好\n")
+    assert child.returncode == 0
+    assert child.stderr.startswith("[") and child.stderr.count("\n") == 1 and "tokens/s" in child.stderr
+    assert child.stdout == run(*flags, "--prompt", "Grüße, 你好")[1]
+
+
+def test_a_file_of_prompts_gets_the_answers_of_single_runs(run: Callable, engine: Engine, tmp_path: Path) -> None:
+    questions, rows, output = tmp_path / "q.txt", tmp_path / "q.jsonl", tmp_path / "new" / "a.jsonl"
+    questions.write_text("\n\n".join(PROMPTS) + "\n", encoding="utf-8-sig")
+    flags = ("--mode", "text", "--temperature", 0, "--compute_dtype", "float32", "--prompts")
+    code, out, err = run(*flags, questions, "--output", output)
+    assert (code, out) == (0, "") and "10 answers" in err
+    expected = [{"prompt": prompt, "completion": answer(engine, prompt)} for prompt in PROMPTS]
+    assert rows_of(output) == expected
+
+    chat = [
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "hi"},
+        {"role": "user", "content": "So?"},
+    ]
+    lines = [{"prompt": PROMPTS[2]}, {"messages": chat}, {"messages": [*chat, {"role": "assistant", "content": "!"}]}]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    assert run(*flags, rows, "--output", tmp_path / "b.jsonl", "--system_prompt", "Be brief.")[0] == 0
+    first, *others = rows_of(tmp_path / "b.jsonl")
+    assert first == {"prompt": PROMPTS[2], "completion": answer(engine, PROMPTS[2], system_prompt="Be brief.")}
+    assert others == [{"prompt": chat, "completion": answer(engine, chat, system_prompt="Be brief.")}] * 2
+
+
+def test_a_second_call_goes_on_where_the_first_stopped(run: Callable, tmp_path: Path) -> None:
+    questions, output = tmp_path / "q.txt", tmp_path / "a.jsonl"
+    questions.write_text("\n".join(PROMPTS), encoding="utf-8")
+    flags = ("--mode", "text", "--temperature", 1, "--prompts", questions, "--output", output)
+    run(*flags)
+    whole = output.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    output.write_bytes(b"".join(lines[:8]) + lines[8][:20])  # killed while it wrote the ninth row
+    code, _, err = run(*flags)
+    assert code == 0 and "2 answers" in err and output.read_bytes() == whole
+    code, _, err = run(*flags)
+    assert code == 0 and "nothing left to do" in err and output.read_bytes() == whole
+    for foreign in (b"my notes, without an end", b'{"prompt": "another", "completion": ""}\n', whole + lines[0]):
+        output.write_bytes(foreign)
+        assert run(*flags)[0] == 2 and output.read_bytes() == foreign
+
+
+def test_ctrl_c_ends_text_and_demo(run: Callable, ctrl_c: None, tmp_path: Path) -> None:
+    code, out, err = run("--mode", "text", "--prompt", TEXT)
+    assert code == 130 and out.endswith("\n") and "3 tokens, stopped" in err
+    assert run("--mode", "demo")[0] == 130
+    (tmp_path / "q.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
+    code, _, err = run("--mode", "text", "--prompts", tmp_path / "q.txt", "--output", tmp_path / "a.jsonl")
+    assert code == 130 and "0 of 10 answers" in err and (tmp_path / "a.jsonl").read_bytes() == b""
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+# ------------------------------------------------------------------------------------------------ interactive and demo
+
+
+def test_a_conversation(run: Callable, engine: Engine, tmp_path: Path) -> None:
+    file = tmp_path / "talk.jsonl"
+    lines = ["Hello", "And then?", f"/save {file}", "/reset", f"/save {file}", "Hello", "/system Be brief.", "Hello"]
+    lines += [" /is no command", f"/save {file}", "/quit", "never read"]
+    code, out, err = run("--temperature", 0, "--compute_dtype", "float32", stdin="\n".join(lines))
+    assert (code, err) == (0, "") and "nothing was said yet" in out
+    first, second = [row["messages"] for row in rows_of(file)]
+    assert [m["role"] for m in first] == ["user", "assistant"] * 2
+    assert first[0]["content"] == "Hello" and first[1]["content"] == answer(engine, "Hello")
+    assert first[3]["content"] == answer(engine, first[:3])  # the history counts
+    assert second[:2] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+    assert second[2]["content"] == first[1]["content"]  # /reset forgot
+    assert second[-2]["content"] == " /is no command"
+    assert second[-1]["content"] == answer(engine, second[:-1])
+    assert out.count(" tokens/s | first token after ") == 5
+
+
+def test_settings_are_checked_as_flags_are_and_the_end_of_input_leaves(run: Callable) -> None:
+    lines = [
+        "/set temperature 0",
+        "/set max_new_tokens 3",
+        "Hello",
+        "/set top_k null",
+        "/set top_p 2",
+        "/set nonsense 1",
+    ]
+    code, out, _ = run(stdin="\n".join([*lines, "/set", "/help", "/what", "/save", "/save /nowhere/at/all", "", ""]))
+    assert code == 0
+    for part in (
+        "temperature = 0.0",
+        "[3 tokens, cut at max_new_tokens",
+        "generation.top_p: expected a number > 0 and <= 1, got 2",
+        "/set: no key nonsense",
+        "top_p = 0.9",
+        "/system TEXT",
+        "/what: no such command",
+        "/save: expected the name of a file",
+        "/save: [Errno 2]",
+    ):
+        assert part in out
+
+
+def test_raw_lines_are_continued_without_history(run: Callable, engine: Engine) -> None:
+    flags = ("--raw", "--temperature", 0, "--compute_dtype", "float32")
+    _, out, _ = run(*flags, stdin="The river\nThe river\n")
+    expected = answer(dataclasses.replace(engine, raw=True), "The river")
+    assert out.count(f"> {expected}\n[") == 2
+
+
+def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on(run: Callable, ctrl_c: None, tmp_path: Path) -> None:
+    code, out, _ = run(stdin=f"Hello\nStill there?\n/save {tmp_path / 'talk.jsonl'}\n/quit\n")
+    assert code == 0 and out.count("[3 tokens, stopped") == 2
+    assert len(rows_of(tmp_path / "talk.jsonl")[0]["messages"]) == 4
+
+
+def test_ctrl_c_at_the_prompt_leaves(run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("builtins.input", lambda prompt: signal.raise_signal(signal.SIGINT))
+    assert run()[0] == 0
+
+
+def test_the_oldest_turns_go_when_the_positions_are_full(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = load_config((), {"generation.max_new_tokens": 10, "generation.system_prompt": "Be brief."}).generation
+    turns = [{"role": role, "content": f"{TEXT} {n}"} for n in range(3) for role in ("user", "assistant")][:-1]
+    last = encode(engine, turns[-1:], "Be brief.")
+    talk = Conversation(settings, list(turns))
+    assert fitted(dataclasses.replace(engine, limit=len(last) + 10), talk) == last
+    assert talk.messages == turns[-1:] and "2 of them" in capsys.readouterr().out
+    talk = Conversation(settings, turns[:2])
+    with pytest.raises(ConfigError, match="positions"):
+        take_turn(dataclasses.replace(engine, limit=20), TEXT, talk)
+    assert talk.messages == turns[:2] and not capsys.readouterr().out
+
+
+def test_demo_shows_base_and_adapter_under_each_prompt(run: Callable, adapter: Path, tiny_model: Path) -> None:
+    flags = ("--mode", "demo", "--temperature", 0, "--max_new_tokens", 10)
+    code, both, _ = run(*flags)
+    _, base, _ = run(*flags, "--model_name", tiny_model, adapter="none")
+    assert code == 0
+
+    def answers(out: str, label: str) -> list[str]:
+        return [part.split("\n")[1] for part in out.split("--- ") if part.startswith(label)]
+
+    assert len(answers(both, f"base: {tiny_model}")) == len(answers(both, f"adapter: {adapter}")) == 4
+    assert answers(both, "base") == answers(base, "base") != answers(both, "adapter")
+    assert "adapter: " not in base
+
+
+# ------------------------------------------------------------------------------------------------ merge
+
+
+@pytest.mark.parametrize("lora", [{}, {"use_rslora": True}, {"use_dora": True}], ids=["lora", "rslora", "dora"])
+def test_merged_in_fp32_the_logits_are_the_live_ones(lora: dict, tiny_model: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(tiny_model, tmp_path / "adapter", **lora)
+    config = load_config(adapter / "config.yaml", {"quantization.compute_dtype": "float32"})
+    live, tokenizer = load_base(config)
+    plain = inference_example.plain_copy(live, False)
+    ids = tokenizer(TEXT)["input_ids"]
+    base = inference_example.logits_on(live, ids)
+    assert (inference_example.logits_on(plain, ids) - base).norm() < 1e-5 * base.norm()
+    expected = inference_example.logits_on(attach(live, adapter, config.model.name), ids)
+    merged = inference_example.merge_adapter(attach(plain, adapter, config.model.name), torch.float32)
+    found = inference_example.logits_on(merged, ids)
+    assert (found - expected).norm() < 1e-4 * expected.norm() < (expected - base).norm()
+
+
+def test_each_merged_weight_is_rounded_once(tiny_model: Path, adapter: Path) -> None:
+    live, _ = load_base(load_config(adapter / "config.yaml"))
+    plain = inference_example.plain_copy(live, False)
+    before = plain.model.layers[1].mlp.up_proj.weight.detach().clone()
+    merged = inference_example.merge_adapter(attach(plain, adapter, str(tiny_model)))
+    tensors, name = (
+        load_file(adapter / "adapter_model.safetensors"),
+        "base_model.model.model.layers.1.mlp.up_proj.lora_",
+    )
+    update = 32 / 8 * (tensors[name + "B.weight"] @ tensors[name + "A.weight"])  # alpha / rank
+    assert torch.equal(merged.model.layers[1].mlp.up_proj.weight, (before.float() + update).bfloat16())
+
+
+def test_a_merged_folder_is_a_plain_model(run: Callable, tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "models" / "merged"
+    code, out, _ = run("--mode", "merge", "--output", folder)
+    assert code == 0 and "largest logit difference" in out
+    assert [p.name for p in folder.parent.iterdir()] == ["merged"]
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert "quantization_config" not in config and config["dtype"] == "bfloat16"
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.generation_config.eos_token_id == [2, 0]
+    ids = tokenizer(TEXT)["input_ids"]
+    assert ids == AutoTokenizer.from_pretrained(tiny_model)(TEXT)["input_ids"]
+    expected = inference_example.logits_on(plain_model(tiny_model, adapter), ids)
+    difference = (inference_example.logits_on(model, ids) - expected).abs().max()
+    assert difference < 0.02 * expected.abs().max()  # 0.0075 measured: bfloat16 keeps 8 bits
+
+    code, out, _ = run("--mode", "merge", "--output", tmp_path / "original", "--merge_base", "original")
+    assert code == 0 and "original base" in out
+    original = AutoModelForCausalLM.from_pretrained(tmp_path / "original")
+    assert (inference_example.logits_on(original, ids) - expected).abs().max() > 4 * difference  # NF4's own error
+    before = sorted(folder.iterdir())
+    assert run("--mode", "merge", "--output", folder)[0] == 2 and sorted(folder.iterdir()) == before
+
+
+def test_a_merge_that_fails_leaves_nothing(run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError("no space left on device")
+
+    (tmp_path / "merged").mkdir()
+    monkeypatch.setattr("os.rename", full)
+    code, _, err = run("--mode", "merge", "--output", tmp_path / "merged")
+    assert (code, err) == (1, "error: no space left on device\n")
+    assert not any(p.name.startswith(".writing-") for p in tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+ERRORS = {
+    "no such adapter": (["--adapter", "nowhere"], "--adapter: no such folder: nowhere"),
+    "folder without adapter": (["--adapter", "."], "--adapter: no adapter_config.json in ."),
+    "output_dir without adapter": (["--output_dir", "fresh"], "--adapter none"),
+    "unknown flag": (["--temprature", "1"], "--temprature: unknown flag; did you mean --temperature?"),
+    "unknown mode": (["--mode", "chat"], "--mode: invalid choice"),
+    "bad value": (["--temperature", "-1"], "generation.temperature: expected a number >= 0, got -1"),
+    "prompt in another mode": (["--prompt", "hi"], "--prompt: goes with --mode text"),
+    "no prompt": (["--mode", "text"], "--mode text: expected one of"),
+    "empty prompt": (["--mode", "text", "--prompt", " "], "--prompt: expected a text"),
+    "prompts without output": (["--mode", "text", "--prompts", "q.txt"], "--output: goes with"),
+    "prompts as output": (["--mode", "text", "--prompts", "q.jsonl", "--output", "q.jsonl"], "--output: expected"),
+    "no such prompts": (["--mode", "text", "--prompts", "no.txt", "--output", "a.jsonl"], "--prompts: no.txt"),
+    "no prompts": (["--mode", "text", "--prompts", "empty.txt", "--output", "a.jsonl"], "has no prompts"),
+    "bad row": (
+        ["--mode", "text", "--prompts", "q.jsonl", "--output", "a.jsonl"],
+        "q.jsonl, line 2: expected an object",
+    ),
+    "merge without output": (["--mode", "merge"], "--output: goes with"),
+    "merge onto a file": (["--mode", "merge", "--output", "q.txt"], "--output: q.txt is there"),
+    "merge without adapter": (["--mode", "merge", "--output", "m", "--adapter", "none"], "expected an adapter"),
+    "merge_base elsewhere": (["--merge_base", "original"], "--merge_base: goes with --mode merge"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS, ids=str)
+def test_what_is_wrong_is_one_line(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "q.txt").write_text("hi\n", encoding="utf-8")
+    (tmp_path / "q.jsonl").write_text('{"prompt": "hi"}\n{"messages": []}\n', encoding="utf-8")
+    (tmp_path / "empty.txt").write_text("\n\n", encoding="utf-8")
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.chdir(tmp_path)
+    flags, expected = ERRORS[case]
+    assert inference_example.main(flags) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.startswith("error: ") and err.count("\n") == 1 and expected in err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_help_and_errors_answer_before_torch_is_imported(run_cli: Callable) -> None:
+    start = time.perf_counter()
+    child = run_cli("inference_example.py", "--help", env={"PYTHONPROFILEIMPORTTIME": "1"})
+    assert time.perf_counter() - start < 1
+    assert child.returncode == 0 and "--merge_base" in child.stdout and "| torch\n" not in child.stderr
+    child = run_cli("inference_example.py", "--adapter", "nowhere", env={"PYTHONPROFILEIMPORTTIME": "1"})
+    assert child.returncode == 2 and "| torch\n" not in child.stderr and "Traceback" not in child.stderr
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
+def test_an_adapter_of_another_model_is_refused(run: Callable, random_models: Callable, family: str) -> None:
+    code, _, err = run("--mode", "text", "--prompt", "hi", "--model_name", random_models(family))
+    *warning, error = err.splitlines()
+    assert code == 2 and "does not fit" in error and "Traceback" not in err
+    assert all("was trained on" in line for line in warning)
+
+
+@pytest.mark.parametrize("layer", ["layers.3.", "layers.9."], ids=["too few layers", "too many layers"])
+def test_an_adapter_of_another_depth_is_refused(run: Callable, copy: Path, layer: str) -> None:
+    tensors = load_file(copy / "adapter_model.safetensors")
+    tensors = {name.replace("layers.3.", layer): tensor for name, tensor in tensors.items()}
+    tensors = {name: tensor for name, tensor in tensors.items() if layer != "layers.3." or layer not in name}
+    save_file(tensors, copy / "adapter_model.safetensors")
+    code, _, err = run("--mode", "text", "--prompt", "hi", adapter=copy)
+    assert code == 2 and err.count("\n") == 1 and "layers.3." in err and "does not fit" in err
+
+
+def test_spoilt_adapters_are_refused(run: Callable, copy: Path) -> None:
+    path, flags = copy / "adapter_model.safetensors", ("--mode", "text", "--prompt", "hi")
+    tensors = load_file(path)
+    name = sorted(tensors)[5]
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, path)
+    code, _, err = run(*flags, adapter=copy)
+    assert code == 2 and err.count("\n") == 1 and name in err
+    path.write_bytes(path.read_bytes()[:1000])
+    assert run(*flags, adapter=copy)[0] == 2
+    (copy / "adapter_config.json").write_text("{", encoding="utf-8")
+    code, _, err = run(*flags, adapter=copy)
+    assert code == 2 and err.count("\n") == 1
+
+
+def test_a_base_of_another_name_gets_a_line(run: Callable, tiny_model: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(tiny_model, tmp_path / "moved")
+    code, _, err = run("--mode", "text", "--prompt", "hi", "--model_name", moved)
+    assert code == 0 and "warning" in err and str(tiny_model) in err and str(moved) in err
+
+
+def test_flags_go_before_the_given_config_before_the_runs_own(adapter: Path, tmp_path: Path) -> None:
+    given = tmp_path / "given.yaml"
+    given.write_text("generation: {temperature: 0.3, top_p: 0.4}\ntraining: {output_dir: out}\n", encoding="utf-8")
+    options, config = inference_example.parse(
+        ["--adapter", str(adapter), "--config", str(given), "--top_p", "0.5", "--raw"]
+    )
+    generation = config.generation
+    assert (generation.top_p, generation.temperature, generation.max_new_tokens) == (0.5, 0.3, 10)
+    assert options.mode == "interactive" and options.raw
+    _, config = inference_example.parse(["--adapter", "none", "--config", str(given)])
+    assert config.generation.max_new_tokens == 128  # nothing of a run
+
+
+def test_the_adapter_is_found_in_output_dir_and_in_checkpoints(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_folder = tmp_path / "out"
+    shutil.copytree(adapter, run_folder / "checkpoint-5")
+    (run_folder / "checkpoint-5" / "config.yaml").rename(run_folder / "config.yaml")
+    with pytest.raises(ConfigError, match="--adapter out/checkpoint-5"):
+        inference_example.parse(["--output_dir", "out"])
+    _, config = inference_example.parse(["--adapter", "out/checkpoint-5"])
+    assert config.generation.max_new_tokens == 10
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(adapter / name, run_folder)
+    options, config = inference_example.parse(["--output_dir", "out"])
+    assert options.adapter == Path("out") and config.generation.max_new_tokens == 10
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU is told")
+def test_the_default_model_without_a_gpu_is_announced_as_slow(run: Callable) -> None:
+    code, _, err = run("--mode", "text", "--prompt", "hi", adapter="none")
+    assert (
+        code == 2 and "will be slow on this CPU" in err.splitlines()[0] and "error: model.name" in err.splitlines()[1]
+    )

@@ -1,0 +1,929 @@
+"""Training, through the real entry point wherever it can be: equalities against independent references, and what a run leaves."""
+
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, get_scheduler
+
+import config as schema
+import train_qlora
+from checkpoint_utils import checkpoints, read_checkpoint
+from config import TrainingConfig
+from data_utils import IGNORED
+from quantization_utils import (
+    create_bnb_config,
+    create_lora_config,
+    load_adapter,
+    load_model_and_tokenizer,
+    prepare_model_for_training,
+)
+from train_qlora import SummedLoss, create_scheduler, evaluate, main, plot_training_curves
+
+ROOT = Path(__file__).resolve().parent.parent
+STEP = train_qlora.training_step
+FP32 = ("--compute_dtype", "float32", "--optim", "adamw_torch", "--gradient_checkpointing", "false")
+EPOCHS = ("--max_steps", "null", "--num_epochs")
+VARYING = {"tokens_per_second", "peak_gib"}  # of a row of metrics: speed and memory of the machine
+
+
+# ------------------------------------------------------------------------------------------------ helpers
+
+
+class Watch:
+    """What passes through training_step: its sessions, the blocks of each window, the gradients that the optimizer meets."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, before: Callable | None = None, after: Callable | None = None):
+        self.windows, self.gradients, self.rates, self.session = [], [], [], None
+
+        def step(session, number, window, *rest):
+            if session is not self.session:
+                self.session = session
+                session.optimizer.register_step_pre_hook(self._keep)
+            if before is not None:
+                before(session, number)
+            result = STEP(session, number, window, *rest)
+            self.windows.append(window.tolist())
+            if after is not None:
+                after(session, number)
+            return result
+
+        monkeypatch.setattr(train_qlora, "training_step", step)
+
+    def _keep(self, optimizer, *_) -> None:
+        self.rates.append(optimizer.param_groups[0]["lr"])
+        self.gradients.append([p.grad.clone() for group in optimizer.param_groups for p in group["params"]])
+
+
+@pytest.fixture
+def watch(monkeypatch) -> Callable[..., Watch]:
+    return lambda **hooks: Watch(monkeypatch, **hooks)
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory, corpus) -> Path:
+    """A .txt of four documents, about 20 blocks of 32 tokens."""
+    documents = corpus.read_text(encoding="utf-8").split("\n\n")[:6]
+    path = tmp_path_factory.mktemp("few") / "few.txt"
+    path.write_text("\n\n".join(documents) + "\n", encoding="utf-8")
+    return path
+
+
+def rows_of(folder: Path) -> list[dict]:
+    """The rows of metrics.jsonl, which is JSON as others read it: without NaN and Infinity."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line, parse_constant=pytest.fail) for line in lines]
+
+
+def steps_of(folder: Path) -> list[dict]:
+    return [row for row in rows_of(folder) if "loss" in row]
+
+
+def evaluations_of(folder: Path) -> list[dict]:
+    return [row for row in rows_of(folder) if "eval_loss" in row]
+
+
+def same_rows(a: Path, b: Path) -> bool:
+    """Whether two runs logged the same numbers, speed and memory aside."""
+    fixed = [[{k: v for k, v in row.items() if k not in VARYING} for row in rows_of(folder)] for folder in (a, b)]
+    return fixed[0] == fixed[1]
+
+
+def adapter_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def distance(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
+    """How far apart two lists of tensors are, relative to the second."""
+    apart = sum((x.double() - y.double()).square().sum() for x, y in zip(a, b, strict=True))
+    return float((apart / sum(y.double().square().sum() for y in b)).sqrt())
+
+
+def load(folder, adapter: bool = True, dtype: str = "float32", attention: str = "sdpa", **lora):
+    """A model in 4 bit with an adapter whose B is off zero, on the CPU."""
+    bnb_config = create_bnb_config(compute_dtype=dtype)
+    model, _ = load_model_and_tokenizer(str(folder), bnb_config, device="cpu", attn_implementation=attention)
+    if not adapter:
+        return model
+    torch.manual_seed(0)
+    model = prepare_model_for_training(model, create_lora_config(**{"dropout": 0.0, **lora}), False)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+def batch_of(length: int = 20, batch: int = 3) -> dict[str, torch.Tensor]:
+    """Random ids; some labels are masked, and the last row is padded."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 4096, (batch, length), generator=generator)
+    labels = ids.masked_fill(torch.rand(ids.shape, generator=generator) < 0.2, IGNORED)
+    ids[-1, length // 2 :], labels[-1, length // 2 :] = 0, IGNORED
+    return {"input_ids": ids, "labels": labels}
+
+
+# ------------------------------------------------------------------------------------------------ loss
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama", "mistral", "qwen3"])
+def test_summed_loss_is_the_dense_one_with_its_gradients(random_models, family):
+    """Tied and untied heads, fp32; the window of Mistral is shorter than the sequences."""
+    model, batch = load(random_models(family)).train(), batch_of()
+    loss = SummedLoss(model, torch.float32)
+    assert loss.chunked
+    value = loss(**batch)
+    value.backward()
+    gradients = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+    model.zero_grad()
+    logits = model(batch["input_ids"]).logits
+    dense = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum")
+    dense.backward()
+    torch.testing.assert_close(value, dense, rtol=1e-6, atol=1e-6)
+    assert distance(gradients, [p.grad for p in model.parameters() if p.requires_grad]) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_soft_capped_logits_are_the_models_own(random_models, dtype):
+    model, batch = load(random_models("gemma2"), dtype=dtype, attention="eager"), batch_of()
+    loss = SummedLoss(model, getattr(torch, dtype))
+    assert not loss.chunked
+    with torch.no_grad(), loss.autocast():
+        own = model.eval()(**batch).loss * (batch["labels"][:, 1:] != IGNORED).sum()
+        value = loss(**batch)
+        plain = F.linear(loss.decoder(input_ids=batch["input_ids"]).last_hidden_state, loss.head.weight).float()
+    torch.testing.assert_close(value, own.float(), rtol=1e-5, atol=1e-3)
+    without = F.cross_entropy(plain[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum")
+    assert abs(without - value) > 1  # the capping is felt, so leaving it out would show
+
+
+def test_head_with_an_adapter_takes_the_models_own_logits_and_learns(random_models):
+    model, batch = load(random_models("qwen2"), target_modules=["q_proj", "lm_head"]).train(), batch_of()
+    loss = SummedLoss(model, torch.float32)
+    assert not loss.chunked
+    value = loss(**batch)
+    value.backward()
+    own = model(**batch).loss * (batch["labels"][:, 1:] != IGNORED).sum()
+    torch.testing.assert_close(value, own, rtol=1e-5, atol=1e-3)
+    assert all(p.grad.abs().sum() > 0 for name, p in model.named_parameters() if "lm_head.lora" in name)
+
+
+def test_probing_the_head_leaves_the_model_as_it_was(random_models):
+    model = load(random_models("qwen2"))
+    for training in (True, False):
+        model.train(training)
+        SummedLoss(model, torch.float32)
+        assert {module.training for module in model.get_base_model().modules()} == {training}
+    assert all(p.grad is None for p in model.parameters())
+
+
+# ------------------------------------------------------------------------------------------------ one optimizer step
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.05])
+def test_micro_batch_shapes_learn_the_same(train, watch, tmp_path, dropout):
+    """1 x 4, 2 x 2 and 4 x 1: gradients within 1e-5, and adapters after three steps."""
+    gradients, adapters, losses = [], [], []
+    for size, accumulation in ((1, 4), (2, 2), (4, 1)):
+        seen, folder = watch(), tmp_path / f"{size}x{accumulation}"
+        shape = ("--batch_size", size, "--gradient_accumulation_steps", accumulation, "--lora.dropout", dropout)
+        assert train(*FP32, *shape, "--logging_steps", 1, output_dir=folder)[0] == 0
+        assert seen.session.micro_batch == size
+        gradients.append(seen.gradients)
+        adapters.append(read_checkpoint(folder / "checkpoint-3")[0])
+        losses.append([row["loss"] for row in steps_of(folder)])
+    assert len(gradients[0]) == 3
+    for other in (1, 2):
+        assert distance(gradients[other][0], gradients[0][0]) < 1e-5
+        for step in (1, 2):  # of weights that AdamW has moved: it divides rounding by the root of its square
+            assert distance(gradients[other][step], gradients[0][step]) < 1e-4
+        assert distance(list(adapters[other].values()), list(adapters[0].values())) < 1e-4
+        assert losses[other] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_dropout_is_felt_and_depends_on_the_seed_alone(train, watch, tmp_path):
+    first = []
+    for i, dropout in enumerate((0.0, 0.05, 0.05)):
+        seen = watch()
+        flags = ("--lora.dropout", dropout, "--max_steps", 1)
+        assert train(*FP32, *flags, output_dir=tmp_path / str(i))[0] == 0
+        first.append(seen.gradients[0])
+    assert distance(first[2], first[1]) == 0 < 1e-3 < distance(first[0], first[1])
+
+
+def test_every_block_is_seen_once_an_epoch_and_the_short_window_is_flushed(train, watch, few):
+    seen = watch()
+    flags = ("--dataset", few, "--max_length", 32, "--batch_size", 3, "--gradient_accumulation_steps", 2)
+    code, folder = train(*flags, *EPOCHS, 2, "--logging_steps", 1)
+    blocks = seen.session.blocks["train"]
+    count = len(blocks)
+    assert code == 0 and count % 6, "the test needs a short last window"
+    per_epoch = math.ceil(count / 6)
+    assert len(seen.windows) == 2 * per_epoch == seen.session.steps_per_epoch * 2
+    epochs = [list(itertools.chain(*seen.windows[i * per_epoch : (i + 1) * per_epoch])) for i in range(2)]
+    assert all(sorted(epoch) == list(range(count)) for epoch in epochs) and epochs[0] != epochs[1]
+    assert [len(window) for window in seen.windows[:per_epoch]] == [6] * (per_epoch - 1) + [count % 6]
+    rows = steps_of(folder)
+    assert rows[-1]["step"] == 2 * per_epoch and rows[-1]["epoch"] == 2.0
+    assert rows[-1]["tokens"] == 2 * blocks.supervised
+    assert [row["step"] for row in evaluations_of(folder)] == [0, per_epoch, 2 * per_epoch]
+
+
+def test_max_steps_repeats_epochs(train, watch, few):
+    seen = watch()
+    code, folder = train("--dataset", few, "--max_length", 32, "--max_steps", 13, "--num_epochs", 1)
+    assert code == 0 and len(seen.windows) == 13 > 2 * seen.session.steps_per_epoch
+    per_epoch = seen.session.steps_per_epoch
+    assert steps_of(folder)[-1] | {"step": 13, "epoch": round(13 / per_epoch, 4)} == steps_of(folder)[-1]
+    assert sorted(itertools.chain(*seen.windows[per_epoch : 2 * per_epoch])) == sorted(
+        itertools.chain(*seen.windows[:per_epoch])
+    )
+
+
+def test_logged_loss_is_the_mean_over_the_tokens_since_the_last_row(train, tmp_path):
+    """Rows of three steps against rows of one step, weighted by tokens."""
+    flags = ("--max_steps", 7)
+    one, three = (train(*flags, "--logging_steps", every, output_dir=tmp_path / str(every))[1] for every in (1, 3))
+    each = steps_of(one)
+    tokens = np.diff([0] + [row["tokens"] for row in each])
+    losses = np.array([row["loss"] for row in each])
+    for row, span in zip(steps_of(three), (slice(0, 3), slice(3, 6), slice(6, 7)), strict=True):
+        assert row["loss"] == pytest.approx(np.average(losses[span], weights=tokens[span]), rel=1e-6)
+
+
+def test_window_without_anything_to_predict_is_no_failure(train, few, tmp_path):
+    """Unpacked rows one token longer than max_length leave blocks of one token."""
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny" / "model")
+    ids = tokenizer(few.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
+    texts = [tokenizer.decode(ids[i : i + 16]) for i in range(0, 160, 16)]  # 16 tokens and the document end
+    exact = [t for t in texts if len(tokenizer(t, add_special_tokens=False)["input_ids"]) == 16]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in exact), encoding="utf-8")
+    flags = ("--dataset", path, "--max_length", 16, "--packing", "false", "--batch_size", 1, "--logging_steps", 1)
+    code, folder = train(*flags, "--gradient_accumulation_steps", 1, *EPOCHS, 1)
+    assert code == 0
+    assert all(math.isfinite(row["loss"]) for row in steps_of(folder))
+
+
+@pytest.mark.parametrize("optim", ["paged_adamw_8bit", "adamw_8bit", "paged_adamw_32bit", "adamw_torch"])
+def test_every_optimizer_learns(train, optim):
+    code, folder = train("--optim", optim, "--max_steps", 6, "--learning_rate", "2e-3")
+    rows = evaluations_of(folder)
+    assert code == 0 and rows[-1]["eval_loss"] < rows[0]["eval_loss"] - 0.01
+
+
+def test_two_processes_learn_what_one_does(train, watch, few, tmp_path):
+    """torchrun, two processes, gloo: the same adapter within rounding; the second process has no block in the last window."""
+    flags = [*FP32, "--dataset", few, "--max_length", 34, "--logging_steps", 1, *EPOCHS, 1]
+    flags += ["--batch_size", 2, "--gradient_accumulation_steps", 2]
+    seen = watch()
+    assert train(*flags, output_dir=tmp_path / "one")[0] == 0
+    assert [len(window) for window in seen.windows][-2:] == [4, 1], "the test needs a last window of one block"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    argv = ["--config", ROOT / "tiny" / "config.yaml", "--compile", "off", *flags, "--output_dir", tmp_path / "two"]
+    done = subprocess.run(
+        [*launch, str(ROOT / "train_qlora.py"), *map(str, argv)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(set(lines)) + 1, "each line once, but for the two rules around the device block"
+    assert any("processes: 2" in line for line in lines)
+    one, two = ({**adapter_of(tmp_path / name)} for name in ("one", "two"))
+    assert one.keys() == two.keys() and distance(list(two.values()), list(one.values())) < 1e-4
+    for name in ("loss", "grad_norm", "tokens", "learning_rate", "epoch"):
+        values = [[row[name] for row in steps_of(tmp_path / folder)] for folder in ("one", "two")]
+        assert values[1] == pytest.approx(values[0], rel=1e-4), name
+    losses = [[row["eval_loss"] for row in evaluations_of(tmp_path / folder)] for folder in ("one", "two")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert {path.name for path in (tmp_path / "two").iterdir()} == {path.name for path in (tmp_path / "one").iterdir()}
+
+
+def test_float16_learns_with_the_loss_scaler(train, watch):
+    try:
+        with torch.autocast("cpu", torch.float16):
+            torch.ones(2, 2) @ torch.ones(2, 2)
+        torch.amp.GradScaler("cpu")
+    except (RuntimeError, NotImplementedError) as error:
+        pytest.skip(f"this torch has no float16 autocast with a scaler on CPUs: {error}")
+    seen = watch()
+    # Short, since CPUs emulate half precision.
+    flags = ("--max_length", 16, "--max_steps", 4, "--learning_rate", "4e-3", "--max_train_samples", 90)
+    code, folder = train("--compute_dtype", "float16", "--validation_fraction", 0.01, *flags)
+    assert code == 0 and seen.session.learner.scaler.is_enabled() and seen.session.learner.loss.dtype is torch.float16
+    rows = evaluations_of(folder)
+    assert rows[-1]["eval_loss"] < rows[0]["eval_loss"] - 0.01
+    assert steps_of(folder)[-1]["grad_norm"] < 20  # unscaled before it was clipped and logged
+
+
+def test_float16_overflow_skips_the_step_and_lowers_the_scale(train, watch):
+    scales = []
+
+    def overflow(session, number):
+        if number:
+            session.learner.scaler.update(2.0**40 if number == 1 else 2.0**6)  # the former overflows half precision
+
+    seen = watch(before=overflow, after=lambda session, number: scales.append(session.learner.scaler.get_scale()))
+    flags = ("--max_length", 16, "--validation_fraction", 0, "--logging_steps", 1)
+    code, folder = train("--compute_dtype", "float16", *flags)
+    assert code == 0 and scales == [2.0**6, 2.0**39, 2.0**6]
+    assert len(seen.gradients) == 2  # the optimizer was left out of the second step
+    assert all(t.isfinite().all() for t in adapter_of(folder).values())
+    assert [row["step"] for row in steps_of(folder)] == [1, 2, 3]
+
+
+# ------------------------------------------------------------------------------------------------ schedules
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize("warmup_ratio", [0.0, 0.03, 0.5])
+@pytest.mark.parametrize("total", [1, 7, 100])
+def test_schedule_is_transformers_own(name, warmup_ratio, total):
+    def rates(make) -> list[float]:
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2e-4)
+        scheduler, found = make(optimizer), []
+        for _ in range(total):
+            found.append(scheduler.get_last_lr()[0])
+            optimizer.step()
+            scheduler.step()
+        return found
+
+    settings = TrainingConfig(lr_scheduler=name, warmup_ratio=warmup_ratio)
+    mine = rates(lambda optimizer: create_scheduler(optimizer, settings, total))
+    warmup = math.ceil(warmup_ratio * total)
+    theirs = "constant_with_warmup" if name == "constant" else name
+    assert mine == rates(lambda optimizer: get_scheduler(theirs, optimizer, warmup, total))
+    for step, rate in enumerate(mine):
+        done = (step - warmup) / max(1, total - warmup)
+        shape = {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2, "constant": 1.0}[name]
+        assert rate == pytest.approx(2e-4 * (step / warmup if step < warmup else shape), abs=1e-12)
+
+
+def test_logged_rate_is_the_one_of_the_step(train, watch):
+    seen = watch()
+    flags = ("--max_steps", 5, "--logging_steps", 1, "--warmup_ratio", 0.4, "--lr_scheduler", "linear")
+    code, folder = train(*flags, "--learning_rate", "3e-3")
+    assert code == 0
+    expected = [0, 1.5e-3, 3e-3, 2e-3, 1e-3]
+    assert [row["learning_rate"] for row in steps_of(folder)] == pytest.approx(expected)
+    assert seen.rates == pytest.approx(expected)
+
+
+# ------------------------------------------------------------------------------------------------ evaluation
+
+
+def test_evaluation_is_the_mean_over_tokens(train, watch, corpus):
+    """Against a loop over single blocks and whole logits; the last block is short, so a mean of batch means would differ."""
+    seen = watch()
+    code, folder = train(*FP32, "--validation_fraction", 0.2)
+    session = seen.session
+    blocks = session.blocks["validation"]
+    assert code == 0 and len(blocks) > 4 and len(blocks[len(blocks) - 1]) < 64
+    model = session.model.eval()
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for i in range(len(blocks)):
+            ids = torch.from_numpy(blocks[i])[None]
+            logits = model(input_ids=ids).logits.double()
+            total += F.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum").item()
+            count += ids.shape[1] - 1
+    expected = total / count
+    for size in (1, 3, 4):
+        value = evaluate(session.learner.loss, blocks, session.accelerator, size, session.tokenizer.pad_token_id)
+        assert value == pytest.approx(expected, rel=1e-5)
+    assert evaluations_of(folder)[-1]["eval_loss"] == pytest.approx(expected, rel=1e-5)  # the last step is the best one
+    assert evaluations_of(folder)[-1]["perplexity"] == pytest.approx(math.exp(expected), rel=1e-5)
+
+
+def test_step_0_evaluates_the_base(train, watch, tiny_model):
+    seen = watch()
+    code, folder = train(*FP32)
+    assert code == 0 and rows_of(folder)[0].keys() == {"step", "eval_loss", "perplexity"}
+    assert rows_of(folder)[0]["step"] == 0
+    loss = SummedLoss(load(tiny_model, adapter=False), torch.float32)
+    value = evaluate(loss, seen.session.blocks["validation"], seen.session.accelerator, 2, 0)
+    assert rows_of(folder)[0]["eval_loss"] == pytest.approx(value, rel=1e-6)
+
+
+def test_evaluate_command_agrees_with_the_run(train, capsys):
+    code, folder = train(*FP32)
+    assert code == 0
+    capsys.readouterr()
+    assert main(["--evaluate", "--adapter", str(folder)]) == 0
+    printed = capsys.readouterr().out
+    result = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    first, *_, last = evaluations_of(folder)
+    assert result["base"]["loss"] == pytest.approx(first["eval_loss"], rel=1e-6)
+    assert result["adapter"]["loss"] == pytest.approx(last["eval_loss"], rel=1e-6)
+    assert f"{first['perplexity']:.3f}" in printed and f"{last['perplexity']:.3f}" in printed
+
+
+# ------------------------------------------------------------------------------------------------ resume
+
+
+RESUMABLE = ("--max_length", 32, "--max_steps", 6, "--save_steps", 3, "--logging_steps", 4, "--lora.dropout", 0.05)
+
+
+def stop_after(number: int, signum: int) -> Callable:
+    """A hook for `watch` that sends this process a signal at the end of a step, as Ctrl-C in it would."""
+
+    def hook(session, step: int) -> None:
+        if step + 2 == number:  # steps count from 0, and the next step's boundary is where the run stops
+            os.kill(os.getpid(), signum)
+
+    return hook
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    "optim, checkpointing, signum",
+    [("adamw_8bit", "true", signal.SIGINT), ("adamw_torch", "true", signal.SIGTERM), ("adamw_8bit", 2, signal.SIGTERM)],
+)
+def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(
+    train, watch, few, tmp_path, monkeypatch, optim, checkpointing, signum
+):
+    """Stopped by a signal at step 3 of 6, within an epoch and between two logged rows, and started again."""
+    flags = (*RESUMABLE, "--dataset", few, "--optim", optim, "--gradient_checkpointing", checkpointing)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train(*flags, output_dir=whole)[0] == 0
+    with monkeypatch.context() as patch:
+        Watch(patch, after=stop_after(3, signum))
+        assert train(*flags, output_dir=parts)[0] == 128 + signum
+    assert [path.name for path in checkpoints(parts)] == ["checkpoint-3"]
+    assert not (parts / "adapter_model.safetensors").exists()
+    seen = watch()
+    assert train(*flags, output_dir=parts)[0] == 0
+    assert len(seen.windows) == 3, "it went on, it did not start over"
+    if optim == "adamw_8bit":
+        kinds = {t.dtype for t in load_file(parts / "checkpoint-6" / "training_state.safetensors").values()}
+        assert torch.uint8 in kinds
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (parts / name).read_bytes() == (whole / name).read_bytes(), name
+    for name in ("adapter_model.safetensors", "training_state.safetensors"):
+        assert (parts / "checkpoint-6" / name).read_bytes() == (whole / "checkpoint-6" / name).read_bytes(), name
+    assert same_rows(parts, whole)
+    assert len(rows_of(parts)) == len({json.dumps(row) for row in rows_of(parts)})
+
+
+@pytest.mark.faults
+def test_killed_run_goes_on_from_its_checkpoint_and_repeats_nothing_in_the_log(
+    train, watch, few, tmp_path, monkeypatch
+):
+    """No chance to save: the process dies in step 5; rows after the checkpoint of step 3 are written anew, once."""
+
+    class Killed(BaseException):
+        pass
+
+    def die(session, number):
+        if number == 4:
+            raise Killed
+
+    flags = (*RESUMABLE, "--dataset", few, "--logging_steps", 1)
+    assert train(*flags, output_dir=tmp_path / "whole")[0] == 0
+    with monkeypatch.context() as patch:
+        Watch(patch, before=die)
+        with pytest.raises(Killed):
+            train(*flags, output_dir=tmp_path / "parts")
+    assert len(steps_of(tmp_path / "parts")) == 4
+    assert train(*flags, output_dir=tmp_path / "parts")[0] == 0
+    assert same_rows(tmp_path / "parts", tmp_path / "whole")
+    assert (tmp_path / "parts" / "adapter_model.safetensors").read_bytes() == (
+        tmp_path / "whole" / "adapter_model.safetensors"
+    ).read_bytes()
+
+
+@pytest.mark.faults
+def test_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(
+    train, watch, few, tmp_path, monkeypatch, capsys
+):
+    flags = (*RESUMABLE, "--dataset", few, "--save_steps", 2, "--max_steps", 8)
+    assert train(*flags, output_dir=tmp_path / "whole")[0] == 0
+    with monkeypatch.context() as patch:
+        Watch(patch, after=stop_after(5, signal.SIGINT))
+        assert train(*flags, output_dir=tmp_path / "parts")[0] == 130
+    newest = checkpoints(tmp_path / "parts")[0]
+    assert newest.name == "checkpoint-5"
+    (newest / "training_state.safetensors").write_bytes(b"half")
+    capsys.readouterr()
+    seen = watch()
+    assert train(*flags, output_dir=tmp_path / "parts")[0] == 0
+    assert "checkpoint-5 is damaged" in capsys.readouterr().out
+    assert len(seen.windows) == 8 - 4
+    assert same_rows(tmp_path / "parts", tmp_path / "whole")
+    assert {p.name for p in checkpoints(tmp_path / "parts")} == {p.name for p in checkpoints(tmp_path / "whole")}
+
+
+def test_longer_run_goes_on_from_the_end_of_a_shorter_one(train, watch, few):
+    flags = ("--dataset", few, "--max_length", 32)
+    assert train(*flags, "--max_steps", 3)[0] == 0
+    seen = watch()
+    code, folder = train(*flags, "--max_steps", 5)
+    assert code == 0 and len(seen.windows) == 2
+    assert [row["step"] for row in steps_of(folder)] == [3, 5]
+
+
+@pytest.mark.parametrize("flags", [("--rank", 8), ("--learning_rate", "1e-3"), ("--batch_size", 4), ("--seed", 1)])
+def test_resume_that_would_learn_something_else_is_refused_and_writes_nothing(train, few, capsys, flags):
+    code, folder = train("--dataset", few, "--max_length", 32, "--max_steps", 1)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert train("--dataset", few, "--max_length", 32, "--max_steps", 2, *flags)[0] == 2
+    assert "--resume never" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert train("--dataset", few, "--max_length", 32, "--max_steps", 1, *flags, "--overwrite")[0] == 0
+
+
+def test_going_back_to_an_older_checkpoint_makes_it_the_course_of_the_run(train, watch, few, monkeypatch):
+    """After --resume checkpoint-2, what auto finds is what was written since, not the folder of step 6."""
+    flags = (*RESUMABLE, "--dataset", few, "--save_steps", 2, "--save_total_limit", 3)
+    code, folder = train(*flags)
+    assert code == 0 and [p.name for p in checkpoints(folder)] == ["checkpoint-6", "checkpoint-4", "checkpoint-2"]
+    with monkeypatch.context() as patch:
+        Watch(patch, after=stop_after(4, signal.SIGINT))
+        assert train(*flags, "--resume", folder / "checkpoint-2")[0] == 130
+    seen = watch()
+    assert train(*flags)[0] == 0
+    assert len(seen.windows) == 2
+
+
+# ------------------------------------------------------------------------------------------------ best, patience, failure
+
+
+@pytest.fixture
+def scripted(monkeypatch) -> Callable[[list[float]], None]:
+    """Give the evaluations of the next run these losses; the choice that follows is what is tested."""
+
+    def script(losses: list[float]) -> None:
+        values = iter(losses)
+        monkeypatch.setattr(train_qlora, "evaluate", lambda *arguments, **keywords: next(values))
+
+    return script
+
+
+def test_adapter_of_the_lowest_validation_loss_is_the_one_saved(train, scripted, capsys):
+    scripted([5.0, 4.0, 3.0, 3.5, 3.0, 6.0])  # steps 0 to 5; the first of two equals
+    flags = ("--max_steps", 5, "--eval_steps", 1, "--save_steps", 1, "--save_total_limit", 9)
+    code, folder = train(*flags)
+    assert code == 0
+    saved = adapter_of(folder)
+    for step in range(1, 6):
+        adapter, _ = read_checkpoint(folder / f"checkpoint-{step}")
+        assert all(torch.equal(adapter[name], saved[name]) for name in saved) == (step == 2)
+    assert "step 2" in capsys.readouterr().out.splitlines()[-3]
+    assert f"{math.exp(5):.3f} before, {math.exp(3):.3f} with" in (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_best_adapter_outlives_a_stop_between(train, watch, scripted, monkeypatch):
+    """The best came before the checkpoint that the run goes on from."""
+    flags = ("--max_steps", 4, "--eval_steps", 1, "--save_steps", 1, "--save_total_limit", 9)
+    scripted([5.0, 3.0, 3.5])
+    with monkeypatch.context() as patch:
+        Watch(patch, after=stop_after(2, signal.SIGINT))
+        assert train(*flags)[0] == 130
+    scripted([3.2, 3.1])
+    code, folder = train(*flags)
+    assert code == 0
+    best = read_checkpoint(folder / "checkpoint-1")[0]
+    assert all(torch.equal(best[name], value) for name, value in adapter_of(folder).items())
+
+
+def test_without_validation_the_last_adapter_is_saved(train):
+    code, folder = train("--validation_fraction", 0)
+    assert code == 0 and not evaluations_of(folder)
+    last = read_checkpoint(folder / "checkpoint-3")[0]
+    assert all(torch.equal(last[name], value) for name, value in adapter_of(folder).items())
+    assert "not evaluated" in (folder / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("patience, stops", [(1, 3), (2, 6), (None, 8)])
+def test_early_stopping_counts_evaluations_without_a_better_loss(train, scripted, patience, stops):
+    scripted([9.0, 8.0, 7.0, 7.5, 6.0, 6.5, 6.4, 6.3, 6.2])
+    flags = ("--max_steps", 8, "--eval_steps", 1, "--early_stopping_patience", "null" if patience is None else patience)
+    code, folder = train(*flags)
+    assert code == 0 and evaluations_of(folder)[-1]["step"] == stops
+    assert checkpoints(folder)[0].name == f"checkpoint-{stops}"
+    assert (folder / "adapter_model.safetensors").is_file() and (folder / "README.md").is_file()
+    log = (folder / "training_log.txt").read_text(encoding="utf-8")
+    assert ("stopping early" in log) == (patience is not None)
+
+
+def poison(at: int) -> Callable:
+    def hook(session, number: int) -> None:
+        if number == at:
+            next(p for name, p in session.model.named_parameters() if "lora_B" in name).data[0, 0] = math.nan
+
+    return hook
+
+
+def test_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(train, watch, capsys):
+    seen = watch(before=poison(3))
+    code, folder = train("--max_steps", 6, "--save_steps", 2, "--logging_steps", 1)
+    assert code == 1 and len(seen.gradients) == 3, "the optimizer must not meet it"
+    printed = capsys.readouterr()
+    lines = [line for line in printed.out.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "step 4" in lines[0] and "Traceback" not in printed.out + printed.err
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint-2"]
+    adapter, state = read_checkpoint(folder / "checkpoint-2")
+    assert all(tensor.isfinite().all() for tensor in adapter.values()) and state["progress"]["step"] == 2
+    assert not (folder / "adapter_model.safetensors").exists()
+    assert all(math.isfinite(value) for row in rows_of(folder) for value in row.values())
+
+
+def test_gradient_that_is_not_finite_stops(train, watch):
+    def explode(session, number):
+        if number == 1:
+            next(p for p in session.learner.parameters).register_hook(lambda grad: grad * math.inf)
+
+    seen = watch(before=explode)
+    code, folder = train("--save_steps", 1)
+    assert code == 1 and len(seen.gradients) == 1 and checkpoints(folder)[0].name == "checkpoint-1"
+
+
+def test_validation_loss_that_is_not_finite_stops(train, scripted, capsys):
+    scripted([5.0, math.nan])
+    code, folder = train("--eval_steps", 2, "--save_steps", 1)
+    assert code == 1 and checkpoints(folder)[0].name == "checkpoint-1"
+    assert "validation loss is nan" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------ what a run leaves
+
+LEFT = {
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "training_curves.png",
+    "training_log.txt",
+    "config.yaml",
+    "metrics.jsonl",
+    "README.md",
+}
+
+
+def test_output_folder_holds_what_the_spec_promises_and_nothing_else(train, tiny_model, corpus, tmp_path):
+    code, folder = train("--save_steps", 1)
+    assert code == 0
+    assert {path.name for path in folder.iterdir()} == LEFT | {"checkpoint-2", "checkpoint-3"}
+    assert {tensor.dtype for tensor in adapter_of(folder).values()} == {torch.float32}
+    assert [path.name for path in tmp_path.iterdir()] == ["output"]
+    # config.yaml: every effective value, local paths absolute, and the same configuration again from any folder
+    again = schema.load_config(folder / "config.yaml")
+    assert again.model.name == str(tiny_model) and again.data.dataset == str(corpus)
+    tree = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    assert {f"{section}.{key}" for section, body in tree.items() for key in body} == set(schema.LEAVES)
+    # the log is what the console showed
+    log = (folder / "training_log.txt").read_text(encoding="utf-8")
+    for words in ("trainable params: ", "Device: cpu", "perplexity", "checkpoint-3", str(folder)):
+        assert words in log
+    # the rows of metrics.jsonl
+    (row,) = steps_of(folder)
+    keys = ["step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "peak_gib"]
+    assert list(row) == keys and row["tokens_per_second"] > 0 and row["peak_gib"] > 0
+    # the model card: peft's header, and nothing left open
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\n") and str(tiny_model) in card and "[More Information Needed]" not in card
+    header = yaml.safe_load(card.split("---")[1])
+    assert header["library_name"] == "peft" and header["base_model"] == str(tiny_model)
+    assert (folder / "training_curves.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_each_checkpoint_is_an_adapter_that_peft_loads(train, tiny_model):
+    code, folder = train()
+    assert code == 0
+    model = PeftModel.from_pretrained(load(tiny_model, adapter=False), folder / "checkpoint-3")
+    expected, _ = read_checkpoint(folder / "checkpoint-3")
+    state = model.state_dict()
+    for name, tensor in expected.items():
+        found = state[name.replace(".weight", ".default.weight")]
+        assert torch.equal(found.float(), tensor)
+    a, b = (json.loads((f / "adapter_config.json").read_text("utf-8")) for f in (folder, folder / "checkpoint-3"))
+    assert {k: sorted(v) if isinstance(v, list) else v for k, v in a.items()} == {
+        k: sorted(v) if isinstance(v, list) else v for k, v in b.items()
+    }
+
+
+def test_adapter_config_is_what_was_asked(train, tiny_model):
+    code, folder = train("--rank", 8, "--alpha", 16, "--target_modules", "[q_proj, v_proj]")
+    assert code == 0
+    saved = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    assert (saved["r"], saved["lora_alpha"], saved["lora_dropout"]) == (8, 16.0, 0.05)
+    assert set(saved["target_modules"]) == {"q_proj", "v_proj"} and saved["task_type"] == "CAUSAL_LM"
+    assert saved["base_model_name_or_path"] == str(tiny_model)
+
+
+def test_flags_of_the_tutorial(few, tmp_path, capsys, monkeypatch):
+    """python train_qlora.py --num_epochs 5 --rank 8 --alpha 16 --output_dir output_r8, beside the tiny model's file."""
+    monkeypatch.chdir(tmp_path)
+    flags = ["--num_epochs", "1", "--rank", "8", "--alpha", "16", "--output_dir", "output_r8", "--compile", "off"]
+    assert main(["--config", str(ROOT / "tiny" / "config.yaml"), *flags, "--data.dataset", str(few)]) == 0
+    folder = tmp_path / "output_r8"
+    assert json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["r"] == 8
+    assert "trainable params: 157,696 ||" in capsys.readouterr().out  # 4 layers x 8 x (4 x 512 + 3 x 960)
+    assert steps_of(folder)[-1]["epoch"] == 1.0
+
+
+@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
+def test_tutorials_own_loading_gives_the_same_logits(train, tiny_model, few, compute_dtype):
+    code, folder = train("--compute_dtype", compute_dtype, "--learning_rate", "5e-3")
+    assert code == 0
+    dtype = getattr(torch, compute_dtype)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_use_double_quant=True,
+    )
+    base = AutoModelForCausalLM.from_pretrained(str(tiny_model), quantization_config=quantization, dtype=dtype)
+    theirs = PeftModel.from_pretrained(base, folder)
+    bnb_config = create_bnb_config(compute_dtype=compute_dtype)
+    ours = load_adapter(load_model_and_tokenizer(str(tiny_model), bnb_config, device="cpu")[0], folder)
+    ids = batch_of()["input_ids"]
+    # In training mode, since theirs would repack its weights on a CPU with AVX512-BF16; peft's dropout is off by hand.
+    for module in theirs.train().modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    assert torch.equal(theirs(ids).logits, ours(ids).logits)
+    with ours.disable_adapter():
+        without = ours(ids).logits
+    assert (ours(ids).logits - without).abs().max() > 0.05  # the adapter does something
+    with torch.no_grad():  # and in eval mode, kernels of bitsandbytes' own included, they agree within bfloat16
+        torch.testing.assert_close(theirs.eval()(ids).logits.float(), ours(ids).logits.float(), rtol=0.05, atol=0.3)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    inputs = tokenizer("HAMLET. To be", return_tensors="pt", return_token_type_ids=False)
+    made = ours.generate(**inputs, max_new_tokens=5, do_sample=False)
+    assert made.shape[1] > inputs["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize("history", ["both", "no evaluation", "one row"])
+def test_curves_are_a_picture(tmp_path, history):
+    rows = [{"step": i, "loss": 4 - i / 10, "learning_rate": 1e-4} for i in range(1, 9)]
+    if history == "both":
+        rows += [{"step": i, "eval_loss": 4 - i / 20, "perplexity": 9.0} for i in (0, 8)]
+    path = tmp_path / "training_curves.png"
+    plot_training_curves(rows[:1] if history == "one row" else rows, path)
+    assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n") and path.stat().st_size > 5000
+    assert [p.name for p in tmp_path.iterdir()] == ["training_curves.png"]
+
+
+# ------------------------------------------------------------------------------------------------ data of one's own
+
+
+def tutorials_prepare_dataset(files: dict[str, str], padding: bool | str = False, loaded: Callable | None = None):
+    """The function that the tutorial tells people to write in place of ours."""
+
+    def prepare_dataset(config, tokenizer):
+        dataset = datasets.load_dataset("text", data_files=files)
+
+        def tokenize(examples):
+            return tokenizer(
+                examples["text"], truncation=True, max_length=config["data"]["max_length"], padding=padding
+            )
+
+        return dataset.map(tokenize, batched=True)
+
+    return prepare_dataset
+
+
+@pytest.mark.parametrize("packing", ["true", "false"])
+@pytest.mark.parametrize("validation", [True, False])
+@pytest.mark.parametrize("padding", [False, "max_length"])
+def test_tutorials_own_prepare_dataset_trains(train, watch, few, monkeypatch, packing, validation, padding):
+    """Unpacked, without labels, the text column left in, with or without a validation split, even padded."""
+    files = {"train": str(few)} | ({"validation": str(few)} if validation else {})
+    monkeypatch.setattr(train_qlora, "prepare_dataset", tutorials_prepare_dataset(files, padding))
+    seen = watch()
+    # Its data is its own business: ours names a hub data set that nothing may ask for.
+    code, folder = train("--dataset", "somebody/data", "--packing", packing, "--max_length", 32)
+    assert code == 0
+    train_part, held = seen.session.blocks["train"], seen.session.blocks["validation"]
+    assert held is not None and len(held) >= 1 and len(evaluations_of(folder)) == 2
+    tokenizer, words = seen.session.tokenizer, few.read_text(encoding="utf-8").split()
+    text = " ".join(tokenizer.decode(train_part[i], skip_special_tokens=True) for i in range(len(train_part)))
+    known = set(words)
+    assert sum(word in known for word in text.split()) > 0.7 * len(text.split())
+    ids = np.concatenate([train_part[i] for i in range(len(train_part))])
+    if validation:  # no pad went in: as many tokens as the rows have, and an end for each document
+        rows = [line for line in few.read_text(encoding="utf-8").splitlines() if line.strip()]
+        expected = sum(min(32, len(i)) for i in tokenizer(rows)["input_ids"])
+        assert expected < len(ids) <= expected + len(rows)
+
+
+def test_prepare_dataset_without_a_train_split_is_one_line(train, few, monkeypatch, capsys):
+    monkeypatch.setattr(train_qlora, "prepare_dataset", tutorials_prepare_dataset({"test": str(few)}))
+    assert train()[0] == 2
+    assert "prepare_dataset" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "[lm_head, q_proj]"])
+def test_other_targets_train_and_come_back(train, tiny_model, targets):
+    code, folder = train(*FP32, "--target_modules", targets)
+    assert code == 0
+    model = load_adapter(load(tiny_model, adapter=False), folder)
+    last = evaluations_of(folder)[-1]["eval_loss"]
+    assert main(["--evaluate", "--adapter", str(folder)]) == 0
+    result = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    assert result["adapter"]["loss"] == pytest.approx(last, rel=1e-6)
+    assert any("lm_head" in name for name, _ in model.named_parameters() if "lora_" in name) == ("lm_head" in targets)
+
+
+@pytest.mark.parametrize("flags", [("--use_dora", "true"), ("--use_rslora", "true"), ("--load_in_4bit", "false")])
+def test_other_adapters_and_an_unquantised_base_train(train, flags):
+    code, folder = train(*flags, "--learning_rate", "1e-3", "--optim", "adamw_torch")
+    rows = evaluations_of(folder)
+    assert code == 0 and rows[-1]["eval_loss"] < rows[0]["eval_loss"]
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
+def test_other_families_train(train, random_models, family):
+    code, folder = train("--model_name", random_models(family), "--learning_rate", "1e-2")
+    rows = evaluations_of(folder)
+    assert code == 0 and rows[-1]["eval_loss"] < rows[0]["eval_loss"]
+
+
+def test_soft_capped_family_trains(train, random_models):
+    flags = ("--model_name", random_models("gemma2"), "--attn_implementation", "eager", "--learning_rate", "1e-2")
+    code, folder = train(*flags)
+    rows = evaluations_of(folder)
+    assert code == 0 and rows[-1]["eval_loss"] < rows[0]["eval_loss"]
+
+
+# ------------------------------------------------------------------------------------------------ another machine
+
+
+def test_console_in_cp950_without_sigusr1_and_fcntl(few, tmp_path):
+    """What a Windows console and Python lack: a run finishes, its files are UTF-8."""
+    shim = (
+        "import runpy, signal, sys\n"
+        "for name in ('SIGUSR1', 'SIGUSR2', 'SIGHUP', 'SIGALRM'): delattr(signal, name)\n"
+        "sys.modules['fcntl'] = None\n"
+        "script, sys.argv = sys.argv[1], sys.argv[1:]\n"
+        "sys.path.insert(0, script.rpartition('/')[0])\n"
+        "runpy.run_path(script, run_name='__main__')\n"
+    )
+    text = few.read_text(encoding="utf-8")
+    path = tmp_path / "ünï 中文 ✓.txt"
+    path.write_text("naïve ✓ 😀 Ελληνικά\n" * 3 + text, encoding="utf-8")
+    argv = ["--config", ROOT / "tiny" / "config.yaml", "--compile", "off", "--dataset", path, "--max_steps", 2]
+    argv += ["--max_length", 32, "--batch_size", 2, "--output_dir", tmp_path / "out ✓"]
+    done = subprocess.run(
+        [sys.executable, "-c", shim, str(ROOT / "train_qlora.py"), *map(str, argv)],
+        env={**os.environ, "PYTHONIOENCODING": "cp950", "PYTHONUTF8": "0"},
+        capture_output=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout.decode("cp950") + done.stderr.decode("cp950")
+    assert "perplexity" in done.stdout.decode("cp950")
+    assert b"Traceback" not in done.stderr and b"Exception" not in done.stderr
+    log = (tmp_path / "out ✓" / "training_log.txt").read_text(encoding="utf-8")
+    assert "out ✓" in log
+    assert str(path) in (tmp_path / "out ✓" / "config.yaml").read_text(encoding="utf-8")
+    assert {p.name for p in (tmp_path / "out ✓").iterdir()} == LEFT | {"checkpoint-2"}
+
+
+def test_launch_that_announces_more_processes_than_there_are_is_refused(train, monkeypatch, capsys):
+    """As `accelerate launch --multi_gpu` does without GPUs: two worlds of one, each of which would write the same files."""
+    alone = SimpleNamespace(num_processes=1, log_with=[], is_main_process=True, device=torch.device("cpu"))
+    monkeypatch.setattr(train_qlora, "Accelerator", lambda **keywords: alone)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, folder = train()
+    assert code == 2 and "torchrun --nproc_per_node 2" in capsys.readouterr().err and not folder.exists()
+
+
+# ------------------------------------------------------------------------------------------------ the embedded default
+
+
+@pytest.fixture(scope="module")
+def default_run(tmp_path_factory) -> Path:
+    """tiny/config.yaml as it stands, into another folder; half a minute, once."""
+    folder = tmp_path_factory.mktemp("default") / "output_tiny"
+    assert main(["--config", str(ROOT / "tiny" / "config.yaml"), "--output_dir", str(folder)]) == 0
+    return folder
+
+
+def test_embedded_default_takes_a_quarter_off_the_perplexity(default_run):
+    rows = evaluations_of(default_run)
+    best = min(row["perplexity"] for row in rows)
+    assert rows[0]["step"] == 0 and best <= 0.75 * rows[0]["perplexity"]
+    losses = [row["loss"] for row in steps_of(default_run)]
+    assert losses[-1] < losses[0]
+
+
+def test_embedded_default_leaves_what_was_promised(default_run):
+    assert {path.name for path in default_run.iterdir() if not path.name.startswith("checkpoint-")} == LEFT
+    assert 1 <= len(checkpoints(default_run)) <= 2
