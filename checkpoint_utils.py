@@ -21,7 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-TEMPORARY = ".writing-"
+TEMPORARY, REPLACED = ".writing-", ".replaced-"
+FILES = ("adapter_model.safetensors", "adapter_config.json", "training_state.safetensors", "training_state.json")
 
 
 # ------------------------------------------------------------------------------------------------ atomic files
@@ -38,7 +39,13 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def clean_up(output_dir: Path) -> None:
-    """Remove what a killed run left half written."""
+    """Remove what a killed run left half written, and put back a checkpoint that it was about to replace."""
+    for leftover in output_dir.glob(REPLACED + "*"):
+        original = output_dir / leftover.name.removeprefix(REPLACED)
+        if original.exists():
+            shutil.rmtree(leftover)
+        else:
+            os.rename(leftover, original)
     for leftover in output_dir.glob(TEMPORARY + "*"):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
@@ -46,10 +53,11 @@ def clean_up(output_dir: Path) -> None:
 def flatten_state(state: Any, prefix: str, tensors: dict[str, torch.Tensor]) -> Any:
     """Return `state` as JSON can hold it, with each tensor moved to `tensors` and replaced by {"tensor": its name}."""
     if isinstance(state, torch.Tensor):
-        tensors[prefix] = (
+        name = f"{len(tensors)} {prefix}"  # numbered, since the keys 1 and "1", or "a.b" and b of a, read alike
+        tensors[name] = (
             state.detach().cpu().clone().contiguous()
-        )  # a copy: states of one storage must not be saved as aliases
-        return {"tensor": prefix}
+        )  # a copy: safetensors refuses two views of one storage
+        return {"tensor": name}
     if isinstance(state, dict):
         return {"items": [[key, flatten_state(value, f"{prefix}.{key}", tensors)] for key, value in state.items()]}
     if isinstance(state, (list, tuple)):
@@ -83,25 +91,32 @@ def write_checkpoint(
     temporary.mkdir(parents=True)
     tensors: dict[str, torch.Tensor] = {}
     tree = flatten_state(state, "state", tensors)
-    files = {
-        "adapter_model.safetensors": save(adapter, metadata={"format": "pt"}),
-        "adapter_config.json": json.dumps(adapter_config, indent=2, sort_keys=True).encode(),
-        "training_state.safetensors": save(tensors),
-        "training_state.json": json.dumps(tree).encode(),
-    }
-    files["checksums.json"] = json.dumps(
-        {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    ).encode()
+    contents = (
+        save(adapter, metadata={"format": "pt"}),
+        json.dumps(adapter_config, indent=2, sort_keys=True).encode(),
+        save(tensors),
+        json.dumps(tree).encode(),
+    )
+    files = dict(zip(FILES, contents, strict=True))
+    sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    files["checksums.json"] = json.dumps(sums).encode()
     for name, content in files.items():
         write_atomically(temporary / name, content)
+    replaced = output_dir / f"{REPLACED}checkpoint-{step}"
     if (
         final.exists()
-    ):  # written by an earlier attempt from the same step; folders cannot be replaced in one call on Windows
-        shutil.rmtree(final)
+    ):  # an earlier attempt at this step; no system's every file system can replace a folder in one call
+        os.rename(final, replaced)
     os.rename(temporary, final)
     _flush_folder(output_dir)
-    for old in checkpoints(output_dir)[keep:]:
+    shutil.rmtree(replaced, ignore_errors=True)
+    found = checkpoints(output_dir)
+    future = [
+        folder for folder in found if step_of(folder) > step
+    ]  # of a course that going back to this step abandoned
+    for old in future + [folder for folder in found if folder not in future][keep:]:
         doomed = old.with_name(TEMPORARY + old.name)
+        shutil.rmtree(doomed, ignore_errors=True)
         os.rename(old, doomed)  # a half-deleted checkpoint must not look like one
         shutil.rmtree(doomed)
     return final
@@ -114,20 +129,23 @@ def _flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def step_of(folder: Path) -> int:
+    """Return the optimizer step in a checkpoint folder's name."""
+    return int(CHECKPOINT.fullmatch(folder.name)[1])
+
+
 def checkpoints(output_dir: Path) -> list[Path]:
     """Return the checkpoint folders in output_dir, newest first."""
-    found = [
-        (int(match[1]), path) for path in output_dir.glob("checkpoint-*") if (match := CHECKPOINT.fullmatch(path.name))
-    ]
-    return [path for _, path in sorted(found, reverse=True)]
+    found = [path for path in output_dir.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name)]
+    return sorted(found, key=step_of, reverse=True)
 
 
 def read_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict]:
     """Return (adapter, state) of a checkpoint; ValueError says what is damaged or missing."""
     try:
         sums = json.loads((folder / "checksums.json").read_text(encoding="utf-8"))
-        for name, expected in sums.items():
-            if hashlib.sha256((folder / Path(name).name).read_bytes()).hexdigest() != expected:
+        for name in FILES:
+            if hashlib.sha256((folder / name).read_bytes()).hexdigest() != sums[name]:
                 raise ValueError(f"{name} does not match its checksum")
         tree = json.loads((folder / "training_state.json").read_text(encoding="utf-8"))
         state = restore_state(tree, load_file(folder / "training_state.safetensors"))

@@ -12,6 +12,7 @@ import difflib
 import logging
 import math
 import os
+import signal
 import sys
 import types
 import typing
@@ -508,6 +509,7 @@ def before_heavy_imports() -> None:
 
     bitsandbytes would fetch a kernel from the hub while it is imported, where the package `kernels` is installed, and say so where not.
     """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while libraries load ends the process without a traceback
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]  # None makes `import kernels` fail
 

@@ -841,7 +841,9 @@ def compile_layers(model: PeftModel) -> None:
     # A norm's output is a product of what is saved anyway; the partitioner would save it too, since an opaque operator reads it:
     # 8 kB a token and layer of Qwen2.5-3B.
     torch._functorch.config.ban_recompute_materialized_backward = False
-    logging.getLogger("torch._logging._internal").addFilter(lambda record: "context_fn" not in record.getMessage())
+    logging.getLogger("torch._dynamo.variables.higher_order_ops").addFilter(
+        lambda record: "context_fn" not in record.getMessage()
+    )
     compiled = torch.compile(_run_layer, dynamic=False)
 
     def run(layer: nn.Module, hidden: torch.Tensor, **kwargs) -> torch.Tensor:
@@ -907,38 +909,37 @@ class CapturedStep:
 
 @dataclasses.dataclass(frozen=True)
 class FastPath:
-    """Which parts of the fast path run, and a line for each that was turned off although nobody said off."""
+    """Which parts of the fast path run, and the line that says so and why the others do not."""
 
     fused_lora: bool
     compile: bool
     cuda_graphs: bool
     kernels: bool  # the operators' Triton kernels
-    lines: tuple[str, ...]
+    line: str
 
 
 def choose_fast_path(
     performance: PerformanceConfig, model: PeftModel, dtype: torch.dtype, device: torch.device
 ) -> FastPath:
     """Return what of performance.fused_lora, compile and cuda_graphs runs here; ConfigError where `on` asks what cannot."""
-    gpu, lines = device.type == "cuda", []
+    gpu, runs, reasons = device.type == "cuda", {}, {}
     layers = model.get_base_model().get_decoder().layers
-    fusables = sum(fusable(module) and hasattr(module, "lora_A") for layer in layers for module in layer.modules())
+    fusables = any(fusable(module) and hasattr(module, "lora_A") for layer in layers for module in layer.modules())
 
-    def decide(name: str, obstacle: str | None, worth: bool) -> bool:
+    def decide(name: str, obstacle: str | None) -> bool:
         wanted = getattr(performance, name)
         if wanted == "on" and obstacle:
             raise ConfigError(f"performance.{name}: cannot be on here: {obstacle}")
-        if wanted == "auto" and (obstacle or not worth):
-            lines.append(f"performance.{name}: off: {obstacle or 'it gains nothing on a CPU'}")
-        return wanted == "on" or (wanted == "auto" and not obstacle and worth)
+        runs[name] = wanted == "on" or (wanted == "auto" and not obstacle and gpu)
+        if not runs[name]:
+            reasons[name] = "off" if wanted == "off" else obstacle or "gains nothing on a CPU"
+        return runs[name]
 
-    fused = decide(
-        "fused_lora", None if fusables else "no plain LoRA adapter on a 4-bit linear (DoRA, or not in 4 bit)", gpu
-    )
+    fused = decide("fused_lora", None if fusables else "no plain LoRA adapter on a 4-bit linear")
+    no_triton = gpu and triton is None and "Triton is not installed (Windows: pip install triton-windows)"
+    compiled = decide("compile", no_triton or (None if fused else "it needs fused_lora"))
+    graphs = decide("cuda_graphs", None if gpu else "there is no CUDA GPU")
     kernels = gpu and triton is not None and dtype is not torch.float32  # tl.dot would round fp32 to tf32
-    obstacle = None if fused else "it needs fused_lora"
-    if obstacle is None and gpu and triton is None:
-        obstacle = "Triton is not installed (Windows: pip install triton-windows)"
-    compiled = decide("compile", obstacle, gpu)
-    graphs = decide("cuda_graphs", None if gpu else "there is no CUDA GPU", gpu)
-    return FastPath(fused, compiled, graphs, kernels, tuple(lines))
+    line = "fast path: " + (", ".join(name for name, on in runs.items() if on) or "none")
+    line += "".join(f" | without {name}: {reason}" for name, reason in reasons.items())
+    return FastPath(fused, compiled, graphs, kernels, line)

@@ -153,7 +153,6 @@ import dataclasses
 import shutil
 import signal
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -170,7 +169,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from config import LEAVES, GenerationConfig, coerce_flag
 from memory_utils import cap_memory
-from quantization_utils import create_bnb_config, load_adapter, load_model_and_tokenizer, no_gpu_reason
+from quantization_utils import load_adapter, load_base, no_gpu_reason, quiet_libraries
 
 BATCH_ROWS, BATCH_TOKENS = 8, 8192  # of a batch of --prompts; 8,192 tokens of a 3B's cache are 0.28 GiB
 
@@ -197,19 +196,13 @@ def say(line: str) -> None:
 # ------------------------------------------------------------------------------------------------ loading
 
 
-def load_base(config: Config, four_bit: bool = True) -> tuple[Any, PreTrainedTokenizerBase]:
-    """Return the configured base and its tokenizer on the first GPU or the CPU; not four_bit: bfloat16 on the CPU."""
-    device = torch.device("cuda:0" if four_bit and torch.cuda.is_available() else "cpu")
-    if four_bit and device.type == "cpu" and config.model.name == LEAVES["model.name"].field.default:
+def load(config: Config, quantized: bool = True) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Return the configured base and its tokenizer on the first GPU or the CPU; not quantized: bfloat16 on the CPU."""
+    device = torch.device("cuda:0" if quantized and torch.cuda.is_available() else "cpu")
+    if quantized and device.type == "cpu" and config.model.name == LEAVES["model.name"].field.default:
         say(f"{config.model.name} will be slow on this CPU: {no_gpu_reason()}")
     cap_memory(device, config.performance.memory_limit_gib)
-    return load_model_and_tokenizer(
-        config.model.name,
-        create_bnb_config(**vars(config.quantization)) if four_bit else None,
-        compute_dtype=config.quantization.compute_dtype if four_bit else "bfloat16",
-        device=device,
-        **{key: value for key, value in vars(config.model).items() if key != "name"},
-    )
+    return load_base(config, device, quantized)
 
 
 def attach(base: PreTrainedModel, adapter: Path, model_name: str) -> PeftModel:
@@ -588,8 +581,8 @@ def write_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fol
 
 def merge(config: Config, adapter: Path, folder: Path, base: str) -> int:
     """Write base + adapter as a plain bfloat16 model, print how far its logits are from the live ones; return 0."""
-    live, tokenizer = load_base(config)
-    source = live if base == "dequantized" else load_base(config, four_bit=False)[0]
+    live, tokenizer = load(config)
+    source = live if base == "dequantized" else load(config, quantized=False)[0]
     plain = plain_copy(source, config.model.trust_remote_code)
     ids = tokenizer(REFERENCE_TEXT)["input_ids"]
     expected = logits_on(attach(live, adapter, config.model.name), ids)
@@ -609,16 +602,6 @@ def merge(config: Config, adapter: Path, folder: Path, base: str) -> int:
 # ------------------------------------------------------------------------------------------------ main
 
 
-def quiet_libraries() -> None:
-    """Leave the console to this script, and let one that lacks a character show a question mark instead."""
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of names that peft still uses
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
-
-
 def run(options: argparse.Namespace, config: Config) -> int:
     """Do what the mode says and return the exit code."""
     if options.rows and options.finished[0] == len(options.rows):
@@ -629,7 +612,7 @@ def run(options: argparse.Namespace, config: Config) -> int:
         raise ConfigError("--prompt: expected a text on stdin, got nothing")
     if options.mode == "merge":
         return merge(config, options.adapter, Path(options.output), options.merge_base or "dequantized")
-    model, tokenizer = load_base(config)
+    model, tokenizer = load(config)
     model = attach(model, options.adapter, config.model.name) if options.adapter else model
     engine = create_engine(model, tokenizer, options.raw)
     if options.rows:
@@ -645,6 +628,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         options, config = parse(argv)
         quiet_libraries()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on it stops an answer, or the session
         return run(options, config)
     except ConfigError as error:
         return report(error)

@@ -12,14 +12,16 @@ import sys
 import warnings
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-from config import ConfigError, LoraSettings, before_heavy_imports
+from config import Config, ConfigError, LoraSettings, before_heavy_imports
 
 if __name__ == "__main__":
     before_heavy_imports()
 
 import bitsandbytes as bnb
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
@@ -47,12 +49,17 @@ def bf16_missing() -> bool:
     return torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+@functools.cache
+def _say_once(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
 def usable_dtype(compute_dtype: str | torch.dtype) -> torch.dtype:
     """Return the torch type of a compute_dtype; float16 where bfloat16 was asked for and the GPU has none, with a line."""
     dtype = getattr(torch, compute_dtype) if isinstance(compute_dtype, str) else compute_dtype
     if dtype is torch.bfloat16 and bf16_missing():
         name = torch.cuda.get_device_name()
-        print(f"quantization.compute_dtype: {name} has no bfloat16: using float16 with a loss scaler", file=sys.stderr)
+        _say_once(f"quantization.compute_dtype: {name} has no bfloat16: using float16 with a loss scaler")
         return torch.float16
     return dtype
 
@@ -108,6 +115,8 @@ def cannot_load(model_name: str, error: Exception) -> ConfigError:
             f"model.name: cannot get {model_name} from the hub ({type(error).__name__}); check the name and the network, "
             "give a local folder, point HF_HOME at a cache that has it, or try --config tiny/config.yaml"
         )
+    if match := re.match(r"(\w+) does not support an attention implementation", text):
+        return ConfigError(f"model.attn_implementation: {match[1]} has no sdpa or flash attention here; use eager")
     if "safetensors" in text and "no file named" in text:
         return ConfigError(
             f"model.name: expected safetensors weights in {model_name}, found none (pickled weights are not loaded)"
@@ -217,6 +226,27 @@ def finite_tensors(path: Path) -> set[str]:
             if not torch.isfinite(file.get_tensor(name)).all():
                 raise ConfigError(f"--adapter: {name} in {path}: expected finite numbers, got infinite ones or NaN")
         return set(file.keys())
+
+
+def load_base(config: Config, device: torch.device, quantized: bool = True) -> tuple[PreTrainedModel, Any]:
+    """Return the configured base model and its tokenizer on the device; not quantized: as stored, in bfloat16."""
+    return load_model_and_tokenizer(
+        config.model.name,
+        create_bnb_config(**vars(config.quantization)) if quantized else None,
+        compute_dtype=config.quantization.compute_dtype if quantized else "bfloat16",
+        device=device,
+        **{key: value for key, value in vars(config.model).items() if key != "name"},
+    )
+
+
+def quiet_libraries() -> None:
+    """Leave the console to the scripts, and let one that lacks a character show a question mark instead."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of names that peft still uses
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
 
 
 def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:

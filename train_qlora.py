@@ -54,7 +54,6 @@ import os
 import platform
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from typing import Any
@@ -102,13 +101,14 @@ from fused_ops import (
 )
 from memory_utils import GIB, MemoryPlan, cap_memory, memory_line, peak_gib, plan_for
 from quantization_utils import (
-    create_bnb_config,
     create_lora_config,
     load_adapter,
-    load_model_and_tokenizer,
+    load_base,
+    load_tokenizer,
     no_gpu_reason,
     parameter_line,
     prepare_model_for_training,
+    quiet_libraries,
     usable_dtype,
 )
 
@@ -306,7 +306,7 @@ def training_step(session: Session, step: int, window: np.ndarray, max_grad_norm
         tokens += count
     numbers = sum_over_processes(session, [loss_sum, tokens, stop])
     learner.scaler.unscale_(session.optimizer)
-    torch._foreach_mul_([p.grad for p in learner.parameters], 1 / numbers[1].float())
+    torch._foreach_mul_([p.grad for p in learner.parameters], 1 / numbers[1].float().clamp_min(1))
     norm = nn.utils.clip_grad_norm_(learner.parameters, max_grad_norm)
     loss_value, token_count, stops, grad_norm = (*numbers.tolist(), norm.item())
     scaling = learner.scaler.is_enabled() and not math.isfinite(
@@ -314,7 +314,7 @@ def training_step(session: Session, step: int, window: np.ndarray, max_grad_norm
     )  # the scaler skips such a step and lowers its scale
     if not math.isfinite(loss_value) or not (math.isfinite(grad_norm) or scaling):
         raise NumbersWentWrong(
-            f"step {step + 1}: loss {loss_value / token_count}, gradient norm {grad_norm} (compute type {learner.loss.dtype}), "
+            f"step {step + 1}: loss {loss_value / max(token_count, 1)}, gradient norm {grad_norm} (compute type {learner.loss.dtype}), "
             f"blocks {', '.join(map(str, window))}; the last checkpoint is intact: try a lower learning_rate"
         )
     learner.scaler.step(session.optimizer)
@@ -523,9 +523,9 @@ def log_step(run: Run, result: StepResult, rate: float) -> None:
     row = {
         "step": progress.step,
         "epoch": round(progress.step / run.session.steps_per_epoch, 4),
-        "loss": progress.loss_sum / progress.loss_tokens,
+        "loss": progress.loss_sum / max(progress.loss_tokens, 1),
         "learning_rate": rate,
-        "grad_norm": result.grad_norm,
+        "grad_norm": result.grad_norm if math.isfinite(result.grad_norm) else None,  # a step that the scaler skipped
         "tokens": progress.tokens,
         "tokens_per_second": round(progress.loss_tokens / progress.seconds, 1),
         "peak_gib": round(peak_gib(run.session.accelerator.device), 3),
@@ -534,7 +534,7 @@ def log_step(run: Run, result: StepResult, rate: float) -> None:
     run.note(row)
     run.log.say(
         f"step {row['step']}/{run.total_steps} | epoch {row['epoch']:.2f} | loss {row['loss']:.4f} | lr {rate:.2e} | "
-        f"grad norm {row['grad_norm']:.3f} | {row['tokens_per_second']:,.0f} tokens/s | peak {row['peak_gib']:.2f} GiB"
+        f"grad norm {result.grad_norm:.3f} | {row['tokens_per_second']:,.0f} tokens/s | peak {row['peak_gib']:.2f} GiB"
     )
 
 
@@ -567,7 +567,8 @@ def train(run: Run, request: StopRequest) -> bool:
     Each turn: step → log → evaluate → save.
     """
     session, training, progress = run.session, run.config.training, run.progress
-    evaluate_and_keep_best(run)
+    if progress.step == 0:
+        evaluate_and_keep_best(run)
     bar = tqdm(
         total=run.total_steps, initial=progress.step, unit="step", disable=run.log.silent or not sys.stderr.isatty()
     )
@@ -584,7 +585,9 @@ def train(run: Run, request: StopRequest) -> bool:
         progress.loss_tokens += result.tokens
         progress.seconds += seconds
         bar.set_postfix(
-            loss=f"{result.loss_sum / result.tokens:.4f}", tokens_s=f"{result.tokens / seconds:,.0f}", refresh=False
+            loss=f"{result.loss_sum / max(result.tokens, 1):.4f}",
+            tokens_s=f"{result.tokens / seconds:,.0f}",
+            refresh=False,
         )
         bar.update()
         last, epoch_end = progress.step == run.total_steps, progress.step % session.steps_per_epoch == 0
@@ -783,19 +786,6 @@ def sequences_a_step(training: TrainingConfig, processes: int) -> int:
     return window
 
 
-def load_base(config: Config, device: torch.device) -> tuple[Any, PreTrainedTokenizerBase]:
-    """Return the configured base model and its tokenizer on the device."""
-    return load_model_and_tokenizer(
-        config.model.name,
-        create_bnb_config(**vars(config.quantization)),
-        compute_dtype=config.quantization.compute_dtype,
-        revision=config.model.revision,
-        attn_implementation=config.model.attn_implementation,
-        trust_remote_code=config.model.trust_remote_code,
-        device=device,
-    )
-
-
 def build_session(config: Config, accelerator: Accelerator, say: Callable[[str], None]) -> Session:
     """Load the model, prepare the adapter and the data, and return what training works on."""
     device, training = accelerator.device, config.training
@@ -803,11 +793,12 @@ def build_session(config: Config, accelerator: Accelerator, say: Callable[[str],
     if config.performance.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-    model, tokenizer = load_base(config, device)
-    say(memory_line(device))
+    tokenizer = load_tokenizer(config.model.name, config.model.revision, config.model.trust_remote_code)
     with accelerator.main_process_first():
         tokenized = prepare_dataset(config, tokenizer)
         blocks = make_blocks(tokenized, tokenizer, config.data, training.seed)
+    model, _ = load_base(config, device)
+    say(memory_line(device))
     micro_batch = min(training.batch_size, window // accelerator.num_processes)
     learner = build_learner(config, model, micro_batch, say)
     optimizer = create_optimizer(learner.parameters, training, device, say)
@@ -824,13 +815,11 @@ def build_learner(config: Config, model: PreTrainedModel, micro_batch: int, say:
     peft_model = prepare_model_for_training(model, create_lora_config(**vars(config.lora)), checkpointing)
     say(parameter_line(peft_model))
     device, dtype = model.device, usable_dtype(config.quantization.compute_dtype)
-    causal = use_causal_attention(model)
+    use_causal_attention(model)
     clock = DropoutClock(training.seed, device)
     use_stateless_dropout(peft_model, p, clock)
     loss = SummedLoss(peft_model, dtype)
     fast = choose_fast_path(config.performance, peft_model, dtype, device)
-    for line in fast.lines:
-        say(line)
     if fast.fused_lora:
         fuse(peft_model, clock, p, fast.kernels)
     if fast.compile:
@@ -838,12 +827,7 @@ def build_learner(config: Config, model: PreTrainedModel, micro_batch: int, say:
         loss.options["chunk_loss"] = compiled_chunk_loss
     if device.type == "cuda":
         loss.options["chunk"] = chunk_rows(len(loss.head.weight), torch.cuda.mem_get_info(device)[0])
-    parts = ("fused_lora", "compile", "cuda_graphs")
-    say(
-        "fast path: "
-        + (", ".join(name for name in parts if getattr(fast, name)) or "none")
-        + ("" if causal else ", masks")
-    )
+    say(fast.line)
     # Losses are sums over tokens, so gradients are large already: 2**16, torch's start, would overflow fp16 at once.
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**6, enabled=dtype is torch.float16)
     return Learner(peft_model, loss, clock, scaler, fast, (micro_batch, config.data.max_length))
@@ -924,10 +908,8 @@ def start_run(config: Config, session: Session, log: Log, overwrite: bool) -> Ru
         clean_up(output_dir)
     rows = "".join(json.dumps(row) + "\n" for row in run.progress.history)
     write_atomically(output_dir / "metrics.jsonl", rows.encode())  # cut back to the checkpoint's step
-    save_config(
-        dataclasses.replace(config, training=dataclasses.replace(config.training, resume="auto")),
-        output_dir / "config.yaml",
-    )
+    saved = dataclasses.replace(config.training, resume="auto", output_dir=os.path.abspath(output_dir))
+    save_config(dataclasses.replace(config, training=saved), output_dir / "config.yaml")
     log.open(output_dir)
     if found is not None:
         log.say(f"resuming from {found[0]} at step {run.progress.step} of {steps}")
@@ -982,12 +964,9 @@ def evaluate_adapter(config: Config, adapter: str | None) -> int:
     return 0
 
 
-def quiet_libraries() -> None:
-    """Leave the console to this script: libraries speak up from warnings on, bars are drawn on terminals only."""
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of names that peft still uses
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.utils.logging.set_verbosity(logging.CRITICAL)  # it logs what it also raises, and we report
+def quiet_datasets() -> None:
+    """Keep datasets from logging what it also raises and we report, and from drawing bars where there is no terminal."""
+    datasets.utils.logging.set_verbosity(logging.CRITICAL)
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
 
@@ -997,6 +976,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         options, config = parse(argv)
         quiet_libraries()
+        quiet_datasets()
         if options.plan:
             return print_plan(config)
         if options.evaluate:

@@ -1,4 +1,4 @@
-"""Checkpoints: nothing is lost in a round trip, what is damaged is noticed, and a crash never leaves a false checkpoint."""
+"""Checkpoints: nothing is lost in a round trip, damage is noticed, and a crash never leaves a false checkpoint."""
 
 import json
 import os
@@ -32,12 +32,19 @@ FILES = {
 }
 
 
+def bits_of(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor's bytes, in which NaN equals itself."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+
+
 def same(a, b) -> bool:
     """Whether two nested states are equal in structure, types of keys, dtypes and bits; tuples count as lists."""
     if isinstance(a, torch.Tensor):
-        bits = lambda t: t.detach().cpu().contiguous().reshape(-1).view(torch.uint8)  # noqa: E731  NaN equals itself in bits
         return (
-            isinstance(b, torch.Tensor) and a.dtype == b.dtype and a.shape == b.shape and torch.equal(bits(a), bits(b))
+            isinstance(b, torch.Tensor)
+            and a.dtype == b.dtype
+            and a.shape == b.shape
+            and torch.equal(bits_of(a), bits_of(b))
         )
     if isinstance(a, dict):
         keys = [(type(key), key) for key in a]
@@ -142,7 +149,7 @@ def test_tensors_under_names_that_look_alike_stay_apart():
     assert same(round_trip(state), state)
 
 
-# ------------------------------------------------------------------------------------------------ what is written and found
+# ------------------------------------------------------------------------------------------------ written and found
 
 
 def test_checkpoint_holds_the_files_it_names_and_no_pickle(tmp_path):
@@ -242,7 +249,7 @@ CALLS = [(checkpoint_utils, "write_atomically"), (os, "replace"), (os, "rename")
 @pytest.mark.parametrize("module, function", CALLS, ids=[name for _, name in CALLS])
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_crash_at_any_write_leaves_only_whole_checkpoints(tmp_path, monkeypatch, module, function, moment):
-    """The same step is written again over an older folder, and an old one is deleted: every path of write_checkpoint."""
+    """A step is written again over an older folder, and an old one is deleted: every path of write_checkpoint."""
     real = getattr(module, function)
     crashes = 0
     for fatal in range(40):

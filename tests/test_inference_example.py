@@ -26,7 +26,7 @@ from inference_example import (
     encode,
     fitted,
     generate_ids,
-    load_base,
+    load,
     take_turn,
 )
 from quantization_utils import create_lora_config, load_model_and_tokenizer
@@ -65,7 +65,7 @@ def copy(adapter: Path, tmp_path: Path) -> Path:
 def engine(adapter: Path) -> Engine:
     """The model with the adapter, as the script loads it, in fp32, where no two tokens are as good as equal."""
     config = load_config(adapter / "config.yaml", {"quantization.compute_dtype": "float32"})
-    model, tokenizer = load_base(config)
+    model, tokenizer = load(config)
     return create_engine(attach(model, adapter, config.model.name), tokenizer, raw=False)
 
 
@@ -129,7 +129,7 @@ def plain_model(tiny_model: Path, adapter: Path) -> PeftModel:
 def test_logits_and_answer_are_those_of_the_tutorials_loading(run: Callable, tiny_model: Path, adapter: Path) -> None:
     plain, tokenizer = plain_model(tiny_model, adapter), AutoTokenizer.from_pretrained(tiny_model)
     config = load_config(adapter / "config.yaml")
-    ours = attach(load_base(config)[0], adapter, config.model.name)
+    ours = attach(load(config)[0], adapter, config.model.name)
     ids = tokenizer(TEXT, return_tensors="pt")["input_ids"].to(ours.device)
     with torch.no_grad():
         assert torch.equal(ours(input_ids=ids).logits, plain(input_ids=ids).logits)
@@ -348,7 +348,7 @@ def test_demo_shows_base_and_adapter_under_each_prompt(run: Callable, adapter: P
 def test_merged_in_fp32_the_logits_are_the_live_ones(lora: dict, tiny_model: Path, tmp_path: Path) -> None:
     adapter = make_adapter(tiny_model, tmp_path / "adapter", **lora)
     config = load_config(adapter / "config.yaml", {"quantization.compute_dtype": "float32"})
-    live, tokenizer = load_base(config)
+    live, tokenizer = load(config)
     plain = inference_example.plain_copy(live, False)
     ids = tokenizer(TEXT)["input_ids"]
     base = inference_example.logits_on(live, ids)
@@ -360,7 +360,7 @@ def test_merged_in_fp32_the_logits_are_the_live_ones(lora: dict, tiny_model: Pat
 
 
 def test_each_merged_weight_is_rounded_once(tiny_model: Path, adapter: Path) -> None:
-    live, _ = load_base(load_config(adapter / "config.yaml"))
+    live, _ = load(load_config(adapter / "config.yaml"))
     plain = inference_example.plain_copy(live, False)
     before = plain.model.layers[1].mlp.up_proj.weight.detach().clone()
     merged = inference_example.merge_adapter(attach(plain, adapter, str(tiny_model)))

@@ -1,4 +1,4 @@
-"""The plain twins of the fast path: stateless dropout, attention without a mask tensor, cross entropy over a frozen head."""
+"""The fast path's plain twins: stateless dropout, attention without a mask tensor, cross entropy over a frozen head."""
 
 import itertools
 import json
@@ -89,7 +89,7 @@ def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def test_masks_are_independent_in_every_direction():
-    """Neighbours in each coordinate of the counter, near and far, are uncorrelated; five sigma for each of some 200 pairs."""
+    """Neighbours in each coordinate of the counter, near and far, are uncorrelated within five sigma."""
     salt, length, features, p = 99, 64, 512, 0.3
     keep = clock_at(5, tuple(range(8))).keep(salt, length, features, p)
     for distance in (1, 2, 3, 4, 7, 8, 16, 32):

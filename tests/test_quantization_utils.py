@@ -1,4 +1,4 @@
-"""4-bit loading with real bitsandbytes weights, preparation with every dtype pinned, and counts against hand arithmetic."""
+"""Real 4-bit weights, preparation with every dtype pinned, and counts against hand arithmetic."""
 
 import json
 import math
@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import config as schema
 import quantization_utils
@@ -68,7 +68,7 @@ def no_bf16_gpu(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "GeForce RTX 2060 of this test")
 
 
-# ------------------------------------------------------------------------------------------------ the two configurations
+# ------------------------------------------------------------------------------------------------ configurations
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
@@ -285,21 +285,23 @@ def test_padding_token_of_its_own_is_kept(tiny_model):
 
 
 def test_tokenizer_file_wins_over_a_class_that_would_change_it(tiny_model, tmp_path):
-    """tokenizer_class GPT2Tokenizer, as in SmolLM2's folder, rebuilds the pre-tokenizer and loses what tokenizer.json says."""
+    """tokenizer_class GPT2Tokenizer, as in SmolLM2's folder, rebuilds the pre-tokenizer and loses the digits' split."""
     tree = json.loads((tiny_model / "tokenizer.json").read_text(encoding="utf-8"))
-    digits = {"type": "Digits", "individual_digits": True}
+    model, digits = tree["model"], {"type": "Digits", "individual_digits": True}
+    model["vocab"]["16"] = max(model["vocab"].values()) + 1  # a merge that only a lost pre-tokenizer would let happen
+    model["merges"].append(["1", "6"] if isinstance(model["merges"][0], list) else "1 6")
     tree["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, tree["pre_tokenizer"]]}
     (tmp_path / "tokenizer.json").write_text(json.dumps(tree), encoding="utf-8")
     settings = {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}', encoding="utf-8")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
     from tokenizers import Tokenizer
 
     text = "In 1603 he wrote 24 plays, and 5 more in 1611."
     expected = Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode(text, add_special_tokens=False).ids
     tokenizer = load_tokenizer(str(tmp_path))
     assert tokenizer(text, add_special_tokens=False)["input_ids"] == expected
-    assert tokenizer.decode(expected) == text
+    assert model["vocab"]["16"] not in expected and tokenizer.decode(expected) == text
 
 
 # ------------------------------------------------------------------------------------------------ the CPU bug
@@ -421,7 +423,7 @@ def test_all_linear_means_all_but_the_head(random_models, family, quantised):
 
 @pytest.mark.parametrize("family", ["qwen2", "llama"])
 def test_adapter_on_the_head_learns_and_comes_back(random_models, tmp_path, family):
-    """Tied or not: the head's adapter gets gradients, the embedding stays as it was, and a saved one gives the same logits."""
+    """Tied or not: the head's adapter gets gradients, the embedding stays, and a saved one gives the same logits."""
     model = load(random_models(family), compute_dtype="float32")
     embedding = model.get_input_embeddings().weight.clone()
     prepared = prepare_model_for_training(model, create_lora_config(target_modules=["q_proj", "lm_head"], dropout=0.0))
@@ -569,7 +571,7 @@ def test_plan_has_the_figures_of_the_3b_model(qwen_3b, flags, weights_gb, adapte
 
 
 def test_weights_take_the_bytes_that_the_plan_says(random_models):
-    """The plan's exact parts against the tensors of a loaded model: packed bytes, constants, and what keeps its dtype."""
+    """The plan's exact parts against a loaded model's tensors: packed bytes, constants, and what keeps its dtype."""
     model = load(random_models("llama"))
     parts = plan_memory(model_shape(str(random_models("llama"))), schema.load_config([]), 1, 2).parts
     states = [module.quant_state for module in linears_4bit(model).values()]
@@ -579,7 +581,7 @@ def test_weights_take_the_bytes_that_the_plan_says(random_models):
     assert parts["embedding, head, norms"] == sum(others)
 
 
-# ------------------------------------------------------------------------------------------------ the installation check
+# ------------------------------------------------------------------------------------------------ installation check
 
 
 def test_installation_check_is_a_line_each_and_exits_0(run_cli):
@@ -643,9 +645,6 @@ def test_real_model_loads_with_its_exact_tokenizer():
     assert [tokenizer.decode([i]) for i in ids if tokenizer.decode([i]).strip().isdigit()] == list(
         "2024" + "12345" + "3" + "14"
     )
-    lost = AutoTokenizer.from_pretrained(REAL)(text, add_special_tokens=False)["input_ids"]
-    if lost != exact:  # what the class in its tokenizer_config.json makes of it; newer transformers may mend that
-        assert len(lost) < len(exact)
     assert tokenizer.pad_token_id is not None and len(tokenizer) <= model.config.vocab_size
     assert len(linears_4bit(model)) == 7 * model.config.num_hidden_layers
 

@@ -1,4 +1,4 @@
-"""Training, through the real entry point wherever it can be: equalities against independent references, and what a run leaves."""
+"""Training, mostly through the real entry point: equalities with independent references, and what a run leaves."""
 
 import itertools
 import json
@@ -46,7 +46,7 @@ VARYING = {"tokens_per_second", "peak_gib"}  # of a row of metrics: speed and me
 
 
 class Watch:
-    """What passes through training_step: its sessions, the blocks of each window, the gradients that the optimizer meets."""
+    """What passes through training_step: the session, each window's blocks, the gradients that the optimizer meets."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, before: Callable | None = None, after: Callable | None = None):
         self.windows, self.gradients, self.rates, self.session = [], [], [], None
@@ -77,7 +77,7 @@ def watch(monkeypatch) -> Callable[..., Watch]:
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory, corpus) -> Path:
-    """A .txt of four documents, about 20 blocks of 32 tokens."""
+    """A .txt of six documents, 14 blocks of 32 tokens beside what is held out."""
     documents = corpus.read_text(encoding="utf-8").split("\n\n")[:6]
     path = tmp_path_factory.mktemp("few") / "few.txt"
     path.write_text("\n\n".join(documents) + "\n", encoding="utf-8")
@@ -241,6 +241,7 @@ def test_every_block_is_seen_once_an_epoch_and_the_short_window_is_flushed(train
     assert rows[-1]["step"] == 2 * per_epoch and rows[-1]["epoch"] == 2.0
     assert rows[-1]["tokens"] == 2 * blocks.supervised
     assert [row["step"] for row in evaluations_of(folder)] == [0, per_epoch, 2 * per_epoch]
+    assert [path.name for path in checkpoints(folder)] == [f"checkpoint-{2 * per_epoch}", f"checkpoint-{per_epoch}"]
 
 
 def test_max_steps_repeats_epochs(train, watch, few):
@@ -287,7 +288,7 @@ def test_every_optimizer_learns(train, optim):
 
 
 def test_two_processes_learn_what_one_does(train, watch, few, tmp_path):
-    """torchrun, two processes, gloo: the same adapter within rounding; the second process has no block in the last window."""
+    """torchrun and gloo: the same adapter within rounding; the second process has no block in the last window."""
     flags = [*FP32, "--dataset", few, "--max_length", 34, "--logging_steps", 1, *EPOCHS, 1]
     flags += ["--batch_size", 2, "--gradient_accumulation_steps", 2]
     seen = watch()
@@ -389,8 +390,8 @@ def test_logged_rate_is_the_one_of_the_step(train, watch):
 # ------------------------------------------------------------------------------------------------ evaluation
 
 
-def test_evaluation_is_the_mean_over_tokens(train, watch, corpus):
-    """Against a loop over single blocks and whole logits; the last block is short, so a mean of batch means would differ."""
+def test_evaluation_is_the_mean_over_tokens(train, watch):
+    """Against a loop over single blocks and whole logits; with a short last block a mean of means would differ."""
     seen = watch()
     code, folder = train(*FP32, "--validation_fraction", 0.2)
     session = seen.session
@@ -486,13 +487,13 @@ def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(
 def test_killed_run_goes_on_from_its_checkpoint_and_repeats_nothing_in_the_log(
     train, watch, few, tmp_path, monkeypatch
 ):
-    """No chance to save: the process dies in step 5; rows after the checkpoint of step 3 are written anew, once."""
+    """No chance to save: the process dies in step 6; the row after the checkpoint of step 4 is written anew, once."""
 
     class Killed(BaseException):
         pass
 
     def die(session, number):
-        if number == 4:
+        if number == 5:
             raise Killed
 
     flags = (*RESUMABLE, "--dataset", few, "--logging_steps", 1)
@@ -501,7 +502,7 @@ def test_killed_run_goes_on_from_its_checkpoint_and_repeats_nothing_in_the_log(
         Watch(patch, before=die)
         with pytest.raises(Killed):
             train(*flags, output_dir=tmp_path / "parts")
-    assert len(steps_of(tmp_path / "parts")) == 4
+    assert len(steps_of(tmp_path / "parts")) == 5 and checkpoints(tmp_path / "parts")[0].name == "checkpoint-4"
     assert train(*flags, output_dir=tmp_path / "parts")[0] == 0
     assert same_rows(tmp_path / "parts", tmp_path / "whole")
     assert (tmp_path / "parts" / "adapter_model.safetensors").read_bytes() == (
@@ -528,6 +529,22 @@ def test_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(
     assert len(seen.windows) == 8 - 4
     assert same_rows(tmp_path / "parts", tmp_path / "whole")
     assert {p.name for p in checkpoints(tmp_path / "parts")} == {p.name for p in checkpoints(tmp_path / "whole")}
+
+
+@pytest.mark.parametrize("flags, saved", [(("--save_minutes", "1e-9"), [3, 2]), (("--save_minutes", "null"), [3])])
+def test_checkpoints_come_by_the_clock_too(train, flags, saved):
+    code, folder = train(*flags)
+    assert code == 0 and [path.name for path in checkpoints(folder)] == [f"checkpoint-{step}" for step in saved]
+
+
+def test_loss_scale_outlives_a_stop(train, watch):
+    scales = []
+    flags = ("--compute_dtype", "float16", "--max_length", 16, "--validation_fraction", 0)
+    watch(after=lambda session, number: session.learner.scaler.update(2.0**9))
+    assert train(*flags, "--max_steps", 1)[0] == 0
+    watch(before=lambda session, number: scales.append(session.learner.scaler.get_scale()))
+    assert train(*flags, "--max_steps", 2)[0] == 0
+    assert scales == [2.0**9]
 
 
 def test_longer_run_goes_on_from_the_end_of_a_shorter_one(train, watch, few):
@@ -563,7 +580,7 @@ def test_going_back_to_an_older_checkpoint_makes_it_the_course_of_the_run(train,
     assert len(seen.windows) == 2
 
 
-# ------------------------------------------------------------------------------------------------ best, patience, failure
+# ------------------------------------------------------------------------------------------------ best and failure
 
 
 @pytest.fixture
@@ -897,7 +914,7 @@ def test_console_in_cp950_without_sigusr1_and_fcntl(few, tmp_path):
 
 
 def test_launch_that_announces_more_processes_than_there_are_is_refused(train, monkeypatch, capsys):
-    """As `accelerate launch --multi_gpu` does without GPUs: two worlds of one, each of which would write the same files."""
+    """`accelerate launch --multi_gpu` without GPUs makes two worlds of one, and both would write the same files."""
     alone = SimpleNamespace(num_processes=1, log_with=[], is_main_process=True, device=torch.device("cpu"))
     monkeypatch.setattr(train_qlora, "Accelerator", lambda **keywords: alone)
     monkeypatch.setenv("WORLD_SIZE", "2")

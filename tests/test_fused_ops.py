@@ -1,0 +1,244 @@
+"""The fast path equals the plain one: operators, kernels (in Triton's interpreter, and on a GPU where there is one), layers."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import bitsandbytes as bnb
+import pytest
+import torch
+
+import fused_ops
+import train_qlora
+from config import ConfigError, load_config
+from fused_ops import DropoutClock, choose_fast_path, compile_layers, fuse, use_causal_attention, use_stateless_dropout
+from quantization_utils import (
+    create_bnb_config,
+    create_lora_config,
+    load_model_and_tokenizer,
+    prepare_model_for_training,
+    set_gradient_checkpointing,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: the kernels as they run there")
+
+
+def prepared(
+    folder, *, dtype="float32", p=0.05, checkpointing=False, quant_type="nf4", double=True, dora=False, device="cpu"
+):
+    """Return a peft model with a non-zero adapter, its clock and its loss."""
+    config = create_bnb_config(quant_type=quant_type, compute_dtype=dtype, use_double_quant=double)
+    attention = "eager" if "gemma" in str(folder) else "sdpa"
+    model, _ = load_model_and_tokenizer(str(folder), config, device=device, attn_implementation=attention)
+    torch.manual_seed(0)
+    model = prepare_model_for_training(model, create_lora_config(rank=8, dropout=p, use_dora=dora), checkpointing)
+    use_causal_attention(model.get_base_model())
+    clock = DropoutClock(42, torch.device(device))
+    use_stateless_dropout(model, p, clock)
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model.train(), clock, train_qlora.SummedLoss(model, getattr(torch, dtype))
+
+
+def gradients(model, clock, loss, length=24):
+    """Return the loss and gradients of a fixed batch with padded labels."""
+    ids = torch.randint(0, 4096, (2, length), generator=torch.Generator().manual_seed(5)).to(clock.step.device)
+    labels = ids.clone()
+    labels[1, 15:] = -100
+    clock.set(3, torch.tensor([5, 7]))
+    value = loss(ids, labels)
+    value.backward()
+    return value.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def furthest(a: dict, b: dict) -> float:
+    return max(((a[n] - b[n]).norm() / b[n].norm().clamp_min(1e-9)).item() for n in b)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama", "mistral", "qwen3"])
+@pytest.mark.parametrize("p, checkpointing", [(0.0, False), (0.05, True)])
+def test_fused_layers_learn_what_plain_ones_do(random_models, kind, p, checkpointing):
+    folder = random_models(kind)
+    plain_loss, plain = gradients(*prepared(folder, p=p, checkpointing=checkpointing))
+    model, clock, loss = prepared(folder, p=p, checkpointing=checkpointing)
+    assert fuse(model, clock, p, kernels=False) == 14  # seven linears in each of two layers
+    fused_loss, fused = gradients(model, clock, loss)
+    assert fused_loss == pytest.approx(plain_loss, rel=1e-6)
+    assert furthest(fused, plain) < 1e-4  # fp32 rounding
+
+
+@pytest.mark.parametrize("quant_type, double", [("fp4", True), ("nf4", False), ("fp4", False)])
+def test_fused_layers_read_every_quantisation(random_models, quant_type, double):
+    options = {"quant_type": quant_type, "double": double}
+    _, plain = gradients(*prepared(random_models("qwen2"), **options))
+    model, clock, loss = prepared(random_models("qwen2"), **options)
+    fuse(model, clock, 0.05, kernels=False)
+    assert furthest(gradients(model, clock, loss)[1], plain) < 1e-4
+
+
+def test_a_model_with_another_attention_fuses_its_linears_alone(random_models):
+    _, plain = gradients(*prepared(random_models("gemma2")))
+    model, clock, loss = prepared(random_models("gemma2"))
+    assert fuse(model, clock, 0.05, kernels=False) == 14
+    assert furthest(gradients(model, clock, loss)[1], plain) < 1e-4
+
+
+def test_dora_keeps_pefts_layers(random_models):
+    model, clock, _ = prepared(random_models("qwen2"), dora=True)
+    assert fuse(model, clock, 0.05, kernels=False) == 0
+    fast = choose_fast_path(load_config().performance, model, torch.float32, torch.device("cpu"))
+    assert not fast.fused_lora and "no plain LoRA adapter" in fast.line
+
+
+def test_evaluation_and_the_base_alone_run_through_the_fused_layers(random_models):
+    model, clock, loss = prepared(random_models("qwen2"))
+    ids = torch.arange(20)[None]
+    model.eval()
+    with torch.no_grad():
+        want = loss(ids, ids)
+        with model.disable_adapter():
+            want_base = loss(ids, ids)
+        fuse(model, clock, 0.05, kernels=False)
+        assert torch.allclose(loss(ids, ids), want, rtol=1e-6)
+        with model.disable_adapter():
+            assert torch.allclose(loss(ids, ids), want_base, rtol=1e-6)
+    assert want != want_base
+
+
+def test_error_in_bfloat16_is_no_larger_than_pefts(random_models):
+    """Both against fp32 on the same dequantised weights."""
+    _, reference = gradients(*prepared(random_models("qwen2")))
+    _, plain = gradients(*prepared(random_models("qwen2"), dtype="bfloat16"))
+    model, clock, loss = prepared(random_models("qwen2"), dtype="bfloat16")
+    fuse(model, clock, 0.05, kernels=False)
+    _, fused = gradients(model, clock, loss)
+
+    def error(found):
+        return sum((found[n] - reference[n]).square().sum() for n in reference).sqrt().item()
+
+    assert error(fused) <= 1.05 * error(plain)
+
+
+def test_layers_are_compiled_once_and_never_again(random_models):
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    folder = random_models("qwen2")
+    _, plain = gradients(*prepared(folder, checkpointing=True))
+    model, clock, loss = prepared(folder, checkpointing=True)
+    fuse(model, clock, 0.05, kernels=False)
+    compile_layers(model)
+    _, compiled = gradients(model, clock, loss)
+    assert counters["stats"]["unique_graphs"] == 1  # for both layers
+    assert furthest(compiled, plain) < 1e-4
+    model.zero_grad()
+    gradients(model, clock, loss)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_first_n_layers_recompute_when_compiled(random_models):
+    model, clock, loss = prepared(random_models("qwen2"), checkpointing=False)
+    _, plain = gradients(model, clock, loss)
+    model, clock, loss = prepared(random_models("qwen2"))
+    set_gradient_checkpointing(model, 1)
+    fuse(model, clock, 0.05, kernels=False)
+    compile_layers(model)
+    layers = model.get_base_model().get_decoder().layers
+    assert [layer.recompute for layer in layers] == [True, False]
+    assert furthest(gradients(model, clock, loss)[1], plain) < 1e-4
+
+
+@pytest.mark.parametrize("name, reason", [("cuda_graphs", "no CUDA GPU"), ("compile", "needs fused_lora")])
+def test_on_is_refused_where_it_cannot_run(random_models, name, reason):
+    model, _, _ = prepared(random_models("qwen2"))
+    performance = load_config((), {f"performance.{name}": "on"}).performance
+    with pytest.raises(ConfigError, match=reason):
+        choose_fast_path(performance, model, torch.float32, torch.device("cpu"))
+
+
+def test_the_fast_path_trains_from_the_command_line_on_a_cpu_and_resumes_on_the_plain_one(train, corpus, tmp_path):
+    flags = ("--dataset", corpus, "--max_length", 32, "--save_steps", 2, "--compute_dtype", "float32")
+    code, folder = train(*flags, "--max_steps", 2, "--fused_lora", "on", output_dir=tmp_path / "run")
+    assert code == 0
+    assert "fast path: fused_lora" in (folder / "training_log.txt").read_text(encoding="utf-8")
+    code, folder = train(*flags, "--max_steps", 4, "--fused_lora", "off", output_dir=folder)
+    assert code == 0 and (folder / "checkpoint-4").is_dir()
+    assert "resuming from" in (folder / "training_log.txt").read_text(encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------------------ kernels
+
+
+def check_kernels(device: str, dtype: torch.dtype, tolerance: float) -> None:
+    """Compare each kernel with the same operator's torch calls in fp32, on sizes that divide nothing."""
+    torch.manual_seed(0)
+
+    def apart(a, b):
+        return ((a.float() - b.float()).norm() / b.float().norm()).item()
+
+    for nested, quant_type in ((True, "nf4"), (False, "nf4"), (True, "fp4")):
+        columns, packed, constants = 192, [], []
+        for rows in (64, 32):
+            weight = torch.randn(rows, columns, device=device, dtype=dtype)
+            codes, state = bnb.functional.quantize_4bit(weight, quant_type=quant_type, compress_statistics=nested)
+            packed.append(codes.view(torch.uint8).flatten())
+            constants += fused_ops._constants(state)
+        B = [torch.randn(rows, 8, device=device) for rows in (64, 32)]
+        static = (packed, constants, state.code, B, columns, 0.5, [64, 256], quant_type, dtype)
+        found, want = (fused_ops.extended_weight(*static, kernels) for kernels in (True, False))
+        assert apart(found, want) < tolerance, (nested, quant_type)
+    step, salt = (torch.tensor(n, dtype=torch.int32, device=device) for n in (3, -12345))
+    sequences = torch.tensor([5, 9], dtype=torch.int32, device=device)
+    for swiglu, members, p in ((False, 1, 0.1), (False, 3, 0.1), (False, 2, 0.0), (True, 1, 0.1), (True, 1, 0.0)):
+        columns, length = 160, 20
+        x = torch.randn(2 * length, columns * (2 if swiglu else 1), device=device).to(dtype)
+        A = [torch.randn(8, columns, device=device) * 0.1 for _ in range(members)]
+        static = (A, step, sequences, salt, length, p, swiglu)
+        for found, want in zip(
+            fused_ops.widen(x, *static, True), fused_ops.widen(x.float(), *static, False), strict=True
+        ):
+            assert apart(found, want) < tolerance, (swiglu, members, p)
+        grad = torch.randn_like(fused_ops.widen(x, *static, False)[0])
+        found = fused_ops.widen_backward(grad, x, *static, True)
+        want = fused_ops.widen_backward(grad.float(), x.float(), *static, False)
+        assert all(apart(a, b) < tolerance for a, b in zip(found, want, strict=True)), (swiglu, members, p)
+
+
+def test_kernels_in_tritons_interpreter():
+    """In a process of its own: the interpreter is chosen when Triton is imported. Half precision: it rounds bfloat16 wrongly."""
+    pytest.importorskip("triton", reason="pip install triton: the kernels need it")
+    program = "import torch; from tests.test_fused_ops import check_kernels; check_kernels('cpu', torch.float16, 2e-3)"
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_kernels_on_the_gpu(dtype):
+    check_kernels("cuda", dtype, 1e-2)
+
+
+@gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_fused_error_on_the_gpu_is_no_larger_than_pefts(random_models, compiled):
+    folder = random_models("qwen2")
+    _, reference = gradients(*prepared(folder, device="cuda"), length=64)
+    _, plain = gradients(*prepared(folder, dtype="bfloat16", device="cuda"), length=64)
+    model, clock, loss = prepared(folder, dtype="bfloat16", device="cuda", checkpointing=True)
+    fuse(model, clock, 0.05, kernels=True)
+    if compiled:
+        compile_layers(model)
+    _, fused = gradients(model, clock, loss, length=64)
+
+    def error(found):
+        return sum((found[n] - reference[n]).square().sum() for n in reference).sqrt().item()
+
+    assert error(fused) <= 1.05 * error(plain)
