@@ -103,6 +103,10 @@ def load_rows(data: DataConfig) -> DatasetDict:
 
 def tokenize_rows(rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> DatasetDict:
     """Return the rows with a column input_ids of the text column's tokens, no special tokens, nothing cut."""
+    if data.format in ("chat", "prompt"):
+        raise ConfigError(
+            f"data.format: expected text (chat and prompt data are not supported yet), got {data.format!r}"
+        )
     column = data.text_column
     for split in rows.values():
         if column not in split.column_names:

@@ -562,7 +562,7 @@ def evaluate_and_keep_best(run: Run) -> None:
 
 
 def train(run: Run, request: StopRequest) -> bool:
-    """Train until the last step; return False if a signal or early stopping's patience ended it before.
+    """Train until the last step or early stopping's patience ends; return False if a signal stopped it before.
 
     Each turn: step → log → evaluate → save.
     """
