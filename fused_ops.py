@@ -61,10 +61,15 @@ class DropoutClock:
     def set(self, step: int, sequences: torch.Tensor) -> None:
         """Name the optimizer step and the rows of the micro-batch about to run."""
         self.step.fill_(step)
+        sequences = sequences.to(torch.int32)
+        if (
+            self.step.is_cuda and not sequences.is_cuda
+        ):  # a copy from pageable memory would wait for the GPU at every micro-step
+            sequences = sequences.pin_memory()
         if self.sequences.shape == sequences.shape:
-            self.sequences.copy_(sequences)
+            self.sequences.copy_(sequences, non_blocking=True)
         else:
-            self.sequences = sequences.to(self.step.device, torch.int32)
+            self.sequences = sequences.to(self.step.device, non_blocking=True)
         self._last = None
 
     def salted(self, salt: int) -> int:
