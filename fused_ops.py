@@ -4,10 +4,12 @@ and cross entropy over a frozen head that never holds the logits whole.
 
 import dataclasses
 import functools
+import inspect
 import logging
 import sys
 import zlib
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import bitsandbytes as bnb
 import torch
@@ -76,26 +78,33 @@ class DropoutClock:
         """Return the run's seed and a module's salt as one signed 32-bit number."""
         return int32(self.seed * 0x9E3779B1 ^ salt)
 
-    def row_keys(self, salt: int, length: int) -> torch.Tensor:
-        """Return a 32-bit key for each position, int32 [batch, length], of the modules that share `salt`."""
-        key = mix(self.step ^ self.salted(salt))
-        key = mix(key ^ self.sequences)
-        position = torch.arange(length, dtype=torch.int32, device=key.device)
-        return mix(key[:, None] ^ mix(position)[None])
-
     def keep(self, salt: int, length: int, features: int, p: float) -> torch.Tensor:
         """Return which inputs survive, bool [batch, length, features]; the modules that read one x ask in turn for one mask."""
         asked = (salt, length, features, p)
         if self._last is None or self._last[0] != asked:
-            feature = torch.arange(features, dtype=torch.int32, device=self.step.device)
-            bits = mix(self.row_keys(salt, length)[..., None] ^ (feature * int32(0x9E3779B1)))
-            self._last = (asked, ((bits >> 8) & 0xFFFFFF) >= drop_threshold(p))
+            self._last = (asked, dropout_mask(self.step, self.sequences, self.salted(salt), length, features, p))
         return self._last[1]
 
 
+def dropout_mask(
+    step: torch.Tensor, sequences: torch.Tensor, salt: int | torch.Tensor, length: int, features: int, p: float
+) -> torch.Tensor:
+    """Return which inputs survive, bool [batch, length, features]: a hash of step, sequence, position and pair of features.
+
+    The two halves of a 32-bit hash serve two neighbouring features: hashing is a third of a fused kernel's instructions.
+    """
+    key = mix(mix(step ^ salt) ^ sequences)
+    position = torch.arange(length, dtype=torch.int32, device=step.device)
+    key = mix(key[:, None] ^ mix(position)[None])
+    pair = torch.arange((features + 1) // 2, dtype=torch.int32, device=step.device)
+    bits = mix(key[..., None] ^ (pair * int32(0x9E3779B1)))
+    halves = torch.stack([bits & 0xFFFF, (bits >> 16) & 0xFFFF], -1).flatten(-2)
+    return halves[..., :features] >= drop_threshold(p)
+
+
 def drop_threshold(p: float) -> int:
-    """Return how many of the 2**24 hash values drop."""
-    return round(p * 2**24)
+    """Return how many of the 2**16 values of half a hash drop."""
+    return round(p * 2**16)
 
 
 class StatelessDropout(nn.Module):
@@ -249,204 +258,145 @@ if triton is not None:
         return x
 
     @triton.jit
-    def _keep(step, sequences, salt, rows, columns, length, threshold):
-        """The mask of DropoutClock.keep for a tile, bool [rows, columns]."""
+    def _keep(step, sequences, salt, rows, pairs, length, threshold):
+        """The mask of dropout_mask for a tile, bool [rows, 2 pairs]."""
         key = _mix((tl.load(step) ^ tl.load(salt)).to(tl.uint32, bitcast=True))
         sequence = tl.load(sequences + rows // length).to(tl.uint32, bitcast=True)
         key = _mix(_mix(key ^ sequence) ^ _mix((rows % length).to(tl.uint32)))
-        bits = _mix(key[:, None] ^ (columns.to(tl.uint32) * 0x9E3779B1)[None])
-        return (bits >> 8) >= threshold
+        bits = _mix(key[:, None] ^ (pairs.to(tl.uint32) * 0x9E3779B1)[None])
+        return tl.interleave((bits & 0xFFFF) >= threshold, (bits >> 16) >= threshold)
+
+    @triton.jit
+    def _sigmoid(x):
+        """1 / (1 + exp(-x)) by a reciprocal square root: two special functions, where a division takes eight instructions more."""
+        root = tl.rsqrt(1.0 + tl.exp2(x * -1.4426950408889634))
+        return root * root
 
     @triton.jit
     def _dequantize_kernel(
-        packed, absmax, absmax2, offset, code2, lut, B, out, rows, row_blocks, stride, rank, slot, extra, scale, blocksize2, programs,
-        NESTED: tl.constexpr, BLOCKSIZE: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr, BLOCK_R: tl.constexpr,
+        packed, absmax, absmax2, offset, code2, lut, B0, B1, B2, out, blocks, rows, rows0, rows1, stride, rank, extra, scale, programs,
+        NESTED: tl.constexpr, BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr, ROW_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr,
+        ROWS: tl.constexpr, BLOCK_R: tl.constexpr,
     ):  # fmt: skip
         """Write a run of W's quantisation blocks into [W | scale B]; the programs past the last run write B's columns."""
         program = tl.program_id(0)
+        dtype = out.dtype.element_ty
         if program < programs:
             block = program * BLOCKS + tl.arange(0, BLOCKS)
-            inside = block < rows * row_blocks
+            inside = block < blocks
             if NESTED:  # one constant a block of 64 weights, itself a code of 8 bits
                 constant = tl.load(code2 + tl.load(absmax + block, mask=inside, other=0).to(tl.int32))
-                constant = constant * tl.load(absmax2 + block // blocksize2, mask=inside, other=0.0) + tl.load(offset)
+                second = block // BLOCKSIZE2
+                constant = constant * tl.load(absmax2 + second, mask=inside, other=0.0)
+                constant += tl.load(offset + second, mask=inside, other=0.0)
             else:
                 constant = tl.load(absmax + block, mask=inside, other=0.0)
-            byte = tl.arange(0, BLOCKSIZE // 2)
-            codes = tl.load(packed + block[:, None] * (BLOCKSIZE // 2) + byte[None], mask=inside[:, None], other=0)
-            high = tl.load(lut + (codes >> 4).to(tl.int32)) * constant[:, None]
-            low = tl.load(lut + (codes & 15).to(tl.int32)) * constant[:, None]
-            values = tl.interleave(high, low).to(out.dtype.element_ty)  # [BLOCKS, BLOCKSIZE]
-            start = (block // row_blocks).to(tl.int64) * stride + (block % row_blocks) * BLOCKSIZE
+            word = tl.arange(0, BLOCKSIZE // 8)  # of eight codes; a byte's high half comes first
+            codes = tl.load(packed + block[:, None] * (BLOCKSIZE // 8) + word[None], mask=inside[:, None], other=0)
+            code = (codes[:, :, None] >> ((tl.arange(0, 8) ^ 1) * 4)[None, None]) & 15
+            table = tl.load(lut + tl.arange(0, 16))
+            # The gather goes through shared memory: half the instructions of a load a weight, whose addresses have 64 bits.
+            level = tl.gather(table, tl.reshape(code, (BLOCKS * BLOCKSIZE,)), 0)
+            values = (tl.reshape(level, (BLOCKS, BLOCKSIZE)) * constant[:, None]).to(dtype)
+            start = (block // ROW_BLOCKS).to(tl.int64) * stride + (block % ROW_BLOCKS) * BLOCKSIZE
             tl.store(out + start[:, None] + tl.arange(0, BLOCKSIZE)[None], values, mask=inside[:, None])
-        else:
-            row = ((program - programs) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+        else:  # member i's rows have its B in columns i rank to (i + 1) rank, and zeros
+            row = ((program - programs) * ROWS + tl.arange(0, ROWS))[:, None]
             j = tl.arange(0, BLOCK_R)[None]
-            own = (j >= slot) & (j < slot + rank) & (row < rows)
-            b = tl.load(B + row * rank + j - slot, mask=own, other=0.0) * scale
-            target = out + row * stride + row_blocks * BLOCKSIZE + j
-            tl.store(target, b.to(out.dtype.element_ty), mask=(j < extra) & (row < rows))
+            in0 = (row < rows0) & (j < rank)
+            in1 = (row >= rows0) & (row < rows0 + rows1) & (j >= rank) & (j < 2 * rank)
+            in2 = (row >= rows0 + rows1) & (row < rows) & (j >= 2 * rank) & (j < 3 * rank)
+            b = tl.load(B0 + row * rank + j, mask=in0, other=0.0)
+            b += tl.load(B1 + (row - rows0) * rank + j - rank, mask=in1, other=0.0)
+            b += tl.load(B2 + (row - rows0 - rows1) * rank + j - 2 * rank, mask=in2, other=0.0)
+            target = out + row.to(tl.int64) * stride + ROW_BLOCKS * BLOCKSIZE + j
+            tl.store(target, (b * scale).to(dtype), mask=(j < extra) & (row < rows))
 
     @triton.jit
     def _widen_kernel(
-        x, out, partial, A0, A1, A2, step, sequences, salt, rows, length, columns, stride, rank, adapter_columns, threshold, inverse,
-        per_split, MEMBERS: tl.constexpr, SWIGLU: tl.constexpr, DROPOUT: tl.constexpr,
-        BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+        x, wide, dropped, step, sequences, salt, rows, length, columns, stride, threshold, inverse,
+        SWIGLU: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
     ):  # fmt: skip
-        """Copy x (or SwiGLU of [gate | up]) into the wide operand and sum this split's part of dropout(x) A^T."""
+        """Copy x (or SwiGLU of [gate | up]) into the wide operand and, where asked, dropout(x) beside it."""
         m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-        split = tl.program_id(1)
-        inside_m = m < rows
-        j = tl.arange(0, BLOCK_R)
-        sum0 = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-        sum1 = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-        sum2 = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-        dtype = out.dtype.element_ty
-        for start in range(split * per_split, min((split + 1) * per_split, columns), BLOCK_K):
-            k = start + tl.arange(0, BLOCK_K)
-            inside = inside_m[:, None] & (k < columns)[None]
-            if SWIGLU:
-                source = x + m.to(tl.int64)[:, None] * (2 * columns) + k[None]
-                gate = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-                up = tl.load(source + columns, mask=inside, other=0.0).to(tl.float32)
-                tile = (gate * tl.sigmoid(gate) * up).to(dtype)
-            else:
-                tile = tl.load(x + m.to(tl.int64)[:, None] * columns + k[None], mask=inside, other=0.0)
-            tl.store(out + m.to(tl.int64)[:, None] * stride + k[None], tile, mask=inside)
-            if DROPOUT:
-                keep = _keep(step, sequences, salt, m, k, length, threshold)
-                tile = tl.where(keep, tile.to(tl.float32) * inverse, 0.0).to(dtype)
-            at = j[None] * columns + k[:, None]
-            inside_a = (j < rank)[None] & (k < columns)[:, None]
-            sum0 = tl.dot(tile, tl.load(A0 + at, mask=inside_a, other=0.0).to(dtype), sum0)
-            if MEMBERS > 1:
-                sum1 = tl.dot(tile, tl.load(A1 + at, mask=inside_a, other=0.0).to(dtype), sum1)
-            if MEMBERS > 2:
-                sum2 = tl.dot(tile, tl.load(A2 + at, mask=inside_a, other=0.0).to(dtype), sum2)
-        target = partial + (split * rows + m.to(tl.int64)[:, None]) * adapter_columns + j[None]
-        inside = inside_m[:, None] & (j < rank)[None]
-        tl.store(target, sum0, mask=inside)
-        if MEMBERS > 1:
-            tl.store(target + rank, sum1, mask=inside)
-        if MEMBERS > 2:
-            tl.store(target + 2 * rank, sum2, mask=inside)
+        k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+        row = m.to(tl.int64)[:, None]
+        inside = (m < rows)[:, None] & (k < columns)[None]
+        if SWIGLU:
+            place = x + row * (2 * columns) + k[None]
+            gate = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+            up = tl.load(place + columns, mask=inside, other=0.0).to(tl.float32)
+            tile = (gate * _sigmoid(gate) * up).to(wide.dtype.element_ty)
+        else:
+            tile = tl.load(x + row * columns + k[None], mask=inside, other=0.0)
+        tl.store(wide + row * stride + k[None], tile, mask=inside)
+        if DROPOUT:
+            pairs = tl.program_id(1) * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
+            keep = _keep(step, sequences, salt, m, pairs, length, threshold)
+            tile = tl.where(keep, tile.to(tl.float32) * inverse, 0.0).to(tile.dtype)
+            tl.store(dropped + row * columns + k[None], tile, mask=inside)
 
     @triton.jit
-    def _collect_kernel(
-        partial, out, u, rows, columns, stride, used, adapter_columns, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr
+    def _widen_backward_kernel(
+        wide, x, other, A, step, sequences, salt, rows, length, columns, stride, extra, threshold, inverse,
+        SWIGLU: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     ):  # fmt: skip
-        """Add the splits' parts of u and write it behind x, and alone."""
-        m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-        j = tl.arange(0, BLOCK_R)
-        inside = (m < rows)[:, None] & (j < used)[None]
-        total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-        for split in range(SPLITS):
-            total += tl.load(partial + (split * rows + m[:, None]) * adapter_columns + j[None], mask=inside, other=0.0)
-        inside = (m < rows)[:, None] & (j < adapter_columns)[None]
-        total = total.to(out.dtype.element_ty)
-        tl.store(out + m[:, None] * stride + columns + j[None], total, mask=inside)
-        tl.store(u + m[:, None] * adapter_columns + j[None], total, mask=inside)
+        """Complete dx in [dx | du] by mask (du A), and write what dA needs, dropout(x).
 
-    @triton.jit
-    def _adapter_backward_kernel(
-        wide, x, dx, partial, A0, A1, A2, step, sequences, salt, rows, length, columns, stride, rank, threshold, inverse, per_split,
-        MEMBERS: tl.constexpr, SWIGLU: tl.constexpr, DROPOUT: tl.constexpr,
-        BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    ):  # fmt: skip
-        """From [dx | du] make dx + mask (du A) (through SwiGLU where asked) and this split's part of dA = du^T dropout(x)."""
-        k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
-        split = tl.program_id(1)
-        inside_k = k < columns
+        With SwiGLU the gradients of [gate | up] go to `other` and dropout(SwiGLU) takes dx's place; else dropout(x) goes to `other`.
+        """
+        m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+        k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
         j = tl.arange(0, BLOCK_R)
-        dtype = dx.dtype.element_ty
-        at = j[:, None] * columns + k[None]
-        inside_a = (j < rank)[:, None] & inside_k[None]
-        a0 = tl.load(A0 + at, mask=inside_a, other=0.0).to(dtype)
-        sum0 = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
-        sum1 = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
-        sum2 = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
-        a1 = a0
-        a2 = a0
-        if MEMBERS > 1:
-            a1 = tl.load(A1 + at, mask=inside_a, other=0.0).to(dtype)
-        if MEMBERS > 2:
-            a2 = tl.load(A2 + at, mask=inside_a, other=0.0).to(dtype)
-        for start in range(split * per_split, min((split + 1) * per_split, rows), BLOCK_M):
-            m = start + tl.arange(0, BLOCK_M)
-            inside_m = m < rows
-            inside = inside_m[:, None] & inside_k[None]
-            source = wide + m.to(tl.int64)[:, None] * stride
-            grad = tl.load(source + k[None], mask=inside, other=0.0).to(tl.float32)
-            inside_j = inside_m[:, None] & (j < rank)[None]
-            du0 = tl.load(source + columns + j[None], mask=inside_j, other=0.0)
-            du1 = du0
-            du2 = du0
-            back = tl.dot(du0, a0)
-            if MEMBERS > 1:
-                du1 = tl.load(source + columns + rank + j[None], mask=inside_j, other=0.0)
-                back = tl.dot(du1, a1, back)
-            if MEMBERS > 2:
-                du2 = tl.load(source + columns + 2 * rank + j[None], mask=inside_j, other=0.0)
-                back = tl.dot(du2, a2, back)
-            if SWIGLU:
-                place = m.to(tl.int64)[:, None] * (2 * columns) + k[None]
-                gate = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
-                up = tl.load(x + place + columns, mask=inside, other=0.0).to(tl.float32)
-                sigmoid = tl.sigmoid(gate)
-                tile = (gate * sigmoid * up).to(dtype).to(tl.float32)
-            else:
-                place = m.to(tl.int64)[:, None] * columns + k[None]
-                tile = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+        row = m.to(tl.int64)[:, None]
+        inside = (m < rows)[:, None] & (k < columns)[None]
+        dtype = wide.dtype.element_ty
+        target = wide + row * stride + k[None]
+        grad = tl.load(target, mask=inside, other=0.0).to(tl.float32)
+        if SWIGLU:  # all loads stand before the product, whose barriers no load crosses
+            place = row * (2 * columns) + k[None]
+            gate = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+            up = tl.load(x + place + columns, mask=inside, other=0.0).to(tl.float32)
+        else:
+            tile = tl.load(x + row * columns + k[None], mask=inside, other=0.0).to(tl.float32)
+        a = tl.load(A + j[:, None] * columns + k[None], mask=(j < extra)[:, None] & (k < columns)[None], other=0.0)
+        du = tl.load(wide + row * stride + columns + j[None], mask=(m < rows)[:, None] & (j < extra)[None], other=0.0)
+        back = tl.dot(du, a)
+        if DROPOUT:
+            pairs = tl.program_id(1) * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
+            keep = _keep(step, sequences, salt, m, pairs, length, threshold)
+            back = tl.where(keep, back * inverse, 0.0)
+        grad += back
+        if SWIGLU:
+            sigmoid = _sigmoid(gate)
+            silu = gate * sigmoid
+            tile = silu * up
+            tl.store(other + place, (grad * up * (sigmoid + silu * (1 - sigmoid))).to(dtype), mask=inside)
+            tl.store(other + place + columns, (grad * silu).to(dtype), mask=inside)
             if DROPOUT:
-                keep = _keep(step, sequences, salt, m, k, length, threshold)
                 tile = tl.where(keep, tile * inverse, 0.0)
-                back = tl.where(keep, back * inverse, 0.0)
-            grad += back
-            tile = tile.to(dtype)
-            sum0 = tl.dot(tl.trans(du0), tile, sum0)
-            if MEMBERS > 1:
-                sum1 = tl.dot(tl.trans(du1), tile, sum1)
-            if MEMBERS > 2:
-                sum2 = tl.dot(tl.trans(du2), tile, sum2)
-            if SWIGLU:
-                tl.store(dx + place, (grad * up * sigmoid * (1 + gate * (1 - sigmoid))).to(dtype), mask=inside)
-                tl.store(dx + place + columns, (grad * gate * sigmoid).to(dtype), mask=inside)
-            else:
-                tl.store(dx + place, grad.to(dtype), mask=inside)
-        target = partial + split * MEMBERS * rank * columns + at
-        tl.store(target, sum0, mask=inside_a)
-        if MEMBERS > 1:
-            tl.store(target + rank * columns, sum1, mask=inside_a)
-        if MEMBERS > 2:
-            tl.store(target + 2 * rank * columns, sum2, mask=inside_a)
+            tl.store(target, tile.to(dtype), mask=inside)
+        else:
+            tl.store(target, grad.to(dtype), mask=inside)
+            tl.store(other + row * columns + k[None], tl.where(keep, tile * inverse, 0.0).to(dtype), mask=inside)
 
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
     """How a kernel is laid on a GPU; chosen by measurement, see tests/benchmarks/tune_kernels.py."""
 
-    block_m: int
+    block_m: int  # rows of a tile; quantisation blocks, for the dequantisation
     block_k: int
     warps: int
-    programs: int  # into how many to cut the work, about
-
-    def split(self, programs: int, size: int, block: int) -> tuple[int, int]:
-        """Return (splits of a loop over `size`, elements a split, a multiple of `block`)."""
-        splits = max(1, min(triton.cdiv(size, block), self.programs // max(1, programs)))
-        per_split = triton.cdiv(triton.cdiv(size, splits), block) * block
-        return triton.cdiv(size, per_split), per_split
 
 
-def widen_launch(rows: int, rank: int, swiglu: bool) -> Launch:
-    """Return the layout of the kernel behind `widen`."""
-    return Launch(block_m=32 if rows >= 2048 else 16, block_k=128 if rank <= 32 else 64, warps=4, programs=1056)
+WIDEN = Launch(block_m=16, block_k=256, warps=4)
+DEQUANTIZE = Launch(block_m=128, block_k=64, warps=8)
 
 
-def backward_launch(rows: int, rank: int, swiglu: bool) -> Launch:
-    """Return the layout of the kernel behind `widen_backward`."""
-    return Launch(
-        block_m=32, block_k=128 if rank <= 16 else 64 if rank <= 32 else 32, warps=4, programs=1056 if swiglu else 528
-    )
+def backward_launch(extra: int) -> Launch:
+    """Return the layout of the kernel behind `widen_backward`: a tile's rank-r operands grow with the rank."""
+    return Launch(block_m=16, block_k=64, warps=2)
 
 
 def _power(n: int) -> int:
@@ -455,15 +405,14 @@ def _power(n: int) -> int:
 
 # ------------------------------------------------------------------------------------------------ operators
 #
-# Linears that read one x and their rank-r adapters are two operators, each with the gradient of its own arithmetic:
-#   widen:    x -> [x | u],  u = dropout(x) A^T            (SwiGLU first, where x is [gate | up])
-#   product:  [x | u] -> [x | u] [W | scale B]^T + bias    W dequantised, used and dropped
-# The adapter rides in the base product's own reduction, so no pass reads and writes whole activations for y += u B^T, and the
-# product's backward yields dx and du at once. As opaque operators they keep a compiler from saving the dequantised W.
+# Linears that read one x, with their rank-r adapters, are one operator with the gradient of its own arithmetic:
+#   y = [x | u] [W | scale B]^T + bias,  u = dropout(x) A^T       (SwiGLU first, where x is [gate | up])
+# W is dequantised, used and dropped. The adapter rides in the base product's own reduction, so no pass reads and writes whole
+# activations for y += u B^T, and the backward's product yields dx and du at once. An opaque operator keeps a compiler from saving W.
 
 
-def wide(rank: int, members: int) -> int:
-    """Return the adapter's columns in the wide operands: a multiple of 16, so that rows stay aligned for the matrix units."""
+def adapter_columns(rank: int, members: int) -> int:
+    """Return the adapters' columns in the wide operands: a multiple of 16, so that rows stay aligned for the matrix units."""
     return -(-rank * members // 16) * 16
 
 
@@ -472,212 +421,236 @@ def _swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     return (F.silu(gate) * up).to(gate_up.dtype)
 
 
-def _mask(step, sequences, salt, length: int, features: int, p: float) -> torch.Tensor:
-    """The mask of DropoutClock.keep, bool [rows, features]."""
-    key = mix(mix(step ^ salt) ^ sequences)
-    position = mix(torch.arange(length, dtype=torch.int32, device=step.device))
-    keys = mix(key[:, None] ^ position[None]).flatten()
-    feature = torch.arange(features, dtype=torch.int32, device=step.device) * int32(0x9E3779B1)
-    return ((mix(keys[:, None] ^ feature[None]) >> 8) & 0xFFFFFF) >= drop_threshold(p)
+def _drop(x: torch.Tensor, masks: "Masks") -> torch.Tensor:
+    keep = dropout_mask(masks.step, masks.sequences, masks.salt, masks.length, x.shape[1], masks.p).flatten(0, 1)
+    return torch.where(keep, x, 0) * (1 / (1 - masks.p))
 
 
-@torch.library.custom_op("qlora::widen", mutates_args=())
-def widen(
-    x: torch.Tensor, A: list[torch.Tensor], step: torch.Tensor, sequences: torch.Tensor, salt: torch.Tensor, length: int, p: float,
-    swiglu: bool, kernels: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Return ([x | u | 0], [u | 0]), u = dropout(x) A^T of all members. x: [rows, columns], or [rows, 2 columns] with swiglu."""
-    rank, columns = A[0].shape
-    rows, extra = len(x), wide(rank, len(A))
-    if not kernels:
-        x = _swiglu(x) if swiglu else x
-        dropped = torch.where(_mask(step, sequences, salt, length, columns, p), x, 0) * (1 / (1 - p)) if p > 0 else x
-        u = F.pad(dropped @ torch.cat(A).to(x.dtype).t(), (0, extra - rank * len(A)))
-        return torch.cat([x, u], 1), u
-    out = x.new_empty(rows, columns + extra)
-    u = x.new_empty(rows, extra)
-    launch = widen_launch(rows, rank, swiglu)
-    programs = triton.cdiv(rows, launch.block_m)
-    splits, per_split = launch.split(programs, columns, launch.block_k)
-    partial = x.new_empty(splits, rows, extra, dtype=torch.float32)
-    _widen_kernel[(programs, splits)](
-        x, out, partial, A[0], A[min(1, len(A) - 1)], A[-1], step, sequences, salt, rows, length, columns, columns + extra, rank,
-        extra, drop_threshold(p), 1 / (1 - p), per_split, MEMBERS=len(A), SWIGLU=swiglu, DROPOUT=p > 0,
-        BLOCK_M=launch.block_m, BLOCK_K=launch.block_k, BLOCK_R=_power(rank), num_warps=launch.warps,
-    )  # fmt: skip
-    _collect_kernel[(triton.cdiv(rows, 32),)](
-        partial,
-        out,
-        u,
-        rows,
-        columns,
-        columns + extra,
-        rank * len(A),
-        extra,
-        SPLITS=splits,
-        BLOCK_M=32,
-        BLOCK_R=_power(extra),
-    )
-    return out, u
+class Masks(NamedTuple):
+    """What a mask is a function of. step, salt: int32 scalars; sequences: int32 [batch]; length: positions a sequence."""
+
+    step: torch.Tensor
+    sequences: torch.Tensor
+    salt: torch.Tensor
+    length: int
+    p: float
 
 
-@widen.register_fake
-def _(x, A, step, sequences, salt, length, p, swiglu, kernels):
-    extra = wide(A[0].shape[0], len(A))
-    return x.new_empty(x.shape[0], A[0].shape[1] + extra), x.new_empty(x.shape[0], extra)
+def stack_adapters(A: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """Return A of all members, one below the other and zeros up to the adapter columns, [adapter columns, columns]."""
+    stacked = (torch.cat(A) if len(A) > 1 else A[0]).to(dtype)
+    missing = adapter_columns(len(A[0]), len(A)) - len(stacked)
+    return F.pad(stacked, (0, 0, 0, missing)) if missing else stacked
 
 
-@torch.library.custom_op("qlora::widen_backward", mutates_args=())
+def widen(x: torch.Tensor, A: torch.Tensor, masks: Masks, swiglu: bool, kernels: bool) -> torch.Tensor:
+    """Return [x | dropout(x) A^T], [rows, columns + adapter columns]. x: [rows, columns], or [rows, 2 columns] with swiglu."""
+    extra, columns = A.shape
+    wide = x.new_empty(len(x), columns + extra)
+    if kernels:
+        dropped = x.new_empty(len(x), columns) if masks.p > 0 else wide[:, :columns]
+        grid = (triton.cdiv(len(x), WIDEN.block_m), triton.cdiv(columns, WIDEN.block_k))
+        _widen_kernel[grid](
+            x, wide, dropped, masks.step, masks.sequences, masks.salt, len(x), masks.length, columns, columns + extra,
+            drop_threshold(masks.p), 1 / (1 - masks.p), SWIGLU=swiglu, DROPOUT=masks.p > 0, BLOCK_M=WIDEN.block_m,
+            BLOCK_K=WIDEN.block_k, num_warps=WIDEN.warps,
+        )  # fmt: skip
+    else:
+        wide[:, :columns] = _swiglu(x) if swiglu else x
+        dropped = _drop(wide[:, :columns], masks) if masks.p > 0 else wide[:, :columns]
+    torch.mm(dropped, A.t(), out=wide[:, columns:])
+    return wide
+
+
 def widen_backward(
-    grad: torch.Tensor, x: torch.Tensor, A: list[torch.Tensor], step: torch.Tensor, sequences: torch.Tensor, salt: torch.Tensor,
-    length: int, p: float, swiglu: bool, kernels: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Return (dx, dA of all members [members rank, columns] in fp32) from grad = [dx | du]."""
-    rank, columns = A[0].shape
-    rows, used = len(x), rank * len(A)
-    if not kernels:
-        tile = _swiglu(x) if swiglu else x
-        du = grad[:, columns : columns + used]
-        back = du @ torch.cat(A).to(grad.dtype)
-        if p > 0:
-            keep, scale = _mask(step, sequences, salt, length, columns, p), 1 / (1 - p)
-            tile, back = torch.where(keep, tile, 0) * scale, torch.where(keep, back, 0) * scale
-        dx = grad[:, :columns] + back
-        dA = (du.t() @ tile).float()
-        if swiglu:
-            gate, up = x.float().chunk(2, -1)
-            sigmoid, dx = torch.sigmoid(gate), dx.float()
-            dx = torch.cat([dx * up * sigmoid * (1 + gate * (1 - sigmoid)), dx * gate * sigmoid], 1).to(x.dtype)
-        return dx, dA
-    dx = torch.empty_like(x)
-    launch = backward_launch(rows, rank, swiglu)
-    programs = triton.cdiv(columns, launch.block_k)
-    splits, per_split = launch.split(programs, rows, launch.block_m)
-    partial = x.new_empty(splits, used, columns, dtype=torch.float32)
-    _adapter_backward_kernel[(programs, splits)](
-        grad, x, dx, partial, A[0], A[min(1, len(A) - 1)], A[-1], step, sequences, salt, rows, length, columns, grad.stride(0), rank,
-        drop_threshold(p), 1 / (1 - p), per_split, MEMBERS=len(A), SWIGLU=swiglu, DROPOUT=p > 0,
-        BLOCK_M=launch.block_m, BLOCK_K=launch.block_k, BLOCK_R=_power(rank), num_warps=launch.warps,
-    )  # fmt: skip
-    return dx, partial.sum(0) if splits > 1 else partial[0]
+    wide: torch.Tensor, x: torch.Tensor, A: torch.Tensor, masks: Masks, swiglu: bool, kernels: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (dx, dropout(x)) from wide = [dx | du], which is used up: dx lacks what comes through the adapters."""
+    extra, columns = A.shape
+    dx, du = wide[:, :columns], wide[:, columns:]
+    if not swiglu and masks.p == 0:
+        return dx.addmm_(du, A), x
+    if kernels:
+        other = torch.empty_like(x)
+        launch = backward_launch(extra)
+        grid = (triton.cdiv(len(x), launch.block_m), triton.cdiv(columns, launch.block_k))
+        _widen_backward_kernel[grid](
+            wide, x, other, A, masks.step, masks.sequences, masks.salt, len(x), masks.length, columns, columns + extra, extra,
+            drop_threshold(masks.p), 1 / (1 - masks.p), SWIGLU=swiglu, DROPOUT=masks.p > 0, BLOCK_M=launch.block_m,
+            BLOCK_K=launch.block_k, BLOCK_R=_power(extra), num_warps=launch.warps,
+        )  # fmt: skip
+        return (other, dx) if swiglu else (dx, other)
+    tile, back = _swiglu(x) if swiglu else x, du @ A
+    if masks.p > 0:
+        tile, back = _drop(tile, masks), _drop(back, masks)
+    dx += back
+    if swiglu:
+        (gate, up), grad = x.float().chunk(2, -1), dx.float()
+        sigmoid = torch.sigmoid(gate)
+        dx = torch.cat([grad * up * sigmoid * (1 + gate * (1 - sigmoid)), grad * gate * sigmoid], 1).to(x.dtype)
+    return dx, tile
 
 
-@widen_backward.register_fake
-def _(grad, x, A, step, sequences, salt, length, p, swiglu, kernels):
-    rank, columns = A[0].shape
-    return torch.empty_like(x), x.new_empty(rank * len(A), columns, dtype=torch.float32)
+class Packed(NamedTuple):
+    """The 4-bit weights of one or more linears, stacked on their outputs. codes: uint8, two weights a byte; lut: fp32 [16].
 
-
-def _widen_setup(ctx, inputs, output):
-    x, A, step, sequences, salt, *ctx.static = inputs
-    ctx.members = len(A)
-    ctx.save_for_backward(x, step, sequences, salt, *A)
-    ctx.set_materialize_grads(False)
-
-
-def _widen_backward(ctx, grad, _):
-    x, step, sequences, salt, *A = ctx.saved_tensors
-    dx, dA = widen_backward(grad.contiguous(), x, A, step, sequences, salt, *ctx.static)
-    return dx, [part.to(a.dtype) for part, a in zip(dA.chunk(len(A)), A, strict=True)], *[None] * 7
-
-
-widen.register_autograd(_widen_backward, setup_context=_widen_setup)
-
-
-def extended_weight(
-    packed: list[torch.Tensor], constants: list[torch.Tensor], lut: torch.Tensor, B: list[torch.Tensor], columns: int, scale: float,
-    blocksizes: list[int], quant_type: str, dtype: torch.dtype, kernels: bool,
-) -> torch.Tensor:  # fmt: skip
-    """Return [W | scale B] of all members, [out features, columns + adapter columns], in `dtype`.
-
-    constants: a member's absmax (fp32), or its absmax (uint8), second-level absmax, second-level code and offset.
+    constants: absmax (fp32), or absmax (uint8), second-level absmax and offset (a value each for `blocksizes[1]` first ones), and code.
     """
-    nested = len(constants) > len(packed)
-    size = 4 if nested else 1
-    sizes = [p.numel() * 2 // columns for p in packed]
-    rank = B[0].shape[1] if B else 0
-    extra = wide(rank, len(B))
-    out = torch.empty(sum(sizes), columns + extra, dtype=dtype, device=packed[0].device)
-    row = 0
-    for i, (codes, n) in enumerate(zip(packed, sizes, strict=True)):
-        part, own = out[row : row + n], constants[i * size : (i + 1) * size]
-        row += n
-        if kernels:
-            absmax, absmax2, code2, offset = own if nested else (own[0],) * 4
-            row_blocks = columns // blocksizes[0]
-            programs, extras = triton.cdiv(n * row_blocks, 64), triton.cdiv(n, 128) if B else 0
-            _dequantize_kernel[(programs + extras,)](
-                codes, absmax, absmax2, offset, code2, lut, B[i] if B else lut, part, n, row_blocks, out.stride(0), rank, i * rank,
-                extra, scale, blocksizes[1], programs, NESTED=nested, BLOCKSIZE=blocksizes[0], BLOCKS=64, ROWS=128,
-                BLOCK_R=_power(extra or 1), num_warps=8,
-            )  # fmt: skip
-            continue
-        absmax = own[0]
-        if nested:
-            absmax = (
-                torch.ops.bitsandbytes.dequantize_blockwise(own[0], own[1], own[2], blocksizes[1], torch.float32)
-                + own[3]
-            )
-        W = torch.ops.bitsandbytes.dequantize_4bit(codes, absmax, blocksizes[0], quant_type, [n, columns], dtype)
-        part[:, :columns] = W
-        if B:
-            part[:, columns:] = 0
-            part[:, columns + i * rank : columns + (i + 1) * rank] = B[i] * scale
+
+    codes: torch.Tensor
+    constants: list[torch.Tensor]
+    lut: torch.Tensor
+    columns: int
+    blocksizes: list[int]
+    quant_type: str
+
+
+def extended_weight(W: Packed, B: list[torch.Tensor], scale: float, dtype: torch.dtype, kernels: bool) -> torch.Tensor:
+    """Return [W | scale B], [out features, columns + adapter columns]; the members' B stand on the diagonal of their part."""
+    rows, rank = W.codes.numel() * 2 // W.columns, B[0].shape[1] if B else 0
+    extra = adapter_columns(rank, len(B))
+    out = torch.empty(rows, W.columns + extra, dtype=dtype, device=W.codes.device)
+    absmax, nested = W.constants[0], len(W.constants) > 1
+    if kernels:
+        absmax2, offset, code2 = W.constants[1:] if nested else (absmax,) * 3
+        row_blocks = W.columns // W.blocksizes[0]
+        programs, b = triton.cdiv(rows * row_blocks, DEQUANTIZE.block_m), [*B, W.lut, W.lut, W.lut]
+        _dequantize_kernel[(programs + (triton.cdiv(rows, 128) if B else 0),)](
+            W.codes.view(torch.int32), absmax, absmax2, offset, code2, W.lut, *b[:3], out, rows * row_blocks, rows,
+            len(B[0]) if B else 0, len(B[1]) if len(B) > 1 else rows, out.stride(0), rank, extra, scale, programs, NESTED=nested,
+            BLOCKSIZE=W.blocksizes[0], BLOCKSIZE2=W.blocksizes[1], ROW_BLOCKS=row_blocks, BLOCKS=DEQUANTIZE.block_m, ROWS=128,
+            BLOCK_R=_power(extra or 1), num_warps=DEQUANTIZE.warps,
+        )  # fmt: skip
+        return out
+    if nested:
+        codes, absmax2, offset, code2 = W.constants
+        absmax = torch.ops.bitsandbytes.dequantize_blockwise(codes, absmax2, code2, W.blocksizes[1], torch.float32)
+        absmax += offset.repeat_interleave(W.blocksizes[1])[: len(absmax)]
+    out[:, : W.columns] = torch.ops.bitsandbytes.dequantize_4bit(
+        W.codes, absmax, W.blocksizes[0], W.quant_type, [rows, W.columns], dtype
+    )
+    out[:, W.columns :] = F.pad(torch.block_diag(*B) * scale, (0, extra - rank * len(B))) if B else 0
     return out
 
 
-@torch.library.custom_op("qlora::product", mutates_args=())
-def product(
-    x: torch.Tensor, u: torch.Tensor | None, packed: list[torch.Tensor], constants: list[torch.Tensor], lut: torch.Tensor,
-    B: list[torch.Tensor], bias: torch.Tensor | None, columns: int, scale: float, blocksizes: list[int], quant_type: str, kernels: bool,
-) -> torch.Tensor:  # fmt: skip
-    """Return x [W | scale B]^T + bias, [rows, out features of all members]. x: [rows, columns + adapter columns]; u: its tail."""
-    W = extended_weight(packed, constants, lut, B, columns, scale, blocksizes, quant_type, x.dtype, kernels)
-    return F.linear(x, W, bias)
+def _product_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return a @ b in fp32: a gradient that was summed over thousands of rows is not rounded to 8 bits on its way out."""
+    if a.is_cuda and a.dtype is not torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return (a @ b).float()
 
 
-@product.register_fake
-def _(x, u, packed, constants, lut, B, bias, columns, scale, blocksizes, quant_type, kernels):
-    return x.new_empty(x.shape[0], sum(p.numel() * 2 // columns for p in packed))
+@torch.library.custom_op("qlora::linear", mutates_args=())
+def linear(
+    x: torch.Tensor, A: list[torch.Tensor], B: list[torch.Tensor], bias: torch.Tensor | None, scale: float, swiglu: bool,
+    codes: torch.Tensor, constants: list[torch.Tensor], lut: torch.Tensor, columns: int, blocksizes: list[int], quant_type: str,
+    step: torch.Tensor, sequences: torch.Tensor, salt: torch.Tensor, length: int, p: float, kernels: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Return (y, scale u), y: [rows, out features of all members]. x: [rows, columns], or [gate | up] of SwiGLU."""
+    W = extended_weight(Packed(codes, constants, lut, columns, blocksizes, quant_type), B, scale, x.dtype, kernels)
+    if not A:
+        x = _swiglu(x) if swiglu else x
+        return F.linear(x, W, bias), x.new_empty(0)
+    wide = widen(x, stack_adapters(A, x.dtype), Masks(step, sequences, salt, length, p), swiglu, kernels)
+    return F.linear(wide, W, bias), wide[:, columns:] * scale
+
+
+LINEAR_ARGUMENTS = tuple(inspect.signature(linear._init_fn).parameters)
+
+
+@linear.register_fake
+def _(x, A, B, bias, scale, swiglu, codes, constants, lut, columns, *rest):
+    u = x.new_empty(len(x), adapter_columns(len(A[0]), len(A))) if A else x.new_empty(0)
+    return x.new_empty(len(x), codes.numel() * 2 // columns), u
+
+
+@torch.library.custom_op("qlora::linear_backward", mutates_args=())
+def linear_backward(
+    grad: torch.Tensor, x: torch.Tensor, u: torch.Tensor, A: list[torch.Tensor], B: list[torch.Tensor], scale: float, swiglu: bool,
+    codes: torch.Tensor, constants: list[torch.Tensor], lut: torch.Tensor, columns: int, blocksizes: list[int], quant_type: str,
+    step: torch.Tensor, sequences: torch.Tensor, salt: torch.Tensor, length: int, p: float, kernels: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Return (dx, dA of all members [adapter columns, columns], dB [out features, adapter columns]), the last two in fp32."""
+    W = extended_weight(Packed(codes, constants, lut, columns, blocksizes, quant_type), B, scale, grad.dtype, kernels)
+    dB = _product_fp32(grad.t(), u)
+    wide = grad @ W
+    del W
+    du = wide[:, columns:]
+    dx, tile = widen_backward(
+        wide, x, stack_adapters(A, grad.dtype), Masks(step, sequences, salt, length, p), swiglu, kernels
+    )
+    return dx, _product_fp32(du.t(), tile), dB
+
+
+@linear_backward.register_fake
+def _(grad, x, u, A, B, scale, swiglu, codes, constants, lut, columns, *rest):
+    extra = adapter_columns(len(A[0]), len(A))
+    dx = torch.empty_like(x) if swiglu else x.new_empty(len(x), columns + extra)[:, :columns]
+    return dx, x.new_empty(extra, columns, dtype=torch.float32), x.new_empty(grad.shape[1], extra, dtype=torch.float32)
+
+
+def _linear_setup(ctx, inputs, output):
+    (
+        x,
+        A,
+        B,
+        _,
+        ctx.scale,
+        ctx.swiglu,
+        codes,
+        constants,
+        lut,
+        *ctx.quantisation,
+        step,
+        sequences,
+        salt,
+        ctx.length,
+        ctx.p,
+        ctx.kernels,
+    ) = inputs
+    ctx.members, ctx.levels = len(A), len(constants)
+    ctx.save_for_backward(x, output[1], codes, lut, step, sequences, salt, *constants, *A, *B)
+    ctx.set_materialize_grads(False)
+
+
+def _linear_backward(ctx, grad, _):
+    x, u, codes, lut, step, sequences, salt, *rest = ctx.saved_tensors
+    constants, A, B = rest[: ctx.levels], rest[ctx.levels : ctx.levels + ctx.members], rest[ctx.levels + ctx.members :]
+    quantised = codes, constants, lut, *ctx.quantisation
+    nothing = [[None] * ctx.levels if name == "constants" else None for name in LINEAR_ARGUMENTS[3:]]
+    if not A:
+        return product_backward(grad.contiguous(), x, ctx.swiglu, *quantised, ctx.kernels), [], [], *nothing
+    dx, dA, dB = linear_backward(
+        grad.contiguous(), x, u, A, B, ctx.scale, ctx.swiglu, *quantised, step, sequences, salt, ctx.length, ctx.p, ctx.kernels
+    )  # fmt: skip
+    rank = len(A[0])
+    dAs = [dA[i * rank : (i + 1) * rank].to(a.dtype) for i, a in enumerate(A)]
+    parts = dB.split([len(b) for b in B])  # member i's rows; of their columns its own
+    dBs = [part[:, i * rank : (i + 1) * rank].to(b.dtype) for i, (part, b) in enumerate(zip(parts, B, strict=True))]
+    return dx, dAs, dBs, *nothing
+
+
+linear.register_autograd(_linear_backward, setup_context=_linear_setup)
 
 
 @torch.library.custom_op("qlora::product_backward", mutates_args=())
 def product_backward(
-    grad: torch.Tensor, u: torch.Tensor | None, packed: list[torch.Tensor], constants: list[torch.Tensor], lut: torch.Tensor,
-    B: list[torch.Tensor], columns: int, scale: float, blocksizes: list[int], quant_type: str, kernels: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Return (grad [W | scale B], d(scale B) of all members side by side, [out features, adapter columns])."""
-    W = extended_weight(packed, constants, lut, B, columns, scale, blocksizes, quant_type, grad.dtype, kernels)
-    return grad @ W, grad.t() @ u if u is not None else grad.new_empty(0)
+    grad: torch.Tensor, x: torch.Tensor, swiglu: bool, codes: torch.Tensor, constants: list[torch.Tensor], lut: torch.Tensor,
+    columns: int, blocksizes: list[int], quant_type: str, kernels: bool,
+) -> torch.Tensor:  # fmt: skip
+    """Return dx where there is no adapter."""
+    packed = Packed(codes, constants, lut, columns, blocksizes, quant_type)
+    dx = grad @ extended_weight(packed, [], 0.0, grad.dtype, kernels)
+    if not swiglu:
+        return dx
+    with torch.enable_grad():
+        gate_up = x.detach().requires_grad_()
+        return torch.autograd.grad(_swiglu(gate_up), gate_up, dx)[0]
 
 
 @product_backward.register_fake
-def _(grad, u, packed, constants, lut, B, columns, scale, blocksizes, quant_type, kernels):
-    extra = wide(B[0].shape[1], len(B)) if B else 0
-    dB = grad.new_empty(grad.shape[1], extra) if u is not None else grad.new_empty(0)
-    return grad.new_empty(grad.shape[0], columns + extra), dB
-
-
-def _product_setup(ctx, inputs, output):
-    _, u, packed, constants, lut, B, _, *ctx.static = inputs
-    ctx.counts = len(packed), len(constants), len(B)
-    ctx.save_for_backward(u, lut, *packed, *constants, *B)
-
-
-def _product_backward(ctx, grad):
-    u, lut, *rest = ctx.saved_tensors
-    packed, constants = rest[: ctx.counts[0]], rest[ctx.counts[0] : sum(ctx.counts[:2])]
-    B = rest[sum(ctx.counts[:2]) :]
-    dx, dB = product_backward(grad.contiguous(), u, packed, constants, lut, B, *ctx.static)
-    dBs, row = [], 0
-    for i, b in enumerate(B):  # the diagonal blocks: member i's rows, member i's columns
-        n, rank = b.shape
-        dBs.append((dB[row : row + n, i * rank : (i + 1) * rank].to(b.dtype) * ctx.static[1]).contiguous())
-        row += n
-    return dx, None, [None] * ctx.counts[0], [None] * ctx.counts[1], None, dBs, *[None] * 6
-
-
-product.register_autograd(_product_backward, setup_context=_product_setup)
+def _(grad, x, *rest):
+    return torch.empty_like(x)
 
 
 # ------------------------------------------------------------------------------------------------ fused layers
@@ -694,22 +667,47 @@ def fusable(module: nn.Module) -> bool:
     return plain and module.active_adapters == list(module.lora_A) and len(module.lora_A) == 1
 
 
+def stack_weights(bases: list[bnb.nn.Linear4bit]) -> Packed:
+    """Move the packed weights of linears that read one x behind one another, so that one launch dequantises them all.
+
+    The modules keep views of their parts and nothing is held twice.
+    """
+    states = [base.weight.quant_state for base in bases]
+    codes = torch.cat([base.weight.data.view(torch.uint8).flatten() for base in bases])
+    absmax, nested, start = torch.cat([state.absmax for state in states]), states[0].nested, 0
+    blocksizes = [states[0].blocksize, states[0].state2.blocksize if nested else 1]
+    whole = nested and all(len(state.absmax) % blocksizes[1] == 0 for state in states[:-1])
+    if whole:
+        absmax2 = torch.cat([state.state2.absmax for state in states])
+        offset = torch.cat([state.offset.expand_as(state.state2.absmax) for state in states])
+        constants = [absmax, absmax2, offset, states[0].state2.code]
+    elif nested:  # of tiny layers: second-level blocks would not start where a member starts
+        constants = [torch.cat([_first_level(state) for state in states])]
+    else:
+        constants = [absmax]
+    for base, state, part in zip(bases, states, absmax.split([len(s.absmax) for s in states]), strict=True):
+        size = base.weight.data.nbytes
+        base.weight.data = codes[start : start + size].view(base.weight.dtype).view_as(base.weight)
+        start += size
+        state.absmax = part
+    return Packed(codes, constants, states[0].code, bases[0].in_features, blocksizes, states[0].quant_type)
+
+
+def _first_level(state: bnb.functional.QuantState) -> torch.Tensor:
+    return bnb.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+
+
 class Group:
     """Linears that read one x, as one operator: x [..., columns] (or [..., 2 columns] with swiglu) -> [..., all outputs]."""
 
     def __init__(self, modules: list[nn.Module], salt: int, clock: DropoutClock, p: float, kernels: bool):
         bases = [getattr(module, "base_layer", module) for module in modules]
-        states = [base.weight.quant_state for base in bases]
         adapted = [module for module in modules if hasattr(module, "lora_A")]
         self.leader, self.clock, self.p = modules[0], clock, p
-        self.kernels = kernels and bases[0].in_features % states[0].blocksize == 0
+        self.weight = stack_weights(bases)
+        self.kernels = kernels and self.weight.columns % self.weight.blocksizes[0] == 0
         self.outputs = [base.out_features for base in bases]
-        self.columns = bases[0].in_features
         self.salt = torch.tensor(clock.salted(salt), dtype=torch.int32, device=bases[0].weight.device)
-        self.packed = [base.weight.data.view(torch.uint8).flatten() for base in bases]
-        self.constants = [tensor for state in states for tensor in _constants(state)]
-        self.lut, self.quant_type = states[0].code, states[0].quant_type
-        self.blocksizes = [states[0].blocksize, states[0].state2.blocksize if states[0].nested else 1]
         biases = [base.bias for base in bases]
         self.bias = torch.cat([bias.detach() for bias in biases]) if all(bias is not None for bias in biases) else None
         self.A = [next(iter(module.lora_A.values())).weight for module in adapted]
@@ -718,25 +716,12 @@ class Group:
 
     def __call__(self, x: torch.Tensor, swiglu: bool = False) -> torch.Tensor:
         *shape, width = x.shape
-        rows, u, B = x.reshape(-1, width), None, self.B
-        if B and not self.leader.disable_adapters:
-            p = self.p if self.leader.training else 0.0
-            rows, u = widen(
-                rows, self.A, self.clock.step, self.clock.sequences, self.salt, shape[-1], p, swiglu, self.kernels
-            )  # fmt: skip
-        else:
-            B, rows = [], _swiglu(rows) if swiglu else rows
+        A, B = ([], []) if self.A and self.leader.disable_adapters else (self.A, self.B)
+        p = self.p if self.leader.training else 0.0
         bias = self.bias.to(x.dtype) if self.bias is not None else None
-        y = product(
-            rows, u, self.packed, self.constants, self.lut, B, bias, self.columns, self.scale, self.blocksizes, self.quant_type, self.kernels
-        )  # fmt: skip
+        masks = self.clock.step, self.clock.sequences, self.salt, shape[-1], p
+        y, _ = linear(x.reshape(-1, width), A, B, bias, self.scale, swiglu, *self.weight, *masks, self.kernels)
         return y.view(*shape, -1)
-
-
-def _constants(state: bnb.functional.QuantState) -> list[torch.Tensor]:
-    if not state.nested:
-        return [state.absmax]
-    return [state.absmax, state.state2.absmax, state.state2.code, state.offset]
 
 
 def _groupable(modules: list[nn.Module]) -> bool:
@@ -821,9 +806,9 @@ def fuse(model: PeftModel, clock: DropoutClock, p: float, kernels: bool) -> int:
 
 
 def _policy(ctx, op, *args, **kwargs) -> CheckpointPolicy:
-    """Keep what `widen` makes of [gate | up]: of its outputs the backward reads only u, 32 bytes a token, and the recompute of the
-    whole SwiGLU pass for it took 3 % of a step."""
-    keep = op is torch.ops.qlora.widen.default and args[7]
+    """Keep what the operator behind SwiGLU makes: the backward reads only its u, 32 bytes a token, and recomputing the whole
+    pass and product for it took 3 % of a step."""
+    keep = op is torch.ops.qlora.linear.default and args[LINEAR_ARGUMENTS.index("swiglu")]
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
@@ -869,22 +854,19 @@ def compile_layers(model: PeftModel) -> None:
 # ------------------------------------------------------------------------------------------------ captured micro-step
 
 
-class CapturedStep:
-    """A micro-batch's forward and backward as one CUDA graph: what is launched 10,000 times a step is launched once.
+class Captured:
+    """A function of a batch as one CUDA graph: what is launched thousands of times a micro-step is launched once.
 
-    step(input_ids, labels) -> loss must be free of host synchronisation. Gradients accumulate in place in the parameters' .grad, which
-    must exist; the dropout clock's tensors are read anew at every replay.
+    step(input_ids, labels) -> a scalar, free of host synchronisation; gradients accumulate in place in the parameters' .grad, which
+    must exist and hold rubbish after the capture. What else it reads (the dropout clock, the weights) is read anew at every replay.
+    Graphs that never run at the same time may share one pool of memory.
     """
 
     def __init__(
-        self, step: Callable[..., torch.Tensor], clock: DropoutClock, batch: int, length: int, parameters: list
+        self, step: Callable[..., torch.Tensor], device: torch.device, batch: int, length: int, pool: Any = None
     ):
-        device = clock.step.device
-        self.clock, self.shape = clock, (batch, length)
         self.input_ids = torch.zeros(batch, length, dtype=torch.long, device=device)
         self.labels = torch.full_like(self.input_ids, -100)
-        clock.set(0, torch.arange(batch))
-        before = [p.grad.clone() for p in parameters]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -892,21 +874,19 @@ class CapturedStep:
                 step(self.input_ids, self.labels)
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.loss = step(self.input_ids, self.labels)
-        for parameter, grad in zip(parameters, before, strict=True):
-            parameter.grad.copy_(grad)
+        with torch.cuda.graph(self.graph, pool=pool):
+            self.result = step(self.input_ids, self.labels)
 
     def __call__(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Replay on a batch of up to the captured shape; what is missing is padded and unlabelled. The clock must be set."""
+        """Replay on a batch of up to the captured shape; what is missing is padded and unlabelled. The next replay overwrites the result."""
         rows, length = input_ids.shape
-        if (rows, length) != self.shape:
+        if input_ids.shape != self.input_ids.shape:
             self.input_ids.zero_()
             self.labels.fill_(-100)
         self.input_ids[:rows, :length].copy_(input_ids, non_blocking=True)
         self.labels[:rows, :length].copy_(labels, non_blocking=True)
         self.graph.replay()
-        return self.loss
+        return self.result
 
 
 # ------------------------------------------------------------------------------------------------ what runs here

@@ -174,6 +174,19 @@ def test_the_fast_path_trains_from_the_command_line_on_a_cpu_and_resumes_on_the_
 # ------------------------------------------------------------------------------------------------ kernels
 
 
+def packed_weights(
+    outputs: tuple[int, ...], columns: int, quant_type: str, double: bool, device: str, dtype: torch.dtype
+):
+    """Return 4-bit linears of one input width, stacked as a fused group has them."""
+    layers = []
+    for rows in outputs:
+        layer = bnb.nn.Linear4bit(
+            columns, rows, bias=False, compute_dtype=dtype, compress_statistics=double, quant_type=quant_type
+        )
+        layers.append(layer.to(device))
+    return fused_ops.stack_weights(layers)
+
+
 def check_kernels(device: str, dtype: torch.dtype, tolerance: float) -> None:
     """Compare each kernel with the same operator's torch calls in fp32, on sizes that divide nothing."""
     torch.manual_seed(0)
@@ -181,31 +194,29 @@ def check_kernels(device: str, dtype: torch.dtype, tolerance: float) -> None:
     def apart(a, b):
         return ((a.float() - b.float()).norm() / b.float().norm()).item()
 
-    for nested, quant_type in ((True, "nf4"), (False, "nf4"), (True, "fp4")):
-        columns, packed, constants = 192, [], []
-        for rows in (64, 32):
-            weight = torch.randn(rows, columns, device=device, dtype=dtype)
-            codes, state = bnb.functional.quantize_4bit(weight, quant_type=quant_type, compress_statistics=nested)
-            packed.append(codes.view(torch.uint8).flatten())
-            constants += fused_ops._constants(state)
-        B = [torch.randn(rows, 8, device=device) for rows in (64, 32)]
-        static = (packed, constants, state.code, B, columns, 0.5, [64, 256], quant_type, dtype)
-        found, want = (fused_ops.extended_weight(*static, kernels) for kernels in (True, False))
-        assert apart(found, want) < tolerance, (nested, quant_type)
+    for double, quant_type, outputs in (
+        (True, "nf4", (64, 32)),
+        (False, "nf4", (64, 32, 48)),
+        (True, "fp4", (256, 24)),
+    ):
+        weights = packed_weights(outputs, 192 if outputs[0] == 64 else 64, quant_type, double, device, dtype)
+        B = [torch.randn(rows, 8, device=device) for rows in outputs]
+        found, want = (fused_ops.extended_weight(weights, B, 0.5, dtype, kernels) for kernels in (True, False))
+        assert apart(found, want) < tolerance, (double, quant_type)
+        assert torch.equal(found[:, : weights.columns], want[:, : weights.columns])  # as bitsandbytes rounds
     step, salt = (torch.tensor(n, dtype=torch.int32, device=device) for n in (3, -12345))
     sequences = torch.tensor([5, 9], dtype=torch.int32, device=device)
     for swiglu, members, p in ((False, 1, 0.1), (False, 3, 0.1), (False, 2, 0.0), (True, 1, 0.1), (True, 1, 0.0)):
         columns, length = 160, 20
+        masks = fused_ops.Masks(step, sequences, salt, length, p)
         x = torch.randn(2 * length, columns * (2 if swiglu else 1), device=device).to(dtype)
-        A = [torch.randn(8, columns, device=device) * 0.1 for _ in range(members)]
-        static = (A, step, sequences, salt, length, p, swiglu)
-        for found, want in zip(
-            fused_ops.widen(x, *static, True), fused_ops.widen(x.float(), *static, False), strict=True
-        ):
-            assert apart(found, want) < tolerance, (swiglu, members, p)
-        grad = torch.randn_like(fused_ops.widen(x, *static, False)[0])
-        found = fused_ops.widen_backward(grad, x, *static, True)
-        want = fused_ops.widen_backward(grad.float(), x.float(), *static, False)
+        A = fused_ops.stack_adapters([torch.randn(8, columns, device=device) * 0.1 for _ in range(members)], dtype)
+        found = fused_ops.widen(x, A, masks, swiglu, True)
+        want = fused_ops.widen(x.float(), A.float(), masks, swiglu, False)
+        assert apart(found, want) < tolerance, (swiglu, members, p)
+        grad = torch.randn_like(found)
+        found = fused_ops.widen_backward(grad.clone(), x, A, masks, swiglu, True)
+        want = fused_ops.widen_backward(grad.float(), x.float(), A.float(), masks, swiglu, False)
         assert all(apart(a, b) < tolerance for a, b in zip(found, want, strict=True)), (swiglu, members, p)
 
 
@@ -216,6 +227,49 @@ def test_kernels_in_tritons_interpreter():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def signature(kernel, pointers: dict[str, str]) -> dict[str, str]:
+    """Return the types of a kernel's arguments: pointers as given, the rest 32-bit numbers."""
+    names = [name for name in kernel.arg_names if name.upper() != name or name in pointers]
+    floats = ("scale", "inverse")
+    return {name: pointers.get(name, "fp32" if name in floats else "i32") for name in names}
+
+
+# Bytes of shared memory that a block may have (CUDA C++ Programming Guide, compute capabilities). An RTX 4060 is sm_89.
+SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
+
+
+@pytest.mark.parametrize("capability", SHARED_LIMIT)
+def test_kernels_compile_within_the_shared_memory_of_each_card(capability):
+    triton = pytest.importorskip("triton", reason="pip install triton: the kernels need it")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    def compile_(kernel, pointers, constants, warps):
+        types = {**signature(kernel, pointers), **dict.fromkeys(constants, "constexpr")}
+        positions = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+        source = ASTSource(kernel, {name: types[name] for name in kernel.arg_names}, positions)
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+        assert compiled.metadata.shared <= SHARED_LIMIT[capability]
+        assert f"sm_{capability}" in compiled.asm["ptx"]
+
+    half, single, whole = "*bf16", "*fp32", "*i32"
+    masks = {"step": whole, "sequences": whole, "salt": whole}
+    launch, backward = fused_ops.DEQUANTIZE, fused_ops.backward_launch
+    weights = {"packed": whole, "absmax": "*u8", "out": half}
+    weights |= dict.fromkeys(("absmax2", "offset", "code2", "lut", "B0", "B1", "B2"), single)
+    constants = {"NESTED": True, "BLOCKSIZE": 64, "BLOCKSIZE2": 256, "ROW_BLOCKS": 172, "BLOCKS": launch.block_m}
+    compile_(fused_ops._dequantize_kernel, weights, constants | {"ROWS": 128, "BLOCK_R": 64}, launch.warps)
+    for swiglu, dropout in ((True, True), (True, False), (False, True), (False, False)):
+        switches = {"SWIGLU": swiglu, "DROPOUT": dropout}
+        tile = {"BLOCK_M": fused_ops.WIDEN.block_m, "BLOCK_K": fused_ops.WIDEN.block_k}
+        activations = {"x": half, "wide": half, "dropped": half, **masks}
+        compile_(fused_ops._widen_kernel, activations, switches | tile, fused_ops.WIDEN.warps)
+        for rank in (16, 256) if swiglu or dropout else ():
+            tile = {"BLOCK_M": backward(rank).block_m, "BLOCK_K": backward(rank).block_k, "BLOCK_R": rank}
+            activations = {"x": half, "wide": half, "other": half, "A": half, **masks}
+            compile_(fused_ops._widen_backward_kernel, activations, switches | tile, backward(rank).warps)
 
 
 @gpu

@@ -77,7 +77,7 @@ def test_keep_rate_is_right_within_five_sigma(p):
 
 
 def test_what_drops_is_a_share_of_all_hashes():
-    assert [drop_threshold(p) for p in (0.0, 0.25, 0.5)] == [0, 2**22, 2**23]
+    assert [drop_threshold(p) for p in (0.0, 0.25, 0.5)] == [0, 2**14, 2**15]
     assert clock_at().keep(1, 64, 64, 0.0).all()
 
 
