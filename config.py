@@ -12,6 +12,7 @@ import difflib
 import logging
 import math
 import os
+import re
 import signal
 import sys
 import types
@@ -43,8 +44,9 @@ class Section:
 def knob(default: Any, help: str, *, resumable: bool = False, path: bool = False, **limits: Any) -> Any:
     """Declare one leaf.
 
-    limits: at_least, above, below, at_most (numbers) and choices (strings). `resumable` marks what a resumed run may change,
-    `path` what may name a local file (looked up in the current folder, then in the config file's); `words` are no paths.
+    limits: at_least, above, below, at_most (numbers), choices and may_be_empty (strings). `resumable` marks what a
+    resumed run may change, `path` what may name a local file (looked up in the current folder, then in the config
+    file's); `words` are no paths.
     """
     return dataclasses.field(default=default, metadata={"help": help, "resumable": resumable, "path": path, **limits})
 
@@ -185,7 +187,9 @@ class GenerationConfig(Section):
     )
     top_k: int | None = knob(None, "sample from the k likeliest tokens", at_least=1, resumable=True)
     repetition_penalty: float = knob(1.0, "above 1 discourages repetition", above=0, resumable=True)
-    system_prompt: str | None = knob(None, "system message of a chat; null: the template's own", resumable=True)
+    system_prompt: str | None = knob(
+        None, "system message of a chat, may be empty; null: the template's own", may_be_empty=True, resumable=True
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,7 +252,7 @@ class Leaf:
         if "choices" in limits:
             words.append(("one of " if len(limits["choices"]) > 1 else "the word ") + ", ".join(limits["choices"]))
         elif str in self.kinds:
-            words.append("a text, not empty")
+            words.append("a text" if "may_be_empty" in limits else "a text, not empty")
         if self.optional:
             words.append("null")
         return " or ".join(words)
@@ -285,7 +289,8 @@ def coerce(leaf: Leaf, value: Any) -> Any:
         if choices == SWITCH:  # YAML 1.1 reads a bare on/off as a boolean
             return "on" if value else "off"
         raise problem
-    if isinstance(value, str) and str in leaf.kinds and (value in choices if choices else value.strip()):
+    empty_too = "may_be_empty" in limits
+    if isinstance(value, str) and str in leaf.kinds and (value in choices if choices else value.strip() or empty_too):
         return value
     if isinstance(value, str) and float in leaf.kinds:
         try:  # YAML 1.1 reads 2e-4, without a point, as text
@@ -448,6 +453,23 @@ def load_config(paths: Sequence[str | Path] | str | Path = (), overrides: dict[s
     return config
 
 
+DATA_FILES = (".txt", ".csv", ".json", ".jsonl", ".parquet")
+
+
+def is_hub_id(name: str) -> bool:
+    """Return whether a name can be one on the hub, `name` or `owner/name`; anything else is a local path."""
+    return re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) is not None
+
+
+def missing_data(dataset: str) -> list[str]:
+    """Return the problem of a data.dataset that names a local file or folder which is not there, in a list, or none.
+
+    An address (s3://...) is left to whoever put a prepare_dataset of their own in place.
+    """
+    local = (not is_hub_id(dataset) and "://" not in dataset) or dataset.lower().endswith(DATA_FILES)
+    return [f"data.dataset: no such file or folder: {dataset}"] if local and not os.path.exists(dataset) else []
+
+
 def flatten(config: Config) -> dict[str, Any]:
     """Return every leaf by its dotted name."""
     return {leaf.name: config[leaf.section][leaf.key] for leaf in LEAVES.values()}
@@ -508,7 +530,10 @@ def before_heavy_imports() -> None:
     """Keep the libraries that are imported next quiet and from running code of the hub; called by the scripts, not by imports.
 
     bitsandbytes would fetch a kernel from the hub while it is imported, where the package `kernels` is installed, and say so where not.
+    The allocator of torch grows its segments where the system lets it: 0.36 GiB less reserved at 16 x 512 tokens of Qwen2.5-3B.
     """
+    if sys.platform != "win32" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while libraries load ends the process without a traceback
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]  # None makes `import kernels` fail

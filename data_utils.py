@@ -9,7 +9,6 @@ tutorial's own prepare_dataset can be put in its place.
 
 import dataclasses
 import glob
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from datasets import Dataset, DatasetDict
 from datasets.data_files import DataFilesDict, get_data_patterns
 from transformers import PreTrainedTokenizerBase
 
-from config import ConfigError, DataConfig
+from config import ConfigError, DataConfig, missing_data
 
 BUILDERS = {".txt": "text", ".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 # Wikitext marks an article by " = Title = " and its sections by " = = Title = = ".
@@ -53,8 +52,8 @@ def local_files(dataset: str) -> tuple[str, dict[str, list[str]]] | None:
         found = DataFilesDict.from_patterns(get_data_patterns(base), base_path=base)
         files = {split: [f for f in names if Path(f).suffix.lower() in BUILDERS] for split, names in found.items()}
         return BUILDERS[kinds[0]], {split: names for split, names in files.items() if names}
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", dataset) or path.suffix.lower() in BUILDERS:
-        raise ConfigError(f"data.dataset: no such file or folder: {dataset}")
+    if problems := missing_data(dataset):
+        raise ConfigError(*problems)
     return None
 
 

@@ -1,6 +1,8 @@
-"""4-bit bases and LoRA adapters: the two configurations, loading, preparation, counting. Shared by training and inference.
+"""4-bit bases and LoRA adapters: the two configurations, loading, preparation, counting; and what the machine can do.
 
-python quantization_utils.py        checks the installation: a line for each thing that training needs; exit 1 if it cannot run
+Shared by training and inference.
+
+python quantization_utils.py     checks the installation: a line for each thing that training needs; exit 1 if one fails
 """
 
 import functools
@@ -9,12 +11,13 @@ import platform
 import re
 import shutil
 import sys
+import time
 import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from config import Config, ConfigError, LoraSettings, before_heavy_imports
+from config import LEAVES, Config, ConfigError, LoraSettings, before_heavy_imports, is_hub_id
 
 if __name__ == "__main__":
     before_heavy_imports()
@@ -32,6 +35,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -55,7 +59,7 @@ def _say_once(line: str) -> None:
 
 
 def usable_dtype(compute_dtype: str | torch.dtype) -> torch.dtype:
-    """Return the torch type of a compute_dtype; float16 where bfloat16 was asked for and the GPU has none, with a line."""
+    """Return the torch type of a compute_dtype; float16, with a line, where it is bfloat16 and the GPU has none."""
     dtype = getattr(torch, compute_dtype) if isinstance(compute_dtype, str) else compute_dtype
     if dtype is torch.bfloat16 and bf16_missing():
         name = torch.cuda.get_device_name()
@@ -69,7 +73,8 @@ def create_bnb_config(
 ) -> BitsAndBytesConfig | None:
     """Return bitsandbytes' 4-bit configuration, or None where the base stays unquantised.
 
-    quant_type: nf4 or fp4. use_double_quant: constants in 8 bit, 0.127 bit a weight instead of 0.5 (QLoRA, arXiv 2305.14314, section 3).
+    quant_type: nf4 or fp4. use_double_quant: constants in 8 bit, 0.127 bit a weight instead of 0.5 (QLoRA, arXiv
+    2305.14314, section 3).
     """
     if not load_in_4bit:
         return None
@@ -89,7 +94,7 @@ def create_lora_config(
     use_rslora: bool = False,
     use_dora: bool = False,
 ) -> LoraConfig:
-    """Return peft's configuration of an adapter of a causal language model; target_modules may be the word all-linear."""
+    """Return peft's configuration of a causal language model's adapter; target_modules may be the word all-linear."""
     return LoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -109,11 +114,11 @@ def cannot_load(model_name: str, error: Exception) -> ConfigError:
     """Return the one line that says why a model or tokenizer did not load and what to do."""
     text = " ".join(str(error).split())
     if not Path(model_name).exists():
-        if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", model_name):
+        if not is_hub_id(model_name):
             return ConfigError(f"model.name: no such folder: {model_name}")
         return ConfigError(
-            f"model.name: cannot get {model_name} from the hub ({type(error).__name__}); check the name and the network, "
-            "give a local folder, point HF_HOME at a cache that has it, or try --config tiny/config.yaml"
+            f"model.name: cannot get {model_name} from the hub ({type(error).__name__}); check the name and the "
+            "network, give a local folder, point HF_HOME at a cache that has it, or try --config tiny/config.yaml"
         )
     if match := re.match(r"(\w+) does not support an attention implementation", text):
         return ConfigError(f"model.attn_implementation: {match[1]} has no sdpa or flash attention here; use eager")
@@ -125,16 +130,8 @@ def cannot_load(model_name: str, error: Exception) -> ConfigError:
 
 
 # What transformers, safetensors and huggingface_hub raise for a name, a file or a network that is not as it should be.
-LOADING_ERRORS = (
-    OSError,
-    ValueError,
-    KeyError,
-    AttributeError,
-    ImportError,
-    RuntimeError,
-    TypeError,
-    StrictDataclassError,
-)
+LOADING_ERRORS = (OSError, ValueError, KeyError, AttributeError, ImportError, RuntimeError, TypeError)
+LOADING_ERRORS += (StrictDataclassError, SafetensorError)
 
 
 def load_tokenizer(
@@ -142,7 +139,8 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """Return the exact tokenizer with a padding token, which never grows the vocabulary.
 
-    Where there is a tokenizer.json it is taken as it is: tokenizer_class GPT2Tokenizer loses a pre-tokenizer (SmolLM2's digits).
+    Where there is a tokenizer.json it is taken as it is: tokenizer_class GPT2Tokenizer loses a pre-tokenizer (the
+    digits of SmolLM2).
     """
     try:
         exact = cached_file(
@@ -154,14 +152,25 @@ def load_tokenizer(
     except LOADING_ERRORS as error:
         raise cannot_load(model_name, error) from None
     except Exception as error:  # the tokenizers library raises a plain Exception for a corrupt tokenizer.json
-        raise ConfigError(
-            f"model.name: cannot read the tokenizer of {model_name}: {' '.join(str(error).split())[:200]}"
-        ) from None
+        text = " ".join(str(error).split())[:200]
+        raise ConfigError(f"model.name: cannot read the tokenizer of {model_name}: {text}") from None
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what AutoTokenizer makes where the files are missing
         raise ConfigError(f"model.name: no tokenizer in {model_name}: expected a tokenizer.json")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer
+
+
+def stored_in_4bit(model_config: PretrainedConfig, model_name: str) -> bool:
+    """Return whether the weights are stored in bitsandbytes' 4 bit; ConfigError for another quantisation."""
+    stored = getattr(model_config, "quantization_config", None)
+    if stored is None:
+        return False
+    method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
+    if str(getattr(method, "value", method)) != "bitsandbytes":
+        raise ConfigError(f"model.name: {model_name} is stored in {method}; expected bitsandbytes' 4 bit or none")
+    print(f"{model_name} is stored in 4 bit: its own quantisation is kept", file=sys.stderr)
+    return True
 
 
 def load_model_and_tokenizer(
@@ -176,47 +185,46 @@ def load_model_and_tokenizer(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return a causal language model on `device` (the first GPU, else the CPU) and its tokenizer, from hub or folder.
 
-    bnb_config: None leaves the weights in compute_dtype. A model stored in 4 bit keeps its own quantisation. Weights come from
-    safetensors only. Raises ConfigError.
+    bnb_config: None leaves the weights in compute_dtype. A model stored in 4 bit keeps its own quantisation. Weights
+    come from safetensors only. Raises ConfigError.
     """
     device = torch.device(device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
     dtype = bnb_config.bnb_4bit_compute_dtype if bnb_config else usable_dtype(compute_dtype)
-    tokenizer = load_tokenizer(model_name, revision, trust_remote_code)
+    source = {"revision": revision, "trust_remote_code": trust_remote_code}
+    tokenizer = load_tokenizer(model_name, **source)
     try:
-        model_config = AutoConfig.from_pretrained(model_name, revision=revision, trust_remote_code=trust_remote_code)
-        stored = getattr(model_config, "quantization_config", None)
-        if stored is not None:
-            method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
-            if str(getattr(method, "value", method)) != "bitsandbytes":
-                raise ConfigError(
-                    f"model.name: {model_name} is stored in {method}; expected bitsandbytes' 4 bit or none"
-                )
-            print(f"{model_name} is stored in 4 bit: its own quantisation is kept", file=sys.stderr)
+        model_config = AutoConfig.from_pretrained(model_name, **source)
         model, loaded = AutoModelForCausalLM.from_pretrained(
             model_name,
             config=model_config,
-            revision=revision,
-            quantization_config=None if stored is not None else bnb_config,
+            quantization_config=None if stored_in_4bit(model_config, model_name) else bnb_config,
             dtype=dtype,
             device_map={"": device},
             attn_implementation=attn_implementation,
-            trust_remote_code=trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
+            **source,
         )
-        if missing := sorted(loaded["missing_keys"]):  # transformers would leave them random
-            raise ConfigError(
-                f"model.name: {model_name} lacks {len(missing)} weights of its config.json, such as {missing[0]}"
-            )
     except (ConfigError, torch.OutOfMemoryError):
         raise
-    except (*LOADING_ERRORS, SafetensorError) as error:
+    except LOADING_ERRORS as error:
         raise cannot_load(model_name, error) from None
+    if missing := sorted(loaded["missing_keys"]):  # transformers would leave them random
+        raise ConfigError(
+            f"model.name: {model_name} lacks {len(missing)} weights of its config.json, such as {missing[0]}"
+        )
+    keep_packing(model)
+    return model, tokenizer
+
+
+def keep_packing(model: nn.Module) -> None:
+    """Have bitsandbytes leave its weights as they are packed.
+
+    On a CPU with AVX512-BF16 one forward in eval mode would repack them for good, and training after it would be wrong.
+    """
     for module in model.modules():
-        # On a CPU with AVX512-BF16 one forward in eval mode would repack the weights for good, and training after it is wrong.
         if isinstance(module, bnb.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
-    return model, tokenizer
 
 
 def finite_tensors(path: Path) -> set[str]:
@@ -250,28 +258,28 @@ def quiet_libraries() -> None:
 
 
 def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
-    """Return the model with the adapter of a folder attached, in eval mode; ConfigError where the two do not belong together."""
+    """Return the model with a folder's adapter attached, in eval mode; ConfigError where they don't belong together."""
     folder = Path(folder)
     if not (folder / "adapter_config.json").is_file():
         raise ConfigError(f"--adapter: no adapter_config.json in {folder}")
-    if not (folder / "adapter_model.safetensors").is_file():
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file():
         raise ConfigError(f"--adapter: no adapter_model.safetensors in {folder} (pickled weights are not loaded)")
+    misfit = f"--adapter: {folder} does not fit {model.name_or_path}"
     try:
-        names = finite_tensors(folder / "adapter_model.safetensors")
+        names = finite_tensors(path)
         with warnings.catch_warnings():
             # peft only warns of layers that the file lacks, and says nothing of those that the model lacks.
             warnings.simplefilter("ignore", UserWarning)
             peft_model = PeftModel.from_pretrained(model, str(folder)).eval()
     except ConfigError:
         raise
-    except (*LOADING_ERRORS, SafetensorError) as error:
-        raise ConfigError(
-            f"--adapter: {folder} does not fit {model.name_or_path}: {type(error).__name__}: {' '.join(str(error).split())[:250]}"
-        ) from None
+    except LOADING_ERRORS as error:
+        raise ConfigError(f"{misfit}: {type(error).__name__}: {' '.join(str(error).split())[:250]}") from None
     odd = names ^ set(get_peft_model_state_dict(peft_model, save_embedding_layers=False))
     for name in sorted(name for name in odd if "lora_" in name):
         owner = "adapter" if name in names else "model"
-        raise ConfigError(f"--adapter: {folder} does not fit {model.name_or_path}: only the {owner} has {name}")
+        raise ConfigError(f"{misfit}: only the {owner} has {name}")
     return peft_model
 
 
@@ -281,12 +289,8 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
 def linear_names(model: nn.Module) -> list[str]:
     """Return the distinct last names of the linear layers, the output head left out, in the order of the model."""
     head = model.get_output_embeddings()
-    names = (
-        name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
-    )
-    return list(dict.fromkeys(names))
+    linears = (name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head)
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in linears))
 
 
 def _check_targets(model: nn.Module, targets: set[str] | list[str] | str) -> None:
@@ -296,7 +300,8 @@ def _check_targets(model: nn.Module, targets: set[str] | list[str] | str) -> Non
     missing = sorted(t for t in targets if not any(name == t or name.endswith("." + t) for name in modules))
     if missing:
         raise ConfigError(
-            f"lora.target_modules: the model has no {', '.join(missing)}; its linear layers are {', '.join(linear_names(model))}"
+            f"lora.target_modules: the model has no {', '.join(missing)}; "
+            f"its linear layers are {', '.join(linear_names(model))}"
         )
 
 
@@ -305,8 +310,8 @@ def prepare_model_for_training(
 ) -> PeftModel:
     """Return the model with a fresh adapter in fp32, everything else frozen in the dtype it was loaded in.
 
-    use_gradient_checkpointing: all layers, none, or the first N. Unlike peft's prepare_model_for_kbit_training nothing is cast
-    to fp32: the embedding of Qwen2.5-3B alone would take 0.58 GiB more.
+    use_gradient_checkpointing: all layers, none, or the first N. Unlike peft's prepare_model_for_kbit_training nothing
+    is cast to fp32: the embedding of Qwen2.5-3B alone would take 0.58 GiB more.
     """
     _check_targets(model, lora_config.target_modules)
     model.config.use_cache = False
@@ -319,17 +324,16 @@ def prepare_model_for_training(
 
 
 def set_gradient_checkpointing(model: nn.Module, layers: bool | int) -> int:
-    """Recompute the activations of all decoder layers (True), none (False) or the first N; return how many recompute."""
+    """Recompute the activations of all decoder layers (True), none (False) or the first N; return how many do."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     found = base.get_decoder().layers
     count = len(found) if layers is True else min(int(layers), len(found))
-    # Non-reentrant, since the frozen embedding's output has no gradient. Stateless dropout needs no RNG state, so none is stored.
+    # Non-reentrant, since the frozen embedding's output has no gradient. Stateless dropout needs no RNG state stored.
     recompute = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     for number, layer in enumerate(found):
         if not hasattr(layer, "gradient_checkpointing"):
-            raise ConfigError(
-                f"training.gradient_checkpointing: {type(layer).__name__} of this model cannot recompute; use false"
-            )
+            kind = type(layer).__name__
+            raise ConfigError(f"training.gradient_checkpointing: {kind} of this model cannot recompute; use false")
         layer.gradient_checkpointing = number < count
         layer._gradient_checkpointing_func = recompute
     return count
@@ -353,21 +357,57 @@ def parameter_line(model: nn.Module) -> str:
     return f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}"
 
 
-# ------------------------------------------------------------------------------------------------ installation check
+# ------------------------------------------------------------------------------------------------ the machine
 
 
 def no_gpu_reason() -> str:
     """Return why torch sees no GPU: built without CUDA, or built with it and finding no usable card or driver."""
     if torch.version.cuda is None and torch.version.hip is None:
-        index = "https://download.pytorch.org/whl/cu130"
-        return (
-            f"this torch ({torch.__version__}) is CPU-only; for an NVIDIA card: pip install torch --index-url {index}"
-        )
-    return f"torch {torch.__version__} is built for CUDA {torch.version.cuda} but finds no usable GPU; see nvidia-smi and the driver"
+        install = "pip install torch --index-url https://download.pytorch.org/whl/cu130"
+        return f"this torch ({torch.__version__}) is CPU-only; for an NVIDIA card: {install}"
+    built = f"torch {torch.__version__} is built for CUDA {torch.version.cuda}"
+    return f"{built} but finds no usable GPU; see nvidia-smi and the driver"
+
+
+def refuse_without_gpu(config: Config, device: torch.device) -> None:
+    """Refuse the 3B default where there is no GPU, saying why there is none and how long it would take."""
+    if device.type == "cuda" or config.model.name != LEAVES["model.name"].field.default:
+        return
+    a = torch.randn(1024, 1024)
+    start = time.perf_counter()
+    for _ in range(8):
+        a @ a
+    rate = 8 * 2 * 1024**3 / (time.perf_counter() - start)
+    tokens = config.training.batch_size * config.training.gradient_accumulation_steps * config.data.max_length
+    # 6 FLOP a weight and token: forward, recompute, and the backward through frozen weights; 2.77e9 weights in linears.
+    hours = 6 * 2.77e9 * tokens / rate / 3600
+    raise ConfigError(
+        f"model.name: {config.model.name} needs a GPU: {no_gpu_reason()}. On this CPU one optimizer step would take "
+        f"about {hours:.1f} hours; try --config tiny/config.yaml"
+    )
+
+
+def device_block(device: torch.device, dtype: torch.dtype, processes: int) -> str:
+    """Return the lines that say what a run computes on."""
+    gpu = f"GPU: none | CPU threads: {torch.get_num_threads()}"
+    if device.type == "cuda":
+        found = torch.cuda.get_device_properties(device)
+        gpu = f"GPU: {found.name} | {found.total_memory / 2**30:.1f} GiB | {found.multi_processor_count} SMs"
+    versions = " | ".join(installed("torch", "transformers", "peft", "bitsandbytes"))
+    compute = f"Compute type: {dtype} | processes: {processes}"
+    return "\n".join(["=" * 60, f"Device: {device}", gpu, versions, compute, "=" * 60])
+
+
+def installed(*packages: str) -> list[str]:
+    """Return the versions of Python and of packages, a text each."""
+    return [f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in packages)]
+
+
+# ------------------------------------------------------------------------------------------------ installation check
 
 
 def check_nf4(device: torch.device) -> float:
-    """Return the relative error of one NF4 product in bfloat16 (float16 without it) against fp32 on the same quantised weights."""
+    """Return the relative error of an NF4 product in bfloat16 (or float16) against fp32 on the same packed weights."""
     generator = torch.Generator().manual_seed(0)
     dtype = usable_dtype("bfloat16") if device.type == "cuda" else torch.bfloat16
     weight, x = (torch.randn(256, 256, generator=generator) for _ in range(2))
@@ -391,8 +431,8 @@ def _hub_line() -> str:
 
 def main() -> int:
     """Print a line for each thing that training needs; return 0 if training can run here, else 1."""
-    names = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate")
-    print("versions: Python " + platform.python_version() + "".join(f", {name} {version(name)}" for name in names))
+    packages = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate")
+    print("versions: " + ", ".join(installed(*packages)))
     devices = [torch.device("cpu")]
     if torch.cuda.is_available():
         devices.append(torch.device("cuda"))

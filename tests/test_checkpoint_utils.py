@@ -1,27 +1,40 @@
 """Checkpoints: nothing is lost in a round trip, damage is noticed, and a crash never leaves a false checkpoint."""
 
+import dataclasses
 import json
 import os
 import shutil
 import signal
+from types import SimpleNamespace
 
 import bitsandbytes as bnb
+import numpy as np
 import pytest
 import torch
 
 import checkpoint_utils
 from checkpoint_utils import (
+    RESULTS,
     TEMPORARY,
+    Log,
+    Progress,
+    check_resumable,
     checkpoints,
     clean_up,
+    find_checkpoint,
+    fingerprint,
     flatten_state,
     latest_checkpoint,
+    open_output,
     read_checkpoint,
     restore_state,
+    settings,
     stop_on_signal,
     write_atomically,
     write_checkpoint,
 )
+from config import LEAVES, Config, ConfigError, load_config
+from data_utils import Blocks
 
 FILES = {
     "adapter_model.safetensors",
@@ -344,6 +357,117 @@ def test_atomic_file_is_the_old_or_the_new_one(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", real)
     write_atomically(path, b"new")
     assert path.read_bytes() == b"new" and [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+# ------------------------------------------------------------------------------------------------ resume
+
+
+def prints_of(weight: float = 0.0, token: int = 7, cut: int = 4, word: str = "a") -> dict[str, str]:
+    """The fingerprint of a frozen weight, an adapter that says nothing about it, five tokens and a word."""
+    model = torch.nn.Linear(2, 2, bias=False, dtype=torch.bfloat16)
+    torch.nn.init.constant_(model.weight, weight).requires_grad_(False)
+    model.lora_A = torch.nn.Parameter(torch.randn(2))
+    part = Blocks((np.array([1, 2, 3, 4, token], np.int32),), 4, np.array([0, cut, 5]), 1, 1)
+    return fingerprint(model, SimpleNamespace(get_vocab=lambda: {word: 0}), {"train": part, "validation": None})
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({}, None),
+        ({"weight": 1.0}, "model"),
+        ({"token": 8}, "data"),
+        ({"cut": 3}, "data"),
+        ({"word": "b"}, "tokenizer"),
+    ],
+)
+def test_fingerprint_tells_apart_what_a_run_learns_from(change, part):
+    before, now = prints_of(), prints_of(**change)
+    assert {name for name in before if before[name] != now[name]} == ({part} if part else set())
+
+
+def test_resume_refuses_every_change_of_what_is_learned_and_no_other():
+    prints = prints_of()
+    for name in LEAVES:
+        state = {"config": settings(Config()) | {name: "another"}, "fingerprint": prints, "shape": {"window": 16}}
+        if LEAVES[name].field.metadata["resumable"] or name in ("model.name", "data.dataset"):  # content, not path
+            check_resumable(state, Config(), prints, 16, "checkpoint-2")
+        else:
+            with pytest.raises(ConfigError) as caught:
+                check_resumable(state, Config(), prints, 16, "checkpoint-2")
+            (problem,) = caught.value.problems
+            assert problem.startswith(f"{name}: was 'another' in checkpoint-2, is ") and "--resume never" in problem
+
+
+def test_resume_refuses_other_contents_and_another_window():
+    other = prints_of(weight=1.0, token=8, word="b")
+    state = {"config": settings(Config()), "fingerprint": prints_of(), "shape": {"window": 8}}
+    with pytest.raises(ConfigError) as caught:
+        check_resumable(json.loads(json.dumps(state)), Config(), other, 16, "checkpoint-2")
+    names = [
+        "model.name",
+        "data.dataset",
+        "the tokenizer",
+        "training.batch_size x training.gradient_accumulation_steps",
+    ]
+    assert [problem.split(":")[0] for problem in caught.value.problems] == names
+
+
+def test_checkpoint_to_go_on_from(tmp_path):
+    for number in (2, 4):
+        write(tmp_path, number)
+    training = dataclasses.replace(Config().training, output_dir=str(tmp_path))
+    assert find_checkpoint(training, False, ignore)[0].name == "checkpoint-4"
+    assert find_checkpoint(training, True, ignore) is None
+    assert find_checkpoint(dataclasses.replace(training, resume="never"), False, ignore) is None
+    older = dataclasses.replace(training, resume=str(tmp_path / "checkpoint-2"))
+    assert find_checkpoint(older, False, ignore)[2]["progress"] == {"step": 2}
+    with pytest.raises(ConfigError, match="training.resume: cannot go on from nowhere"):
+        find_checkpoint(dataclasses.replace(training, resume="nowhere"), False, ignore)
+
+
+def test_progress_counts_steps_and_finds_evaluations():
+    progress = Progress()
+    progress.count(6.0, 3, 0.5)
+    progress.count(2.0, 1, 0.25)
+    progress.history += [{"step": 0, "eval_loss": 2.0}, {"step": 2, "loss": 2.0}]
+    fields = (progress.step, progress.tokens, progress.loss_sum, progress.loss_tokens, progress.seconds)
+    assert fields == (2, 4, 8.0, 4, 0.75) and progress.evaluations == progress.history[:1]
+    assert Progress(**dataclasses.asdict(progress)) == progress
+
+
+# ------------------------------------------------------------------------------------------------ the output folder
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_output_folder_is_as_of_the_step(tmp_path, fresh):
+    """A fresh run takes the place of the one before; a resumed one keeps all but the rows after its checkpoint."""
+    output_dir = tmp_path / "output"
+    write(output_dir, 2)
+    for name in (*RESULTS, "notes.txt", f"{TEMPORARY}metrics.jsonl"):
+        (output_dir / name).write_text("before", encoding="utf-8")
+    config = load_config((), {"training.output_dir": str(output_dir), "training.resume": "never"})
+    history = [] if fresh else [{"step": 0, "eval_loss": 2.0}]
+    assert open_output(config, history, fresh) == output_dir
+    kept = {"notes.txt", "metrics.jsonl", "config.yaml"} | (set() if fresh else {*RESULTS, "checkpoint-2"})
+    assert {path.name for path in output_dir.iterdir()} == kept
+    rows = (output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert list(map(json.loads, rows)) == history
+    assert load_config(output_dir / "config.yaml").training.resume == "auto"  # started again as it stands, it goes on
+
+
+def test_log_waits_for_its_folder(tmp_path, capsys):
+    log = Log(silent=False)
+    log.row({"step": 0})  # before the folder is known to be the run's, nothing is written
+    log.say("one ✓")
+    assert not list(tmp_path.iterdir())
+    log.open(tmp_path)
+    log.say("two")
+    log.row({"step": 1, "loss": 2.0})
+    assert (tmp_path / "training_log.txt").read_text(encoding="utf-8") == "one ✓\ntwo\n"
+    assert (tmp_path / "metrics.jsonl").read_text(encoding="utf-8") == '{"step": 1, "loss": 2.0}\n'
+    Log(silent=True).say("three")
+    assert capsys.readouterr().out == "one ✓\ntwo\n"
 
 
 # ------------------------------------------------------------------------------------------------ signals

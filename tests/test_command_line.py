@@ -13,6 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from config import DATA_FILES, missing_data
+
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "tiny" / "config.yaml"
 
@@ -155,9 +157,40 @@ def test_truncated_parquet(refused, tmp_path):
     assert problem.startswith(f"data.dataset: cannot read {path}")
 
 
-@pytest.mark.parametrize("name", ["none.txt", "none/", "./none", "/none/of/these", "data\\none.jsonl", "none.parquet"])
+MISSING = ["none.txt", "none/", "./none", "/none/of/these", "data\\none.jsonl", "none.parquet", "a/b.CSV", "none.json"]
+
+
+@pytest.mark.parametrize("name", MISSING)
 def test_missing_data(refused, name):
     assert refused("--dataset", name) == [f"data.dataset: no such file or folder: {name}"]
+
+
+@pytest.mark.parametrize("name", MISSING)
+def test_missing_data_is_said_alike_by_who_loads_it(name):
+    """From a notebook prepare_dataset may be called without the command line."""
+    from config import ConfigError, DataConfig
+    from data_utils import BUILDERS, load_rows
+
+    with pytest.raises(ConfigError) as caught:
+        load_rows(DataConfig(dataset=name))
+    assert list(caught.value.problems) == missing_data(name)
+    assert tuple(BUILDERS) == DATA_FILES
+
+
+def test_names_of_the_hub_are_not_looked_for_on_the_disk(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("Salesforce/wikitext", "wikitext", "a-b_c/d.e-f", "some.body/data.v2"):
+        assert missing_data(name) == []
+    (tmp_path / "here.txt").touch()
+    assert missing_data("here.txt") == [] and missing_data(f"{tmp_path}") == []
+
+
+def test_a_plan_needs_no_data_and_an_evaluation_no_output_dir(train, tmp_path):
+    from train_qlora import parse
+
+    assert train("--plan", "--dataset", "none.txt")[0] == 0
+    (tmp_path / "file").touch()
+    parse(["--config", str(TINY), "--evaluate", "--output_dir", str(tmp_path / "file")])
 
 
 def test_folders_of_data(refused, tmp_path):
@@ -464,6 +497,22 @@ def test_a_child_says_one_line_and_nothing_else(run_cli, tmp_path, case):
     flags, expected = CHILDREN[case]
     (problem,) = said(child(run_cli, tmp_path, *flags).stderr)
     assert problem.startswith(expected)
+
+
+def test_what_a_run_cannot_find_is_said_before_torch_is_imported(run_cli, tmp_path):
+    """In one go, and by a Python in which importing torch is fatal."""
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch is imported')", encoding="utf-8")
+    (tmp_path / "file").touch()
+    result = child(
+        run_cli,
+        tmp_path,
+        *("--dataset", "none/of/these", "--output_dir", tmp_path / "file"),
+        env={"PYTHONPATH": str(tmp_path)},
+    )
+    assert said(result.stderr) == [
+        "data.dataset: no such file or folder: none/of/these",
+        f"training.output_dir: expected a folder, got the file {tmp_path / 'file'}",
+    ]
 
 
 def test_a_child_says_nothing_else_of_damaged_files(run_cli, tmp_path, model):

@@ -162,6 +162,16 @@ def test_a_flag_of_a_text_stays_the_text(text):
     assert from_flags("--system_prompt", text).generation.system_prompt == text
 
 
+def test_the_system_prompt_alone_may_be_empty(tmp_path):
+    for loaded in (from_yaml(tmp_path, 'generation: {system_prompt: ""}'), from_flags("--system_prompt", "")):
+        assert loaded.generation.system_prompt == ""
+        save_config(loaded, tmp_path / "saved.yaml")
+        assert load_config(tmp_path / "saved.yaml") == loaded
+    assert [name for name, leaf in LEAVES.items() if leaf.expected.startswith("a text or")] == [
+        "generation.system_prompt"
+    ]
+
+
 WRONG = [
     ("lora.rank", "true"),  # a bool is no integer
     ("lora.rank", "8.0"),
