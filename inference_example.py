@@ -19,6 +19,12 @@ from config import Config, ConfigError, before_heavy_imports, build_parser, load
 
 Prompt = str | list[dict[str, str]]  # a text, or the messages of a chat, the last one the user's
 
+
+def say(line: str) -> None:
+    """Print a line that is not an answer."""
+    print(line, file=sys.stderr, flush=True)
+
+
 # ------------------------------------------------------------------------------------------------ command line
 
 
@@ -76,12 +82,11 @@ def check_options(options: argparse.Namespace) -> None:
     text, merge = options.mode == "text", options.mode == "merge"
     output = Path(options.output) if options.output else None
     there = next(p for p in Path(os.path.abspath(output or ".")).parents if p.exists())
-    problems = [
-        f"--{name}: goes with --mode {mode}"
-        for name, mode in (("prompt", "text"), ("prompts", "text"), ("merge_base", "merge"))
-        if getattr(options, name) is not None and options.mode != mode
-    ]
-    if text and (options.prompt is None) == (options.prompts is None):
+    given = {name for name, value in vars(options).items() if value is not None}
+    owners = {"prompt": "text", "prompts": "text", "merge_base": "merge"}
+    wrong = [name for name, mode in owners.items() if name in given and mode != options.mode]
+    problems = [f"--{name}: goes with --mode {owners[name]}" for name in wrong]
+    if text and len(given & {"prompt", "prompts"}) != 1:
         problems.append('--mode text: expected one of --prompt "...", --prompt - and --prompts FILE')
     if options.prompt is not None and not options.prompt.strip():
         problems.append("--prompt: expected a text, not empty")
@@ -143,9 +148,11 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
 
 if __name__ == "__main__":  # --help and every error in options and configuration answer before torch is imported
     try:
-        parse(sys.argv[1:])
+        name = parse(sys.argv[1:])[1].model.name
     except ConfigError as error:
         sys.exit(report(error))
+    if sys.stderr.isatty():  # the imports alone take seconds
+        say(f"loading {name} ...")
     before_heavy_imports()
 
 import copy
@@ -153,7 +160,7 @@ import dataclasses
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import bitsandbytes as bnb
@@ -184,13 +191,7 @@ DEMO_PROMPTS = (
 REFERENCE_TEXT = """\
 A lighthouse is a tower that shows sailors where they are. The first ones were fires on hills; later ones burned oil,
 gas and, in the end, electricity. In 1822 Augustin Fresnel built a lens of many thin rings of glass, which sent the
-light of one lamp more than thirty kilometres out to sea. Keepers lived beside it, often with their families, wound the
-clockwork that turned it and wrote down the weather. Today nearly every light runs by itself."""
-
-
-def say(line: str) -> None:
-    """Print a line that is not an answer."""
-    print(line, file=sys.stderr, flush=True)
+light of one lamp more than thirty kilometres out to sea. Today nearly every light runs by itself."""
 
 
 # ------------------------------------------------------------------------------------------------ loading
@@ -258,7 +259,7 @@ def encode(engine: Engine, prompt: Prompt, system_prompt: str | None) -> list[in
     if engine.raw:
         raise ConfigError("--prompts: `messages` need a chat template: the tokenizer has none, or --raw was given")
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if system_prompt and messages[0]["role"] != "system":
+    if system_prompt is not None and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system_prompt}, *messages]
     try:
         return engine.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
@@ -293,16 +294,6 @@ class Watch(transformers.StoppingCriteria):
         return f"[{self.tokens} tokens{why} | {rate:.1f} tokens/s | first token after {self.first - self.start:.2f} s]"
 
 
-@contextlib.contextmanager
-def ctrl_c_stops(watch: Watch) -> Iterator[None]:
-    """Let Ctrl-C end the answer after its current token instead of raising an exception in the middle of something."""
-    previous = signal.signal(signal.SIGINT, lambda signum, frame: setattr(watch, "stop", True))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
 def generate_ids(
     engine: Engine, rows: list[list[int]], settings: GenerationConfig, watch: Watch, streamer: Any = None
 ) -> list[list[int]]:
@@ -310,25 +301,25 @@ def generate_ids(
 
     rows: the tokens of the prompts, padded here on the left. A temperature of 0 takes the likeliest token.
     """
-    longest, device = max(map(len, rows)), engine.model.device
-    pad = engine.tokenizer.pad_token_id or 0
+    longest, device, pad = max(map(len, rows)), engine.model.device, engine.tokenizer.pad_token_id or 0
     sampling = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k or 0}
-    generation = transformers.GenerationConfig(
-        max_new_tokens=room_after(engine, longest, settings),
-        do_sample=settings.temperature > 0,
-        repetition_penalty=settings.repetition_penalty,
-        eos_token_id=engine.ends or None,
-        pad_token_id=pad,
-        **(sampling if settings.temperature > 0 else {}),
-    )
-    with ctrl_c_stops(watch):
+    # Ctrl-C ends the answer after its current token instead of raising an exception in the middle of something.
+    previous = signal.signal(signal.SIGINT, lambda signum, frame: setattr(watch, "stop", True))
+    try:
         output = engine.model.generate(
             input_ids=torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=device),
             attention_mask=torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device),
-            generation_config=generation,
+            max_new_tokens=room_after(engine, longest, settings),
+            do_sample=settings.temperature > 0,
+            repetition_penalty=settings.repetition_penalty,
+            eos_token_id=engine.ends or None,
+            pad_token_id=pad,
             stopping_criteria=[watch],
             streamer=streamer,
+            **(sampling if settings.temperature > 0 else {}),
         )
+    finally:
+        signal.signal(signal.SIGINT, previous)
     answers = output[:, longest:].tolist()  # [batch, new]: rows that end before the longest are padded
     return [row[: next((i + 1 for i, token in enumerate(row) if token in engine.ends), len(row))] for row in answers]
 
@@ -356,9 +347,8 @@ def answer_file(engine: Engine, config: Config, prompts: list[Prompt], output: P
     """Append an answer for each prompt that the output file lacks, in order and in batches; return the exit code."""
     settings, (first, good_bytes) = config.generation, finished
     rows = [encode(engine, prompt, settings.system_prompt) for prompt in prompts]
-    longest = max(map(len, rows))
-    room = room_after(engine, longest, settings)  # refuses a prompt that is too long before anything is written
-    size = max(1, min(BATCH_ROWS, BATCH_TOKENS // (longest + room)))
+    longest = max(map(len, rows))  # room_after refuses what is too long before anything is written
+    size = max(1, min(BATCH_ROWS, BATCH_TOKENS // (longest + room_after(engine, longest, settings))))
     output.parent.mkdir(parents=True, exist_ok=True)
     start, tokens = time.perf_counter(), 0
     bar = tqdm(total=len(prompts), initial=first, unit="prompt", disable=not sys.stderr.isatty())
@@ -400,14 +390,14 @@ def demo(engine: Engine, config: Config, adapter: Path | None) -> int:
 
 # ------------------------------------------------------------------------------------------------ interactive
 
-HELP = f"""\
-/help                  these lines
-/reset                 forget the conversation
-/system TEXT           set the system prompt; without TEXT back to the template's own
-/set KEY VALUE         set {", ".join(field.name for field in dataclasses.fields(GenerationConfig))};
-                       without KEY show them
-/save FILE             add the conversation to FILE, as a line of .jsonl
-/quit                  leave; so do Ctrl-D (Ctrl-Z Enter on Windows) and Ctrl-C, which during an answer stops only that
+HELP = """\
+/help             these lines
+/reset            forget the conversation
+/system TEXT      set the system prompt; without TEXT back to the template's own
+/set KEY VALUE    change a setting; without VALUE show it, without KEY show all
+/save FILE        add the conversation to FILE, as a line of .jsonl
+/quit             leave; so does Ctrl-D (on Windows: Ctrl-Z, Enter)
+Ctrl-C stops an answer; where you type, it leaves.
 Any other line is a message; put a space before a slash that begins one."""
 
 
@@ -420,21 +410,24 @@ class Conversation:
 
 
 def set_knob(talk: Conversation, key: str, value: str) -> None:
-    """Set a generation.* key as a flag would, and show it; without a key show all."""
+    """Set a generation.* key as a flag would, and show it; without a value show it, without a key show all."""
     names = [field.name for field in dataclasses.fields(GenerationConfig)]
     if key and key not in names:
         raise ConfigError(f"/set: no key {key}; there are {', '.join(names)}")
-    if key:
-        talk.settings = dataclasses.replace(talk.settings, **{key: coerce_flag(LEAVES[f"generation.{key}"], value)})
+    if value:
+        value = coerce_flag(LEAVES[f"generation.{key}"], "" if value == '""' else value)
+        talk.settings = dataclasses.replace(talk.settings, **{key: value})
     for name in [key] if key else names:
-        print(f"{name} = {'null' if talk.settings[name] is None else talk.settings[name]}")
+        now = talk.settings[name]
+        print(f"{name} =", {None: "null", "": '""'}.get(now, now))
 
 
 def save(talk: Conversation, path: str) -> None:
     """Append the conversation, with the system prompt if one is set, to a file: {"messages": [...]}."""
     if not path or not talk.messages:
         raise ConfigError("/save: nothing was said yet" if path else "/save: expected the name of a file")
-    system = [{"role": "system", "content": talk.settings.system_prompt}] if talk.settings.system_prompt else []
+    prompt = talk.settings.system_prompt
+    system = [] if prompt is None else [{"role": "system", "content": prompt}]
     try:
         with open(Path(path).expanduser(), "a", encoding="utf-8", newline="\n") as file:
             file.write(json.dumps({"messages": system + talk.messages}, ensure_ascii=False) + "\n")
@@ -463,30 +456,25 @@ def command(line: str, talk: Conversation) -> bool:
     return word != "/quit"
 
 
-def fitted(engine: Engine, talk: Conversation) -> list[int]:
-    """Return the tokens of the conversation, its oldest turns dropped, with a line, until a whole answer fits too."""
-    ids, forgotten = encode(engine, talk.messages, talk.settings.system_prompt), 0
-    while len(ids) + talk.settings.max_new_tokens > engine.limit and len(talk.messages) > 1:
-        del talk.messages[:2]
-        forgotten += 1
-        ids = encode(engine, talk.messages, talk.settings.system_prompt)
-    room_after(engine, len(ids), talk.settings)
-    if forgotten:
-        print(f"[forgot the oldest turns, {forgotten} of them: the model knows {engine.limit:,} positions]")
+def fitted(engine: Engine, messages: list[dict[str, str]], settings: GenerationConfig) -> list[int]:
+    """Return the tokens of a conversation, its oldest turns dropped, with a line, until a whole answer fits too."""
+    for first in range(0, len(messages), 2):
+        ids = encode(engine, messages[first:], settings.system_prompt)
+        if len(ids) + settings.max_new_tokens <= engine.limit:
+            break
+    room_after(engine, len(ids), settings)
+    if first:
+        del messages[:first]
+        print(f"[forgot the oldest turns, {first // 2} of them: the model knows {engine.limit:,} positions]")
     return ids
 
 
 def take_turn(engine: Engine, line: str, talk: Conversation) -> None:
     """Answer a line, with the conversation before it unless the engine is raw; a turn that fails leaves no trace."""
-    before = list(talk.messages)
-    talk.messages.append({"role": "user", "content": line})
-    try:
-        ids = encode(engine, line, None) if engine.raw else fitted(engine, talk)
-        text, _ = stream_answer(engine, ids, talk.settings, print)
-    except (ConfigError, torch.OutOfMemoryError):
-        talk.messages[:] = before
-        raise
-    talk.messages.append({"role": "assistant", "content": text})
+    messages = [*talk.messages, {"role": "user", "content": line}]
+    ids = encode(engine, line, None) if engine.raw else fitted(engine, messages, talk.settings)
+    text, _ = stream_answer(engine, ids, talk.settings, print)
+    talk.messages = [*messages, {"role": "assistant", "content": text}]
 
 
 def interactive(engine: Engine, config: Config, adapter: Path | None) -> int:
@@ -525,8 +513,7 @@ def plain_copy(model: PreTrainedModel, remote: bool) -> PreTrainedModel:
     the CPU and not packed is shared with it.
     """
     model_config = copy.deepcopy(model.config)
-    if hasattr(model_config, "quantization_config"):
-        del model_config.quantization_config
+    vars(model_config).pop("quantization_config", None)
     with init_empty_weights():  # parameters take no memory yet; buffers (rotary frequencies) are real
         plain = AutoModelForCausalLM.from_config(model_config, dtype=model.dtype, trust_remote_code=remote)
     weights = {}
@@ -557,10 +544,9 @@ def merge_adapter(peft_model: PeftModel, dtype: torch.dtype = torch.bfloat16) ->
 
 
 @torch.inference_mode()
-def logits_on(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
+def logits_on(model: PeftModel | PreTrainedModel, ids: list[int]) -> torch.Tensor:
     """Return the model's logits, fp32 on the CPU [tokens, vocabulary]."""
-    device = next(model.parameters()).device
-    return model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0].float().cpu()
+    return model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0].float().cpu()
 
 
 def write_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -568,7 +554,6 @@ def write_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fol
     folder = Path(os.path.abspath(folder))
     temporary = folder.with_name(".writing-" + folder.name)
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     try:
         model.save_pretrained(temporary, max_shard_size="2GB")
         tokenizer.save_pretrained(temporary)
@@ -624,7 +609,6 @@ def run(options: argparse.Namespace, config: Config) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit code: parse → load → answer or merge."""
-    options = None
     try:
         options, config = parse(argv)
         quiet_libraries()
@@ -633,7 +617,7 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         return report(error)
     except KeyboardInterrupt:
-        return 0 if options is not None and options.mode == "interactive" else 130
+        return 130
     except torch.OutOfMemoryError as error:
         say(f"error: out of GPU memory: {str(error).splitlines()[0]}")
         return 3

@@ -3,8 +3,11 @@
 import dataclasses
 import io
 import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -191,6 +194,19 @@ def test_a_model_without_a_chat_template_continues_text(run: Callable, tiny_mode
     assert out == run(*flags, "--raw")[1] != run(*flags)[1]
 
 
+def test_an_empty_system_prompt_replaces_the_templates_own(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = engine.tokenizer.chat_template
+    own = "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are Q.<|im_end|>\n{% endif %}"
+    monkeypatch.setattr(engine.tokenizer, "chat_template", own + plain)
+
+    def shown(system_prompt: str | None) -> str:
+        return engine.tokenizer.decode(encode(engine, "Hello", system_prompt))
+
+    turn = "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
+    assert shown(None) == "<|im_start|>system\nYou are Q.<|im_end|>\n" + turn
+    assert shown("") == "<|im_start|>system\n<|im_end|>\n" + turn
+
+
 # ------------------------------------------------------------------------------------------------ text
 
 
@@ -277,6 +293,8 @@ def test_settings_are_checked_as_flags_are_and_the_end_of_input_leaves(run: Call
         "/set max_new_tokens 3",
         "Hello",
         "/set top_k null",
+        "/set repetition_penalty",
+        '/set system_prompt ""',
         "/set top_p 2",
         "/set nonsense 1",
     ]
@@ -286,6 +304,8 @@ def test_settings_are_checked_as_flags_are_and_the_end_of_input_leaves(run: Call
         "temperature = 0.0",
         "[3 tokens, cut at max_new_tokens",
         "generation.top_p: expected a number > 0 and <= 1, got 2",
+        "repetition_penalty = 1.0\n\n",
+        'system_prompt = ""\n\n',
         "/set: no key nonsense",
         "top_p = 0.9",
         "/system TEXT",
@@ -309,6 +329,18 @@ def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on(run: Callable, ctrl
     assert len(rows_of(tmp_path / "talk.jsonl")[0]["messages"]) == 4
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no pseudo-terminals")
+def test_a_terminal_is_told_at_once_that_the_model_is_loading(adapter: Path, tiny_model: Path) -> None:
+    ours, theirs = os.openpty()
+    command = [sys.executable, inference_example.__file__, "--adapter", str(adapter)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=theirs) as child:
+        os.close(theirs)
+        with open(ours, encoding="utf-8") as terminal:
+            assert terminal.readline() == f"loading {tiny_model} ...\n"
+            assert child.communicate(b"/quit\n", timeout=300)[0].startswith(str(tiny_model).encode())
+    assert child.returncode == 0
+
+
 def test_ctrl_c_at_the_prompt_leaves(run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("builtins.input", lambda prompt: signal.raise_signal(signal.SIGINT))
     assert run()[0] == 0
@@ -318,9 +350,9 @@ def test_the_oldest_turns_go_when_the_positions_are_full(engine: Engine, capsys:
     settings = load_config((), {"generation.max_new_tokens": 10, "generation.system_prompt": "Be brief."}).generation
     turns = [{"role": role, "content": f"{TEXT} {n}"} for n in range(3) for role in ("user", "assistant")][:-1]
     last = encode(engine, turns[-1:], "Be brief.")
-    talk = Conversation(settings, list(turns))
-    assert fitted(dataclasses.replace(engine, limit=len(last) + 10), talk) == last
-    assert talk.messages == turns[-1:] and "2 of them" in capsys.readouterr().out
+    kept = list(turns)
+    assert fitted(dataclasses.replace(engine, limit=len(last) + 10), kept, settings) == last
+    assert kept == turns[-1:] and "2 of them" in capsys.readouterr().out
     talk = Conversation(settings, turns[:2])
     with pytest.raises(ConfigError, match="positions"):
         take_turn(dataclasses.replace(engine, limit=20), TEXT, talk)
