@@ -7,6 +7,7 @@ A value travels  schema default < config file(s) < flag,  through one strict coe
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import logging
@@ -458,7 +459,7 @@ DATA_FILES = (".txt", ".csv", ".json", ".jsonl", ".parquet")
 
 def is_hub_id(name: str) -> bool:
     """Return whether a name can be one on the hub, `name` or `owner/name`; anything else is a local path."""
-    return re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) is not None
+    return len(name) < 200 and re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) is not None
 
 
 def missing_data(dataset: str) -> list[str]:
@@ -539,12 +540,20 @@ def before_heavy_imports() -> None:
     sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]  # None makes `import kernels` fail
 
 
+def redact(text: str) -> str:
+    """Return a text without access tokens: the environment's, Hugging Face's by their form, and those in addresses."""
+    for name, value in os.environ.items():
+        if re.search(r"(TOKEN|API_KEY|SECRET|PASSWORD)$", name) and len(value) >= 8:
+            text = text.replace(value, "***")
+    return re.sub(r"\bhf_\w{16,}|(?<=://)[^\s/@]+(?=@)", "***", text)
+
+
 def report(error: ConfigError) -> int:
     """Print one line a problem on stderr and return exit code 2."""
     for problem in error.problems:
-        line = "error: " + problem.replace("\n", " ")
+        line = "error: " + redact(" ".join(problem.splitlines()))
+        line = line if len(line) < 600 else f"{line[:400]} ... {line[-150:]}"  # a value may be a whole file
         encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
-        print(
-            line.encode(encoding, "replace").decode(encoding), file=sys.stderr
-        )  # a cp950 console must not hide an error
+        with contextlib.suppress(OSError):  # a file on a full disk; nor must a cp950 console hide an error
+            print(line.encode(encoding, "replace").decode(encoding), file=sys.stderr)
     return 2

@@ -1,25 +1,38 @@
-"""From rows to blocks: loading, document boundaries, the held-out part, packing, padding.
+"""From rows to blocks: loading, formats, chat templates and masks, document boundaries, the held-out part, packing, padding.
 
     load_rows(data) -> DatasetDict of rows            tokenize_rows(rows, tokenizer, data) -> the same with input_ids
     make_blocks(tokenized, tokenizer, data, seed) -> {"train": Blocks, "validation": Blocks or None}
+
+Running text has tokens only, and becomes one stream that is cut in blocks. Chats and pairs are samples: they have labels
+beside their tokens, are cut at data.max_length each, and share a block without seeing each other.
 
 `train_qlora.prepare_dataset` is the first line; what stands in the second takes any DatasetDict with input_ids, so that the
 tutorial's own prepare_dataset can be put in its place.
 """
 
+import copy
 import dataclasses
+import functools
 import glob
-from collections.abc import Iterator, Sequence
+import hashlib
+import itertools
+import re
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+import torch.nn.functional as F
 from datasets import Dataset, DatasetDict
 from datasets.data_files import DataFilesDict, get_data_patterns
-from transformers import PreTrainedTokenizerBase
+from datasets.fingerprint import Hasher
+from jinja2 import TemplateError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from config import ConfigError, DataConfig, missing_data
 
@@ -57,6 +70,16 @@ def local_files(dataset: str) -> tuple[str, dict[str, list[str]]] | None:
     return None
 
 
+def content_digest(files: dict[str, list[str]]) -> str:
+    """Return a hash of the files' bytes for datasets' cache, which itself goes by their paths and times alone."""
+    digest = hashlib.sha256()
+    for name in itertools.chain(*files.values()):
+        with open(name, "rb") as file:
+            while block := file.read(2**22):
+                digest.update(block)
+    return digest.hexdigest()[:32]
+
+
 def load_rows(data: DataConfig) -> DatasetDict:
     """Return the rows of the splits that data names, from the hub or from local files.
 
@@ -74,7 +97,7 @@ def load_rows(data: DataConfig) -> DatasetDict:
                 "csv": {"keep_default_na": False},
             }.get(builder, {})
             patterns = {split: [glob.escape(name) for name in names] for split, names in files.items()}
-            loaded = datasets.load_dataset(builder, data_files=patterns, **options)
+            loaded = datasets.load_dataset(builder, content_digest(files), data_files=patterns, **options)
     except (datasets.exceptions.DatasetsError, OSError, ValueError, StopIteration, pa.ArrowException) as error:
         cause = error.__cause__ or error
         if isinstance(cause, StopIteration) or any(words in str(cause) for words in NO_ROWS):
@@ -100,44 +123,224 @@ def load_rows(data: DataConfig) -> DatasetDict:
     return rows
 
 
-def tokenize_rows(rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> DatasetDict:
-    """Return the rows with a column input_ids of the text column's tokens, no special tokens, nothing cut."""
-    if data.format in ("chat", "prompt"):
-        raise ConfigError(
-            f"data.format: expected text (chat and prompt data are not supported yet), got {data.format!r}"
-        )
-    column = data.text_column
-    for split in rows.values():
-        if column not in split.column_names:
-            raise ConfigError(
-                f"data.text_column: no column {column!r} in {data.dataset}; it has {', '.join(split.column_names)}"
-            )
-        kind = split.features[column]
-        if getattr(kind, "dtype", None) not in ("string", "large_string", "null"):
-            raise ConfigError(
-                f"data.text_column: expected text in column {column!r}, got {getattr(kind, 'dtype', kind)}"
-            )
+# ------------------------------------------------------------------------------------------------ formats
 
-    def encode(batch: dict) -> dict:
-        texts = [text or "" for text in batch[column]]
+CHATS = (("messages",), ("conversations",))
+PAIRS = (("prompt", "completion"), ("instruction", "input", "output"), ("instruction", "output"))
+# Names of ShareGPT and its kin.
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
+# For a tokenizer without a chat template; a turn of the assistant ends as a document does.
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}{{ message.role | capitalize }}: {{ message.content }}"
+    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+MARKS = "\ufdd0", "\ufdd1"  # noncharacters, which Unicode keeps for a program's own use: no text has them
+
+
+def recognise(columns: Sequence[str], data: DataConfig) -> tuple[str, tuple[str, ...]]:
+    """Return what rows with these columns are (text, chat or prompt) and the columns that are read; ConfigError if nothing.
+
+    data.format decides; auto takes chats, then pairs, then text, but a text_column of another name than the default first.
+    """
+    found = {
+        "chat": next((names for names in CHATS if set(names) <= set(columns)), None),
+        "prompt": next((names for names in PAIRS if set(names) <= set(columns)), None),
+        "text": (data.text_column,) if data.text_column in columns else None,
+    }
+    named = data.text_column != DataConfig().text_column and found["text"] is not None
+    order = ("text",) if named else ("chat", "prompt", "text")
+    for name in order if data.format == "auto" else (data.format,):
+        if found[name]:
+            return name, found[name]
+    kinds = {"chat": CHATS, "prompt": PAIRS}
+    if data.format in kinds:
+        wanted = " or ".join(" + ".join(names) for names in kinds[data.format])
+        raise ConfigError(
+            f"data.format: {data.format} needs the columns {wanted}; {data.dataset} has {', '.join(columns)}"
+        )
+    hint = "" if data.format == "text" else "; a chat has messages or conversations, a pair prompt + completion"
+    raise ConfigError(
+        f"data.text_column: no column {data.text_column!r} in {data.dataset}; it has {', '.join(columns)}{hint}"
+    )
+
+
+def to_messages(row: dict[str, Any], columns: tuple[str, ...]) -> list[dict[str, str]]:
+    """Return a row's turns as role and content; ValueError says what is not as it should be.
+
+    A pair is a turn of the user and one of the assistant; a text in `input` goes below the instruction.
+    """
+    if columns in CHATS:
+        turns = row[columns[0]] or []
+    else:
+        *asked, answer = (row[name] for name in columns)
+        asked = [text for i, text in enumerate(asked) if text or i == 0]
+        question = "\n\n".join(asked) if all(isinstance(text, str) for text in asked) else asked
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError(f"expected a list of turns in column {columns[0]!r}, got {str(turns)[:60]!r}")
+    messages = []
+    for number, turn in enumerate(turns, 1):
+        role = turn.get("role") or turn.get("from")
+        role = ROLES.get(role, role) if isinstance(role, str) else role
+        content = turn["value"] if turn.get("content") is None and "value" in turn else turn.get("content")
+        if role not in ("system", "user", "assistant", "tool"):
+            raise ValueError(f"turn {number}: expected a role system, user, assistant or tool, got {role!r}")
+        if not isinstance(content, str) or turn.get("tool_calls"):
+            got = "tool calls" if turn.get("tool_calls") else repr(content)[:60]
+            raise ValueError(f"turn {number}: expected a text, got {got}")
+        messages.append({"role": role, "content": content})
+    return messages
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> tuple[str, list[tuple[int, int]]]:
+    """Return the chat as the template writes it, and where in it the assistant's words stand: [start, stop) in characters.
+
+    The places come from a second rendering, with a mark before and after the assistant's words, that is equal but for the
+    marks. ValueError where it is not: the template then rewrites an answer (a `<think>` part, say) and its place is not known.
+    """
+    template = None if tokenizer.chat_template else PLAIN_TEMPLATE
+
+    def apply(before: str, after: str, trim: bool) -> str:
+        marked = [
+            {**m, "content": f"{before}{m['content'].strip() if trim else m['content']}{after}"}
+            if m["role"] == "assistant"
+            else m
+            for m in messages
+        ]
+        return tokenizer.apply_chat_template(marked, tokenize=False, chat_template=template)
+
+    text = apply("", "", trim=False)
+    answers = sum(m["role"] == "assistant" for m in messages)
+    for trim in (False, True):  # many templates trim an answer, which the marks would keep them from
+        marked = apply(*MARKS, trim=trim)
+        parts = re.split(f"[{''.join(MARKS)}]", marked)
+        if "".join(parts) == text and re.findall(f"[{''.join(MARKS)}]", marked) == [*MARKS] * answers:
+            ends = list(itertools.accumulate(map(len, parts)))
+            return text, list(zip(ends[0:-1:2], ends[1::2], strict=True))
+    raise ValueError("the chat template rewrites a turn of the assistant, so that it cannot be told what to learn")
+
+
+def answer_labels(encoding: Any, text: str, spans: list[tuple[int, int]], specials: set[int]) -> np.ndarray:
+    """Return the labels of a rendered chat's tokens, int32 [tokens]: the assistant's words and the token that ends a turn.
+
+    encoding: of the tokenizers library, offsets in characters of `text`. Everything else is -100.
+    """
+    ids = np.array(encoding.ids, np.int32)
+    offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+    labels = np.full(len(ids), IGNORED, np.int32)
+    for start, stop in spans:
+        first = np.searchsorted(offsets[:, 1], start, side="right")
+        last = end = np.searchsorted(offsets[:, 0], stop, side="left")
+        while end < len(ids) and ids[end] not in specials and not text[slice(*offsets[end])].strip():
+            end += 1  # some templates put a space before the end token
+        last = end + 1 if end < len(ids) and ids[end] in specials else last
+        labels[first:last] = ids[first:last]
+    return labels
+
+
+class Tokenized(DatasetDict):
+    """Tokenised rows that know how they were read."""
+
+    source = "rows of another prepare_dataset"
+
+
+def text_encoder(tokenizer: PreTrainedTokenizerBase, column: str) -> Callable[[pa.Table, list[int]], pa.Table]:
+    """Return what adds the tokens to a batch of texts."""
+
+    def encode(batch: pa.Table, indices: list[int]) -> pa.Table:
+        texts = pc.fill_null(batch[column].cast(pa.string()), "").to_pylist()
         if tokenizer.is_fast:  # the wrapper around this call costs a third of the tokenizer's speed
             encodings = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-            return {"input_ids": [encoding.ids for encoding in encodings]}
-        return {"input_ids": tokenizer(texts, add_special_tokens=False)["input_ids"]}
+            ids = [encoding.ids for encoding in encodings]
+        else:
+            ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return batch.select([column]).append_column("input_ids", pa.array(ids, pa.list_(pa.int32())))
 
-    features = {
-        name: datasets.Features({**split.features, "input_ids": datasets.List(datasets.Value("int32"))})
-        for name, split in rows.items()
-    }
-    try:
-        return DatasetDict(
-            {
-                name: split.map(encode, batched=True, features=features[name], desc=f"tokenise {name}")
-                for name, split in rows.items()
-            }
+    return encode
+
+
+def sample_encoder(
+    tokenizer: PreTrainedTokenizerBase, columns: tuple[str, ...], completion_only: bool
+) -> Callable[[pa.Table, list[int]], pa.Table]:
+    """Return what makes a batch of chats or pairs a batch of tokens and labels."""
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            "model.name: chats and pairs need a tokenizer.json, which tells the place of a token in a text"
         )
-    except UnicodeDecodeError as error:  # Arrow reads JSON and Parquet without looking at the bytes of a text
-        raise ConfigError(f"data.text_column: column {column!r} in {data.dataset} is not UTF-8: {error}") from None
+    backend, specials = copy.deepcopy(tokenizer.backend_tokenizer), set(tokenizer.added_tokens_decoder)
+    backend.post_processor = None  # it would take the spaces at its edges from a token's place
+
+    def read(row: dict, index: int) -> tuple[str, list[tuple[int, int]]]:
+        try:
+            messages = to_messages(row, columns)
+            return render(tokenizer, messages) if messages else ("", [])
+        except (ValueError, TemplateError) as error:
+            raise ConfigError(f"data.dataset: row {index + 1}: {error}") from None
+
+    def encode(batch: dict, indices: list[int]) -> dict:
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*map(batch.get, columns), strict=True)]
+        chats = list(map(read, rows, indices))
+        encodings = backend.encode_batch([text for text, _ in chats], add_special_tokens=False)
+        labels = [encoding.ids for encoding in encodings]
+        if completion_only:
+            labels = [
+                answer_labels(e, text, spans, specials) for e, (text, spans) in zip(encodings, chats, strict=True)
+            ]
+        return {"input_ids": [encoding.ids for encoding in encodings], "labels": labels}
+
+    return encode
+
+
+def _check_text(split: Dataset, data: DataConfig) -> None:
+    kind = split.features[data.text_column]
+    if getattr(kind, "dtype", None) not in ("string", "large_string", "null"):
+        raise ConfigError(
+            f"data.text_column: expected text in column {data.text_column!r}, got {getattr(kind, 'dtype', kind)}"
+        )
+
+
+def tokenize_rows(rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> Tokenized:
+    """Return the rows with a column input_ids, nothing cut: of a text no special tokens are added; chats and pairs go
+    through the chat template and have labels too, -100 where nothing is learned.
+
+    What was tokenised before is found in datasets' cache under a key of rows, tokenizer, template, settings and this file.
+    """
+    out, identity = Tokenized(), tokenizer
+    if tokenizer.is_fast:
+        tokenizer.backend_tokenizer.no_truncation()  # what an earlier call left in it
+        tokenizer.backend_tokenizer.no_padding()
+        identity = tokenizer.backend_tokenizer.to_str()
+    for name, split in rows.items():
+        form, columns = recognise(split.column_names, data)
+        settings = (columns, data.completion_only, tokenizer.chat_template, tokenizer.special_tokens_map)
+        key = Hasher.hash((split._fingerprint, identity, settings, Path(__file__).read_bytes()))
+        if form == "text":
+            _check_text(split, data)
+            kept, made, encode = columns, ("input_ids",), text_encoder(tokenizer, data.text_column)
+            split = split.with_format("arrow")
+        else:
+            kept, made, encode = (), ("input_ids", "labels"), sample_encoder(tokenizer, columns, data.completion_only)
+        features = {column: split.features[column] for column in kept}
+        features |= {column: datasets.List(datasets.Value("int32")) for column in made}
+        try:
+            out[name] = split.map(
+                encode,
+                batched=True,
+                with_indices=True,
+                features=datasets.Features(features),
+                remove_columns=[column for column in split.column_names if column not in kept],
+                new_fingerprint=key,
+                desc=f"tokenise {name}",
+            ).with_format(None)
+        except UnicodeDecodeError as error:  # Arrow reads JSON and Parquet without looking at the bytes of a text
+            read = ", ".join(columns)
+            raise ConfigError(f"data.text_column: column {read!r} in {data.dataset} is not UTF-8: {error}") from None
+        out.source = f"{form}, from column{'s'[: len(columns) > 1]} {', '.join(columns)}"
+        if form != "text":
+            own = "the tokenizer's chat template"
+            out.source += f", through {own if tokenizer.chat_template else 'User: … Assistant: …, having no template'}"
+    return out
 
 
 # ------------------------------------------------------------------------------------------------ documents
@@ -191,6 +394,12 @@ def row_lengths(dataset: Dataset) -> np.ndarray:
     return np.diff(real[ends], prepend=0)
 
 
+def _flags(column: pa.ChunkedArray, test: Callable[[pa.Array], pa.Array]) -> np.ndarray:
+    """Return what a test says of each text, bool [rows], a chunk at a time, since its copies would not fit beside a large corpus."""
+    texts = (pc.fill_null(chunk.cast(pa.string()), "") for chunk in column.chunks)
+    return np.concatenate([test(part).to_numpy(zero_copy_only=False).astype(bool) for part in texts])
+
+
 def drop_empty(dataset: Dataset, data: DataConfig) -> tuple[Dataset, np.ndarray]:
     """Return the rows that have tokens, and for each whether a document starts there, bool [rows].
 
@@ -199,17 +408,14 @@ def drop_empty(dataset: Dataset, data: DataConfig) -> tuple[Dataset, np.ndarray]
     kept = row_lengths(dataset) > 0
     text = _column(dataset, data.text_column) if data.text_column in dataset.column_names else None
     if text is not None:
-        text = text.cast(pa.string()) if pa.types.is_null(text.type) else text  # a column of nothing but nulls
-        blank = pc.equal(pc.utf8_trim_whitespace(pc.fill_null(text, "")), "").to_numpy(zero_copy_only=False)
+        blank = _flags(text, lambda part: pc.equal(pc.utf8_trim_whitespace(part), ""))
         kept &= ~blank
     if not rows_are_lines(data):
         starts = np.ones(len(dataset), bool)
     elif text is None:
         starts = np.zeros(len(dataset), bool)
     elif is_wikitext(data):
-        starts = (
-            pc.match_substring_regex(pc.fill_null(text, ""), WIKITEXT_TITLE).to_numpy(zero_copy_only=False).astype(bool)
-        )
+        starts = _flags(text, lambda part: pc.match_substring_regex(part, WIKITEXT_TITLE))
     else:
         starts = np.concatenate([[True], blank[:-1]])  # kept rows are not blank, so the row before decides
     if not kept.any():
@@ -220,7 +426,7 @@ def drop_empty(dataset: Dataset, data: DataConfig) -> tuple[Dataset, np.ndarray]
     return (dataset if len(index) == len(dataset) else dataset.select(index)), starts
 
 
-def close_documents(dataset: Dataset, starts: np.ndarray, first: list[int], end: int) -> Dataset:
+def close_documents(dataset: Dataset, starts: np.ndarray, first: list[int], end: list[int]) -> Dataset:
     """Return the rows with the tokenizer's first token before and the document end after every document, input_ids alone."""
     ends = np.append(starts[1:], True)
 
@@ -231,7 +437,7 @@ def close_documents(dataset: Dataset, starts: np.ndarray, first: list[int], end:
             if mask is not None:  # a tokenizer that padded: pads go by position, never by id
                 ids = [token for token, real in zip(ids, mask, strict=True) if real]
             before = first if starts[i] and ids[: len(first)] != first else []
-            out.append([*before, *ids, *([end] if ends[i] else [])])
+            out.append([*before, *ids, *(end if ends[i] else [])])
         return {"input_ids": out}
 
     wanted = [name for name in ("input_ids", "attention_mask") if name in dataset.column_names]
@@ -267,7 +473,8 @@ def hold_out(starts: np.ndarray, lengths: np.ndarray, fraction: float, least: in
 class Blocks:
     """A flat stream of tokens cut in blocks of `length`; the last one keeps the tail. Indexing reads memory-mapped Arrow data.
 
-    pieces: int32 arrays whose concatenation is the stream. rows, documents: how many went in.
+    pieces: int32 arrays whose concatenation is the stream. rows, documents: how many went in. source: what the rows were read
+    as. notes: what the user should know of them, a line each.
     """
 
     pieces: tuple[np.ndarray, ...]
@@ -275,12 +482,29 @@ class Blocks:
     cuts: np.ndarray  # int64 [blocks + 1]: block i is stream[cuts[i]:cuts[i + 1]]
     rows: int
     documents: int
+    source: str = ""
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.cuts) - 1
 
     def __getitem__(self, i: int) -> np.ndarray:
-        return read_stream(self.pieces, self.cuts[i], self.cuts[i + 1])
+        """Return a block's tokens, int64 [tokens]."""
+        return self.read(self.cuts[i], self.cuts[i + 1])
+
+    @functools.cached_property
+    def _ends(self) -> np.ndarray:
+        return np.cumsum([len(piece) for piece in self.pieces])
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Return stream[start:stop], int64."""
+        parts = []
+        for number in range(np.searchsorted(self._ends, start, side="right"), len(self.pieces)):
+            before = self._ends[number] - len(self.pieces[number])
+            if before >= stop:
+                break
+            parts.append(self.pieces[number][max(start - before, 0) : stop - before])
+        return np.concatenate(parts).astype(np.int64)
 
     @property
     def tokens(self) -> int:
@@ -293,24 +517,72 @@ class Blocks:
         return self.tokens - len(self)
 
 
-def read_stream(pieces: Sequence[np.ndarray], start: int, stop: int) -> np.ndarray:
-    """Return stream[start:stop] of the concatenated pieces, int64."""
-    parts, position = [], 0
-    for piece in pieces:
-        low, high = max(start - position, 0), min(stop - position, len(piece))
-        if low < high:
-            parts.append(piece[low:high])
-        position += len(piece)
-        if position >= stop:
-            break
-    return np.concatenate(parts).astype(np.int64)
+@dataclasses.dataclass(frozen=True)
+class SampleBlocks(Blocks):
+    """Samples with labels, several of them in a block if packed, else one. The stream holds all tokens and then all labels.
+
+    cuts: int64 [samples, 3], in the order of the blocks: block, and where in the tokens the sample starts and stops.
+    """
+
+    packed: bool = True
+    learned: int = 0  # tokens that are predicted
+
+    def __len__(self) -> int:
+        return int(self.cuts[-1, 0]) + 1
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        """Return a block's tokens, labels and, if packed, positions within the sample, int64 [2 or 3, tokens]."""
+        low, high = np.searchsorted(self.cuts[:, 0], [i, i + 1])
+        samples = []
+        for _, start, stop in self.cuts[low:high]:
+            ids, labels = (self.read(start + offset, stop + offset) for offset in (0, self._ends[-1] // 2))
+            labels[0] = IGNORED  # what comes before it is another sample's, or nothing
+            samples.append(np.stack([ids, labels, np.arange(stop - start)]))
+        return np.concatenate(samples, 1)[: 3 if self.packed else 2]
+
+    @property
+    def tokens(self) -> int:
+        return int((self.cuts[:, 2] - self.cuts[:, 1]).sum())
+
+    @property
+    def supervised(self) -> int:
+        return self.learned
 
 
-def row_stream(dataset: Dataset) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
-    """Return the tokens of all rows as memory-mapped int32 pieces, and the length of each row, int64 [rows]."""
-    column = _column(dataset, "input_ids")
-    pieces = tuple(chunk.flatten().to_numpy(zero_copy_only=True) for chunk in column.chunks if len(chunk))
-    return pieces, pc.list_value_length(column).to_numpy().astype(np.int64)
+@dataclasses.dataclass(frozen=True)
+class Windows(Blocks):
+    """Windows of `length` tokens, `stride` apart, over the whole stream; each predicts what no window before it did."""
+
+    stride: int = 1
+
+    def __len__(self) -> int:
+        return max(-(-(self.tokens - self.length) // self.stride), 0) + 1
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        """Return a window's tokens and labels, int64 [2, tokens]."""
+        start = self.cuts[0] + i * self.stride
+        ids = self.read(start, min(start + self.length, self.cuts[-1]))
+        labels = ids.copy()
+        labels[: self.length - self.stride if i else 0] = IGNORED
+        return np.stack([ids, labels])
+
+    @property
+    def supervised(self) -> int:
+        return self.tokens - (len(self) if self.stride == self.length else 1)
+
+
+def windows_of(blocks: Blocks, stride: int) -> Windows:
+    """Return the windows over a part's running text; ConfigError for samples, which are no text."""
+    if isinstance(blocks, SampleBlocks):
+        raise ConfigError(f"--stride: expected running text, got {blocks.source}")
+    return Windows(
+        blocks.pieces, blocks.length, blocks.cuts, blocks.rows, blocks.documents, blocks.source, stride=stride
+    )
+
+
+def flat_column(dataset: Dataset, name: str) -> tuple[np.ndarray, ...]:
+    """Return the numbers of all rows of a column of lists as memory-mapped int32 pieces."""
+    return tuple(chunk.flatten().to_numpy(zero_copy_only=True) for chunk in _column(dataset, name).chunks if len(chunk))
 
 
 def cut_points(lengths: np.ndarray, length: int, packing: bool) -> np.ndarray:
@@ -331,15 +603,10 @@ def _trim(cuts: np.ndarray) -> np.ndarray:
     return cuts[:-1] if len(cuts) > 2 and cuts[-1] - cuts[-2] < 2 else cuts
 
 
-def _blocks(dataset: Dataset, starts: np.ndarray, data: DataConfig) -> Blocks:
-    pieces, lengths = row_stream(dataset)
-    return Blocks(
-        pieces,
-        data.max_length,
-        _trim(cut_points(lengths, data.max_length, data.packing)),
-        len(lengths),
-        int(starts.sum()),
-    )
+def _blocks(dataset: Dataset, starts: np.ndarray, data: DataConfig, source: str) -> Blocks:
+    lengths = row_lengths(dataset)
+    cuts = _trim(cut_points(lengths, data.max_length, data.packing))
+    return Blocks(flat_column(dataset, "input_ids"), data.max_length, cuts, len(lengths), int(starts.sum()), source)
 
 
 def _split_tail(blocks: Blocks, fraction: float) -> tuple[Blocks, Blocks]:
@@ -359,11 +626,12 @@ def _limit(dataset: Dataset, starts: np.ndarray, most: int | None) -> tuple[Data
 
 
 def make_blocks(
-    tokenized: DatasetDict, tokenizer: PreTrainedTokenizerBase, data: DataConfig, seed: int
+    tokenized: DatasetDict, tokenizer: PreTrainedTokenizerBase, data: DataConfig, seed: int, close: bool = True
 ) -> dict[str, Blocks | None]:
     """Return the blocks of {"train", "validation"}: empty rows dropped, documents closed, rows held out where needed, cut.
 
-    tokenized: a DatasetDict with input_ids, with or without the text column, attention_mask or a validation split.
+    tokenized: a DatasetDict with input_ids, with or without the text column, attention_mask or a validation split; rows with
+    labels are samples, but for those of running text. close: False leaves running text without document ends.
     """
     if not isinstance(tokenized, DatasetDict) or "train" not in tokenized:
         found = ", ".join(tokenized) if isinstance(tokenized, DatasetDict) else type(tokenized).__name__
@@ -372,7 +640,10 @@ def make_blocks(
         raise ConfigError(
             f"prepare_dataset: expected a column input_ids, got {', '.join(tokenized['train'].column_names)}"
         )
-    first, end = first_token(tokenizer), document_end(tokenizer)
+    source = getattr(tokenized, "source", Tokenized.source)
+    if "labels" in tokenized["train"].column_names and (isinstance(tokenized, Tokenized) or not rows_are_lines(data)):
+        return make_sample_blocks(tokenized, data, seed, source)
+    first, end = (first_token(tokenizer), [document_end(tokenizer)]) if close else ([], [])
     train, starts = drop_empty(tokenized["train"], data)
     held, held_starts = drop_empty(tokenized["validation"], data) if "validation" in tokenized else (None, None)
     tail = False
@@ -384,12 +655,12 @@ def make_blocks(
             held, held_starts = train.select(np.flatnonzero(out)), starts[out]
             train, starts = train.select(np.flatnonzero(~out)), starts[~out]
     train, starts = _limit(train, starts, data.max_train_samples)
-    blocks = {"train": _blocks(close_documents(train, starts, first, end), starts, data), "validation": None}
+    blocks = {"train": _blocks(close_documents(train, starts, first, end), starts, data, source), "validation": None}
     if tail:
         blocks["train"], blocks["validation"] = _split_tail(blocks["train"], data.validation_fraction)
     elif held is not None:
         held, held_starts = _limit(held, held_starts, data.max_eval_samples)
-        blocks["validation"] = _blocks(close_documents(held, held_starts, first, end), held_starts, data)
+        blocks["validation"] = _blocks(close_documents(held, held_starts, first, end), held_starts, data, source)
     for name, part in blocks.items():
         if part is not None and part.supervised < 1:
             raise ConfigError(
@@ -398,17 +669,197 @@ def make_blocks(
     return blocks
 
 
+# ------------------------------------------------------------------------------------------------ samples
+
+
+def pack(sizes: np.ndarray, length: int) -> np.ndarray:
+    """Return the block that each sample goes to, int64 [samples]: the longest first, each where the least room is left over.
+
+    sizes: tokens of each sample, none above `length`. (Best fit decreasing: about 11/9 of the fewest blocks at worst, D. S. Johnson 1973.)
+    """
+    block, count = np.empty(len(sizes), np.int64), 0
+    blocks_by_room: list[list[int]] = [[] for _ in range(length)]
+    rooms: list[int] = []  # those that some block has, ascending
+    for i in np.argsort(-sizes, kind="stable"):
+        size = int(sizes[i])
+        at = bisect_left(rooms, size)
+        if at < len(rooms):
+            room = rooms[at]
+            block[i] = blocks_by_room[room].pop()
+            if not blocks_by_room[room]:
+                del rooms[at]
+        else:
+            room, block[i], count = length, count, count + 1
+        if left := room - size:
+            if not blocks_by_room[left]:
+                insort(rooms, left)
+            blocks_by_room[left].append(block[i])
+    return block
+
+
+def learned_tokens(dataset: Dataset, most: int) -> np.ndarray:
+    """Return how many of each row's first `most` tokens are learned, int64 [rows]: those with a label, but never the first."""
+    counts = []
+    for chunk in _column(dataset, "labels").chunks:
+        lengths = chunk.value_lengths().to_numpy().astype(np.int64)
+        ends = np.cumsum(lengths)
+        seen = np.append(0, np.cumsum(chunk.flatten().to_numpy() != IGNORED))
+        counts.append(seen[ends - lengths + np.minimum(lengths, most)] - seen[ends - lengths + np.minimum(lengths, 1)])
+    return np.concatenate(counts)
+
+
+def without_pads(dataset: Dataset) -> Dataset:
+    """Return rows of tokens and labels without their pads, which an attention mask tells from tokens."""
+    if "attention_mask" not in dataset.column_names:
+        return dataset
+
+    def strip(batch: dict) -> dict:
+        masks = batch["attention_mask"]
+        return {
+            name: [list(itertools.compress(row, mask)) for row, mask in zip(batch[name], masks, strict=True)]
+            for name in ("input_ids", "labels")
+        }
+
+    features = datasets.Features({name: datasets.List(datasets.Value("int32")) for name in ("input_ids", "labels")})
+    return dataset.map(strip, batched=True, features=features, remove_columns=dataset.column_names, desc="unpad")
+
+
+def learnable_rows(dataset: Dataset, name: str, data: DataConfig) -> tuple[np.ndarray, list[str]]:
+    """Return the numbers of the rows that teach something within data.max_length, and a line on the others and the cut ones."""
+    learned, lengths, notes = learned_tokens(dataset, data.max_length), row_lengths(dataset), []
+    empty = np.flatnonzero(learned == 0)
+    if len(empty):
+        named = ", ".join(f"{row + 1:,}" for row in empty[:5]) + (", …" if len(empty) > 5 else "")
+        notes.append(
+            f"{name}: {len(empty):,} of {len(learned):,} rows left out, since nothing in their first {data.max_length} tokens "
+            f"(data.max_length) is learned: row{'s'[: len(empty) > 1]} {named}"
+        )
+    if len(empty) == len(learned):
+        raise ConfigError(f"data.dataset: {data.dataset}: nothing to learn; {notes[0]}")
+    if cut := int((lengths > data.max_length).sum()):
+        gone = np.maximum(lengths - data.max_length, 0).sum() / lengths.sum()
+        notes.append(
+            f"{name}: {cut:,} of {len(learned):,} rows are cut at data.max_length: {gone:.1%} of the tokens are lost; a longer one keeps more"
+        )
+    return np.flatnonzero(learned), notes
+
+
+def _sample_blocks(
+    dataset: Dataset, rows: np.ndarray, data: DataConfig, source: str, name: str, notes: list[str]
+) -> SampleBlocks:
+    lengths = row_lengths(dataset)
+    starts, sizes = (np.cumsum(lengths) - lengths)[rows], np.minimum(lengths[rows], data.max_length)
+    block = pack(sizes, data.max_length) if data.packing else np.arange(len(rows))
+    order = np.argsort(block, kind="stable")
+    if data.packing:
+        notes = [*notes, f"{name}: blocks are {sizes.sum() / (data.max_length * (block.max() + 1)):.1%} full"]
+    return SampleBlocks(
+        flat_column(dataset, "input_ids") + flat_column(dataset, "labels"),
+        data.max_length,
+        np.stack([block, starts, starts + sizes], 1)[order],
+        rows=len(rows),
+        documents=len(rows),
+        source=source,
+        notes=tuple(notes),
+        packed=data.packing,
+        learned=int(learned_tokens(dataset, data.max_length)[rows].sum()),
+    )
+
+
+def make_sample_blocks(tokenized: DatasetDict, data: DataConfig, seed: int, source: str) -> dict[str, Blocks | None]:
+    """Return the blocks of {"train", "validation"} of rows with labels: each row a sample, cut at data.max_length, and packed."""
+    parts = {name: without_pads(split) for name, split in tokenized.items() if name in ("train", "validation")}
+    kept, notes = {}, {}
+    for name, split in parts.items():
+        kept[name], notes[name] = learnable_rows(split, name, data)
+    if "validation" not in parts and data.validation_fraction > 0:
+        rows = kept["train"]
+        one = np.ones(len(rows), np.int64)
+        out = hold_out(one.astype(bool), one, data.validation_fraction, 1, seed)
+        if out is None:
+            raise ConfigError(
+                f"data.dataset: {len(rows)} row{'s'[: len(rows) > 1]} to learn from: too few to hold one out; "
+                "give a validation split or data.validation_fraction 0"
+            )
+        kept = {"train": rows[~out], "validation": rows[out]}
+        parts["validation"], notes["validation"] = parts["train"], []
+    most = {"train": data.max_train_samples, "validation": data.max_eval_samples}
+    blocks = {
+        name: _sample_blocks(parts[name], rows[: most[name]], data, source, name, notes[name])
+        for name, rows in kept.items()
+    }
+    return {"train": blocks["train"], "validation": blocks.get("validation")}
+
+
+def is_packed(blocks: Blocks) -> bool:
+    """Return whether blocks hold several samples each, which must not see each other."""
+    return isinstance(blocks, SampleBlocks) and blocks.packed
+
+
+def untrained_chat_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return a warning that names the tokens of the chat template whose embedding was never trained, or no line.
+
+    Never trained: a row that is zero, that another token shares to the bit, or that points where the rows beyond the
+    tokenizer's vocabulary point, which no text can train (the idea of Land and Bartolo, "Fishing for Magikarp", 2024).
+    """
+    if not tokenizer.chat_template:
+        return []
+    text, _ = render(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    added = tokenizer.added_tokens_decoder
+    chat = sorted(set(tokenizer(text, add_special_tokens=False)["input_ids"]) & set(added))
+    rows = model.get_input_embeddings().weight.detach()
+    own = rows[chat].float()
+    untrained = (own == 0).all(1)
+    for i, token in enumerate(chat):  # 64 columns tell any two trained rows apart; all would take 0.3 GiB of Qwen2.5's
+        untrained[i] |= (rows[:, :64] == rows[token, :64]).all(1).sum() > 1
+    unused = F.normalize(rows[len(tokenizer) :].float(), dim=1)
+    if len(unused) > 1:
+        center = F.normalize(unused.mean(0), dim=0)
+        usual = (unused @ center).mean()
+        untrained |= (usual > 0.8) & (F.normalize(own, dim=1) @ center > 0.9 * usual)
+    names = ", ".join(str(added[token]) for token, bad in zip(chat, untrained.tolist(), strict=True) if bad)
+    advice = "take the Instruct model, or text without a chat template"
+    return (
+        [f"warning: {names}: the base model never learned these tokens of its chat template; {advice}"] if names else []
+    )
+
+
+def show_block(block: np.ndarray, tokenizer: PreTrainedTokenizerBase, most: int = 80) -> str:
+    """Return a block's start decoded in one line, what is learned between [[ and ]], each part cut to `most` characters."""
+    if block.ndim == 1:
+        return tokenizer.decode(block[:40]).replace("\n", "\\n") + " …"
+    shown = ""
+    for learned, places in itertools.groupby(range(block.shape[1]), key=lambda i: block[1, i] != IGNORED):
+        text = tokenizer.decode(block[0, list(places)]).replace("\n", "\\n")
+        text = text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 2 :]}"
+        shown += f"[[{text}]]" if learned else text
+        if len(shown) > 5 * most:
+            return shown + " …"
+    return shown
+
+
 # ------------------------------------------------------------------------------------------------ batches
 
 
+BATCH = ("input_ids", "labels", "position_ids")
+
+
 def collate(rows: Sequence[np.ndarray], pad: int) -> dict[str, torch.Tensor]:
-    """Return input_ids and labels, int64 [batch, longest]: pads stand on the right and are unlabelled by position, not by id."""
-    longest = max(len(row) for row in rows)
-    input_ids = torch.full((len(rows), longest), pad, dtype=torch.long)
-    labels = torch.full((len(rows), longest), IGNORED, dtype=torch.long)
+    """Return input_ids, labels and, of packed samples, position_ids, int64 [batch, longest].
+
+    rows: [tokens], or [2 or 3, tokens] with labels and positions. Pads stand on the right, unlabelled by position and not by
+    id; of packed samples they make one more, which nobody sees.
+    """
+    rows = [np.stack([row, row]) if row.ndim == 1 else row for row in rows]
+    longest = max(row.shape[1] for row in rows)
+    batch = {name: torch.empty(len(rows), longest, dtype=torch.long) for name in BATCH[: len(rows[0])]}
     for i, row in enumerate(rows):
-        input_ids[i, : len(row)] = labels[i, : len(row)] = torch.from_numpy(row)
-    return {"input_ids": input_ids, "labels": labels}
+        size = row.shape[1]
+        for (name, tensor), numbers in zip(batch.items(), row, strict=True):
+            tensor[i, :size] = torch.from_numpy(numbers)
+            rest = torch.arange(longest - size) if name == "position_ids" else pad if name == "input_ids" else IGNORED
+            tensor[i, size:] = rest
+    return batch
 
 
 def epoch_order(blocks: int, seed: int, epoch: int) -> np.ndarray:

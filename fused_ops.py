@@ -8,7 +8,7 @@ import inspect
 import logging
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import bitsandbytes as bnb
@@ -147,25 +147,54 @@ def use_stateless_dropout(model: nn.Module, p: float, clock: DropoutClock) -> in
 CAUSAL = "sdpa_causal"
 
 
-def _no_mask(*, kv_length: int, local_size: int | None = None, **kwargs) -> torch.Tensor | None:
-    """Return no mask, so that SDPA takes its is_causal path; a real one where the length exceeds a sliding window."""
-    if local_size is None or kv_length <= local_size:
+def _no_mask(
+    *, kv_length: int, config: Any, local_size: int | None = None, allow_is_causal_skip: bool = True, **kwargs
+) -> torch.Tensor | None:
+    """Return no mask, so that SDPA takes its is_causal path; a real one where the length exceeds a sliding window, or where
+    transformers found positions that restart (it then allows no skip, as it also does in a captured graph, packed or not).
+    """
+    packed = getattr(config, "packed_samples", False) and not allow_is_causal_skip
+    if not packed and (local_size is None or kv_length <= local_size):
         return None
+    kwargs.update(allow_is_causal_skip=allow_is_causal_skip, config=config)
     return sdpa_mask(kv_length=kv_length, local_size=local_size, **kwargs)
 
 
-def use_causal_attention(model: nn.Module) -> bool:
+@torch.no_grad()
+def _check_packing(model: nn.Module) -> None:
+    """Refuse a model that lets packed samples see each other: a state that runs on, an attention that ignores positions."""
+    training, decoder = model.training, model.eval().get_decoder()
+    samples = torch.arange(1, 17, device=model.device).view(2, 8)  # two rows, as other kernels serve a batch of one
+    positions = torch.arange(4, device=model.device).repeat(2, 2)
+    others = torch.cat([samples.flip(0)[:, :4], samples[:, 4:]], 1)  # with another sample before the last four tokens
+    first, second = (
+        decoder(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state[:, 4:]
+        for ids in (samples, others)
+    )
+    model.train(training)
+    if not torch.allclose(first, second, rtol=1e-2, atol=1e-2):
+        raise ConfigError(
+            f"data.packing: {type(model).__name__} with model.attn_implementation {model.config._attn_implementation} "
+            "does not keep packed samples apart; set data.packing false"
+        )
+
+
+def use_causal_attention(model: nn.Module, packed: bool = False) -> bool:
     """Train without mask tensors: blocks are full and padding is on the right, so causality alone is exact.
 
     transformers builds a 4-D mask where it cannot look at the data (in a captured graph); this keeps the fast path of SDPA.
-    Returns whether the model was switched: only one that runs `sdpa` is.
+    packed: blocks hold samples whose position_ids restart, which must not see each other; these get their mask, block-diagonal
+    and causal. Returns whether the model was switched: only one that runs `sdpa` is. Raises ConfigError.
     """
-    if model.config._attn_implementation != "sdpa":
-        return False
-    AttentionInterface.register(CAUSAL, sdpa_attention_forward)
-    AttentionMaskInterface.register(CAUSAL, _no_mask)
-    model.set_attn_implementation(CAUSAL)
-    return True
+    model.config.packed_samples = packed
+    plain = model.config._attn_implementation == "sdpa"
+    if plain:
+        AttentionInterface.register(CAUSAL, sdpa_attention_forward)
+        AttentionMaskInterface.register(CAUSAL, _no_mask)
+        model.set_attn_implementation(CAUSAL)
+    if packed:
+        _check_packing(model)
+    return plain
 
 
 # ------------------------------------------------------------------------------------------------ cross entropy, frozen head
@@ -831,9 +860,7 @@ def compile_layers(model: PeftModel) -> None:
     # A norm's output is a product of what is saved anyway; the partitioner would save it too, since an opaque operator reads it:
     # 8 kB a token and layer of Qwen2.5-3B.
     torch._functorch.config.ban_recompute_materialized_backward = False
-    logging.getLogger("torch._dynamo.variables.higher_order_ops").addFilter(
-        lambda record: "context_fn" not in record.getMessage()
-    )
+    logging.getLogger("torch._higher_order_ops.wrap").addFilter(lambda record: "context_fn" not in record.getMessage())
     compiled = torch.compile(_run_layer, dynamic=False)
 
     def run(layer: nn.Module, hidden: torch.Tensor, **kwargs) -> torch.Tensor:
@@ -857,36 +884,68 @@ def compile_layers(model: PeftModel) -> None:
 class Captured:
     """A function of a batch as one CUDA graph: what is launched thousands of times a micro-step is launched once.
 
-    step(input_ids, labels) -> a scalar, free of host synchronisation; gradients accumulate in place in the parameters' .grad, which
-    must exist and hold rubbish after the capture. What else it reads (the dropout clock, the weights) is read anew at every replay.
-    Graphs that never run at the same time may share one pool of memory.
+    step(input_ids=, labels=, ...) -> a scalar, free of host synchronisation; names: its arguments, each int64 [batch, length].
+    Gradients accumulate in place in the parameters' .grad, which must exist and hold rubbish after warm-up and capture. What else
+    the step reads (the dropout clock, the weights) is read anew at every replay.
     """
 
     def __init__(
-        self, step: Callable[..., torch.Tensor], device: torch.device, batch: int, length: int, pool: Any = None
+        self, step: Callable[..., torch.Tensor], device: torch.device, batch: int, length: int, names: Iterable[str]
     ):
-        self.input_ids = torch.zeros(batch, length, dtype=torch.long, device=device)
-        self.labels = torch.full_like(self.input_ids, -100)
+        self.step = step
+        self.batch = {name: torch.zeros(batch, length, dtype=torch.long, device=device) for name in names}
+        self.batch["labels"].fill_(-100)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):  # compiles, and lets every library allocate its workspace outside of the graph
-                step(self.input_ids, self.labels)
+                step(**self.batch)
         torch.cuda.current_stream().wait_stream(stream)
+
+    def capture(self, pool: Any) -> None:
+        """Capture the step; graphs that never run at the same time may share a pool of memory."""
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, pool=pool):
-            self.result = step(self.input_ids, self.labels)
+            self.result = self.step(**self.batch)
 
-    def __call__(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Replay on a batch of up to the captured shape; what is missing is padded and unlabelled. The next replay overwrites the result."""
-        rows, length = input_ids.shape
-        if input_ids.shape != self.input_ids.shape:
-            self.input_ids.zero_()
-            self.labels.fill_(-100)
-        self.input_ids[:rows, :length].copy_(input_ids, non_blocking=True)
-        self.labels[:rows, :length].copy_(labels, non_blocking=True)
+    def __call__(self, **batch: torch.Tensor) -> torch.Tensor:
+        """Replay on a batch of up to the captured shape; what is missing is padded and unlabelled, samples of one token each.
+
+        The next replay overwrites the result.
+        """
+        for name, tensor in batch.items():
+            rows, length = tensor.shape
+            if tensor.shape != self.batch[name].shape:
+                self.batch[name].fill_(-100 if name == "labels" else 0)
+            self.batch[name][:rows, :length].copy_(tensor, non_blocking=True)
         self.graph.replay()
         return self.result
+
+
+# ------------------------------------------------------------------------------------------------ optimizer
+
+
+@functools.cache
+def without_waits(kind: type) -> type:
+    """Return a bitsandbytes optimizer that waits for the GPU once a step: bitsandbytes does after each of an adapter's 504 tensors."""
+
+    class Optimizer(kind):
+        @torch.no_grad()
+        def step(self, closure: Callable | None = None) -> None:
+            if not self.initialized:
+                self.check_overrides()
+                self.initialized = True
+            for number, group in enumerate(self.param_groups):
+                for i, parameter in enumerate(group["params"]):
+                    if len(self.state[parameter]) == 0:
+                        self.init_state(group, parameter, number, i)
+                    self.prefetch_state(parameter)
+                    self.update_step(group, parameter, number, i)
+            if self.is_paged and torch.cuda.is_available():
+                torch.cuda.synchronize()  # paged states are managed memory, which the CPU must not touch before
+
+    Optimizer.__name__ = kind.__name__
+    return Optimizer
 
 
 # ------------------------------------------------------------------------------------------------ what runs here

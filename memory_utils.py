@@ -1,7 +1,9 @@
-"""What a run needs of the GPU's memory: a plan from the model's config.json alone, and what was measured."""
+"""What a run needs of the GPU's memory: a plan from the model's config.json alone, the shape that fits best, and what was measured."""
 
 import dataclasses
+import gc
 import sys
+from collections.abc import Iterator
 
 import psutil
 import torch
@@ -9,12 +11,15 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from config import Config, ConfigError
+from fused_ops import adapter_columns, chunk_rows
 from quantization_utils import LOADING_ERRORS, cannot_load
 
 GIB = 2**30
 BLOCK, NESTED_BLOCK = 64, 256  # weights a quantisation constant, constants a second-level constant (QLoRA, section 3)
 CONTEXT_BYTES = int(0.5 * GIB)  # CUDA context with cuBLAS; 0.45-0.55 GiB measured on an H100, CUDA 13
-
+WORKSPACE_BYTES = 3 * 2**25  # cuBLAS keeps 32 MiB for each of the streams: the default one, the warm-up's, the graph's
+# What the allocator has reserved and cannot hand out, measured on an H100: 0.14 GiB at 1 x 512, 0.24 at 16 x 512 checkpointed.
+SLACK_BYTES, SLACK_SHARE = int(0.1 * GIB), 0.04  # at all times, and of what comes and goes with a step
 
 # ------------------------------------------------------------------------------------------------ the model's shape
 
@@ -24,14 +29,35 @@ class ModelShape:
     """What the plan reads of a model: sizes only, so it comes from config.json."""
 
     linears: tuple[tuple[str, int, int], ...]  # (name, out_features, in_features) of every layer that is quantised
-    other_parameters: int  # embedding, head, norms, biases: they keep the compute dtype
+    embedding: int  # parameters of embedding and head, tied ones once
+    other_parameters: int  # norms and biases; like the embedding they keep the compute dtype
     layers: int
     hidden: int
     vocabulary: int
+    heads: int
+    head_norms: bool  # q and k are normalised, as in Qwen3
 
     @property
     def parameters(self) -> int:
-        return sum(out * into for _, out, into in self.linears) + self.other_parameters
+        return sum(out * into for _, out, into in self.linears) + self.embedding + self.other_parameters
+
+    def width(self, *names: str) -> int:
+        """Return the summed output width of the named linears of one layer, 0 for what the model lacks."""
+        total = sum(out for name, out, _ in self.linears if name.rpartition(".")[2] in names)
+        return total // self.layers
+
+    @property
+    def query(self) -> int:
+        return self.width("q_proj") or self.hidden
+
+    @property
+    def key_value(self) -> int:
+        return self.width("k_proj", "v_proj") or 2 * self.hidden
+
+    @property
+    def inner(self) -> int:
+        """The width between the two halves of the MLP."""
+        return max(into for _, _, into in self.linears)
 
 
 def model_shape(model_name: str, revision: str | None = None, trust_remote_code: bool = False) -> ModelShape:
@@ -42,21 +68,30 @@ def model_shape(model_name: str, revision: str | None = None, trust_remote_code:
             model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code)
     except LOADING_ERRORS as error:
         raise cannot_load(model_name, error) from None
+    return shape_of(model)
+
+
+def shape_of(model: nn.Module) -> ModelShape:
+    """Return the shape of a model that was not quantised yet; its weights may be on the meta device."""
     model.tie_weights()
-    head = model.get_output_embeddings()
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
     linears = tuple(
         (name, module.out_features, module.in_features)
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and module is not head
     )
+    embedding = sum(p.numel() for p in {head.weight, table.weight})
     total = sum(p.numel() for p in model.parameters())
-    text = model_config.get_text_config()
+    text = model.config.get_text_config()
     return ModelShape(
         linears=linears,
-        other_parameters=total - sum(out * into for _, out, into in linears),
+        embedding=embedding,
+        other_parameters=total - embedding - sum(out * into for _, out, into in linears),
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
         vocabulary=text.vocab_size,
+        heads=text.num_attention_heads,
+        head_norms=any(name.endswith("q_norm") for name, _ in model.named_modules()),
     )
 
 
@@ -67,76 +102,378 @@ def adapted(shape: ModelShape, targets: tuple[str, ...] | str) -> list[tuple[str
     return [linear for linear in shape.linears if any(linear[0] == t or linear[0].endswith("." + t) for t in targets)]
 
 
+def adapter_parameters(shape: ModelShape, config: Config) -> int:
+    """Return the trainable parameters."""
+    chosen = adapted(shape, config.lora.target_modules)
+    dora = sum(out for _, out, _ in chosen) if config.lora.use_dora else 0
+    return config.lora.rank * sum(out + into for _, out, into in chosen) + dora
+
+
+# ------------------------------------------------------------------------------------------------ activations
+
+COMPILED, FUSED, PLAIN = "compiled", "fused", "plain"
+
+
+def expected_path(config: Config) -> str:
+    """Return the path that a run on a GPU with Triton would take."""
+    if config.performance.fused_lora == "off" or config.lora.use_dora or not config.quantization.load_in_4bit:
+        return PLAIN
+    return FUSED if config.performance.compile == "off" else COMPILED
+
+
+def saved_bytes(shape: ModelShape, config: Config, path: str) -> int:
+    """Return what a layer that is not checkpointed keeps for its backward, bytes a token.
+
+    Counted from what autograd saves (tests compare) in bfloat16: the products' inputs, q, k and v as attention reads them, its output.
+    """
+    h, q, kv, inner = shape.hidden, shape.query, shape.key_value, shape.inner
+    rank = config.lora.rank
+    attention = 2 * (2 * q + kv) + 4 * shape.heads
+    if shape.head_norms:  # their inputs, in fp32 unless compiled, and a number a head
+        attention += (q + kv // 2) * (2 if path == COMPILED else 4) + 4 * (q + kv // 2) * shape.heads // q
+    if (
+        path == COMPILED
+    ):  # a norm's output is made again from its input, which is the layer's or the sum after attention
+        return attention + 2 * (2 * h + 2 * inner) + 2 * fused_columns(config) + 8
+    norms = 2 * 4 * h + 8  # in fp32
+    if path == FUSED:
+        return attention + norms + 2 * (2 * h + 2 * inner) + 2 * fused_columns(config)
+    inputs = 3 * h + q + 2 * h + inner  # each adapter's own copy of its dropped input
+    masks = 2 * h + q + inner if config.lora.dropout > 0 else 0
+    return attention + norms + 2 * inputs + 3 * 2 * inner + masks + 7 * 2 * rank
+
+
+def fused_columns(config: Config) -> int:
+    """Return the columns of u = x A^T that the four operators of a layer keep."""
+    targets, rank = config.lora.target_modules, config.lora.rank
+    groups = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+    members = [sum(name in targets or targets == "all-linear" for name in group) for group in groups]
+    return sum(adapter_columns(rank, count) for count in members)
+
+
+def transient_bytes(shape: ModelShape, config: Config, path: str, tokens: int) -> int:
+    """Return the most that lives for a moment in a layer's backward: gradients on their way, and a dequantised operand beside them."""
+    h, inner, rank = shape.hidden, shape.inner, config.lora.rank
+    width = 2 if config.quantization.compute_dtype != "float32" else 4
+    if path == PLAIN:  # the gradients of SwiGLU's three factors, and peft's fp32 copy of an adapter's input
+        return tokens * (2 * (4 * inner + 2 * h) + 4 * inner) + inner * h * width
+    down = tokens * 2 * (2 * h + 3 * inner + adapter_columns(rank, 1)) + h * (inner + adapter_columns(rank, 1)) * width
+    gate_up = tokens * 2 * (3 * h + adapter_columns(rank, 2)) + 2 * inner * (h + adapter_columns(rank, 2)) * width
+    return max(down, gate_up)
+
+
+def loss_bytes(shape: ModelShape, path: str, tokens: int, chunk: int) -> int:
+    """Return what the loss takes: the last norm's input in fp32, its output and its gradient, and a chunk of logits."""
+    logits = min(chunk, tokens) * shape.vocabulary * (4 if path == COMPILED else 11)
+    return tokens * 8 * shape.hidden + logits
+
+
 # ------------------------------------------------------------------------------------------------ the plan
 
 
 @dataclasses.dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes by purpose."""
+    """Bytes by purpose, for one shape of a run. Paged optimizer states are managed memory and no part of the total."""
 
     parts: dict[str, int]
+    micro_batch: int
+    checkpointed: int
+    layers: int
+    paged: int = 0
 
     @property
     def total(self) -> int:
         return sum(self.parts.values())
 
+    @property
+    def reserved(self) -> int:
+        """What torch's allocator will report: the total without the CUDA context."""
+        return self.total - self.parts["CUDA context"]
+
+    @property
+    def shape(self) -> str:
+        return f"micro-batch {self.micro_batch}, {self.checkpointed} of {self.layers} layers checkpointed"
+
     def table(self) -> str:
         """Return the plan in GiB, a line a purpose."""
-        rows = [f"  {name:<34}{size / GIB:8.3f}" for name, size in self.parts.items()]
-        return "\n".join(["memory plan, GiB", *rows, f"  {'total':<34}{self.total / GIB:8.3f}"])
+        rows = [f"  {name:<38}{size / GIB:8.3f}" for name, size in self.parts.items()]
+        paged = [f"  (paged, to main memory when needed {self.paged / GIB:8.3f})"] if self.paged else []
+        return "\n".join([f"memory plan, GiB: {self.shape}", *rows, *paged, f"  {'total':<38}{self.total / GIB:8.3f}"])
 
 
-def plan_memory(shape: ModelShape, config: Config, micro_batch: int, checkpointed: int) -> MemoryPlan:
-    """Return what training takes of GPU memory with `checkpointed` layers recomputing their activations.
-
-    Weights, adapters, gradients and optimizer states are exact; activations are counted from the shapes of a decoder layer.
-    """
-    quantization, lora = config.quantization, config.lora
+def static_parts(shape: ModelShape, config: Config, path: str) -> tuple[dict[str, int], int]:
+    """Return (what does not depend on the shape of a step, paged optimizer states), bytes."""
+    quantization, optim = config.quantization, config.training.optim
     width = 4 if quantization.compute_dtype == "float32" else 2
-    weights = sum(out * into for _, out, into in shape.linears)
-    if quantization.load_in_4bit:
-        constants = weights / BLOCK * (1 + 4 / NESTED_BLOCK if quantization.use_double_quant else 4)
-        base, largest = weights // 2, max(out * into for _, out, into in shape.linears) * width
-    else:
-        constants, base, largest = 0, weights * width, 0
-    chosen = adapted(shape, lora.target_modules)
-    adapters = sum(lora.rank * (out + into) for _, out, into in chosen)
-    state_bytes = {"paged_adamw_8bit": 2, "adamw_8bit": 2, "paged_adamw_32bit": 8, "adamw_torch": 8}[
-        config.training.optim
-    ]
-    tokens = micro_batch * config.data.max_length
-    # What a layer keeps for its backward: the input and output of each linear, plus norms, attention and dropout's copies.
-    per_token = sum(out + into for _, out, into in shape.linears) / shape.layers * width
-    live = per_token * tokens
-    chunk = min(tokens, max(16, 2**26 // shape.vocabulary)) * shape.vocabulary
+    weights, trainable = sum(out * into for _, out, into in shape.linears), adapter_parameters(shape, config)
+    constants = weights / BLOCK * (4 if not quantization.use_double_quant else 1)
+    if quantization.use_double_quant:  # fp32: a second-level constant each, and an offset each where fused
+        constants += weights / BLOCK / NESTED_BLOCK * (8 if path != PLAIN else 4)
+    states = trainable * (2 if "8bit" in optim else 8)
+    paged = states if optim.startswith("paged") else 0
+    quantised = quantization.load_in_4bit
     parts = {
-        "packed weights": base,
-        "quantisation constants": int(constants),
-        "embedding, head, norms": shape.other_parameters * width,
-        "adapters (fp32)": adapters * 4,
-        "gradients (fp32)": adapters * 4,
-        "optimizer states": adapters * state_bytes,
-        "checkpointed hidden states": checkpointed * tokens * shape.hidden * width,
-        "one live layer": int(2 * live),
-        "layers not checkpointed": int((shape.layers - checkpointed) * 2 * live),
-        "dequantised operand": largest,
-        "loss chunk": chunk * (4 + width),
-        "CUDA context": CONTEXT_BYTES,
+        "packed weights": weights // 2 if quantised else weights * width,
+        "quantisation constants": int(constants) if quantised else 0,
+        "embedding and head": shape.embedding * width,
+        "norms and biases": shape.other_parameters * width,
+        "adapters (fp32)": trainable * 4,
+        "gradients (fp32)": trainable * 4,
+        "optimizer states": states - paged,
     }
-    return MemoryPlan(parts)
+    return parts, paged
 
 
-def plan_for(config: Config) -> tuple[ModelShape, MemoryPlan]:
-    """Return the shape of the configured model and the plan of the configured run."""
+def plan_memory(
+    shape: ModelShape,
+    config: Config,
+    micro_batch: int,
+    checkpointed: int,
+    path: str | None = None,
+    limit: float | None = None,
+) -> MemoryPlan:
+    """Return what training takes of GPU memory with the first `checkpointed` layers recomputing their activations.
+
+    limit: bytes that the process may take, which the chunk of logits is chosen by; None: a card with more than enough.
+    """
+    path = path or expected_path(config)
+    parts, paged = static_parts(shape, config, path)
+    fixed = sum(parts.values())
+    tokens, free_layers = micro_batch * config.data.max_length, shape.layers - checkpointed
+    saved, transient = saved_bytes(shape, config, path) * tokens, transient_bytes(shape, config, path, tokens)
+    if path == PLAIN and free_layers:
+        saved += 2 * adapter_parameters(shape, config) // shape.layers  # the adapters' copies in the compute type
+    hidden = tokens * shape.hidden * 2
+    chunk = chunk_rows(shape.vocabulary, int(limit - CONTEXT_BYTES - fixed) if limit else 2**36)
+    loss = loss_bytes(shape, path, tokens, chunk)
+    # The backward starts at the last layer. Checkpointed layers come after the others, whose activations are gone by then.
+    live = transient + (saved + 2 * hidden if checkpointed else 0)  # a recompute makes the norms' outputs too
+    relief = free_layers * saved if checkpointed else 0
+    live = max(live - relief, transient if free_layers else live)
+    parts |= {
+        "checkpointed hidden states": checkpointed * hidden,
+        "layers not checkpointed": free_layers * saved,
+        "one live layer, forward and backward": live,
+        "loss, beyond the live layer": max(0, loss - live),
+        "workspaces of cuBLAS": WORKSPACE_BYTES,
+    }
+    parts["allocator slack"] = SLACK_BYTES + int(SLACK_SHARE * (sum(parts.values()) - fixed))
+    parts["CUDA context"] = CONTEXT_BYTES
+    return MemoryPlan(parts, micro_batch, checkpointed, shape.layers, paged)
+
+
+SHAPE_KNOBS = ("training.batch_size", "training.gradient_accumulation_steps", "training.gradient_checkpointing")
+
+
+def configured_shape(config: Config) -> ModelShape:
+    """Return the shape of the configured model; ConfigError where it has none of the target modules."""
     shape = model_shape(config.model.name, config.model.revision, config.model.trust_remote_code)
     if not adapted(shape, config.lora.target_modules):
         raise ConfigError(f"lora.target_modules: the model has none of {', '.join(config.lora.target_modules)}")
+    return shape
+
+
+def pinned_layers(layers: int, config: Config) -> int:
+    """Return the checkpointed layers, of `layers`, that training.gradient_checkpointing asks for."""
     wanted = config.training.gradient_checkpointing
-    checkpointed = shape.layers if wanted is True or wanted == "auto" else min(int(wanted), shape.layers)  # 1 == True
-    return shape, plan_memory(shape, config, config.training.batch_size, checkpointed)
+    return layers if wanted is True or wanted == "auto" else min(int(wanted), layers)
+
+
+# ------------------------------------------------------------------------------------------------ the fit
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """What the card does: FLOP/s of a large product, bytes/s of a large copy. An RTX 4060's, unless measured."""
+
+    flops: float = 55e12
+    bytes: float = 0.25e12
+
+
+def step_seconds(shape: ModelShape, config: Config, rates: Rates, micro_batch: int, checkpointed: int) -> float:
+    """Return an estimate of the time of one micro-batch, for choosing between shapes: products, dequantisation, passes.
+
+    Each product is made forward, backward and, in checkpointed layers, once more (but the last of a layer); W is dequantised as often.
+    """
+    weights, tokens = sum(out * into for _, out, into in shape.linears), micro_batch * config.data.max_length
+    passes, share = 2 + checkpointed / shape.layers, tokens / (tokens + 256)  # small products leave the units half idle
+    products = 2 * tokens * (weights * passes + 2 * shape.vocabulary * shape.hidden) / (rates.flops * share)
+    dequantise = weights * passes * 2.5 / rates.bytes if config.quantization.load_in_4bit else 0.0
+    activations = tokens * shape.layers * passes * 12 * (shape.hidden + shape.inner) / rates.bytes
+    return products + dequantise + activations
+
+
+def shapes(shape: ModelShape, config: Config, sequences: int) -> Iterator[tuple[int, int]]:
+    """Yield (micro-batch, checkpointed layers) that a run may take without changing the sequences of an optimizer step.
+
+    sequences: of one process. A value given as a flag is kept.
+    """
+    flags = config.flags
+    batch_pinned = set(SHAPE_KNOBS[:2]) & flags
+    batches = [n for n in range(1, sequences + 1) if sequences % n == 0]
+    if batch_pinned:
+        batches = [min(config.training.batch_size, sequences)]
+    layers = range(shape.layers + 1)
+    if "training.gradient_checkpointing" in flags and config.training.gradient_checkpointing != "auto":
+        layers = [pinned_layers(shape.layers, config)]
+    for micro_batch in batches:
+        for checkpointed in layers:
+            yield micro_batch, checkpointed
+
+
+def fit(
+    shape: ModelShape, config: Config, sequences: int, limit: float, rates: Rates, path: str | None = None
+) -> MemoryPlan:
+    """Return the plan of the fastest shape that takes no more than `limit` bytes, context included; else of the smallest."""
+    best, smallest = None, None
+    for micro_batch, checkpointed in shapes(shape, config, sequences):
+        plan = plan_memory(shape, config, micro_batch, checkpointed, path, limit)
+        if smallest is None or plan.total < smallest.total:
+            smallest = plan
+        seconds = step_seconds(shape, config, rates, micro_batch, checkpointed) / micro_batch
+        if plan.total <= limit and (best is None or seconds < best[0]):
+            best = (seconds, plan)
+    return best[1] if best else smallest
+
+
+def pinned_plan(shape: ModelShape, config: Config, sequences: int, limit: float | None) -> MemoryPlan:
+    """Return the plan of the shape that the configuration names."""
+    micro_batch = min(config.training.batch_size, sequences)
+    return plan_memory(shape, config, micro_batch, pinned_layers(shape.layers, config), limit=limit)
+
+
+def unplanned(config: Config, sequences: int, layers: int) -> MemoryPlan:
+    """Return the configured shape of a run on a CPU, which has no plan."""
+    return MemoryPlan({}, min(config.training.batch_size, sequences), pinned_layers(layers, config), layers)
+
+
+def step_down(plan: MemoryPlan, sequences: int) -> MemoryPlan | None:
+    """Return the next smaller shape after running out of memory: a quarter more layers checkpointed, then half the micro-batch."""
+    more = min(plan.layers, plan.checkpointed + max(1, plan.layers // 4))
+    if more > plan.checkpointed:
+        return dataclasses.replace(plan, checkpointed=more)
+    smaller = [n for n in range(1, plan.micro_batch) if sequences % n == 0]
+    return dataclasses.replace(plan, micro_batch=max(smaller)) if smaller else None
+
+
+class NoFit(Exception):
+    """No shape of the run fits the memory: the lines that say so, and what would help."""
+
+
+def reason(config: Config, plan: MemoryPlan, limit: float | None) -> str:
+    """Return why the run has this shape."""
+    if limit is None or not config.performance.auto_fit:
+        return "as configured" + ("" if config.performance.auto_fit else " (performance.auto_fit is off)")
+    if plan.total > limit:
+        return f"the smallest there is, and more than {limit / GIB:.2f} GiB"
+    pinned = [name for name in sorted(config.flags) if name in SHAPE_KNOBS]
+    kept = f", {' and '.join(pinned)} as the flag says" if pinned else ""
+    return f"the fastest within {limit / GIB:.2f} GiB by estimate{kept}; the same is learned in any"
+
+
+def savings_lines(
+    shape: ModelShape, config: Config, plan: MemoryPlan, limit: float | None, count: int = 5
+) -> list[str]:
+    """Return a line for each of the settings that would save most."""
+    return [f"{name} would save {saved / GIB:.2f} GiB" for saved, name in savings(shape, config, plan, limit)[:count]]
+
+
+def ran_out(config: Config, plan: MemoryPlan, limit: float | None) -> list[str]:
+    """Return the plan of a shape that ran out of memory and the three settings that save most, each with its saving."""
+    shape = configured_shape(config)
+    plan = plan_memory(shape, config, plan.micro_batch, plan.checkpointed, limit=limit)
+    return [plan.table(), *savings_lines(shape, config, plan, limit, count=3)]
+
+
+def no_fit_lines(shape: ModelShape, config: Config, plan: MemoryPlan, limit: float) -> str:
+    """Return the error of a run that fits in no shape, with the three settings that save most."""
+    first = (
+        f"error: performance.memory_limit_gib: the run takes {plan.total / GIB:.2f} GiB, there are {limit / GIB:.2f}"
+    )
+    return "\n".join([first, *savings_lines(shape, config, plan, limit, count=3)])
+
+
+def facts(shape: ModelShape, config: Config, plan: MemoryPlan, rates: Rates, measured: bool) -> list[str]:
+    """Return what else there is to know before a download; times are computed, not measured."""
+    trainable = adapter_parameters(shape, config)
+    quantised = sum(out * into for _, out, into in shape.linears)
+    loaded = (quantised // 2 if config.quantization.load_in_4bit else 2 * quantised) + 2 * shape.embedding
+    seconds = step_seconds(shape, config, rates, plan.micro_batch, plan.checkpointed)
+    tokens = plan.micro_batch * config.data.max_length / seconds
+    card = "this card's rates" if measured else "the rates of an RTX 4060"
+    return [
+        f"parameters: {shape.parameters:,}; trainable {trainable:,}, adapter {trainable * 4 / 1e6:.1f} MB",
+        f"download {2 * shape.parameters / 1e9:.2f} GB in 16 bit; main memory while loading about {loaded / 1e9 + 3:.1f} GB",
+        f"computed with {card}: {tokens:,.0f} tokens/s, {1e6 / tokens / 3600:.2f} hours for a million tokens",
+    ]
+
+
+def savings(shape: ModelShape, config: Config, plan: MemoryPlan, limit: float | None = None) -> list[tuple[int, str]]:
+    """Return (bytes saved, what would save them), the largest first."""
+
+    def without(
+        section: str, micro_batch: int = plan.micro_batch, checkpointed: int = plan.checkpointed, **changes
+    ) -> int:
+        other = dataclasses.replace(config, **{section: dataclasses.replace(config[section], **changes)})
+        return plan.total - plan_memory(shape, other, micro_batch, checkpointed, limit=limit).total
+
+    length, rank, attention = config.data.max_length, config.lora.rank, ("q_proj", "k_proj", "v_proj", "o_proj")
+    found = [(without("data", max_length=max(8, length // 2)), f"data.max_length {max(8, length // 2)}")]
+    found.append((without("lora", rank=max(1, rank // 2)), f"lora.rank {max(1, rank // 2)}"))
+    if set(config.lora.target_modules) > set(attention):
+        found.append((without("lora", target_modules=attention), f"lora.target_modules [{', '.join(attention)}]"))
+    if plan.checkpointed < plan.layers:
+        found.append((without("training", checkpointed=plan.layers), "training.gradient_checkpointing true"))
+    if plan.micro_batch > 1:
+        smaller = plan.micro_batch // 2
+        found.append(
+            (without("training", micro_batch=smaller), f"training.batch_size {smaller} and twice the accumulation")
+        )
+    if config.training.optim != "paged_adamw_8bit":
+        found.append((without("training", optim="paged_adamw_8bit"), "training.optim paged_adamw_8bit"))
+    if not config.quantization.use_double_quant:
+        found.append((without("quantization", use_double_quant=True), "quantization.use_double_quant true"))
+    return sorted((pair for pair in found if pair[0] > 0), reverse=True)
+
+
+def longest_length(shape: ModelShape, config: Config, limit: float) -> int:
+    """Return the longest max_length, a multiple of 128, that trains with one sequence at a time and all layers checkpointed."""
+    low, high = 0, 2**14  # in units of 128 tokens
+    while high - low > 1:
+        middle = (low + high) // 2
+        other = dataclasses.replace(config, data=dataclasses.replace(config.data, max_length=middle * 128))
+        fits = plan_memory(shape, other, 1, shape.layers, limit=limit).total <= limit
+        low, high = (middle, high) if fits else (low, middle)
+    return low * 128
 
 
 # ------------------------------------------------------------------------------------------------ what was measured
+
+
+def measure_rates(device: torch.device) -> Rates:
+    """Return the card's own rates, measured in some 20 ms."""
+    a = torch.randn(4096, 4096, device=device, dtype=torch.float16)
+    b = torch.empty(2**27, dtype=torch.uint8, device=device)
+
+    def seconds(call) -> float:
+        call()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(4):
+            call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 4e3
+
+    copy = seconds(lambda: b[: 2**26].copy_(b[2**26 :]))  # reads 64 MiB and writes them
+    return Rates(flops=2 * 4096**3 / seconds(lambda: a @ a), bytes=b.numel() / copy)
+
+
+def let_go() -> None:
+    """Free what nothing refers to any more, for the driver to hand out anew."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def memory_line(device: torch.device) -> str:
@@ -159,14 +496,32 @@ def peak_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (GIB if sys.platform == "darwin" else 2**20)
 
 
-def cap_memory(device: torch.device, limit_gib: float | None) -> None:
-    """Let this process take what is free now, or `limit_gib` with the context: a Windows driver would spill into system memory."""
-    if device.type != "cuda":
-        return
-    free, total = torch.cuda.mem_get_info(device)
-    budget = free if limit_gib is None else min(free, limit_gib * GIB - CONTEXT_BYTES)
-    if budget <= 0:
+def memory_limit(device: torch.device | None, limit_gib: float | None) -> float | None:
+    """Return the bytes that this process may take, its CUDA context included; None where there is neither card nor limit.
+
+    Raises ConfigError for a limit below the context.
+    """
+    limit = None if limit_gib is None else limit_gib * GIB
+    if limit is not None and limit <= CONTEXT_BYTES:
         raise ConfigError(
             f"performance.memory_limit_gib: expected more than the context's {CONTEXT_BYTES / GIB} GiB, got {limit_gib}"
         )
-    torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device.index or 0)
+    if device is None or device.type != "cuda":
+        return limit
+    free = (
+        torch.cuda.mem_get_info(device)[0] + CONTEXT_BYTES + torch.cuda.memory_reserved(device)
+    )  # ours is open by now
+    return free if limit is None else min(free, limit)
+
+
+def free_bytes(device: torch.device, limit_gib: float | None) -> int:
+    """Return what this process may still take."""
+    return int(memory_limit(device, limit_gib) - CONTEXT_BYTES - torch.cuda.memory_reserved(device))
+
+
+def cap_memory(device: torch.device, limit_gib: float | None) -> None:
+    """Let this process take what is free now, or `limit_gib` with the context: a Windows driver would spill into system memory."""
+    limit = memory_limit(device, limit_gib)
+    if device.type == "cuda":
+        total = torch.cuda.mem_get_info(device)[1]
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (limit - CONTEXT_BYTES) / total), device.index or 0)

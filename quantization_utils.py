@@ -6,6 +6,8 @@ python quantization_utils.py     checks the installation: a line for each thing 
 """
 
 import functools
+import json
+import logging
 import os
 import platform
 import re
@@ -131,7 +133,7 @@ def cannot_load(model_name: str, error: Exception) -> ConfigError:
 
 # What transformers, safetensors and huggingface_hub raise for a name, a file or a network that is not as it should be.
 LOADING_ERRORS = (OSError, ValueError, KeyError, AttributeError, ImportError, RuntimeError, TypeError)
-LOADING_ERRORS += (StrictDataclassError, SafetensorError)
+LOADING_ERRORS += (StrictDataclassError, SafetensorError, IndexError, ArithmeticError)
 
 
 def load_tokenizer(
@@ -173,6 +175,16 @@ def stored_in_4bit(model_config: PretrainedConfig, model_name: str) -> bool:
     return True
 
 
+def check_index(model_name: str, revision: str | None) -> None:
+    """Refuse an index of weights that names files outside of the model's folder, which transformers would open."""
+    name = "model.safetensors.index.json"
+    path = cached_file(model_name, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+    shards = json.loads(Path(path).read_text(encoding="utf-8"))["weight_map"].values() if path is not None else ()
+    for shard in shards:
+        if Path(shard).name != shard or "\\" in shard:
+            raise ConfigError(f"model.name: {name} of {model_name}: expected names of files beside it, got {shard!r}")
+
+
 def load_model_and_tokenizer(
     model_name: str,
     bnb_config: BitsAndBytesConfig | None = None,
@@ -193,6 +205,7 @@ def load_model_and_tokenizer(
     source = {"revision": revision, "trust_remote_code": trust_remote_code}
     tokenizer = load_tokenizer(model_name, **source)
     try:
+        check_index(model_name, revision)
         model_config = AutoConfig.from_pretrained(model_name, **source)
         model, loaded = AutoModelForCausalLM.from_pretrained(
             model_name,
@@ -213,6 +226,9 @@ def load_model_and_tokenizer(
         raise ConfigError(
             f"model.name: {model_name} lacks {len(missing)} weights of its config.json, such as {missing[0]}"
         )
+    rows, ids = model.get_input_embeddings().weight.shape[0], 1 + max(tokenizer.get_vocab().values())
+    if ids > rows:
+        raise ConfigError(f"model.name: the tokenizer of {model_name} has {ids:,} ids, its embedding {rows:,} rows")
     keep_packing(model)
     return model, tokenizer
 
@@ -252,6 +268,7 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of names that peft still uses
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; what fails in the end is reported by us
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")

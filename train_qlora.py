@@ -5,6 +5,7 @@ python train_qlora.py --config tiny/config.yaml           a small model on a CPU
 python train_qlora.py --rank 8 --alpha 16 --output_dir output_r8
 python train_qlora.py --plan                              what it would take of memory, without the weights
 python train_qlora.py --evaluate --adapter output_r8      loss and perplexity of base and adapter
+python train_qlora.py --compare output_r8 output_r16      a table and a picture of finished runs
 """
 
 import argparse
@@ -31,10 +32,16 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     add("--plan", action="store_true", help="print the memory plan and exit: 0 fits, 3 does not")
     add("--evaluate", action="store_true", help="evaluate instead of training")
     add("--adapter", metavar="DIR", help="with --evaluate: the adapter's folder")
+    add("--stride", type=int, metavar="N", help="with --evaluate: windows of max_length over the text, N tokens apart")
+    add("--compare", nargs="+", metavar="DIR", help="print a table of finished runs and draw their curves")
+    add("--output", metavar="FILE", help="with --compare: the picture (default: compare.png)")
     add("--overwrite", action="store_true", help="start over in an output_dir that holds a finished run")
     options, overrides = parse_arguments(parser, argv)
-    if options.adapter and not options.evaluate:
-        raise ConfigError("--adapter: goes with --evaluate")
+    for name, owner in (("adapter", "evaluate"), ("stride", "evaluate"), ("output", "compare")):
+        if getattr(options, name) and not getattr(options, owner):
+            raise ConfigError(f"--{name}: goes with --{owner}")
+    if options.compare:
+        return options, Config()
     if options.adapter and not (Path(options.adapter) / "adapter_config.json").is_file():
         raise ConfigError(f"--adapter: no adapter_config.json in {options.adapter}")
     paths = [options.config] if options.config else []
@@ -43,6 +50,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     elif not paths:
         paths = [Path(__file__).with_name("config.yaml")]
     config = load_config(paths, overrides)
+    if options.stride is not None and not 1 <= options.stride <= config.data.max_length:
+        raise ConfigError(f"--stride: expected 1 to data.max_length ({config.data.max_length}), got {options.stride}")
     problems = [] if options.plan else missing_data(config.data.dataset)
     output_dir = config.training.output_dir
     if not (options.plan or options.evaluate) and os.path.isfile(output_dir):
@@ -62,11 +71,12 @@ if __name__ == "__main__":  # --help and every error in the configuration answer
 import contextlib
 import dataclasses
 import functools
+import io
 import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import bitsandbytes as bnb
@@ -76,18 +86,33 @@ import torch
 import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import LoggerType
+from accelerate.utils import LoggerType, broadcast_object_list
 from datasets import DatasetDict
 from peft import PeftModel, set_peft_model_state_dict
+from safetensors import SafetensorError
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 import checkpoint_utils
 import fused_ops
+import memory_utils
 from config import TrainingConfig, flatten
-from data_utils import IGNORED, Blocks, collate, load_rows, make_blocks, step_windows, tokenize_rows
-from memory_utils import GIB, MemoryPlan, cap_memory, memory_line, peak_gib, plan_for
+from data_utils import (
+    IGNORED,
+    Blocks,
+    SampleBlocks,
+    collate,
+    is_packed,
+    load_rows,
+    make_blocks,
+    show_block,
+    step_windows,
+    tokenize_rows,
+    untrained_chat_tokens,
+    windows_of,
+)
+from memory_utils import GIB, MemoryPlan, cap_memory, memory_line, peak_gib
 from quantization_utils import (
     create_lora_config,
     device_block,
@@ -162,16 +187,19 @@ class SummedLoss:
         self.base.train(training)
         return same
 
-    def __call__(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """input_ids, labels: [batch, length] on the model's device; labels are not shifted, -100 where unsupervised."""
+    def __call__(self, input_ids: torch.Tensor, labels: torch.Tensor, **packed: torch.Tensor) -> torch.Tensor:
+        """input_ids, labels: [batch, length] on the model's device; labels are not shifted, -100 where unsupervised.
+
+        packed: the position_ids of packed samples, which restart at each, so that attention stays within it.
+        """
         targets = fused_ops.shift_labels(labels).flatten()
         with self.autocast():
             if self.chunked:
-                hidden = self.decoder(input_ids=input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
+                hidden = self.decoder(input_ids=input_ids, use_cache=False, **packed).last_hidden_state.flatten(0, 1)
                 return fused_ops.chunked_cross_entropy(
                     hidden, self.head.weight, targets, self.head.bias, **self.options
                 )
-            logits = self.base(input_ids=input_ids, use_cache=False).logits
+            logits = self.base(input_ids=input_ids, use_cache=False, **packed).logits
         return F.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=IGNORED, reduction="sum")
 
 
@@ -195,7 +223,8 @@ def create_optimizer(
         "paged_adamw_32bit": bnb.optim.PagedAdamW32bit if gpu else bnb.optim.AdamW32bit,
         "adamw_torch": torch.optim.AdamW,
     }
-    return kinds[training.optim](parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
+    kind = kinds[training.optim] if training.optim == "adamw_torch" else fused_ops.without_waits(kinds[training.optim])
+    return kind(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
 
 
 def create_scheduler(optimizer: Any, training: TrainingConfig, total_steps: int) -> Any:
@@ -218,42 +247,63 @@ class Learner:
     captured_evaluation: fused_ops.Captured | None = None
 
     @functools.cached_property
-    def pool(self) -> Any:
-        """One pool of memory for both graphs, which never run at the same time."""
-        return torch.cuda.graph_pool_handle()
-
-    @functools.cached_property
     def parameters(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
 
-    def forward_backward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def forward_backward(self, **batch: torch.Tensor) -> torch.Tensor:
         """Add the gradients of a batch's summed loss to the parameters', return the loss; no host synchronisation."""
-        loss = self.loss(input_ids, labels)
+        loss = self.loss(**batch)
         self.scaler.scale(loss).backward()
         return loss.detach()
 
-    def _capture(self, function: Callable[..., torch.Tensor]) -> fused_ops.Captured:
-        return fused_ops.Captured(function, self.clock.step.device, *self.shape, pool=self.pool)
+    @torch.no_grad()
+    def _loss_alone(self, **batch: torch.Tensor) -> torch.Tensor:
+        return self.loss(**batch)
+
+    def _capture(self, names: Iterable[str]) -> None:
+        """Capture the micro-step and the evaluation's; gradients must not matter, they are zero afterwards.
+
+        Both warm-ups come first: what they took is given back before the graphs, which share one pool, take theirs.
+        """
+        mode, pool = self.loss.base.training, torch.cuda.graph_pool_handle()
+        self.clock.set(0, torch.arange(self.shape[0]))
+        graphs = []
+        for training, step in ((True, self.forward_backward), (False, self._loss_alone)):
+            self.model.train(training)
+            graphs.append(fused_ops.Captured(step, self.clock.step.device, *self.shape, names))
+        for training, graph in zip((True, False), graphs, strict=True):
+            self.model.train(training)
+            graph.capture(pool)
+        self.captured, self.captured_evaluation = graphs
+        self.model.train(mode)
+        self.zero_gradients()
 
     def micro_step(self, step: int, sequences: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Run one micro-batch: as the captured graph where there is one, with the same numbers either way."""
         if (
             self.fast.cuda_graphs and self.captured is None
-        ):  # at a window's first: all gradients are zero before and after
-            self.clock.set(0, torch.arange(self.shape[0]))
-            self.captured = self._capture(self.forward_backward)
-            self.zero_gradients()
+        ):  # at a window's first, or before: nothing is accumulated yet
+            self._capture(batch)
         if self.captured is not None:
             sequences = F.pad(sequences, (0, self.shape[0] - len(sequences)))
         self.clock.set(step, sequences)
         return (self.captured or self.forward_backward)(**batch)
 
-    @torch.no_grad()
-    def evaluation_loss(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def evaluation_loss(self, **batch: torch.Tensor) -> torch.Tensor:
         """Return a batch's summed loss, captured too; the model must be in eval mode."""
-        if self.fast.cuda_graphs and self.captured_evaluation is None:
-            self.captured_evaluation = self._capture(self.loss)
-        return (self.captured_evaluation or self.loss)(input_ids, labels)
+        if self.fast.cuda_graphs and self.captured is None:
+            self.zero_gradients()
+            with torch.enable_grad():
+                self._capture(batch)
+        return (self.captured_evaluation or self._loss_alone)(**batch)
+
+    def reshape(self, micro_batch: int, checkpointed: int) -> None:
+        """Take another micro-batch and number of checkpointed layers from here on, and let go of the graphs' memory."""
+        self.captured = self.captured_evaluation = None
+        self.shape = (micro_batch, self.shape[1])
+        for number, layer in enumerate(self.loss.decoder.layers):
+            setattr(layer, "recompute" if self.fast.compile else "gradient_checkpointing", number < checkpointed)
+        memory_utils.let_go()
 
     def zero_gradients(self) -> None:
         """Set all gradients to zero, in place: a captured graph adds to this memory."""
@@ -273,8 +323,22 @@ class Session:
     blocks: dict[str, Blocks | None]
     optimizer: Any
     scheduler: Any
-    micro_batch: int
+    plan: MemoryPlan  # the shape that runs: micro-batch and checkpointed layers
     window: int  # sequences an optimizer step, over all micro-batches and processes
+    say: Callable[[str], None]
+
+    @property
+    def micro_batch(self) -> int:
+        return self.plan.micro_batch
+
+    def step_down(self, error: torch.OutOfMemoryError) -> None:
+        """Take the next smaller shape after running out of memory; raise the error where there is none."""
+        smaller = memory_utils.step_down(self.plan, self.window // self.accelerator.num_processes)
+        if smaller is None:
+            raise error
+        self.say(f"out of GPU memory with {self.plan.shape}: on with {smaller.shape}, which learns the same")
+        self.plan = smaller
+        self.learner.reshape(smaller.micro_batch, smaller.checkpointed)
 
     @property
     def model(self) -> PeftModel:
@@ -306,10 +370,9 @@ class StepResult:
     stop: bool  # some process was asked to stop
 
 
-def training_step(session: Session, step: int, window: np.ndarray, max_grad_norm: float, stop: bool) -> StepResult:
-    """Learn from the blocks of one window: sum loss and gradients over all of them, divide once, clip, step."""
-    learner, scaler, device = session.learner, session.learner.scaler, session.accelerator.device
-    learner.model.train()
+def accumulate(session: Session, step: int, window: np.ndarray) -> tuple[torch.Tensor, int]:
+    """Return (loss, tokens) summed over this process's part of a window, and leave the sum of the gradients in .grad."""
+    learner, device = session.learner, session.accelerator.device
     learner.zero_gradients()
     total, tokens = torch.zeros((), device=device), 0
     rank, processes = session.accelerator.process_index, session.accelerator.num_processes
@@ -317,19 +380,40 @@ def training_step(session: Session, step: int, window: np.ndarray, max_grad_norm
     for batch, count, positions in batches(session.blocks["train"], mine, session.micro_batch, pad, device):
         total += learner.micro_step(step, torch.from_numpy(rank + processes * positions), batch)
         tokens += count
+    return total, tokens
+
+
+def accumulate_in_memory(session: Session, step: int, window: np.ndarray) -> tuple[torch.Tensor, int]:
+    """Accumulate a window; where memory runs out, again from its start in the next smaller shape, which learns the same."""
+    while True:
+        try:
+            return accumulate(session, step, window)
+        except torch.OutOfMemoryError as error:
+            problem = error.with_traceback(None)  # its frames hold the tensors of the micro-batch that failed
+        session.step_down(problem)
+
+
+def training_step(session: Session, step: int, window: np.ndarray, max_grad_norm: float, stop: bool) -> StepResult:
+    """Learn from the blocks of one window: sum loss and gradients over all of them, divide once, clip, step."""
+    learner, scaler = session.learner, session.learner.scaler
+    learner.model.train()
+    total, tokens = accumulate_in_memory(session, step, window)
     sums = sum_over_processes(session, [total, tokens, stop])
     scaler.unscale_(session.optimizer)
     torch._foreach_mul_([p.grad for p in learner.parameters], 1 / sums[1].float().clamp_min(1))
-    grad_norm = nn.utils.clip_grad_norm_(learner.parameters, max_grad_norm).item()
-    loss_sum, tokens, stops = sums.tolist()
-    # An overflow in float16 is the scaler's business: it leaves out the step and lowers its scale.
-    if not math.isfinite(loss_sum) or not (math.isfinite(grad_norm) or scaler.is_enabled()):
+    norm = nn.utils.clip_grad_norm_(learner.parameters, max_grad_norm)
+    if step == 0 and tokens and not any(p.grad.any() for n, p in learner.model.named_parameters() if "lora_B" in n):
+        raise NumbersWentWrong("step 1: every gradient of lora_B is zero: the loss does not reach the adapter")
+    # All of it is launched before the numbers are read: the GPU still works on the micro-batches, and waits for no launch.
+    scaler.step(session.optimizer)
+    loss_sum, tokens, stops, grad_norm = *sums.tolist(), norm.item()
+    # An overflow in float16 is the scaler's business: it leaves out the step and halves its scale, from 2**6 on.
+    overflow = scaler.is_enabled() and not math.isfinite(grad_norm) and scaler.get_scale() > 2.0**-10
+    if not (math.isfinite(loss_sum) and (math.isfinite(grad_norm) or overflow)):
         raise NumbersWentWrong(
             f"step {step + 1}: loss {loss_sum / max(tokens, 1)}, gradient norm {grad_norm} (compute type "
-            f"{learner.loss.dtype}), blocks {', '.join(map(str, window))}; the last checkpoint is intact: "
-            "try a lower learning_rate"
+            f"{learner.loss.dtype}), blocks {', '.join(map(str, window))}: try a lower learning_rate"
         )
-    scaler.step(session.optimizer)
     scaler.update()
     session.scheduler.step()
     return StepResult(loss_sum, int(tokens), grad_norm, bool(stops))
@@ -339,27 +423,66 @@ def training_step(session: Session, step: int, window: np.ndarray, max_grad_norm
 
 
 @torch.no_grad()
-def evaluate(
+def block_losses(
     loss: SummedLoss,
     blocks: Blocks,
     accelerator: Accelerator,
     micro_batch: int,
     pad: int,
     forward: Callable | None = None,
-) -> float:
-    """Return the mean loss of the supervised tokens of all blocks: one sum over blocks and processes, divided once.
+) -> torch.Tensor:
+    """Return the summed loss and the supervised tokens of every micro-batch, fp64 [blocks, 2], in the row of its first block.
 
     forward: what computes a batch's loss instead of `loss` itself, a captured graph of it.
     """
     loss.base.eval()
-    total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+    sums = torch.zeros(len(blocks), 2, dtype=torch.float64, device=accelerator.device)
     mine = np.arange(accelerator.process_index, len(blocks), accelerator.num_processes)
-    for batch, tokens, _ in batches(blocks, mine, micro_batch, pad, accelerator.device):
-        total[0] += (forward or loss)(**batch)
-        total[1] += tokens
-    if accelerator.num_processes > 1:
-        total = accelerator.reduce(total, "sum")
+    hidden = not (accelerator.is_main_process and sys.stderr.isatty())
+    count = math.ceil(len(mine) / micro_batch)
+    todo = batches(blocks, mine, micro_batch, pad, accelerator.device)
+    for batch, tokens, positions in tqdm(todo, "evaluating", count, leave=False, disable=hidden):
+        sums[mine[positions[0]], 0] = (forward or loss)(**batch)
+        sums[mine[positions[0]], 1] = tokens
+    return accelerator.reduce(sums, "sum") if accelerator.num_processes > 1 else sums
+
+
+def evaluate(*arguments: Any) -> float:
+    """Return the mean loss of the supervised tokens of all blocks: one sum over blocks and processes, divided once.
+
+    arguments: those of block_losses.
+    """
+    total = block_losses(*arguments).sum(0)
     return (total[0] / total[1]).item()
+
+
+def loss_difference(before: torch.Tensor, after: torch.Tensor) -> tuple[float, float | None]:
+    """Return how much the mean loss changed and the standard error of that, None of a single block.
+
+    before, after: block_losses of the same blocks, one a micro-batch. The error is a ratio estimator's (Cochran, Sampling
+    Techniques, 1977, section 2.11): what blocks have in common, such as a hard text, cancels within each.
+    """
+    change, tokens = after[:, 0] - before[:, 0], before[:, 1]
+    mean, count = change.sum() / tokens.sum(), len(tokens)
+    if count < 2:
+        return mean.item(), None
+    spread = (change - mean * tokens).square().sum() * count / (count - 1)
+    return mean.item(), (spread.sqrt() / tokens.sum()).item()
+
+
+def evaluate_in_memory(session: Session, blocks: Blocks) -> float:
+    """Evaluate; where memory runs out, in half the micro-batch and without a graph. Training keeps its shape."""
+    learner, size, forward = session.learner, session.micro_batch, session.learner.evaluation_loss
+    while True:
+        try:
+            return evaluate(learner.loss, blocks, session.accelerator, size, session.tokenizer.pad_token_id, forward)
+        except torch.OutOfMemoryError:
+            if size == 1 and forward is learner.loss:
+                raise
+        size, forward = max(1, size // 2), learner.loss
+        session.say(f"out of GPU memory in an evaluation: {size} sequences at a time, without a graph")
+        learner.captured_evaluation = None
+        memory_utils.let_go()
 
 
 def perplexity(loss: float) -> float:
@@ -382,6 +505,7 @@ class Run:
     progress: checkpoint_utils.Progress = dataclasses.field(default_factory=checkpoint_utils.Progress)
     best_adapter: dict[str, torch.Tensor] | None = None
     saved_time: float = dataclasses.field(default_factory=time.monotonic)
+    unsaved: str = ""  # why the newest checkpoint could not be written
 
     @property
     def output_dir(self) -> Path:
@@ -410,14 +534,23 @@ def save_state(run: Run) -> None:
         "best_adapter": run.best_adapter or {},
         "config": checkpoint_utils.settings(config),
         "fingerprint": run.fingerprint,
-        "shape": {"micro_batch": session.micro_batch, "window": session.window, "processes": processes},
+        "shape": {
+            "micro_batch": session.micro_batch,
+            "checkpointed": session.plan.checkpointed,
+            "window": session.window,
+            "processes": processes,
+        },
     }
     adapter = checkpoint_utils.adapter_tensors(session.model)
     peft_config = checkpoint_utils.adapter_settings(session.model, config.model.name)
     keep = config.training.save_total_limit
-    folder = checkpoint_utils.write_checkpoint(run.output_dir, step, adapter, peft_config, state, keep)
     run.saved_time = time.monotonic()
-    run.log.say(f"step {step}: checkpoint written to {folder}")
+    try:
+        folder = checkpoint_utils.write_checkpoint(run.output_dir, step, adapter, peft_config, state, keep)
+        run.unsaved, line = "", f"checkpoint written to {folder}"
+    except OSError as error:  # stopping here would save nothing more, and the disk may have room by the next one
+        run.unsaved = line = f"checkpoint not written ({error}); {checkpoint_utils.last_good(run.output_dir)}"
+    run.log.say(f"step {step}: {line}")
 
 
 def restore(run: Run, adapter: dict[str, torch.Tensor], state: dict) -> None:
@@ -435,15 +568,19 @@ def restore(run: Run, adapter: dict[str, torch.Tensor], state: dict) -> None:
         group["lr"] = rate * schedule[0](run.progress.step)
 
 
-def start_run(config: Config, session: Session, log: checkpoint_utils.Log, overwrite: bool) -> Run:
+def start_run(
+    config: Config, session: Session, log: checkpoint_utils.Log, found: tuple[Path, dict, dict] | None
+) -> Run:
     """Return the run, at step 0 or where its checkpoint left it, its output folder open; refuse before any write."""
     prints = checkpoint_utils.fingerprint(session.model, session.tokenizer, session.blocks)
     run = Run(config, session, log, total_steps(config.training, session.steps_per_epoch), prints)
-    found = checkpoint_utils.find_checkpoint(config.training, overwrite, log.say)
     if found is not None:
         folder, adapter, state = found
-        checkpoint_utils.check_resumable(state, config, prints, session.window, folder.name)
-        restore(run, adapter, state)
+        errors = (KeyError, TypeError, ValueError, AttributeError, RuntimeError)
+        with checkpoint_utils.refusing(f"training.resume: {folder} is of another model or version", *errors):
+            checkpoint_utils.check_resumable(state, config, prints, session.window, folder.name)
+            restore(run, adapter, state)
+    checkpoint_utils.check_space(config.training, [p.numel() for p in session.learner.parameters])
     session.accelerator.wait_for_everyone()
     if session.accelerator.is_main_process:
         log.open(checkpoint_utils.open_output(config, run.progress.history, fresh=found is None))
@@ -489,10 +626,10 @@ def evaluate_and_keep_best(run: Run) -> None:
     session, progress, blocks = run.session, run.progress, run.session.blocks["validation"]
     if blocks is None or any(row["step"] == progress.step for row in progress.evaluations):
         return
-    learner, pad = session.learner, session.tokenizer.pad_token_id
-    loss = evaluate(learner.loss, blocks, session.accelerator, session.micro_batch, pad, learner.evaluation_loss)
+    loss = evaluate_in_memory(session, blocks)
     if not math.isfinite(loss):
-        raise NumbersWentWrong(f"step {progress.step}: the validation loss is {loss}; the last checkpoint is intact")
+        hint = "" if progress.step else ", before anything was learned: look at model.name's weights and compute_dtype"
+        raise NumbersWentWrong(f"step {progress.step}: the validation loss is {loss}{hint}")
     run.note({"step": progress.step, "eval_loss": loss, "perplexity": perplexity(loss)})
     progress.worse += 1
     line = f"step {progress.step}: validation loss {loss:.4f} | perplexity {perplexity(loss):.2f}"
@@ -511,18 +648,30 @@ def checkpoint_due(run: Run) -> bool:
     return timed or (training.save_steps is not None and run.progress.step % training.save_steps == 0)
 
 
+def evaluation_due(run: Run) -> bool:
+    """Return whether this step ends with an evaluation, as step 0 and the last one do."""
+    every = run.config.training.eval_steps or run.session.steps_per_epoch
+    return run.progress.step % every == 0 or run.progress.step == run.total_steps
+
+
+def stale(run: Run) -> bool:
+    """Return whether early stopping's patience is at its end."""
+    patience = run.config.training.early_stopping_patience
+    return patience is not None and run.progress.worse >= patience
+
+
 def train(run: Run, request: checkpoint_utils.StopRequest) -> bool:
     """Train until the last step or early stopping's patience ends; return False if a signal stopped it before.
 
     Each turn: step → log → evaluate → save.
     """
     session, training, progress = run.session, run.config.training, run.progress
-    if progress.step == 0:
+    if evaluation_due(run):  # at step 0, or where a signal stopped the run before it
         evaluate_and_keep_best(run)
     windows = step_windows(len(session.blocks["train"]), session.window, training.seed, progress.step)
     hidden = run.log.silent or not sys.stderr.isatty()
     with tqdm(total=run.total_steps, initial=progress.step, unit="step", disable=hidden) as bar:
-        while progress.step < run.total_steps:
+        while progress.step < run.total_steps and not stale(run):
             start, rate = time.perf_counter(), session.scheduler.get_last_lr()[0]
             _, window = next(windows)
             result = training_step(session, progress.step, window, training.max_grad_norm, request.signum is not None)
@@ -534,18 +683,17 @@ def train(run: Run, request: checkpoint_utils.StopRequest) -> bool:
             last, epoch_end = progress.step == run.total_steps, progress.step % session.steps_per_epoch == 0
             if last or progress.step % training.logging_steps == 0:
                 log_step(run, result, rate)
-            if last or (progress.step % training.eval_steps == 0 if training.eval_steps else epoch_end):
+            # Processes must agree; one alone need not wait for the next step's sums to see the signal.
+            stop = result.stop or (session.accelerator.num_processes == 1 and request.signum is not None)
+            if evaluation_due(run) and not stop:
                 evaluate_and_keep_best(run)
-            patience = training.early_stopping_patience
-            stale = patience is not None and progress.worse >= patience
-            if last or epoch_end or result.stop or stale or checkpoint_due(run):
+            if last or epoch_end or stop or stale(run) or checkpoint_due(run):
                 save_state(run)
-            if result.stop:
+            if stop:
                 return False
-            if stale:
-                best = progress.best_step
-                run.log.say(f"stopping early: {patience} evaluations without a better loss than that of step {best}")
-                return True
+    if stale(run):
+        patience, best = training.early_stopping_patience, progress.best_step
+        run.log.say(f"stopping early: {patience} evaluations without a better loss than that of step {best}")
     return True
 
 
@@ -573,26 +721,26 @@ def plot_training_curves(history: list[dict], path: str | Path) -> None:
     left.legend()
     right.set(xlabel="optimizer step", ylabel="learning rate", title="Learning rate")
     right.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    temporary = Path(path).with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=120)
-    os.replace(temporary, path)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120)
+    checkpoint_utils.write_atomically(Path(path), picture.getvalue())
 
 
-def finish(run: Run, plan: MemoryPlan | None) -> None:
+def finish(run: Run) -> None:
     """Leave the best adapter with its model card in the output folder and say what came out."""
     session, progress, say = run.session, run.progress, run.log.say
     if run.best_adapter is not None:
         set_peft_model_state_dict(session.model, run.best_adapter)
     if session.accelerator.is_main_process:
-        session.model.save_pretrained(run.output_dir, save_embedding_layers=False)
         tokens = session.blocks["train"].tokens
-        checkpoint_utils.complete_model_card(run.output_dir, session.model, run.config, progress, tokens)
+        checkpoint_utils.save_adapter(run.output_dir, session.model, run.config, progress, tokens)
     if progress.evaluations:
         before, after = progress.evaluations[0]["perplexity"], perplexity(progress.best_loss)
         best = f"the adapter of step {progress.best_step}, the best by validation loss"
         say(f"perplexity {before:.2f} before, {after:.2f} after ({best})")
-    planned = f" | planned {(plan.total - plan.parts['CUDA context']) / GIB:.2f}" if plan else ""
-    say(f"peak memory {peak_gib(session.accelerator.device):.2f} GiB{planned}")
+    device = session.accelerator.device
+    planned = f" | planned {session.plan.reserved / GIB:.2f} for {session.plan.shape}" if device.type == "cuda" else ""
+    say(f"peak memory {peak_gib(device):.2f} GiB{planned}")
     say(f"adapter, curves and log are in {run.output_dir}")
 
 
@@ -634,15 +782,51 @@ def sequences_a_step(training: TrainingConfig, processes: int) -> int:
     return window
 
 
-def build_learner(config: Config, model: PreTrainedModel, micro_batch: int, say: Callable[[str], None]) -> Learner:
-    """Attach a fresh adapter to the base model and set up the path that its micro-batches take."""
+def choose_plan(
+    config: Config, accelerator: Accelerator, sequences: int, found: tuple[Path, dict, dict] | None, say: Callable
+) -> MemoryPlan:
+    """Return the shape of a run on a GPU with its plan: the checkpoint's, else auto_fit's, else the configured one.
+
+    sequences: an optimizer step's, of one process. Raises NoFit where the memory is too small for the smallest.
+    """
+    shape, device = memory_utils.configured_shape(config), accelerator.device
+    limit = memory_utils.memory_limit(device, config.performance.memory_limit_gib)
+    saved = found[2]["shape"] if found is not None else {}
+    fitted = config.performance.auto_fit and not config.flags & set(memory_utils.SHAPE_KNOBS)
+    if fitted and saved.get("processes") == accelerator.num_processes:
+        plan = memory_utils.plan_memory(shape, config, saved["micro_batch"], saved["checkpointed"], limit=limit)
+    elif config.performance.auto_fit:
+        plan = memory_utils.fit(shape, config, sequences, limit, memory_utils.measure_rates(device))
+        plan = broadcast_object_list([plan])[0]  # one shape for all processes
+    else:
+        plan = memory_utils.pinned_plan(shape, config, sequences, limit)
+    say(plan.table())
+    say(f"shape: {plan.shape}; {memory_utils.reason(config, plan, limit)}")
+    if plan.total > limit:
+        raise memory_utils.NoFit(memory_utils.no_fit_lines(shape, config, plan, limit))
+    return plan
+
+
+def build_learner(
+    config: Config,
+    model: PreTrainedModel,
+    micro_batch: int,
+    say: Callable[[str], None],
+    checkpointed: int | None = None,
+    packed: bool = False,
+) -> Learner:
+    """Attach a fresh adapter to the base model and set up the path that its micro-batches take.
+
+    checkpointed: layers; None takes training.gradient_checkpointing. packed: blocks hold samples that must not see each other.
+    """
     training, p = config.training, config.lora.dropout
     checkpointing = True if training.gradient_checkpointing == "auto" else training.gradient_checkpointing
+    checkpointing = checkpointing if checkpointed is None else checkpointed
     transformers.set_seed(training.seed)  # of the fresh adapter
     peft_model = prepare_model_for_training(model, create_lora_config(**vars(config.lora)), checkpointing)
     say(parameter_line(peft_model))
     device, dtype = model.device, usable_dtype(config.quantization.compute_dtype)
-    fused_ops.use_causal_attention(model)
+    fused_ops.use_causal_attention(model, packed)
     clock = fused_ops.DropoutClock(training.seed, device)
     fused_ops.use_stateless_dropout(peft_model, p, clock)
     loss = SummedLoss(peft_model, dtype)
@@ -653,17 +837,24 @@ def build_learner(config: Config, model: PreTrainedModel, micro_batch: int, say:
         fused_ops.compile_layers(peft_model)
         loss.options["chunk_loss"] = fused_ops.compiled_chunk_loss
     if device.type == "cuda":
-        loss.options["chunk"] = fused_ops.chunk_rows(len(loss.head.weight), torch.cuda.mem_get_info(device)[0])
+        loss.options["chunk"] = fused_ops.chunk_rows(
+            len(loss.head.weight), memory_utils.free_bytes(device, config.performance.memory_limit_gib)
+        )
     say(fast.line)
     # Losses are sums over tokens, so gradients are large already: 2**16, torch's start, would overflow fp16 at once.
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**6, enabled=dtype is torch.float16)
     return Learner(peft_model, loss, clock, scaler, fast, (micro_batch, config.data.max_length))
 
 
-def build_session(config: Config, accelerator: Accelerator, say: Callable[[str], None]) -> Session:
+def build_session(
+    config: Config, accelerator: Accelerator, found: tuple[Path, dict, dict] | None, say: Callable[[str], None]
+) -> Session:
     """Load the model, prepare the adapter and the data, and return what training works on."""
     device, training = accelerator.device, config.training
     window = sequences_a_step(training, accelerator.num_processes)
+    sequences = window // accelerator.num_processes
+    # Before the weights are fetched; a CPU takes the shape that is configured.
+    plan = choose_plan(config, accelerator, sequences, found, say) if device.type == "cuda" else None
     if config.performance.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -672,12 +863,14 @@ def build_session(config: Config, accelerator: Accelerator, say: Callable[[str],
         blocks = make_blocks(prepare_dataset(config, tokenizer), tokenizer, config.data, training.seed)
     model, _ = load_base(config, device)
     say(memory_line(device))
-    micro_batch = min(training.batch_size, window // accelerator.num_processes)
-    learner = build_learner(config, model, micro_batch, say)
+    for line in untrained_chat_tokens(model, tokenizer) if isinstance(blocks["train"], SampleBlocks) else ():
+        say(line)
+    plan = plan or memory_utils.unplanned(config, sequences, len(model.get_decoder().layers))
+    learner = build_learner(config, model, plan.micro_batch, say, plan.checkpointed, is_packed(blocks["train"]))
     optimizer = create_optimizer(learner.parameters, training, device, say)
     steps = total_steps(training, math.ceil(len(blocks["train"]) / window))
     scheduler = create_scheduler(optimizer, training, steps)
-    return Session(accelerator, learner, tokenizer, blocks, optimizer, scheduler, micro_batch, window)
+    return Session(accelerator, learner, tokenizer, blocks, optimizer, scheduler, plan, window, say)
 
 
 def describe_data(session: Session, config: Config, say: Callable[[str], None]) -> None:
@@ -693,83 +886,118 @@ def describe_data(session: Session, config: Config, say: Callable[[str], None]) 
         f"steps: {total_steps(config.training, per_epoch):,} optimizer steps of {session.window} sequences "
         f"({per_epoch:,} an epoch; one row a sequence would make {unpacked:,})"
     )
-    first = session.tokenizer.decode(part[0][:40]).replace("\n", "\\n")
-    say(f"first block: {first} …")
+    for line in (f"read as {part.source}", *part.notes, *(held.notes if held else ())):
+        say(f"data: {line}")
+    say(f"first block: {show_block(part[0], session.tokenizer)}")
 
 
 # ------------------------------------------------------------------------------------------------ commands
 
 
 def print_plan(config: Config) -> int:
-    """Print the memory plan; return 3 where it exceeds performance.memory_limit_gib or the GPU, else 0."""
-    shape, plan = plan_for(config)
-    print(f"{config.model.name}: {shape.parameters:,} parameters")
+    """Print the plan of the shape that a run would take; return 3 where it exceeds the limit or the GPU, else 0."""
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else None
+    shape = memory_utils.configured_shape(config)
+    limit = memory_utils.memory_limit(device, config.performance.memory_limit_gib)
+    sequences = config.training.batch_size * config.training.gradient_accumulation_steps
+    rates = memory_utils.measure_rates(device) if device else memory_utils.Rates()
+    if config.performance.auto_fit and limit is not None:
+        plan = memory_utils.fit(shape, config, sequences, limit, rates)
+    else:
+        plan = memory_utils.pinned_plan(shape, config, sequences, limit)
     print(plan.table())
-    limit = config.performance.memory_limit_gib
-    if limit is None and torch.cuda.is_available():
-        limit = torch.cuda.mem_get_info()[0] / GIB
+    print(f"shape: {plan.shape}; {memory_utils.reason(config, plan, limit)}")
+    for line in memory_utils.facts(shape, config, plan, rates, measured=device is not None):
+        print(line)
+    print(corpus_line(config, sequences))
+    for line in memory_utils.savings_lines(shape, config, plan, limit):
+        print(line)
     if limit is None:
         return 0
-    fits = plan.total <= limit * GIB
-    print(f"{'fits' if fits else 'does not fit'} in {limit:.2f} GiB")
-    return 0 if fits else 3
+    print(f"{'fits' if plan.total <= limit else 'does not fit'} in {limit / GIB:.2f} GiB")
+    return 0 if plan.total <= limit else 3
 
 
-def evaluate_adapter(config: Config, adapter: str | None) -> int:
-    """Print loss and perplexity of the base and, given an adapter, of both; its evaluation.json keeps them."""
+def corpus_line(config: Config, sequences: int) -> str:
+    """Return tokens and optimizer steps an epoch, or that they are unknown where data or tokenizer is out of reach."""
+    try:
+        tokenizer = load_tokenizer(config.model.name, config.model.revision, config.model.trust_remote_code)
+        blocks = make_blocks(prepare_dataset(config, tokenizer), tokenizer, config.data, config.training.seed)["train"]
+    except ConfigError:
+        return "an epoch: unknown, the tokenizer or data.dataset is out of reach"
+    return f"an epoch: {blocks.tokens:,} tokens, {math.ceil(len(blocks) / sequences):,} optimizer steps of {sequences} sequences"
+
+
+def evaluate_adapter(config: Config, adapter: str | None, stride: int | None) -> int:
+    """Print loss and perplexity of the base and, given an adapter, of both and their difference; evaluation.json keeps them.
+
+    stride: of windows over the text as it is, as perplexities on Wikitext are reported; None takes the validation blocks.
+    """
     accelerator = create_accelerator(config.training)
     refuse_without_gpu(config, accelerator.device)
     model, tokenizer = load_base(config, accelerator.device)
-    blocks = make_blocks(prepare_dataset(config, tokenizer), tokenizer, config.data, config.training.seed)["validation"]
+    rows = prepare_dataset(config, tokenizer)
+    blocks = make_blocks(rows, tokenizer, config.data, config.training.seed, close=stride is None)["validation"]
     if blocks is None:
         raise ConfigError("data.validation_fraction: nothing is held out to evaluate on")
+    blocks = blocks if stride is None else windows_of(blocks, stride)
     if adapter is not None:
         model = load_adapter(model, adapter)
-    fused_ops.use_causal_attention(model)
+    fused_ops.use_causal_attention(model, is_packed(blocks))
     loss = SummedLoss(model, usable_dtype(config.quantization.compute_dtype))
     result: dict[str, Any] = {"dataset": config.data.dataset, "tokens": blocks.supervised, "blocks": len(blocks)}
+    result["stride"], say = stride, print if accelerator.is_main_process else (lambda line: None)
+    sums = []
     for name in ("base", "adapter") if adapter is not None else ("base",):
         bare = adapter is not None and name == "base"
         with model.disable_adapter() if bare else contextlib.nullcontext():
-            value = evaluate(loss, blocks, accelerator, config.training.batch_size, tokenizer.pad_token_id)
+            sums.append(block_losses(loss, blocks, accelerator, 1, tokenizer.pad_token_id))
+        value = (sums[-1][:, 0].sum() / sums[-1][:, 1].sum()).item()
         result[name] = {"loss": value, "perplexity": perplexity(value)}
+        say(f"{name:<8} loss {value:.4f} | perplexity {perplexity(value):.3f} | {blocks.supervised:,} tokens")
+    if adapter is not None:
+        change, error = loss_difference(*sums)
+        result["difference"] = {"loss": change, "standard_error": error}
+        shown = "" if error is None else f" ± {error:.4f} (standard error over {len(blocks):,} blocks)"
+        say(f"adapter - base: {change:+.4f}{shown}")
         if accelerator.is_main_process:
-            tokens = f"{blocks.supervised:,} tokens"
-            print(f"{name:<8} loss {value:.4f} | perplexity {perplexity(value):.3f} | {tokens}")
-    if adapter is not None and accelerator.is_main_process:
-        content = json.dumps(result, indent=2) + "\n"
-        checkpoint_utils.write_atomically(Path(adapter) / "evaluation.json", content.encode())
+            content = json.dumps(result, indent=2) + "\n"
+            checkpoint_utils.write_atomically(Path(adapter) / "evaluation.json", content.encode())
     return 0
 
 
-def execute(run: Run, plan: MemoryPlan | None) -> int:
+def execute(run: Run, request: checkpoint_utils.StopRequest) -> int:
     """Train, leave the results, and return the exit code."""
-    say, accelerator = run.log.say, run.session.accelerator
+    say, session, accelerator = run.log.say, run.session, run.session.accelerator
     if run.progress.step >= run.total_steps:
         say(f"nothing left to train: {run.output_dir} is at step {run.progress.step} of {run.total_steps}")
     tracker = run.config.training.report_to != "none"
     if tracker:
         accelerator.init_trackers("qlora", config={key: str(value) for key, value in flatten(run.config).items()})
     try:
-        with checkpoint_utils.stop_on_signal(say) as request:
-            done = train(run, request)
-            if done:
-                finish(run, plan)
+        done = train(run, request)
+        if done:
+            finish(run)
     except NumbersWentWrong as error:
-        say(f"error: {error}")
+        say(f"error: {error}; {checkpoint_utils.last_good(run.output_dir)}")
         return 1
     except torch.OutOfMemoryError as error:
-        if plan is not None:
-            say(plan.table())
-        peak, reason = peak_gib(accelerator.device), str(error).splitlines()[0]
-        say(f"error: out of GPU memory at a peak of {peak:.2f} GiB: {reason}")
-        say("try a shorter data.max_length, a smaller training.batch_size, or training.gradient_checkpointing true")
+        peak = f"a peak of {peak_gib(accelerator.device):.2f} GiB with {session.plan.shape}"
+        say(f"error: out of GPU memory at {peak}; the last checkpoint is intact: {str(error).splitlines()[0]}")
+        limit = memory_utils.memory_limit(accelerator.device, run.config.performance.memory_limit_gib)
+        for line in memory_utils.ran_out(run.config, session.plan, limit):
+            say(line)
         return 3
     finally:
         if accelerator.is_main_process and run.progress.history:
             plot_training_curves(run.progress.history, run.output_dir / "training_curves.png")
         if tracker:
             accelerator.end_training()
+    run.log.flush()
+    if run.unsaved:
+        rest = "the adapter is whole" if done else "make room and start the same command again"
+        say(f"error: step {run.progress.step}: {run.unsaved}; {rest}")
+        return 1
     return 0 if done else 128 + (request.signum or 2)
 
 
@@ -782,6 +1010,7 @@ def quiet_datasets() -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit code: parse → load → data → train → save → plot."""
+    held = contextlib.ExitStack()  # the lock on the output folder
     try:
         options, config = parse(argv)
         quiet_libraries()
@@ -789,23 +1018,37 @@ def main(argv: list[str] | None = None) -> int:
         if options.plan:
             return print_plan(config)
         if options.evaluate:
-            return evaluate_adapter(config, options.adapter)
+            return evaluate_adapter(config, options.adapter, options.stride)
+        if options.compare:
+            return checkpoint_utils.compare_runs(options.compare, options.output or "compare.png")
         checkpoint_utils.check_output(config.training, options.overwrite)
         accelerator = create_accelerator(config.training)
         device, dtype = accelerator.device, usable_dtype(config.quantization.compute_dtype)
         log = checkpoint_utils.Log(silent=not accelerator.is_main_process)
         refuse_without_gpu(config, device)
+        if accelerator.is_main_process:
+            held.enter_context(checkpoint_utils.locked(Path(config.training.output_dir)))
         log.say(device_block(device, dtype, accelerator.num_processes))
-        plan = plan_for(config)[1] if device.type == "cuda" else None
-        if plan is not None:
-            log.say(plan.table())
         cap_memory(device, config.performance.memory_limit_gib)
-        session = build_session(config, accelerator, log.say)
+        found = checkpoint_utils.find_checkpoint(config.training, options.overwrite, log.say)
+        session = build_session(config, accelerator, found, log.say)
         describe_data(session, config, log.say)
-        run = start_run(config, session, log, options.overwrite)
+        run = start_run(config, session, log, found)
+        return execute(run, held.enter_context(checkpoint_utils.stop_on_signal(log.say)))
+    except memory_utils.NoFit as error:
+        print(error, file=sys.stderr)
+        return 3
+    except torch.OutOfMemoryError as error:
+        report(ConfigError(f"out of GPU memory while loading: {str(error).splitlines()[0]}"))
+        return 3
     except ConfigError as error:
         return report(error)
-    return execute(run, plan)
+    except (OSError, SafetensorError, torch.AcceleratorError) as error:  # a full disk, a driver that was reset
+        reason = str(error).splitlines()[0]
+        report(ConfigError(f"{type(error).__name__}: {reason}; the same command goes on from the last checkpoint"))
+        return 1
+    finally:
+        held.close()
 
 
 if __name__ == "__main__":

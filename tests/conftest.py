@@ -1,6 +1,7 @@
 """What the tests share: a quiet, offline environment, small models and texts, and the two ways to run a script."""
 
 import functools
+import json
 import os
 import shutil
 import subprocess
@@ -34,10 +35,33 @@ def pytest_unconfigure() -> None:
 # ------------------------------------------------------------------------------------------------ models and texts
 
 
+QWEN_3B = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_size": 2048,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "intermediate_size": 11008,
+    "vocab_size": 151936,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 32768,
+    "dtype": "bfloat16",
+}
+
+
 @pytest.fixture(scope="session")
 def tiny_model() -> Path:
     """The trained Qwen2 of 4.3 M parameters with its tokenizer."""
     return ROOT / "tiny" / "model"
+
+
+@pytest.fixture(scope="session")
+def qwen_3b(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with nothing but the config.json of Qwen2.5-3B's shape."""
+    folder = tmp_path_factory.mktemp("qwen-3b")
+    (folder / "config.json").write_text(json.dumps(QWEN_3B), encoding="utf-8")
+    return folder
 
 
 @pytest.fixture(scope="session")

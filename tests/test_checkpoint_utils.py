@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import bitsandbytes as bnb
@@ -14,17 +16,22 @@ import torch
 
 import checkpoint_utils
 from checkpoint_utils import (
+    LOCK,
     RESULTS,
+    STATE,
     TEMPORARY,
     Log,
     Progress,
+    check_output,
     check_resumable,
+    check_space,
     checkpoints,
     clean_up,
     find_checkpoint,
     fingerprint,
     flatten_state,
     latest_checkpoint,
+    locked,
     open_output,
     read_checkpoint,
     restore_state,
@@ -298,6 +305,57 @@ def test_crash_at_any_write_leaves_only_whole_checkpoints(tmp_path, monkeypatch,
     assert done and crashes, "the loop has to meet every call once, and there have to be some"
 
 
+@pytest.mark.parametrize("module, function", CALLS[1:4], ids=[name for _, name in CALLS[1:4]])
+def test_write_that_the_disk_refuses_keeps_what_was_there(tmp_path, monkeypatch, module, function):
+    """A full or read-only disk at every call of a write: an error, the checkpoints of before, and no litter."""
+    real, failures = getattr(module, function), 0
+    for fatal in range(40):
+        output_dir = tmp_path / str(fatal)
+        for number in (2, 4):
+            write(output_dir, number)
+        calls, failed = iter(range(100)), []
+
+        def fails(*arguments, calls=calls, fatal=fatal, failed=failed, **keywords):
+            if next(calls) == fatal:
+                failed.append(True)
+                raise OSError(28, "No space left on device")
+            return real(*arguments, **keywords)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module, function, fails)
+            try:
+                write(output_dir, 4, keep=2, moments=torch.ones(4))
+                written = True
+            except OSError:
+                written = False
+        failures += bool(failed)
+        assert {path.name for path in output_dir.iterdir()} == {"checkpoint-2", "checkpoint-4"}
+        for folder in checkpoints(output_dir):
+            assert ("moments" in read_checkpoint(folder)[1]) <= (folder.name == "checkpoint-4")
+        assert written == ("moments" in read_checkpoint(output_dir / "checkpoint-4")[1]) or failed
+        if not failed:
+            break
+    assert failures, "there have to be some calls"
+
+
+def test_old_checkpoint_that_cannot_be_deleted_is_no_failed_write(tmp_path, monkeypatch):
+    """Windows, where a virus scanner or an open window holds it."""
+    write(tmp_path, 2)
+    real = os.rename
+
+    def held(source, target):
+        if source.name == "checkpoint-2":
+            raise PermissionError(13, "in use")
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", held)
+        write(tmp_path, 4, keep=1)
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-2"]
+    write(tmp_path, 6, keep=1)
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-6"]
+
+
 def test_half_deleted_folder_is_never_one_with_the_name(tmp_path, monkeypatch):
     """rmtree that dies in the middle, with some files gone, is the worst of crashes."""
     real = shutil.rmtree
@@ -415,7 +473,7 @@ def test_resume_refuses_other_contents_and_another_window():
 
 def test_checkpoint_to_go_on_from(tmp_path):
     for number in (2, 4):
-        write(tmp_path, number)
+        write(tmp_path, number, **dict.fromkeys(STATE - {"progress"}))
     training = dataclasses.replace(Config().training, output_dir=str(tmp_path))
     assert find_checkpoint(training, False, ignore)[0].name == "checkpoint-4"
     assert find_checkpoint(training, True, ignore) is None
@@ -424,6 +482,13 @@ def test_checkpoint_to_go_on_from(tmp_path):
     assert find_checkpoint(older, False, ignore)[2]["progress"] == {"step": 2}
     with pytest.raises(ConfigError, match="training.resume: cannot go on from nowhere"):
         find_checkpoint(dataclasses.replace(training, resume="nowhere"), False, ignore)
+    for folder in checkpoints(tmp_path):
+        (folder / "checksums.json").unlink()
+    with pytest.raises(ConfigError, match="is sound; --overwrite starts over"):  # rather than that nobody asked for it
+        find_checkpoint(training, False, ignore)
+    write(tmp_path, 6)
+    with pytest.raises(ConfigError, match="checkpoint-6 is of another version: it has no best_adapter, config"):
+        find_checkpoint(training, False, ignore)
 
 
 def test_progress_counts_steps_and_finds_evaluations():
@@ -456,6 +521,109 @@ def test_output_folder_is_as_of_the_step(tmp_path, fresh):
     assert load_config(output_dir / "config.yaml").training.resume == "auto"  # started again as it stands, it goes on
 
 
+def test_lock_is_one_runs_alone_and_leaves_nothing(tmp_path):
+    folder = tmp_path / "a" / "b"
+    with locked(folder):
+        with pytest.raises(ConfigError, match="another run is writing in"), locked(folder):
+            pytest.fail("two runs in one folder")
+        training = dataclasses.replace(Config().training, output_dir=str(folder))
+        with pytest.raises(ConfigError, match="another run is writing in"):
+            check_output(training, False)
+        assert (folder / LOCK).exists()
+    assert not list(tmp_path.iterdir())  # nothing was written in it
+    with locked(folder):
+        (folder / "metrics.jsonl").touch()
+    assert [path.name for path in folder.iterdir()] == ["metrics.jsonl"]
+    check_output(training, False)
+
+
+HOLDER = "import fcntl, sys, time; file = open(sys.argv[1], 'ab'); fcntl.flock(file, fcntl.LOCK_EX); print(1, flush=True); time.sleep(60)"
+
+
+@pytest.mark.skipif(checkpoint_utils.fcntl is None, reason="needs fcntl")
+def test_lock_of_a_dead_process_is_nobodys(tmp_path):
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / LOCK)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as holder:
+        holder.stdout.readline()
+        with pytest.raises(ConfigError, match="another run"), locked(tmp_path):
+            pytest.fail("two runs in one folder")
+        holder.kill()
+    with locked(tmp_path):
+        assert (tmp_path / LOCK).exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_lock_on_a_file_that_its_holder_removed_guards_nothing(tmp_path, monkeypatch):
+    """Opened before the holder's end and locked after it, the file has no name any more: the next one is taken."""
+    real, times = os.stat, iter(range(9))
+
+    def stat(path, **keywords):
+        if path == tmp_path / LOCK and next(times) == 0:
+            os.unlink(path)
+        return real(path, **keywords)
+
+    monkeypatch.setattr(os, "stat", stat)
+    with locked(tmp_path), pytest.raises(ConfigError), locked(tmp_path):
+        pytest.fail("two runs in one folder")
+    assert next(times) > 1
+
+
+def test_lock_without_fcntl_is_windows_or_none(tmp_path, monkeypatch):
+    def locking(descriptor, mode, size):
+        raise PermissionError(13, "held by another process")
+
+    monkeypatch.setattr(checkpoint_utils, "fcntl", None)
+    with locked(tmp_path):
+        pass
+    monkeypatch.setattr(checkpoint_utils, "msvcrt", SimpleNamespace(locking=locking, LK_NBLCK=2))
+    with pytest.raises(ConfigError, match="another run"), locked(tmp_path):
+        pytest.fail("two runs in one folder")
+
+
+def test_file_system_without_locks_costs_no_run(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(checkpoint_utils, "fcntl", SimpleNamespace(flock=flock, LOCK_EX=2, LOCK_NB=4))
+    with locked(tmp_path):
+        pass
+
+
+def test_taking_the_folder_puts_back_what_a_kill_left_between_two_names(tmp_path):
+    """Before a checkpoint to go on from is looked for: with save_total_limit 1 it is the only one."""
+    folder = write(tmp_path, 4)
+    os.rename(folder, tmp_path / f".replaced-{folder.name}")
+    with locked(tmp_path):
+        assert latest_checkpoint(tmp_path, pytest.fail)[0] == folder
+
+
+@pytest.mark.parametrize("optim", ["adamw_8bit", "adamw_torch"])
+def test_space_is_what_checkpoints_take(train, monkeypatch, capsys, optim):
+    """Measured on a run: never less than its three checkpoints and the adapter, and not twice as much."""
+    code, folder = train("--optim", optim, "--rank", 16, "--save_steps", 1, "--save_total_limit", 3)
+    assert code == 0
+    sizes = [tensor.numel() for tensor in read_checkpoint(folder / "checkpoint-3")[0].values()]
+    written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    free = 0
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    training = dataclasses.replace(Config().training, output_dir="nowhere", save_total_limit=2, optim=optim)
+    for free in (written, 2 * written):
+        if free == written:
+            with pytest.raises(ConfigError, match=r"expected \d+ MB free in .* for 3 checkpoints .*, got \d+ MB"):
+                check_space(training, sizes)
+        else:
+            check_space(training, sizes)
+    free = written // 2  # what is there already need not be found again
+    check_space(dataclasses.replace(training, output_dir=str(folder)), sizes)
+    free = 1000
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert train("--optim", optim, "--rank", 16, "--max_steps", 4, "--save_total_limit", 9)[0] == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: training.output_dir: expected") and line.endswith("got 0 MB")
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
 def test_log_waits_for_its_folder(tmp_path, capsys):
     log = Log(silent=False)
     log.row({"step": 0})  # before the folder is known to be the run's, nothing is written
@@ -468,6 +636,45 @@ def test_log_waits_for_its_folder(tmp_path, capsys):
     assert (tmp_path / "metrics.jsonl").read_text(encoding="utf-8") == '{"step": 1, "loss": 2.0}\n'
     Log(silent=True).say("three")
     assert capsys.readouterr().out == "one ✓\ntwo\n"
+
+
+def test_log_keeps_what_a_full_disk_does_not_take(tmp_path):
+    """No half line, nothing lost once there is room, and an error where there never is."""
+    resource = pytest.importorskip("resource")  # Windows has no such limits
+    log = Log(silent=False)
+    log.open(tmp_path)
+    log.say("one")
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        log.say("two, which is longer than what fits")
+        log.row({"step": 1})
+        assert (tmp_path / "training_log.txt").read_text(encoding="utf-8") == "one\n"
+        with pytest.raises(OSError):
+            log.flush()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    log.say("three")
+    lines = (tmp_path / "training_log.txt").read_text(encoding="utf-8").splitlines()
+    assert lines == ["one", "two, which is longer than what fits", "three"]
+    assert (tmp_path / "metrics.jsonl").read_text(encoding="utf-8") == '{"step": 1}\n'
+
+
+def test_log_outlives_its_console(tmp_path, monkeypatch):
+    class Gone:
+        encoding = "utf-8"
+
+        def write(self, text):
+            raise BrokenPipeError(32, "Broken pipe")
+
+        flush = close = lambda self: None
+
+    log = Log(silent=False)
+    log.open(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", Gone())
+        log.say("one")
+    assert (tmp_path / "training_log.txt").read_text(encoding="utf-8") == "one\n"
 
 
 # ------------------------------------------------------------------------------------------------ signals

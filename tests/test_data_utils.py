@@ -2,19 +2,28 @@
 
 import copy
 import csv
+import dataclasses
 import itertools
 import json
+import os
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from datasets import Dataset, DatasetDict
-from tokenizers import processors
-from transformers import PreTrainedTokenizerFast
+from safetensors.torch import load_file
+from tokenizers import normalizers, processors
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+import data_utils
+import fused_ops
+import train_qlora
 from config import ConfigError, DataConfig
 from data_utils import (
     IGNORED,
@@ -24,12 +33,19 @@ from data_utils import (
     first_token,
     load_rows,
     make_blocks,
+    pack,
+    recognise,
     rows_are_lines,
+    show_block,
     step_windows,
     tokenize_rows,
+    untrained_chat_tokens,
+    windows_of,
 )
 from quantization_utils import load_tokenizer
+from train_qlora import SummedLoss, main
 
+ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT_END, TURN_END = 0, 2  # <|endoftext|> and <|im_end|> of the tiny tokenizer
 
 
@@ -556,3 +572,731 @@ def test_a_dataset_of_another_form_is_refused(tokenizer, corpus):
         make_blocks(rows, tokenizer, data, 1)
     with pytest.raises(ConfigError, match="prepare_dataset.*input_ids"):
         make_blocks(DatasetDict(train=Dataset.from_dict({"text": ["a"]})), tokenizer, data, 1)
+
+
+# ------------------------------------------------------------------------------------------------ chats: template and mask
+
+SMOLLM2 = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+QWEN = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+SMOLLM2_TEMPLATE = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"
+    + SMOLLM2
+    + "<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+QWEN_TEMPLATE = Path(__file__).resolve().parents[2] / "shared" / "offline" / "qwen2.5_chat_template.jinja"
+
+
+def chat_tokenizer(name: str, tiny: PreTrainedTokenizerFast) -> tuple[PreTrainedTokenizerFast, str | None]:
+    """Return a tokenizer and the system message that its template puts first where the chat has none."""
+    folders = {"Qwen2.5": os.environ.get("QLORA_QWEN_TOKENIZER"), "SmolLM2": os.environ.get("QLORA_REAL_MODEL")}
+    if name in folders:
+        if not folders[name]:
+            pytest.skip(f"the environment names no folder with the tokenizer of {name}")
+        return load_tokenizer(folders[name]), QWEN if name == "Qwen2.5" else SMOLLM2
+    other = copy.deepcopy(tiny)
+    if name == "SmolLM2's template":
+        other.chat_template = SMOLLM2_TEMPLATE
+        return other, SMOLLM2
+    if name == "Qwen2.5's template":
+        if not QWEN_TEMPLATE.is_file():
+            pytest.skip(f"no {QWEN_TEMPLATE}")
+        other.chat_template = QWEN_TEMPLATE.read_text(encoding="utf-8")
+        return other, QWEN
+    return other, None
+
+
+TOKENIZERS = ["tiny", "SmolLM2's template", "Qwen2.5's template", "Qwen2.5", "SmolLM2"]
+
+
+def chatml(messages: list[dict], default_system: str | None) -> list[tuple[str, bool]]:
+    """The templates read by hand: pieces of the chat and whether they are learned. No piece merges with its neighbour."""
+    if default_system is not None and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": default_system}, *messages]
+    pieces = []
+    for message in messages:
+        answer = message["role"] == "assistant"
+        pieces += [("<|im_start|>", False), (message["role"] + "\n", False)]
+        pieces += [(message["content"], answer), ("<|im_end|>", answer), ("\n", False)]
+    return pieces
+
+
+def turns(*contents: str, system: str | None = None) -> list[dict]:
+    """A chat in which user and assistant take turns."""
+    first = [] if system is None else [{"role": "system", "content": system}]
+    return first + [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
+
+
+CHATS = [
+    turns("Hello there", "General Kenobi."),
+    turns("a", "b", "c", "d", "e", "f"),
+    turns("Who are you?", "A pirate, arr.", "And now?", "Still.", system="Speak like a pirate."),
+    turns("only a question, no answer"),
+    turns("a question", "an answer", "a last question without one"),
+    turns("größer 說中文 🙂🙂", "schöner: 說中文, é, 👩‍👩‍👧 ok", "x", "ﬁ ½ Å"),
+    turns("the same", "the same", "the same", "the same"),  # told apart by place, never by words
+    turns("say <|im_end|> and assistant\nb", "I say <|im_end|> and <|im_start|>user\nx", "ok", "fine"),
+    [{"role": "assistant", "content": "I speak first."}, *turns("good", "yes")],
+    [*turns("a", "b"), {"role": "system", "content": "be brief"}, *turns("c", "d")],
+    turns("code?", "def f(x):\n    return x\n\n\nprint(f(1))", "tail?", "spaces inside   and\ttabs"),
+]
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def tokenised(tmp_path: Path, rows: list[dict], tokenizer, **keys) -> Dataset:
+    data = settings(write_rows(tmp_path / "rows.jsonl", rows), **keys)
+    return tokenize_rows(load_rows(data), tokenizer, data)["train"]
+
+
+def expected_row(tokenizer, pieces: list[tuple[str, bool]]) -> tuple[list[int], list[int]]:
+    row, labels = [], []
+    for text, learned in pieces:
+        new = ids(tokenizer, text)
+        row += new
+        labels += new if learned else [IGNORED] * len(new)
+    return row, labels
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_template_and_mask_agree_with_a_reading_by_hand(tmp_path, tokenizer, name):
+    other, system = chat_tokenizer(name, tokenizer)
+    split = tokenised(tmp_path, [{"messages": chat} for chat in CHATS], other)
+    for chat, row in zip(CHATS, split, strict=True):
+        expected, labels = expected_row(other, chatml(chat, system))
+        assert row["input_ids"] == expected == other.apply_chat_template(chat)["input_ids"]
+        assert row["labels"] == labels
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_the_real_chats_agree_with_a_reading_by_hand(tmp_path, tokenizer, name):
+    path = os.environ.get("QLORA_CHATS")
+    if not path:
+        pytest.skip("QLORA_CHATS names no chat.jsonl of ../shared/offline/build_corpus.py")
+    other, system = chat_tokenizer(name, tokenizer)
+    with open(path, encoding="utf-8") as file:
+        rows = [json.loads(line) for line in itertools.islice(file, 400)]
+    split = tokenised(tmp_path, rows, other)
+    compared = 0
+    for chat, row in zip(rows, split, strict=True):
+        if all(message["content"].strip() == message["content"] != "" for message in chat["messages"]):
+            assert (row["input_ids"], row["labels"]) == expected_row(other, chatml(chat["messages"], system))
+            compared += 1
+    assert compared > 300
+
+
+def learned(tokenizer, row: dict) -> list[str]:
+    """Return the decoded runs of what is learned."""
+    runs = itertools.groupby(zip(row["input_ids"], row["labels"], strict=True), key=lambda pair: pair[1] != IGNORED)
+    return [tokenizer.decode([token for token, _ in run]) for answer, run in runs if answer]
+
+
+def with_template(tokenizer, template: str | None):
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = template
+    return other
+
+
+SPACED = turns("  padded question ", "  padded answer \n", "\nq", "\n\na\n")
+
+
+def test_spaces_around_an_answer_are_learned_where_the_template_keeps_them(tmp_path, tokenizer):
+    (row,) = tokenised(tmp_path, [{"messages": SPACED}], tokenizer)
+    assert learned(tokenizer, row) == ["  padded answer \n<|im_end|>", "\n\na\n<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("template", "runs"),
+    [
+        (  # Llama 2: trims, and a space before the end
+            "{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content | trim + ' [/INST]' }}{% else %}"
+            "{{ ' ' + m.content | trim + ' ' + eos_token }}{% endif %}{% endfor %}",
+            ["padded answer <|im_end|>", "a <|im_end|>"],
+        ),
+        (  # Gemma: another name for the role, trims, refuses a system message
+            "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+            "{{ '<|im_start|>' + ('model' if m.role == 'assistant' else m.role) + '\n' + m.content | trim + '<|im_end|>\n' }}"
+            "{% endfor %}",
+            ["padded answer<|im_end|>", "a<|im_end|>"],
+        ),
+        (  # Phi: something after the last turn, which is no part of it
+            "{% for m in messages %}{{ m.role + '|' + m.content + '<|im_end|>' }}{% endfor %}{{ '<|endoftext|>' }}",
+            ["  padded answer \n<|im_end|>", "\n\na\n<|im_end|>"],
+        ),
+        (  # Qwen3: an empty thought before the last answer only, so that a chat's beginning is not rendered as in the chat
+            "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if loop.last %}{{ '<think>\n\n</think>\n\n' }}"
+            "{% endif %}{{ m.content + '<|im_end|>\n' }}{% endfor %}",
+            ["  padded answer \n<|im_end|>", "\n\na\n<|im_end|>"],
+        ),
+        ("{% for m in messages %}{{ m.role }}: {{ m.content | trim }}\n{% endfor %}", ["padded answer", "a"]),
+        (None, ["  padded answer \n<|im_end|>", "\n\na\n<|im_end|>"]),
+    ],
+)
+def test_other_templates(tmp_path, tokenizer, template, runs):
+    other = with_template(tokenizer, template)
+    (row,) = tokenised(tmp_path, [{"messages": SPACED}], other)
+    assert [run.lstrip() for run in learned(other, row)] == [run.lstrip() for run in runs]
+    if template is not None:
+        assert row["input_ids"] == other.apply_chat_template(SPACED)["input_ids"]
+
+
+def test_without_a_template_a_plain_one_is_used_and_said(tmp_path, tokenizer):
+    other = with_template(tokenizer, None)
+    data = settings(write_rows(tmp_path / "a.jsonl", [{"messages": turns("hi", "ho", "he", "hu")}]))
+    split = tokenize_rows(load_rows(data), other, data)
+    text = "User: hi\nAssistant: ho<|im_end|>\nUser: he\nAssistant: hu<|im_end|>\n"
+    assert tokenizer.decode(split["train"][0]["input_ids"]) == text
+    assert "having no template" in split.source
+
+
+@pytest.mark.parametrize(
+    ("template", "chat", "problem"),
+    [
+        (
+            "{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}",
+            turns("a", "<think>b</think>c"),
+            "rewrites a turn of the assistant",
+        ),
+        ("{{ raise_exception('roles must alternate') }}", turns("a", "b"), "roles must alternate"),
+    ],
+)
+def test_a_template_that_hides_the_answers_is_refused(tmp_path, tokenizer, template, chat, problem):
+    with pytest.raises(ConfigError, match=rf"data\.dataset: row 1: .*{problem}"):
+        tokenised(tmp_path, [{"messages": chat}], with_template(tokenizer, template))
+
+
+def test_a_template_that_moves_the_turns_about_is_followed(tmp_path, tokenizer):
+    other = with_template(tokenizer, "{% for m in messages | reverse %}{{ m.content | upper + eos_token }}{% endfor %}")
+    (row,) = tokenised(tmp_path, [{"messages": turns("a", "b", "c", "d")}], other)
+    assert learned(other, row) == ["D<|im_end|>", "B<|im_end|>"]
+
+
+def test_not_only_answers_are_learned_on_request(tmp_path, tokenizer):
+    (row,) = tokenised(tmp_path, [{"messages": CHATS[1]}], tokenizer, completion_only=False)
+    assert row["labels"] == row["input_ids"]
+
+
+# ------------------------------------------------------------------------------------------------ formats
+
+
+def test_the_same_chat_in_every_form_is_the_same_row(tmp_path, tokenizer):
+    question, answer = "What is it?\n\nA riddle", "An egg."
+    forms = [
+        {"messages": turns(question, answer)},
+        {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]},
+        {"prompt": question, "completion": answer},
+        {"instruction": "What is it?", "input": "A riddle", "output": answer},
+        {"instruction": question, "input": "", "output": answer},
+        {"instruction": question, "input": None, "output": answer, "text": "the same once more"},
+        {"instruction": question, "output": answer, "category": "riddles"},
+        {"messages": [*turns(question, answer)], "text": "rendered by somebody", "labels": 3},
+    ]
+    rows = [tokenised(tmp_path, [form, form], tokenizer)[1] for form in forms]
+    assert rows[1:] == rows[:1] * (len(forms) - 1)
+    assert learned(tokenizer, rows[0]) == ["An egg.<|im_end|>"]
+
+
+def test_sharegpt_with_a_system_turn(tmp_path, tokenizer):
+    rows = [[("system", "Be brief."), ("human", "a"), ("gpt", "b"), ("human", "c"), ("gpt", "d")]]
+    rows = [{"conversations": [{"from": who, "value": text} for who, text in row]} for row in rows]
+    (row,) = tokenised(tmp_path, rows, tokenizer)
+    assert (row["input_ids"], row["labels"]) == expected_row(
+        tokenizer, chatml(turns("a", "b", "c", "d", system="Be brief."), None)
+    )
+
+
+@pytest.mark.parametrize(
+    ("columns", "keys", "expected"),
+    [
+        (["text"], {}, ("text", ("text",))),
+        (["text", "messages"], {}, ("chat", ("messages",))),
+        (["text", "messages"], {"format": "text"}, ("text", ("text",))),
+        (["body", "messages"], {"text_column": "body"}, ("text", ("body",))),
+        (["conversations", "id"], {}, ("chat", ("conversations",))),
+        (["instruction", "input", "output", "text"], {}, ("prompt", ("instruction", "input", "output"))),
+        (["instruction", "output"], {"format": "prompt"}, ("prompt", ("instruction", "output"))),
+        (["prompt", "completion", "messages"], {"format": "prompt"}, ("prompt", ("prompt", "completion"))),
+    ],
+)
+def test_formats_are_recognised_by_their_columns(columns, keys, expected):
+    assert recognise(columns, DataConfig(**keys)) == expected
+
+
+@pytest.mark.parametrize(
+    ("columns", "keys", "problem"),
+    [
+        (["body"], {}, r"data\.text_column: no column 'text' in .*it has body; a chat has messages or"),
+        (["text"], {"format": "chat"}, r"data\.format: chat needs the columns messages or conversations; .* has text"),
+        (["text"], {"format": "prompt"}, r"data\.format: prompt needs the columns prompt \+ completion or instruction"),
+        (["messages"], {"format": "text"}, r"data\.text_column: no column 'text' in .*it has messages$"),
+    ],
+)
+def test_columns_that_are_not_there_are_named(columns, keys, problem):
+    with pytest.raises(ConfigError, match=problem):
+        recognise(columns, DataConfig(**keys))
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({"messages": "Hello"}, "expected a list of turns in column 'messages', got 'Hello'"),
+        ({"messages": ["Hello"]}, "expected a list of turns"),
+        ({"messages": [{"role": "wizard", "content": "a"}]}, "turn 1: expected a role .*got 'wizard'"),
+        ({"messages": [*turns("a"), {"role": "assistant", "content": None}]}, "turn 2: expected a text, got None"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "turn 1: expected a text"),
+        ({"messages": [*turns("a"), {"role": "assistant", "content": "", "tool_calls": [1]}]}, "got tool calls"),
+        ({"prompt": "a", "completion": None}, "turn 2: expected a text, got None"),
+        ({"prompt": 5, "completion": "a"}, "turn 1: expected a text"),
+    ],
+)
+def test_a_row_of_another_form_is_refused_by_its_number(tmp_path, tokenizer, row, problem):
+    with pytest.raises(ConfigError, match=rf"data\.dataset: row 1: .*{problem}"):
+        tokenised(tmp_path, [row], tokenizer)
+
+
+def test_the_line_on_a_chat_marks_what_is_learned(tmp_path, tokenizer):
+    data = settings(write_rows(tmp_path / "a.jsonl", [{"messages": turns("hi\nyou", "ho")}] * 3), max_length=64)
+    part = blocks_of(data, tokenizer)["train"]
+    assert part.source == "chat, from column messages, through the tokenizer's chat template"
+    one = "<|im_start|>user\\nhi\\nyou<|im_end|>\\n<|im_start|>assistant\\n[[ho<|im_end|>]]\\n"
+    assert show_block(part[0], tokenizer).startswith(one + one[:12])
+    text = blocks_of(settings(write_jsonl(tmp_path / "b.jsonl", PROSE)), tokenizer)["train"]
+    assert text.source == "text, from column text"
+    assert show_block(text[0], tokenizer).startswith("Now is the winter")
+
+
+# ------------------------------------------------------------------------------------------------ rows without a lesson
+
+
+def test_rows_of_which_nothing_is_learned_are_named_and_left_out(tmp_path, tokenizer):
+    long = "word " * 40
+    rows = [turns("q", "a"), turns("q"), turns(long, "a"), [], turns("q", "a", long, "b"), turns(long, "x")] * 2
+    data = settings(write_rows(tmp_path / "a.jsonl", [{"messages": row} for row in rows]), max_length=32)
+    part = blocks_of(data, tokenizer)["train"]
+    assert part.rows == 4
+    assert part.notes[0] == (
+        "train: 8 of 12 rows left out, since nothing in their first 32 tokens (data.max_length) is learned: "
+        "rows 2, 3, 4, 6, 8, …"
+    )
+    assert part.notes[1].startswith("train: 6 of 12 rows are cut at data.max_length: ")
+    assert part.supervised == sum(int((part[i][1] != IGNORED).sum()) for i in range(len(part)))
+
+
+def test_where_nothing_is_learned_at_all_the_data_are_refused(tmp_path, tokenizer):
+    path = write_rows(tmp_path / "a.jsonl", [{"messages": turns("word " * 40, "a")}] * 3)
+    with pytest.raises(
+        ConfigError, match=r"data\.dataset: .*nothing to learn; train: 3 of 3 rows left out.*rows 1, 2, 3"
+    ):
+        blocks_of(settings(path, max_length=32), tokenizer)
+
+
+def test_samples_are_held_out_by_seed_and_limited_after_it(tmp_path, tokenizer):
+    path = write_rows(tmp_path / "a.jsonl", [{"messages": turns(f"number {i}", f"it is {i}")} for i in range(50)])
+    data = settings(path, max_length=64, validation_fraction=0.1, packing=False)
+
+    def of(part) -> list[int]:
+        return [int(re.search(r"number (\d+)", tokenizer.decode(part[i][0]))[1]) for i in range(len(part))]
+
+    one, again, other = (blocks_of(data, tokenizer, seed) for seed in (1, 1, 2))
+    assert len(of(one["validation"])) == 5
+    assert sorted(of(one["train"]) + of(one["validation"])) == list(range(50))
+    assert of(one["validation"]) == of(again["validation"]) != of(other["validation"])
+    few = blocks_of(dataclasses.replace(data, max_train_samples=7, max_eval_samples=2), tokenizer, 1)
+    assert (of(few["train"]), of(few["validation"])) == (of(one["train"])[:7], of(one["validation"])[:2])
+    single = settings(write_rows(tmp_path / "b.jsonl", [{"messages": turns("a", "b")}]), validation_fraction=0.1)
+    with pytest.raises(ConfigError, match="1 row to learn from: too few to hold one out"):
+        blocks_of(single, tokenizer)
+
+
+# ------------------------------------------------------------------------------------------------ untrained chat tokens
+
+
+def embedding_model(rows: torch.Tensor) -> SimpleNamespace:
+    return SimpleNamespace(get_input_embeddings=lambda: torch.nn.Embedding.from_pretrained(rows))
+
+
+def test_chat_tokens_that_were_never_trained_are_named(tokenizer, tiny_model):
+    rows = torch.randn(len(tokenizer) + 16, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert untrained_chat_tokens(embedding_model(rows), tokenizer) == []
+    zero, shared, drifted = rows.clone(), rows.clone(), rows.clone()
+    zero[1] = 0
+    shared[TURN_END] = shared[700]
+    # As untrained rows of a trained model: all moved the same way, none by a text.
+    drifted[[1, TURN_END, *range(len(tokenizer), len(rows))]] = (1 + 0.2 * torch.randn(18, 64)).bfloat16()
+    named = [untrained_chat_tokens(embedding_model(table), tokenizer) for table in (zero, shared, drifted)]
+    assert [re.findall(r"<\|\w+\|>", line) for (line,) in named] == [
+        ["<|im_start|>"],
+        ["<|im_end|>"],
+        ["<|im_start|>", "<|im_end|>"],
+    ]
+    assert untrained_chat_tokens(embedding_model(zero), with_template(tokenizer, None)) == []
+    assert untrained_chat_tokens(AutoModelForCausalLM.from_pretrained(tiny_model), tokenizer) == []
+
+
+@pytest.mark.real_model
+@pytest.mark.skipif(not os.environ.get("QLORA_REAL_MODEL"), reason="QLORA_REAL_MODEL names no folder")
+def test_real_chat_tokens_are_trained():
+    folder = os.environ["QLORA_REAL_MODEL"]
+    assert untrained_chat_tokens(AutoModelForCausalLM.from_pretrained(folder), load_tokenizer(folder)) == []
+
+
+# ------------------------------------------------------------------------------------------------ packed samples
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_pack_fills_blocks_and_loses_nothing(seed):
+    sizes = np.random.default_rng(seed).integers(2, 513, 3000)
+    block = pack(sizes, 512)
+    fill = np.bincount(block, sizes)
+    assert fill.max() <= 512 and sorted(set(block)) == list(range(len(fill)))
+    assert sizes.sum() / (512 * len(fill)) > 0.97
+    assert pack(np.array([512, 512]), 512).tolist() == [0, 1]
+    assert pack(np.array([300, 212, 200, 12, 12]), 512).tolist() == [0, 0, 1, 1, 1]
+
+
+CHAT_ROWS = [{"messages": chat} for chat in CHATS if any(turn["role"] == "assistant" for turn in chat)]
+
+
+def test_packed_blocks_hold_the_samples_as_they_are(tmp_path, tokenizer):
+    path = write_rows(tmp_path / "a.jsonl", CHAT_ROWS)
+    packed, single = (
+        blocks_of(settings(path, max_length=64, packing=packing), tokenizer)["train"] for packing in (True, False)
+    )
+    assert len(single) == single.rows == packed.rows == len(CHAT_ROWS) > len(packed)
+    assert (packed.tokens, packed.supervised) == (single.tokens, single.supervised)
+    samples = []
+    for i in range(len(packed)):
+        ids, labels, positions = packed[i]
+        starts = np.flatnonzero(positions == 0)
+        assert (labels[starts] == IGNORED).all() and len(ids) <= 64
+        for start, stop in itertools.pairwise([*starts, len(ids)]):
+            assert positions[start:stop].tolist() == list(range(stop - start))
+            samples.append((ids[start:stop].tolist(), labels[start:stop].tolist()))
+    assert sorted(samples) == sorted(tuple(map(list, single[i].tolist())) for i in range(len(single)))
+
+
+def test_the_first_token_of_a_sample_is_never_predicted(tmp_path, tokenizer):
+    path = write_rows(tmp_path / "a.jsonl", CHAT_ROWS)
+    part = blocks_of(settings(path, max_length=64, completion_only=False), tokenizer)["train"]
+    assert part.supervised == part.tokens - part.rows
+    for i in range(len(part)):
+        assert (np.flatnonzero(part[i][1] == IGNORED) == np.flatnonzero(part[i][2] == 0)).all()
+
+
+def test_a_batch_of_packed_samples_is_padded_with_one_more(tmp_path, tokenizer):
+    path = write_rows(tmp_path / "a.jsonl", CHAT_ROWS)
+    part = blocks_of(settings(path, max_length=64), tokenizer)["train"]
+    batch = collate([part[0], part[len(part) - 1]], tokenizer.pad_token_id)
+    size, longest = part[len(part) - 1].shape[1], part[0].shape[1]
+    assert batch["position_ids"][1, size:].tolist() == list(range(longest - size))
+    assert set(batch["labels"][1, size:].tolist()) == {IGNORED}
+    unpacked = blocks_of(settings(path, max_length=64, packing=False), tokenizer)["train"]
+    assert list(collate([unpacked[0]], 0)) == ["input_ids", "labels"]
+
+
+def test_rows_with_labels_of_another_prepare_dataset_are_samples(tmp_path, tokenizer):
+    rows = {"input_ids": [[5, 6, 7, 0], [8, 9, 0, 0]], "labels": [[-100, 6, 7, 0], [8, 9, 0, 0]]}
+    rows["attention_mask"] = [[1, 1, 1, 0], [1, 1, 0, 0]]
+    data = settings("own/data", rows="documents")
+    part = make_blocks(DatasetDict(train=Dataset.from_dict(rows)), tokenizer, data, 1)["train"]
+    assert part[0].tolist() == [[5, 6, 7, 8, 9], [-100, 6, 7, -100, 9], [0, 1, 2, 0, 1]]
+    lines = make_blocks(DatasetDict(train=Dataset.from_dict(rows)), tokenizer, settings("own/wikitext"), 1)["train"]
+    assert stream(lines) == [5, 6, 7, 8, 9, DOCUMENT_END]  # running text stays running text
+
+
+@pytest.fixture(scope="module")
+def models(random_models):
+    """Random models in fp32 by family and attention, each ready for packed samples."""
+
+    def make(family: str, attention: str = "sdpa"):
+        model = AutoModelForCausalLM.from_pretrained(
+            random_models(family), dtype=torch.float32, attn_implementation=attention
+        )
+        fused_ops.use_causal_attention(model, packed=True)
+        return model
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("family", "attention"),
+    [*((family, "sdpa") for family in ("qwen2", "llama", "mistral", "qwen3")), ("qwen2", "eager"), ("gemma2", "eager")],
+)
+def test_logits_of_a_packed_sample_are_those_of_the_sample_alone(tmp_path, tokenizer, models, family, attention):
+    model = models(family, attention).eval()
+    path = write_rows(tmp_path / "a.jsonl", CHAT_ROWS)
+    part = blocks_of(settings(path, max_length=64), tokenizer)["train"]
+    batch = collate([part[i] for i in range(len(part))], tokenizer.pad_token_id)
+    with torch.no_grad():
+        logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+        for i in range(len(part)):
+            starts = np.flatnonzero(part[i][2] == 0)
+            for start, stop in itertools.pairwise([*starts, part[i].shape[1]]):
+                alone = model(input_ids=batch["input_ids"][i : i + 1, start:stop], use_cache=False).logits
+                torch.testing.assert_close(logits[i, start:stop], alone[0], rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama", "mistral"])
+def test_gradients_of_packed_samples_are_the_sum_of_each_alone(tmp_path, tokenizer, models, family):
+    model = models(family).train()
+    path = write_rows(tmp_path / "a.jsonl", CHAT_ROWS)
+    data = settings(path, max_length=64)
+    head = model.get_output_embeddings().weight.requires_grad_(False)  # so that the chunked loss runs
+    sums = []
+    for packing in (True, False):
+        part = blocks_of(dataclasses.replace(data, packing=packing), tokenizer)["train"]
+        loss = SummedLoss(model, torch.float32)
+        assert loss.chunked and loss.head.weight is head
+        total = 0.0
+        for numbers in [[*range(len(part))]] if packing else [[i] for i in range(len(part))]:
+            value = loss(**collate([part[i] for i in numbers], tokenizer.pad_token_id))
+            value.backward()
+            total += value.item()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+        model.zero_grad()
+        sums.append((total, gradients))
+    (packed, own), (single, alone) = sums
+    assert packed == pytest.approx(single, rel=1e-6)
+    for name, gradient in own.items():
+        torch.testing.assert_close(gradient, alone[name], rtol=1e-4, atol=1e-5 * alone[name].abs().max().item())
+
+
+def test_running_text_takes_no_mask_and_one_sample_a_block_neither(models, monkeypatch):
+    model, masks = models("qwen2"), []
+    monkeypatch.setattr(fused_ops, "sdpa_mask", lambda **keywords: masks.append(keywords))
+    tokens = torch.arange(16).view(2, 8)
+    model(input_ids=tokens, use_cache=False)
+    model(input_ids=tokens, position_ids=torch.arange(8).expand(2, 8), use_cache=False)
+    assert not masks
+    model(input_ids=tokens, position_ids=torch.arange(4).repeat(2, 2), use_cache=False)
+    assert len(masks) == 1
+
+
+def test_a_model_that_lets_packed_samples_see_each_other_is_refused(random_models, monkeypatch):
+    model = AutoModelForCausalLM.from_pretrained(random_models("qwen2"), dtype=torch.float32)
+    decoder = model.get_decoder()
+    forward = type(decoder).forward
+    monkeypatch.setattr(type(decoder), "forward", lambda self, position_ids=None, **rest: forward(self, **rest))
+    with pytest.raises(ConfigError, match=r"data\.packing: Qwen2ForCausalLM .*set data\.packing false"):
+        fused_ops.use_causal_attention(model, packed=True)
+
+
+# ------------------------------------------------------------------------------------------------ the cache
+
+
+def fingerprint_of(path: Path, tokenizer, **keys) -> str:
+    data = settings(path, **keys)
+    return tokenize_rows(load_rows(data), tokenizer, data)["train"]._fingerprint
+
+
+def test_a_file_of_the_same_name_size_and_time_is_read_anew(tmp_path, tokenizer):
+    path = write_jsonl(tmp_path / "rows.jsonl", ["one", "two"])
+    time = path.stat()
+    assert tokenizer.decode(stream(blocks_of(settings(path), tokenizer)["train"])).startswith("one")
+    write_jsonl(path, ["six", "two"])
+    os.utime(path, ns=(time.st_atime_ns, time.st_mtime_ns))
+    assert path.stat().st_size == time.st_size
+    assert tokenizer.decode(stream(blocks_of(settings(path), tokenizer)["train"])).startswith("six")
+
+
+def test_what_makes_other_tokens_or_labels_makes_another_key(tmp_path, tokenizer):
+    path = write_rows(tmp_path / "a.jsonl", [{"messages": turns("a", "b"), "text": "a"}])
+    fewer = copy.deepcopy(tokenizer)
+    fewer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    keys = [
+        fingerprint_of(path, tokenizer),
+        fingerprint_of(path, tokenizer, completion_only=False),
+        fingerprint_of(path, tokenizer, format="text"),
+        fingerprint_of(path, with_template(tokenizer, SMOLLM2_TEMPLATE)),
+        fingerprint_of(path, fewer),
+    ]
+    assert len(set(keys)) == len(keys)
+    # What is cut afterwards is tokenised once.
+    assert fingerprint_of(path, tokenizer, max_length=8, packing=False) == keys[0]
+
+
+def test_what_an_earlier_call_left_in_the_tokenizer_cuts_nothing(tmp_path, tokenizer):
+    path = write_jsonl(tmp_path / "rows.jsonl", PROSE)
+    expected = stream(blocks_of(settings(path), tokenizer)["train"])
+    other = copy.deepcopy(tokenizer)
+    other("a", padding="max_length", truncation=True, max_length=4)
+    write_jsonl(path, [*PROSE, "more"])
+    assert stream(blocks_of(settings(path), other)["train"])[: len(expected)] == expected
+
+
+def test_a_second_run_tokenises_nothing(tmp_path, tokenizer, monkeypatch):
+    for name, row in (("a.jsonl", {"messages": turns("a", "b")}), ("b.jsonl", {"text": "a text"})):
+        data = settings(write_rows(tmp_path / name, [row] * 3))
+        first = stream_of(blocks_of(data, tokenizer)["train"])
+        with monkeypatch.context() as patch:
+            for encoder in ("text_encoder", "sample_encoder"):
+                patch.setattr(data_utils, encoder, lambda *arguments: None)  # what cannot be called is not called
+            assert stream_of(blocks_of(data, tokenizer)["train"]) == first
+
+
+def stream_of(part) -> list:
+    return [part[i].tolist() for i in range(len(part))]
+
+
+# ------------------------------------------------------------------------------------------------ strided windows
+
+
+@pytest.mark.parametrize(("length", "stride"), [(16, 5), (16, 16), (32, 8), (512, 256), (16, 1)])
+def test_windows_predict_each_token_once_as_perplexities_are_reported(tmp_path, tokenizer, length, stride):
+    path = write_txt(tmp_path / "a.txt", "\n\n".join(text.replace("\n", " ") for text in PROSE) + "\n")
+    data = settings(path, max_length=length)
+    blocks = make_blocks(tokenize_rows(load_rows(data), tokenizer, data), tokenizer, data, 1, close=False)["train"]
+    text = stream(blocks)
+    assert DOCUMENT_END not in text
+    windows, expected, done = windows_of(blocks, stride), [], 0
+    for start in range(0, len(text), stride):  # the loop of transformers' page on the perplexity of fixed-length models
+        stop = min(start + length, len(text))
+        expected.append((text[start:stop], [IGNORED] * (done - start) + text[max(done, start) : stop]))
+        done = stop
+        if stop == len(text):
+            break
+    assert [(ids.tolist(), labels.tolist()) for ids, labels in (windows[i] for i in range(len(windows)))] == expected
+    batch = collate([windows[i] for i in range(len(windows))], 0)
+    assert windows.supervised == int((batch["labels"][:, 1:] != IGNORED).sum())
+
+
+def test_samples_have_no_windows(tmp_path, tokenizer):
+    part = blocks_of(settings(write_rows(tmp_path / "a.jsonl", CHAT_ROWS), max_length=64), tokenizer)["train"]
+    with pytest.raises(ConfigError, match="--stride: expected running text, got chat, from column messages"):
+        windows_of(part, 4)
+
+
+# ------------------------------------------------------------------------------------------------ whole runs
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory) -> Path:
+    """A .jsonl of 60 chats made of the plays' lines."""
+    lines = [
+        line for line in (ROOT / "tiny" / "text" / "train.txt").read_text(encoding="utf-8").splitlines() if line.strip()
+    ]
+    sizes = itertools.cycle([2, 4, 2, 6, 3])
+    starts = itertools.accumulate(itertools.islice(sizes, 60), initial=0)
+    rows = [{"messages": turns(*lines[start:stop])} for start, stop in itertools.pairwise(starts)]
+    return write_rows(tmp_path_factory.mktemp("chats") / "chats.jsonl", rows)
+
+
+def losses(folder: Path, key: str = "loss") -> list[float]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [row[key] for row in rows if key in row]
+
+
+def test_a_run_on_chats_says_what_it_reads(train, chats, capsys):
+    code, folder = train("--dataset", chats, "--learning_rate", "1e-2")
+    log = (folder / "training_log.txt").read_text(encoding="utf-8")
+    assert code == 0
+    assert "data: read as chat, from column messages, through the tokenizer's chat template" in log
+    assert re.search(r"first block: <\|im_start\|>user.*\[\[.*<\|im_end\|>\]\]", log)
+    assert re.search(r"train: blocks are \d\d\.\d% full", log)
+    assert losses(folder, "eval_loss")[-1] < losses(folder, "eval_loss")[0]
+    assert main(["--evaluate", "--adapter", str(folder)]) == 0
+    result = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    assert result["adapter"]["loss"] == pytest.approx(min(losses(folder, "eval_loss")), rel=1e-4)
+    capsys.readouterr()
+    assert main(["--evaluate", "--adapter", str(folder), "--stride", "16"]) == 2
+    assert "--stride: expected running text, got chat" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", [(), ("--fused_lora", "on"), ("--fused_lora", "on", "--compile", "on")])
+def test_packed_and_unpacked_runs_learn_the_same(train, tmp_path, chats, tokenizer, monkeypatch, path):
+    """The same samples in each step, once packed and once a row each, in fp32 and without dropout."""
+    flags = ["--dataset", chats, "--validation_fraction", 0, "--compute_dtype", "float32", "--dropout", 0]
+    flags += ["--optim", "adamw_torch", "--logging_steps", 1, "--warmup_ratio", 0, *path]
+    data = settings(chats, max_length=64)
+    packed, single = (
+        blocks_of(dataclasses.replace(data, packing=packing), tokenizer)["train"].cuts for packing in (True, False)
+    )
+    number = {start: i for i, start in enumerate(single[:, 1])}
+    found = []
+    for packing in (True, False):
+
+        def windows(blocks: int, window: int, seed: int, step: int, packing: bool = packing):
+            for first in itertools.count(step * 4, 4):
+                rows = packed[(packed[:, 0] >= first) & (packed[:, 0] < first + 4)]
+                yield 0, np.unique(rows[:, 0]) if packing else np.array([number[start] for start in rows[:, 1]])
+
+        monkeypatch.setattr(train_qlora, "step_windows", windows)
+        code, folder = train(*flags, "--packing", packing, output_dir=tmp_path / str(packing))
+        assert code == 0
+        found.append((losses(folder), load_file(folder / "adapter_model.safetensors")))
+    (packed_losses, adapter), (single_losses, other) = found
+    assert packed_losses == pytest.approx(single_losses, rel=1e-5)
+    for name, tensor in adapter.items():
+        torch.testing.assert_close(tensor, other[name], rtol=1e-2, atol=1e-4)
+
+
+def test_evaluation_tells_how_sure_a_difference_is(train, corpus, capsys):
+    _, folder = train("--learning_rate", "1e-2")
+    capsys.readouterr()
+    for stride, flags in ((None, []), (16, ["--stride", "16"])):
+        assert main(["--evaluate", "--adapter", str(folder), *flags]) == 0
+        result = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+        change = result["difference"]["loss"]
+        assert change == pytest.approx(result["adapter"]["loss"] - result["base"]["loss"], abs=1e-9)
+        assert result["stride"] == stride and 0 < result["difference"]["standard_error"] < abs(change)
+        assert re.search(r"adapter - base: -\d\.\d{4} ± \d\.\d{4} \(standard error over", capsys.readouterr().out)
+
+
+def test_the_standard_error_of_a_difference_is_that_of_resampled_blocks():
+    random = np.random.default_rng(0)
+    tokens = random.integers(20, 64, 400).astype(float)
+    before = tokens * random.normal(3, 0.5, 400)  # blocks differ more from each other than by the change
+    after = before + tokens * random.normal(-0.1, 0.2, 400)
+    tables = [torch.tensor(np.stack([losses, tokens], 1)) for losses in (before, after)]
+    mean, error = train_qlora.loss_difference(*tables)
+    picks = [random.integers(0, 400, 400) for _ in range(4000)]
+    resampled = [((after - before)[pick]).sum() / tokens[pick].sum() for pick in picks]
+    assert mean == pytest.approx((after - before).sum() / tokens.sum())
+    assert error == pytest.approx(np.std(resampled), rel=0.05)
+    assert train_qlora.loss_difference(tables[0][:1], tables[1][:1])[1] is None
+
+
+def test_runs_are_compared_in_a_table_and_a_picture(train, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for rank in (4, 8):
+        train("--rank", rank, "--logging_steps", 1, output_dir=tmp_path / f"r{rank}")
+    capsys.readouterr()
+    assert main(["--compare", "r4", "r8"]) == 0
+    lines = [re.split(r"  +", line.strip()) for line in capsys.readouterr().out.splitlines()]
+    table = {line[0]: line[1:] for line in lines[1:-1]}
+    assert lines[0] == ["r4", "r8"] and lines[-1] == ["curves are in compare.png"]
+    assert [key for key in table if "." in key] == ["lora.rank"] and table["lora.rank"] == ["4", "8"]
+    for i, name in enumerate(("r4", "r8")):
+        adapter = load_file(tmp_path / name / "adapter_model.safetensors")
+        assert table["trainable parameters"][i] == f"{sum(tensor.numel() for tensor in adapter.values()):,}"
+        best = min(losses(tmp_path / name, "eval_loss"))
+        assert table["validation loss"][i].startswith(f"{best:.4f} (step ")
+        assert table["perplexity"][i] == f"{np.exp(best):.3f}"
+        assert float(table["peak GiB"][i]) > 0 and float(table["tokens/s"][i].replace(",", "")) > 0
+    assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["--compare", "r4", "r8", "--output", "elsewhere.png"]) == 0 and (tmp_path / "elsewhere.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (["--compare", "here"], "--compare: expected two folders or more, got here"),
+        (
+            ["--compare", "here", "there"],
+            "--compare: expected folders of finished runs, got here, which has no config.yaml",
+        ),
+        (["--output", "a.png"], "--output: goes with --compare"),
+        (["--stride", "16"], "--stride: goes with --evaluate"),
+        (["--evaluate", "--stride", "0"], "--stride: expected 1 to data.max_length (512), got 0"),
+        (["--evaluate", "--stride", "1024"], "--stride: expected 1 to data.max_length (512), got 1024"),
+        (["--evaluate", "--stride", "many"], "argument --stride: invalid int value: 'many'"),
+    ],
+)
+def test_evaluation_and_comparison_refuse_in_one_line(tmp_path, monkeypatch, capsys, flags, problem):
+    monkeypatch.chdir(tmp_path)
+    assert main(flags) == 2
+    assert capsys.readouterr().err.splitlines() == [f"error: {problem}"]
+    assert not list(tmp_path.iterdir())

@@ -1,5 +1,7 @@
 """The fast path equals the plain one: operators, kernels (in Triton's interpreter, and on a GPU where there is one), layers."""
 
+import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -8,6 +10,7 @@ from pathlib import Path
 import bitsandbytes as bnb
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import fused_ops
 import train_qlora
@@ -169,6 +172,77 @@ def test_the_fast_path_trains_from_the_command_line_on_a_cpu_and_resumes_on_the_
     code, folder = train(*flags, "--max_steps", 4, "--fused_lora", "off", output_dir=folder)
     assert code == 0 and (folder / "checkpoint-4").is_dir()
     assert "resuming from" in (folder / "training_log.txt").read_text(encoding="utf-8")
+
+
+@pytest.mark.real_model
+@pytest.mark.skipif(
+    "QLORA_REAL_MODEL" not in os.environ, reason="needs QLORA_REAL_MODEL, the folder of SmolLM2-135M-Instruct"
+)
+def test_fifty_steps_on_a_real_model_follow_the_plain_path(train, corpus, tmp_path):
+    """The fused curve is no further from the plain one than bfloat16 itself takes the plain one from that of fp32."""
+    curves = []
+    for fused, dtype in (("off", "float32"), ("off", "bfloat16"), ("on", "bfloat16")):
+        flags = ("--model_name", os.environ["QLORA_REAL_MODEL"], "--fused_lora", fused, "--compute_dtype", dtype)
+        flags = (*flags, "--max_length", 64, "--batch_size", 2, "--gradient_accumulation_steps", 1, "--max_steps", 50)
+        flags = (*flags, "--learning_rate", 5e-4, "--logging_steps", 1, "--max_eval_samples", 4)
+        code, folder = train(*flags, output_dir=tmp_path / f"{fused}-{dtype}")
+        assert code == 0
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        curves.append(torch.tensor([row["loss"] for row in rows if "loss" in row]))
+    reference, plain, fused = curves
+    noise, gap = (plain - reference).abs().mean().item(), (fused - plain).abs().mean().item()
+    print(f"mean distance of the curves: bfloat16 from fp32 {noise:.4f}, fused from plain {gap:.4f}")
+    assert gap < 1.5 * noise and (fused - plain)[-10:].abs().mean() < 0.05
+
+
+class Replayed(fused_ops.Captured):
+    """A graph without CUDA: it replays by calling the step on the same static tensors, after the same warm-up."""
+
+    def __init__(self, step, device, batch, length, names):
+        self.step = step
+        self.batch = {name: torch.zeros(batch, length, dtype=torch.long) for name in names}
+        self.batch["labels"].fill_(-100)
+        self.graph = self
+        for _ in range(2):
+            step(**self.batch)
+
+    def capture(self, pool) -> None:
+        self.training = torch.is_grad_enabled()
+        self.result = torch.zeros(())
+
+    def replay(self) -> None:
+        self.result.copy_(self.step(**self.batch))
+
+
+def test_a_captured_run_learns_what_an_uncaptured_one_does(train, monkeypatch, tmp_path):
+    """All but the graph itself: static inputs, a short last micro-batch, masks, what the warm-up leaves in the gradients."""
+    flags = (
+        "--compute_dtype",
+        "float32",
+        "--optim",
+        "adamw_torch",
+        "--batch_size",
+        3,
+        "--gradient_accumulation_steps",
+        1,
+    )
+    flags = (*flags, "--max_steps", "null", "--num_epochs", 1, "--max_train_samples", 300)
+    _, want = train(*flags, output_dir=tmp_path / "uncaptured")
+    choose = fused_ops.choose_fast_path
+    monkeypatch.setattr(fused_ops, "Captured", Replayed)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(
+        fused_ops, "choose_fast_path", lambda *args: dataclasses.replace(choose(*args), cuda_graphs=True)
+    )
+    code, found = train(*flags, output_dir=tmp_path / "captured")
+    assert code == 0
+    a, b = (load_file(folder / "adapter_model.safetensors") for folder in (want, found))
+    assert furthest(b, a) < 1e-5
+    rows = [
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (want, found)
+    ]
+    losses = [[row.get("loss", row.get("eval_loss")) for row in part] for part in rows]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------ kernels

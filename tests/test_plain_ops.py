@@ -4,11 +4,13 @@ import itertools
 import json
 import math
 
+import bitsandbytes as bnb
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
+import fused_ops
 from fused_ops import (
     DropoutClock,
     StatelessDropout,
@@ -392,3 +394,19 @@ def test_chunks_bound_the_logits():
 def test_labels_move_one_to_the_left():
     labels = torch.tensor([[1, 2, 3], [4, -100, 6]])
     assert shift_labels(labels).tolist() == [[2, 3, -100], [-100, 6, -100]]
+
+
+@pytest.mark.parametrize("kind", [bnb.optim.AdamW8bit, bnb.optim.AdamW32bit])
+def test_an_optimizer_without_waits_steps_as_bitsandbytes_does(kind):
+    torch.manual_seed(0)
+    start = [torch.randn(64, 128), torch.randn(16)]
+    runs = []
+    for optimizer in (kind, fused_ops.without_waits(kind)):
+        parameters = [torch.nn.Parameter(tensor.clone()) for tensor in start]
+        adam = optimizer(parameters, lr=1e-2, weight_decay=0.1)
+        for step in range(5):
+            for parameter in parameters:
+                parameter.grad = torch.sin(parameter.detach() * (step + 1))
+            adam.step()
+        runs.append(parameters)
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))

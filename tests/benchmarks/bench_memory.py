@@ -1,0 +1,165 @@
+"""Compare the memory plan with what training reserves on this GPU, over a grid of shapes; models with random 4-bit weights.
+
+    python tests/benchmarks/bench_memory.py [--only 3b-1x512] [--quick]
+
+The plan is that of memory_utils.plan_memory without the CUDA context, the measurement torch.cuda.max_memory_reserved after three
+micro-steps, an optimizer step and an evaluation. A JSON line a case, the table and the errors last. Cases share the process.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from config import Config, before_heavy_imports, load_config
+
+before_heavy_imports()
+
+import bitsandbytes as bnb
+import torch
+from accelerate import init_empty_weights
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config
+
+import memory_utils
+import train_qlora
+
+GIB = 2**30
+ATTENTION = "[q_proj, k_proj, v_proj, o_proj]"
+MODELS = {
+    "3b": Qwen2Config(
+        hidden_size=2048, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2, intermediate_size=11008,
+        vocab_size=151936, tie_word_embeddings=True, max_position_embeddings=32768,
+    ),
+    "1b": LlamaConfig(
+        hidden_size=2048, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, intermediate_size=8192,
+        vocab_size=128256, tie_word_embeddings=True, max_position_embeddings=131072, head_dim=64,
+    ),
+    "7b": LlamaConfig(
+        hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32, intermediate_size=11008,
+        vocab_size=32000, tie_word_embeddings=False, max_position_embeddings=8192,
+    ),
+}  # fmt: skip
+# (model, micro-batch, length, checkpointed layers, settings)
+GRID = [
+    ("3b", 1, 512, 0, {}),
+    ("3b", 1, 512, 18, {}),
+    ("3b", 1, 512, 36, {}),
+    ("3b", 4, 512, 0, {}),
+    ("3b", 4, 512, 36, {}),
+    ("3b", 16, 512, 0, {}),
+    ("3b", 16, 512, 18, {}),
+    ("3b", 16, 512, 36, {}),
+    ("3b", 4, 2048, 36, {}),
+    ("3b", 1, 2048, 0, {}),
+    ("3b", 1, 8192, 36, {}),
+    ("3b", 4, 8192, 36, {}),
+    ("3b", 4, 512, 36, {"lora.rank": "8"}),
+    ("3b", 4, 512, 18, {"lora.rank": "64"}),
+    ("3b", 4, 512, 18, {"lora.target_modules": ATTENTION}),
+    ("3b", 4, 512, 36, {"quantization.use_double_quant": "false"}),
+    ("3b", 4, 512, 36, {"training.optim": "adamw_8bit"}),
+    ("3b", 4, 512, 36, {"training.optim": "adamw_torch"}),
+    ("3b", 4, 512, 0, {"lora.dropout": "0.05"}),
+    ("3b", 1, 512, 0, {"performance.compile": "off"}),
+    ("3b", 4, 512, 36, {"performance.compile": "off"}),
+    ("3b", 4, 512, 0, {"performance.fused_lora": "off"}),
+    ("3b", 4, 512, 36, {"performance.fused_lora": "off"}),
+    ("1b", 1, 512, 0, {}),
+    ("1b", 16, 512, 16, {}),
+    ("1b", 4, 2048, 8, {}),
+    ("7b", 1, 512, 0, {}),
+    ("7b", 4, 512, 32, {}),
+    ("7b", 1, 8192, 32, {}),
+    ("7b", 16, 512, 16, {}),
+]  # fmt: skip
+
+
+def random_model(name: str, double: bool) -> PreTrainedModel:
+    """Return a model of the shape with random weights in NF4 on the GPU, made one layer at a time."""
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(MODELS[name], dtype=torch.bfloat16, attn_implementation="sdpa")
+    head = model.get_output_embeddings()
+    for path, module in list(model.named_modules()):
+        if not isinstance(module, torch.nn.Linear) or module is head:
+            continue
+        weight = torch.randn(module.out_features, module.in_features, device="cuda", dtype=torch.bfloat16) * 0.02
+        bias = module.bias is not None
+        layer = bnb.nn.Linear4bit(module.in_features, module.out_features, bias=bias, device="meta", quant_type="nf4")
+        layer.compute_dtype = torch.bfloat16
+        layer.weight = bnb.nn.Params4bit(
+            weight, requires_grad=False, compress_statistics=double, quant_type="nf4", module=layer
+        ).cuda()
+        parent, _, leaf = path.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, layer)
+    for path, parameter in list(model.named_parameters()):
+        if parameter.is_meta:
+            parent, _, leaf = path.rpartition(".")
+            real = torch.randn(parameter.shape, device="cuda", dtype=torch.bfloat16) * 0.02
+            setattr(model.get_submodule(parent), leaf, torch.nn.Parameter(real, requires_grad=False))
+    model.tie_weights()
+    for module in model.modules():
+        for key, buffer in module.named_buffers(recurse=False):
+            module.register_buffer(key, buffer.cuda(), persistent=False)
+    model.is_loaded_in_4bit = True
+    return model
+
+
+def measure(name: str, config: Config, micro_batch: int, checkpointed: int) -> float:
+    """Return the GiB that three micro-steps, an optimizer step and an evaluation reserve at most."""
+    model = random_model(name, config.quantization.use_double_quant)
+    learner = train_qlora.build_learner(config, model, micro_batch, lambda line: None, checkpointed)
+    device = torch.device("cuda", 0)
+    optimizer = train_qlora.create_optimizer(learner.parameters, config.training, device, print)
+    ids = torch.randint(0, 30000, (micro_batch, config.data.max_length), device=device)
+    learner.loss.base.eval()
+    learner.evaluation_loss(input_ids=ids, labels=ids)
+    learner.model.train()
+    for step in range(2):
+        learner.zero_gradients()
+        for _ in range(2):
+            learner.micro_step(step, torch.arange(micro_batch), {"input_ids": ids, "labels": ids})
+        optimizer.step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_reserved() / GIB
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="cases whose name begins so")
+    parser.add_argument("--quick", action="store_true", help="every third case")
+    args = parser.parse_args()
+    rows = []
+    for name, micro_batch, length, checkpointed, settings in GRID[:: 3 if args.quick else 1]:
+        label = f"{name}-{micro_batch}x{length}-ck{checkpointed}" + "".join(f"-{k}={v}" for k, v in settings.items())
+        if not label.startswith(args.only):
+            continue
+        config = load_config((), {"lora.dropout": "0", "data.max_length": str(length), **settings})
+        with torch.device("meta"):
+            shape = memory_utils.shape_of(AutoModelForCausalLM.from_config(MODELS[name]))
+        plan = memory_utils.plan_memory(shape, config, micro_batch, checkpointed)
+        torch._dynamo.reset()
+        memory_utils.let_go()
+        torch.cuda.reset_peak_memory_stats()
+        row = {"case": label, "planned": round(plan.reserved / GIB, 3), "before": torch.cuda.memory_reserved() / GIB}
+        try:
+            row["measured"] = round(measure(name, config, micro_batch, checkpointed), 3)
+            row["allocated"] = round(torch.cuda.max_memory_allocated() / GIB, 3)
+            row["error"] = round(row["planned"] / row["measured"] - 1, 4)
+        except torch.OutOfMemoryError:
+            row["failed"] = "out of memory"
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    errors = [row["error"] for row in rows if "error" in row]
+    print(f"{'case':<64}{'planned':>9}{'measured':>9}{'error':>8}")
+    for row in rows:
+        error = f"{row['error']:8.1%}" if "error" in row else row["failed"]
+        print(f"{row['case']:<64}{row['planned']:>9.2f}{row.get('measured', 0):>9.2f}{error:>8}")
+    median = statistics.median(map(abs, errors))
+    print(f"{len(errors)} cases: error {min(errors):.1%} to {max(errors):.1%}, median {median:.1%}")
+
+
+if __name__ == "__main__":
+    main()
