@@ -1,5 +1,5 @@
-"""What makes training fast without changing what is learned: dropout masks without state, attention without a mask tensor,
-and cross entropy over a frozen head that never holds the logits whole.
+"""What makes training fast without changing what is learned: dropout masks without state, attention without a mask
+tensor, and cross entropy over a frozen head that never holds the logits whole.
 """
 
 import dataclasses
@@ -64,9 +64,7 @@ class DropoutClock:
         """Name the optimizer step and the rows of the micro-batch about to run."""
         self.step.fill_(step)
         sequences = sequences.to(torch.int32)
-        if (
-            self.step.is_cuda and not sequences.is_cuda
-        ):  # a copy from pageable memory would wait for the GPU at every micro-step
+        if self.step.is_cuda and not sequences.is_cuda:  # a copy from pageable memory would wait for the GPU
             sequences = sequences.pin_memory()
         if self.sequences.shape == sequences.shape:
             self.sequences.copy_(sequences, non_blocking=True)
@@ -79,7 +77,7 @@ class DropoutClock:
         return int32(self.seed * 0x9E3779B1 ^ salt)
 
     def keep(self, salt: int, length: int, features: int, p: float) -> torch.Tensor:
-        """Return which inputs survive, bool [batch, length, features]; the modules that read one x ask in turn for one mask."""
+        """Return which inputs survive, bool [batch, length, features]; modules that read one x ask for one mask."""
         asked = (salt, length, features, p)
         if self._last is None or self._last[0] != asked:
             self._last = (asked, dropout_mask(self.step, self.sequences, self.salted(salt), length, features, p))
@@ -89,9 +87,9 @@ class DropoutClock:
 def dropout_mask(
     step: torch.Tensor, sequences: torch.Tensor, salt: int | torch.Tensor, length: int, features: int, p: float
 ) -> torch.Tensor:
-    """Return which inputs survive, bool [batch, length, features]: a hash of step, sequence, position and pair of features.
+    """Return which inputs survive, bool [batch, length, features]: a hash of step, sequence, position and feature.
 
-    The two halves of a 32-bit hash serve two neighbouring features: hashing is a third of a fused kernel's instructions.
+    Its two halves of 16 bits serve two neighbouring features: hashing is a third of a fused kernel's instructions.
     """
     key = mix(mix(step ^ salt) ^ sequences)
     position = torch.arange(length, dtype=torch.int32, device=step.device)
@@ -108,7 +106,7 @@ def drop_threshold(p: float) -> int:
 
 
 class StatelessDropout(nn.Module):
-    """Stands in for peft's nn.Dropout on an adapter's input while training; identity in eval mode. x: [batch, length, features]."""
+    """Stands in for peft's nn.Dropout on an adapter's input, x: [batch, length, features]; identity in eval mode."""
 
     def __init__(self, p: float, clock: DropoutClock, salt: int):
         super().__init__()
@@ -142,7 +140,7 @@ def use_stateless_dropout(model: nn.Module, p: float, clock: DropoutClock) -> in
     return count
 
 
-# ------------------------------------------------------------------------------------------------ attention without a mask
+# ------------------------------------------------------------------------------------------------ attention, no mask
 
 CAUSAL = "sdpa_causal"
 
@@ -150,8 +148,9 @@ CAUSAL = "sdpa_causal"
 def _no_mask(
     *, kv_length: int, config: Any, local_size: int | None = None, allow_is_causal_skip: bool = True, **kwargs
 ) -> torch.Tensor | None:
-    """Return no mask, so that SDPA takes its is_causal path; a real one where the length exceeds a sliding window, or where
-    transformers found positions that restart (it then allows no skip, as it also does in a captured graph, packed or not).
+    """Return no mask, so that SDPA takes its is_causal path; a real one where the length exceeds a sliding window, or
+    where transformers found positions that restart (it then allows no skip, as it also does in a captured graph,
+    packed or not).
     """
     packed = getattr(config, "packed_samples", False) and not allow_is_causal_skip
     if not packed and (local_size is None or kv_length <= local_size):
@@ -162,7 +161,7 @@ def _no_mask(
 
 @torch.no_grad()
 def _check_packing(model: nn.Module) -> None:
-    """Refuse a model that lets packed samples see each other: a state that runs on, an attention that ignores positions."""
+    """Refuse a model that lets packed samples see each other: a state that runs on, attention without positions."""
     training, decoder = model.training, model.eval().get_decoder()
     samples = torch.arange(1, 17, device=model.device).view(2, 8)  # two rows, as other kernels serve a batch of one
     positions = torch.arange(4, device=model.device).repeat(2, 2)
@@ -182,9 +181,10 @@ def _check_packing(model: nn.Module) -> None:
 def use_causal_attention(model: nn.Module, packed: bool = False) -> bool:
     """Train without mask tensors: blocks are full and padding is on the right, so causality alone is exact.
 
-    transformers builds a 4-D mask where it cannot look at the data (in a captured graph); this keeps the fast path of SDPA.
-    packed: blocks hold samples whose position_ids restart, which must not see each other; these get their mask, block-diagonal
-    and causal. Returns whether the model was switched: only one that runs `sdpa` is. Raises ConfigError.
+    transformers builds a 4-D mask where it cannot look at the data (in a captured graph); this keeps the fast path
+    of SDPA. packed: blocks hold samples whose position_ids restart, which must not see each other; these get their
+    mask, block-diagonal and causal. Returns whether the model was switched: only one that runs `sdpa` is. Raises
+    ConfigError.
     """
     model.config.packed_samples = packed
     plain = model.config._attn_implementation == "sdpa"
@@ -197,11 +197,11 @@ def use_causal_attention(model: nn.Module, packed: bool = False) -> bool:
     return plain
 
 
-# ------------------------------------------------------------------------------------------------ cross entropy, frozen head
+# ------------------------------------------------------------------------------------------------ cross entropy
 
 
 def chunk_rows(vocabulary: int, free_bytes: int | None = None) -> int:
-    """Return how many positions' logits to hold at once: a tenth of the free memory, at most 512 rows; 256 MiB in fp32 else."""
+    """Return how many positions' logits to hold at once: a tenth of free_bytes, at most 512 rows; None: 256 MiB."""
     if free_bytes is None:
         return max(16, 2**26 // vocabulary)
     return max(128, min(512, free_bytes // 10 // (8 * vocabulary)) // 128 * 128)
@@ -251,9 +251,10 @@ def chunked_cross_entropy(
 ) -> torch.Tensor:
     """Return the summed cross entropy, fp32, of `hidden @ weight.T + bias` against `labels` without holding all logits.
 
-    hidden: [positions, width]; weight: [vocabulary, width], frozen; labels: [positions], -100 where nothing is supervised.
-    The gradient of `hidden` is finished in the forward, chunk by chunk (the idea of Liger-Kernel's fused linear cross entropy);
-    `weight` and `bias` get none, so an adapter on the head needs another loss. chunk_loss: `_chunk_loss`, perhaps compiled.
+    hidden: [positions, width]; weight: [vocabulary, width], frozen; labels: [positions], -100 where nothing is
+    supervised. The gradient of `hidden` is finished in the forward, chunk by chunk (the idea of Liger-Kernel's fused
+    linear cross entropy); `weight` and `bias` get none, so an adapter on the head needs another loss. chunk_loss:
+    `_chunk_loss`, perhaps compiled.
     """
     return _FrozenHeadCrossEntropy.apply(hidden, weight, bias, labels, chunk or chunk_rows(len(weight)), chunk_loss)
 
@@ -297,17 +298,17 @@ if triton is not None:
 
     @triton.jit
     def _sigmoid(x):
-        """1 / (1 + exp(-x)) by a reciprocal square root: two special functions, where a division takes eight instructions more."""
+        """1 / (1 + exp(-x)) by a reciprocal square root, since a division takes eight instructions more."""
         root = tl.rsqrt(1.0 + tl.exp2(x * -1.4426950408889634))
         return root * root
 
     @triton.jit
     def _dequantize_kernel(
-        packed, absmax, absmax2, offset, code2, lut, B0, B1, B2, out, blocks, rows, rows0, rows1, stride, rank, extra, scale, programs,
-        NESTED: tl.constexpr, BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr, ROW_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr,
-        ROWS: tl.constexpr, BLOCK_R: tl.constexpr,
+        packed, absmax, absmax2, offset, code2, lut, B0, B1, B2, out, blocks, rows, rows0, rows1, stride, rank, extra,
+        scale, programs, NESTED: tl.constexpr, BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr,
+        ROW_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr, BLOCK_R: tl.constexpr,
     ):  # fmt: skip
-        """Write a run of W's quantisation blocks into [W | scale B]; the programs past the last run write B's columns."""
+        """Write a run of W's quantisation blocks into [W | scale B]; the programs past the last write B's columns."""
         program = tl.program_id(0)
         dtype = out.dtype.element_ty
         if program < programs:
@@ -324,7 +325,7 @@ if triton is not None:
             codes = tl.load(packed + block[:, None] * (BLOCKSIZE // 8) + word[None], mask=inside[:, None], other=0)
             code = (codes[:, :, None] >> ((tl.arange(0, 8) ^ 1) * 4)[None, None]) & 15
             table = tl.load(lut + tl.arange(0, 16))
-            # The gather goes through shared memory: half the instructions of a load a weight, whose addresses have 64 bits.
+            # The gather goes through shared memory: half the instructions of loads, whose addresses have 64 bits.
             level = tl.gather(table, tl.reshape(code, (BLOCKS * BLOCKSIZE,)), 0)
             values = (tl.reshape(level, (BLOCKS, BLOCKSIZE)) * constant[:, None]).to(dtype)
             start = (block // ROW_BLOCKS).to(tl.int64) * stride + (block % ROW_BLOCKS) * BLOCKSIZE
@@ -368,11 +369,13 @@ if triton is not None:
     @triton.jit
     def _widen_backward_kernel(
         wide, x, other, A, step, sequences, salt, rows, length, columns, stride, extra, threshold, inverse,
-        SWIGLU: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+        SWIGLU: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+        BLOCK_R: tl.constexpr,
     ):  # fmt: skip
         """Complete dx in [dx | du] by mask (du A), and write what dA needs, dropout(x).
 
-        With SwiGLU the gradients of [gate | up] go to `other` and dropout(SwiGLU) takes dx's place; else dropout(x) goes to `other`.
+        With SwiGLU the gradients of [gate | up] go to `other` and dropout(SwiGLU) takes dx's place; else dropout(x)
+        goes to `other`.
         """
         m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
         k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -436,12 +439,13 @@ def _power(n: int) -> int:
 #
 # Linears that read one x, with their rank-r adapters, are one operator with the gradient of its own arithmetic:
 #   y = [x | u] [W | scale B]^T + bias,  u = dropout(x) A^T       (SwiGLU first, where x is [gate | up])
-# W is dequantised, used and dropped. The adapter rides in the base product's own reduction, so no pass reads and writes whole
-# activations for y += u B^T, and the backward's product yields dx and du at once. An opaque operator keeps a compiler from saving W.
+# W is dequantised, used and dropped. The adapter rides in the base product's own reduction, so no pass reads and
+# writes whole activations for y += u B^T, and the backward's product yields dx and du at once. An opaque operator
+# keeps a compiler from saving W.
 
 
 def adapter_columns(rank: int, members: int) -> int:
-    """Return the adapters' columns in the wide operands: a multiple of 16, so that rows stay aligned for the matrix units."""
+    """Return the adapters' columns in the wide operands: a multiple of 16, for aligned rows."""
     return -(-rank * members // 16) * 16
 
 
@@ -456,7 +460,7 @@ def _drop(x: torch.Tensor, masks: "Masks") -> torch.Tensor:
 
 
 class Masks(NamedTuple):
-    """What a mask is a function of. step, salt: int32 scalars; sequences: int32 [batch]; length: positions a sequence."""
+    """What a mask is a function of. step, salt: int32 scalars; sequences: int32 [batch]; length: of a sequence."""
 
     step: torch.Tensor
     sequences: torch.Tensor
@@ -473,7 +477,7 @@ def stack_adapters(A: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
 
 
 def widen(x: torch.Tensor, A: torch.Tensor, masks: Masks, swiglu: bool, kernels: bool) -> torch.Tensor:
-    """Return [x | dropout(x) A^T], [rows, columns + adapter columns]. x: [rows, columns], or [rows, 2 columns] with swiglu."""
+    """Return [x | dropout(x) A^T], [rows, columns + adapter columns]. x: [rows, columns]; swiglu: [rows, 2 columns]."""
     extra, columns = A.shape
     wide = x.new_empty(len(x), columns + extra)
     if kernels:
@@ -504,9 +508,9 @@ def widen_backward(
         launch = backward_launch(extra)
         grid = (triton.cdiv(len(x), launch.block_m), triton.cdiv(columns, launch.block_k))
         _widen_backward_kernel[grid](
-            wide, x, other, A, masks.step, masks.sequences, masks.salt, len(x), masks.length, columns, columns + extra, extra,
-            drop_threshold(masks.p), 1 / (1 - masks.p), SWIGLU=swiglu, DROPOUT=masks.p > 0, BLOCK_M=launch.block_m,
-            BLOCK_K=launch.block_k, BLOCK_R=_power(extra), num_warps=launch.warps,
+            wide, x, other, A, masks.step, masks.sequences, masks.salt, len(x), masks.length, columns, columns + extra,
+            extra, drop_threshold(masks.p), 1 / (1 - masks.p), SWIGLU=swiglu, DROPOUT=masks.p > 0,
+            BLOCK_M=launch.block_m, BLOCK_K=launch.block_k, BLOCK_R=_power(extra), num_warps=launch.warps,
         )  # fmt: skip
         return (other, dx) if swiglu else (dx, other)
     tile, back = _swiglu(x) if swiglu else x, du @ A
@@ -521,9 +525,11 @@ def widen_backward(
 
 
 class Packed(NamedTuple):
-    """The 4-bit weights of one or more linears, stacked on their outputs. codes: uint8, two weights a byte; lut: fp32 [16].
+    """The 4-bit weights of one or more linears, stacked on their outputs. codes: uint8, two weights a byte; lut: fp32
+    [16].
 
-    constants: absmax (fp32), or absmax (uint8), second-level absmax and offset (a value each for `blocksizes[1]` first ones), and code.
+    constants: absmax (fp32), or absmax (uint8), second-level absmax and offset (a value each for `blocksizes[1]`
+    first ones), and code.
     """
 
     codes: torch.Tensor
@@ -535,7 +541,7 @@ class Packed(NamedTuple):
 
 
 def extended_weight(W: Packed, B: list[torch.Tensor], scale: float, dtype: torch.dtype, kernels: bool) -> torch.Tensor:
-    """Return [W | scale B], [out features, columns + adapter columns]; the members' B stand on the diagonal of their part."""
+    """Return [W | scale B], [out features, columns + adapter columns]; the members' B stand on its diagonal."""
     rows, rank = W.codes.numel() * 2 // W.columns, B[0].shape[1] if B else 0
     extra = adapter_columns(rank, len(B))
     out = torch.empty(rows, W.columns + extra, dtype=dtype, device=W.codes.device)
@@ -546,9 +552,9 @@ def extended_weight(W: Packed, B: list[torch.Tensor], scale: float, dtype: torch
         programs, b = triton.cdiv(rows * row_blocks, DEQUANTIZE.block_m), [*B, W.lut, W.lut, W.lut]
         _dequantize_kernel[(programs + (triton.cdiv(rows, 128) if B else 0),)](
             W.codes.view(torch.int32), absmax, absmax2, offset, code2, W.lut, *b[:3], out, rows * row_blocks, rows,
-            len(B[0]) if B else 0, len(B[1]) if len(B) > 1 else rows, out.stride(0), rank, extra, scale, programs, NESTED=nested,
-            BLOCKSIZE=W.blocksizes[0], BLOCKSIZE2=W.blocksizes[1], ROW_BLOCKS=row_blocks, BLOCKS=DEQUANTIZE.block_m, ROWS=128,
-            BLOCK_R=_power(extra or 1), num_warps=DEQUANTIZE.warps,
+            len(B[0]) if B else 0, len(B[1]) if len(B) > 1 else rows, out.stride(0), rank, extra, scale, programs,
+            NESTED=nested, BLOCKSIZE=W.blocksizes[0], BLOCKSIZE2=W.blocksizes[1], ROW_BLOCKS=row_blocks,
+            BLOCKS=DEQUANTIZE.block_m, ROWS=128, BLOCK_R=_power(extra or 1), num_warps=DEQUANTIZE.warps,
         )  # fmt: skip
         return out
     if nested:
@@ -563,7 +569,7 @@ def extended_weight(W: Packed, B: list[torch.Tensor], scale: float, dtype: torch
 
 
 def _product_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Return a @ b in fp32: a gradient that was summed over thousands of rows is not rounded to 8 bits on its way out."""
+    """Return a @ b in fp32: a gradient summed over thousands of rows is not rounded to 8 bits on its way out."""
     if a.is_cuda and a.dtype is not torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
     return (a @ b).float()
@@ -571,9 +577,11 @@ def _product_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 @torch.library.custom_op("qlora::linear", mutates_args=())
 def linear(
-    x: torch.Tensor, A: list[torch.Tensor], B: list[torch.Tensor], bias: torch.Tensor | None, scale: float, swiglu: bool,
-    codes: torch.Tensor, constants: list[torch.Tensor], lut: torch.Tensor, columns: int, blocksizes: list[int], quant_type: str,
-    step: torch.Tensor, sequences: torch.Tensor, salt: torch.Tensor, length: int, p: float, kernels: bool,
+    x: torch.Tensor, A: list[torch.Tensor], B: list[torch.Tensor], bias: torch.Tensor | None, scale: float,
+    swiglu: bool,
+    codes: torch.Tensor, constants: list[torch.Tensor], lut: torch.Tensor, columns: int, blocksizes: list[int],
+    quant_type: str, step: torch.Tensor, sequences: torch.Tensor, salt: torch.Tensor, length: int, p: float,
+    kernels: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Return (y, scale u), y: [rows, out features of all members]. x: [rows, columns], or [gate | up] of SwiGLU."""
     W = extended_weight(Packed(codes, constants, lut, columns, blocksizes, quant_type), B, scale, x.dtype, kernels)
@@ -595,11 +603,13 @@ def _(x, A, B, bias, scale, swiglu, codes, constants, lut, columns, *rest):
 
 @torch.library.custom_op("qlora::linear_backward", mutates_args=())
 def linear_backward(
-    grad: torch.Tensor, x: torch.Tensor, u: torch.Tensor, A: list[torch.Tensor], B: list[torch.Tensor], scale: float, swiglu: bool,
-    codes: torch.Tensor, constants: list[torch.Tensor], lut: torch.Tensor, columns: int, blocksizes: list[int], quant_type: str,
-    step: torch.Tensor, sequences: torch.Tensor, salt: torch.Tensor, length: int, p: float, kernels: bool,
+    grad: torch.Tensor, x: torch.Tensor, u: torch.Tensor, A: list[torch.Tensor], B: list[torch.Tensor], scale: float,
+    swiglu: bool,
+    codes: torch.Tensor, constants: list[torch.Tensor], lut: torch.Tensor, columns: int, blocksizes: list[int],
+    quant_type: str, step: torch.Tensor, sequences: torch.Tensor, salt: torch.Tensor, length: int, p: float,
+    kernels: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Return (dx, dA of all members [adapter columns, columns], dB [out features, adapter columns]), the last two in fp32."""
+    """Return (dx, dA of all members [adapter columns, columns], dB [out features, adapter columns]) in fp32."""
     W = extended_weight(Packed(codes, constants, lut, columns, blocksizes, quant_type), B, scale, grad.dtype, kernels)
     dB = _product_fp32(grad.t(), u)
     wide = grad @ W
@@ -650,7 +660,8 @@ def _linear_backward(ctx, grad, _):
     if not A:
         return product_backward(grad.contiguous(), x, ctx.swiglu, *quantised, ctx.kernels), [], [], *nothing
     dx, dA, dB = linear_backward(
-        grad.contiguous(), x, u, A, B, ctx.scale, ctx.swiglu, *quantised, step, sequences, salt, ctx.length, ctx.p, ctx.kernels
+        grad.contiguous(), x, u, A, B, ctx.scale, ctx.swiglu, *quantised, step, sequences, salt, ctx.length, ctx.p,
+        ctx.kernels,
     )  # fmt: skip
     rank = len(A[0])
     dAs = [dA[i * rank : (i + 1) * rank].to(a.dtype) for i, a in enumerate(A)]
@@ -664,8 +675,8 @@ linear.register_autograd(_linear_backward, setup_context=_linear_setup)
 
 @torch.library.custom_op("qlora::product_backward", mutates_args=())
 def product_backward(
-    grad: torch.Tensor, x: torch.Tensor, swiglu: bool, codes: torch.Tensor, constants: list[torch.Tensor], lut: torch.Tensor,
-    columns: int, blocksizes: list[int], quant_type: str, kernels: bool,
+    grad: torch.Tensor, x: torch.Tensor, swiglu: bool, codes: torch.Tensor, constants: list[torch.Tensor],
+    lut: torch.Tensor, columns: int, blocksizes: list[int], quant_type: str, kernels: bool,
 ) -> torch.Tensor:  # fmt: skip
     """Return dx where there is no adapter."""
     packed = Packed(codes, constants, lut, columns, blocksizes, quant_type)
@@ -727,7 +738,7 @@ def _first_level(state: bnb.functional.QuantState) -> torch.Tensor:
 
 
 class Group:
-    """Linears that read one x, as one operator: x [..., columns] (or [..., 2 columns] with swiglu) -> [..., all outputs]."""
+    """Linears that read one x, as one operator: x [..., columns] (or [..., 2 columns], swiglu) -> [..., outputs]."""
 
     def __init__(self, modules: list[nn.Module], salt: int, clock: DropoutClock, p: float, kernels: bool):
         bases = [getattr(module, "base_layer", module) for module in modules]
@@ -754,27 +765,28 @@ class Group:
 
 
 def _groupable(modules: list[nn.Module]) -> bool:
-    """Return whether the modules can share a Group: all 4-bit, and all or none with an adapter, biased or not, of one kind."""
+    """Return whether the modules can share a Group: all 4-bit, of one kind, all or none with adapter and bias."""
     if not all(fusable(module) for module in modules):
         return False
     bases = [getattr(module, "base_layer", module) for module in modules]
     kinds = {
         (
-            hasattr(module, "lora_A"), base.bias is None, base.weight.quant_state.nested, base.weight.quant_state.quant_type,
-            base.in_features, base.weight.quant_state.blocksize,
+            hasattr(module, "lora_A"), base.bias is None, base.weight.quant_state.nested,
+            base.weight.quant_state.quant_type, base.in_features, base.weight.quant_state.blocksize,
         )
         for module, base in zip(modules, bases, strict=True)
     }  # fmt: skip
     return len(kinds) == 1
 
 
-# Attention and MLP classes whose forward is the one below; what is not here keeps its own, with each linear fused alone.
+# Attention and MLP classes whose forward is the one below; what is not here keeps its own, with each linear fused
+# alone.
 ATTENTIONS = {"Qwen2Attention", "Qwen3Attention", "LlamaAttention", "MistralAttention"}
 MLPS = {"Qwen2MLP", "Qwen3MLP", "LlamaMLP", "MistralMLP"}
 
 
 def _fused_attention(self, hidden_states, position_embeddings, attention_mask=None, **kwargs):
-    """The attention of Qwen2, Qwen3, Llama and Mistral with q, k and v in one operator. hidden_states: [batch, length, width]."""
+    """The attention of Qwen2, Qwen3, Llama and Mistral with q, k and v in one operator. [batch, length, width]."""
     shape = hidden_states.shape[:-1]
     parts = self.fused_qkv(hidden_states).split(self.fused_qkv.outputs, -1)
     q, k, v = (part.view(*shape, -1, self.head_dim) for part in parts)
@@ -798,7 +810,7 @@ def _fused_linear(self, x, *args, **kwargs):
 
 @functools.cache
 def _with_forward(kind: type, forward: Callable) -> type:
-    """Return a subclass of a module's class with another forward: one class for all layers, so that one compilation serves them."""
+    """Return a subclass with another forward: one class for all layers, so that one compilation serves them."""
     return type("Fused" + kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
 
 
@@ -835,8 +847,9 @@ def fuse(model: PeftModel, clock: DropoutClock, p: float, kernels: bool) -> int:
 
 
 def _policy(ctx, op, *args, **kwargs) -> CheckpointPolicy:
-    """Keep what the operator behind SwiGLU makes: the backward reads only its u, 32 bytes a token, and recomputing the whole
-    pass and product for it took 3 % of a step."""
+    """Keep what the operator behind SwiGLU makes: the backward reads only its u, 32 bytes a token, and recomputing the
+    whole pass and product for it took 3 % of a step.
+    """
     keep = op is torch.ops.qlora.linear.default and args[LINEAR_ARGUMENTS.index("swiglu")]
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
@@ -846,35 +859,35 @@ def _keep_small_products():
 
 
 def _run_layer(layer: nn.Module, hidden: torch.Tensor, **kwargs) -> torch.Tensor:
-    """A decoder layer, its checkpoint inside, so that a compiler drops from the recompute what the backward does not read."""
+    """A decoder layer, its checkpoint inside, so that a compiler drops from the recompute what the backward does not
+    read.
+    """
     forward = type(layer).forward
     if layer.recompute and layer.training and torch.is_grad_enabled():
         return checkpoint(
-            forward, layer, hidden, use_reentrant=False, preserve_rng_state=False, context_fn=_keep_small_products, **kwargs
+            forward, layer, hidden, use_reentrant=False, preserve_rng_state=False, context_fn=_keep_small_products,
+            **kwargs,
         )  # fmt: skip
     return forward(layer, hidden, **kwargs)
 
 
 def compile_layers(model: PeftModel) -> None:
-    """Compile the decoder layer once for all layers, for training; evaluation, a fiftieth of the work, runs as it is."""
-    # A norm's output is a product of what is saved anyway; the partitioner would save it too, since an opaque operator reads it:
-    # 8 kB a token and layer of Qwen2.5-3B.
+    """Compile the decoder layer once for all layers, for training; evaluation, little work, runs as it is."""
+    # A norm's output is a product of what is saved anyway; the partitioner would save it too, since an opaque operator
+    # reads it: 8 kB a token and layer of Qwen2.5-3B.
     torch._functorch.config.ban_recompute_materialized_backward = False
     logging.getLogger("torch._higher_order_ops.wrap").addFilter(lambda record: "context_fn" not in record.getMessage())
     compiled = torch.compile(_run_layer, dynamic=False)
 
     def run(layer: nn.Module, hidden: torch.Tensor, **kwargs) -> torch.Tensor:
-        if (
-            torch.is_grad_enabled() and not hidden.requires_grad
-        ):  # the embedding's output: else the first layer compiles anew
+        # The embedding's output needs no gradient: the first layer would be compiled anew for it.
+        if torch.is_grad_enabled() and not hidden.requires_grad:
             hidden = hidden.detach().requires_grad_()
         return (compiled if layer.training else _run_layer)(layer, hidden, **kwargs)
 
     for layer in model.get_base_model().get_decoder().layers:
-        layer.recompute, layer.gradient_checkpointing = (
-            layer.gradient_checkpointing,
-            False,
-        )  # ours, not transformers' around it
+        layer.recompute = layer.gradient_checkpointing
+        layer.gradient_checkpointing = False  # transformers would put its own checkpoint around the compiled layer
         layer.forward = functools.partial(run, layer)
 
 
@@ -884,9 +897,9 @@ def compile_layers(model: PeftModel) -> None:
 class Captured:
     """A function of a batch as one CUDA graph: what is launched thousands of times a micro-step is launched once.
 
-    step(input_ids=, labels=, ...) -> a scalar, free of host synchronisation; names: its arguments, each int64 [batch, length].
-    Gradients accumulate in place in the parameters' .grad, which must exist and hold rubbish after warm-up and capture. What else
-    the step reads (the dropout clock, the weights) is read anew at every replay.
+    step(input_ids=, labels=, ...) -> a scalar, free of host synchronisation; names: its arguments, each int64
+    [batch, length]. Gradients accumulate in place in the parameters' .grad, which must exist and hold rubbish after
+    warm-up and capture. What else the step reads (the dropout clock, the weights) is read anew at every replay.
     """
 
     def __init__(
@@ -909,7 +922,8 @@ class Captured:
             self.result = self.step(**self.batch)
 
     def __call__(self, **batch: torch.Tensor) -> torch.Tensor:
-        """Replay on a batch of up to the captured shape; what is missing is padded and unlabelled, samples of one token each.
+        """Replay on a batch of up to the captured shape; what is missing is padded and unlabelled, samples of one token
+        each.
 
         The next replay overwrites the result.
         """
@@ -927,7 +941,7 @@ class Captured:
 
 @functools.cache
 def without_waits(kind: type) -> type:
-    """Return a bitsandbytes optimizer that waits for the GPU once a step: bitsandbytes does after each of an adapter's 504 tensors."""
+    """Return a bitsandbytes optimizer that waits for the GPU once a step, not after each of 504 tensors."""
 
     class Optimizer(kind):
         @torch.no_grad()
@@ -965,7 +979,7 @@ class FastPath:
 def choose_fast_path(
     performance: PerformanceConfig, model: PeftModel, dtype: torch.dtype, device: torch.device
 ) -> FastPath:
-    """Return what of performance.fused_lora, compile and cuda_graphs runs here; ConfigError where `on` asks what cannot."""
+    """Return what of fused_lora, compile and cuda_graphs runs here; ConfigError where `on` asks what cannot."""
     gpu, runs, reasons = device.type == "cuda", {}, {}
     layers = model.get_base_model().get_decoder().layers
     fusables = any(fusable(module) and hasattr(module, "lora_A") for layer in layers for module in layer.modules())
