@@ -1,4 +1,5 @@
-"""What a run leaves on disk and how it goes on from there: checkpoints, resume, log and model card, comparison, signals.
+"""What a run leaves on disk and how it goes on from there: checkpoints, resume, log and model card, comparison,
+signals.
 
 A checkpoint folder holds `adapter_model.safetensors`, `adapter_config.json` (so it is a peft adapter),
 `training_state.safetensors` (optimizer states, best adapter), `training_state.json` (everything else) and, last,
@@ -12,7 +13,6 @@ import hashlib
 import importlib
 import io
 import json
-import math
 import os
 import re
 import shutil
@@ -28,7 +28,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -192,13 +192,12 @@ def write_checkpoint(
     temporary.mkdir(parents=True)
     tensors: dict[str, torch.Tensor] = {}
     tree = flatten_state(state, "state", tensors)
-    contents = (
-        save(adapter, metadata={"format": "pt"}),
-        json.dumps(adapter_config, indent=2, sort_keys=True).encode(),
-        save(tensors),
-        json.dumps(tree).encode(),
-    )
-    files = dict(zip(FILES, contents, strict=True))
+    files = {
+        "adapter_model.safetensors": save(adapter, metadata={"format": "pt"}),
+        "adapter_config.json": json.dumps(adapter_config, indent=2, sort_keys=True).encode(),
+        "training_state.safetensors": save(tensors),
+        "training_state.json": json.dumps(tree).encode(),
+    }
     sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     files["checksums.json"] = json.dumps(sums).encode()
     try:
@@ -391,8 +390,8 @@ def locked(output_dir: Path) -> Iterator[None]:
 def check_space(training: TrainingConfig, sizes: list[int]) -> None:
     """Refuse an output folder on a disk without room for the checkpoints, one more than are kept, and the adapter.
 
-    sizes: elements of each tensor of the adapter. A checkpoint holds it twice in fp32 (the best one too) and AdamW's two
-    moments; in 8 bit these are a byte an element, a scale for 256, and two tables of 1 KiB a tensor.
+    sizes: elements of each tensor of the adapter. A checkpoint holds it twice in fp32 (the best one too) and AdamW's
+    two moments; in 8 bit these are a byte an element, a scale for 256, and two tables of 1 KiB a tensor.
     """
     moments = sum(n * 33 // 16 if n >= 4096 and "8bit" in training.optim else n * 8 for n in sizes)
     checkpoint = sum(sizes) * 8 + moments + len(sizes) * 3072 + 2**20  # 2**20: the metrics so far, and headers
@@ -455,8 +454,10 @@ class Log:
             self.flush()
 
     def flush(self) -> None:
-        for name in [name for name, text in self.waiting.items() if text and self.folder is not None]:
+        for name in self.waiting if self.folder is not None else ():
             text, self.waiting[name] = self.waiting[name], ""  # first, since a signal's handler may say something
+            if not text:
+                continue
             try:
                 with open(self.folder / name, "ab", buffering=0) as file:
                     end, content = file.tell(), text.encode()
@@ -504,16 +505,12 @@ def save_adapter(output_dir: Path, model: PeftModel, config: Config, progress: P
     folder = output_dir / f"{TEMPORARY}adapter"
     try:
         model.save_pretrained(folder, save_embedding_layers=False)
-        described = adapter_settings(
-            model, config.model.name
-        )  # peft's own differs by the order of a set from run to run
-        (folder / "adapter_config.json").write_text(json.dumps(described, indent=2, sort_keys=True), encoding="utf-8")
-        # safetensors' own file is for its owner's eyes only
+        card = model_card((folder / "README.md").read_text(encoding="utf-8"), model, config, progress, tokens)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        # peft's own file differs by the order of a set from run to run, and safetensors' is for its owner's eyes only
+        described = json.dumps(adapter_settings(model, config.model.name), indent=2, sort_keys=True)
+        (folder / "adapter_config.json").write_text(described, encoding="utf-8")
         shutil.copymode(folder / "adapter_config.json", folder / "adapter_model.safetensors")
-        path = folder / "README.md"
-        path.write_text(
-            _model_card(path.read_text(encoding="utf-8"), model, config, progress, tokens), encoding="utf-8"
-        )
         for path in sorted(folder.iterdir()):  # the weights last
             with open(path, "r+b") as file:
                 os.fsync(file.fileno())
@@ -522,7 +519,8 @@ def save_adapter(output_dir: Path, model: PeftModel, config: Config, progress: P
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _model_card(card: str, model: PeftModel, config: Config, progress: Progress, tokens: int) -> str:
+def model_card(card: str, model: PeftModel, config: Config, progress: Progress, tokens: int) -> str:
+    """Return the card of this run under the YAML header of peft's `card`."""
     results = "not evaluated (no held-out part)"
     if evaluations := progress.evaluations:
         best = min(evaluations, key=lambda row: row["eval_loss"])
@@ -545,7 +543,9 @@ def _model_card(card: str, model: PeftModel, config: Config, progress: Progress,
 
 @dataclasses.dataclass(frozen=True)
 class RunSummary:
-    """What a finished run left in its folder: its settings, the rows of metrics.jsonl, its adapter's parameters and bytes."""
+    """What a finished run left in its folder: its settings, the rows of metrics.jsonl, its adapter's parameters and
+    bytes.
+    """
 
     name: str
     settings: dict[str, Any]
@@ -576,33 +576,30 @@ def read_run(folder: Path) -> RunSummary:
     for name in ("config.yaml", "metrics.jsonl", "adapter_model.safetensors"):
         if not (folder / name).is_file():
             raise ConfigError(f"--compare: expected folders of finished runs, got {folder}, which has no {name}")
-    try:
+    with refusing(f"--compare: cannot read {folder}", ValueError, OSError, SafetensorError):
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-            parameters = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118  # no dict
-    except (ValueError, OSError, SafetensorError) as error:
-        raise ConfigError(
-            f"--compare: cannot read {folder}: {type(error).__name__}: {error}".replace("\n", " ")
-        ) from None
+        adapter = load_file(folder / "adapter_model.safetensors")
     if not rows:
         raise ConfigError(f"--compare: expected logged steps, got none in {folder / 'metrics.jsonl'}")
+    parameters = sum(tensor.numel() for tensor in adapter.values())
     size = (folder / "adapter_model.safetensors").stat().st_size
     return RunSummary(str(folder), settings(load_config(folder / "config.yaml")), rows, parameters, size)
 
 
 def compare_table(runs: list[RunSummary]) -> str:
     """Return a table, a column a run: the settings in which they differ, then what came of them."""
-    differ = [key for key in runs[0].settings if len({json.dumps(run.settings[key]) for run in runs}) > 1]
-    lines = [["", *(run.name for run in runs)]]
-    lines += [[key, *(str(run.settings[key]) for run in runs)] for key in differ if key != "training.output_dir"]
-    quantities = [run.quantities() for run in runs]
-    lines += [[name, *(column[name] for column in quantities)] for name in quantities[0]]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        line[0].ljust(widths[0])
-        + "".join(f"  {cell:>{width}}" for cell, width in zip(line[1:], widths[1:], strict=True))
-        for line in lines
-    )
+    keys = [key for key in runs[0].settings if len({json.dumps(run.settings[key]) for run in runs}) > 1]
+    keys = [key for key in keys if key != "training.output_dir"]
+    results = [run.quantities() for run in runs]
+    columns = [["", *keys, *results[0]]]
+    for run, result in zip(runs, results, strict=True):
+        columns.append([run.name, *(str(run.settings[key]) for key in keys), *result.values()])
+    widths = [max(map(len, column)) for column in columns]
+    lines = []
+    for first, *cells in zip(*columns, strict=True):
+        aligned = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *aligned]))
+    return "\n".join(lines)
 
 
 def plot_comparison(runs: list[RunSummary], path: Path) -> None:
@@ -613,9 +610,8 @@ def plot_comparison(runs: list[RunSummary], path: Path) -> None:
     for axes, key, title in zip(figure.subplots(1, 2), ("loss", "eval_loss"), ("Training", "Validation"), strict=True):
         for run in runs:
             rows = [row for row in run.rows if key in row]
-            axes.plot(
-                [row["step"] for row in rows], [row[key] for row in rows], marker="o", markersize=3, label=run.name
-            )
+            steps, values = [row["step"] for row in rows], [row[key] for row in rows]
+            axes.plot(steps, values, marker="o", markersize=3, label=run.name)
         axes.set(xlabel="optimizer step", ylabel="loss per token (nats)", title=title)
         axes.grid(visible=True, alpha=0.3)
         axes.legend()
@@ -630,10 +626,8 @@ def compare_runs(folders: list[str], output: str) -> int:
         raise ConfigError(f"--compare: expected two folders or more, got {folders[0]}")
     runs = [read_run(Path(folder)) for folder in folders]
     print(compare_table(runs))
-    try:
+    with refusing(f"--output: cannot write {output}", OSError):
         plot_comparison(runs, Path(output))
-    except OSError as error:
-        raise ConfigError(f"--output: cannot write {output}: {error.strerror}") from None
     print(f"curves are in {output}")
     return 0
 

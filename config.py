@@ -1,4 +1,5 @@
-"""The schema: every knob of config.yaml and of the command line, declared once. Imports no torch, so it answers at once.
+"""The schema: every knob of config.yaml and of the command line, declared once. Imports no torch, so it answers at
+once.
 
 A value travels  schema default < config file(s) < flag,  through one strict coercion, into frozen dataclasses.
     load_config(["config.yaml"], {"lora.rank": "8"}) -> Config        config.lora.rank, or config['lora']['rank']
@@ -12,6 +13,7 @@ import dataclasses
 import difflib
 import logging
 import math
+import operator
 import os
 import re
 import signal
@@ -45,11 +47,15 @@ class Section:
 def knob(default: Any, help: str, *, resumable: bool = False, path: bool = False, **limits: Any) -> Any:
     """Declare one leaf.
 
-    limits: at_least, above, below, at_most (numbers), choices and may_be_empty (strings). `resumable` marks what a
-    resumed run may change, `path` what may name a local file (looked up in the current folder, then in the config
-    file's); `words` are no paths.
+    limits: at_least, above, below, at_most (numbers), choices and may_be_empty (strings). `path` marks what may name a
+    local file (looked up in the current folder, then in the config file's); `words` are no paths.
     """
     return dataclasses.field(default=default, metadata={"help": help, "resumable": resumable, "path": path, **limits})
+
+
+def free_knob(default: Any, help: str, **limits: Any) -> Any:
+    """Declare a leaf that a resumed run may change."""
+    return knob(default, help, resumable=True, **limits)
 
 
 SWITCH = ("auto", "on", "off")
@@ -118,11 +124,11 @@ class DataConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig(Section):
-    num_epochs: float = knob(3.0, "passes over the data", above=0, resumable=True)
-    max_steps: int | None = knob(None, "optimizer steps; replaces num_epochs", at_least=1, resumable=True)
-    batch_size: int = knob(1, "sequences a micro-batch; auto_fit may reshape it", at_least=1, resumable=True)
-    gradient_accumulation_steps: int = knob(
-        16, "micro-batches an optimizer step; auto_fit keeps the product", at_least=1, resumable=True
+    num_epochs: float = free_knob(3.0, "passes over the data", above=0)
+    max_steps: int | None = free_knob(None, "optimizer steps; replaces num_epochs", at_least=1)
+    batch_size: int = free_knob(1, "sequences a micro-batch; auto_fit may reshape it", at_least=1)
+    gradient_accumulation_steps: int = free_knob(
+        16, "micro-batches an optimizer step; auto_fit keeps the product", at_least=1
     )
     learning_rate: float = knob(2e-4, "peak learning rate", above=0)
     lr_scheduler: str = knob("cosine", "shape after the warm-up", choices=("cosine", "linear", "constant"))
@@ -134,62 +140,52 @@ class TrainingConfig(Section):
         "paged ones move their states to host memory when the GPU is full",
         choices=("paged_adamw_8bit", "adamw_8bit", "paged_adamw_32bit", "adamw_torch"),
     )
-    gradient_checkpointing: bool | int | str = knob(
+    gradient_checkpointing: bool | int | str = free_knob(
         True,
         "recompute activations: true, false, N (first N layers) or auto; auto_fit may lower it",
         at_least=0,
         choices=("auto",),
-        resumable=True,
     )
     seed: int = knob(42, "order of the data, initial adapter, dropout", at_least=0, at_most=2**32 - 1)  # numpy's range
-    logging_steps: int = knob(10, "optimizer steps between two logged rows", at_least=1, resumable=True)
-    eval_steps: int | None = knob(
-        None, "steps between two evaluations; null: once an epoch", at_least=1, resumable=True
+    logging_steps: int = free_knob(10, "optimizer steps between two logged rows", at_least=1)
+    eval_steps: int | None = free_knob(None, "steps between two evaluations; null: once an epoch", at_least=1)
+    save_steps: int | None = free_knob(None, "steps between two checkpoints, beside save_minutes", at_least=1)
+    save_minutes: float | None = free_knob(15.0, "minutes between two checkpoints", above=0)
+    save_total_limit: int = free_knob(2, "checkpoints kept", at_least=1)
+    early_stopping_patience: int | None = free_knob(
+        None, "stop after this many evaluations without a better loss", at_least=1
     )
-    save_steps: int | None = knob(
-        None, "steps between two checkpoints, beside save_minutes", at_least=1, resumable=True
-    )
-    save_minutes: float | None = knob(15.0, "minutes between two checkpoints", above=0, resumable=True)
-    save_total_limit: int = knob(2, "checkpoints kept", at_least=1, resumable=True)
-    early_stopping_patience: int | None = knob(
-        None, "stop after this many evaluations without a better loss", at_least=1, resumable=True
-    )
-    resume: str = knob(
+    resume: str = free_knob(
         "auto",
         "auto: go on from the last checkpoint; never; or a checkpoint folder",
         path=True,
         words=("auto", "never"),
-        resumable=True,
     )
-    output_dir: str = knob("output_qlora_qwen_3b", "folder that gets everything a run leaves", resumable=True)
-    report_to: str = knob("none", "tracker of accelerate: tensorboard, wandb, ..., or none", resumable=True)
+    output_dir: str = free_knob("output_qlora_qwen_3b", "folder that gets everything a run leaves")
+    report_to: str = free_knob("none", "tracker of accelerate: tensorboard, wandb, ..., or none")
 
 
 @dataclasses.dataclass(frozen=True)
 class PerformanceConfig(Section):
-    auto_fit: bool = knob(
-        True, "pick the fastest shape that fits the GPU; never changes what is learned", resumable=True
+    auto_fit: bool = free_knob(True, "pick the fastest shape that fits the GPU; never changes what is learned")
+    memory_limit_gib: float | None = free_knob(
+        None, "GPU memory this process may take; null: all that is free", above=0
     )
-    memory_limit_gib: float | None = knob(
-        None, "GPU memory this process may take; null: all that is free", above=0, resumable=True
-    )
-    fused_lora: str = knob("auto", "one operator for the 4-bit product and its adapter", choices=SWITCH, resumable=True)
-    compile: str = knob("auto", "compile the layers with torch.compile", choices=SWITCH, resumable=True)
-    cuda_graphs: str = knob("auto", "replay a micro-batch as one CUDA graph", choices=SWITCH, resumable=True)
-    deterministic: bool = knob(False, "bit-identical runs on a GPU; slower", resumable=True)
+    fused_lora: str = free_knob("auto", "one operator for the 4-bit product and its adapter", choices=SWITCH)
+    compile: str = free_knob("auto", "compile the layers with torch.compile", choices=SWITCH)
+    cuda_graphs: str = free_knob("auto", "replay a micro-batch as one CUDA graph", choices=SWITCH)
+    deterministic: bool = free_knob(False, "bit-identical runs on a GPU; slower")
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerationConfig(Section):
-    max_new_tokens: int = knob(128, "tokens an answer may have", at_least=1, resumable=True)
-    temperature: float = knob(0.7, "0 takes the likeliest token", at_least=0, resumable=True)
-    top_p: float = knob(
-        0.9, "sample from the smallest set of tokens with this probability", above=0, at_most=1, resumable=True
-    )
-    top_k: int | None = knob(None, "sample from the k likeliest tokens", at_least=1, resumable=True)
-    repetition_penalty: float = knob(1.0, "above 1 discourages repetition", above=0, resumable=True)
-    system_prompt: str | None = knob(
-        None, "system message of a chat, may be empty; null: the template's own", may_be_empty=True, resumable=True
+    max_new_tokens: int = free_knob(128, "tokens an answer may have", at_least=1)
+    temperature: float = free_knob(0.7, "0 takes the likeliest token", at_least=0)
+    top_p: float = free_knob(0.9, "sample from the smallest set of tokens with this probability", above=0, at_most=1)
+    top_k: int | None = free_knob(None, "sample from the k likeliest tokens", at_least=1)
+    repetition_penalty: float = free_knob(1.0, "above 1 discourages repetition", above=0)
+    system_prompt: str | None = free_knob(
+        None, "system message of a chat, may be empty; null: the template's own", may_be_empty=True
     )
 
 
@@ -208,13 +204,13 @@ class Config(Section):
 
 
 SECTIONS: dict[str, type[Section]] = {
-    "model": ModelConfig,
-    "quantization": QuantizationConfig,
-    "lora": LoraSettings,
-    "data": DataConfig,
-    "training": TrainingConfig,
-    "performance": PerformanceConfig,
-    "generation": GenerationConfig,
+    field.name: type(field.default) for field in dataclasses.fields(Config) if field.name != "flags"
+}
+BOUNDS = {
+    "at_least": (">=", operator.ge),
+    "above": (">", operator.gt),
+    "at_most": ("<=", operator.le),
+    "below": ("<", operator.lt),
 }
 
 
@@ -242,11 +238,7 @@ class Leaf:
         if bool in self.kinds:
             words.append("true or false")
         if int in self.kinds or float in self.kinds:
-            bounds = [
-                f"{sign} {limits[key]}"
-                for key, sign in (("at_least", ">="), ("above", ">"), ("at_most", "<="), ("below", "<"))
-                if key in limits
-            ]
+            bounds = [f"{sign} {limits[key]}" for key, (sign, _) in BOUNDS.items() if key in limits]
             words.append(" ".join(["an integer" if int in self.kinds else "a number", " and ".join(bounds)]).strip())
         if tuple in self.kinds:
             words.append("a list of names, not empty")
@@ -259,17 +251,14 @@ class Leaf:
         return " or ".join(words)
 
 
-def _kinds(annotation: Any) -> tuple[type, ...]:
-    members = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    return tuple(typing.get_origin(member) or member for member in members)
-
-
 def leaves() -> Iterator[Leaf]:
     """Yield every knob of the schema, in the order of config.yaml."""
     for section, cls in SECTIONS.items():
         hints = typing.get_type_hints(cls)
         for field in dataclasses.fields(cls):
-            yield Leaf(section, field.name, _kinds(hints[field.name]), field)
+            hint = hints[field.name]
+            members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+            yield Leaf(section, field.name, tuple(typing.get_origin(member) or member for member in members), field)
 
 
 LEAVES: dict[str, Leaf] = {leaf.name: leaf for leaf in leaves()}
@@ -280,43 +269,43 @@ SHORT["model_name"] = "model.name"
 
 def coerce(leaf: Leaf, value: Any) -> Any:
     """Return `value`, as YAML reads it, as the leaf's type; a ConfigError names the leaf, what it takes and what came."""
-    problem = ConfigError(f"{leaf.name}: expected {leaf.expected}, got {value!r}")
-    limits, choices = leaf.field.metadata, leaf.field.metadata.get("choices", ())
+    try:
+        return _convert(leaf, value)
+    except (ValueError, OverflowError):
+        # Python prints no integer of more than 4,300 digits in decimal.
+        shown = hex(value) if isinstance(value, int) and abs(value) >= 2**64 else repr(value)
+        shown = shown if len(shown) <= 200 else f"{shown[:200]}… ({len(shown):,} characters)"
+        raise ConfigError(f"{leaf.name}: expected {leaf.expected}, got {shown}") from None
+
+
+def _convert(leaf: Leaf, value: Any) -> Any:
+    """Return `value` as the leaf's type; ValueError or OverflowError where it is nothing that the leaf takes."""
+    kinds, limits = leaf.kinds, leaf.field.metadata
+    choices = limits.get("choices", ())
     if value is None and leaf.optional:
         return None
     if isinstance(value, bool):
-        if bool in leaf.kinds:
+        if bool in kinds:
             return value
         if choices == SWITCH:  # YAML 1.1 reads a bare on/off as a boolean
             return "on" if value else "off"
-        raise problem
-    empty_too = "may_be_empty" in limits
-    if isinstance(value, str) and str in leaf.kinds and (value in choices if choices else value.strip() or empty_too):
-        return value
-    if isinstance(value, str) and float in leaf.kinds:
-        try:  # YAML 1.1 reads 2e-4, without a point, as text
-            value = float(value)
-        except ValueError:
-            raise problem from None
-    if isinstance(value, (list, tuple)) and tuple in leaf.kinds:
+        raise ValueError
+    if isinstance(value, str) and str in kinds:
+        if value in choices or (not choices and (value.strip() or "may_be_empty" in limits)):
+            return value
+        raise ValueError
+    if isinstance(value, (list, tuple)) and tuple in kinds:
         if value and all(isinstance(item, str) and item.strip() for item in value):
             return tuple(value)
-        raise problem
-    if isinstance(value, int) and (int in leaf.kinds or float in leaf.kinds):
-        try:
-            value = value if int in leaf.kinds else float(value)
-        except OverflowError:
-            raise problem from None
-    elif not (isinstance(value, float) and float in leaf.kinds and math.isfinite(value)):
-        raise problem
-    inside = (
-        ("at_least" not in limits or value >= limits["at_least"])
-        and ("above" not in limits or value > limits["above"])
-        and ("at_most" not in limits or value <= limits["at_most"])
-        and ("below" not in limits or value < limits["below"])
-    )
-    if not inside:
-        raise problem
+        raise ValueError
+    if isinstance(value, (int, float, str)) and float in kinds:
+        value = float(value)  # of a text too: YAML 1.1 reads 2e-4, without a point, as one
+        if not math.isfinite(value):
+            raise ValueError
+    elif not (isinstance(value, int) and int in kinds):
+        raise ValueError
+    if not all(holds(value, limits[key]) for key, (_, holds) in BOUNDS.items() if key in limits):
+        raise ValueError
     return value
 
 
@@ -325,11 +314,10 @@ def coerce_flag(leaf: Leaf, text: str) -> Any:
     if leaf.kinds in ((str,), (str, types.NoneType)) and leaf.field.metadata.get("choices") != SWITCH:
         return coerce(leaf, None if leaf.optional and text in ("null", "~") else text)
     try:
-        return coerce(leaf, yaml.safe_load(text))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        if isinstance(error, ConfigError):
-            raise
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise ConfigError(f"{leaf.name}: expected {leaf.expected}, got {text!r}") from None
+    return coerce(leaf, value)
 
 
 class _Loader(yaml.SafeLoader):
@@ -375,6 +363,15 @@ def _nearest(word: str, known: Sequence[str]) -> str:
     return f"; did you mean {match[0]}?" if match else ""
 
 
+@contextlib.contextmanager
+def _collecting(problems: list[str]) -> Iterator[None]:
+    """Add what is wrong to `problems`, so that all of it is reported at once."""
+    try:
+        yield
+    except ConfigError as error:
+        problems.extend(error.problems)
+
+
 def _values(tree: dict, problems: list[str]) -> dict[str, Any]:
     """Return the coerced leaves of a config file's tree by dotted name, and add what is wrong to `problems`."""
     values = {}
@@ -384,17 +381,16 @@ def _values(tree: dict, problems: list[str]) -> dict[str, Any]:
             problems.append(f"{section}: unknown section{hint}")
         elif body is not None and not isinstance(body, dict):
             problems.append(f"{section}: expected keys and values, got {body!r}")
-        for key, value in body.items() if isinstance(body, dict) and section in SECTIONS else ():
-            leaf = LEAVES.get(f"{section}.{key}")
-            if leaf is None:
-                own = [leaf.key for leaf in LEAVES.values() if leaf.section == section]
-                hint = f"; did you mean {SHORT[key]}?" if key in SHORT else _nearest(key, own)
-                problems.append(f"{section}.{key}: unknown key{hint}")
-                continue
-            try:
-                values[leaf.name] = coerce(leaf, value)
-            except ConfigError as error:
-                problems.extend(error.problems)
+        else:
+            for key, value in (body or {}).items():
+                name = f"{section}.{key}"
+                if name in LEAVES:
+                    with _collecting(problems):
+                        values[name] = coerce(LEAVES[name], value)
+                else:
+                    own = [leaf.key for leaf in LEAVES.values() if leaf.section == section]
+                    hint = f"; did you mean {SHORT[key]}?" if key in SHORT else _nearest(key, own)
+                    problems.append(f"{name}: unknown key{hint}")
     return values
 
 
@@ -406,11 +402,15 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield f"performance.memory_limit_gib: expected GiB, got {config.performance.memory_limit_gib}; is that MiB?"
 
 
-def _locate(leaf: Leaf, value: Any, folders: Sequence[Path]) -> Any:
-    """Return the absolute path of a local file or folder, looked up in `folders`; anything else (a hub id) as it is."""
+def _locate(leaf: Leaf, value: Any, files: Sequence[Path]) -> Any:
+    """Return the absolute path of a local file or folder, looked up in the current folder, then in those of config
+    files.
+
+    Anything else (a hub id) is returned as it is.
+    """
     if not leaf.field.metadata["path"] or value in leaf.field.metadata.get("words", ()):
         return value
-    for folder in folders:
+    for folder in (Path.cwd(), *(path.resolve().parent for path in files)):
         try:
             candidate = folder / Path(value).expanduser()
             if candidate.exists():
@@ -425,30 +425,25 @@ def load_config(paths: Sequence[str | Path] | str | Path = (), overrides: dict[s
 
     An override that is a str is read like a flag's text. Every problem found is reported in one ConfigError.
     """
-    paths = [paths] if isinstance(paths, (str, Path)) else paths
-    values, problems, given = {}, [], frozenset(overrides or {})
-    for path in map(Path, paths):
+    paths = [Path(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
+    values, problems, overrides = {}, [], overrides or {}
+    for path in paths:
         for name, value in _values(read_yaml(path), problems).items():
-            values[name] = _locate(LEAVES[name], value, (Path.cwd(), path.resolve().parent))
-    for name, value in (overrides or {}).items():
-        leaf = LEAVES.get(name)
-        if leaf is None:
+            values[name] = _locate(LEAVES[name], value, [path])
+    for name, value in overrides.items():
+        if name not in LEAVES:
             problems.append(f"{name}: unknown key{_nearest(name, list(LEAVES))}")
             continue
-        try:
-            value = coerce_flag(leaf, value) if isinstance(value, str) else coerce(leaf, value)
-        except ConfigError as error:
-            problems.extend(error.problems)
-            continue
-        folders = [path.resolve().parent for path in reversed(list(map(Path, paths)))]
-        values[name] = _locate(leaf, value, (Path.cwd(), *folders))
+        read = coerce_flag if isinstance(value, str) else coerce
+        with _collecting(problems):
+            values[name] = _locate(LEAVES[name], read(LEAVES[name], value), paths[::-1])
     if problems:
         raise ConfigError(*problems)
     sections = {
         name: cls(**{key.split(".")[1]: value for key, value in values.items() if key.startswith(name + ".")})
         for name, cls in SECTIONS.items()
     }
-    config = Config(**sections, flags=given)
+    config = Config(**sections, flags=frozenset(overrides))
     if problems := list(_contradictions(config)):
         raise ConfigError(*problems)
     return config
@@ -514,7 +509,9 @@ def build_parser(description: str) -> argparse.ArgumentParser:
 def parse_arguments(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None
 ) -> tuple[argparse.Namespace, dict[str, str]]:
-    """Return the script's own options and the overrides {dotted name: text}; an unknown flag names its nearest neighbour."""
+    """Return the script's own options and the overrides {dotted name: text}; an unknown flag names its nearest
+    neighbour.
+    """
     namespace, unknown = parser.parse_known_args(argv)
     flags = [word.split("=")[0] for word in unknown if word.startswith("-")]
     known = [option for action in parser._actions for option in action.option_strings]
@@ -528,10 +525,12 @@ def parse_arguments(
 
 
 def before_heavy_imports() -> None:
-    """Keep the libraries that are imported next quiet and from running code of the hub; called by the scripts, not by imports.
+    """Keep the libraries that are imported next quiet and from running code of the hub; called by the scripts, not by
+    imports.
 
-    bitsandbytes would fetch a kernel from the hub while it is imported, where the package `kernels` is installed, and say so where not.
-    The allocator of torch grows its segments where the system lets it: 0.36 GiB less reserved at 16 x 512 tokens of Qwen2.5-3B.
+    bitsandbytes would fetch a kernel from the hub while it is imported, where the package `kernels` is installed,
+    and say so where not. The allocator of torch grows its segments where the system lets it: 0.36 GiB less reserved
+    at 16 x 512 tokens of Qwen2.5-3B.
     """
     if sys.platform != "win32" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")

@@ -1,13 +1,14 @@
-"""From rows to blocks: loading, formats, chat templates and masks, document boundaries, the held-out part, packing, padding.
+"""From rows to blocks: loading, formats, chat templates and masks, document boundaries, the held-out part, packing,
+padding.
 
     load_rows(data) -> DatasetDict of rows            tokenize_rows(rows, tokenizer, data) -> the same with input_ids
     make_blocks(tokenized, tokenizer, data, seed) -> {"train": Blocks, "validation": Blocks or None}
 
-Running text has tokens only, and becomes one stream that is cut in blocks. Chats and pairs are samples: they have labels
-beside their tokens, are cut at data.max_length each, and share a block without seeing each other.
+Running text has tokens only, and becomes one stream that is cut in blocks. Chats and pairs are samples: they have
+labels beside their tokens, are cut at data.max_length each, and share a block without seeing each other.
 
-`train_qlora.prepare_dataset` is the first line; what stands in the second takes any DatasetDict with input_ids, so that the
-tutorial's own prepare_dataset can be put in its place.
+`train_qlora.prepare_dataset` is the first line; what stands in the second takes any DatasetDict with input_ids, so
+that the tutorial's own prepare_dataset can be put in its place.
 """
 
 import copy
@@ -30,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset, DatasetDict
 from datasets.data_files import DataFilesDict, get_data_patterns
+from datasets.exceptions import DatasetsError
 from datasets.fingerprint import Hasher
 from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -41,6 +43,10 @@ BUILDERS = {".txt": "text", ".csv": "csv", ".json": "json", ".jsonl": "json", ".
 WIKITEXT_TITLE = r"^ ?= [^=](.*[^=])? = ?\n?$"
 # What datasets says of files that hold no rows, each format in its own way.
 NO_ROWS = ("at least one example", "corresponds to no data", "BatchSize must be greater than 0", "No columns to parse")
+# Rows of a .txt that run on are joined as they are; in a .csv the words NA and None are words.
+OPTIONS = {"text": {"keep_linebreaks": True, "encoding": "utf-8-sig"}, "csv": {"keep_default_na": False}}
+DEEPEST = 4000  # levels of JSON: pyarrow refuses more than 64, and dies of 10,000 (version 26)
+AS_SQUARE, NO_BRACKETS = bytes.maketrans(b"{}", b"[]"), bytes(set(range(256)) - set(b"[]{}"))
 IGNORED = -100  # the label of a position that is not supervised, PyTorch's default ignore_index
 
 
@@ -71,13 +77,35 @@ def local_files(dataset: str) -> tuple[str, dict[str, list[str]]] | None:
 
 
 def content_digest(files: dict[str, list[str]]) -> str:
-    """Return a hash of the files' bytes for datasets' cache, which itself goes by their paths and times alone."""
+    """Return a hash of the files' bytes for datasets' cache, which itself goes by their paths and times alone.
+
+    ValueError where the brackets of a JSON file open DEEPEST times in a row, none closing in between.
+    """
     digest = hashlib.sha256()
     for name in itertools.chain(*files.values()):
+        brackets = b""
         with open(name, "rb") as file:
             while block := file.read(2**22):
                 digest.update(block)
+                if BUILDERS[Path(name).suffix.lower()] == "json":
+                    brackets = brackets[-DEEPEST:] + block.translate(AS_SQUARE, NO_BRACKETS)
+                if b"[" * DEEPEST in brackets:
+                    raise ValueError(f"nested more than {DEEPEST:,} levels deep")
     return digest.hexdigest()[:32]
+
+
+def unreadable(error: Exception, dataset: str, local: bool) -> ConfigError:
+    """Return the error that says in one line why datasets could not load a data set."""
+    cause = error.__cause__ or error
+    if isinstance(cause, StopIteration) or any(words in str(cause) for words in NO_ROWS):
+        return ConfigError(f"data.dataset: {dataset} has no rows")
+    if not local and not isinstance(error, ValueError):
+        return ConfigError(
+            f"data.dataset: cannot get {dataset} from the hub ({type(cause).__name__}); give a local file or folder, "
+            "point HF_HOME at a cache that has it, or try --config tiny/config.yaml"
+        )
+    kind, lines = type(cause).__name__, str(cause).strip().splitlines()
+    return ConfigError(f"data.dataset: cannot read {dataset}: {kind}: {lines[0][:300] if lines else kind}")
 
 
 def load_rows(data: DataConfig) -> DatasetDict:
@@ -91,24 +119,12 @@ def load_rows(data: DataConfig) -> DatasetDict:
             loaded = datasets.load_dataset(data.dataset, data.dataset_config)
         else:
             builder, files = local
-            # Rows of a .txt that run on are joined as they are; in a .csv the words NA and None are words.
-            options = {
-                "text": {"keep_linebreaks": True, "encoding": "utf-8-sig"},
-                "csv": {"keep_default_na": False},
-            }.get(builder, {})
             patterns = {split: [glob.escape(name) for name in names] for split, names in files.items()}
-            loaded = datasets.load_dataset(builder, content_digest(files), data_files=patterns, **options)
-    except (datasets.exceptions.DatasetsError, OSError, ValueError, StopIteration, pa.ArrowException) as error:
-        cause = error.__cause__ or error
-        if isinstance(cause, StopIteration) or any(words in str(cause) for words in NO_ROWS):
-            raise ConfigError(f"data.dataset: {data.dataset} has no rows") from None
-        if local is None and not isinstance(error, ValueError):
-            raise ConfigError(
-                f"data.dataset: cannot get {data.dataset} from the hub ({type(cause).__name__}); give a local file or folder, "
-                "point HF_HOME at a cache that has it, or try --config tiny/config.yaml"
-            ) from None
-        reason = str(cause).strip().splitlines()[0][:300] if str(cause).strip() else type(cause).__name__
-        raise ConfigError(f"data.dataset: cannot read {data.dataset}: {type(cause).__name__}: {reason}") from None
+            loaded = datasets.load_dataset(
+                builder, content_digest(files), data_files=patterns, **OPTIONS.get(builder, {})
+            )
+    except (DatasetsError, OSError, ValueError, RecursionError, StopIteration, pa.ArrowException) as error:
+        raise unreadable(error, data.dataset, local is not None) from None
     only = next(iter(loaded)) if local is not None and len(loaded) == 1 else data.train_split
     if only not in loaded:
         raise ConfigError(
@@ -127,6 +143,7 @@ def load_rows(data: DataConfig) -> DatasetDict:
 
 CHATS = (("messages",), ("conversations",))
 PAIRS = (("prompt", "completion"), ("instruction", "input", "output"), ("instruction", "output"))
+SAMPLES = {"chat": CHATS, "prompt": PAIRS}
 # Names of ShareGPT and its kin.
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
 # For a tokenizer without a chat template; a turn of the assistant ends as a document does.
@@ -139,23 +156,22 @@ MARKS = "\ufdd0", "\ufdd1"  # noncharacters, which Unicode keeps for a program's
 
 
 def recognise(columns: Sequence[str], data: DataConfig) -> tuple[str, tuple[str, ...]]:
-    """Return what rows with these columns are (text, chat or prompt) and the columns that are read; ConfigError if nothing.
+    """Return what rows with these columns are (text, chat or prompt) and the columns that are read; ConfigError if
+    nothing.
 
-    data.format decides; auto takes chats, then pairs, then text, but a text_column of another name than the default first.
+    data.format decides; auto takes chats, then pairs, then text, but a text_column of another name than the default
+    first.
     """
-    found = {
-        "chat": next((names for names in CHATS if set(names) <= set(columns)), None),
-        "prompt": next((names for names in PAIRS if set(names) <= set(columns)), None),
-        "text": (data.text_column,) if data.text_column in columns else None,
-    }
-    named = data.text_column != DataConfig().text_column and found["text"] is not None
-    order = ("text",) if named else ("chat", "prompt", "text")
-    for name in order if data.format == "auto" else (data.format,):
-        if found[name]:
-            return name, found[name]
-    kinds = {"chat": CHATS, "prompt": PAIRS}
-    if data.format in kinds:
-        wanted = " or ".join(" + ".join(names) for names in kinds[data.format])
+    known = SAMPLES | {"text": ((data.text_column,),)}
+    order = list(known) if data.format == "auto" else [data.format]
+    if data.format == "auto" and data.text_column in columns and data.text_column != DataConfig().text_column:
+        order = ["text"]
+    for name in order:
+        for names in known[name]:
+            if set(names) <= set(columns):
+                return name, names
+    if data.format in SAMPLES:
+        wanted = " or ".join(" + ".join(names) for names in SAMPLES[data.format])
         raise ConfigError(
             f"data.format: {data.format} needs the columns {wanted}; {data.dataset} has {', '.join(columns)}"
         )
@@ -183,7 +199,7 @@ def to_messages(row: dict[str, Any], columns: tuple[str, ...]) -> list[dict[str,
     for number, turn in enumerate(turns, 1):
         role = turn.get("role") or turn.get("from")
         role = ROLES.get(role, role) if isinstance(role, str) else role
-        content = turn["value"] if turn.get("content") is None and "value" in turn else turn.get("content")
+        content = turn.get("value") if turn.get("content") is None else turn["content"]
         if role not in ("system", "user", "assistant", "tool"):
             raise ValueError(f"turn {number}: expected a role system, user, assistant or tool, got {role!r}")
         if not isinstance(content, str) or turn.get("tool_calls"):
@@ -194,35 +210,37 @@ def to_messages(row: dict[str, Any], columns: tuple[str, ...]) -> list[dict[str,
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> tuple[str, list[tuple[int, int]]]:
-    """Return the chat as the template writes it, and where in it the assistant's words stand: [start, stop) in characters.
+    """Return the chat as the template writes it, and where in it the assistant's words stand: [start, stop) in
+    characters.
 
-    The places come from a second rendering, with a mark before and after the assistant's words, that is equal but for the
-    marks. ValueError where it is not: the template then rewrites an answer (a `<think>` part, say) and its place is not known.
+    The places come from a second rendering, with a mark before and after the assistant's words, that is equal but
+    for the marks. ValueError where it is not: the template then rewrites an answer (a `<think>` part, say) and its
+    place is not known.
     """
     template = None if tokenizer.chat_template else PLAIN_TEMPLATE
 
     def apply(before: str, after: str, trim: bool) -> str:
-        marked = [
-            {**m, "content": f"{before}{m['content'].strip() if trim else m['content']}{after}"}
-            if m["role"] == "assistant"
-            else m
-            for m in messages
-        ]
+        marked = [dict(message) for message in messages]
+        for message in marked:
+            if message["role"] == "assistant":
+                words = message["content"].strip() if trim else message["content"]
+                message["content"] = before + words + after
         return tokenizer.apply_chat_template(marked, tokenize=False, chat_template=template)
 
     text = apply("", "", trim=False)
-    answers = sum(m["role"] == "assistant" for m in messages)
+    answers = sum(message["role"] == "assistant" for message in messages)
     for trim in (False, True):  # many templates trim an answer, which the marks would keep them from
-        marked = apply(*MARKS, trim=trim)
-        parts = re.split(f"[{''.join(MARKS)}]", marked)
-        if "".join(parts) == text and re.findall(f"[{''.join(MARKS)}]", marked) == [*MARKS] * answers:
+        pieces = re.split(f"([{''.join(MARKS)}])", apply(*MARKS, trim=trim))
+        parts, marks = pieces[::2], pieces[1::2]
+        if "".join(parts) == text and marks == [*MARKS] * answers:
             ends = list(itertools.accumulate(map(len, parts)))
             return text, list(zip(ends[0:-1:2], ends[1::2], strict=True))
     raise ValueError("the chat template rewrites a turn of the assistant, so that it cannot be told what to learn")
 
 
 def answer_labels(encoding: Any, text: str, spans: list[tuple[int, int]], specials: set[int]) -> np.ndarray:
-    """Return the labels of a rendered chat's tokens, int32 [tokens]: the assistant's words and the token that ends a turn.
+    """Return the labels of a rendered chat's tokens, int32 [tokens]: the assistant's words and the token that ends a
+    turn.
 
     encoding: of the tokenizers library, offsets in characters of `text`. Everything else is -100.
     """
@@ -282,12 +300,11 @@ def sample_encoder(
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*map(batch.get, columns), strict=True)]
         chats = list(map(read, rows, indices))
         encodings = backend.encode_batch([text for text, _ in chats], add_special_tokens=False)
-        labels = [encoding.ids for encoding in encodings]
-        if completion_only:
-            labels = [
-                answer_labels(e, text, spans, specials) for e, (text, spans) in zip(encodings, chats, strict=True)
-            ]
-        return {"input_ids": [encoding.ids for encoding in encodings], "labels": labels}
+        ids = [np.array(encoding.ids, np.int32) for encoding in encodings]
+        if not completion_only:
+            return {"input_ids": ids, "labels": ids}
+        places = zip(encodings, chats, strict=True)
+        return {"input_ids": ids, "labels": [answer_labels(e, text, spans, specials) for e, (text, spans) in places]}
 
     return encode
 
@@ -304,7 +321,8 @@ def tokenize_rows(rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, data: D
     """Return the rows with a column input_ids, nothing cut: of a text no special tokens are added; chats and pairs go
     through the chat template and have labels too, -100 where nothing is learned.
 
-    What was tokenised before is found in datasets' cache under a key of rows, tokenizer, template, settings and this file.
+    What was tokenised before is found in datasets' cache under a key of rows, tokenizer, template, settings and this
+    file.
     """
     out, identity = Tokenized(), tokenizer
     if tokenizer.is_fast:
@@ -315,31 +333,26 @@ def tokenize_rows(rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, data: D
         form, columns = recognise(split.column_names, data)
         settings = (columns, data.completion_only, tokenizer.chat_template, tokenizer.special_tokens_map)
         key = Hasher.hash((split._fingerprint, identity, settings, Path(__file__).read_bytes()))
+        out.source = f"{form}, from column{'s'[: len(columns) > 1]} {', '.join(columns)}"
         if form == "text":
             _check_text(split, data)
-            kept, made, encode = columns, ("input_ids",), text_encoder(tokenizer, data.text_column)
-            split = split.with_format("arrow")
+            split, encode = split.with_format("arrow"), text_encoder(tokenizer, data.text_column)
         else:
-            kept, made, encode = (), ("input_ids", "labels"), sample_encoder(tokenizer, columns, data.completion_only)
-        features = {column: split.features[column] for column in kept}
-        features |= {column: datasets.List(datasets.Value("int32")) for column in made}
+            encode = sample_encoder(tokenizer, columns, data.completion_only)
+            own = "the tokenizer's chat template"
+            out.source += f", through {own if tokenizer.chat_template else 'User: … Assistant: …, having no template'}"
         try:
             out[name] = split.map(
                 encode,
                 batched=True,
                 with_indices=True,
-                features=datasets.Features(features),
-                remove_columns=[column for column in split.column_names if column not in kept],
+                remove_columns=split.column_names,
                 new_fingerprint=key,
                 desc=f"tokenise {name}",
             ).with_format(None)
         except UnicodeDecodeError as error:  # Arrow reads JSON and Parquet without looking at the bytes of a text
             read = ", ".join(columns)
             raise ConfigError(f"data.text_column: column {read!r} in {data.dataset} is not UTF-8: {error}") from None
-        out.source = f"{form}, from column{'s'[: len(columns) > 1]} {', '.join(columns)}"
-        if form != "text":
-            own = "the tokenizer's chat template"
-            out.source += f", through {own if tokenizer.chat_template else 'User: … Assistant: …, having no template'}"
     return out
 
 
@@ -385,17 +398,40 @@ def _column(dataset: Dataset, name: str) -> pa.ChunkedArray:
 
 
 def row_lengths(dataset: Dataset) -> np.ndarray:
-    """Return each row's tokens, int64 [rows], without the pads where an attention mask tells them."""
+    """Return each row's tokens, int64 [rows]."""
+    return pc.list_value_length(_column(dataset, "input_ids")).to_numpy().astype(np.int64)
+
+
+def flat_column(dataset: Dataset, name: str) -> tuple[np.ndarray, ...]:
+    """Return the numbers of all rows of a column of lists as int32 pieces, memory-mapped where they are int32 on disk."""
+    chunks = (chunk.flatten().to_numpy() for chunk in _column(dataset, name).chunks if len(chunk))
+    return tuple(chunk.astype(np.int32, copy=False) for chunk in chunks)
+
+
+def without_pads(dataset: Dataset) -> Dataset:
+    """Return the rows without their pads, which an attention mask tells from tokens: by position, never by id."""
     if "attention_mask" not in dataset.column_names:
-        return pc.list_value_length(_column(dataset, "input_ids")).to_numpy().astype(np.int64)
-    masks = _column(dataset, "attention_mask")
-    ends = np.cumsum(pc.list_value_length(masks).to_numpy().astype(np.int64))
-    real = np.append(0, np.cumsum(pc.list_flatten(masks).to_numpy(), dtype=np.int64))
-    return np.diff(real[ends], prepend=0)
+        return dataset
+    names = [name for name in ("input_ids", "labels") if name in dataset.column_names]
+
+    def strip(batch: dict) -> dict:
+        masks = batch["attention_mask"]
+        return {
+            name: [list(itertools.compress(row, mask)) for row, mask in zip(batch[name], masks, strict=True)]
+            for name in names
+        }
+
+    features = {name: kind for name, kind in dataset.features.items() if name != "attention_mask"}
+    features |= {name: datasets.List(datasets.Value("int32")) for name in names}
+    return dataset.map(
+        strip, batched=True, features=datasets.Features(features), remove_columns="attention_mask", desc="unpad"
+    )
 
 
 def _flags(column: pa.ChunkedArray, test: Callable[[pa.Array], pa.Array]) -> np.ndarray:
-    """Return what a test says of each text, bool [rows], a chunk at a time, since its copies would not fit beside a large corpus."""
+    """Return what a test says of each text, bool [rows], a chunk at a time, since its copies would not fit beside a
+    large corpus.
+    """
     texts = (pc.fill_null(chunk.cast(pa.string()), "") for chunk in column.chunks)
     return np.concatenate([test(part).to_numpy(zero_copy_only=False).astype(bool) for part in texts])
 
@@ -403,7 +439,8 @@ def _flags(column: pa.ChunkedArray, test: Callable[[pa.Array], pa.Array]) -> np.
 def drop_empty(dataset: Dataset, data: DataConfig) -> tuple[Dataset, np.ndarray]:
     """Return the rows that have tokens, and for each whether a document starts there, bool [rows].
 
-    Documents: every row starts one. Lines: after a blank line, or at a Wikitext title; without a text column, only the first.
+    Documents: every row starts one. Lines: after a blank line, or at a Wikitext title; without a text column, only
+    the first.
     """
     kept = row_lengths(dataset) > 0
     text = _column(dataset, data.text_column) if data.text_column in dataset.column_names else None
@@ -427,23 +464,21 @@ def drop_empty(dataset: Dataset, data: DataConfig) -> tuple[Dataset, np.ndarray]
 
 
 def close_documents(dataset: Dataset, starts: np.ndarray, first: list[int], end: list[int]) -> Dataset:
-    """Return the rows with the tokenizer's first token before and the document end after every document, input_ids alone."""
+    """Return the rows with the tokenizer's first token before and the document end after every document, input_ids
+    alone.
+    """
     ends = np.append(starts[1:], True)
 
     def close(batch: dict, indices: list[int]) -> dict:
         out = []
-        masks = batch.get("attention_mask", [None] * len(indices))
-        for i, ids, mask in zip(indices, batch["input_ids"], masks, strict=True):
-            if mask is not None:  # a tokenizer that padded: pads go by position, never by id
-                ids = [token for token, real in zip(ids, mask, strict=True) if real]
+        for i, ids in zip(indices, batch["input_ids"], strict=True):
             before = first if starts[i] and ids[: len(first)] != first else []
             out.append([*before, *ids, *(end if ends[i] else [])])
         return {"input_ids": out}
 
-    wanted = [name for name in ("input_ids", "attention_mask") if name in dataset.column_names]
     features = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))})
-    return dataset.select_columns(wanted).map(
-        close, batched=True, with_indices=True, features=features, remove_columns=wanted, desc="join"
+    return dataset.select_columns("input_ids").map(
+        close, batched=True, with_indices=True, features=features, desc="join"
     )
 
 
@@ -471,10 +506,11 @@ def hold_out(starts: np.ndarray, lengths: np.ndarray, fraction: float, least: in
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """A flat stream of tokens cut in blocks of `length`; the last one keeps the tail. Indexing reads memory-mapped Arrow data.
+    """A flat stream of tokens cut in blocks of `length`; the last one keeps the tail. Indexing reads memory-mapped
+    Arrow data.
 
-    pieces: int32 arrays whose concatenation is the stream. rows, documents: how many went in. source: what the rows were read
-    as. notes: what the user should know of them, a line each.
+    pieces: int32 arrays whose concatenation is the stream. rows, documents: how many went in. source: what the rows
+    were read as. notes: what the user should know of them, a line each.
     """
 
     pieces: tuple[np.ndarray, ...]
@@ -493,18 +529,12 @@ class Blocks:
         return self.read(self.cuts[i], self.cuts[i + 1])
 
     @functools.cached_property
-    def _ends(self) -> np.ndarray:
-        return np.cumsum([len(piece) for piece in self.pieces])
+    def _stream(self) -> pa.ChunkedArray:
+        return pa.chunked_array(self.pieces)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Return stream[start:stop], int64."""
-        parts = []
-        for number in range(np.searchsorted(self._ends, start, side="right"), len(self.pieces)):
-            before = self._ends[number] - len(self.pieces[number])
-            if before >= stop:
-                break
-            parts.append(self.pieces[number][max(start - before, 0) : stop - before])
-        return np.concatenate(parts).astype(np.int64)
+        return self._stream.slice(start, stop - start).to_numpy().astype(np.int64)
 
     @property
     def tokens(self) -> int:
@@ -519,7 +549,8 @@ class Blocks:
 
 @dataclasses.dataclass(frozen=True)
 class SampleBlocks(Blocks):
-    """Samples with labels, several of them in a block if packed, else one. The stream holds all tokens and then all labels.
+    """Samples with labels, several of them in a block if packed, else one. The stream holds all tokens and then all
+    labels.
 
     cuts: int64 [samples, 3], in the order of the blocks: block, and where in the tokens the sample starts and stops.
     """
@@ -535,7 +566,7 @@ class SampleBlocks(Blocks):
         low, high = np.searchsorted(self.cuts[:, 0], [i, i + 1])
         samples = []
         for _, start, stop in self.cuts[low:high]:
-            ids, labels = (self.read(start + offset, stop + offset) for offset in (0, self._ends[-1] // 2))
+            ids, labels = (self.read(start + offset, stop + offset) for offset in (0, len(self._stream) // 2))
             labels[0] = IGNORED  # what comes before it is another sample's, or nothing
             samples.append(np.stack([ids, labels, np.arange(stop - start)]))
         return np.concatenate(samples, 1)[: 3 if self.packed else 2]
@@ -550,63 +581,50 @@ class SampleBlocks(Blocks):
 
 
 @dataclasses.dataclass(frozen=True)
-class Windows(Blocks):
-    """Windows of `length` tokens, `stride` apart, over the whole stream; each predicts what no window before it did."""
+class Windows:
+    """Windows `stride` tokens apart over the whole text of `blocks`, of their length; each predicts what none before it
+    did.
+    """
 
-    stride: int = 1
+    blocks: Blocks
+    stride: int
 
     def __len__(self) -> int:
-        return max(-(-(self.tokens - self.length) // self.stride), 0) + 1
+        return max(-(-(self.blocks.tokens - self.blocks.length) // self.stride), 0) + 1
 
     def __getitem__(self, i: int) -> np.ndarray:
         """Return a window's tokens and labels, int64 [2, tokens]."""
-        start = self.cuts[0] + i * self.stride
-        ids = self.read(start, min(start + self.length, self.cuts[-1]))
+        cuts, length = self.blocks.cuts, self.blocks.length
+        start = cuts[0] + i * self.stride
+        ids = self.blocks.read(start, min(start + length, cuts[-1]))
         labels = ids.copy()
-        labels[: self.length - self.stride if i else 0] = IGNORED
+        labels[: length - self.stride if i else 0] = IGNORED
         return np.stack([ids, labels])
 
     @property
     def supervised(self) -> int:
-        return self.tokens - (len(self) if self.stride == self.length else 1)
+        """The tokens that are predicted: all but the first of the text, or of each window where none overlap."""
+        return self.blocks.tokens - (len(self) if self.stride == self.blocks.length else 1)
 
 
 def windows_of(blocks: Blocks, stride: int) -> Windows:
     """Return the windows over a part's running text; ConfigError for samples, which are no text."""
     if isinstance(blocks, SampleBlocks):
         raise ConfigError(f"--stride: expected running text, got {blocks.source}")
-    return Windows(
-        blocks.pieces, blocks.length, blocks.cuts, blocks.rows, blocks.documents, blocks.source, stride=stride
-    )
-
-
-def flat_column(dataset: Dataset, name: str) -> tuple[np.ndarray, ...]:
-    """Return the numbers of all rows of a column of lists as memory-mapped int32 pieces."""
-    return tuple(chunk.flatten().to_numpy(zero_copy_only=True) for chunk in _column(dataset, name).chunks if len(chunk))
+    return Windows(blocks, stride)
 
 
 def cut_points(lengths: np.ndarray, length: int, packing: bool) -> np.ndarray:
-    """Return where blocks start and end, int64 [blocks + 1]. No token is lost: the last block keeps the tail.
+    """Return where blocks start and end, int64 [blocks + 1]. The last block keeps the tail, but for one lonely token.
 
-    Packed: every `length` tokens across rows. Unpacked: every `length` tokens within each row, so no block spans two rows.
+    Packed: every `length` tokens across rows. Unpacked: every `length` tokens within each row, so no block spans two
+    rows.
     """
-    total = int(lengths.sum())
-    if packing:
-        return np.append(np.arange(0, total, length, dtype=np.int64), total)
-    ends = np.cumsum(lengths)
-    starts = [np.arange(end - size, end, length, dtype=np.int64) for end, size in zip(ends, lengths, strict=True)]
-    return np.append(np.concatenate(starts), total)
-
-
-def _trim(cuts: np.ndarray) -> np.ndarray:
-    """Drop a last block of one token, which predicts nothing."""
-    return cuts[:-1] if len(cuts) > 2 and cuts[-1] - cuts[-2] < 2 else cuts
-
-
-def _blocks(dataset: Dataset, starts: np.ndarray, data: DataConfig, source: str) -> Blocks:
-    lengths = row_lengths(dataset)
-    cuts = _trim(cut_points(lengths, data.max_length, data.packing))
-    return Blocks(flat_column(dataset, "input_ids"), data.max_length, cuts, len(lengths), int(starts.sum()), source)
+    rows = lengths.sum(keepdims=True) if packing else lengths
+    ends = np.cumsum(rows)
+    starts = [np.arange(end - size, end, length, dtype=np.int64) for end, size in zip(ends, rows, strict=True)]
+    cuts = np.append(np.concatenate(starts), ends[-1])
+    return cuts[:-1] if len(cuts) > 2 and cuts[-1] - cuts[-2] < 2 else cuts  # one token predicts nothing
 
 
 def _split_tail(blocks: Blocks, fraction: float) -> tuple[Blocks, Blocks]:
@@ -621,48 +639,45 @@ def _split_tail(blocks: Blocks, fraction: float) -> tuple[Blocks, Blocks]:
     return train, dataclasses.replace(blocks, cuts=blocks.cuts[len(blocks) - count :])
 
 
-def _limit(dataset: Dataset, starts: np.ndarray, most: int | None) -> tuple[Dataset, np.ndarray]:
-    return (dataset, starts) if most is None or most >= len(starts) else (dataset.select(range(most)), starts[:most])
+def most_rows(name: str, data: DataConfig) -> int | None:
+    """Return how many rows of the part of this name may be used, or None for all."""
+    return data.max_train_samples if name == "train" else data.max_eval_samples
 
 
-def make_blocks(
-    tokenized: DatasetDict, tokenizer: PreTrainedTokenizerBase, data: DataConfig, seed: int, close: bool = True
-) -> dict[str, Blocks | None]:
-    """Return the blocks of {"train", "validation"}: empty rows dropped, documents closed, rows held out where needed, cut.
+def text_blocks(
+    dataset: Dataset, starts: np.ndarray, most: int | None, marks: tuple[list[int], list[int]], data: DataConfig
+) -> Blocks:
+    """Return the blocks of running text: its first `most` rows, documents between `marks`.
 
-    tokenized: a DatasetDict with input_ids, with or without the text column, attention_mask or a validation split; rows with
-    labels are samples, but for those of running text. close: False leaves running text without document ends.
+    starts: whether a document starts at a row, bool [rows].
     """
-    if not isinstance(tokenized, DatasetDict) or "train" not in tokenized:
-        found = ", ".join(tokenized) if isinstance(tokenized, DatasetDict) else type(tokenized).__name__
-        raise ConfigError(f"prepare_dataset: expected a DatasetDict with a split 'train', got {found}")
-    if "input_ids" not in tokenized["train"].column_names:
-        raise ConfigError(
-            f"prepare_dataset: expected a column input_ids, got {', '.join(tokenized['train'].column_names)}"
-        )
-    source = getattr(tokenized, "source", Tokenized.source)
-    if "labels" in tokenized["train"].column_names and (isinstance(tokenized, Tokenized) or not rows_are_lines(data)):
-        return make_sample_blocks(tokenized, data, seed, source)
-    first, end = (first_token(tokenizer), [document_end(tokenizer)]) if close else ([], [])
-    train, starts = drop_empty(tokenized["train"], data)
-    held, held_starts = drop_empty(tokenized["validation"], data) if "validation" in tokenized else (None, None)
+    if most is not None and most < len(dataset):
+        dataset, starts = dataset.select(range(most)), starts[:most]
+    closed = close_documents(dataset, starts, *marks)
+    cuts = cut_points(row_lengths(closed), data.max_length, data.packing)
+    return Blocks(flat_column(closed, "input_ids"), data.max_length, cuts, len(starts), int(starts.sum()))
+
+
+def make_text_blocks(
+    splits: dict[str, Dataset], marks: tuple[list[int], list[int]], data: DataConfig, seed: int
+) -> dict[str, Blocks]:
+    """Return the blocks of rows that are text: empty rows dropped, whole documents held out where needed, or a last
+    part.
+    """
+    parts = {name: drop_empty(split, data) for name, split in splits.items()}
     tail = False
-    if held is None and data.validation_fraction > 0:
+    if "validation" not in parts and data.validation_fraction > 0:
+        dataset, starts = parts["train"]
         least = data.max_length if data.packing else 2  # one block; unpacked a row is one
-        out = hold_out(starts, row_lengths(train), data.validation_fraction, least, seed)
+        out = hold_out(starts, row_lengths(dataset), data.validation_fraction, least, seed)
         tail = out is None
-        if out is not None:
-            held, held_starts = train.select(np.flatnonzero(out)), starts[out]
-            train, starts = train.select(np.flatnonzero(~out)), starts[~out]
-    train, starts = _limit(train, starts, data.max_train_samples)
-    blocks = {"train": _blocks(close_documents(train, starts, first, end), starts, data, source), "validation": None}
+        for name, rows in (("train", ~out), ("validation", out)) if not tail else ():
+            parts[name] = dataset.select(np.flatnonzero(rows)), starts[rows]
+    blocks = {name: text_blocks(*part, most_rows(name, data), marks, data) for name, part in parts.items()}
     if tail:
         blocks["train"], blocks["validation"] = _split_tail(blocks["train"], data.validation_fraction)
-    elif held is not None:
-        held, held_starts = _limit(held, held_starts, data.max_eval_samples)
-        blocks["validation"] = _blocks(close_documents(held, held_starts, first, end), held_starts, data, source)
     for name, part in blocks.items():
-        if part is not None and part.supervised < 1:
+        if part.supervised < 1:
             raise ConfigError(
                 f"data.dataset: the {name} part of {data.dataset} has {part.tokens} tokens: nothing to predict"
             )
@@ -673,23 +688,26 @@ def make_blocks(
 
 
 def pack(sizes: np.ndarray, length: int) -> np.ndarray:
-    """Return the block that each sample goes to, int64 [samples]: the longest first, each where the least room is left over.
+    """Return the block that each sample goes to, int64 [samples]: the longest first, each where the least room is left
+    over.
 
-    sizes: tokens of each sample, none above `length`. (Best fit decreasing: about 11/9 of the fewest blocks at worst, D. S. Johnson 1973.)
+    sizes: tokens of each sample, none above `length`. (Best fit decreasing: about 11/9 of the fewest blocks at
+    worst, D. S. Johnson 1973.)
     """
     block, count = np.empty(len(sizes), np.int64), 0
-    blocks_by_room: list[list[int]] = [[] for _ in range(length)]
+    blocks_by_room: list[list[int]] = [[] for _ in range(length + 1)]
     rooms: list[int] = []  # those that some block has, ascending
     for i in np.argsort(-sizes, kind="stable"):
         size = int(sizes[i])
         at = bisect_left(rooms, size)
-        if at < len(rooms):
-            room = rooms[at]
-            block[i] = blocks_by_room[room].pop()
-            if not blocks_by_room[room]:
-                del rooms[at]
-        else:
-            room, block[i], count = length, count, count + 1
+        if at == len(rooms):  # it fits nowhere: a new block
+            rooms.append(length)
+            blocks_by_room[length].append(count)
+            count += 1
+        room = rooms[at]
+        block[i] = blocks_by_room[room].pop()
+        if not blocks_by_room[room]:
+            del rooms[at]
         if left := room - size:
             if not blocks_by_room[left]:
                 insort(rooms, left)
@@ -698,7 +716,9 @@ def pack(sizes: np.ndarray, length: int) -> np.ndarray:
 
 
 def learned_tokens(dataset: Dataset, most: int) -> np.ndarray:
-    """Return how many of each row's first `most` tokens are learned, int64 [rows]: those with a label, but never the first."""
+    """Return how many of each row's first `most` tokens are learned, int64 [rows]: those with a label, but never the
+    first.
+    """
     counts = []
     for chunk in _column(dataset, "labels").chunks:
         lengths = chunk.value_lengths().to_numpy().astype(np.int64)
@@ -708,24 +728,10 @@ def learned_tokens(dataset: Dataset, most: int) -> np.ndarray:
     return np.concatenate(counts)
 
 
-def without_pads(dataset: Dataset) -> Dataset:
-    """Return rows of tokens and labels without their pads, which an attention mask tells from tokens."""
-    if "attention_mask" not in dataset.column_names:
-        return dataset
-
-    def strip(batch: dict) -> dict:
-        masks = batch["attention_mask"]
-        return {
-            name: [list(itertools.compress(row, mask)) for row, mask in zip(batch[name], masks, strict=True)]
-            for name in ("input_ids", "labels")
-        }
-
-    features = datasets.Features({name: datasets.List(datasets.Value("int32")) for name in ("input_ids", "labels")})
-    return dataset.map(strip, batched=True, features=features, remove_columns=dataset.column_names, desc="unpad")
-
-
 def learnable_rows(dataset: Dataset, name: str, data: DataConfig) -> tuple[np.ndarray, list[str]]:
-    """Return the numbers of the rows that teach something within data.max_length, and a line on the others and the cut ones."""
+    """Return the numbers of the rows that teach something within data.max_length, and a line on the others and the cut
+    ones.
+    """
     learned, lengths, notes = learned_tokens(dataset, data.max_length), row_lengths(dataset), []
     empty = np.flatnonzero(learned == 0)
     if len(empty):
@@ -744,50 +750,70 @@ def learnable_rows(dataset: Dataset, name: str, data: DataConfig) -> tuple[np.nd
     return np.flatnonzero(learned), notes
 
 
-def _sample_blocks(
-    dataset: Dataset, rows: np.ndarray, data: DataConfig, source: str, name: str, notes: list[str]
-) -> SampleBlocks:
+def sample_blocks(dataset: Dataset, name: str, rows: np.ndarray, notes: list[str], data: DataConfig) -> SampleBlocks:
+    """Return the blocks of these rows of a part, each cut at data.max_length."""
     lengths = row_lengths(dataset)
     starts, sizes = (np.cumsum(lengths) - lengths)[rows], np.minimum(lengths[rows], data.max_length)
-    block = pack(sizes, data.max_length) if data.packing else np.arange(len(rows))
-    order = np.argsort(block, kind="stable")
+    block = np.arange(len(rows))
     if data.packing:
+        block = pack(sizes, data.max_length)
         notes = [*notes, f"{name}: blocks are {sizes.sum() / (data.max_length * (block.max() + 1)):.1%} full"]
     return SampleBlocks(
         flat_column(dataset, "input_ids") + flat_column(dataset, "labels"),
         data.max_length,
-        np.stack([block, starts, starts + sizes], 1)[order],
+        np.stack([block, starts, starts + sizes], 1)[np.argsort(block, kind="stable")],
         rows=len(rows),
         documents=len(rows),
-        source=source,
         notes=tuple(notes),
         packed=data.packing,
         learned=int(learned_tokens(dataset, data.max_length)[rows].sum()),
     )
 
 
-def make_sample_blocks(tokenized: DatasetDict, data: DataConfig, seed: int, source: str) -> dict[str, Blocks | None]:
-    """Return the blocks of {"train", "validation"} of rows with labels: each row a sample, cut at data.max_length, and packed."""
-    parts = {name: without_pads(split) for name, split in tokenized.items() if name in ("train", "validation")}
-    kept, notes = {}, {}
-    for name, split in parts.items():
-        kept[name], notes[name] = learnable_rows(split, name, data)
+def make_sample_blocks(splits: dict[str, Dataset], data: DataConfig, seed: int) -> dict[str, SampleBlocks]:
+    """Return the blocks of rows with labels: each row a sample; those that teach nothing left out, some held out where
+    needed.
+    """
+    parts = {name: (split, *learnable_rows(split, name, data)) for name, split in splits.items()}
     if "validation" not in parts and data.validation_fraction > 0:
-        rows = kept["train"]
-        one = np.ones(len(rows), np.int64)
-        out = hold_out(one.astype(bool), one, data.validation_fraction, 1, seed)
+        split, rows, notes = parts["train"]
+        out = hold_out(np.ones(len(rows), bool), np.ones(len(rows)), data.validation_fraction, 1, seed)
         if out is None:
             raise ConfigError(
                 f"data.dataset: {len(rows)} row{'s'[: len(rows) > 1]} to learn from: too few to hold one out; "
                 "give a validation split or data.validation_fraction 0"
             )
-        kept = {"train": rows[~out], "validation": rows[out]}
-        parts["validation"], notes["validation"] = parts["train"], []
-    most = {"train": data.max_train_samples, "validation": data.max_eval_samples}
-    blocks = {
-        name: _sample_blocks(parts[name], rows[: most[name]], data, source, name, notes[name])
-        for name, rows in kept.items()
+        parts = {"train": (split, rows[~out], notes), "validation": (split, rows[out], [])}
+    return {
+        name: sample_blocks(split, name, rows[: most_rows(name, data)], notes, data)
+        for name, (split, rows, notes) in parts.items()
     }
+
+
+def make_blocks(
+    tokenized: DatasetDict, tokenizer: PreTrainedTokenizerBase, data: DataConfig, seed: int, close: bool = True
+) -> dict[str, Blocks | None]:
+    """Return the blocks of {"train", "validation"}: rows without use dropped, documents closed, rows held out where
+    needed, cut.
+
+    tokenized: a DatasetDict with input_ids, with or without the text column, attention_mask or a validation split;
+    rows with labels are samples, but for those of running text. close: False leaves running text without document
+    ends.
+    """
+    if not isinstance(tokenized, DatasetDict) or "train" not in tokenized:
+        found = ", ".join(tokenized) if isinstance(tokenized, DatasetDict) else type(tokenized).__name__
+        raise ConfigError(f"prepare_dataset: expected a DatasetDict with a split 'train', got {found}")
+    columns = tokenized["train"].column_names
+    if "input_ids" not in columns:
+        raise ConfigError(f"prepare_dataset: expected a column input_ids, got {', '.join(columns)}")
+    splits = {name: without_pads(split) for name, split in tokenized.items() if name in ("train", "validation")}
+    if "labels" in columns and (isinstance(tokenized, Tokenized) or not rows_are_lines(data)):
+        blocks = make_sample_blocks(splits, data, seed)
+    else:
+        marks = (first_token(tokenizer), [document_end(tokenizer)]) if close else ([], [])
+        blocks = make_text_blocks(splits, marks, data, seed)
+    source = getattr(tokenized, "source", Tokenized.source)
+    blocks = {name: dataclasses.replace(part, source=source) for name, part in blocks.items()}
     return {"train": blocks["train"], "validation": blocks.get("validation")}
 
 
@@ -817,15 +843,19 @@ def untrained_chat_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizer
         center = F.normalize(unused.mean(0), dim=0)
         usual = (unused @ center).mean()
         untrained |= (usual > 0.8) & (F.normalize(own, dim=1) @ center > 0.9 * usual)
-    names = ", ".join(str(added[token]) for token, bad in zip(chat, untrained.tolist(), strict=True) if bad)
-    advice = "take the Instruct model, or text without a chat template"
-    return (
-        [f"warning: {names}: the base model never learned these tokens of its chat template; {advice}"] if names else []
-    )
+    names = [str(added[token]) for token, bad in zip(chat, untrained.tolist(), strict=True) if bad]
+    if not names:
+        return []
+    return [
+        f"warning: {', '.join(names)}: the base model never learned these tokens of its chat template; "
+        "take the Instruct model, or text without a chat template"
+    ]
 
 
 def show_block(block: np.ndarray, tokenizer: PreTrainedTokenizerBase, most: int = 80) -> str:
-    """Return a block's start decoded in one line, what is learned between [[ and ]], each part cut to `most` characters."""
+    """Return a block's start decoded in one line, what is learned between [[ and ]], each part cut to `most`
+    characters.
+    """
     if block.ndim == 1:
         return tokenizer.decode(block[:40]).replace("\n", "\\n") + " …"
     shown = ""
@@ -847,28 +877,27 @@ BATCH = ("input_ids", "labels", "position_ids")
 def collate(rows: Sequence[np.ndarray], pad: int) -> dict[str, torch.Tensor]:
     """Return input_ids, labels and, of packed samples, position_ids, int64 [batch, longest].
 
-    rows: [tokens], or [2 or 3, tokens] with labels and positions. Pads stand on the right, unlabelled by position and not by
-    id; of packed samples they make one more, which nobody sees.
+    rows: [tokens], or [2 or 3, tokens] with labels and positions. Pads stand on the right, unlabelled by position
+    and not by id; of packed samples they make one more, which nobody sees.
     """
     rows = [np.stack([row, row]) if row.ndim == 1 else row for row in rows]
     longest = max(row.shape[1] for row in rows)
-    batch = {name: torch.empty(len(rows), longest, dtype=torch.long) for name in BATCH[: len(rows[0])]}
-    for i, row in enumerate(rows):
-        size = row.shape[1]
-        for (name, tensor), numbers in zip(batch.items(), row, strict=True):
-            tensor[i, :size] = torch.from_numpy(numbers)
-            rest = torch.arange(longest - size) if name == "position_ids" else pad if name == "input_ids" else IGNORED
-            tensor[i, size:] = rest
-    return batch
+    pads = np.stack([np.full(longest, pad), np.full(longest, IGNORED), np.arange(longest)])[: len(rows[0])]
+    table = np.stack([np.concatenate([row, pads[:, : longest - row.shape[1]]], 1) for row in rows], 1)
+    return {name: torch.from_numpy(numbers) for name, numbers in zip(BATCH[: len(table)], table, strict=True)}
 
 
 def epoch_order(blocks: int, seed: int, epoch: int) -> np.ndarray:
-    """Return the order of the blocks in an epoch; a function of the seed and the epoch alone, so resuming needs no state."""
+    """Return the order of the blocks in an epoch; a function of the seed and the epoch alone, so resuming needs no
+    state.
+    """
     return np.random.default_rng((seed, epoch)).permutation(blocks)
 
 
 def step_windows(blocks: int, window: int, seed: int, step: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield (epoch, numbers of the blocks) of every optimizer step after `step`, without end; an epoch's last window may be short."""
+    """Yield (epoch, numbers of the blocks) of every optimizer step after `step`, without end; an epoch's last window
+    may be short.
+    """
     per_epoch = -(-blocks // window)
     while True:
         epoch, position = divmod(step, per_epoch)

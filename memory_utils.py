@@ -1,12 +1,18 @@
-"""What a run needs of the GPU's memory: a plan from the model's config.json alone, the shape that fits best, and what was measured."""
+"""What a run needs of the GPU's memory: a plan from the model's config.json alone, the shape that fits best, and what
+was measured.
+"""
 
 import dataclasses
+import functools
 import gc
+import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import psutil
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -18,7 +24,8 @@ GIB = 2**30
 BLOCK, NESTED_BLOCK = 64, 256  # weights a quantisation constant, constants a second-level constant (QLoRA, section 3)
 CONTEXT_BYTES = int(0.5 * GIB)  # CUDA context with cuBLAS; 0.45-0.55 GiB measured on an H100, CUDA 13
 WORKSPACE_BYTES = 3 * 2**25  # cuBLAS keeps 32 MiB for each of the streams: the default one, the warm-up's, the graph's
-# What the allocator has reserved and cannot hand out, measured on an H100: 0.14 GiB at 1 x 512, 0.24 at 16 x 512 checkpointed.
+# What the allocator has reserved and cannot hand out, measured on an H100: 0.14 GiB at 1 x 512, 0.24 at 16 x 512
+# checkpointed.
 SLACK_BYTES, SLACK_SHARE = int(0.1 * GIB), 0.04  # at all times, and of what comes and goes with a step
 
 # ------------------------------------------------------------------------------------------------ the model's shape
@@ -124,16 +131,15 @@ def expected_path(config: Config) -> str:
 def saved_bytes(shape: ModelShape, config: Config, path: str) -> int:
     """Return what a layer that is not checkpointed keeps for its backward, bytes a token.
 
-    Counted from what autograd saves (tests compare) in bfloat16: the products' inputs, q, k and v as attention reads them, its output.
+    Counted from what autograd saves (tests compare) in bfloat16: the products' inputs, q, k and v as attention reads
+    them, its output.
     """
     h, q, kv, inner = shape.hidden, shape.query, shape.key_value, shape.inner
     rank = config.lora.rank
     attention = 2 * (2 * q + kv) + 4 * shape.heads
     if shape.head_norms:  # their inputs, in fp32 unless compiled, and a number a head
         attention += (q + kv // 2) * (2 if path == COMPILED else 4) + 4 * (q + kv // 2) * shape.heads // q
-    if (
-        path == COMPILED
-    ):  # a norm's output is made again from its input, which is the layer's or the sum after attention
+    if path == COMPILED:  # a norm's output is made again from its input: the layer's, or the sum after attention
         return attention + 2 * (2 * h + 2 * inner) + 2 * fused_columns(config) + 8
     norms = 2 * 4 * h + 8  # in fp32
     if path == FUSED:
@@ -152,7 +158,9 @@ def fused_columns(config: Config) -> int:
 
 
 def transient_bytes(shape: ModelShape, config: Config, path: str, tokens: int) -> int:
-    """Return the most that lives for a moment in a layer's backward: gradients on their way, and a dequantised operand beside them."""
+    """Return the most that lives for a moment in a layer's backward: gradients on their way, and a dequantised operand
+    beside them.
+    """
     h, inner, rank = shape.hidden, shape.inner, config.lora.rank
     width = 2 if config.quantization.compute_dtype != "float32" else 4
     if path == PLAIN:  # the gradients of SwiGLU's three factors, and peft's fp32 copy of an adapter's input
@@ -246,7 +254,8 @@ def plan_memory(
     hidden = tokens * shape.hidden * 2
     chunk = chunk_rows(shape.vocabulary, int(limit - CONTEXT_BYTES - fixed) if limit else 2**36)
     loss = loss_bytes(shape, path, tokens, chunk)
-    # The backward starts at the last layer. Checkpointed layers come after the others, whose activations are gone by then.
+    # The backward starts at the last layer. Checkpointed layers come after the others, whose activations are gone by
+    # then.
     live = transient + (saved + 2 * hidden if checkpointed else 0)  # a recompute makes the norms' outputs too
     relief = free_layers * saved if checkpointed else 0
     live = max(live - relief, transient if free_layers else live)
@@ -293,7 +302,8 @@ class Rates:
 def step_seconds(shape: ModelShape, config: Config, rates: Rates, micro_batch: int, checkpointed: int) -> float:
     """Return an estimate of the time of one micro-batch, for choosing between shapes: products, dequantisation, passes.
 
-    Each product is made forward, backward and, in checkpointed layers, once more (but the last of a layer); W is dequantised as often.
+    Each product is made forward, backward and, in checkpointed layers, once more (but the last of a layer); W is
+    dequantised as often.
     """
     weights, tokens = sum(out * into for _, out, into in shape.linears), micro_batch * config.data.max_length
     passes, share = 2 + checkpointed / shape.layers, tokens / (tokens + 256)  # small products leave the units half idle
@@ -308,23 +318,20 @@ def shapes(shape: ModelShape, config: Config, sequences: int) -> Iterator[tuple[
 
     sequences: of one process. A value given as a flag is kept.
     """
-    flags = config.flags
-    batch_pinned = set(SHAPE_KNOBS[:2]) & flags
-    batches = [n for n in range(1, sequences + 1) if sequences % n == 0]
-    if batch_pinned:
+    batches, layers = [n for n in range(1, sequences + 1) if sequences % n == 0], range(shape.layers + 1)
+    if config.flags & set(SHAPE_KNOBS[:2]):
         batches = [min(config.training.batch_size, sequences)]
-    layers = range(shape.layers + 1)
-    if "training.gradient_checkpointing" in flags and config.training.gradient_checkpointing != "auto":
+    if "training.gradient_checkpointing" in config.flags and config.training.gradient_checkpointing != "auto":
         layers = [pinned_layers(shape.layers, config)]
-    for micro_batch in batches:
-        for checkpointed in layers:
-            yield micro_batch, checkpointed
+    yield from itertools.product(batches, layers)
 
 
 def fit(
     shape: ModelShape, config: Config, sequences: int, limit: float, rates: Rates, path: str | None = None
 ) -> MemoryPlan:
-    """Return the plan of the fastest shape that takes no more than `limit` bytes, context included; else of the smallest."""
+    """Return the plan of the fastest shape that takes no more than `limit` bytes, context included; else of the
+    smallest.
+    """
     best, smallest = None, None
     for micro_batch, checkpointed in shapes(shape, config, sequences):
         plan = plan_memory(shape, config, micro_batch, checkpointed, path, limit)
@@ -336,71 +343,121 @@ def fit(
     return best[1] if best else smallest
 
 
-def pinned_plan(shape: ModelShape, config: Config, sequences: int, limit: float | None) -> MemoryPlan:
-    """Return the plan of the shape that the configuration names."""
-    micro_batch = min(config.training.batch_size, sequences)
-    return plan_memory(shape, config, micro_batch, pinned_layers(shape.layers, config), limit=limit)
-
-
 def unplanned(config: Config, sequences: int, layers: int) -> MemoryPlan:
     """Return the configured shape of a run on a CPU, which has no plan."""
     return MemoryPlan({}, min(config.training.batch_size, sequences), pinned_layers(layers, config), layers)
 
 
 def step_down(plan: MemoryPlan, sequences: int) -> MemoryPlan | None:
-    """Return the next smaller shape after running out of memory: a quarter more layers checkpointed, then half the micro-batch."""
+    """Return the next smaller shape after running out of memory, which has no plan: that of the larger was wrong.
+
+    A quarter more of the layers checkpointed; where all are, the next smaller micro-batch that divides the sequences.
+    """
     more = min(plan.layers, plan.checkpointed + max(1, plan.layers // 4))
     if more > plan.checkpointed:
-        return dataclasses.replace(plan, checkpointed=more)
+        return dataclasses.replace(plan, parts={}, checkpointed=more)
     smaller = [n for n in range(1, plan.micro_batch) if sequences % n == 0]
-    return dataclasses.replace(plan, micro_batch=max(smaller)) if smaller else None
+    return dataclasses.replace(plan, parts={}, micro_batch=max(smaller)) if smaller else None
+
+
+def longest_length(shape: ModelShape, config: Config, limit: float) -> int:
+    """Return the longest max_length, a multiple of 128, that trains with one sequence at a time and all layers
+    checkpointed.
+    """
+    low, high = 0, 2**14  # in units of 128 tokens
+    while high - low > 1:
+        middle = (low + high) // 2
+        other = dataclasses.replace(config, data=dataclasses.replace(config.data, max_length=middle * 128))
+        fits = plan_memory(shape, other, 1, shape.layers, limit=limit).total <= limit
+        low, high = (middle, high) if fits else (low, middle)
+    return low * 128
+
+
+# ------------------------------------------------------------------------------------------------ what is decided and said
 
 
 class NoFit(Exception):
     """No shape of the run fits the memory: the lines that say so, and what would help."""
 
 
-def reason(config: Config, plan: MemoryPlan, limit: float | None) -> str:
-    """Return why the run has this shape."""
-    if limit is None or not config.performance.auto_fit:
-        return "as configured" + ("" if config.performance.auto_fit else " (performance.auto_fit is off)")
+def choose_plan(
+    shape: ModelShape, config: Config, sequences: int, device: torch.device | None, limit: float | None, saved: dict
+) -> MemoryPlan:
+    """Return the plan of the shape that a run takes: its checkpoint's, else auto_fit's, else the configured one.
+
+    sequences: an optimizer step's, of one process. saved: the checkpoint's shape, empty without one; a flag goes
+    before it.
+    """
+    auto_fit = config.performance.auto_fit
+    if saved and auto_fit and not config.flags & set(SHAPE_KNOBS):
+        return plan_memory(shape, config, saved["micro_batch"], saved["checkpointed"], limit=limit)
+    if auto_fit and limit is not None:
+        return fit(shape, config, sequences, limit, measure_rates(device))
+    micro_batch = min(config.training.batch_size, sequences)
+    return plan_memory(shape, config, micro_batch, pinned_layers(shape.layers, config), limit=limit)
+
+
+def plan_run(
+    config: Config, accelerator: Accelerator, sequences: int, saved: dict, say: Callable[[str], None]
+) -> MemoryPlan:
+    """Return the plan of a run on a GPU, one for all processes, and say it. Raises NoFit where even the smallest shape
+    is too large.
+
+    sequences, saved: as in choose_plan; what another number of processes saved does not count.
+    """
+    shape, device = configured_shape(config), accelerator.device
+    limit = memory_limit(device, config.performance.memory_limit_gib)
+    saved = saved if saved.get("processes") == accelerator.num_processes else {}
+    plan = broadcast_object_list([choose_plan(shape, config, sequences, device, limit, saved)])[0]
+    for line in chosen_lines(config, plan, limit):
+        say(line)
     if plan.total > limit:
-        return f"the smallest there is, and more than {limit / GIB:.2f} GiB"
-    pinned = [name for name in sorted(config.flags) if name in SHAPE_KNOBS]
-    kept = f", {' and '.join(pinned)} as the flag says" if pinned else ""
-    return f"the fastest within {limit / GIB:.2f} GiB by estimate{kept}; the same is learned in any"
+        sizes = f"the run takes {plan.total / GIB:.2f} GiB, there are {limit / GIB:.2f}"
+        lines = [f"error: performance.memory_limit_gib: {sizes}", *savings_lines(shape, config, plan, limit, count=3)]
+        raise NoFit("\n".join(lines))
+    return plan
 
 
-def savings_lines(
-    shape: ModelShape, config: Config, plan: MemoryPlan, limit: float | None, count: int = 5
-) -> list[str]:
-    """Return a line for each of the settings that would save most."""
-    return [f"{name} would save {saved / GIB:.2f} GiB" for saved, name in savings(shape, config, plan, limit)[:count]]
+def print_plan(config: Config, about_data: Callable[[Config, int], str]) -> int:
+    """Print the plan of the shape that a run would take; return 3 where it exceeds the limit or the GPU, else 0.
+
+    about_data: gives the line on an epoch, of the configuration and the sequences of an optimizer step.
+    """
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else None
+    shape, limit = configured_shape(config), memory_limit(device, config.performance.memory_limit_gib)
+    sequences = config.training.batch_size * config.training.gradient_accumulation_steps
+    plan = choose_plan(shape, config, sequences, device, limit, saved={})
+    print(*chosen_lines(config, plan, limit), *facts(shape, config, plan, device), sep="\n")
+    print(about_data(config, sequences), *savings_lines(shape, config, plan, limit), sep="\n")
+    if limit is None:
+        return 0
+    print(f"{'fits' if plan.total <= limit else 'does not fit'} in {limit / GIB:.2f} GiB")
+    return 0 if plan.total <= limit else 3
 
 
-def ran_out(config: Config, plan: MemoryPlan, limit: float | None) -> list[str]:
-    """Return the plan of a shape that ran out of memory and the three settings that save most, each with its saving."""
-    shape = configured_shape(config)
-    plan = plan_memory(shape, config, plan.micro_batch, plan.checkpointed, limit=limit)
-    return [plan.table(), *savings_lines(shape, config, plan, limit, count=3)]
+def chosen_lines(config: Config, plan: MemoryPlan, limit: float | None) -> list[str]:
+    """Return the plan's table, and the shape of the run with the reason for it."""
+    if not config.performance.auto_fit:
+        reason = "as configured (performance.auto_fit is off)"
+    elif limit is None:
+        reason = "as configured"
+    elif plan.total > limit:
+        reason = f"the smallest there is, and more than {limit / GIB:.2f} GiB"
+    else:
+        pinned = [name for name in sorted(config.flags) if name in SHAPE_KNOBS]
+        kept = f", {' and '.join(pinned)} as the flag says" if pinned else ""
+        reason = f"the fastest within {limit / GIB:.2f} GiB by estimate{kept}; the same is learned in any"
+    return [plan.table(), f"shape: {plan.shape}; {reason}"]
 
 
-def no_fit_lines(shape: ModelShape, config: Config, plan: MemoryPlan, limit: float) -> str:
-    """Return the error of a run that fits in no shape, with the three settings that save most."""
-    first = (
-        f"error: performance.memory_limit_gib: the run takes {plan.total / GIB:.2f} GiB, there are {limit / GIB:.2f}"
-    )
-    return "\n".join([first, *savings_lines(shape, config, plan, limit, count=3)])
-
-
-def facts(shape: ModelShape, config: Config, plan: MemoryPlan, rates: Rates, measured: bool) -> list[str]:
+def facts(shape: ModelShape, config: Config, plan: MemoryPlan, device: torch.device | None) -> list[str]:
     """Return what else there is to know before a download; times are computed, not measured."""
     trainable = adapter_parameters(shape, config)
     quantised = sum(out * into for _, out, into in shape.linears)
     loaded = (quantised // 2 if config.quantization.load_in_4bit else 2 * quantised) + 2 * shape.embedding
-    seconds = step_seconds(shape, config, rates, plan.micro_batch, plan.checkpointed)
+    seconds = step_seconds(shape, config, measure_rates(device), plan.micro_batch, plan.checkpointed)
     tokens = plan.micro_batch * config.data.max_length / seconds
-    card = "this card's rates" if measured else "the rates of an RTX 4060"
+    card = "this card's rates" if device else "the rates of an RTX 4060"
     return [
         f"parameters: {shape.parameters:,}; trainable {trainable:,}, adapter {trainable * 4 / 1e6:.1f} MB",
         f"download {2 * shape.parameters / 1e9:.2f} GB in 16 bit; main memory while loading about {loaded / 1e9 + 3:.1f} GB",
@@ -411,24 +468,21 @@ def facts(shape: ModelShape, config: Config, plan: MemoryPlan, rates: Rates, mea
 def savings(shape: ModelShape, config: Config, plan: MemoryPlan, limit: float | None = None) -> list[tuple[int, str]]:
     """Return (bytes saved, what would save them), the largest first."""
 
-    def without(
-        section: str, micro_batch: int = plan.micro_batch, checkpointed: int = plan.checkpointed, **changes
-    ) -> int:
+    def without(section: str, micro_batch: int = plan.micro_batch, checkpointed: int = plan.checkpointed, **changes):
         other = dataclasses.replace(config, **{section: dataclasses.replace(config[section], **changes)})
         return plan.total - plan_memory(shape, other, micro_batch, checkpointed, limit=limit).total
 
-    length, rank, attention = config.data.max_length, config.lora.rank, ("q_proj", "k_proj", "v_proj", "o_proj")
-    found = [(without("data", max_length=max(8, length // 2)), f"data.max_length {max(8, length // 2)}")]
-    found.append((without("lora", rank=max(1, rank // 2)), f"lora.rank {max(1, rank // 2)}"))
+    length, rank = max(8, config.data.max_length // 2), max(1, config.lora.rank // 2)
+    attention, smaller = ("q_proj", "k_proj", "v_proj", "o_proj"), plan.micro_batch // 2
+    found = [(without("data", max_length=length), f"data.max_length {length}")]
+    found.append((without("lora", rank=rank), f"lora.rank {rank}"))
     if set(config.lora.target_modules) > set(attention):
         found.append((without("lora", target_modules=attention), f"lora.target_modules [{', '.join(attention)}]"))
     if plan.checkpointed < plan.layers:
         found.append((without("training", checkpointed=plan.layers), "training.gradient_checkpointing true"))
     if plan.micro_batch > 1:
-        smaller = plan.micro_batch // 2
-        found.append(
-            (without("training", micro_batch=smaller), f"training.batch_size {smaller} and twice the accumulation")
-        )
+        line = f"training.batch_size {smaller} and twice the accumulation"
+        found.append((without("training", micro_batch=smaller), line))
     if config.training.optim != "paged_adamw_8bit":
         found.append((without("training", optim="paged_adamw_8bit"), "training.optim paged_adamw_8bit"))
     if not config.quantization.use_double_quant:
@@ -436,22 +490,28 @@ def savings(shape: ModelShape, config: Config, plan: MemoryPlan, limit: float | 
     return sorted((pair for pair in found if pair[0] > 0), reverse=True)
 
 
-def longest_length(shape: ModelShape, config: Config, limit: float) -> int:
-    """Return the longest max_length, a multiple of 128, that trains with one sequence at a time and all layers checkpointed."""
-    low, high = 0, 2**14  # in units of 128 tokens
-    while high - low > 1:
-        middle = (low + high) // 2
-        other = dataclasses.replace(config, data=dataclasses.replace(config.data, max_length=middle * 128))
-        fits = plan_memory(shape, other, 1, shape.layers, limit=limit).total <= limit
-        low, high = (middle, high) if fits else (low, middle)
-    return low * 128
+def savings_lines(
+    shape: ModelShape, config: Config, plan: MemoryPlan, limit: float | None, count: int = 5
+) -> list[str]:
+    """Return a line for each of the settings that would save most."""
+    return [f"{name} would save {saved / GIB:.2f} GiB" for saved, name in savings(shape, config, plan, limit)[:count]]
+
+
+def ran_out(config: Config, plan: MemoryPlan, device: torch.device) -> list[str]:
+    """Return the plan of a shape that ran out of memory and the three settings that save most, each with its saving."""
+    shape, limit = configured_shape(config), memory_limit(device, config.performance.memory_limit_gib)
+    plan = plan_memory(shape, config, plan.micro_batch, plan.checkpointed, limit=limit)
+    return [plan.table(), *savings_lines(shape, config, plan, limit, count=3)]
 
 
 # ------------------------------------------------------------------------------------------------ what was measured
 
 
-def measure_rates(device: torch.device) -> Rates:
-    """Return the card's own rates, measured in some 20 ms."""
+@functools.cache
+def measure_rates(device: torch.device | None) -> Rates:
+    """Return the card's own rates, measured in some 20 ms; an RTX 4060's without one."""
+    if device is None:
+        return Rates()
     a = torch.randn(4096, 4096, device=device, dtype=torch.float16)
     b = torch.empty(2**27, dtype=torch.uint8, device=device)
 
@@ -497,7 +557,8 @@ def peak_gib(device: torch.device) -> float:
 
 
 def memory_limit(device: torch.device | None, limit_gib: float | None) -> float | None:
-    """Return the bytes that this process may take, its CUDA context included; None where there is neither card nor limit.
+    """Return the bytes that this process may take, its CUDA context included; None where there is neither card nor
+    limit.
 
     Raises ConfigError for a limit below the context.
     """
@@ -508,9 +569,8 @@ def memory_limit(device: torch.device | None, limit_gib: float | None) -> float 
         )
     if device is None or device.type != "cuda":
         return limit
-    free = (
-        torch.cuda.mem_get_info(device)[0] + CONTEXT_BYTES + torch.cuda.memory_reserved(device)
-    )  # ours is open by now
+    # Our own context is open by now.
+    free = torch.cuda.mem_get_info(device)[0] + CONTEXT_BYTES + torch.cuda.memory_reserved(device)
     return free if limit is None else min(free, limit)
 
 
@@ -520,7 +580,9 @@ def free_bytes(device: torch.device, limit_gib: float | None) -> int:
 
 
 def cap_memory(device: torch.device, limit_gib: float | None) -> None:
-    """Let this process take what is free now, or `limit_gib` with the context: a Windows driver would spill into system memory."""
+    """Let this process take what is free now, or `limit_gib` with the context: a Windows driver would spill into system
+    memory.
+    """
     limit = memory_limit(device, limit_gib)
     if device.type == "cuda":
         total = torch.cuda.mem_get_info(device)[1]

@@ -53,9 +53,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     if options.stride is not None and not 1 <= options.stride <= config.data.max_length:
         raise ConfigError(f"--stride: expected 1 to data.max_length ({config.data.max_length}), got {options.stride}")
     problems = [] if options.plan else missing_data(config.data.dataset)
-    output_dir = config.training.output_dir
-    if not (options.plan or options.evaluate) and os.path.isfile(output_dir):
-        problems.append(f"training.output_dir: expected a folder, got the file {output_dir}")
+    if not (options.plan or options.evaluate) and os.path.isfile(config.training.output_dir):
+        problems.append(f"training.output_dir: expected a folder, got the file {config.training.output_dir}")
     if problems:
         raise ConfigError(*problems)
     return options, config
@@ -70,10 +69,8 @@ if __name__ == "__main__":  # --help and every error in the configuration answer
 
 import contextlib
 import dataclasses
-import functools
 import io
 import json
-import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -86,7 +83,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import LoggerType, broadcast_object_list
+from accelerate.utils import LoggerType
 from datasets import DatasetDict
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors import SafetensorError
@@ -95,36 +92,15 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 import checkpoint_utils
+import data_utils
 import fused_ops
 import memory_utils
+import quantization_utils
+from checkpoint_utils import Found
 from config import TrainingConfig, flatten
-from data_utils import (
-    IGNORED,
-    Blocks,
-    SampleBlocks,
-    collate,
-    is_packed,
-    load_rows,
-    make_blocks,
-    show_block,
-    step_windows,
-    tokenize_rows,
-    untrained_chat_tokens,
-    windows_of,
-)
-from memory_utils import GIB, MemoryPlan, cap_memory, memory_line, peak_gib
-from quantization_utils import (
-    create_lora_config,
-    device_block,
-    load_adapter,
-    load_base,
-    load_tokenizer,
-    parameter_line,
-    prepare_model_for_training,
-    quiet_libraries,
-    refuse_without_gpu,
-    usable_dtype,
-)
+from data_utils import IGNORED, Blocks, collate, is_packed, load_rows, make_blocks, step_windows, tokenize_rows
+from memory_utils import GIB, MemoryPlan, peak_gib
+from quantization_utils import create_lora_config, load_base, load_tokenizer, prepare_model_for_training, usable_dtype
 
 # ------------------------------------------------------------------------------------------------ data
 
@@ -196,9 +172,8 @@ class SummedLoss:
         with self.autocast():
             if self.chunked:
                 hidden = self.decoder(input_ids=input_ids, use_cache=False, **packed).last_hidden_state.flatten(0, 1)
-                return fused_ops.chunked_cross_entropy(
-                    hidden, self.head.weight, targets, self.head.bias, **self.options
-                )
+                weight, bias = self.head.weight, self.head.bias
+                return fused_ops.chunked_cross_entropy(hidden, weight, targets, bias, **self.options)
             logits = self.base(input_ids=input_ids, use_cache=False, **packed).logits
         return F.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=IGNORED, reduction="sum")
 
@@ -214,16 +189,17 @@ def create_optimizer(
     parameters: list[nn.Parameter], training: TrainingConfig, device: torch.device, say: Callable[[str], None]
 ) -> Any:
     """Return AdamW over the adapter; without a GPU to page from, a paged one takes its plain form, with a line."""
-    gpu = device.type == "cuda"
-    if training.optim.startswith("paged") and not gpu:
-        say(f"training.optim: {training.optim} needs a GPU to page from; its states stay in memory here")
+    name = training.optim
+    if name.startswith("paged") and device.type != "cuda":
+        say(f"training.optim: {name} needs a GPU to page from; its states stay in memory here")
+        name = name.removeprefix("paged_")
     kinds = {
-        "paged_adamw_8bit": bnb.optim.PagedAdamW8bit if gpu else bnb.optim.AdamW8bit,
+        "paged_adamw_8bit": bnb.optim.PagedAdamW8bit,
         "adamw_8bit": bnb.optim.AdamW8bit,
-        "paged_adamw_32bit": bnb.optim.PagedAdamW32bit if gpu else bnb.optim.AdamW32bit,
-        "adamw_torch": torch.optim.AdamW,
+        "paged_adamw_32bit": bnb.optim.PagedAdamW32bit,
+        "adamw_32bit": bnb.optim.AdamW32bit,
     }
-    kind = kinds[training.optim] if training.optim == "adamw_torch" else fused_ops.without_waits(kinds[training.optim])
+    kind = torch.optim.AdamW if name == "adamw_torch" else fused_ops.without_waits(kinds[name])
     return kind(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
 
 
@@ -238,6 +214,7 @@ class Learner:
     """The model with its adapter, and how a micro-batch runs forward and backward through it."""
 
     model: PeftModel
+    parameters: list[nn.Parameter]  # those of the adapter
     loss: SummedLoss
     clock: fused_ops.DropoutClock
     scaler: torch.amp.GradScaler
@@ -245,10 +222,6 @@ class Learner:
     shape: tuple[int, int]  # a full micro-batch: (sequences, tokens)
     captured: fused_ops.Captured | None = None
     captured_evaluation: fused_ops.Captured | None = None
-
-    @functools.cached_property
-    def parameters(self) -> list[nn.Parameter]:
-        return [p for p in self.model.parameters() if p.requires_grad]
 
     def forward_backward(self, **batch: torch.Tensor) -> torch.Tensor:
         """Add the gradients of a batch's summed loss to the parameters', return the loss; no host synchronisation."""
@@ -260,11 +233,13 @@ class Learner:
     def _loss_alone(self, **batch: torch.Tensor) -> torch.Tensor:
         return self.loss(**batch)
 
+    @torch.enable_grad()
     def _capture(self, names: Iterable[str]) -> None:
         """Capture the micro-step and the evaluation's; gradients must not matter, they are zero afterwards.
 
         Both warm-ups come first: what they took is given back before the graphs, which share one pool, take theirs.
         """
+        self.zero_gradients()  # made where they are not there yet
         mode, pool = self.loss.base.training, torch.cuda.graph_pool_handle()
         self.clock.set(0, torch.arange(self.shape[0]))
         graphs = []
@@ -280,9 +255,7 @@ class Learner:
 
     def micro_step(self, step: int, sequences: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Run one micro-batch: as the captured graph where there is one, with the same numbers either way."""
-        if (
-            self.fast.cuda_graphs and self.captured is None
-        ):  # at a window's first, or before: nothing is accumulated yet
+        if self.fast.cuda_graphs and self.captured is None:  # at a window's first: nothing is accumulated yet
             self._capture(batch)
         if self.captured is not None:
             sequences = F.pad(sequences, (0, self.shape[0] - len(sequences)))
@@ -292,9 +265,7 @@ class Learner:
     def evaluation_loss(self, **batch: torch.Tensor) -> torch.Tensor:
         """Return a batch's summed loss, captured too; the model must be in eval mode."""
         if self.fast.cuda_graphs and self.captured is None:
-            self.zero_gradients()
-            with torch.enable_grad():
-                self._capture(batch)
+            self._capture(batch)
         return (self.captured_evaluation or self._loss_alone)(**batch)
 
     def reshape(self, micro_batch: int, checkpointed: int) -> None:
@@ -314,31 +285,25 @@ class Learner:
 
 
 @dataclasses.dataclass
-class Session:
-    """What training works on; nothing in it is configuration."""
+class Run:
+    """A run in its output folder: what it learns with, and how far it is."""
 
+    config: Config
     accelerator: Accelerator
-    learner: Learner
+    log: checkpoint_utils.Log
     tokenizer: PreTrainedTokenizerBase
     blocks: dict[str, Blocks | None]
+    learner: Learner
     optimizer: Any
     scheduler: Any
     plan: MemoryPlan  # the shape that runs: micro-batch and checkpointed layers
     window: int  # sequences an optimizer step, over all micro-batches and processes
-    say: Callable[[str], None]
-
-    @property
-    def micro_batch(self) -> int:
-        return self.plan.micro_batch
-
-    def step_down(self, error: torch.OutOfMemoryError) -> None:
-        """Take the next smaller shape after running out of memory; raise the error where there is none."""
-        smaller = memory_utils.step_down(self.plan, self.window // self.accelerator.num_processes)
-        if smaller is None:
-            raise error
-        self.say(f"out of GPU memory with {self.plan.shape}: on with {smaller.shape}, which learns the same")
-        self.plan = smaller
-        self.learner.reshape(smaller.micro_batch, smaller.checkpointed)
+    total_steps: int
+    fingerprint: dict[str, str]
+    progress: checkpoint_utils.Progress = dataclasses.field(default_factory=checkpoint_utils.Progress)
+    best_adapter: dict[str, torch.Tensor] | None = None
+    saved_time: float = dataclasses.field(default_factory=time.monotonic)
+    unsaved: str = ""  # why the newest checkpoint could not be written
 
     @property
     def model(self) -> PeftModel:
@@ -348,18 +313,27 @@ class Session:
     def steps_per_epoch(self) -> int:
         return math.ceil(len(self.blocks["train"]) / self.window)
 
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.config.training.output_dir)
 
-def sum_over_processes(session: Session, extra: list[float | torch.Tensor]) -> torch.Tensor:
+    def note(self, row: dict) -> None:
+        """Keep a row of metrics: in the history, in metrics.jsonl and in the tracker."""
+        self.progress.history.append(row)
+        self.log.row(row)
+        self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+
+
+def sum_over_processes(run: Run, extra: list[float | torch.Tensor]) -> torch.Tensor:
     """Sum the gradients, in place, and the numbers in `extra` over all processes; return the latter, fp64."""
-    device = session.accelerator.device
+    device, gradients = run.accelerator.device, [p.grad for p in run.learner.parameters]
     numbers = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in extra])
-    if session.accelerator.num_processes == 1:
+    if run.accelerator.num_processes == 1:
         return numbers
-    gradients = [p.grad for p in session.learner.parameters]
-    flat = session.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "sum")
+    flat = run.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "sum")
     for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(part.view_as(gradient))
-    return session.accelerator.reduce(numbers, "sum")
+    return run.accelerator.reduce(numbers, "sum")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -370,42 +344,50 @@ class StepResult:
     stop: bool  # some process was asked to stop
 
 
-def accumulate(session: Session, step: int, window: np.ndarray) -> tuple[torch.Tensor, int]:
+def accumulate(run: Run, step: int, window: np.ndarray) -> tuple[torch.Tensor, int]:
     """Return (loss, tokens) summed over this process's part of a window, and leave the sum of the gradients in .grad."""
-    learner, device = session.learner, session.accelerator.device
+    learner, device, pad = run.learner, run.accelerator.device, run.tokenizer.pad_token_id
+    rank, processes = run.accelerator.process_index, run.accelerator.num_processes
     learner.zero_gradients()
     total, tokens = torch.zeros((), device=device), 0
-    rank, processes = session.accelerator.process_index, session.accelerator.num_processes
-    mine, pad = window[rank::processes], session.tokenizer.pad_token_id
-    for batch, count, positions in batches(session.blocks["train"], mine, session.micro_batch, pad, device):
+    todo = batches(run.blocks["train"], window[rank::processes], run.plan.micro_batch, pad, device)
+    for batch, count, positions in todo:
         total += learner.micro_step(step, torch.from_numpy(rank + processes * positions), batch)
         tokens += count
     return total, tokens
 
 
-def accumulate_in_memory(session: Session, step: int, window: np.ndarray) -> tuple[torch.Tensor, int]:
-    """Accumulate a window; where memory runs out, again from its start in the next smaller shape, which learns the same."""
+def accumulate_in_memory(run: Run, step: int, window: np.ndarray) -> tuple[torch.Tensor, int]:
+    """Accumulate a window; where memory runs out, again from its start in the next smaller shape, which learns the
+    same.
+    """
     while True:
         try:
-            return accumulate(session, step, window)
+            return accumulate(run, step, window)
         except torch.OutOfMemoryError as error:
             problem = error.with_traceback(None)  # its frames hold the tensors of the micro-batch that failed
-        session.step_down(problem)
+        smaller = memory_utils.step_down(run.plan, run.window // run.accelerator.num_processes)
+        if smaller is None:
+            raise problem
+        run.log.say(f"out of GPU memory with {run.plan.shape}: on with {smaller.shape}, which learns the same")
+        run.plan = smaller
+        run.learner.reshape(smaller.micro_batch, smaller.checkpointed)
 
 
-def training_step(session: Session, step: int, window: np.ndarray, max_grad_norm: float, stop: bool) -> StepResult:
+def training_step(run: Run, step: int, window: np.ndarray, stop: bool) -> StepResult:
     """Learn from the blocks of one window: sum loss and gradients over all of them, divide once, clip, step."""
-    learner, scaler = session.learner, session.learner.scaler
+    learner, scaler = run.learner, run.learner.scaler
     learner.model.train()
-    total, tokens = accumulate_in_memory(session, step, window)
-    sums = sum_over_processes(session, [total, tokens, stop])
-    scaler.unscale_(session.optimizer)
+    total, tokens = accumulate_in_memory(run, step, window)
+    sums = sum_over_processes(run, [total, tokens, stop])
+    scaler.unscale_(run.optimizer)
     torch._foreach_mul_([p.grad for p in learner.parameters], 1 / sums[1].float().clamp_min(1))
-    norm = nn.utils.clip_grad_norm_(learner.parameters, max_grad_norm)
+    norm = nn.utils.clip_grad_norm_(learner.parameters, run.config.training.max_grad_norm)
     if step == 0 and tokens and not any(p.grad.any() for n, p in learner.model.named_parameters() if "lora_B" in n):
         raise NumbersWentWrong("step 1: every gradient of lora_B is zero: the loss does not reach the adapter")
-    # All of it is launched before the numbers are read: the GPU still works on the micro-batches, and waits for no launch.
-    scaler.step(session.optimizer)
+    # All of it is launched before the numbers are read: the GPU still works on the micro-batches, and waits for no
+    # launch.
+    scaler.step(run.optimizer)
     loss_sum, tokens, stops, grad_norm = *sums.tolist(), norm.item()
     # An overflow in float16 is the scaler's business: it leaves out the step and halves its scale, from 2**6 on.
     overflow = scaler.is_enabled() and not math.isfinite(grad_norm) and scaler.get_scale() > 2.0**-10
@@ -415,7 +397,7 @@ def training_step(session: Session, step: int, window: np.ndarray, max_grad_norm
             f"{learner.loss.dtype}), blocks {', '.join(map(str, window))}: try a lower learning_rate"
         )
     scaler.update()
-    session.scheduler.step()
+    run.scheduler.step()
     return StepResult(loss_sum, int(tokens), grad_norm, bool(stops))
 
 
@@ -423,26 +405,19 @@ def training_step(session: Session, step: int, window: np.ndarray, max_grad_norm
 
 
 @torch.no_grad()
-def block_losses(
-    loss: SummedLoss,
-    blocks: Blocks,
-    accelerator: Accelerator,
-    micro_batch: int,
-    pad: int,
-    forward: Callable | None = None,
-) -> torch.Tensor:
-    """Return the summed loss and the supervised tokens of every micro-batch, fp64 [blocks, 2], in the row of its first block.
+def block_losses(loss: Callable, blocks: Blocks, accelerator: Accelerator, micro_batch: int, pad: int) -> torch.Tensor:
+    """Return the summed loss and the supervised tokens of every micro-batch, fp64 [blocks, 2], in the row of its first
+    block.
 
-    forward: what computes a batch's loss instead of `loss` itself, a captured graph of it.
+    loss: a SummedLoss or a captured graph of it, of a model in eval mode.
     """
-    loss.base.eval()
     sums = torch.zeros(len(blocks), 2, dtype=torch.float64, device=accelerator.device)
     mine = np.arange(accelerator.process_index, len(blocks), accelerator.num_processes)
     hidden = not (accelerator.is_main_process and sys.stderr.isatty())
     count = math.ceil(len(mine) / micro_batch)
     todo = batches(blocks, mine, micro_batch, pad, accelerator.device)
     for batch, tokens, positions in tqdm(todo, "evaluating", count, leave=False, disable=hidden):
-        sums[mine[positions[0]], 0] = (forward or loss)(**batch)
+        sums[mine[positions[0]], 0] = loss(**batch)
         sums[mine[positions[0]], 1] = tokens
     return accelerator.reduce(sums, "sum") if accelerator.num_processes > 1 else sums
 
@@ -459,8 +434,8 @@ def evaluate(*arguments: Any) -> float:
 def loss_difference(before: torch.Tensor, after: torch.Tensor) -> tuple[float, float | None]:
     """Return how much the mean loss changed and the standard error of that, None of a single block.
 
-    before, after: block_losses of the same blocks, one a micro-batch. The error is a ratio estimator's (Cochran, Sampling
-    Techniques, 1977, section 2.11): what blocks have in common, such as a hard text, cancels within each.
+    before, after: block_losses of the same blocks, one a micro-batch. The error is a ratio estimator's (Cochran,
+    Sampling Techniques, 1977, section 2.11): what blocks have in common, such as a hard text, cancels within each.
     """
     change, tokens = after[:, 0] - before[:, 0], before[:, 1]
     mean, count = change.sum() / tokens.sum(), len(tokens)
@@ -470,17 +445,18 @@ def loss_difference(before: torch.Tensor, after: torch.Tensor) -> tuple[float, f
     return mean.item(), (spread.sqrt() / tokens.sum()).item()
 
 
-def evaluate_in_memory(session: Session, blocks: Blocks) -> float:
+def evaluate_in_memory(run: Run, blocks: Blocks) -> float:
     """Evaluate; where memory runs out, in half the micro-batch and without a graph. Training keeps its shape."""
-    learner, size, forward = session.learner, session.micro_batch, session.learner.evaluation_loss
+    learner, size, loss = run.learner, run.plan.micro_batch, run.learner.evaluation_loss
+    learner.model.eval()
     while True:
         try:
-            return evaluate(learner.loss, blocks, session.accelerator, size, session.tokenizer.pad_token_id, forward)
+            return evaluate(loss, blocks, run.accelerator, size, run.tokenizer.pad_token_id)
         except torch.OutOfMemoryError:
-            if size == 1 and forward is learner.loss:
+            if size == 1 and loss is learner.loss:
                 raise
-        size, forward = max(1, size // 2), learner.loss
-        session.say(f"out of GPU memory in an evaluation: {size} sequences at a time, without a graph")
+        size, loss = max(1, size // 2), learner.loss
+        run.log.say(f"out of GPU memory in an evaluation: {size} sequences at a time, without a graph")
         learner.captured_evaluation = None
         memory_utils.let_go()
 
@@ -490,60 +466,33 @@ def perplexity(loss: float) -> float:
     return math.exp(min(loss, 700.0))
 
 
-# ------------------------------------------------------------------------------------------------ the run, checkpoints
-
-
-@dataclasses.dataclass
-class Run:
-    """A run in its output folder."""
-
-    config: Config
-    session: Session
-    log: checkpoint_utils.Log
-    total_steps: int
-    fingerprint: dict[str, str]
-    progress: checkpoint_utils.Progress = dataclasses.field(default_factory=checkpoint_utils.Progress)
-    best_adapter: dict[str, torch.Tensor] | None = None
-    saved_time: float = dataclasses.field(default_factory=time.monotonic)
-    unsaved: str = ""  # why the newest checkpoint could not be written
-
-    @property
-    def output_dir(self) -> Path:
-        return Path(self.config.training.output_dir)
-
-    def note(self, row: dict) -> None:
-        """Keep a row of metrics: in the history, in metrics.jsonl and in the tracker."""
-        self.progress.history.append(row)
-        self.log.row(row)
-        self.session.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+# ------------------------------------------------------------------------------------------------ checkpoints
 
 
 def save_state(run: Run) -> None:
     """Write a checkpoint of everything that going on needs."""
-    session, config, step = run.session, run.config, run.progress.step
-    if not session.accelerator.is_main_process:
+    if not run.accelerator.is_main_process:
         return
     if torch.cuda.is_available():
         torch.cuda.synchronize()  # paged optimizer states are managed memory that the CPU is about to read
-    processes = session.accelerator.num_processes
     state = {
         "progress": dataclasses.asdict(run.progress),
-        "optimizer": session.optimizer.state_dict(),
-        "scheduler": session.scheduler.state_dict(),
-        "scaler": session.learner.scaler.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "scheduler": run.scheduler.state_dict(),
+        "scaler": run.learner.scaler.state_dict(),
         "best_adapter": run.best_adapter or {},
-        "config": checkpoint_utils.settings(config),
+        "config": checkpoint_utils.settings(run.config),
         "fingerprint": run.fingerprint,
         "shape": {
-            "micro_batch": session.micro_batch,
-            "checkpointed": session.plan.checkpointed,
-            "window": session.window,
-            "processes": processes,
+            "micro_batch": run.plan.micro_batch,
+            "checkpointed": run.plan.checkpointed,
+            "window": run.window,
+            "processes": run.accelerator.num_processes,
         },
     }
-    adapter = checkpoint_utils.adapter_tensors(session.model)
-    peft_config = checkpoint_utils.adapter_settings(session.model, config.model.name)
-    keep = config.training.save_total_limit
+    adapter = checkpoint_utils.adapter_tensors(run.model)
+    peft_config = checkpoint_utils.adapter_settings(run.model, run.config.model.name)
+    step, keep = run.progress.step, run.config.training.save_total_limit
     run.saved_time = time.monotonic()
     try:
         folder = checkpoint_utils.write_checkpoint(run.output_dir, step, adapter, peft_config, state, keep)
@@ -555,49 +504,39 @@ def save_state(run: Run) -> None:
 
 def restore(run: Run, adapter: dict[str, torch.Tensor], state: dict) -> None:
     """Put the run where the checkpoint left it."""
-    session, scheduler = run.session, run.session.scheduler
     run.progress = checkpoint_utils.Progress(**state["progress"])
     run.best_adapter = state["best_adapter"] or None
-    set_peft_model_state_dict(session.model, adapter)
-    session.optimizer.load_state_dict(state["optimizer"])
-    session.learner.scaler.load_state_dict(state["scaler"])
-    schedule = scheduler.lr_lambdas  # of the steps that this run is to make, which may be more than before
-    scheduler.load_state_dict(state["scheduler"])
-    scheduler.lr_lambdas = schedule
-    for group, rate in zip(session.optimizer.param_groups, scheduler.base_lrs, strict=True):
+    set_peft_model_state_dict(run.model, adapter)
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.learner.scaler.load_state_dict(state["scaler"])
+    schedule = run.scheduler.lr_lambdas  # of the steps that this run is to make, which may be more than before
+    run.scheduler.load_state_dict(state["scheduler"])
+    run.scheduler.lr_lambdas = schedule
+    for group, rate in zip(run.optimizer.param_groups, run.scheduler.base_lrs, strict=True):
         group["lr"] = rate * schedule[0](run.progress.step)
 
 
-def start_run(
-    config: Config, session: Session, log: checkpoint_utils.Log, found: tuple[Path, dict, dict] | None
-) -> Run:
-    """Return the run, at step 0 or where its checkpoint left it, its output folder open; refuse before any write."""
-    prints = checkpoint_utils.fingerprint(session.model, session.tokenizer, session.blocks)
-    run = Run(config, session, log, total_steps(config.training, session.steps_per_epoch), prints)
+def start_run(run: Run, found: Found | None) -> None:
+    """Put the run where its checkpoint left it, if there is one, and open its output folder; refuse before any write."""
+    log = run.log
     if found is not None:
         folder, adapter, state = found
         errors = (KeyError, TypeError, ValueError, AttributeError, RuntimeError)
         with checkpoint_utils.refusing(f"training.resume: {folder} is of another model or version", *errors):
-            checkpoint_utils.check_resumable(state, config, prints, session.window, folder.name)
+            checkpoint_utils.check_resumable(state, run.config, run.fingerprint, run.window, folder.name)
             restore(run, adapter, state)
-    checkpoint_utils.check_space(config.training, [p.numel() for p in session.learner.parameters])
-    session.accelerator.wait_for_everyone()
-    if session.accelerator.is_main_process:
-        log.open(checkpoint_utils.open_output(config, run.progress.history, fresh=found is None))
+    checkpoint_utils.check_space(run.config.training, [p.numel() for p in run.learner.parameters])
+    run.accelerator.wait_for_everyone()
+    if run.accelerator.is_main_process:
+        log.open(checkpoint_utils.open_output(run.config, run.progress.history, fresh=found is None))
     if found is not None:
         log.say(f"resuming from {folder} at step {run.progress.step} of {run.total_steps}")
-        now = checkpoint_utils.settings(config)
+        now = checkpoint_utils.settings(run.config)
         if any(state["config"][key] != now[key] for key in ("training.num_epochs", "training.max_steps")):
             log.say(f"the learning rate follows the schedule of {run.total_steps} steps from here on")
-    return run
 
 
 # ------------------------------------------------------------------------------------------------ the loop
-
-
-def total_steps(training: TrainingConfig, steps_per_epoch: int) -> int:
-    """Return the optimizer steps of a run."""
-    return training.max_steps or max(1, math.ceil(training.num_epochs * steps_per_epoch))
 
 
 def log_step(run: Run, result: StepResult, rate: float) -> None:
@@ -605,13 +544,13 @@ def log_step(run: Run, result: StepResult, rate: float) -> None:
     progress = run.progress
     row = {
         "step": progress.step,
-        "epoch": round(progress.step / run.session.steps_per_epoch, 4),
+        "epoch": round(progress.step / run.steps_per_epoch, 4),
         "loss": progress.loss_sum / max(progress.loss_tokens, 1),
         "learning_rate": rate,
         "grad_norm": result.grad_norm if math.isfinite(result.grad_norm) else None,  # a step that the scaler skipped
         "tokens": progress.tokens,
         "tokens_per_second": round(progress.loss_tokens / progress.seconds, 1),
-        "peak_gib": round(peak_gib(run.session.accelerator.device), 3),
+        "peak_gib": round(peak_gib(run.accelerator.device), 3),
     }
     progress.loss_sum, progress.loss_tokens, progress.seconds = 0.0, 0, 0.0
     run.note(row)
@@ -623,10 +562,10 @@ def log_step(run: Run, result: StepResult, rate: float) -> None:
 
 def evaluate_and_keep_best(run: Run) -> None:
     """Evaluate on the held-out blocks, note it, and keep a copy of the adapter if none was better."""
-    session, progress, blocks = run.session, run.progress, run.session.blocks["validation"]
+    progress, blocks = run.progress, run.blocks["validation"]
     if blocks is None or any(row["step"] == progress.step for row in progress.evaluations):
         return
-    loss = evaluate_in_memory(session, blocks)
+    loss = evaluate_in_memory(run, blocks)
     if not math.isfinite(loss):
         hint = "" if progress.step else ", before anything was learned: look at model.name's weights and compute_dtype"
         raise NumbersWentWrong(f"step {progress.step}: the validation loss is {loss}{hint}")
@@ -635,7 +574,7 @@ def evaluate_and_keep_best(run: Run) -> None:
     line = f"step {progress.step}: validation loss {loss:.4f} | perplexity {perplexity(loss):.2f}"
     if progress.best_loss is None or loss < progress.best_loss:
         progress.best_loss, progress.best_step, progress.worse = loss, progress.step, 0
-        run.best_adapter = checkpoint_utils.adapter_tensors(session.model)
+        run.best_adapter = checkpoint_utils.adapter_tensors(run.model)
         line += " | best"
     run.log.say(line)
 
@@ -650,7 +589,7 @@ def checkpoint_due(run: Run) -> bool:
 
 def evaluation_due(run: Run) -> bool:
     """Return whether this step ends with an evaluation, as step 0 and the last one do."""
-    every = run.config.training.eval_steps or run.session.steps_per_epoch
+    every = run.config.training.eval_steps or run.steps_per_epoch
     return run.progress.step % every == 0 or run.progress.step == run.total_steps
 
 
@@ -665,26 +604,26 @@ def train(run: Run, request: checkpoint_utils.StopRequest) -> bool:
 
     Each turn: step → log → evaluate → save.
     """
-    session, training, progress = run.session, run.config.training, run.progress
+    training, progress = run.config.training, run.progress
     if evaluation_due(run):  # at step 0, or where a signal stopped the run before it
         evaluate_and_keep_best(run)
-    windows = step_windows(len(session.blocks["train"]), session.window, training.seed, progress.step)
+    windows = step_windows(len(run.blocks["train"]), run.window, training.seed, progress.step)
     hidden = run.log.silent or not sys.stderr.isatty()
     with tqdm(total=run.total_steps, initial=progress.step, unit="step", disable=hidden) as bar:
         while progress.step < run.total_steps and not stale(run):
-            start, rate = time.perf_counter(), session.scheduler.get_last_lr()[0]
+            start, rate = time.perf_counter(), run.scheduler.get_last_lr()[0]
             _, window = next(windows)
-            result = training_step(session, progress.step, window, training.max_grad_norm, request.signum is not None)
+            result = training_step(run, progress.step, window, request.signum is not None)
             seconds = time.perf_counter() - start
             progress.count(result.loss_sum, result.tokens, seconds)
             loss, speed = result.loss_sum / max(result.tokens, 1), result.tokens / seconds
             bar.set_postfix(loss=f"{loss:.4f}", tokens_s=f"{speed:,.0f}", refresh=False)
             bar.update()
-            last, epoch_end = progress.step == run.total_steps, progress.step % session.steps_per_epoch == 0
+            last, epoch_end = progress.step == run.total_steps, progress.step % run.steps_per_epoch == 0
             if last or progress.step % training.logging_steps == 0:
                 log_step(run, result, rate)
             # Processes must agree; one alone need not wait for the next step's sums to see the signal.
-            stop = result.stop or (session.accelerator.num_processes == 1 and request.signum is not None)
+            stop = result.stop or (run.accelerator.num_processes == 1 and request.signum is not None)
             if evaluation_due(run) and not stop:
                 evaluate_and_keep_best(run)
             if last or epoch_end or stop or stale(run) or checkpoint_due(run):
@@ -728,18 +667,16 @@ def plot_training_curves(history: list[dict], path: str | Path) -> None:
 
 def finish(run: Run) -> None:
     """Leave the best adapter with its model card in the output folder and say what came out."""
-    session, progress, say = run.session, run.progress, run.log.say
+    progress, say, device = run.progress, run.log.say, run.accelerator.device
     if run.best_adapter is not None:
-        set_peft_model_state_dict(session.model, run.best_adapter)
-    if session.accelerator.is_main_process:
-        tokens = session.blocks["train"].tokens
-        checkpoint_utils.save_adapter(run.output_dir, session.model, run.config, progress, tokens)
+        set_peft_model_state_dict(run.model, run.best_adapter)
+    if run.accelerator.is_main_process:
+        checkpoint_utils.save_adapter(run.output_dir, run.model, run.config, progress, run.blocks["train"].tokens)
     if progress.evaluations:
         before, after = progress.evaluations[0]["perplexity"], perplexity(progress.best_loss)
         best = f"the adapter of step {progress.best_step}, the best by validation loss"
         say(f"perplexity {before:.2f} before, {after:.2f} after ({best})")
-    device = session.accelerator.device
-    planned = f" | planned {session.plan.reserved / GIB:.2f} for {session.plan.shape}" if device.type == "cuda" else ""
+    planned = f" | planned {run.plan.reserved / GIB:.2f} for {run.plan.shape}" if run.plan.parts else ""
     say(f"peak memory {peak_gib(device):.2f} GiB{planned}")
     say(f"adapter, curves and log are in {run.output_dir}")
 
@@ -754,10 +691,8 @@ def create_accelerator(training: TrainingConfig) -> Accelerator:
     if tracker is not None and tracker not in known:
         raise ConfigError(f"training.report_to: expected none or one of {', '.join(known)}, got {tracker!r}")
     launched = int(os.environ.get("WORLD_SIZE", "1"))
-    alone = ConfigError(
-        f"the launcher announces {launched} processes, but this one runs alone: "
-        f"use torchrun --nproc_per_node {launched}"
-    )
+    hint = f"use torchrun --nproc_per_node {launched}"
+    alone = ConfigError(f"the launcher announces {launched} processes, but this one runs alone: {hint}")
     if launched > 1 and not {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         raise alone  # torch would wait for the others
     cpu = not torch.cuda.is_available()  # without it accelerate starts no gloo group on a machine without a GPU
@@ -782,31 +717,6 @@ def sequences_a_step(training: TrainingConfig, processes: int) -> int:
     return window
 
 
-def choose_plan(
-    config: Config, accelerator: Accelerator, sequences: int, found: tuple[Path, dict, dict] | None, say: Callable
-) -> MemoryPlan:
-    """Return the shape of a run on a GPU with its plan: the checkpoint's, else auto_fit's, else the configured one.
-
-    sequences: an optimizer step's, of one process. Raises NoFit where the memory is too small for the smallest.
-    """
-    shape, device = memory_utils.configured_shape(config), accelerator.device
-    limit = memory_utils.memory_limit(device, config.performance.memory_limit_gib)
-    saved = found[2]["shape"] if found is not None else {}
-    fitted = config.performance.auto_fit and not config.flags & set(memory_utils.SHAPE_KNOBS)
-    if fitted and saved.get("processes") == accelerator.num_processes:
-        plan = memory_utils.plan_memory(shape, config, saved["micro_batch"], saved["checkpointed"], limit=limit)
-    elif config.performance.auto_fit:
-        plan = memory_utils.fit(shape, config, sequences, limit, memory_utils.measure_rates(device))
-        plan = broadcast_object_list([plan])[0]  # one shape for all processes
-    else:
-        plan = memory_utils.pinned_plan(shape, config, sequences, limit)
-    say(plan.table())
-    say(f"shape: {plan.shape}; {memory_utils.reason(config, plan, limit)}")
-    if plan.total > limit:
-        raise memory_utils.NoFit(memory_utils.no_fit_lines(shape, config, plan, limit))
-    return plan
-
-
 def build_learner(
     config: Config,
     model: PreTrainedModel,
@@ -817,17 +727,18 @@ def build_learner(
 ) -> Learner:
     """Attach a fresh adapter to the base model and set up the path that its micro-batches take.
 
-    checkpointed: layers; None takes training.gradient_checkpointing. packed: blocks hold samples that must not see each other.
+    checkpointed: layers; None takes training.gradient_checkpointing. packed: blocks hold samples that must not see
+    each other.
     """
-    training, p = config.training, config.lora.dropout
-    checkpointing = True if training.gradient_checkpointing == "auto" else training.gradient_checkpointing
-    checkpointing = checkpointing if checkpointed is None else checkpointed
-    transformers.set_seed(training.seed)  # of the fresh adapter
-    peft_model = prepare_model_for_training(model, create_lora_config(**vars(config.lora)), checkpointing)
-    say(parameter_line(peft_model))
+    seed, p = config.training.seed, config.lora.dropout
     device, dtype = model.device, usable_dtype(config.quantization.compute_dtype)
+    if checkpointed is None:
+        checkpointed = memory_utils.pinned_layers(len(model.get_decoder().layers), config)
+    transformers.set_seed(seed)  # of the fresh adapter
+    peft_model = prepare_model_for_training(model, create_lora_config(**vars(config.lora)), checkpointed)
+    say(quantization_utils.parameter_line(peft_model))
     fused_ops.use_causal_attention(model, packed)
-    clock = fused_ops.DropoutClock(training.seed, device)
+    clock = fused_ops.DropoutClock(seed, device)
     fused_ops.use_stateless_dropout(peft_model, p, clock)
     loss = SummedLoss(peft_model, dtype)
     fast = fused_ops.choose_fast_path(config.performance, peft_model, dtype, device)
@@ -837,24 +748,22 @@ def build_learner(
         fused_ops.compile_layers(peft_model)
         loss.options["chunk_loss"] = fused_ops.compiled_chunk_loss
     if device.type == "cuda":
-        loss.options["chunk"] = fused_ops.chunk_rows(
-            len(loss.head.weight), memory_utils.free_bytes(device, config.performance.memory_limit_gib)
-        )
+        free = memory_utils.free_bytes(device, config.performance.memory_limit_gib)
+        loss.options["chunk"] = fused_ops.chunk_rows(len(loss.head.weight), free)
     say(fast.line)
     # Losses are sums over tokens, so gradients are large already: 2**16, torch's start, would overflow fp16 at once.
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**6, enabled=dtype is torch.float16)
-    return Learner(peft_model, loss, clock, scaler, fast, (micro_batch, config.data.max_length))
+    trained = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
+    return Learner(peft_model, trained, loss, clock, scaler, fast, (micro_batch, config.data.max_length))
 
 
-def build_session(
-    config: Config, accelerator: Accelerator, found: tuple[Path, dict, dict] | None, say: Callable[[str], None]
-) -> Session:
-    """Load the model, prepare the adapter and the data, and return what training works on."""
-    device, training = accelerator.device, config.training
+def build_run(config: Config, accelerator: Accelerator, log: checkpoint_utils.Log, found: Found | None) -> Run:
+    """Load the model, prepare the adapter and the data, and return the run at step 0."""
+    device, training, say = accelerator.device, config.training, log.say
     window = sequences_a_step(training, accelerator.num_processes)
-    sequences = window // accelerator.num_processes
-    # Before the weights are fetched; a CPU takes the shape that is configured.
-    plan = choose_plan(config, accelerator, sequences, found, say) if device.type == "cuda" else None
+    sequences, plan = window // accelerator.num_processes, None
+    if device.type == "cuda":  # before the weights are fetched; a CPU takes the shape that is configured
+        plan = memory_utils.plan_run(config, accelerator, sequences, found[2]["shape"] if found else {}, say)
     if config.performance.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -862,60 +771,37 @@ def build_session(
     with accelerator.main_process_first():
         blocks = make_blocks(prepare_dataset(config, tokenizer), tokenizer, config.data, training.seed)
     model, _ = load_base(config, device)
-    say(memory_line(device))
-    for line in untrained_chat_tokens(model, tokenizer) if isinstance(blocks["train"], SampleBlocks) else ():
-        say(line)
+    say(memory_utils.memory_line(device))
+    if isinstance(blocks["train"], data_utils.SampleBlocks):
+        for line in data_utils.untrained_chat_tokens(model, tokenizer):
+            say(line)
     plan = plan or memory_utils.unplanned(config, sequences, len(model.get_decoder().layers))
     learner = build_learner(config, model, plan.micro_batch, say, plan.checkpointed, is_packed(blocks["train"]))
     optimizer = create_optimizer(learner.parameters, training, device, say)
-    steps = total_steps(training, math.ceil(len(blocks["train"]) / window))
+    steps = training.max_steps or max(1, math.ceil(training.num_epochs * math.ceil(len(blocks["train"]) / window)))
     scheduler = create_scheduler(optimizer, training, steps)
-    return Session(accelerator, learner, tokenizer, blocks, optimizer, scheduler, plan, window, say)
+    prints = checkpoint_utils.fingerprint(learner.model, tokenizer, blocks)
+    return Run(config, accelerator, log, tokenizer, blocks, learner, optimizer, scheduler, plan, window, steps, prints)
 
 
-def describe_data(session: Session, config: Config, say: Callable[[str], None]) -> None:
+def describe_data(run: Run) -> None:
     """Say how many blocks there are and how many optimizer steps that makes, packed and unpacked."""
-    part, held, length = session.blocks["train"], session.blocks["validation"], config.data.max_length
+    part, held, say = run.blocks["train"], run.blocks["validation"], run.log.say
     held_out = f"{held.tokens:,} tokens in {len(held):,} blocks" if held else "nothing"
     say(
         f"data: {part.rows:,} rows, {part.documents:,} documents, {part.tokens:,} tokens in {len(part):,} blocks of "
-        f"{length}; held out: {held_out}"
+        f"{part.length}; held out: {held_out}"
     )
-    per_epoch, unpacked = session.steps_per_epoch, math.ceil(part.rows / session.window)
     say(
-        f"steps: {total_steps(config.training, per_epoch):,} optimizer steps of {session.window} sequences "
-        f"({per_epoch:,} an epoch; one row a sequence would make {unpacked:,})"
+        f"steps: {run.total_steps:,} optimizer steps of {run.window} sequences ({run.steps_per_epoch:,} an epoch; "
+        f"one row a sequence would make {math.ceil(part.rows / run.window):,})"
     )
     for line in (f"read as {part.source}", *part.notes, *(held.notes if held else ())):
         say(f"data: {line}")
-    say(f"first block: {show_block(part[0], session.tokenizer)}")
+    say(f"first block: {data_utils.show_block(part[0], run.tokenizer)}")
 
 
 # ------------------------------------------------------------------------------------------------ commands
-
-
-def print_plan(config: Config) -> int:
-    """Print the plan of the shape that a run would take; return 3 where it exceeds the limit or the GPU, else 0."""
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else None
-    shape = memory_utils.configured_shape(config)
-    limit = memory_utils.memory_limit(device, config.performance.memory_limit_gib)
-    sequences = config.training.batch_size * config.training.gradient_accumulation_steps
-    rates = memory_utils.measure_rates(device) if device else memory_utils.Rates()
-    if config.performance.auto_fit and limit is not None:
-        plan = memory_utils.fit(shape, config, sequences, limit, rates)
-    else:
-        plan = memory_utils.pinned_plan(shape, config, sequences, limit)
-    print(plan.table())
-    print(f"shape: {plan.shape}; {memory_utils.reason(config, plan, limit)}")
-    for line in memory_utils.facts(shape, config, plan, rates, measured=device is not None):
-        print(line)
-    print(corpus_line(config, sequences))
-    for line in memory_utils.savings_lines(shape, config, plan, limit):
-        print(line)
-    if limit is None:
-        return 0
-    print(f"{'fits' if plan.total <= limit else 'does not fit'} in {limit / GIB:.2f} GiB")
-    return 0 if plan.total <= limit else 3
 
 
 def corpus_line(config: Config, sequences: int) -> str:
@@ -929,32 +815,35 @@ def corpus_line(config: Config, sequences: int) -> str:
 
 
 def evaluate_adapter(config: Config, adapter: str | None, stride: int | None) -> int:
-    """Print loss and perplexity of the base and, given an adapter, of both and their difference; evaluation.json keeps them.
+    """Print loss and perplexity of the base and, given an adapter, of both and their difference; evaluation.json keeps
+    them.
 
-    stride: of windows over the text as it is, as perplexities on Wikitext are reported; None takes the validation blocks.
+    stride: of windows over the text as it is, as perplexities on Wikitext are reported; None takes the validation
+    blocks.
     """
     accelerator = create_accelerator(config.training)
-    refuse_without_gpu(config, accelerator.device)
+    quantization_utils.refuse_without_gpu(config, accelerator.device)
     model, tokenizer = load_base(config, accelerator.device)
     rows = prepare_dataset(config, tokenizer)
     blocks = make_blocks(rows, tokenizer, config.data, config.training.seed, close=stride is None)["validation"]
     if blocks is None:
         raise ConfigError("data.validation_fraction: nothing is held out to evaluate on")
-    blocks = blocks if stride is None else windows_of(blocks, stride)
+    blocks = blocks if stride is None else data_utils.windows_of(blocks, stride)
     if adapter is not None:
-        model = load_adapter(model, adapter)
+        model = quantization_utils.load_adapter(model, adapter)
     fused_ops.use_causal_attention(model, is_packed(blocks))
-    loss = SummedLoss(model, usable_dtype(config.quantization.compute_dtype))
-    result: dict[str, Any] = {"dataset": config.data.dataset, "tokens": blocks.supervised, "blocks": len(blocks)}
-    result["stride"], say = stride, print if accelerator.is_main_process else (lambda line: None)
+    loss = SummedLoss(model.eval(), usable_dtype(config.quantization.compute_dtype))
+    say = print if accelerator.is_main_process else (lambda line: None)
+    tokens = blocks.supervised
+    result = {"dataset": config.data.dataset, "tokens": tokens, "blocks": len(blocks), "stride": stride}
+    names = ["base"] if adapter is None else ["base", "adapter"]
     sums = []
-    for name in ("base", "adapter") if adapter is not None else ("base",):
-        bare = adapter is not None and name == "base"
-        with model.disable_adapter() if bare else contextlib.nullcontext():
+    for name in names:
+        with contextlib.nullcontext() if name == names[-1] else model.disable_adapter():
             sums.append(block_losses(loss, blocks, accelerator, 1, tokenizer.pad_token_id))
         value = (sums[-1][:, 0].sum() / sums[-1][:, 1].sum()).item()
         result[name] = {"loss": value, "perplexity": perplexity(value)}
-        say(f"{name:<8} loss {value:.4f} | perplexity {perplexity(value):.3f} | {blocks.supervised:,} tokens")
+        say(f"{name:<8} loss {value:.4f} | perplexity {perplexity(value):.3f} | {tokens:,} tokens")
     if adapter is not None:
         change, error = loss_difference(*sums)
         result["difference"] = {"loss": change, "standard_error": error}
@@ -968,12 +857,10 @@ def evaluate_adapter(config: Config, adapter: str | None, stride: int | None) ->
 
 def execute(run: Run, request: checkpoint_utils.StopRequest) -> int:
     """Train, leave the results, and return the exit code."""
-    say, session, accelerator = run.log.say, run.session, run.session.accelerator
-    if run.progress.step >= run.total_steps:
-        say(f"nothing left to train: {run.output_dir} is at step {run.progress.step} of {run.total_steps}")
-    tracker = run.config.training.report_to != "none"
-    if tracker:
-        accelerator.init_trackers("qlora", config={key: str(value) for key, value in flatten(run.config).items()})
+    say, accelerator, progress = run.log.say, run.accelerator, run.progress
+    if progress.step >= run.total_steps:
+        say(f"nothing left to train: {run.output_dir} is at step {progress.step} of {run.total_steps}")
+    accelerator.init_trackers("qlora", config={key: str(value) for key, value in flatten(run.config).items()})
     try:
         done = train(run, request)
         if done:
@@ -982,28 +869,27 @@ def execute(run: Run, request: checkpoint_utils.StopRequest) -> int:
         say(f"error: {error}; {checkpoint_utils.last_good(run.output_dir)}")
         return 1
     except torch.OutOfMemoryError as error:
-        peak = f"a peak of {peak_gib(accelerator.device):.2f} GiB with {session.plan.shape}"
+        peak = f"a peak of {peak_gib(accelerator.device):.2f} GiB with {run.plan.shape}"
         say(f"error: out of GPU memory at {peak}; the last checkpoint is intact: {str(error).splitlines()[0]}")
-        limit = memory_utils.memory_limit(accelerator.device, run.config.performance.memory_limit_gib)
-        for line in memory_utils.ran_out(run.config, session.plan, limit):
+        for line in memory_utils.ran_out(run.config, run.plan, accelerator.device):
             say(line)
         return 3
     finally:
-        if accelerator.is_main_process and run.progress.history:
-            plot_training_curves(run.progress.history, run.output_dir / "training_curves.png")
-        if tracker:
+        if accelerator.is_main_process and progress.history:
+            plot_training_curves(progress.history, run.output_dir / "training_curves.png")
+        if run.config.training.report_to != "none":
             accelerator.end_training()
     run.log.flush()
     if run.unsaved:
         rest = "the adapter is whole" if done else "make room and start the same command again"
-        say(f"error: step {run.progress.step}: {run.unsaved}; {rest}")
+        say(f"error: step {progress.step}: {run.unsaved}; {rest}")
         return 1
     return 0 if done else 128 + (request.signum or 2)
 
 
 def quiet_datasets() -> None:
     """Keep datasets from logging what it also raises and we report, and from drawing bars without a terminal."""
-    datasets.utils.logging.set_verbosity(logging.CRITICAL)
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
 
@@ -1013,10 +899,10 @@ def main(argv: list[str] | None = None) -> int:
     held = contextlib.ExitStack()  # the lock on the output folder
     try:
         options, config = parse(argv)
-        quiet_libraries()
+        quantization_utils.quiet_libraries()
         quiet_datasets()
         if options.plan:
-            return print_plan(config)
+            return memory_utils.print_plan(config, corpus_line)
         if options.evaluate:
             return evaluate_adapter(config, options.adapter, options.stride)
         if options.compare:
@@ -1025,15 +911,15 @@ def main(argv: list[str] | None = None) -> int:
         accelerator = create_accelerator(config.training)
         device, dtype = accelerator.device, usable_dtype(config.quantization.compute_dtype)
         log = checkpoint_utils.Log(silent=not accelerator.is_main_process)
-        refuse_without_gpu(config, device)
+        quantization_utils.refuse_without_gpu(config, device)
         if accelerator.is_main_process:
             held.enter_context(checkpoint_utils.locked(Path(config.training.output_dir)))
-        log.say(device_block(device, dtype, accelerator.num_processes))
-        cap_memory(device, config.performance.memory_limit_gib)
+        log.say(quantization_utils.device_block(device, dtype, accelerator.num_processes))
+        memory_utils.cap_memory(device, config.performance.memory_limit_gib)
         found = checkpoint_utils.find_checkpoint(config.training, options.overwrite, log.say)
-        session = build_session(config, accelerator, found, log.say)
-        describe_data(session, config, log.say)
-        run = start_run(config, session, log, found)
+        run = build_run(config, accelerator, log, found)
+        describe_data(run)
+        start_run(run, found)
         return execute(run, held.enter_context(checkpoint_utils.stop_on_signal(log.say)))
     except memory_utils.NoFit as error:
         print(error, file=sys.stderr)

@@ -542,3 +542,10 @@ def test_shipped_configurations_load():
     for path in ROOT.glob("**/config.yaml"):
         if not any(part.startswith((".", "output")) for part in path.relative_to(ROOT).parts):
             load_config(path)
+
+
+def test_a_number_of_thousands_of_digits_is_one_short_line():
+    with pytest.raises(ConfigError) as caught:
+        load_config((), {"training.seed": "0x" + "f" * 5000})
+    assert len(caught.value.problems) == 1 and len(caught.value.problems[0]) < 400
+    assert "expected an integer" in caught.value.problems[0] and "5,002 characters" in caught.value.problems[0]

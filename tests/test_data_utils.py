@@ -432,6 +432,19 @@ def test_rows_without_any_text_are_refused(tmp_path, tokenizer, texts):
         blocks_of(settings(write_jsonl(tmp_path / "rows.jsonl", texts)), tokenizer)
 
 
+@pytest.mark.parametrize(
+    ("depth", "problem"), [(500, "RecursionError: .*recursion"), (10_000, "ValueError: nested more than 4,000 levels")]
+)
+def test_json_that_is_too_deep_is_refused_in_one_line(tmp_path, depth, problem):
+    value = '{"a": ' * depth + "1" + "}" * depth
+    for name in ("a.jsonl", "b.json"):  # of 10,000 levels pyarrow 26 dies
+        path = write_txt(tmp_path / name, f'{{"text": "one", "more": {value}}}\n')
+        with pytest.raises(ConfigError, match=rf"^data\.dataset: cannot read .*{name}: {problem}.*$"):
+            load_rows(settings(path))
+    many = write_jsonl(tmp_path / "many.jsonl", ["[{", "}]"] * 5000)
+    assert len(load_rows(settings(many))["train"]) == 10_000  # width is no depth
+
+
 def test_tokenising_again_finds_the_cache(tmp_path, tiny_model):
     path = write_jsonl(tmp_path / "rows.jsonl", PROSE)
     data, prints = settings(path), []

@@ -145,6 +145,19 @@ def test_fit_keeps_what_a_flag_says(qwen_3b):
     assert fit(shape, config, 16, 24 * GIB, Rates()).checkpointed == 36
 
 
+def test_a_resumed_run_keeps_its_shape_but_for_a_flag(qwen_3b):
+    shape, limit, saved = model_shape(str(qwen_3b)), 24 * GIB, {"micro_batch": 2, "checkpointed": 30}
+
+    def chosen(config, saved):
+        plan = memory_utils.choose_plan(shape, config, 16, None, limit, saved)
+        return plan.micro_batch, plan.checkpointed
+
+    best = fit(shape, settings(), 16, limit, Rates())
+    assert chosen(settings(), saved) == (2, 30) != chosen(settings(), {}) == (best.micro_batch, best.checkpointed)
+    assert chosen(settings(training__batch_size=4), saved)[0] == 4
+    assert chosen(settings(performance__auto_fit=False), saved) == (1, 36)
+
+
 def test_stepping_down_ends_at_the_smallest_shape():
     plan, seen = MemoryPlan({}, 4, 0, 8), []
     while plan is not None:

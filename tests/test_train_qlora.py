@@ -202,7 +202,7 @@ def test_micro_batch_shapes_learn_the_same(train, watch, tmp_path, dropout):
         seen, folder = watch(), tmp_path / f"{size}x{accumulation}"
         shape = ("--batch_size", size, "--gradient_accumulation_steps", accumulation, "--lora.dropout", dropout)
         assert train(*FP32, *shape, "--logging_steps", 1, output_dir=folder)[0] == 0
-        assert seen.session.micro_batch == size
+        assert seen.session.plan.micro_batch == size
         gradients.append(seen.gradients)
         adapters.append(read_checkpoint(folder / "checkpoint-3")[0])
         losses.append([row["loss"] for row in steps_of(folder)])
