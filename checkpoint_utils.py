@@ -80,6 +80,13 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise
 
 
+def write_picture(figure: Any, path: Path) -> None:
+    """Write a figure of matplotlib as PNG."""
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
+    write_atomically(path, picture.getvalue())
+
+
 def clean_up(output_dir: Path) -> None:
     """Remove what a killed run left half written, and put back a checkpoint that it was about to replace."""
     for leftover in output_dir.glob(REPLACED + "*"):
@@ -615,9 +622,7 @@ def plot_comparison(runs: list[RunSummary], path: Path) -> None:
         axes.set(xlabel="optimizer step", ylabel="loss per token (nats)", title=title)
         axes.grid(visible=True, alpha=0.3)
         axes.legend()
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=120, format="png")
-    write_atomically(path, picture.getvalue())
+    write_picture(figure, path)
 
 
 def compare_runs(folders: list[str], output: str) -> int:

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from config import Config, ConfigError
-from fused_ops import adapter_columns, chunk_rows
+from fused_ops import adapter_columns, chunk_rows, triton
 from quantization_utils import LOADING_ERRORS, cannot_load
 
 GIB = 2**30
@@ -125,7 +125,8 @@ def expected_path(config: Config) -> str:
     """Return the path that a run on a GPU with Triton would take."""
     if config.performance.fused_lora == "off" or config.lora.use_dora or not config.quantization.load_in_4bit:
         return PLAIN
-    return FUSED if config.performance.compile == "off" else COMPILED
+    no_triton = torch.cuda.is_available() and triton is None  # here; without a card one with Triton is meant
+    return FUSED if config.performance.compile == "off" or no_triton else COMPILED
 
 
 def saved_bytes(shape: ModelShape, config: Config, path: str) -> int:
@@ -326,15 +327,11 @@ def shapes(shape: ModelShape, config: Config, sequences: int) -> Iterator[tuple[
     yield from itertools.product(batches, layers)
 
 
-def fit(
-    shape: ModelShape, config: Config, sequences: int, limit: float, rates: Rates, path: str | None = None
-) -> MemoryPlan:
-    """Return the plan of the fastest shape that takes no more than `limit` bytes, context included; else of the
-    smallest.
-    """
+def fit(shape: ModelShape, config: Config, sequences: int, limit: float, rates: Rates) -> MemoryPlan:
+    """Return the plan of the fastest shape that takes no more than `limit` bytes, context included, or the smallest."""
     best, smallest = None, None
     for micro_batch, checkpointed in shapes(shape, config, sequences):
-        plan = plan_memory(shape, config, micro_batch, checkpointed, path, limit)
+        plan = plan_memory(shape, config, micro_batch, checkpointed, limit=limit)
         if smallest is None or plan.total < smallest.total:
             smallest = plan
         seconds = step_seconds(shape, config, rates, micro_batch, checkpointed) / micro_batch
@@ -431,6 +428,8 @@ def print_plan(config: Config, about_data: Callable[[Config, int], str]) -> int:
     print(about_data(config, sequences), *savings_lines(shape, config, plan, limit), sep="\n")
     if limit is None:
         return 0
+    longest = longest_length(shape, config, limit)
+    print(f"longest data.max_length that fits, one sequence at a time, all layers checkpointed: {longest:,}")
     print(f"{'fits' if plan.total <= limit else 'does not fit'} in {limit / GIB:.2f} GiB")
     return 0 if plan.total <= limit else 3
 

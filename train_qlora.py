@@ -69,7 +69,6 @@ if __name__ == "__main__":  # --help and every error in the configuration answer
 
 import contextlib
 import dataclasses
-import io
 import json
 import math
 import time
@@ -243,14 +242,16 @@ class Learner:
         mode, pool = self.loss.base.training, torch.cuda.graph_pool_handle()
         self.clock.set(0, torch.arange(self.shape[0]))
         graphs = []
-        for training, step in ((True, self.forward_backward), (False, self._loss_alone)):
-            self.model.train(training)
-            graphs.append(fused_ops.Captured(step, self.clock.step.device, *self.shape, names))
-        for training, graph in zip((True, False), graphs, strict=True):
-            self.model.train(training)
-            graph.capture(pool)
+        try:
+            for training, step in ((True, self.forward_backward), (False, self._loss_alone)):
+                self.model.train(training)
+                graphs.append(fused_ops.Captured(step, self.clock.step.device, *self.shape, names))
+            for training, graph in zip((True, False), graphs, strict=True):
+                self.model.train(training)
+                graph.capture(pool)
+        finally:  # an evaluation that ran out of memory here goes on without a graph, and must not do so with dropout
+            self.model.train(mode)
         self.captured, self.captured_evaluation = graphs
-        self.model.train(mode)
         self.zero_gradients()
 
     def micro_step(self, step: int, sequences: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -422,12 +423,9 @@ def block_losses(loss: Callable, blocks: Blocks, accelerator: Accelerator, micro
     return accelerator.reduce(sums, "sum") if accelerator.num_processes > 1 else sums
 
 
-def evaluate(*arguments: Any) -> float:
-    """Return the mean loss of the supervised tokens of all blocks: one sum over blocks and processes, divided once.
-
-    arguments: those of block_losses.
-    """
-    total = block_losses(*arguments).sum(0)
+def evaluate(loss: Callable, blocks: Blocks, accelerator: Accelerator, micro_batch: int, pad: int) -> float:
+    """Return the mean loss of the supervised tokens of all blocks: one sum over blocks and processes, divided once."""
+    total = block_losses(loss, blocks, accelerator, micro_batch, pad).sum(0)
     return (total[0] / total[1]).item()
 
 
@@ -660,9 +658,7 @@ def plot_training_curves(history: list[dict], path: str | Path) -> None:
     left.legend()
     right.set(xlabel="optimizer step", ylabel="learning rate", title="Learning rate")
     right.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=120)
-    checkpoint_utils.write_atomically(Path(path), picture.getvalue())
+    checkpoint_utils.write_picture(figure, Path(path))
 
 
 def finish(run: Run) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import math
 
 import pytest
@@ -195,6 +196,7 @@ def test_plan_command_needs_no_weights_and_no_gpu(qwen_3b, capsys, limit, code):
     assert train_qlora.main(["--plan", "--model_name", str(qwen_3b), "--memory_limit_gib", limit]) == code
     out = capsys.readouterr().out
     assert ("does not fit" if code else "fits") in out and "trainable 29,933,568" in out and "119.7 MB" in out
+    assert "longest data.max_length that fits" in out
     assert "an epoch: unknown" in out and "would save" in out and "computed" in out
 
 
@@ -257,6 +259,29 @@ def test_an_evaluation_that_runs_out_changes_the_evaluation_only(train, monkeypa
     assert "out of GPU memory in an evaluation: 1 sequences" in log
     a, b = (load_file(folder / "adapter_model.safetensors") for folder in (want, found))
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_running_out_while_capturing_leaves_no_dropout_in_the_evaluation(train, monkeypatch, tmp_path):
+    """The graphs are captured in the first evaluation; their warm-up trains, and may run out of memory half-way."""
+    flags = (*FP32, "--lora.dropout", 0.5, "--max_steps", 1)
+    code, want = train(*flags, output_dir=tmp_path / "told")
+    choose = fused_ops.choose_fast_path
+    monkeypatch.setattr(fused_ops, "choose_fast_path", lambda *a: dataclasses.replace(choose(*a), cuda_graphs=True))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    modes = []
+
+    def captured(step, *rest):
+        modes.append(step.__self__.model.training)
+        raise torch.OutOfMemoryError("CUDA out of memory. (injected)")
+
+    monkeypatch.setattr(fused_ops, "Captured", captured)
+    seen = []
+    real = train_qlora.evaluate
+    monkeypatch.setattr(train_qlora, "evaluate", lambda *a: seen.append(real(*a)) or seen[-1])
+    train(*flags, output_dir=tmp_path / "found")
+    assert modes[0] and seen
+    rows = [json.loads(line) for line in (want / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert seen[0] == pytest.approx(rows[0]["eval_loss"], rel=1e-6)
 
 
 def test_when_nothing_is_left_the_run_ends_with_three_and_its_checkpoint(train, monkeypatch, tmp_path):

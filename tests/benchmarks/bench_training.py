@@ -112,60 +112,61 @@ def load_ours(case: dict):
     return micro_batch, optimizer, learner.zero_gradients
 
 
+def load_unsloth(case: dict):
+    """Return the model as Unsloth documents it."""
+    import torch
+    from unsloth import FastLanguageModel
+
+    model, _ = FastLanguageModel.from_pretrained(
+        case["model"],
+        max_seq_length=max(2048, case["length"]),
+        dtype=torch.bfloat16,
+        load_in_4bit=True,
+        local_files_only=True,
+    )
+    return FastLanguageModel.get_peft_model(
+        model,
+        r=16,
+        lora_alpha=32,
+        lora_dropout=case["dropout"],
+        target_modules=TARGETS,
+        bias="none",
+        use_gradient_checkpointing={"on": True, "off": False, "offload": "unsloth"}[case["checkpointing"]],
+    )
+
+
+def load_hf(case: dict):
+    """Return the model as tutorials of transformers + peft have it."""
+    import torch
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    options = {"dtype": torch.bfloat16, "device_map": {"": 0}, "attn_implementation": "sdpa"}
+    model = AutoModelForCausalLM.from_pretrained(case["model"], quantization_config=quantization, **options)
+    model.config.use_cache = False
+    model = prepare_model_for_kbit_training(
+        model,
+        use_gradient_checkpointing=case["checkpointing"] == "on",
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+    )
+    lora = {"r": 16, "lora_alpha": 32, "lora_dropout": case["dropout"], "target_modules": TARGETS}
+    return get_peft_model(model, LoraConfig(**lora, task_type="CAUSAL_LM"))
+
+
 def load_peer(case: dict):
     """The same for a peer, prepared the way it documents."""
     import bitsandbytes as bnb
     import torch
 
-    if case["peer"] == "unsloth":
-        from unsloth import FastLanguageModel
-
-        model, _ = FastLanguageModel.from_pretrained(
-            case["model"],
-            max_seq_length=max(2048, case["length"]),
-            dtype=torch.bfloat16,
-            load_in_4bit=True,
-            local_files_only=True,
-        )
-        model = FastLanguageModel.get_peft_model(
-            model,
-            r=16,
-            lora_alpha=32,
-            lora_dropout=case["dropout"],
-            target_modules=TARGETS,
-            bias="none",
-            use_gradient_checkpointing={"on": True, "off": False, "offload": "unsloth"}[case["checkpointing"]],
-        )
-    else:
-        from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
-        model = AutoModelForCausalLM.from_pretrained(
-            case["model"],
-            quantization_config=quantization,
-            dtype=torch.bfloat16,
-            device_map={"": 0},
-            attn_implementation="sdpa",
-        )
-        model.config.use_cache = False
-        model = prepare_model_for_kbit_training(
-            model,
-            use_gradient_checkpointing=case["checkpointing"] == "on",
-            gradient_checkpointing_kwargs={"use_reentrant": False},
-        )
-        settings = LoraConfig(
-            r=16, lora_alpha=32, lora_dropout=case["dropout"], target_modules=TARGETS, task_type="CAUSAL_LM"
-        )
-        model = get_peft_model(model, settings)
+    model = (load_unsloth if case["peer"] == "unsloth" else load_hf)(case)
     model.train()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = bnb.optim.PagedAdamW8bit(parameters, lr=2e-4)
+    optimizer = bnb.optim.PagedAdamW8bit([p for p in model.parameters() if p.requires_grad], lr=2e-4)
 
     def micro_batch(step: int, ids: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cuda", torch.bfloat16):
