@@ -454,6 +454,14 @@ def _swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     return (F.silu(gate) * up).to(gate_up.dtype)
 
 
+def _swiglu_backward(gate_up: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    """Return the gradient of [gate | up]; by hand, since autograd records nothing inside a custom operator."""
+    (gate, up), grad = gate_up.float().chunk(2, -1), grad.float()
+    sigmoid = torch.sigmoid(gate)
+    both = [grad * up * sigmoid * (1 + gate * (1 - sigmoid)), grad * gate * sigmoid]
+    return torch.cat(both, 1).to(gate_up.dtype)
+
+
 def _drop(x: torch.Tensor, masks: "Masks") -> torch.Tensor:
     keep = dropout_mask(masks.step, masks.sequences, masks.salt, masks.length, x.shape[1], masks.p).flatten(0, 1)
     return torch.where(keep, x, 0) * (1 / (1 - masks.p))
@@ -467,6 +475,11 @@ class Masks(NamedTuple):
     salt: torch.Tensor
     length: int
     p: float
+
+
+def no_masks(x: torch.Tensor) -> Masks:
+    """Return the masks of an operator without an adapter, which nothing reads."""
+    return Masks(x, x, x, len(x), 0.0)
 
 
 def stack_adapters(A: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
@@ -491,7 +504,8 @@ def widen(x: torch.Tensor, A: torch.Tensor, masks: Masks, swiglu: bool, kernels:
     else:
         wide[:, :columns] = _swiglu(x) if swiglu else x
         dropped = _drop(wide[:, :columns], masks) if masks.p > 0 else wide[:, :columns]
-    torch.mm(dropped, A.t(), out=wide[:, columns:])
+    if extra:
+        torch.mm(dropped, A.t(), out=wide[:, columns:])
     return wide
 
 
@@ -510,7 +524,7 @@ def widen_backward(
         _widen_backward_kernel[grid](
             wide, x, other, A, masks.step, masks.sequences, masks.salt, len(x), masks.length, columns, columns + extra,
             extra, drop_threshold(masks.p), 1 / (1 - masks.p), SWIGLU=swiglu, DROPOUT=masks.p > 0,
-            BLOCK_M=launch.block_m, BLOCK_K=launch.block_k, BLOCK_R=_power(extra), num_warps=launch.warps,
+            BLOCK_M=launch.block_m, BLOCK_K=launch.block_k, BLOCK_R=_power(extra or 1), num_warps=launch.warps,
         )  # fmt: skip
         return (other, dx) if swiglu else (dx, other)
     tile, back = _swiglu(x) if swiglu else x, du @ A
@@ -518,9 +532,7 @@ def widen_backward(
         tile, back = _drop(tile, masks), _drop(back, masks)
     dx += back
     if swiglu:
-        (gate, up), grad = x.float().chunk(2, -1), dx.float()
-        sigmoid = torch.sigmoid(gate)
-        dx = torch.cat([grad * up * sigmoid * (1 + gate * (1 - sigmoid)), grad * gate * sigmoid], 1).to(x.dtype)
+        dx = _swiglu_backward(x, dx)
     return dx, tile
 
 
@@ -586,8 +598,8 @@ def linear(
     """Return (y, scale u), y: [rows, out features of all members]. x: [rows, columns], or [gate | up] of SwiGLU."""
     W = extended_weight(Packed(codes, constants, lut, columns, blocksizes, quant_type), B, scale, x.dtype, kernels)
     if not A:
-        x = _swiglu(x) if swiglu else x
-        return F.linear(x, W, bias), x.new_empty(0)
+        wide = widen(x, x.new_empty(0, columns), no_masks(x), swiglu, kernels) if swiglu else x
+        return F.linear(wide, W, bias), x.new_empty(0)
     wide = widen(x, stack_adapters(A, x.dtype), Masks(step, sequences, salt, length, p), swiglu, kernels)
     return F.linear(wide, W, bias), wide[:, columns:] * scale
 
@@ -681,11 +693,7 @@ def product_backward(
     """Return dx where there is no adapter."""
     packed = Packed(codes, constants, lut, columns, blocksizes, quant_type)
     dx = grad @ extended_weight(packed, [], 0.0, grad.dtype, kernels)
-    if not swiglu:
-        return dx
-    with torch.enable_grad():
-        gate_up = x.detach().requires_grad_()
-        return torch.autograd.grad(_swiglu(gate_up), gate_up, dx)[0]
+    return widen_backward(dx, x, x.new_empty(0, columns), no_masks(x), swiglu, kernels)[0] if swiglu else dx
 
 
 @product_backward.register_fake
@@ -914,6 +922,7 @@ class Captured:
             for _ in range(2):  # compiles, and lets every library allocate its workspace outside of the graph
                 step(**self.batch)
         torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.empty_cache()  # blocks belong to a stream: the next warm-up could not use what this one reserved
 
     def capture(self, pool: Any) -> None:
         """Capture the step; graphs that never run at the same time may share a pool of memory."""

@@ -29,14 +29,16 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU
 
 
 def prepared(
-    folder, *, dtype="float32", p=0.05, checkpointing=False, quant_type="nf4", double=True, dora=False, device="cpu"
-):
+    folder, *, dtype="float32", p=0.05, checkpointing=False, quant_type="nf4", double=True, dora=False, device="cpu",
+    targets=None,
+):  # fmt: skip
     """Return a peft model with a non-zero adapter, its clock and its loss."""
     config = create_bnb_config(quant_type=quant_type, compute_dtype=dtype, use_double_quant=double)
     attention = "eager" if "gemma" in str(folder) else "sdpa"
     model, _ = load_model_and_tokenizer(str(folder), config, device=device, attn_implementation=attention)
     torch.manual_seed(0)
-    model = prepare_model_for_training(model, create_lora_config(rank=8, dropout=p, use_dora=dora), checkpointing)
+    lora = create_lora_config(rank=8, dropout=p, use_dora=dora, **({"target_modules": targets} if targets else {}))
+    model = prepare_model_for_training(model, lora, checkpointing)
     use_causal_attention(model.get_base_model())
     clock = DropoutClock(42, torch.device(device))
     use_stateless_dropout(model, p, clock)
@@ -123,7 +125,8 @@ def test_error_in_bfloat16_is_no_larger_than_pefts(random_models):
     def error(found):
         return sum((found[n] - reference[n]).square().sum() for n in reference).sqrt().item()
 
-    assert error(fused) <= 1.05 * error(plain)
+    worst = sorted(((found - reference[n]).norm() / reference[n].norm(), n) for n, found in fused.items())[-4:]
+    assert error(fused) <= 1.05 * error(plain), worst
 
 
 def test_layers_are_compiled_once_and_never_again(random_models):
@@ -346,6 +349,17 @@ def test_kernels_compile_within_the_shared_memory_of_each_card(capability):
             compile_(fused_ops._widen_backward_kernel, activations, switches | tile, backward(rank).warps)
 
 
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["q_proj", "k_proj", "v_proj", "o_proj"], ["down_proj"]])
+def test_layers_with_few_adapters_learn_what_plain_ones_do(random_models, targets):
+    folder = random_models("qwen2")
+    plain_loss, plain = gradients(*prepared(folder, targets=targets))
+    model, clock, loss = prepared(folder, targets=targets)
+    fuse(model, clock, 0.05, kernels=False)
+    fused_loss, fused = gradients(model, clock, loss)
+    assert fused_loss == pytest.approx(plain_loss, rel=1e-6)
+    assert furthest(fused, plain) < 1e-4
+
+
 @gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -369,4 +383,5 @@ def test_fused_error_on_the_gpu_is_no_larger_than_pefts(random_models, compiled)
     def error(found):
         return sum((found[n] - reference[n]).square().sum() for n in reference).sqrt().item()
 
-    assert error(fused) <= 1.05 * error(plain)
+    worst = sorted(((found - reference[n]).norm() / reference[n].norm(), n) for n, found in fused.items())[-4:]
+    assert error(fused) <= 1.05 * error(plain), worst

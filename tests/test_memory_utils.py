@@ -64,8 +64,12 @@ def saved_by_autograd(folder: str, path: str, p: float, layers: int) -> int:
 
     ids = torch.randint(0, 4000, (2, 200))
     clock.set(0, torch.tensor([0, 1]))
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss(input_ids=ids, labels=ids)
+    torch.set_autocast_enabled("cuda", True)  # what peft asks before it casts an adapter's input to fp32: as on a GPU
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss(input_ids=ids, labels=ids)
+    finally:
+        torch.set_autocast_enabled("cuda", False)
     return sum(seen.values())
 
 

@@ -1,15 +1,18 @@
 """Compare the memory plan with what training reserves on this GPU, over a grid of shapes; models with random 4-bit weights.
 
-    python tests/benchmarks/bench_memory.py [--only 3b-1x512] [--quick]
+    python tests/benchmarks/bench_memory.py [--only 3b-1x512] [--jobs 6]
 
-The plan is that of memory_utils.plan_memory without the CUDA context, the measurement torch.cuda.max_memory_reserved after three
-micro-steps, an optimizer step and an evaluation. A JSON line a case, the table and the errors last. Cases share the process.
+The plan is that of memory_utils.plan_memory without the CUDA context, the measurement torch.cuda.max_memory_reserved after two
+optimizer steps of two micro-batches and an evaluation. Each case has a process of its own, some at a time: what a process
+reserves does not depend on its neighbours. A JSON line a case as it ends, the table and the errors last.
 """
 
 import argparse
 import json
 import statistics
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -110,6 +113,8 @@ def random_model(name: str, double: bool) -> PreTrainedModel:
 def measure(name: str, config: Config, micro_batch: int, checkpointed: int) -> float:
     """Return the GiB that three micro-steps, an optimizer step and an evaluation reserve at most."""
     model = random_model(name, config.quantization.use_double_quant)
+    memory_utils.let_go()
+    torch.cuda.reset_peak_memory_stats()  # making random weights takes more than loading them
     learner = train_qlora.build_learner(config, model, micro_batch, lambda line: None, checkpointed)
     device = torch.device("cuda", 0)
     optimizer = train_qlora.create_optimizer(learner.parameters, config.training, device, print)
@@ -126,37 +131,57 @@ def measure(name: str, config: Config, micro_batch: int, checkpointed: int) -> f
     return torch.cuda.max_memory_reserved() / GIB
 
 
+def label_of(case: tuple) -> str:
+    """Return a case's name."""
+    name, micro_batch, length, checkpointed, settings = case
+    return f"{name}-{micro_batch}x{length}-ck{checkpointed}" + "".join(f"-{k}={v}" for k, v in settings.items())
+
+
+def run_case(case: tuple) -> dict:
+    """Return plan and measurement of one case, GiB, in this process."""
+    name, micro_batch, length, checkpointed, settings = case
+    config = load_config((), {"lora.dropout": "0", "data.max_length": str(length), **settings})
+    with torch.device("meta"):
+        shape = memory_utils.shape_of(AutoModelForCausalLM.from_config(MODELS[name]))
+    plan = memory_utils.plan_memory(shape, config, micro_batch, checkpointed)
+    row = {"case": label_of(case), "planned": round(plan.reserved / GIB, 3)}
+    row["parts"] = {part: round(size / GIB, 3) for part, size in plan.parts.items()}
+    try:
+        row["measured"] = round(measure(name, config, micro_batch, checkpointed), 3)
+        row["allocated"] = round(torch.cuda.max_memory_allocated() / GIB, 3)
+        row["error"] = round(row["planned"] / row["measured"] - 1, 4)
+    except torch.OutOfMemoryError:
+        row["failed"] = "out of memory"
+    return row
+
+
+def run_process(number: int) -> dict:
+    """Run one case of the grid in a fresh process and return its row."""
+    command = [sys.executable, __file__, "--single", str(number)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    rows = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    row = rows[0] if rows else {"case": label_of(GRID[number]), "failed": " ".join(done.stderr[-300:].split())}
+    print(json.dumps(row), flush=True)
+    return row
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="cases whose name begins so")
-    parser.add_argument("--quick", action="store_true", help="every third case")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
+    parser.add_argument("--single", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    rows = []
-    for name, micro_batch, length, checkpointed, settings in GRID[:: 3 if args.quick else 1]:
-        label = f"{name}-{micro_batch}x{length}-ck{checkpointed}" + "".join(f"-{k}={v}" for k, v in settings.items())
-        if not label.startswith(args.only):
-            continue
-        config = load_config((), {"lora.dropout": "0", "data.max_length": str(length), **settings})
-        with torch.device("meta"):
-            shape = memory_utils.shape_of(AutoModelForCausalLM.from_config(MODELS[name]))
-        plan = memory_utils.plan_memory(shape, config, micro_batch, checkpointed)
-        torch._dynamo.reset()
-        memory_utils.let_go()
-        torch.cuda.reset_peak_memory_stats()
-        row = {"case": label, "planned": round(plan.reserved / GIB, 3), "before": torch.cuda.memory_reserved() / GIB}
-        try:
-            row["measured"] = round(measure(name, config, micro_batch, checkpointed), 3)
-            row["allocated"] = round(torch.cuda.max_memory_allocated() / GIB, 3)
-            row["error"] = round(row["planned"] / row["measured"] - 1, 4)
-        except torch.OutOfMemoryError:
-            row["failed"] = "out of memory"
-        rows.append(row)
-        print(json.dumps(row), flush=True)
+    if args.single is not None:
+        print("RESULT " + json.dumps(run_case(GRID[args.single])))
+        return
+    numbers = [number for number, case in enumerate(GRID) if label_of(case).startswith(args.only)]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        rows = list(pool.map(run_process, numbers))
     errors = [row["error"] for row in rows if "error" in row]
     print(f"{'case':<64}{'planned':>9}{'measured':>9}{'error':>8}")
     for row in rows:
         error = f"{row['error']:8.1%}" if "error" in row else row["failed"]
-        print(f"{row['case']:<64}{row['planned']:>9.2f}{row.get('measured', 0):>9.2f}{error:>8}")
+        print(f"{row['case']:<64}{row.get('planned', 0):>9.2f}{row.get('measured', 0):>9.2f}{error:>8}")
     median = statistics.median(map(abs, errors))
     print(f"{len(errors)} cases: error {min(errors):.1%} to {max(errors):.1%}, median {median:.1%}")
 
