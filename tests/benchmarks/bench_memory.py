@@ -111,7 +111,7 @@ def random_model(name: str, double: bool) -> PreTrainedModel:
 
 
 def measure(name: str, config: Config, micro_batch: int, checkpointed: int) -> float:
-    """Return the GiB that three micro-steps, an optimizer step and an evaluation reserve at most."""
+    """Return the GiB that an evaluation and two optimizer steps of two micro-batches reserve at most."""
     model = random_model(name, config.quantization.use_double_quant)
     memory_utils.let_go()
     torch.cuda.reset_peak_memory_stats()  # making random weights takes more than loading them
