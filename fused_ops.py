@@ -189,6 +189,10 @@ def use_causal_attention(model: nn.Module, packed: bool = False) -> bool:
     model.config.packed_samples = packed
     plain = model.config._attn_implementation == "sdpa"
     if plain:
+        # PyTorch keeps cuDNN's attention graphs (its choice on sm_90 and later) by the strides of q, k and v alone, and
+        # the output of a compiled layer has others than the same layer's run as it is: whichever comes second in a
+        # process reads its gradient in the wrong order (torch 2.11, H100: q, k and v off by 150 %, the loss right).
+        torch.backends.cuda.enable_cudnn_sdp(False)
         AttentionInterface.register(CAUSAL, sdpa_attention_forward)
         AttentionMaskInterface.register(CAUSAL, _no_mask)
         model.set_attn_implementation(CAUSAL)
