@@ -648,21 +648,25 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_on_signal(say: Callable[[str], None]) -> Iterator[StopRequest]:
-    """Turn the first SIGINT, SIGTERM or Ctrl-Break into a request that the loop reads at a step boundary.
+    """Turn the first SIGINT, SIGTERM, SIGHUP or Ctrl-Break into a request that the loop reads at a step boundary.
 
-    A second one exits at once.
+    A second one exits at once, but for SIGHUP: a terminal that closes sends it by the kernel and by the shell. What is
+    ignored at the start, SIGHUP under nohup, stays ignored.
     """
-    request = StopRequest()
+    request, hangup = StopRequest(), getattr(signal, "SIGHUP", None)
 
     def handle(signum: int, frame: Any) -> None:
         if request.signum is not None:
+            if signum == hangup:
+                return
             os._exit(128 + signum)  # what was written is complete: files are renamed into place
         request.signum = signum
         with contextlib.suppress(RuntimeError):  # the console's buffer cannot be entered twice
             say("stopping after this step; once more to exit at once")
 
-    names = ("SIGINT", "SIGTERM", "SIGBREAK") if threading.current_thread() is threading.main_thread() else ()
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if threading.current_thread() is threading.main_thread() else ()
     signals = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    signals = [number for number in signals if signal.getsignal(number) != signal.SIG_IGN]
     previous = {number: signal.signal(number, handle) for number in signals}
     try:
         yield request

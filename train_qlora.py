@@ -395,7 +395,8 @@ def training_step(run: Run, step: int, window: np.ndarray, stop: bool) -> StepRe
     if not (math.isfinite(loss_sum) and (math.isfinite(grad_norm) or overflow)):
         raise NumbersWentWrong(
             f"step {step + 1}: loss {loss_sum / max(tokens, 1)}, gradient norm {grad_norm} (compute type "
-            f"{learner.loss.dtype}), blocks {', '.join(map(str, window))}: try a lower learning_rate"
+            f"{learner.loss.dtype}): try a lower learning_rate, or look at its blocks: "
+            + ", ".join(f"{i} ({data_utils.show_block(run.blocks['train'][i], run.tokenizer, 40)})" for i in window)
         )
     scaler.update()
     run.scheduler.step()

@@ -691,6 +691,29 @@ def test_first_signal_is_a_request_and_the_handlers_come_back(number):
     assert {n: signal.getsignal(n) for n in before} == before
 
 
+HANGUP = pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+
+
+@HANGUP
+def test_terminal_that_closes_hangs_up_twice_and_stops_the_run_once(monkeypatch):
+    monkeypatch.setattr(os, "_exit", lambda code: pytest.fail(f"exit {code}"))
+    with stop_on_signal(ignore) as request:
+        signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(signal.SIGHUP)
+    assert request.signum == signal.SIGHUP and 128 + request.signum == 129
+
+
+@HANGUP
+def test_nohup_is_respected():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_on_signal(ignore) as request:
+            signal.raise_signal(signal.SIGHUP)
+        assert request.signum is None and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_second_signal_exits_at_once(monkeypatch):
     codes = []
     monkeypatch.setattr(os, "_exit", codes.append)
