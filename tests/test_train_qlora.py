@@ -660,7 +660,9 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(train, watc
     assert code == 1 and len(seen.gradients) == 4
     printed = capsys.readouterr()
     lines = [line for line in printed.out.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and "step 4" in lines[0] and " …)" in lines[0] and "Traceback" not in printed.out + printed.err
+    assert (
+        len(lines) == 1 and "step 4" in lines[0] and " …)" in lines[0] and "Traceback" not in printed.out + printed.err
+    )
     assert [path.name for path in checkpoints(folder)] == ["checkpoint-2"]
     adapter, state = read_checkpoint(folder / "checkpoint-2")
     assert all(tensor.isfinite().all() for tensor in adapter.values()) and state["progress"]["step"] == 2
