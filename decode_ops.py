@@ -456,7 +456,7 @@ class Linears:
             MODE=mode, MEMBERS=len(modules), K=self.columns, OUTPUTS=first.rows, RANK=self.rank, PARTS=parts,
             PARTS_2=_power(parts), BIAS=None not in biases, NESTED=nested, BLOCKSIZE=blocksize, BLOCKSIZE2=blocksize2,
             ROWS=LAYOUT.rows, BLOCKS=32 * warps, SHUFFLE=not INTERPRETED,
-            HALF=tl.bfloat16 if dtype is torch.bfloat16 else tl.float16, num_warps=warps,
+            HALF=tl.bfloat16 if dtype is torch.bfloat16 else tl.float16, num_warps=warps, enable_fp_fusion=True,  # Triton 3.10 no longer does it by itself
         )  # fmt: skip
 
     def __call__(self, residual: torch.Tensor, out: torch.Tensor, flat: torch.Tensor) -> None:
@@ -585,7 +585,6 @@ class DecodeStep:
         _check(type(model).__name__ in MODELS, f"{type(model).__name__} is unknown")
         decoder, dtype, device = model.get_decoder(), model.dtype, model.device
         _check(dtype in (torch.bfloat16, torch.float16), f"the model computes in {dtype}")
-        _check(INTERPRETED or (device.type == "cuda" and not torch.version.hip), f"the model is on {device}")
         _check_norm(decoder.norm)
         rope = decoder.rotary_emb.rope_type
         _check(rope not in ("dynamic", "longrope"), f"rotary embedding {rope} depends on the length")
@@ -601,6 +600,7 @@ class DecodeStep:
             positions = torch.arange(self.layers[0].keys.shape[2], device=device)[None]
             self.rotary = [part[0].contiguous() for part in decoder.rotary_emb(self.last, positions)]
         _check(self.rotary[0].shape[1] == self.layers[0].keys.shape[3], "rotary embedding of a part of each head")
+        _check(INTERPRETED or (device.type == "cuda" and not torch.version.hip), f"the model is on {device}")
         self.scratch = self.layers[0].scratch()
 
     @torch.no_grad()
