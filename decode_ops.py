@@ -37,6 +37,7 @@ class Layout:
 
     rows: int = 4  # outputs of a program of a product (with SwiGLU of gate and of up), all of them in each thread
     positions: int = 32  # of a tile of the cache
+    overlap: bool = False  # a kernel starts, and loads weights, before the one before has ended (sm_90 and later)
     programs: int = 128  # that attention is split into, about one for each of the 132 multiprocessors of an H100
 
 
@@ -51,6 +52,18 @@ CHUNK = 2048  # inputs of a program of the adapter's first product before down_p
 # 16 bytes are consecutive: pair p of the words of half h is at [h, p, run of 64, word], each [2, 4, inputs / 64, 4].
 
 if triton is not None:
+
+    @triton.jit
+    def _begin(OVERLAP: tl.constexpr):
+        """Let the next kernel start as soon as there is room for it: it loads weights, and waits in `_wait`."""
+        if OVERLAP:
+            tl.extra.cuda.gdc_launch_dependents()
+
+    @triton.jit
+    def _wait(OVERLAP: tl.constexpr):
+        """Wait until all that earlier kernels wrote is there; what stands before it may be weights only."""
+        if OVERLAP:
+            tl.extra.cuda.gdc_wait()
 
     @triton.jit
     def _place(k, K: tl.constexpr):
@@ -135,7 +148,7 @@ if triton is not None:
     def _product(
         x, codes, absmax, absmax2, offset, code2, lut, row, rows, dtype: tl.constexpr, K: tl.constexpr,
         NESTED: tl.constexpr, BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr, BLOCKS: tl.constexpr,
-        SHUFFLE: tl.constexpr,
+        SHUFFLE: tl.constexpr, OVERLAP: tl.constexpr,
     ):  # fmt: skip
         """Return W x for some rows of W, fp32. x: pairs in the order of `_place`; row: [rows]."""
         RUNS: tl.constexpr = K // 64
@@ -158,6 +171,7 @@ if triton is not None:
                 constant = constant * tl.load(absmax2 + block // BLOCKSIZE2, mask=real, other=0.0) + shift
             else:
                 constant = tl.load(absmax + block, mask=real, other=0.0)
+            _wait(OVERLAP)
             pairs = x + (run * 4)[None, :, None] + word
             total = tl.zeros((row.shape[0], BLOCKS, 4), tl.float32)
             total = _half(total, first, pairs, known, RUNS * 4, lut, level, dtype, SHUFFLE)
@@ -191,12 +205,14 @@ if triton is not None:
         MODE: tl.constexpr, MEMBERS: tl.constexpr, K: tl.constexpr, OUTPUTS: tl.constexpr, RANK: tl.constexpr,
         PARTS: tl.constexpr, PARTS_2: tl.constexpr, BIAS: tl.constexpr, NESTED: tl.constexpr, BLOCKSIZE: tl.constexpr,
         BLOCKSIZE2: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, SHUFFLE: tl.constexpr, HALF: tl.constexpr,
+        OVERLAP: tl.constexpr,
     ):  # fmt: skip
         """Up to three 4-bit linears with adapters that read one x.
 
         MODE "stack": out [outputs of all], fp32. "residual": residual + y to out. "swiglu": silu(first) * second to out
         in the order of `_place`, and to flat as it is.
         """
+        _begin(OVERLAP)
         program = tl.program_id(0)
         first_outputs = 0
         member = 0
@@ -219,7 +235,7 @@ if triton is not None:
         inside = row < rows0
         y = _product(
             x, codes0, absmax0, second0, offset0, code2, lut, row, rows0, HALF, K, NESTED, BLOCKSIZE, BLOCKSIZE2,
-            BLOCKS, SHUFFLE,
+            BLOCKS, SHUFFLE, OVERLAP,
         )  # fmt: skip
         y = _adapter(
             y, u + member * RANK, B0, bias0, row, rows0, rank0, scale0, MEMBERS, RANK, PARTS, PARTS_2, BIAS
@@ -232,7 +248,7 @@ if triton is not None:
         else:
             up = _product(
                 x, codes1, absmax1, second1, offset1, code2, lut, row, rows1, HALF, K, NESTED, BLOCKSIZE, BLOCKSIZE2,
-                BLOCKS, SHUFFLE,
+                BLOCKS, SHUFFLE, OVERLAP,
             )  # fmt: skip
             up = _adapter(
                 up, u + RANK, B1, bias1, row, rows1, rank1, scale1, MEMBERS, RANK, PARTS, PARTS_2, BIAS
@@ -244,18 +260,15 @@ if triton is not None:
     @triton.jit
     def _norm_kernel(
         x, weight, out, u, A0, A1, A2, rank0, rank1, rank2, eps,
-        K: tl.constexpr, RANK: tl.constexpr, ORDERED: tl.constexpr, BLOCK: tl.constexpr,
+        K: tl.constexpr, RANK: tl.constexpr, ORDERED: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
     ):  # fmt: skip
         """RMS norm of x and, a program for each row of the adapters' A, u [members, RANK] = A norm(x)."""
+        _begin(OVERLAP)
         program = tl.program_id(0)
         dtype = out.dtype.element_ty
         k = tl.arange(0, BLOCK)
         inside = k < K
-        value = tl.load(x + k, mask=inside, other=0.0).to(tl.float32)
-        value = (value * tl.rsqrt(tl.sum(value * value) / K + eps)).to(dtype).to(tl.float32)
-        value = (value * tl.load(weight + k, mask=inside, other=0.0).to(tl.float32)).to(dtype)
-        if program == 0:
-            tl.store(out + (_place(k, K) if ORDERED else k), value, mask=inside)
+        factor = tl.load(weight + k, mask=inside, other=0.0).to(tl.float32)
         if RANK > 0:
             j = program % RANK
             if program >= 2 * RANK:
@@ -263,15 +276,26 @@ if triton is not None:
             elif program >= RANK:
                 A0, rank0 = A1, rank1
             a = tl.load(A0 + j * K + k, mask=k < tl.where(j < rank0, K, 0), other=0.0).to(tl.float32)
+        _wait(OVERLAP)
+        value = tl.load(x + k, mask=inside, other=0.0).to(tl.float32)
+        value = (value * tl.rsqrt(tl.sum(value * value) / K + eps)).to(dtype).to(tl.float32)
+        value = (value * factor).to(dtype)
+        if program == 0:
+            tl.store(out + (_place(k, K) if ORDERED else k), value, mask=inside)
+        if RANK > 0:
             tl.store(u + program, tl.sum(a * value.to(tl.float32)))
 
     @triton.jit
-    def _inner_kernel(x, A, u, rank, K: tl.constexpr, RANK: tl.constexpr, BLOCK: tl.constexpr):
+    def _inner_kernel(
+        x, A, u, rank, K: tl.constexpr, RANK: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+    ):  # fmt: skip
         """u [parts, RANK], whose parts add up to A x: a program for each row of A and each BLOCK of inputs."""
+        _begin(OVERLAP)
         j, part = tl.program_id(0), tl.program_id(1)
         k = part * BLOCK + tl.arange(0, BLOCK)
-        value = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
         a = tl.load(A + j * K + k, mask=k < tl.where(j < rank, K, 0), other=0.0).to(tl.float32)
+        _wait(OVERLAP)
+        value = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
         tl.store(u + part * RANK + j, tl.sum(a * value))
 
     @triton.jit
@@ -292,7 +316,7 @@ if triton is not None:
     def _attention_kernel(
         qkv, keys, values, position, cos, sin, q_weight, k_weight, mixed, logs, eps, scale, stride,
         HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr, SPLITS: tl.constexpr,
-        POSITIONS: tl.constexpr, NORM: tl.constexpr,
+        POSITIONS: tl.constexpr, NORM: tl.constexpr, OVERLAP: tl.constexpr,
     ):  # fmt: skip
         """Attention of one position's heads to a share of the cache, and the new key and value into the cache.
 
@@ -300,11 +324,13 @@ if triton is not None:
         the base-2 logarithm of its sum of weights, -inf where it had nothing. qkv: fp32; keys, values:
         [KV_HEADS, stride, 2 HALF].
         """
+        _begin(OVERLAP)
+        _wait(OVERLAP)
         kv, split = tl.program_id(0), tl.program_id(1)
         dtype = keys.dtype.element_ty
         SIZE: tl.constexpr = 2 * HALF
         EACH: tl.constexpr = HEADS // KV_HEADS
-        here = tl.load(position)
+        here = tl.load(position).to(tl.int32)
         cos += here * SIZE
         sin += here * SIZE
         group = tl.arange(0, GROUP)
@@ -352,9 +378,11 @@ if triton is not None:
     @triton.jit
     def _combine_kernel(
         mixed, logs, out, A, u, rank, K: tl.constexpr, SIZE: tl.constexpr, SPLITS: tl.constexpr, RANK: tl.constexpr,
-        TILE: tl.constexpr,
+        TILE: tl.constexpr, OVERLAP: tl.constexpr,
     ):  # fmt: skip
         """Add the shares of a head, and its part of o_proj's u = A x: u [heads, RANK], whose parts add up."""
+        _begin(OVERLAP)
+        _wait(OVERLAP)
         head = tl.program_id(0)
         dtype = out.dtype.element_ty
         split, wide = tl.arange(0, SPLITS), tl.arange(0, SIZE)
@@ -418,6 +446,12 @@ def _power(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+def _options() -> dict[str, bool]:
+    """Return the options of every launch. Fusing multiplications with additions is no default any more in Triton 3.10."""
+    overlap = LAYOUT.overlap and not INTERPRETED and torch.cuda.get_device_capability() >= (9, 0)
+    return {"OVERLAP": overlap, "enable_fp_fusion": True, **({"launch_pdl": True} if overlap else {})}
+
+
 class Linears:
     """Up to three linears that read one x, as one launch.
 
@@ -456,7 +490,8 @@ class Linears:
             MODE=mode, MEMBERS=len(modules), K=self.columns, OUTPUTS=first.rows, RANK=self.rank, PARTS=parts,
             PARTS_2=_power(parts), BIAS=None not in biases, NESTED=nested, BLOCKSIZE=blocksize, BLOCKSIZE2=blocksize2,
             ROWS=LAYOUT.rows, BLOCKS=32 * warps, SHUFFLE=not INTERPRETED,
-            HALF=tl.bfloat16 if dtype is torch.bfloat16 else tl.float16, num_warps=warps, enable_fp_fusion=True,  # Triton 3.10 no longer does it by itself
+            HALF=tl.bfloat16 if dtype is torch.bfloat16 else tl.float16, num_warps=warps,
+            **_options(),
         )  # fmt: skip
 
     def __call__(self, residual: torch.Tensor, out: torch.Tensor, flat: torch.Tensor) -> None:
@@ -473,7 +508,7 @@ def _norm(x: torch.Tensor, norm: nn.Module, out: torch.Tensor, linears: Linears 
     _norm_kernel[(max(1, rank * len(A)),)](
         x, norm.weight, out, linears.u if linears else out, *(A * 3)[:3], *(ranks + [0, 0])[:3],
         norm.variance_epsilon, K=x.numel(), RANK=rank, ORDERED=linears is not None, BLOCK=_power(x.numel()),
-        num_warps=4 if x.numel() <= 4096 else 8,
+        num_warps=4 if x.numel() <= 4096 else 8, **_options(),
     )  # fmt: skip
 
 
@@ -543,19 +578,20 @@ class Layer:
         self.qkv(hidden, qkv, flat)
         _attention_kernel[(shape["KV_HEADS"], shape["SPLITS"])](
             qkv, self.keys, self.values, position, *rotary, *self.head_norms, mixed, logs, *self.numbers, **shape,
-            num_warps=4,
+            num_warps=4, **_options(),
         )  # fmt: skip
         _combine_kernel[(shape["HEADS"],)](
             mixed, logs, out.x, out.A[0], out.u, out.ranks[0], K=out.columns, SIZE=mixed.shape[2],
-            SPLITS=shape["SPLITS"], RANK=out.rank, TILE=min(max(out.rank, 1), 16), num_warps=4,
+            SPLITS=shape["SPLITS"], RANK=out.rank, TILE=min(max(out.rank, 1), 16), num_warps=4, **_options(),
         )  # fmt: skip
         out(hidden, hidden, flat)
         _norm(hidden, self.norms[1], self.gate_up.x, self.gate_up)
         self.gate_up(hidden, down.x, flat)
         if down.rank:
             _inner_kernel[(down.rank, down.parts)](
-                flat, down.A[0], down.u, down.ranks[0], K=down.columns, RANK=down.rank, BLOCK=CHUNK, num_warps=4
-            )
+                flat, down.A[0], down.u, down.ranks[0], K=down.columns, RANK=down.rank, BLOCK=CHUNK, num_warps=4,
+                **_options(),
+            )  # fmt: skip
         down(hidden, hidden, flat)
 
 

@@ -186,6 +186,7 @@ POINTERS = {
 
 def compiled(capability: int, kernel, constants: dict, warps: int, **types: str):
     """Return a kernel compiled for a card, its pointers aligned as PyTorch aligns them."""
+    import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -198,25 +199,21 @@ def compiled(capability: int, kernel, constants: dict, warps: int, **types: str)
             attributes[(place,)] = [["tt.divisibility", 16]]
     values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, signature, values, attributes)
-    return triton_compile(source, GPUTarget("cuda", capability, 32), {"num_warps": warps})
-
-
-def triton_compile(source, target, options):
-    import triton
-
-    return triton.compile(source, target=target, options=options)
+    options = {"num_warps": warps, "enable_fp_fusion": True}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 @pytest.mark.parametrize("capability", SHARED_LIMIT)
 def test_kernels_compile_within_the_shared_memory_of_each_card(capability):
     """With the constants of Qwen2.5-3B."""
     triton = pytest.importorskip("triton", reason="pip install triton: the kernels need it")
-    rank = {"RANK": 16}
+    rank = {"RANK": 16, "OVERLAP": capability >= 90}
     packed = {"BIAS": False, "NESTED": True, "BLOCKSIZE": 64, "BLOCKSIZE2": 256, "ROWS": decode_ops.LAYOUT.rows}
     packed |= {"SHUFFLE": True, "HALF": triton.language.bfloat16, "OUTPUTS": 11008, **rank}
     narrow, wide = packed | {"K": 2048, "BLOCKS": 32}, packed | {"K": 11008, "BLOCKS": 64}
     one = {"PARTS": 1, "PARTS_2": 1}
     shape = {"HEADS": 16, "KV_HEADS": 2, "HALF": 64, "GROUP": 16, "SPLITS": 64, "POSITIONS": 32, "NORM": False}
+    shape |= {"OVERLAP": capability >= 90}
     linear, half, single, pairs = decode_ops._linear_kernel, "*bf16", "*fp32", "*i32"
     done = [
         compiled(capability, linear, narrow | one | {"MODE": "stack", "MEMBERS": 3, "BIAS": True}, 1, x=pairs, out=single),
@@ -234,3 +231,4 @@ def test_kernels_compile_within_the_shared_memory_of_each_card(capability):
     for kernel in done:
         assert kernel.metadata.shared <= SHARED_LIMIT[capability]
         assert f"sm_{capability}" in kernel.asm["ptx"]
+        assert ("griddepcontrol.wait" in kernel.asm["ptx"]) == (capability >= 90)
