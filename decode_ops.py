@@ -166,16 +166,17 @@ if triton is not None:
             second = tl.load(words + 4, mask=inside, other=0)
             block = place * 64 // BLOCKSIZE
             real = (row < rows)[:, None] & (run < RUNS)[None]
-            if NESTED:  # one constant a block of 64 weights, itself a code of 8 bits
-                constant = tl.load(code2 + tl.load(absmax + block, mask=real, other=0).to(tl.int32))
-                constant = constant * tl.load(absmax2 + block // BLOCKSIZE2, mask=real, other=0.0) + shift
-            else:
-                constant = tl.load(absmax + block, mask=real, other=0.0)
+            constant = tl.load(absmax + block, mask=real, other=0)
             _wait(OVERLAP)
             pairs = x + (run * 4)[None, :, None] + word
             total = tl.zeros((row.shape[0], BLOCKS, 4), tl.float32)
             total = _half(total, first, pairs, known, RUNS * 4, lut, level, dtype, SHUFFLE)
             total = _half(total, second, pairs + RUNS * 16, known, RUNS * 4, lut, level, dtype, SHUFFLE)
+            # One constant a block of weights; NESTED: a code of 8 bits. It is looked up when the weights are used up:
+            # before, the loads of the weights would wait for it.
+            if NESTED:
+                constant = tl.load(code2 + constant.to(tl.int32))
+                constant = constant * tl.load(absmax2 + block // BLOCKSIZE2, mask=real, other=0.0) + shift
             result += tl.sum(total, 2) * constant
         return tl.sum(result, 1)
 

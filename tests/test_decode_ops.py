@@ -41,13 +41,22 @@ def folders(random_models, tmp_path_factory):
 
 
 def loaded(folder, options, dtype, device):
-    """Return a model, with a non-zero adapter if there are options, that attends as transformers does."""
+    """Return a model, with a non-zero adapter if there are options, that attends as transformers does.
+
+    Biases and the norms' weights, zeros and ones in a new model, become what a wrong kernel would show.
+    """
     if options is None:
-        config = create_bnb_config(compute_dtype=dtype)
-        return load_model_and_tokenizer(str(folder), config, device=device)[0].eval()
-    model = prepared(folder, dtype=dtype, p=0.0, device=device, **options)[0].eval()
-    model.get_base_model().set_attn_implementation("sdpa")
-    return model
+        base = model = load_model_and_tokenizer(str(folder), create_bnb_config(compute_dtype=dtype), device=device)[0]
+    else:
+        model = prepared(folder, dtype=dtype, p=0.0, device=device, **options)[0]
+        base = model.get_base_model()
+        base.set_attn_implementation("sdpa")
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in base.named_parameters():
+        if name.endswith("bias") or "norm" in name:
+            noise = torch.randn(parameter.shape, generator=generator).bfloat16() / 4
+            parameter.data += noise.to(parameter)
+    return model.eval()
 
 
 def new_cache(model, length=LENGTH):
