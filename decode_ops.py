@@ -185,7 +185,7 @@ if triton is not None:
         y, u, B, bias, row, rows, rank, scale, MEMBERS: tl.constexpr, RANK: tl.constexpr, PARTS: tl.constexpr,
         PARTS_2: tl.constexpr, BIAS: tl.constexpr,
     ):  # fmt: skip
-        """Return y + scale B u + bias for some rows. u: [PARTS, MEMBERS, RANK] of this member, whose parts are added."""
+        """Return y + scale B u + bias for some rows. u: [PARTS, MEMBERS, RANK] from this member on; parts are added."""
         if BIAS:
             y += tl.load(bias + row, mask=row < rows, other=0.0).to(tl.float32)
         if RANK > 0:
@@ -197,7 +197,7 @@ if triton is not None:
             y += scale * tl.sum(b * tl.sum(parts, 0)[None], 1)
         return y
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["rank0", "rank1", "rank2"])  # a rank of 1 would be of another type than one of 0
     def _linear_kernel(
         x, u, residual, out, flat, lut, code2,
         codes0, absmax0, second0, offset0, bias0, B0, rows0, rank0, scale0,
@@ -258,7 +258,7 @@ if triton is not None:
             tl.store(out + _place(row, OUTPUTS), y, mask=inside)
             tl.store(flat + row, y, mask=inside)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["rank0", "rank1", "rank2"])
     def _norm_kernel(
         x, weight, out, u, A0, A1, A2, rank0, rank1, rank2, eps,
         K: tl.constexpr, RANK: tl.constexpr, ORDERED: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
@@ -439,7 +439,7 @@ class Member:
         active = [] if module.disable_adapters else [a for a in module.active_adapters if a in module.lora_A]
         _check(len(active) < 2, f"{name} has {len(active)} active adapters: {', '.join(active)}")
         for adapter in active:
-            self.A, self.B = module.lora_A[adapter].weight.detach(), module.lora_B[adapter].weight.detach()
+            self.A, self.B = (part[adapter].weight.detach().contiguous() for part in (module.lora_A, module.lora_B))
             self.rank, self.scale = len(self.A), float(module.scaling[adapter])
 
 
@@ -448,7 +448,7 @@ def _power(n: int) -> int:
 
 
 def _options() -> dict[str, bool]:
-    """Return the options of every launch. Fusing multiplications with additions is no default any more in Triton 3.10."""
+    """Return the options of every launch. From Triton 3.10 on it no longer fuses a product with a sum unasked."""
     overlap = LAYOUT.overlap and not INTERPRETED and torch.cuda.get_device_capability() >= (9, 0)
     return {"OVERLAP": overlap, "enable_fp_fusion": True, **({"launch_pdl": True} if overlap else {})}
 
@@ -491,14 +491,13 @@ class Linears:
             MODE=mode, MEMBERS=len(modules), K=self.columns, OUTPUTS=first.rows, RANK=self.rank, PARTS=parts,
             PARTS_2=_power(parts), BIAS=None not in biases, NESTED=nested, BLOCKSIZE=blocksize, BLOCKSIZE2=blocksize2,
             ROWS=LAYOUT.rows, BLOCKS=32 * warps, SHUFFLE=not INTERPRETED,
-            HALF=tl.bfloat16 if dtype is torch.bfloat16 else tl.float16, num_warps=warps,
-            **_options(),
+            HALF=tl.bfloat16 if dtype is torch.bfloat16 else tl.float16, num_warps=warps, **_options(),
         )  # fmt: skip
 
     def __call__(self, residual: torch.Tensor, out: torch.Tensor, flat: torch.Tensor) -> None:
         rows = self.rows if self.mode == "stack" else self.rows[:1]
         inputs, weights = self.arguments
-        grid = (sum(triton.cdiv(n, LAYOUT.rows) for n in rows),)
+        grid = (sum(triton.cdiv(n, self.constants["ROWS"]) for n in rows),)
         _linear_kernel[grid](*inputs, residual, out, flat, *weights, **self.constants)
 
 
@@ -545,11 +544,8 @@ class Layer:
         def linears(owner: nn.Module, names: str, mode: str, parts: int = 1) -> Linears:
             return Linears({name: getattr(owner, name) for name in names.split()}, mode, dtype, parts)
 
-        self.norms, self.keys, self.values = (
-            (layer.input_layernorm, layer.post_attention_layernorm),
-            cache.keys,
-            cache.values,
-        )
+        self.norms = layer.input_layernorm, layer.post_attention_layernorm
+        self.keys, self.values = cache.keys, cache.values
         _, kv_heads, length, size = cache.keys.shape
         self.qkv = linears(attention, "q_proj k_proj v_proj", "stack")
         heads = self.qkv.rows[0] // size
@@ -626,6 +622,7 @@ class DecodeStep:
         rope = decoder.rotary_emb.rope_type
         _check(rope not in ("dynamic", "longrope"), f"rotary embedding {rope} depends on the length")
         self.embedding, self.head, self.norm = model.get_input_embeddings(), model.get_output_embeddings(), decoder.norm
+        _check(len(decoder.layers) == len(cache.layers), "the cache has another number of layers than the model")
         self.layers = [Layer(*pair, dtype) for pair in zip(decoder.layers, cache.layers, strict=True)]
         kinds = {(layer.keys.shape, layer.keys.dtype, layer.keys.device, layer.qkv.x.device) for layer in self.layers}
         _check(

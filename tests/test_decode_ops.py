@@ -1,4 +1,4 @@
-"""The decode kernels give what the model's own forward gives: in Triton's interpreter, and on a GPU where there is one."""
+"""The decode kernels give what the model's own forward does: in Triton's interpreter, and on a GPU if there is one."""
 
 import json
 import os
@@ -23,7 +23,7 @@ LENGTH = 160  # of the cache: five tiles of 32 positions
 # family, options of `prepared` (None: the base without peft), tokens before the first step
 CASES = [
     ("qwen2", {}, 150),
-    ("qwen2", {"double": False, "targets": ["k_proj", "v_proj", "up_proj"]}, 5),
+    ("qwen2", {"double": False, "targets": ["k_proj", "v_proj", "up_proj"]}, 1),
     ("qwen3", {"quant_type": "fp4", "targets": ["q_proj", "down_proj"]}, 64),
     ("llama", None, 33),
     ("mistral", {"quant_type": "fp4", "double": False, "targets": ["o_proj", "gate_proj"]}, 31),
@@ -101,7 +101,7 @@ def check_all(folders: dict[str, str], dtype: str, device: str) -> None:
 
 
 def test_a_step_equals_the_models_own_in_tritons_interpreter(folders):
-    """In a process of its own: the interpreter is chosen when Triton is imported. Half precision: it rounds bfloat16 wrongly."""
+    """In a process of its own: Triton's import chooses the interpreter. In float16: it rounds bfloat16 wrongly."""
     pytest.importorskip("triton", reason="pip install triton: the kernels need it")
     paths = {name: str(folder) for name, folder in folders.items()}
     program = f"from tests.test_decode_ops import check_all; check_all({paths!r}, 'float16', 'cpu')"
@@ -153,7 +153,7 @@ def two_adapters(model):
         ("qwen2", {"dora": True}, None, "q_proj is no plain LoRA"),
         ("qwen2", {}, two_adapters, "2 active adapters: default, other"),
         ("qwen2", {"dtype": "float32"}, None, "computes in torch.float32"),
-        ("qwen2", {}, None, "cuda|on cpu"),
+        ("qwen2", {}, None, "the model is on cpu"),
     ],
 )
 def test_what_the_kernels_cannot_do_is_said_in_one_line(random_models, family, options, change, reason):
@@ -224,19 +224,18 @@ def test_kernels_compile_within_the_shared_memory_of_each_card(capability):
     shape = {"HEADS": 16, "KV_HEADS": 2, "HALF": 64, "GROUP": 16, "SPLITS": 64, "POSITIONS": 32, "NORM": False}
     shape |= {"OVERLAP": capability >= 90}
     linear, half, single, pairs = decode_ops._linear_kernel, "*bf16", "*fp32", "*i32"
+    member = {"MODE": "residual", "MEMBERS": 1, "PARTS": 6, "PARTS_2": 8}
+    norm, combine = {"K": 2048, "ORDERED": True, "BLOCK": 2048}, {"K": 2048, "SIZE": 128, "SPLITS": 64, "TILE": 16}
+    qkv, gate_up = {"MODE": "stack", "MEMBERS": 3, "BIAS": True}, {"MODE": "swiglu", "MEMBERS": 2}
     done = [
-        compiled(capability, linear, narrow | one | {"MODE": "stack", "MEMBERS": 3, "BIAS": True}, 1, x=pairs, out=single),
-        compiled(capability, linear, narrow | one | {"MODE": "swiglu", "MEMBERS": 2}, 1, x=pairs, out=half),
-        compiled(
-            capability, linear, wide | {"MODE": "residual", "MEMBERS": 1, "PARTS": 6, "PARTS_2": 8}, 2, x=pairs, out=half
-        ),
-        compiled(capability, decode_ops._norm_kernel, {"K": 2048, "ORDERED": True, "BLOCK": 2048, **rank}, 4, x=half, out=half),
+        compiled(capability, linear, narrow | one | qkv, 1, x=pairs, out=single),
+        compiled(capability, linear, narrow | one | gate_up, 1, x=pairs, out=half),
+        compiled(capability, linear, wide | member, 2, x=pairs, out=half),
+        compiled(capability, decode_ops._norm_kernel, norm | rank, 4, x=half, out=half),
         compiled(capability, decode_ops._inner_kernel, {"K": 11008, "BLOCK": decode_ops.CHUNK, **rank}, 4, x=half),
         compiled(capability, decode_ops._attention_kernel, shape, 4),
-        compiled(
-            capability, decode_ops._combine_kernel, {"K": 2048, "SIZE": 128, "SPLITS": 64, "TILE": 16, **rank}, 4, out=half
-        ),
-    ]  # fmt: skip
+        compiled(capability, decode_ops._combine_kernel, combine | rank, 4, out=half),
+    ]
     for kernel in done:
         assert kernel.metadata.shared <= SHARED_LIMIT[capability]
         assert f"sm_{capability}" in kernel.asm["ptx"]
