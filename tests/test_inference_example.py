@@ -88,14 +88,14 @@ def run(adapter: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
 @pytest.fixture
 def ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
     """A real SIGINT at the third token of every answer."""
-    plain = Watch.__call__
+    plain = Watch.count
 
-    def pressed(watch: Watch, *arguments: object, **named: object) -> torch.Tensor:
+    def pressed(watch: Watch) -> None:
         if watch.tokens == 2:
             signal.raise_signal(signal.SIGINT)
-        return plain(watch, *arguments, **named)
+        plain(watch)
 
-    monkeypatch.setattr(Watch, "__call__", pressed)
+    monkeypatch.setattr(Watch, "count", pressed)
 
 
 def answer(engine: Engine, prompt: object, **settings: object) -> str:
