@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, Qwen2Config
 
 import generation_utils
 from generation_utils import Decoder, Generator, Traffic, Watch, by_length, obstacle, processors, weight_bytes
@@ -75,19 +75,26 @@ def test_greedy_is_generates_alone_in_a_batch_in_chunks_and_from_a_prefix(
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_both_kinds_of_masks(implementation: str, random_models: Callable) -> None:
-    model = AutoModelForCausalLM.from_pretrained(
-        random_models("mistral"), dtype=torch.float32, attn_implementation=implementation
+def test_layers_of_two_kinds_and_both_kinds_of_masks(implementation: str) -> None:
+    sizes = {"vocab_size": 4096, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    windows = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1, "initializer_range": 0.2}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        Qwen2Config(**sizes, **windows, num_attention_heads=4, num_key_value_heads=2),
+        attn_implementation=implementation,
     ).eval()
-    model.generation_config = GenerationConfig()
-    expected = [reference(model, row, config()) for row in (LONG, SHORT)]
-    assert decode(Decoder(model, kernels=False), LONG, SHORT) == expected
+    decoder = Decoder(model, kernels=False)
+    assert decoder.windows == {"full_attention": None, "sliding_attention": 6}
+    expected = [reference(model, row, config()) for row in (LONG, SHORT, MIDDLE)]
+    assert decode(decoder, LONG, SHORT, MIDDLE) == expected
+    assert decode(decoder, LONG) == expected[:1]
+    decoder.windows["sliding_attention"] = None
+    assert decode(decoder, LONG, SHORT, MIDDLE) != expected  # the window counts
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_repetition_penalty_is_generates(family: str, models: Callable) -> None:
-    model = models(family)
-    how = config(repetition_penalty=0.4)  # below 1, so that models whose answers never repeat do
+@pytest.mark.parametrize(("family", "penalty"), [("llama", 0.4), ("gemma2", 1.8)])  # one never repeats, one always
+def test_repetition_penalty_is_generates(family: str, penalty: float, models: Callable) -> None:
+    model, how = models(family), config(repetition_penalty=penalty)
     expected = [reference(model, row, how) for row in (LONG, SHORT)]
     assert expected[0] != reference(model, LONG, config())
     decoder = Decoder(model, kernels=False)
