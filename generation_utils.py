@@ -10,11 +10,13 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
+import torch.nn.functional as F
 import transformers
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache, StaticLayer
 from transformers.generation import (
     LogitsProcessorList,
@@ -24,6 +26,8 @@ from transformers.generation import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from fused_ops import DropoutClock, fuse, triton
 from memory_utils import peak_gib
@@ -32,7 +36,8 @@ CHUNK = 2048  # positions of a prompt that one forward processes: 90 MiB of a 3B
 SHORT_CHUNK = 128  # what is left of a prompt, padded to this, is one graph: a forward in Python takes 40-70 ms
 PAGE = 256  # cache lengths are multiples of it, so that a prompt a little longer needs no new graphs
 SHORTEST = 1024  # positions that one sequence's cache has at least: 37 MB of a 3B's, 2 % of what a step reads
-PREFIX_TYPES = {"full_attention", "sliding_attention"}
+# Not cuDNN's: it builds a plan for every length of a prompt.
+BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 # ------------------------------------------------------------------------------------------------ what limits
 
@@ -193,18 +198,47 @@ def attention_windows(config: Any) -> dict[str, int | None]:
     return {kind: window if kind == "sliding_attention" else None for kind in sorted(set(kinds))}
 
 
+GROUPED = "sdpa_grouped"
+
+
+def grouped_attention(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, **kwargs
+) -> tuple[torch.Tensor, None]:
+    """SDPA, with the heads that share a key head as queries of it when there is one position, [batch, heads, 1, width].
+
+    transformers 5.17 copies keys and values for every head instead: eight times a 3B's cache, in each step.
+    """
+    (batch, heads, positions, width), groups = query.shape, query.shape[1] // key.shape[1]
+    if positions > 1 or groups == 1 or kwargs.get("softcap") is not None or kwargs.get("position_bias") is not None:
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+    packed = query.reshape(batch, heads // groups, groups, width)
+    mixed = F.scaled_dot_product_attention(packed, key, value, mask, scale=kwargs.get("scaling"))
+    return mixed.reshape(batch, 1, heads, -1), None
+
+
+def use_grouped_attention(model: PreTrainedModel) -> None:
+    """Switch a model that runs `sdpa` to grouped_attention."""
+    if model.config._attn_implementation == "sdpa":
+        AttentionInterface.register(GROUPED, grouped_attention)
+        AttentionMaskInterface.register(GROUPED, sdpa_mask)
+        model.set_attn_implementation(GROUPED)
+
+
 def obstacle(model: PreTrainedModel) -> str | None:
     """Return why a model's step cannot be captured, None if it can."""
     config = model.config.get_text_config()
     ropes = getattr(config, "rope_parameters", None) or {}
     ropes = ropes.values() if all(isinstance(rope, dict) for rope in ropes.values()) else [ropes]
-    if not model._can_compile_fullgraph or not set(attention_windows(config)) <= PREFIX_TYPES:
+    if not model._can_compile_fullgraph or not set(attention_windows(config)) <= {
+        "full_attention",
+        "sliding_attention",
+    }:
         return f"{type(model).__name__} looks at its data on the host, or keeps more than keys and values"
     if getattr(config, "attention_chunk_size", None):
         return "attention in chunks"
     if any(rope.get("rope_type") in ("dynamic", "longrope") for rope in ropes):
         return "rotary frequencies that follow the length"
-    if config._attn_implementation not in ("sdpa", "eager"):
+    if config._attn_implementation not in ("sdpa", GROUPED, "eager"):
         return f"attn_implementation {config._attn_implementation}"
     if len({p.device for p in model.parameters()}) > 1:
         return "more than one device"
@@ -265,6 +299,7 @@ class Decoder:
         self.model, self.kernels = model, kernels
         self.base = model.get_base_model() if isinstance(model, PeftModel) else model
         self.device, self.vocabulary = self.base.device, self.base.get_output_embeddings().weight.shape[0]
+        use_grouped_attention(self.base)
         self.windows = attention_windows(self.base.config.get_text_config())
         self.batch = self.length = self.prompts = 0
         self.held: list[int] = []  # the tokens whose keys and values the cache has, of a single sequence
@@ -324,30 +359,30 @@ class Decoder:
     # -------------------------------------------------------------------------------------------- forward
 
     def _mask(self, slots: torch.Tensor, end: int, window: int | None) -> torch.Tensor:
-        """Return which of the first `end` slots each row's position sees, [batch, 1, positions, end]."""
+        """Return 0 where a row's position sees one of the first `end` slots, else a minimum: [batch, 1, positions, end]."""
         key, query = torch.arange(end, device=self.device), slots[:, None]
         seen = key <= query
         if window:
             seen = seen & (key > query - window)
         # Padding sees itself: a row of nothing but minus infinity would be NaN, and stay so in the cache.
         seen = (seen & (key >= self.starts[:, :, None]) | (key == query))[:, None]
-        if self.base.config._attn_implementation == "sdpa":
-            return seen
-        dtype = self.base.dtype
-        return torch.zeros((), dtype=dtype, device=self.device).where(seen, torch.finfo(dtype).min)
+        # As numbers to add: of a bool every layer would make these for itself.
+        zero = torch.zeros((), dtype=self.base.dtype, device=self.device)
+        return zero.where(seen, torch.finfo(self.base.dtype).min)
 
     def _forward(self, ids: torch.Tensor, slots: torch.Tensor, end: int, last: torch.Tensor) -> None:
         """Process ids [batch, positions] at slots [positions]; the logits of column `last` go to the buffer."""
         masks = {kind: self._mask(slots, end, window) for kind, window in self.windows.items()}
         self.cache.slots, self.cache.end = slots, end
-        output = self.base(
-            input_ids=ids,
-            attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
-            position_ids=(slots - self.starts).clamp_min(0),
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=last,
-        )
+        with sdpa_kernel(BACKENDS):
+            output = self.base(
+                input_ids=ids,
+                attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
+                position_ids=(slots - self.starts).clamp_min(0),
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=last,
+            )
         self.logits.copy_(output.logits[:, 0])
 
     def _short_chunk(self) -> None:

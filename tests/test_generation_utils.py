@@ -1,5 +1,6 @@
 """generation_utils.py against transformers' own generate, on random models; the decoder runs on the CPU without graphs."""
 
+import functools
 import sys
 import types
 from collections.abc import Callable
@@ -19,17 +20,15 @@ torch.manual_seed(3)
 LONG, SHORT, MIDDLE = (torch.randint(3, 4000, (n,)).tolist() for n in (40, 5, 23))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def models(random_models: Callable[[str], Path]) -> Callable[[str], PreTrainedModel]:
-    """A function that loads a family's model in fp32, where no two tokens are as good as equal."""
-    loaded: dict = {}
+    """A function that loads a family's model, once a test, in fp32, where no two tokens are as good as equal."""
 
+    @functools.cache
     def load(family: str) -> PreTrainedModel:
-        if family not in loaded:
-            model = AutoModelForCausalLM.from_pretrained(random_models(family), dtype=torch.float32).eval()
-            model.generation_config = GenerationConfig()
-            loaded[family] = model
-        return loaded[family]
+        model = AutoModelForCausalLM.from_pretrained(random_models(family), dtype=torch.float32).eval()
+        model.generation_config = GenerationConfig()
+        return model
 
     return load
 
