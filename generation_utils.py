@@ -32,7 +32,7 @@ from transformers.masking_utils import sdpa_mask
 from fused_ops import DropoutClock, fuse, triton
 from memory_utils import peak_gib
 
-CHUNK = 2048  # positions of a prompt that one forward processes: 90 MiB of a 3B's widest activation
+CHUNK = 2048  # tokens of prompts that one forward processes: 90 MiB of a 3B's widest activation
 SHORT_CHUNK = 128  # what is left of a prompt, padded to this, is one graph: a forward in Python takes 40-70 ms
 PAGE = 256  # cache lengths are multiples of it, so that a prompt a little longer needs no new graphs
 SHORTEST = 1024  # positions that one sequence's cache has at least: 37 MB of a 3B's, 2 % of what a step reads
@@ -316,6 +316,7 @@ class Decoder:
         length = -(-max(length, min(grown, length + 16 * PAGE)) // PAGE) * PAGE
         old, kept = getattr(self, "cache", None), len(self.held) if batch == self.batch == 1 else 0
         self.graphs: dict[Any, Callable] = {}  # they write to the old buffers
+        self.captured: list[Callable] = []  # a graph reads what its function holds, which must not be freed
         self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
         self.cache = SlotCache(self.base.config.get_text_config().num_hidden_layers, length)
         if kept:
@@ -354,6 +355,7 @@ class Decoder:
                 function()
         for tensor, value in zip(state, before, strict=True):
             tensor.copy_(value)
+        self.captured.append(function)
         return graph.replay
 
     # -------------------------------------------------------------------------------------------- forward
@@ -400,7 +402,7 @@ class Decoder:
         self.history.copy_(padded[:, :1].expand(-1, self.length))
         self.history[:, :longest] = ids = padded.to(self.device)
         while known < longest:
-            size = min(CHUNK, longest - known)
+            size = min(max(1, CHUNK // self.batch), longest - known)
             slots = torch.arange(known, known + size, device=self.device)
             # The process's first prompt is quicker as it is: capturing takes a few forwards.
             if self.batch == 1 and size <= SHORT_CHUNK and self.prompts:
@@ -498,7 +500,9 @@ class Decoder:
         ends, key = end_tokens(config), config.to_json_string()
         answers: list[list[int]] = [[] for _ in rows]
         launched = read = 0
-        while read < config.max_new_tokens and not watch.stop and not all(a and a[-1] in ends for a in answers):
+        while not read or not (
+            read == config.max_new_tokens or watch.stop or all(answer[-1] in ends for answer in answers)
+        ):
             # One token ahead of the reader, so that the GPU never waits for Python; a token past the end is thrown
             # away. Not before the first one: its step may have to be captured.
             while launched < min(config.max_new_tokens, read + 2 if read else 1):
@@ -581,14 +585,16 @@ class Generator:
     def _plain(self, rows: list[list[int]], config: GenerationConfig, watch: Watch, streamer: Any) -> list[list[int]]:
         longest, device, pad = max(map(len, rows)), self.model.device, config.pad_token_id or 0
         one = len(rows) == 1 and (config.num_beams or 1) == 1
-        output = self.model.generate(
-            input_ids=torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=device),
-            attention_mask=torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device),
-            generation_config=config,
-            stopping_criteria=[watch],
-            streamer=streamer,
-            **({"past_key_values": self._prefix(rows[0])} if one else {}),
-        )
+        mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+        with plain_linears(self.model) if one else nullcontext():
+            output = self.model.generate(
+                input_ids=torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=device),
+                attention_mask=torch.tensor(mask, device=device),
+                generation_config=config,
+                stopping_criteria=[watch],
+                streamer=streamer,
+                **({"past_key_values": self._prefix(rows[0])} if one else {}),
+            )
         ends = end_tokens(config)
         answers = output[:, longest:].tolist()  # [batch, new]: rows that end before the longest are padded
         answers = [row[: next((i + 1 for i, token in enumerate(row) if token in ends), len(row))] for row in answers]
