@@ -315,13 +315,13 @@ class Decoder:
         grown = 2 * self.length if batch == self.batch else SHORTEST if batch == 1 else 0
         length = -(-max(length, min(grown, length + 16 * PAGE)) // PAGE) * PAGE
         old, kept = getattr(self, "cache", None), len(self.held) if batch == self.batch == 1 else 0
+        self.batch = 0  # should memory run out below, the next call begins anew
         self.graphs: dict[Any, Callable] = {}  # they write to the old buffers
         self.captured: list[Callable] = []  # a graph reads what its function holds, which must not be freed
         self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
         self.cache = SlotCache(self.base.config.get_text_config().num_hidden_layers, length)
         if kept:
             self.cache.take_prefix(old, kept)
-        self.held, self.batch, self.length = self.held[:kept], batch, length
         zeros = {"dtype": torch.long, "device": self.device}
         self.token = torch.zeros(batch, 1, **zeros)  # fed to the next step
         self.position = torch.zeros(1, **zeros)  # and the slot where it goes: rows are padded on the left
@@ -334,6 +334,7 @@ class Decoder:
         pinned = self.device.type == "cuda"
         self.posted = [torch.zeros(batch, dtype=torch.long, pin_memory=pinned) for _ in range(2)]
         self.events = [torch.cuda.Event() if pinned else None for _ in range(2)]
+        self.held, self.batch, self.length = self.held[:kept], batch, length
 
     def run(self, key: tuple, build: Callable[[], Callable[[], None]]) -> None:
         """Run a function of the buffers, which is built at the first call, on CUDA as a graph."""
@@ -546,6 +547,7 @@ class Generator:
         if self.decoder and gpu and isinstance(model, PeftModel):
             # For prompts and batches: a layer's weights unpacked once and one product with the adapters in it.
             fuse(model, DropoutClock(0, base.device), 0.0, triton is not None and base.dtype is not torch.float32)
+            torch.cuda.empty_cache()  # the packed weights have moved
 
     def traffic(self) -> Traffic:
         """Return a count of what is read, at zero."""

@@ -130,6 +130,23 @@ def test_the_cache_grows_and_keeps_its_prefix(models: Callable, monkeypatch: pyt
     assert len(set(lengths)) > 2 and lengths == sorted(lengths)
 
 
+def test_after_memory_ran_out_the_next_answer_begins_anew(models: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = models("llama")
+    decoder = Decoder(model, kernels=False)
+    first = decode(decoder, LONG)[0]
+    talk = (LONG + first) * 20  # longer than the cache, which must grow
+
+    def full(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generation_utils.SlotCache, "take_prefix", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            decode(decoder, talk)
+    assert decode(decoder, LONG) == [first]
+    assert decode(decoder, talk) == [reference(model, talk, config())]
+
+
 def test_a_turn_costs_its_own_tokens_only(models: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     model = models("qwen2")
     for fast in (True, False):
