@@ -175,10 +175,14 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from config import LEAVES, GenerationConfig, coerce_flag
-from memory_utils import cap_memory
+from generation_utils import Generator, Watch, by_length
+from memory_utils import cap_memory, free_bytes
 from quantization_utils import load_adapter, load_base, no_gpu_reason, quiet_libraries
 
-BATCH_ROWS, BATCH_TOKENS = 8, 8192  # of a batch of --prompts; 8,192 tokens of a 3B's cache are 0.28 GiB
+# Of a batch of --prompts. Past 32 rows a step's products, no longer its weights, take the time.
+GPU_ROWS, FREE_SHARE = 32, 0.5  # half of the free memory for the cache, the rest for activations and graphs
+CPU_ROWS, CPU_TOKENS = 8, 8192  # 8,192 tokens of a 3B's cache are 0.28 GiB
+WINDOW = 512  # prompts among which those of like length are looked for
 
 DEMO_PROMPTS = (
     "Continue this article of an encyclopedia: The octopus is a soft-bodied animal that",
@@ -227,6 +231,7 @@ class Engine:
     ends: list[int]  # tokens that end an answer
     limit: float  # positions the model knows
     raw: bool  # plain continuation instead of the chat template
+    generator: Generator
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -249,7 +254,7 @@ def create_engine(model: PeftModel | PreTrainedModel, tokenizer: PreTrainedToken
     if not raw and tokenizer.chat_template is None:
         say("the tokenizer has no chat template: continuing plain text, as with --raw")
     limit = getattr(base.config.get_text_config(), "max_position_embeddings", None) or float("inf")
-    return Engine(model.eval(), tokenizer, ends, limit, raw or tokenizer.chat_template is None)
+    return Engine(model.eval(), tokenizer, ends, limit, raw or tokenizer.chat_template is None, Generator(model, say))
 
 
 def encode(engine: Engine, prompt: Prompt, system_prompt: str | None) -> list[int]:
@@ -274,61 +279,42 @@ def room_after(engine: Engine, length: int, settings: GenerationConfig) -> int:
     return min(settings.max_new_tokens, engine.limit - length)
 
 
-class Watch(transformers.StoppingCriteria):
-    """Counts the tokens of an answer, notes when the first and the last came, and stops where asked."""
-
-    def __init__(self) -> None:
-        self.start, self.first, self.last = time.perf_counter(), 0.0, 0.0
-        self.tokens, self.stop = 0, False
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        self.last = time.perf_counter()
-        self.first = self.first or self.last
-        self.tokens += 1
-        return torch.full((len(input_ids),), self.stop, dtype=torch.bool, device=input_ids.device)
-
-    def line(self, cut: bool) -> str:
-        """Return how many tokens came, why no more, tokens/s after the first one, and the seconds until that one."""
-        why = ", stopped" if self.stop else ", cut at max_new_tokens" if cut else ""
-        rate = (self.tokens - 1) / (self.last - self.first) if self.tokens > 1 else 1 / (self.last - self.start)
-        return f"[{self.tokens} tokens{why} | {rate:.1f} tokens/s | first token after {self.first - self.start:.2f} s]"
-
-
 def generate_ids(
-    engine: Engine, rows: list[list[int]], settings: GenerationConfig, watch: Watch, streamer: Any = None
+    engine: Engine,
+    rows: list[list[int]],
+    settings: GenerationConfig,
+    watch: Watch,
+    streamer: Any = None,
+    batch: int = 1,
 ) -> list[list[int]]:
     """Return the tokens after each prompt, up to an end token and with it: the one place where tokens come from.
 
-    rows: the tokens of the prompts, padded here on the left. A temperature of 0 takes the likeliest token.
+    rows: the tokens of the prompts; batch: as in `Generator.generate`. A temperature of 0 takes the likeliest token.
     """
-    longest, device, pad = max(map(len, rows)), engine.model.device, engine.tokenizer.pad_token_id or 0
     sampling = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k or 0}
+    how = transformers.GenerationConfig(
+        max_new_tokens=room_after(engine, max(map(len, rows)), settings),
+        do_sample=settings.temperature > 0,
+        repetition_penalty=settings.repetition_penalty,
+        eos_token_id=engine.ends or None,
+        pad_token_id=engine.tokenizer.pad_token_id or 0,
+        **(sampling if settings.temperature > 0 else {}),
+    )
     # Ctrl-C ends the answer after its current token instead of raising an exception in the middle of something.
     previous = signal.signal(signal.SIGINT, lambda signum, frame: setattr(watch, "stop", True))
     try:
-        output = engine.model.generate(
-            input_ids=torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=device),
-            attention_mask=torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device),
-            max_new_tokens=room_after(engine, longest, settings),
-            do_sample=settings.temperature > 0,
-            repetition_penalty=settings.repetition_penalty,
-            eos_token_id=engine.ends or None,
-            pad_token_id=pad,
-            stopping_criteria=[watch],
-            streamer=streamer,
-            **(sampling if settings.temperature > 0 else {}),
-        )
+        return engine.generator.generate(rows, how, watch, streamer, batch)
     finally:
         signal.signal(signal.SIGINT, previous)
-    answers = output[:, longest:].tolist()  # [batch, new]: rows that end before the longest are padded
-    return [row[: next((i + 1 for i, token in enumerate(row) if token in engine.ends), len(row))] for row in answers]
 
 
 def stream_answer(engine: Engine, ids: list[int], settings: GenerationConfig, note: Callable) -> tuple[str, bool]:
     """Print the answer to one prompt on stdout as it comes, `note` its speed, return it and whether it was stopped."""
     watch, streamer = Watch(), TextStreamer(engine.tokenizer, skip_prompt=True, skip_special_tokens=True)
     new = generate_ids(engine, [ids], settings, watch, streamer)[0]
-    note(watch.line(cut=new[-1] not in engine.ends))
+    traffic = engine.generator.traffic()
+    traffic.add(watch, 1, len(ids))
+    note(watch.line(new[-1] not in engine.ends, traffic.line()))
     return engine.tokenizer.decode(new, skip_special_tokens=True), watch.stop
 
 
@@ -343,31 +329,54 @@ def answer_prompt(engine: Engine, config: Config, prompt: str) -> int:
     return 130 if stopped else 0
 
 
+def batch_size(engine: Engine, config: Config, positions: int) -> int:
+    """Return how many prompts of so many positions, answer included, are answered together: a power of two.
+
+    So a little more or less free memory makes the same batches, and a second call draws what the first would have.
+    """
+    device, tokens = engine.model.device, CPU_TOKENS
+    if device.type == "cuda":
+        free = free_bytes(device, config.performance.memory_limit_gib)
+        tokens = int(FREE_SHARE * free / engine.generator.position_bytes)
+    rows = min(GPU_ROWS if device.type == "cuda" else CPU_ROWS, tokens // positions)
+    return 1 << max(0, rows.bit_length() - 1)
+
+
 def answer_file(engine: Engine, config: Config, prompts: list[Prompt], output: Path, finished: tuple[int, int]) -> int:
-    """Append an answer for each prompt that the output file lacks, in order and in batches; return the exit code."""
+    """Append an answer for each prompt that the output file lacks, in order; return the exit code.
+
+    Prompts of like length are answered together. An answer is written as soon as all before it are: a call that is
+    stopped loses at most those of a window of prompts, which the next call makes anew.
+    """
     settings, (first, good_bytes) = config.generation, finished
     rows = [encode(engine, prompt, settings.system_prompt) for prompt in prompts]
     longest = max(map(len, rows))  # room_after refuses what is too long before anything is written
-    size = max(1, min(BATCH_ROWS, BATCH_TOKENS // (longest + room_after(engine, longest, settings))))
+    size = batch_size(engine, config, longest + room_after(engine, longest, settings))
     output.parent.mkdir(parents=True, exist_ok=True)
-    start, tokens = time.perf_counter(), 0
+    start, tokens, traffic, waiting, written = time.perf_counter(), 0, engine.generator.traffic(), {}, first
     bar = tqdm(total=len(prompts), initial=first, unit="prompt", disable=not sys.stderr.isatty())
     with open(output, "ab") as file, bar:
         file.truncate(good_bytes)
-        for done in range(first, len(prompts), size):
-            transformers.set_seed(config.training.seed + done)  # by row: going on samples what one call would have
-            answers = generate_ids(engine, rows[done : done + size], settings, watch := Watch())
+        for batch in by_length(rows, size, WINDOW):
+            if max(batch) < first:
+                continue
+            transformers.set_seed(config.training.seed + batch[0])  # going on samples what one call would have
+            answers = generate_ids(engine, [rows[i] for i in batch], settings, watch := Watch(), batch=size)
             if watch.stop:
-                say(f"stopped: {output} has {done} of {len(prompts)} answers; the same command goes on")
+                say(f"stopped: {output} has {written} of {len(prompts)} answers; the same command goes on")
                 return 130
             texts = engine.tokenizer.batch_decode(answers, skip_special_tokens=True)
-            for prompt, text in zip(prompts[done : done + size], texts, strict=True):
-                file.write(json.dumps({"prompt": prompt, "completion": text}, ensure_ascii=False).encode() + b"\n")
+            waiting |= {i: text for i, text in zip(batch, texts, strict=True) if i >= first}
+            while written in waiting:
+                row = {"prompt": prompts[written], "completion": waiting.pop(written)}
+                file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+                written += 1
             file.flush()
             tokens += sum(map(len, answers))
-            bar.update(len(answers))
+            traffic.add(watch, len(batch), max(len(rows[i]) for i in batch))
+            bar.update(written + len(waiting) - bar.n)
     speed = tokens / (time.perf_counter() - start)
-    say(f"{len(prompts) - first} answers in {output} [{tokens} tokens | {speed:.1f} tokens/s]")
+    say(f"{len(prompts) - first} answers in {output} [{tokens} tokens | {speed:.1f} tokens/s | {traffic.line()}]")
     return 0
 
 
@@ -457,10 +466,13 @@ def command(line: str, talk: Conversation) -> bool:
 
 
 def fitted(engine: Engine, messages: list[dict[str, str]], settings: GenerationConfig) -> list[int]:
-    """Return the tokens of a conversation, its oldest turns dropped, with a line, until a whole answer fits too."""
+    """Return the tokens of a conversation, its oldest turns dropped, with a line, until a whole answer fits too.
+
+    A quarter of the positions is freed at once: what follows a dropped turn must be computed anew.
+    """
     for first in range(0, len(messages), 2):
         ids = encode(engine, messages[first:], settings.system_prompt)
-        if len(ids) + settings.max_new_tokens <= engine.limit:
+        if len(ids) + settings.max_new_tokens <= engine.limit * (0.75 if first else 1):
             break
     room_after(engine, len(ids), settings)
     if first:

@@ -1,6 +1,7 @@
 """inference_example.py through its entry point, on the tiny model in real NF4 with a random adapter."""
 
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import inference_example
 from config import ConfigError, load_config, save_config
+from generation_utils import Generator
 from inference_example import (
     Conversation,
     Engine,
@@ -88,14 +90,14 @@ def run(adapter: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
 @pytest.fixture
 def ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
     """A real SIGINT at the third token of every answer."""
-    plain = Watch.__call__
+    plain = Watch.count
 
-    def pressed(watch: Watch, *arguments: object, **named: object) -> torch.Tensor:
+    def pressed(watch: Watch) -> None:
         if watch.tokens == 2:
             signal.raise_signal(signal.SIGINT)
-        return plain(watch, *arguments, **named)
+        plain(watch)
 
-    monkeypatch.setattr(Watch, "__call__", pressed)
+    monkeypatch.setattr(Watch, "count", pressed)
 
 
 def answer(engine: Engine, prompt: object, **settings: object) -> str:
@@ -215,6 +217,7 @@ def test_text_mode_as_a_user_runs_it(run_cli: Callable, run: Callable, adapter: 
     child = run_cli("inference_example.py", "--adapter", adapter, *flags, "--prompt", "-", input="Grüße, 你好\n")
     assert child.returncode == 0
     assert child.stderr.startswith("[") and child.stderr.count("\n") == 1 and "tokens/s" in child.stderr
+    assert " GB/s read | peak " in child.stderr
     assert child.stdout == run(*flags, "--prompt", "Grüße, 你好")[1]
 
 
@@ -255,6 +258,39 @@ def test_a_second_call_goes_on_where_the_first_stopped(run: Callable, tmp_path: 
     for foreign in (b"my notes, without an end", b'{"prompt": "another", "completion": ""}\n', whole + lines[0]):
         output.write_bytes(foreign)
         assert run(*flags)[0] == 2 and output.read_bytes() == foreign
+
+
+def test_a_second_call_goes_on_within_a_window(run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference_example, "WINDOW", 4)
+    monkeypatch.setattr(inference_example, "CPU_ROWS", 2)
+    questions, output = tmp_path / "q.txt", tmp_path / "a.jsonl"
+    questions.write_text("\n".join(PROMPTS), encoding="utf-8")
+    flags = ("--mode", "text", "--temperature", 1, "--prompts", questions, "--output", output)
+    run(*flags)
+    whole = output.read_bytes()
+    assert [row["prompt"] for row in rows_of(output)] == PROMPTS
+    for done in (1, 3, 6, 9):
+        output.write_bytes(b"".join(whole.splitlines(keepends=True)[:done]))
+        code, _, err = run(*flags)
+        assert code == 0 and f"{10 - done} answers" in err and output.read_bytes() == whole
+
+
+def test_the_decoder_answers_as_generate_does(run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU runs, run here without graphs."""
+    (tmp_path / "q.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
+    flags = ("--temperature", 0, "--compute_dtype", "float32", "--repetition_penalty", 1.1)
+    talk = "\n".join(["Hello", "And then?", "/set temperature 2", "So?", f"/save {tmp_path / 'TALK'}", "/quit"])
+
+    def all_modes(name: str) -> tuple[list[dict], str, list[dict]]:
+        run("--mode", "text", *flags, "--prompts", tmp_path / "q.txt", "--output", tmp_path / f"{name}.jsonl")
+        demo = run("--mode", "demo", *flags)[1]
+        run(*flags, stdin=talk.replace("TALK", f"{name}.talk"))
+        demo = [line for line in demo.splitlines() if "tokens/s" not in line]
+        return rows_of(tmp_path / f"{name}.jsonl"), demo, rows_of(tmp_path / f"{name}.talk")[0]["messages"][:5]
+
+    expected = all_modes("generate")
+    monkeypatch.setattr(inference_example, "Generator", functools.partial(Generator, fast=True))
+    assert all_modes("decoder") == expected
 
 
 def test_ctrl_c_ends_text_and_demo(run: Callable, ctrl_c: None, tmp_path: Path) -> None:
@@ -353,6 +389,11 @@ def test_the_oldest_turns_go_when_the_positions_are_full(engine: Engine, capsys:
     kept = list(turns)
     assert fitted(dataclasses.replace(engine, limit=len(last) + 10), kept, settings) == last
     assert kept == turns[-1:] and "2 of them" in capsys.readouterr().out
+    whole = encode(engine, turns, "Be brief.")
+    limit = len(whole) + 9
+    assert len(fitted(dataclasses.replace(engine, limit=limit), list(turns), settings)) + 10 <= 0.75 * limit
+    assert fitted(dataclasses.replace(engine, limit=limit + 1), list(turns), settings) == whole
+    capsys.readouterr()
     talk = Conversation(settings, turns[:2])
     with pytest.raises(ConfigError, match="positions"):
         take_turn(dataclasses.replace(engine, limit=20), TEXT, talk)

@@ -1,0 +1,604 @@
+"""From prompts to tokens as fast as the memory allows: a static cache, the step and the choice of a token as CUDA graphs
+that the GPU runs without waiting for Python, and what limits the speed.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+import torch.nn.functional as F
+import transformers
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, GenerationConfig, PreTrainedModel
+from transformers.cache_utils import Cache, StaticLayer
+from transformers.generation import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from fused_ops import DropoutClock, fuse, triton
+from memory_utils import peak_gib
+
+CHUNK = 2048  # tokens of prompts that one forward processes: 90 MiB of a 3B's widest activation
+SHORT_CHUNK = 128  # what is left of a prompt, padded to this, is one graph: a forward in Python takes 40-70 ms
+PAGE = 256  # cache lengths are multiples of it, so that a prompt a little longer needs no new graphs
+SHORTEST = 1024  # positions that one sequence's cache has at least: 37 MB of a 3B's, 2 % of what a step reads
+# Not cuDNN's: it builds a plan for every length of a prompt.
+BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+# ------------------------------------------------------------------------------------------------ what limits
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Return the bytes of weights that a step reads: all, 4-bit constants too, the embedding only if it is the head."""
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    total = sum(p.nbytes for p in model.parameters() if p is not embedding or p is head)
+    for p in model.parameters():
+        if isinstance(p, bnb.nn.Params4bit) and p.quant_state is not None:
+            total += p.quant_state.absmax.nbytes + (p.quant_state.state2.absmax.nbytes if p.quant_state.nested else 0)
+    return total
+
+
+def position_bytes(model: PreTrainedModel) -> int:
+    """Return the bytes of keys and values that a sequence keeps for each of its positions."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
+
+
+def card_bandwidth(device: torch.device) -> float | None:
+    """Return the bytes a second that the card's memory is made for, None where torch does not say."""
+    if device.type != "cuda":
+        return None
+    card = torch.cuda.get_device_properties(device)
+    # kHz, and two transfers a clock
+    return 2e3 * getattr(card, "memory_clock_rate", 0) * getattr(card, "memory_bus_width", 0) / 8 or None
+
+
+class Watch(transformers.StoppingCriteria):
+    """Counts the tokens of an answer, notes when the first and the last came, and stops where asked."""
+
+    def __init__(self) -> None:
+        self.start, self.first, self.last = time.perf_counter(), 0.0, 0.0
+        self.tokens, self.stop = 0, False
+
+    def count(self) -> None:
+        """Note that a token came, of each sequence of a batch."""
+        self.last = time.perf_counter()
+        self.first = self.first or self.last
+        self.tokens += 1
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self.count()
+        return torch.full((len(input_ids),), self.stop, dtype=torch.bool, device=input_ids.device)
+
+    def line(self, cut: bool, limits: str) -> str:
+        """Return how many tokens came, why no more, tokens/s after the first one, the seconds until that one, and
+        what limits.
+        """
+        why = ", stopped" if self.stop else ", cut at max_new_tokens" if cut else ""
+        rate = (self.tokens - 1) / (self.last - self.first) if self.tokens > 1 else 1 / (self.last - self.start)
+        first = f"first token after {self.first - self.start:.2f} s"
+        return f"[{self.tokens} tokens{why} | {rate:.1f} tokens/s | {first} | {limits}]"
+
+
+@dataclasses.dataclass
+class Traffic:
+    """What decoding steps read of the memory: bytes, and the seconds they took."""
+
+    weights: int  # bytes a step
+    position: int  # bytes a position of a sequence
+    device: torch.device
+    read: float = 0.0
+    seconds: float = 0.0
+
+    def add(self, watch: Watch, rows: int, prompt: int) -> None:
+        """Add the steps after the first token of `rows` sequences, whose prompts have `prompt` tokens."""
+        steps = watch.tokens - 1
+        self.read += steps * (self.weights + rows * self.position * (prompt + steps / 2))
+        self.seconds += watch.last - watch.first
+
+    def line(self) -> str:
+        """Return GB/s reached, the share of the card's bandwidth where it is known, and the peak of memory."""
+        rate = self.read / self.seconds if self.seconds else 0.0
+        card = card_bandwidth(self.device)
+        share = f", {rate / card:.0%} of the card's {card / 1e9:,.0f}" if card else ""
+        return f"{rate / 1e9:,.1f} GB/s read{share} | peak {peak_gib(self.device):.2f} GiB"
+
+
+# ------------------------------------------------------------------------------------------------ sampling
+
+COVERED = {"do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens"}
+COVERED |= {"eos_token_id", "pad_token_id", "bos_token_id", "use_cache", "transformers_version"}
+
+
+def processors(config: GenerationConfig) -> LogitsProcessorList:
+    """Return what turns logits into scores, in the order of transformers' `generate`."""
+    found: list = []
+    if (config.repetition_penalty or 1.0) != 1.0:
+        found.append(RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
+    if config.do_sample:
+        if (config.temperature or 1.0) != 1.0:
+            found.append(TemperatureLogitsWarper(config.temperature))
+        top_k = 50 if config.top_k is None else config.top_k  # as in `generate`, where 0 is off
+        found += [TopKLogitsWarper(top_k)] if top_k else []
+        if config.top_p is not None and config.top_p < 1.0:
+            found.append(TopPLogitsWarper(config.top_p))
+        if config.min_p is not None:
+            found.append(MinPLogitsWarper(config.min_p))
+    return LogitsProcessorList(found)
+
+
+def end_tokens(config: GenerationConfig) -> list[int]:
+    """Return the tokens that end an answer."""
+    ends = config.eos_token_id
+    return list(ends) if isinstance(ends, (list, tuple)) else [] if ends is None else [ends]
+
+
+def draw(scores: torch.Tensor, sample: bool) -> torch.Tensor:
+    """Return the likeliest token of each row, or one drawn from the softmax. scores: fp32 [batch, vocabulary].
+
+    p / e with e drawn from Exp(1) is largest at i with probability p_i; torch.multinomial does the same, after a check
+    that waits for the GPU and cannot be captured.
+    """
+    if not sample:
+        return scores.argmax(-1)
+    probabilities = scores.softmax(-1)
+    return (probabilities / torch.empty_like(probabilities).exponential_()).argmax(-1)
+
+
+# ------------------------------------------------------------------------------------------------ cache and attention
+
+
+class SlotCache(Cache):
+    """Keys and values at fixed addresses, [batch, heads, length, head_dim] a layer, written to `slots` [positions].
+
+    Every layer has the whole length, one with a sliding window too: it gets its window by its mask, and a cache that
+    has everything can go back to any prefix. Attention sees the first `end` slots.
+    """
+
+    def __init__(self, layers: int, length: int):
+        super().__init__(layers=[StaticLayer(max_cache_len=length) for _ in range(layers)])
+        self.slots, self.end = None, length
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple:
+        layer = self.layers[layer_idx]
+        if not layer.is_initialized:
+            layer.lazy_initialization(keys, values)
+        layer.keys.index_copy_(2, self.slots, keys)
+        layer.values.index_copy_(2, self.slots, values)
+        return layer.keys[:, :, : self.end], layer.values[:, :, : self.end]
+
+    def take_prefix(self, other: "SlotCache", positions: int) -> None:
+        """Copy the first positions of a shorter cache."""
+        for layer, old in zip(self.layers, other.layers, strict=True):
+            layer.lazy_initialization(old.keys, old.values)
+            layer.keys[:, :, :positions] = old.keys[:, :, :positions]
+            layer.values[:, :, :positions] = old.values[:, :, :positions]
+
+
+def attention_windows(config: Any) -> dict[str, int | None]:
+    """Return the kinds of attention that a model's layers have, each with its window, None for all positions."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"]
+    return {kind: window if kind == "sliding_attention" else None for kind in sorted(set(kinds))}
+
+
+GROUPED = "sdpa_grouped"
+
+
+def grouped_attention(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, **kwargs
+) -> tuple[torch.Tensor, None]:
+    """SDPA, with the heads that share a key head as queries of it when there is one position, [batch, heads, 1, width].
+
+    transformers 5.17 copies keys and values for every head instead: eight times a 3B's cache, in each step.
+    """
+    (batch, heads, positions, width), groups = query.shape, query.shape[1] // key.shape[1]
+    if positions > 1 or groups == 1 or kwargs.get("softcap") is not None or kwargs.get("position_bias") is not None:
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+    packed = query.reshape(batch, heads // groups, groups, width)
+    mixed = F.scaled_dot_product_attention(packed, key, value, mask, scale=kwargs.get("scaling"))
+    return mixed.reshape(batch, 1, heads, -1), None
+
+
+def use_grouped_attention(model: PreTrainedModel) -> None:
+    """Switch a model that runs `sdpa` to grouped_attention."""
+    if model.config._attn_implementation == "sdpa":
+        AttentionInterface.register(GROUPED, grouped_attention)
+        AttentionMaskInterface.register(GROUPED, sdpa_mask)
+        model.set_attn_implementation(GROUPED)
+
+
+def obstacle(model: PreTrainedModel) -> str | None:
+    """Return why a model's step cannot be captured, None if it can."""
+    config = model.config.get_text_config()
+    ropes = getattr(config, "rope_parameters", None) or {}
+    ropes = ropes.values() if all(isinstance(rope, dict) for rope in ropes.values()) else [ropes]
+    if not model._can_compile_fullgraph or not set(attention_windows(config)) <= {
+        "full_attention",
+        "sliding_attention",
+    }:
+        return f"{type(model).__name__} looks at its data on the host, or keeps more than keys and values"
+    if getattr(config, "attention_chunk_size", None):
+        return "attention in chunks"
+    if any(rope.get("rope_type") in ("dynamic", "longrope") for rope in ropes):
+        return "rotary frequencies that follow the length"
+    if config._attn_implementation not in ("sdpa", GROUPED, "eager"):
+        return f"attn_implementation {config._attn_implementation}"
+    if len({p.device for p in model.parameters()}) > 1:
+        return "more than one device"
+    return None
+
+
+def adapters_off(model: nn.Module) -> bool:
+    """Return whether the model's adapters are switched off, as within peft's `disable_adapter`."""
+    return any(module.disable_adapters for module in model.modules() if isinstance(module, LoraLayer))
+
+
+@contextmanager
+def plain_linears(model: nn.Module) -> Iterator[None]:
+    """Give fused modules the forward they had: one token through bitsandbytes' own matrix-vector product reads packed
+    weights only, where the fused operator unpacks them first.
+    """
+    fused = [m for m in model.modules() if any(name.startswith("fused_") for name in vars(m))]
+    kinds = [type(module) for module in fused]
+    for module in fused:
+        module.__class__ = type(module).__bases__[0]
+    try:
+        yield
+    finally:
+        for module, kind in zip(fused, kinds, strict=True):
+            module.__class__ = kind
+
+
+def by_length(rows: list[list[int]], size: int, window: int) -> list[list[int]]:
+    """Return the numbers of rows in batches of `size`: within each window of rows, in order, the longest first.
+
+    The longest come first because their cache serves all that follow.
+    """
+    batches = []
+    for start in range(0, len(rows), window):
+        order = sorted(range(start, min(start + window, len(rows))), key=lambda i: (-len(rows[i]), i))
+        batches += [order[i : i + size] for i in range(0, len(order), size)]
+    return batches
+
+
+def common_prefix(one: list[int], other: list[int]) -> int:
+    """Return how many tokens the lists begin with in common."""
+    pairs = zip(one, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
+# ------------------------------------------------------------------------------------------------ the decoder
+
+
+class Decoder:
+    """Prompts to tokens through a static cache; everything of a token is on the device, in graphs where it is CUDA.
+
+    After an answer the cache of a single sequence stays: the next prompt computes only what differs. Sampling takes
+    torch's default generator, so `torch.manual_seed` before a call fixes the answer. `kernels`: the step of one
+    sequence by decode_ops, where it knows the model.
+    """
+
+    def __init__(self, model: PeftModel | PreTrainedModel, kernels: bool):
+        self.model, self.kernels = model, kernels
+        self.base = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.device, self.vocabulary = self.base.device, self.base.get_output_embeddings().weight.shape[0]
+        use_grouped_attention(self.base)
+        self.windows = attention_windows(self.base.config.get_text_config())
+        self.batch = self.length = self.prompts = 0
+        self.held: list[int] = []  # the tokens whose keys and values the cache has, of a single sequence
+        self.off = False  # whether `held` was computed without the adapters
+        self.note = ""  # why the step is not decode_ops'
+
+    # -------------------------------------------------------------------------------------------- buffers
+
+    def reserve(self, batch: int, length: int) -> None:
+        """Have room for `length` positions of `batch` sequences; what the cache holds stays."""
+        if batch == self.batch and length <= self.length:
+            return
+        grown = 2 * self.length if batch == self.batch else SHORTEST if batch == 1 else 0
+        length = -(-max(length, min(grown, length + 16 * PAGE)) // PAGE) * PAGE
+        old, kept = getattr(self, "cache", None), len(self.held) if batch == self.batch == 1 else 0
+        self.batch = 0  # should memory run out below, the next call begins anew
+        self.graphs: dict[Any, Callable] = {}  # they write to the old buffers
+        self.captured: list[Callable] = []  # a graph reads what its function holds, which must not be freed
+        self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+        self.cache = SlotCache(self.base.config.get_text_config().num_hidden_layers, length)
+        if kept:
+            self.cache.take_prefix(old, kept)
+        zeros = {"dtype": torch.long, "device": self.device}
+        self.token = torch.zeros(batch, 1, **zeros)  # fed to the next step
+        self.position = torch.zeros(1, **zeros)  # and the slot where it goes: rows are padded on the left
+        self.starts = torch.zeros(batch, 1, **zeros)  # each row's first slot that is not padding
+        self.history = torch.zeros(batch, length, **zeros)  # what the repetition penalty sees
+        self.finished = torch.zeros(batch, dtype=torch.bool, device=self.device)
+        self.logits = torch.zeros(batch, self.vocabulary, device=self.device)
+        self.piece = torch.zeros(batch, SHORT_CHUNK, **zeros)
+        self.last = torch.zeros(1, **zeros)  # the column of `piece` whose logits count
+        pinned = self.device.type == "cuda"
+        self.posted = [torch.zeros(batch, dtype=torch.long, pin_memory=pinned) for _ in range(2)]
+        self.events = [torch.cuda.Event() if pinned else None for _ in range(2)]
+        self.held, self.batch, self.length = self.held[:kept], batch, length
+
+    def run(self, key: tuple, build: Callable[[], Callable[[], None]]) -> None:
+        """Run a function of the buffers, which is built at the first call, on CUDA as a graph."""
+        if key not in self.graphs:
+            self.graphs[key] = self._capture(build()) if self.device.type == "cuda" else build()
+        self.graphs[key]()
+
+    def _capture(self, function: Callable[[], None]) -> Callable[[], None]:
+        state = [self.token, self.position, self.history, self.finished, self.logits]
+        before = [tensor.clone() for tensor in state]
+        with torch.random.fork_rng([self.device]):  # what the warm-up draws must not change an answer
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                function()  # compiles, and lets every library allocate its workspace outside of the graph
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool):  # graphs share memory: what outlives one is in the buffers
+                function()
+        for tensor, value in zip(state, before, strict=True):
+            tensor.copy_(value)
+        self.captured.append(function)
+        return graph.replay
+
+    # -------------------------------------------------------------------------------------------- forward
+
+    def _mask(self, slots: torch.Tensor, end: int, window: int | None) -> torch.Tensor:
+        """Return 0 where a row's position sees one of the first `end` slots, else a minimum: [batch, 1, positions, end]."""
+        key, query = torch.arange(end, device=self.device), slots[:, None]
+        seen = key <= query
+        if window:
+            seen = seen & (key > query - window)
+        # Padding sees itself: a row of nothing but minus infinity would be NaN, and stay so in the cache.
+        seen = (seen & (key >= self.starts[:, :, None]) | (key == query))[:, None]
+        # As numbers to add: of a bool every layer would make these for itself.
+        zero = torch.zeros((), dtype=self.base.dtype, device=self.device)
+        return zero.where(seen, torch.finfo(self.base.dtype).min)
+
+    def _forward(self, ids: torch.Tensor, slots: torch.Tensor, end: int, last: torch.Tensor) -> None:
+        """Process ids [batch, positions] at slots [positions]; the logits of column `last` go to the buffer."""
+        masks = {kind: self._mask(slots, end, window) for kind, window in self.windows.items()}
+        self.cache.slots, self.cache.end = slots, end
+        with sdpa_kernel(BACKENDS):
+            output = self.base(
+                input_ids=ids,
+                attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
+                position_ids=(slots - self.starts).clamp_min(0),
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=last,
+            )
+        self.logits.copy_(output.logits[:, 0])
+
+    def _short_chunk(self) -> None:
+        slots = self.position + torch.arange(SHORT_CHUNK, device=self.device)
+        self._forward(self.piece, slots, self.length, self.last)
+
+    def prefill(self, rows: list[list[int]]) -> None:
+        """Compute the cache of the prompts, as far as it is not there, and the logits after each."""
+        longest, off = max(map(len, rows)), adapters_off(self.model)
+        known = common_prefix(self.held, rows[0][:-1]) if self.batch == 1 and off == self.off else 0
+        self.held, self.off = [], off
+        # In place of padding stands the row's first token, which adds nothing to what the repetition penalty sees.
+        padded = torch.tensor([[row[0]] * (longest - len(row)) + row for row in rows])
+        self.starts.copy_(torch.tensor([[longest - len(row)] for row in rows]))
+        self.history.copy_(padded[:, :1].expand(-1, self.length))
+        self.history[:, :longest] = ids = padded.to(self.device)
+        while known < longest:
+            size = min(max(1, CHUNK // self.batch), longest - known)
+            slots = torch.arange(known, known + size, device=self.device)
+            # The process's first prompt is quicker as it is: capturing takes a few forwards.
+            if self.batch == 1 and size <= SHORT_CHUNK and self.prompts:
+                self.position.fill_(known)
+                self.piece[:, :size] = ids[:, known:]
+                self.last.fill_(size - 1)
+                self.run(("chunk", off), lambda: self._short_chunk)
+            else:
+                last = torch.tensor([size - 1], device=self.device)
+                self._forward(ids[:, known : known + size], slots, known + size, last)
+            known += size
+        self.position.fill_(longest)
+        self.prompts += 1
+
+    def _step_function(self) -> Callable[[], None]:
+        """Return the step of one token a sequence: from `token` at `position` to `logits`."""
+        if self.batch == 1 and self.kernels and not self.off:
+            import decode_ops  # not at the top: it needs Triton, and only this path needs it
+
+            try:
+                with plain_linears(self.base):
+                    step = decode_ops.DecodeStep(self.model, self.cache)
+                return lambda: self.logits.copy_(step(self.token, self.position))
+            except decode_ops.Unsupported as error:
+                self.note = str(error)
+        last = torch.zeros(1, dtype=torch.long, device=self.device)
+
+        def forward() -> None:
+            with plain_linears(self.base) if self.batch == 1 else nullcontext():
+                self._forward(self.token, self.position, self.length, last)
+
+        return forward
+
+    def step(self) -> None:
+        """Compute the logits after `token`, and move on."""
+
+        def build() -> Callable[[], None]:
+            logits = self._step_function()
+
+            def function() -> None:
+                logits()
+                self.position.add_(1)
+
+            return function
+
+        self.run(("step", self.off), build)
+
+    # -------------------------------------------------------------------------------------------- tokens
+
+    def choose(self, config: GenerationConfig, key: str) -> None:
+        """Take the next token of each row from the logits; rows that ended get padding. key: the config as text."""
+
+        def build() -> Callable[[], None]:
+            ends = torch.tensor(end_tokens(config), dtype=torch.long, device=self.device)
+            scores, pad = processors(config), config.pad_token_id or 0
+
+            def function() -> None:
+                tokens = draw(scores(self.history, self.logits), config.do_sample)
+                tokens = torch.where(self.finished, pad, tokens)
+                self.finished |= (tokens[:, None] == ends).any(-1)
+                self.token.copy_(tokens[:, None])
+                self.history.index_copy_(1, self.position, self.token)
+
+            return function
+
+        self.run(("choose", key), build)
+
+    def post(self, number: int) -> None:
+        """Start to copy the tokens just chosen to the host."""
+        self.posted[number % 2].copy_(self.token[:, 0], non_blocking=True)
+        if self.events[0]:
+            self.events[number % 2].record()
+
+    def fetch(self, number: int) -> list[int]:
+        """Wait for the posted tokens, the only wait in a token."""
+        if self.events[0]:
+            self.events[number % 2].synchronize()
+        return self.posted[number % 2].tolist()
+
+    @torch.no_grad()
+    def generate(
+        self, rows: list[list[int]], config: GenerationConfig, watch: Watch, streamer: Any = None, batch: int = 1
+    ) -> list[list[int]]:
+        """Return the tokens after each prompt, up to an end token and with it, at most config.max_new_tokens.
+
+        rows: the tokens of the prompts. batch: sequences that the buffers are for, if more than rows: with the same
+        number a last, smaller batch draws what it would draw in a larger one, and needs no new graphs.
+        """
+        count, longest = len(rows), max(map(len, rows))
+        self.reserve(max(batch, count), longest + max(config.max_new_tokens, SHORT_CHUNK))
+        self.prefill(rows + rows[-1:] * (self.batch - count))
+        self.finished.copy_(torch.arange(self.batch) >= count)
+        if streamer is not None:
+            streamer.put(torch.tensor(rows[:1]))
+        ends, key = end_tokens(config), config.to_json_string()
+        answers: list[list[int]] = [[] for _ in rows]
+        launched = read = 0
+        while not read or not (
+            read == config.max_new_tokens or watch.stop or all(answer[-1] in ends for answer in answers)
+        ):
+            # One token ahead of the reader, so that the GPU never waits for Python; a token past the end is thrown
+            # away. Not before the first one: its step may have to be captured.
+            while launched < min(config.max_new_tokens, read + 2 if read else 1):
+                if launched:
+                    self.step()
+                self.choose(config, key)
+                self.post(launched)
+                launched += 1
+            tokens = self.fetch(read)
+            read += 1
+            for answer, token in zip(answers, tokens, strict=False):
+                if not answer or answer[-1] not in ends:
+                    answer.append(token)
+            watch.count()
+            if streamer is not None:
+                streamer.put(torch.tensor(tokens[:1]))
+        if streamer is not None:
+            streamer.end()
+        self.held = rows[0] + answers[0][:-1] if self.batch == 1 else []
+        return answers
+
+
+# ------------------------------------------------------------------------------------------------ which way
+
+
+class Generator:
+    """Answers prompts the fastest way that runs here: by the Decoder, else by transformers' `generate`.
+
+    Either way the next prompt computes only what differs from the last one and its answer. `fast`: None takes the
+    Decoder on CUDA; on a CPU, whose attention over a static cache costs its whole length, `generate` is as fast.
+    """
+
+    def __init__(self, model: PeftModel | PreTrainedModel, say: Callable[[str], None], fast: bool | None = None):
+        self.model, self.say, self.said = model, say, set()
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        gpu = base.device.type == "cuda"
+        self.reason = obstacle(base) if gpu or fast else ""  # nothing is said of a CPU
+        self.decoder = Decoder(model, kernels=gpu and triton is not None) if self.reason is None else None
+        self.weight_bytes, self.position_bytes = weight_bytes(base), position_bytes(base)
+        self.cache, self.held, self.off = None, [], False
+        if self.decoder and gpu and isinstance(model, PeftModel):
+            # For prompts and batches: a layer's weights unpacked once and one product with the adapters in it.
+            fuse(model, DropoutClock(0, base.device), 0.0, triton is not None and base.dtype is not torch.float32)
+            torch.cuda.empty_cache()  # the packed weights have moved
+
+    def traffic(self) -> Traffic:
+        """Return a count of what is read, at zero."""
+        return Traffic(self.weight_bytes, self.position_bytes, self.model.device)
+
+    def _say_once(self, line: str) -> None:
+        if line not in self.said:
+            self.said.add(line)
+            self.say(line)
+
+    def generate(
+        self, rows: list[list[int]], config: GenerationConfig, watch: Watch, streamer: Any = None, batch: int = 1
+    ) -> list[list[int]]:
+        """Return the tokens after each prompt, up to an end token and with it; arguments as `Decoder.generate`."""
+        unknown = sorted(set(config.to_diff_dict()) - COVERED)
+        reason = f"generation setting {unknown[0]}" if self.decoder and unknown else self.reason
+        if reason:
+            self._say_once(f"transformers' generate decodes: {reason}")
+        if self.decoder and not unknown:
+            answers = self.decoder.generate(rows, config, watch, streamer, batch)
+            if self.decoder.note:
+                self._say_once(f"decoding without decode_ops: {self.decoder.note}")
+            return answers
+        return self._plain(rows, config, watch, streamer)
+
+    def _prefix(self, ids: list[int]) -> DynamicCache:
+        """Return the cache of the last prompt and answer, cut to what `ids` begins with too."""
+        off = adapters_off(self.model)
+        known = common_prefix(self.held, ids[:-1]) if off == self.off else 0
+        if known and self.cache is not None:
+            self.cache.crop(min(0, known - self.cache.get_seq_length()))
+        else:
+            self.cache = DynamicCache()  # without a config every layer keeps all, and can be cut
+        self.held, self.off = [], off
+        return self.cache
+
+    def _plain(self, rows: list[list[int]], config: GenerationConfig, watch: Watch, streamer: Any) -> list[list[int]]:
+        longest, device, pad = max(map(len, rows)), self.model.device, config.pad_token_id or 0
+        one = len(rows) == 1 and (config.num_beams or 1) == 1
+        mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+        with plain_linears(self.model) if one else nullcontext():
+            output = self.model.generate(
+                input_ids=torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=device),
+                attention_mask=torch.tensor(mask, device=device),
+                generation_config=config,
+                stopping_criteria=[watch],
+                streamer=streamer,
+                **({"past_key_values": self._prefix(rows[0])} if one else {}),
+            )
+        ends = end_tokens(config)
+        answers = output[:, longest:].tolist()  # [batch, new]: rows that end before the longest are padded
+        answers = [row[: next((i + 1 for i, token in enumerate(row) if token in ends), len(row))] for row in answers]
+        self.held = rows[0] + answers[0][:-1] if one else []
+        return answers

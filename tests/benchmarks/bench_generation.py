@@ -1,0 +1,265 @@
+"""Time generation with an adapter on a 4-bit base: this toolkit, transformers + peft, Unsloth if installed, and the merged
+bfloat16 model in transformers.
+
+    python tests/benchmarks/bench_generation.py MODEL --batch 1 32 --prompt 64 --new 256 --peers ours hf merged unsloth
+    python tests/benchmarks/bench_generation.py MODEL --batch 1 --sms 24 --peers ours hf       a stand-in for a small card
+    python tests/benchmarks/bench_generation.py MODEL --batch 1 --peers ours --check           greedy beside generate's
+
+LoRA r = 16 on all seven projections, NF4 + double quantisation, bf16, random prompts, sampling at temperature 0.7 and
+top_p 0.9. Each case runs in a process of its own and prints a JSON line; the table comes last. tokens/s are of whole
+answers, the first token included, the median of --repeat calls after two that warm up; GB/s are of the steps after the
+first token (weights once and the cache's filled positions). `start s`: from the process's start to the first token of
+its first answer. Compare only figures of one call on one machine. Memory is what the allocator reserved.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PEERS = ("ours", "hf", "merged", "unsloth")
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+GIB = 2**30
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder of the model")
+    parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=PEERS)
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 32], help="prompts together")
+    parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
+    parser.add_argument("--new", type=int, default=256, help="tokens of an answer")
+    parser.add_argument("--sms", type=int, default=0, help="confine the process to this many multiprocessors")
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--timeout", type=int, default=300, help="seconds a case may take")
+    parser.add_argument("--check", action="store_true", help="compare 32 greedy tokens of ours with generate's")
+    parser.add_argument("--single", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def confine(sms: int) -> object:
+    """Hold the process to some multiprocessors as long as what this returns is kept."""
+    import torch
+
+    if not (sms and torch.cuda.is_available()):
+        return None
+    from torch.cuda.green_contexts import GreenContext
+
+    torch.zeros(1, device="cuda")
+    context = GreenContext.create(sms, 0)
+    context.set_context()
+    return context
+
+
+# ------------------------------------------------------------------------------------------------ models
+
+
+def load_ours(model: str):
+    """Return the model as inference_example.py loads it, with a fresh adapter."""
+    from peft import get_peft_model
+
+    from config import load_config
+    from inference_example import load
+    from quantization_utils import create_lora_config
+
+    base, _ = load(load_config((), {"model.name": model}))
+    return get_peft_model(base, create_lora_config(rank=16)).eval()
+
+
+def load_unsloth(model: str):
+    """Return the model as Unsloth documents it for inference."""
+    import torch
+    from unsloth import FastLanguageModel
+
+    base, _ = FastLanguageModel.from_pretrained(
+        model, max_seq_length=2048, dtype=torch.bfloat16, load_in_4bit=True, local_files_only=True
+    )
+    peft_model = FastLanguageModel.get_peft_model(base, r=16, lora_alpha=32, lora_dropout=0.0, target_modules=TARGETS)
+    FastLanguageModel.for_inference(peft_model)
+    return peft_model
+
+
+def load_transformers(model: str, merged: bool):
+    """Return the model as tutorials have it: 4-bit with a peft adapter, or a merged one, which is a plain one."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    base = AutoModelForCausalLM.from_pretrained(
+        model,
+        quantization_config=None if merged else quantization,
+        dtype=torch.bfloat16,
+        device_map={"": "cuda:0" if torch.cuda.is_available() else "cpu"},
+        attn_implementation="sdpa",
+    )
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS, task_type="CAUSAL_LM")
+    return (base if merged else get_peft_model(base, lora)).eval()
+
+
+# ------------------------------------------------------------------------------------------------ one case
+
+
+def create_clock():
+    """Return a stopping criterion that stops nothing and notes when each token came."""
+    import torch
+    from transformers import StoppingCriteria
+
+    class Clock(StoppingCriteria):
+        def __init__(self) -> None:
+            self.times: list[float] = []
+
+        def count(self) -> None:
+            self.times.append(time.time())
+
+        def __call__(self, input_ids, scores, **kwargs):
+            self.count()
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+        stop = False
+
+    return Clock()
+
+
+def answer_with(case: dict, model):
+    """Return a function that answers prompts, ids [batch, prompt], noting in a clock when the tokens come."""
+    import torch
+    from transformers import GenerationConfig
+
+    sampling = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 0, "pad_token_id": 0}
+    if case["peer"] == "ours":
+        from generation_utils import Generator
+
+        model.get_base_model().generation_config = GenerationConfig()
+        generator = Generator(model, lambda line: print(line, file=sys.stderr))
+        how = GenerationConfig(max_new_tokens=case["new"], **sampling)
+        return lambda ids, clock: generator.generate(ids.tolist(), how, clock, None, case["batch"]), generator
+    lengths = {"max_new_tokens": case["new"], "min_new_tokens": case["new"]}
+
+    def answer(ids, clock):
+        with torch.no_grad():
+            model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), stopping_criteria=[clock], **lengths, **sampling
+            )
+
+    return answer, None
+
+
+def greedy_agreement(model, generator, ids) -> int:
+    """Return how many of the first 32 greedy tokens are generate's, before the first that is not."""
+    import torch
+    from transformers import GenerationConfig
+
+    how = GenerationConfig(max_new_tokens=32, do_sample=False, pad_token_id=0)
+    ours = generator.generate(ids[:1].tolist(), how, create_clock())[0]
+    with torch.no_grad():
+        output = model.generate(input_ids=ids[:1], attention_mask=torch.ones_like(ids[:1]), generation_config=how)
+    theirs = output[0, ids.shape[1] :].tolist()
+    return next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), 32)
+
+
+def run_single(case: dict) -> dict:
+    """Return the case with its speeds, times and memory."""
+    if case["peer"] == "unsloth":
+        import unsloth  # noqa: F401  (must be imported before transformers)
+    sys.path.insert(0, str(ROOT))
+    if case["peer"] == "ours":
+        from config import before_heavy_imports
+
+        before_heavy_imports()
+    import torch
+
+    context = confine(case["sms"])
+    gpu = torch.cuda.is_available()
+    try:
+        loaders = {"ours": load_ours, "unsloth": load_unsloth}
+        loader = loaders.get(case["peer"], lambda folder: load_transformers(folder, case["peer"] == "merged"))
+        model = loader(case["model"])
+        answer, generator = answer_with(case, model)
+        vocabulary, device = model.config.vocab_size, model.device
+        wholes, firsts, steps = [], [], []
+        for call in range(case["repeat"] + 2):
+            torch.manual_seed(call)
+            ids = torch.randint(3, vocabulary - 2, (case["batch"], case["prompt"]), device=device)
+            clock, start = create_clock(), time.time()
+            answer(ids, clock)
+            if call == 0:
+                case["start_s"] = round(clock.times[0] - case["started"], 2)
+            if call >= 2:
+                wholes.append(clock.times[-1] - start)
+                firsts.append(clock.times[0] - start)
+                steps.append((clock.times[-1] - clock.times[0]) / max(1, len(clock.times) - 1))
+        if gpu:
+            torch.cuda.synchronize()
+            case["reserved_gib"] = round(torch.cuda.max_memory_reserved() / GIB, 2)
+        case["tokens_per_s"] = round(case["batch"] * case["new"] / statistics.median(wholes), 1)
+        case["first_ms"] = round(statistics.median(firsts) * 1e3, 1)
+        case["step_ms"] = round(statistics.median(steps) * 1e3, 3)
+        if generator and case["check"]:
+            case["greedy_agree"] = greedy_agreement(model, generator, ids)
+        from generation_utils import position_bytes, weight_bytes
+
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        read = weight_bytes(base) + case["batch"] * position_bytes(base) * (case["prompt"] + case["new"] / 2)
+        case["gb_per_s"] = round(read / statistics.median(steps) / 1e9)
+    except torch.OutOfMemoryError:
+        case["error"] = "out of memory"
+    del context
+    return case
+
+
+# ------------------------------------------------------------------------------------------------ all cases
+
+COLUMNS = ("tokens_per_s", "first_ms", "step_ms", "gb_per_s", "reserved_gib", "start_s")
+
+
+def run_process(case: dict, timeout: int) -> dict:
+    """Run one case in a fresh process and return its result."""
+    case["started"] = time.time()
+    command = [sys.executable, __file__, case["model"], "--single", json.dumps(case)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
+    except subprocess.TimeoutExpired:
+        return case | {"error": f"over {timeout} s"}
+    found = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    result = found[0] if found else case | {"error": "failed"}
+    print("\n".join(done.stderr.splitlines()[-12 if not found else -3 :]), file=sys.stderr)
+    print(json.dumps({k: v for k, v in result.items() if k not in ("model", "started", "check")}), flush=True)
+    return result
+
+
+def table(results: list[dict]) -> str:
+    """Return the results a row a case."""
+    rows = [f"{'prompts':>8}{'sms':>5}  {'peer':<9}" + "".join(f"{name:>14}" for name in COLUMNS)]
+    for r in results:
+        cells = "".join(f"{r.get(name, '-'):>14}" for name in COLUMNS)
+        agree = f"  {r['greedy_agree']} of 32 greedy tokens are generate's" if "greedy_agree" in r else ""
+        rows.append(f"{r['batch']:>8}{r['sms']:>5}  {r['peer']:<9}{cells}{agree} {r.get('error', '')}".rstrip())
+    return "\n".join(rows)
+
+
+def main() -> int:
+    """Run every case in a process of its own and print the table."""
+    args = parse()
+    if args.single:
+        print("RESULT " + json.dumps(run_single(json.loads(args.single))))
+        return 0
+    settings = {name: getattr(args, name) for name in ("model", "prompt", "new", "sms", "repeat", "check")}
+    cases = [{"peer": peer, "batch": batch, **settings} for batch in args.batch for peer in args.peers]
+    print(table([run_process(case, args.timeout) for case in cases]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
