@@ -303,6 +303,7 @@ class Run:
     fingerprint: dict[str, str]
     progress: checkpoint_utils.Progress = dataclasses.field(default_factory=checkpoint_utils.Progress)
     best_adapter: dict[str, torch.Tensor] | None = None
+    held_out: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)  # block_losses of base and best adapter
     saved_time: float = dataclasses.field(default_factory=time.monotonic)
     unsaved: str = ""  # why the newest checkpoint could not be written
 
@@ -424,33 +425,59 @@ def block_losses(loss: Callable, blocks: Blocks, accelerator: Accelerator, micro
     return accelerator.reduce(sums, "sum") if accelerator.num_processes > 1 else sums
 
 
-def evaluate(loss: Callable, blocks: Blocks, accelerator: Accelerator, micro_batch: int, pad: int) -> float:
-    """Return the mean loss of the supervised tokens of all blocks: one sum over blocks and processes, divided once."""
-    total = block_losses(loss, blocks, accelerator, micro_batch, pad).sum(0)
-    return (total[0] / total[1]).item()
+def mean_loss(sums: torch.Tensor) -> float:
+    """Return the mean loss of all supervised tokens. sums: block_losses."""
+    loss, tokens = sums.sum(0).tolist()
+    return loss / tokens
 
 
 def loss_difference(before: torch.Tensor, after: torch.Tensor) -> tuple[float, float | None]:
-    """Return how much the mean loss changed and the standard error of that, None of a single block.
+    """Return how much the mean loss changed and the standard error of that, None of a single micro-batch.
 
-    before, after: block_losses of the same blocks, one a micro-batch. The error is a ratio estimator's (Cochran,
-    Sampling Techniques, 1977, section 2.11): what blocks have in common, such as a hard text, cancels within each.
+    before, after: block_losses of the same blocks; where memory ran out between them, in other micro-batches, which
+    leaves no standard error either. It is a ratio estimator's (Cochran, Sampling Techniques, 1977, section 2.11): what
+    blocks have in common, such as a hard text, cancels within each.
     """
-    change, tokens = after[:, 0] - before[:, 0], before[:, 1]
-    mean, count = change.sum() / tokens.sum(), len(tokens)
-    if count < 2:
-        return mean.item(), None
+    mean = mean_loss(after) - mean_loss(before)
+    tokens, change = before[:, 1], after[:, 0] - before[:, 0]
+    count = int((tokens > 0).sum())
+    if count < 2 or not torch.equal(tokens, after[:, 1]):
+        return mean, None
     spread = (change - mean * tokens).square().sum() * count / (count - 1)
-    return mean.item(), (spread.sqrt() / tokens.sum()).item()
+    return mean, (spread.sqrt() / tokens.sum()).item()
 
 
-def evaluate_in_memory(run: Run, blocks: Blocks) -> float:
-    """Evaluate; where memory runs out, in half the micro-batch and without a graph. Training keeps its shape."""
+def comparison(dataset: str, blocks: Blocks, stride: int | None, sums: dict[str, torch.Tensor]) -> dict:
+    """Return what evaluation.json says: loss and perplexity of the base and, if it is there, of the adapter, and their
+    difference. sums: block_losses by name.
+    """
+    result = {"dataset": dataset, "tokens": blocks.supervised, "blocks": len(blocks), "stride": stride}
+    for name, found in sums.items():
+        result[name] = {"loss": mean_loss(found), "perplexity": perplexity(mean_loss(found))}
+    if len(sums) == 2:
+        change, error = loss_difference(sums["base"], sums["adapter"])
+        parts = int((sums["base"][:, 1] > 0).sum())  # micro-batches
+        result["difference"] = {"loss": change, "standard_error": error, "parts": parts}
+    return result
+
+
+def difference_line(result: dict) -> str:
+    """Return a comparison's difference as text."""
+    change, error, parts = result["difference"].values()
+    kind = "blocks" if parts == result["blocks"] else "micro-batches"
+    sure = "" if error is None else f" ± {error:.4f} (standard error over {parts:,} {kind})"
+    return f"adapter - base: {change:+.4f}{sure}"
+
+
+def evaluate_in_memory(run: Run, blocks: Blocks) -> torch.Tensor:
+    """Return block_losses; where memory runs out, in half the micro-batch and without a graph. Training keeps its
+    shape.
+    """
     learner, size, loss = run.learner, run.plan.micro_batch, run.learner.evaluation_loss
     learner.model.eval()
     while True:
         try:
-            return evaluate(loss, blocks, run.accelerator, size, run.tokenizer.pad_token_id)
+            return block_losses(loss, blocks, run.accelerator, size, run.tokenizer.pad_token_id).cpu()
         except torch.OutOfMemoryError:
             if size == 1 and loss is learner.loss:
                 raise
@@ -480,6 +507,7 @@ def save_state(run: Run) -> None:
         "scheduler": run.scheduler.state_dict(),
         "scaler": run.learner.scaler.state_dict(),
         "best_adapter": run.best_adapter or {},
+        "held_out": run.held_out,
         "config": checkpoint_utils.settings(run.config),
         "fingerprint": run.fingerprint,
         "shape": {
@@ -505,6 +533,7 @@ def restore(run: Run, adapter: dict[str, torch.Tensor], state: dict) -> None:
     """Put the run where the checkpoint left it."""
     run.progress = checkpoint_utils.Progress(**state["progress"])
     run.best_adapter = state["best_adapter"] or None
+    run.held_out = state.get("held_out", {})  # a checkpoint of before 2026-11-24 has none
     set_peft_model_state_dict(run.model, adapter)
     run.optimizer.load_state_dict(state["optimizer"])
     run.learner.scaler.load_state_dict(state["scaler"])
@@ -564,16 +593,19 @@ def evaluate_and_keep_best(run: Run) -> None:
     progress, blocks = run.progress, run.blocks["validation"]
     if blocks is None or any(row["step"] == progress.step for row in progress.evaluations):
         return
-    loss = evaluate_in_memory(run, blocks)
+    sums = evaluate_in_memory(run, blocks)
+    loss = mean_loss(sums)
     if not math.isfinite(loss):
         hint = "" if progress.step else ", before anything was learned: look at model.name's weights and compute_dtype"
         raise NumbersWentWrong(f"step {progress.step}: the validation loss is {loss}{hint}")
+    if progress.step == 0:
+        run.held_out["base"] = sums
     run.note({"step": progress.step, "eval_loss": loss, "perplexity": perplexity(loss)})
     progress.worse += 1
     line = f"step {progress.step}: validation loss {loss:.4f} | perplexity {perplexity(loss):.2f}"
     if progress.best_loss is None or loss < progress.best_loss:
         progress.best_loss, progress.best_step, progress.worse = loss, progress.step, 0
-        run.best_adapter = checkpoint_utils.adapter_tensors(run.model)
+        run.best_adapter, run.held_out["adapter"] = checkpoint_utils.adapter_tensors(run.model), sums
         line += " | best"
     run.log.say(line)
 
@@ -673,6 +705,8 @@ def finish(run: Run) -> None:
         before, after = progress.evaluations[0]["perplexity"], perplexity(progress.best_loss)
         best = f"the adapter of step {progress.best_step}, the best by validation loss"
         say(f"perplexity {before:.2f} before, {after:.2f} after ({best})")
+    if len(run.held_out) == 2:
+        say(difference_line(comparison(run.config.data.dataset, run.blocks["validation"], None, run.held_out)))
     planned = f" | planned {run.plan.reserved / GIB:.2f} for {run.plan.shape}" if run.plan.parts else ""
     say(f"peak memory {peak_gib(device):.2f} GiB{planned}")
     say(f"adapter, curves and log are in {run.output_dir}")
@@ -831,21 +865,15 @@ def evaluate_adapter(config: Config, adapter: str | None, stride: int | None) ->
     fused_ops.use_causal_attention(model, is_packed(blocks))
     loss = SummedLoss(model.eval(), usable_dtype(config.quantization.compute_dtype))
     say = print if accelerator.is_main_process else (lambda line: None)
-    tokens = blocks.supervised
-    result = {"dataset": config.data.dataset, "tokens": tokens, "blocks": len(blocks), "stride": stride}
-    names = ["base"] if adapter is None else ["base", "adapter"]
-    sums = []
+    names, sums = ["base"] if adapter is None else ["base", "adapter"], {}
     for name in names:
         with contextlib.nullcontext() if name == names[-1] else model.disable_adapter():
-            sums.append(block_losses(loss, blocks, accelerator, 1, tokenizer.pad_token_id))
-        value = (sums[-1][:, 0].sum() / sums[-1][:, 1].sum()).item()
-        result[name] = {"loss": value, "perplexity": perplexity(value)}
-        say(f"{name:<8} loss {value:.4f} | perplexity {perplexity(value):.3f} | {tokens:,} tokens")
+            sums[name] = block_losses(loss, blocks, accelerator, 1, tokenizer.pad_token_id).cpu()
+        value = mean_loss(sums[name])
+        say(f"{name:<8} loss {value:.4f} | perplexity {perplexity(value):.3f} | {blocks.supervised:,} tokens")
+    result = comparison(config.data.dataset, blocks, stride, sums)
     if adapter is not None:
-        change, error = loss_difference(*sums)
-        result["difference"] = {"loss": change, "standard_error": error}
-        shown = "" if error is None else f" ± {error:.4f} (standard error over {len(blocks):,} blocks)"
-        say(f"adapter - base: {change:+.4f}{shown}")
+        say(difference_line(result))
         if accelerator.is_main_process:
             content = json.dumps(result, indent=2) + "\n"
             checkpoint_utils.write_atomically(Path(adapter) / "evaluation.json", content.encode())

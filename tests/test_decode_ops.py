@@ -90,7 +90,7 @@ def check_case(folder, options, before: int, dtype: str, device: str, wrap=lambd
             error, limit = ((x - want)[:, :, written].norm() for x in (found, own))
             assert error <= 1.1 * limit + 2e-4 * want[:, :, written].norm(), (name, error, limit)
             rest = torch.ones(LENGTH, dtype=torch.bool)
-            rest[written] = False
+            rest[written] = rest[-1] = False  # the last: where a capture warms up
             assert torch.equal(found[:, :, rest], own[:, :, rest])  # nothing else was touched
 
 

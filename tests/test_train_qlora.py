@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -33,7 +34,7 @@ from quantization_utils import (
     load_model_and_tokenizer,
     prepare_model_for_training,
 )
-from train_qlora import SummedLoss, create_scheduler, evaluate, main, plot_training_curves
+from train_qlora import SummedLoss, block_losses, create_scheduler, main, mean_loss, plot_training_curves
 
 ROOT = Path(__file__).resolve().parent.parent
 STEP = train_qlora.training_step
@@ -407,7 +408,9 @@ def test_evaluation_is_the_mean_over_tokens(train, watch):
             count += ids.shape[1] - 1
     expected = total / count
     for size in (1, 3, 4):
-        value = evaluate(session.learner.loss, blocks, session.accelerator, size, session.tokenizer.pad_token_id)
+        value = mean_loss(
+            block_losses(session.learner.loss, blocks, session.accelerator, size, session.tokenizer.pad_token_id)
+        )
         assert value == pytest.approx(expected, rel=1e-5)
     assert evaluations_of(folder)[-1]["eval_loss"] == pytest.approx(expected, rel=1e-5)  # the last step is the best one
     assert evaluations_of(folder)[-1]["perplexity"] == pytest.approx(math.exp(expected), rel=1e-5)
@@ -419,19 +422,20 @@ def test_step_0_evaluates_the_base(train, watch, tiny_model):
     assert code == 0 and rows_of(folder)[0].keys() == {"step", "eval_loss", "perplexity"}
     assert rows_of(folder)[0]["step"] == 0
     loss = SummedLoss(load(tiny_model, adapter=False), torch.float32)
-    value = evaluate(loss, seen.session.blocks["validation"], seen.session.accelerator, 2, 0)
+    value = mean_loss(block_losses(loss, seen.session.blocks["validation"], seen.session.accelerator, 2, 0))
     assert rows_of(folder)[0]["eval_loss"] == pytest.approx(value, rel=1e-6)
 
 
 def test_evaluate_command_agrees_with_the_run(train, capsys):
     code, folder = train(*FP32)
     assert code == 0
-    capsys.readouterr()
+    ended = re.search(r"adapter - base: (.*) ± (.*) \(standard error", capsys.readouterr().out)
     assert main(["--evaluate", "--adapter", str(folder)]) == 0
     printed = capsys.readouterr().out
     result = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     first, *_, last = evaluations_of(folder)
     assert result["base"]["loss"] == pytest.approx(first["eval_loss"], rel=1e-6)
+    assert float(ended[1]) == pytest.approx(result["difference"]["loss"], abs=1e-4) and float(ended[2]) > 0
     assert result["adapter"]["loss"] == pytest.approx(last["eval_loss"], rel=1e-6)
     assert f"{first['perplexity']:.3f}" in printed and f"{last['perplexity']:.3f}" in printed
 
@@ -483,6 +487,8 @@ def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(
         assert (parts / name).read_bytes() == (whole / name).read_bytes(), name
     for name in ("adapter_model.safetensors", "training_state.safetensors"):
         assert (parts / "checkpoint-6" / name).read_bytes() == (whole / "checkpoint-6" / name).read_bytes(), name
+    ends = [(folder / "training_log.txt").read_text(encoding="utf-8").splitlines()[-3] for folder in (parts, whole)]
+    assert ends[0] == ends[1] and "(standard error over" in ends[0]
     assert same_rows(parts, whole)
     assert len(rows_of(parts)) == len({json.dumps(row) for row in rows_of(parts)})
 
@@ -593,7 +599,7 @@ def scripted(monkeypatch) -> Callable[[list[float]], None]:
 
     def script(losses: list[float]) -> None:
         values = iter(losses)
-        monkeypatch.setattr(train_qlora, "evaluate", lambda *arguments, **keywords: next(values))
+        monkeypatch.setattr(train_qlora, "block_losses", lambda *_: torch.tensor([[next(values), 1.0]]))
 
     return script
 
@@ -607,7 +613,8 @@ def test_adapter_of_the_lowest_validation_loss_is_the_one_saved(train, scripted,
     for step in range(1, 6):
         adapter, _ = read_checkpoint(folder / f"checkpoint-{step}")
         assert all(torch.equal(adapter[name], saved[name]) for name in saved) == (step == 2)
-    assert "step 2" in capsys.readouterr().out.splitlines()[-3]
+    lines = capsys.readouterr().out.splitlines()
+    assert "step 2" in lines[-4] and lines[-3] == "adapter - base: -2.0000"  # one block has no standard error
     assert f"{math.exp(5):.3f} before, {math.exp(3):.3f} with" in (folder / "README.md").read_text(encoding="utf-8")
 
 
