@@ -451,7 +451,8 @@ def _power(n: int) -> int:
 
 def _options() -> dict[str, bool]:
     """Return the options of every launch. From Triton 3.10 on it no longer fuses a product with a sum unasked."""
-    overlap = LAYOUT.overlap and not INTERPRETED and torch.cuda.get_device_capability() >= (9, 0)
+    overlap = LAYOUT.overlap and not INTERPRETED and torch.cuda.is_available()
+    overlap = overlap and torch.cuda.get_device_capability() >= (9, 0)
     return {"OVERLAP": overlap, "enable_fp_fusion": True, **({"launch_pdl": True} if overlap else {})}
 
 
