@@ -124,6 +124,7 @@ class Traffic:
 
 COVERED = {"do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens"}
 COVERED |= {"eos_token_id", "pad_token_id", "bos_token_id", "use_cache", "transformers_version"}
+NEAREST = 256  # scores
 
 
 def processors(config: GenerationConfig) -> LogitsProcessorList:
@@ -159,6 +160,24 @@ def draw(scores: torch.Tensor, sample: bool) -> torch.Tensor:
         return scores.argmax(-1)
     probabilities = scores.softmax(-1)
     return (probabilities / torch.empty_like(probabilities).exponential_()).argmax(-1)
+
+
+def choose_tokens(config: GenerationConfig, history: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Return the next token of each row, [batch]. history: what the repetition penalty sees; logits: fp32 [batch,
+    vocabulary].
+
+    A top_k that leaves at most half of NEAREST is looked for among the NEAREST largest, since top_p would sort the
+    whole vocabulary; the other half is for what ties with the last one, which top_k keeps.
+    """
+    known = processors(config)
+    nearest = any(isinstance(p, TopKLogitsWarper) and p.top_k <= NEAREST // 2 for p in known)
+    if not nearest or logits.shape[-1] <= NEAREST:
+        return draw(known(history, logits), config.do_sample)
+    # The penalty counts by token; the others look at the scores only, in any order.
+    penalties = [p for p in known if isinstance(p, RepetitionPenaltyLogitsProcessor)]
+    values, tokens = LogitsProcessorList(penalties)(history, logits).topk(NEAREST)
+    scores = LogitsProcessorList(p for p in known if p not in penalties)(history, values)
+    return tokens.gather(-1, draw(scores, config.do_sample)[:, None])[:, 0]
 
 
 # ------------------------------------------------------------------------------------------------ cache and attention
@@ -458,10 +477,10 @@ class Decoder:
 
         def build() -> Callable[[], None]:
             ends = torch.tensor(end_tokens(config), dtype=torch.long, device=self.device)
-            scores, pad = processors(config), config.pad_token_id or 0
+            pad = config.pad_token_id or 0
 
             def function() -> None:
-                tokens = draw(scores(self.history, self.logits), config.do_sample)
+                tokens = choose_tokens(config, self.history, self.logits)
                 tokens = torch.where(self.finished, pad, tokens)
                 self.finished |= (tokens[:, None] == ends).any(-1)
                 self.token.copy_(tokens[:, None])

@@ -187,6 +187,25 @@ def test_scores_are_those_of_generates_own_processors(models: Callable) -> None:
     assert torch.equal(processors(how)(ids, logits), own(ids, logits))
 
 
+@pytest.mark.parametrize("top_k, nearest", [(50, True), (128, True), (129, False), (0, False)])
+def test_tokens_come_from_generates_scores_whichever_are_looked_at(monkeypatch, models: Callable, top_k, nearest):
+    """The scores that are drawn from, put back in their places, are those of transformers' own processors, ties kept."""
+    model = models("llama")
+    how = config(do_sample=True, temperature=0.7, top_k=top_k, top_p=0.9, repetition_penalty=1.3, min_p=0.001)
+    ids, logits = torch.tensor([LONG, LONG[::-1]]), torch.randn(2, 4096).bfloat16().float() * 3
+    own = model._get_logits_processor(how, input_ids_seq_length=len(LONG))(ids, logits)
+    seen = []
+    monkeypatch.setattr(generation_utils, "draw", lambda scores, sample: seen.append(scores) or scores.argmax(-1))
+    tokens = generation_utils.choose_tokens(how, ids, logits)
+    assert torch.equal(tokens, own.argmax(-1))
+    assert seen[0].shape[1] == (256 if nearest else 4096)
+    finite = own.isfinite()
+    assert torch.equal(finite.sum(-1), seen[0].isfinite().sum(-1))
+    for row in range(2):
+        want = own[row][finite[row]].sort().values
+        assert torch.equal(seen[0][row][seen[0][row].isfinite()].sort().values, want)
+
+
 def test_first_tokens_are_drawn_from_the_softmax_of_the_scores(models: Callable) -> None:
     """Pearson's chi-square of 3,000 draws, at a fixed seed below its 99.9 % quantile (Wilson and Hilferty)."""
     model, draws = models("llama"), 3000
