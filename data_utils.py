@@ -257,6 +257,9 @@ def answer_labels(encoding: Any, text: str, spans: list[tuple[int, int]], specia
     return labels
 
 
+ROW = "row_number"  # the column with a row's number in its split, from 0
+
+
 class Tokenized(DatasetDict):
     """Tokenised rows that know how they were read."""
 
@@ -273,7 +276,8 @@ def text_encoder(tokenizer: PreTrainedTokenizerBase, column: str) -> Callable[[p
             ids = [encoding.ids for encoding in encodings]
         else:
             ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        return batch.select([column]).append_column("input_ids", pa.array(ids, pa.list_(pa.int32())))
+        batch = batch.select([column]).append_column("input_ids", pa.array(ids, pa.list_(pa.int32())))
+        return batch.append_column(ROW, pa.array(indices, pa.int64()))
 
     return encode
 
@@ -301,10 +305,10 @@ def sample_encoder(
         chats = list(map(read, rows, indices))
         encodings = backend.encode_batch([text for text, _ in chats], add_special_tokens=False)
         ids = [np.array(encoding.ids, np.int32) for encoding in encodings]
-        if not completion_only:
-            return {"input_ids": ids, "labels": ids}
-        places = zip(encodings, chats, strict=True)
-        return {"input_ids": ids, "labels": [answer_labels(e, text, spans, specials) for e, (text, spans) in places]}
+        places, labels = zip(encodings, chats, strict=True), ids
+        if completion_only:
+            labels = [answer_labels(e, text, spans, specials) for e, (text, spans) in places]
+        return {"input_ids": ids, "labels": labels, ROW: indices}
 
     return encode
 
@@ -318,7 +322,7 @@ def _check_text(split: Dataset, data: DataConfig) -> None:
 
 
 def tokenize_rows(rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> Tokenized:
-    """Return the rows with a column input_ids, nothing cut: of a text no special tokens are added; chats and pairs go
+    """Return the rows with input_ids and their numbers in the split, nothing cut: of a text no special tokens are added; chats and pairs go
     through the chat template and have labels too, -100 where nothing is learned.
 
     What was tokenised before is found in datasets' cache under a key of rows, tokenizer, template, settings and this
@@ -464,8 +468,8 @@ def drop_empty(dataset: Dataset, data: DataConfig) -> tuple[Dataset, np.ndarray]
 
 
 def close_documents(dataset: Dataset, starts: np.ndarray, first: list[int], end: list[int]) -> Dataset:
-    """Return the rows with the tokenizer's first token before and the document end after every document, input_ids
-    alone.
+    """Return the rows with the tokenizer's first token before and the document end after every document: input_ids
+    and ROW.
     """
     ends = np.append(starts[1:], True)
 
@@ -476,8 +480,8 @@ def close_documents(dataset: Dataset, starts: np.ndarray, first: list[int], end:
             out.append([*before, *ids, *(end if ends[i] else [])])
         return {"input_ids": out}
 
-    features = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))})
-    return dataset.select_columns("input_ids").map(
+    features = datasets.Features({"input_ids": datasets.List(datasets.Value("int32")), ROW: datasets.Value("int64")})
+    return dataset.select_columns(["input_ids", ROW]).map(
         close, batched=True, with_indices=True, features=features, desc="join"
     )
 
@@ -510,7 +514,7 @@ class Blocks:
     Arrow data.
 
     pieces: int32 arrays whose concatenation is the stream. rows, documents: how many went in. source: what the rows
-    were read as. notes: what the user should know of them, a line each.
+    were read as. notes: what the user should know of them, a line each. origin: the rows whose tokens make the stream.
     """
 
     pieces: tuple[np.ndarray, ...]
@@ -520,9 +524,20 @@ class Blocks:
     documents: int
     source: str = ""
     notes: tuple[str, ...] = ()
+    origin: Dataset | None = None
 
     def __len__(self) -> int:
         return len(self.cuts) - 1
+
+    def spans(self, i: int) -> np.ndarray:
+        """Return where in the stream the tokens of a block are, int64 [spans, 2]: start and stop."""
+        return self.cuts[None, i : i + 2]
+
+    def rows_of(self, i: int) -> list[int]:
+        """Return the numbers in its split, from 0, of the rows that a block has tokens of."""
+        ends, numbers = np.cumsum(row_lengths(self.origin)), _column(self.origin, ROW).to_numpy()
+        low, high = np.searchsorted(ends, (self.spans(i) - [0, 1]).T, side="right")  # of first and last tokens
+        return [int(n) for first, last in zip(low, high, strict=True) for n in numbers[first : last + 1]]
 
     def __getitem__(self, i: int) -> np.ndarray:
         """Return a block's tokens, int64 [tokens]."""
@@ -561,11 +576,15 @@ class SampleBlocks(Blocks):
     def __len__(self) -> int:
         return int(self.cuts[-1, 0]) + 1
 
+    def spans(self, i: int) -> np.ndarray:
+        """Return where in the tokens a block's samples are, int64 [samples, 2]: start and stop."""
+        low, high = np.searchsorted(self.cuts[:, 0], [i, i + 1])
+        return self.cuts[low:high, 1:]
+
     def __getitem__(self, i: int) -> np.ndarray:
         """Return a block's tokens, labels and, if packed, positions within the sample, int64 [2 or 3, tokens]."""
-        low, high = np.searchsorted(self.cuts[:, 0], [i, i + 1])
         samples = []
-        for _, start, stop in self.cuts[low:high]:
+        for start, stop in self.spans(i):
             ids, labels = (self.read(start + offset, stop + offset) for offset in (0, len(self._stream) // 2))
             labels[0] = IGNORED  # what comes before it is another sample's, or nothing
             samples.append(np.stack([ids, labels, np.arange(stop - start)]))
@@ -655,7 +674,8 @@ def text_blocks(
         dataset, starts = dataset.select(range(most)), starts[:most]
     closed = close_documents(dataset, starts, *marks)
     cuts = cut_points(row_lengths(closed), data.max_length, data.packing)
-    return Blocks(flat_column(closed, "input_ids"), data.max_length, cuts, len(starts), int(starts.sum()))
+    counts = len(starts), int(starts.sum())
+    return Blocks(flat_column(closed, "input_ids"), data.max_length, cuts, *counts, origin=closed)
 
 
 def make_text_blocks(
@@ -765,6 +785,7 @@ def sample_blocks(dataset: Dataset, name: str, rows: np.ndarray, notes: list[str
         rows=len(rows),
         documents=len(rows),
         notes=tuple(notes),
+        origin=dataset,
         packed=data.packing,
         learned=int(learned_tokens(dataset, data.max_length)[rows].sum()),
     )
@@ -807,6 +828,8 @@ def make_blocks(
     if "input_ids" not in columns:
         raise ConfigError(f"prepare_dataset: expected a column input_ids, got {', '.join(columns)}")
     splits = {name: without_pads(split) for name, split in tokenized.items() if name in ("train", "validation")}
+    for name, split in splits.items():
+        splits[name] = split if ROW in split.column_names else split.add_column(ROW, np.arange(len(split)))
     if "labels" in columns and (isinstance(tokenized, Tokenized) or not rows_are_lines(data)):
         blocks = make_sample_blocks(splits, data, seed)
     else:
@@ -866,6 +889,27 @@ def show_block(block: np.ndarray, tokenizer: PreTrainedTokenizerBase, most: int 
         if len(shown) > 5 * most:
             return shown + " …"
     return shown
+
+
+def place_of(block: int, blocks: Blocks, data: DataConfig) -> str:
+    """Return the files and rows, from 1, that a training block is made of; of a text file a row is a line."""
+    numbers, local = np.array(blocks.rows_of(block)), local_files(data.dataset)
+    if local is None:
+        names, sizes = [f"{data.dataset} {data.train_split}"], [int(numbers.max()) + 1]
+    else:
+        builder, files = local
+        names = files.get(data.train_split) or next(iter(files.values()))
+        options = OPTIONS.get(builder, {})
+        loaded = (datasets.load_dataset(builder, data_files=[glob.escape(n)], split="train", **options) for n in names)
+        sizes = [len(rows) for rows in loaded] if len(names) > 1 else [int(numbers.max()) + 1]
+    starts, places = np.cumsum([0, *sizes]), []
+    for name, start, stop in zip(names, starts, starts[1:], strict=False):
+        mine = numbers[(numbers >= start) & (numbers < stop)] - start + 1
+        if len(mine):
+            runs = np.split(mine, np.flatnonzero(np.diff(mine) != 1) + 1)
+            shown = [f"{run[0]}" if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs]
+            places.append(f"{Path(name).name if local else name} row{'s'[: len(mine) > 1]} {', '.join(shown)}")
+    return ", ".join(places)
 
 
 # ------------------------------------------------------------------------------------------------ batches

@@ -376,6 +376,14 @@ def accumulate_in_memory(run: Run, step: int, window: np.ndarray) -> tuple[torch
         run.learner.reshape(smaller.micro_batch, smaller.checkpointed)
 
 
+def show_blocks(run: Run, numbers: np.ndarray) -> str:
+    """Return training blocks by number, each with its files and rows and the start of its text."""
+    blocks = run.blocks["train"]
+    shown = (data_utils.show_block(blocks[i], run.tokenizer, 40) for i in numbers)
+    places = (data_utils.place_of(i, blocks, run.config.data) for i in numbers)
+    return ", ".join(f"{i} ({place}: {text})" for i, place, text in zip(numbers, places, shown, strict=True))
+
+
 def training_step(run: Run, step: int, window: np.ndarray, stop: bool) -> StepResult:
     """Learn from the blocks of one window: sum loss and gradients over all of them, divide once, clip, step."""
     learner, scaler = run.learner, run.learner.scaler
@@ -396,8 +404,7 @@ def training_step(run: Run, step: int, window: np.ndarray, stop: bool) -> StepRe
     if not (math.isfinite(loss_sum) and (math.isfinite(grad_norm) or overflow)):
         raise NumbersWentWrong(
             f"step {step + 1}: loss {loss_sum / max(tokens, 1)}, gradient norm {grad_norm} (compute type "
-            f"{learner.loss.dtype}): try a lower learning_rate, or look at its blocks: "
-            + ", ".join(f"{i} ({data_utils.show_block(run.blocks['train'][i], run.tokenizer, 40)})" for i in window)
+            f"{learner.loss.dtype}): try a lower learning_rate, or look at its blocks: {show_blocks(run, window)}"
         )
     scaler.update()
     run.scheduler.step()

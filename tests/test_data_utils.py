@@ -34,6 +34,7 @@ from data_utils import (
     load_rows,
     make_blocks,
     pack,
+    place_of,
     recognise,
     rows_are_lines,
     show_block,
@@ -1322,3 +1323,53 @@ def test_evaluation_and_comparison_refuse_in_one_line(tmp_path, monkeypatch, cap
     assert main(flags) == 2
     assert capsys.readouterr().err.splitlines() == [f"error: {problem}"]
     assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------ where a block is from
+
+
+def lines_of(place: str, folder: Path) -> list[tuple[str, int]]:
+    """Return (file, row) of each row that a place names."""
+    found = []
+    for name, ranges in re.findall(r"([\w.]+) rows? ((?:\d+(?: to \d+)?(?:, (?=\d))?)+)", place):
+        for part in ranges.split(", "):
+            first, *last = part.split(" to ")
+            found += [(name, row) for row in range(int(first), int((last or [first])[0]) + 1)]
+    return found
+
+
+def test_a_block_of_text_names_the_files_and_lines_that_it_is_made_of(tmp_path, tokenizer):
+    """The lines named, joined, hold the block's text; the first and last of them are needed for it."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    words, lines = iter(range(10_000)), {}
+    for name, count in (("a.txt", 40), ("b.txt", 25)):
+        texts = ["" if i % 7 == 3 else " ".join(f"w{next(words)}" for _ in range(i % 5 + 1)) for i in range(count)]
+        write_txt(folder / name, "\n".join(texts) + "\n")
+        lines |= {(name, i + 1): text for i, text in enumerate(texts)}
+    data = settings(folder, max_length=48, validation_fraction=0.2)
+    train = blocks_of(data, tokenizer)["train"]
+    seen = set()
+    for i in range(len(train)):
+        named = lines_of(place_of(i, train, data), folder)
+        text = tokenizer.decode(train[i], skip_special_tokens=True)
+        for edge in (named[0], named[-1]):
+            assert lines[edge]
+        joined = "\n".join(lines[row] for row in named)
+        assert re.sub(r"\s", "", text) in re.sub(r"\s", "", joined), (i, named)
+        shorter = re.sub(r"\s", "", "".join(lines[row] for row in named[1:-1]))
+        assert re.sub(r"\s", "", text) not in shorter
+        seen |= {name for name, _ in named}
+    assert seen == {"a.txt", "b.txt"}
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_block_of_samples_names_their_rows(tmp_path, tokenizer, packing):
+    rows = [{"prompt": f"say {i}", "completion": f"{i} " * (i % 6)} for i in range(30)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    data = settings(tmp_path / "pairs.jsonl", max_length=64, packing=packing, validation_fraction=0.1)
+    train = blocks_of(data, tokenizer)["train"]
+    for i in range(len(train)):
+        named = {row for _, row in lines_of(place_of(i, train, data), tmp_path)}
+        text = tokenizer.decode(train[i][0], skip_special_tokens=True)
+        assert named == {int(n) + 1 for n in re.findall(r"say (\d+)", text)}, (i, text)

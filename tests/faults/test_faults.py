@@ -223,7 +223,8 @@ def test_weights_that_are_not_finite_are_said_to_be_the_bases(train, tiny_model,
     code, _ = train(*SHORT, "--model_name", model, "--validation_fraction", 0, output_dir=tmp_path / "two")
     line = said(capsys)
     assert code == 1 and line.startswith("step 1: loss nan") and "torch.bfloat16" in line
-    assert len(re.findall(r"\d+ \(.*? …\)", line.split("look at its blocks: ")[1])) == 4  # each with its text
+    # each with its place and text
+    assert len(re.findall(r"\d+ \(\w+\.txt rows? \d+.*?: .*? …\)", line.split("look at its blocks: ")[1])) == 4
 
 
 def test_float16_that_overflows_at_every_scale_stops(train, monkeypatch, capsys):
