@@ -129,58 +129,98 @@ if triton is not None:
         return first.to(tl.float32), (x >> 16).to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
 
     @triton.jit
-    def _half(total, words, x, inside, stride: tl.constexpr, lut, level, dtype: tl.constexpr, SHUFFLE: tl.constexpr):
-        """Add the products of 32 of a thread's 64 weights to total. words, total: [rows, runs, 4]; x: [1, runs, 4]."""
+    def _half(
+        total, total2, words, words2, x, inside, stride: tl.constexpr, lut, level, dtype: tl.constexpr,
+        SHUFFLE: tl.constexpr, TWO: tl.constexpr,
+    ):  # fmt: skip
+        """Add the products of 32 of a thread's 64 weights, of one matrix or of two, to the totals.
+
+        words, total: [rows, runs, 4]; x: [1, runs, 4].
+        """
         l0, l1, l2, l3, l4, l5, l6, l7 = _levels(words, lut, level, SHUFFLE)
+        m0, m1, m2, m3, m4, m5, m6, m7 = _levels(words2, lut, level, SHUFFLE) if TWO else (0, 0, 0, 0, 0, 0, 0, 0)
         a, b = _pair(tl.load(x, mask=inside, other=0), dtype)
         total += l0 * a
         total += l1 * b
+        if TWO:
+            total2 += m0 * a
+            total2 += m1 * b
         a, b = _pair(tl.load(x + stride, mask=inside, other=0), dtype)
         total += l2 * a
         total += l3 * b
+        if TWO:
+            total2 += m2 * a
+            total2 += m3 * b
         a, b = _pair(tl.load(x + 2 * stride, mask=inside, other=0), dtype)
         total += l4 * a
         total += l5 * b
+        if TWO:
+            total2 += m4 * a
+            total2 += m5 * b
         a, b = _pair(tl.load(x + 3 * stride, mask=inside, other=0), dtype)
         total += l6 * a
         total += l7 * b
-        return total
+        if TWO:
+            total2 += m6 * a
+            total2 += m7 * b
+        return total, total2
+
+    @triton.jit
+    def _constant(code, second, shift, code2, block, real, NESTED: tl.constexpr, BLOCKSIZE2: tl.constexpr):
+        """Return the constants of blocks of weights, fp32. NESTED: code is a code of 8 bits, else the constant."""
+        if NESTED:
+            code = tl.load(code2 + code.to(tl.int32))
+            code = code * tl.load(second + block // BLOCKSIZE2, mask=real, other=0.0) + shift
+        return code
 
     @triton.jit
     def _product(
-        x, codes, absmax, absmax2, offset, code2, lut, row, rows, dtype: tl.constexpr, K: tl.constexpr,
-        NESTED: tl.constexpr, BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr, BLOCKS: tl.constexpr,
-        SHUFFLE: tl.constexpr, OVERLAP: tl.constexpr,
+        x, codes, absmax, second, offset, codes2, absmax2, second2, offset2, code2, lut, row, rows,
+        dtype: tl.constexpr, K: tl.constexpr, NESTED: tl.constexpr, BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr,
+        BLOCKS: tl.constexpr, SHUFFLE: tl.constexpr, OVERLAP: tl.constexpr, TWO: tl.constexpr,
     ):  # fmt: skip
-        """Return W x for some rows of W, fp32. x: pairs in the order of `_place`; row: [rows]."""
+        """Return W x for some rows of W and, if TWO, of a second matrix, fp32. x: pairs in the order of `_place`; row:
+        [rows].
+
+        Two share the loads of x, and the weights of both are under way before any is used: loads stay in this order.
+        """
         RUNS: tl.constexpr = K // 64
         level = _lane_level(lut, SHUFFLE)
         shift = tl.load(offset) if NESTED else 0.0
+        shift2 = tl.load(offset2) if NESTED and TWO else 0.0
         word = tl.arange(0, 4)[None, None]
         result = tl.zeros((row.shape[0], BLOCKS), tl.float32)
+        result2 = tl.zeros((row.shape[0], BLOCKS), tl.float32)
         for start in range(0, RUNS, BLOCKS):
             run = start + tl.arange(0, BLOCKS)
             known = (run < RUNS)[None, :, None]
             inside = (row < rows)[:, None, None] & known
             place = row[:, None] * RUNS + run[None]
-            words = codes + (place * 8)[:, :, None] + word
-            first = tl.load(words, mask=inside, other=0)
-            second = tl.load(words + 4, mask=inside, other=0)
+            words = (place * 8)[:, :, None] + word
             block = place * 64 // BLOCKSIZE
             real = (row < rows)[:, None] & (run < RUNS)[None]
+            low, high = tl.load(codes + words, mask=inside, other=0), tl.load(codes + words + 4, mask=inside, other=0)
             constant = tl.load(absmax + block, mask=real, other=0)
+            low2, high2, constant2 = low, high, constant
+            if TWO:
+                low2 = tl.load(codes2 + words, mask=inside, other=0)
+                high2 = tl.load(codes2 + words + 4, mask=inside, other=0)
+                constant2 = tl.load(absmax2 + block, mask=real, other=0)
             _wait(OVERLAP)
             pairs = x + (run * 4)[None, :, None] + word
             total = tl.zeros((row.shape[0], BLOCKS, 4), tl.float32)
-            total = _half(total, first, pairs, known, RUNS * 4, lut, level, dtype, SHUFFLE)
-            total = _half(total, second, pairs + RUNS * 16, known, RUNS * 4, lut, level, dtype, SHUFFLE)
-            # One constant a block of weights; NESTED: a code of 8 bits. It is looked up when the weights are used up:
-            # before, the loads of the weights would wait for it.
-            if NESTED:
-                constant = tl.load(code2 + constant.to(tl.int32))
-                constant = constant * tl.load(absmax2 + block // BLOCKSIZE2, mask=real, other=0.0) + shift
-            result += tl.sum(total, 2) * constant
-        return tl.sum(result, 1)
+            total, total2 = _half(
+                total, total, low, low2, pairs, known, RUNS * 4, lut, level, dtype, SHUFFLE, TWO
+            )  # fmt: skip
+            total, total2 = _half(
+                total, total2, high, high2, pairs + RUNS * 16, known, RUNS * 4, lut, level, dtype, SHUFFLE, TWO
+            )  # fmt: skip
+            # Looked up when the weights are used up: before, the loads of the weights would wait for it.
+            result += tl.sum(total, 2) * _constant(constant, second, shift, code2, block, real, NESTED, BLOCKSIZE2)
+            if TWO:
+                constant2 = _constant(constant2, second2, shift2, code2, block, real, NESTED, BLOCKSIZE2)
+                result2 += tl.sum(total2, 2) * constant2
+        return tl.sum(result, 1), tl.sum(result2, 1)
 
     @triton.jit
     def _adapter(
@@ -236,9 +276,9 @@ if triton is not None:
                 rows0, rank0, scale0 = rows1, rank1, scale1
         row = program * ROWS + tl.arange(0, ROWS)
         inside = row < rows0
-        y = _product(
-            x, codes0, absmax0, second0, offset0, code2, lut, row, rows0, HALF, K, NESTED, BLOCKSIZE, BLOCKSIZE2,
-            BLOCKS, SHUFFLE, OVERLAP,
+        y, up = _product(
+            x, codes0, absmax0, second0, offset0, codes1, absmax1, second1, offset1, code2, lut, row, rows0, HALF, K,
+            NESTED, BLOCKSIZE, BLOCKSIZE2, BLOCKS, SHUFFLE, OVERLAP, MODE == "swiglu",
         )  # fmt: skip
         y = _adapter(
             y, u + member * RANK, B0, bias0, row, rows0, rank0, scale0, MEMBERS, RANK, PARTS, PARTS_2, BIAS
@@ -249,10 +289,6 @@ if triton is not None:
             y += tl.load(residual + row, mask=inside, other=0.0).to(tl.float32)
             tl.store(out + row, y.to(HALF), mask=inside)
         else:
-            up = _product(
-                x, codes1, absmax1, second1, offset1, code2, lut, row, rows1, HALF, K, NESTED, BLOCKSIZE, BLOCKSIZE2,
-                BLOCKS, SHUFFLE, OVERLAP,
-            )  # fmt: skip
             up = _adapter(
                 up, u + RANK, B1, bias1, row, rows1, rank1, scale1, MEMBERS, RANK, PARTS, PARTS_2, BIAS
             )  # fmt: skip
