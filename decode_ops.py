@@ -174,6 +174,20 @@ if triton is not None:
         return code
 
     @triton.jit
+    def _weights(
+        codes, absmax, row, rows, start, RUNS: tl.constexpr, BLOCKSIZE: tl.constexpr, BLOCKS: tl.constexpr
+    ):  # fmt: skip
+        """Return 64 weights a thread of some rows as words of eight codes, [rows, BLOCKS, 4] twice, and their constants
+        as they are stored, [rows, BLOCKS]. start: the first run of 64.
+        """
+        run = start + tl.arange(0, BLOCKS)
+        place = row[:, None] * RUNS + run[None]
+        real = (row < rows)[:, None] & (run < RUNS)[None]
+        words = codes + (place * 8)[:, :, None] + tl.arange(0, 4)[None, None]
+        low, high = tl.load(words, mask=real[:, :, None], other=0), tl.load(words + 4, mask=real[:, :, None], other=0)
+        return low, high, tl.load(absmax + place * 64 // BLOCKSIZE, mask=real, other=0)
+
+    @triton.jit
     def _product(
         x, codes, absmax, second, offset, codes2, absmax2, second2, offset2, code2, lut, row, rows,
         dtype: tl.constexpr, K: tl.constexpr, NESTED: tl.constexpr, BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr,
@@ -191,22 +205,26 @@ if triton is not None:
         word = tl.arange(0, 4)[None, None]
         result = tl.zeros((row.shape[0], BLOCKS), tl.float32)
         result2 = tl.zeros((row.shape[0], BLOCKS), tl.float32)
+        low, high, constant = _weights(codes, absmax, row, rows, 0, RUNS, BLOCKSIZE, BLOCKS)
+        low2, high2, constant2 = low, high, constant
+        if TWO:
+            low2, high2, constant2 = _weights(codes2, absmax2, row, rows, 0, RUNS, BLOCKSIZE, BLOCKS)
         for start in range(0, RUNS, BLOCKS):
             run = start + tl.arange(0, BLOCKS)
             known = (run < RUNS)[None, :, None]
-            inside = (row < rows)[:, None, None] & known
-            place = row[:, None] * RUNS + run[None]
-            words = (place * 8)[:, :, None] + word
-            block = place * 64 // BLOCKSIZE
+            block = (row[:, None] * RUNS + run[None]) * 64 // BLOCKSIZE
             real = (row < rows)[:, None] & (run < RUNS)[None]
-            low, high = tl.load(codes + words, mask=inside, other=0), tl.load(codes + words + 4, mask=inside, other=0)
-            constant = tl.load(absmax + block, mask=real, other=0)
-            low2, high2, constant2 = low, high, constant
-            if TWO:
-                low2 = tl.load(codes2 + words, mask=inside, other=0)
-                high2 = tl.load(codes2 + words + 4, mask=inside, other=0)
-                constant2 = tl.load(absmax2 + block, mask=real, other=0)
-            _wait(OVERLAP)
+            next_low, next_high, next_constant = low, high, constant
+            next_low2, next_high2, next_constant2 = low2, high2, constant2
+            if BLOCKS < RUNS:  # on their way while these are used; past the end nothing is loaded
+                next_low, next_high, next_constant = _weights(
+                    codes, absmax, row, rows, start + BLOCKS, RUNS, BLOCKSIZE, BLOCKS
+                )  # fmt: skip
+                if TWO:
+                    next_low2, next_high2, next_constant2 = _weights(
+                        codes2, absmax2, row, rows, start + BLOCKS, RUNS, BLOCKSIZE, BLOCKS
+                    )  # fmt: skip
+            _wait(OVERLAP)  # every time: it keeps the compiler from putting those loads off to where they are used
             pairs = x + (run * 4)[None, :, None] + word
             total = tl.zeros((row.shape[0], BLOCKS, 4), tl.float32)
             total, total2 = _half(
@@ -220,6 +238,8 @@ if triton is not None:
             if TWO:
                 constant2 = _constant(constant2, second2, shift2, code2, block, real, NESTED, BLOCKSIZE2)
                 result2 += tl.sum(total2, 2) * constant2
+            low, high, constant = next_low, next_high, next_constant
+            low2, high2, constant2 = next_low2, next_high2, next_constant2
         return tl.sum(result, 1), tl.sum(result2, 1)
 
     @triton.jit
