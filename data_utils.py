@@ -17,9 +17,10 @@ import functools
 import glob
 import hashlib
 import itertools
+import os
 import re
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -322,8 +323,8 @@ def _check_text(split: Dataset, data: DataConfig) -> None:
 
 
 def tokenize_rows(rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> Tokenized:
-    """Return the rows with input_ids and their numbers in the split, nothing cut: of a text no special tokens are added; chats and pairs go
-    through the chat template and have labels too, -100 where nothing is learned.
+    """Return the rows with input_ids and their numbers in the split, nothing cut: of a text no special tokens are added;
+    chats and pairs go through the chat template and have labels too, -100 where nothing is learned.
 
     What was tokenised before is found in datasets' cache under a key of rows, tokenizer, template, settings and this
     file.
@@ -533,11 +534,15 @@ class Blocks:
         """Return where in the stream the tokens of a block are, int64 [spans, 2]: start and stop."""
         return self.cuts[None, i : i + 2]
 
-    def rows_of(self, i: int) -> list[int]:
-        """Return the numbers in its split, from 0, of the rows that a block has tokens of."""
+    def rows_of(self, blocks: Iterable[int]) -> list[np.ndarray]:
+        """Return for each block the numbers in their split, from 0, of the rows that it has tokens of, int64 [rows]."""
         ends, numbers = np.cumsum(row_lengths(self.origin)), _column(self.origin, ROW).to_numpy()
-        low, high = np.searchsorted(ends, (self.spans(i) - [0, 1]).T, side="right")  # of first and last tokens
-        return [int(n) for first, last in zip(low, high, strict=True) for n in numbers[first : last + 1]]
+        found = []
+        for i in blocks:
+            low, high = np.searchsorted(ends, (self.spans(i) - [0, 1]).T, side="right")  # of first and last tokens
+            parts = [numbers[first : last + 1] for first, last in zip(low, high, strict=True)]
+            found.append(np.concatenate(parts))
+        return found
 
     def __getitem__(self, i: int) -> np.ndarray:
         """Return a block's tokens, int64 [tokens]."""
@@ -891,25 +896,38 @@ def show_block(block: np.ndarray, tokenizer: PreTrainedTokenizerBase, most: int 
     return shown
 
 
-def place_of(block: int, blocks: Blocks, data: DataConfig) -> str:
-    """Return the files and rows, from 1, that a training block is made of; of a text file a row is a line."""
-    numbers, local = np.array(blocks.rows_of(block)), local_files(data.dataset)
+def _training_files(data: DataConfig) -> dict[str, int | None]:
+    """Return what the training rows were read from, in order, with the rows in each; None: all that are left."""
+    local = local_files(data.dataset)
     if local is None:
-        names, sizes = [f"{data.dataset} {data.train_split}"], [int(numbers.max()) + 1]
-    else:
-        builder, files = local
-        names = files.get(data.train_split) or next(iter(files.values()))
-        options = OPTIONS.get(builder, {})
-        loaded = (datasets.load_dataset(builder, data_files=[glob.escape(n)], split="train", **options) for n in names)
-        sizes = [len(rows) for rows in loaded] if len(names) > 1 else [int(numbers.max()) + 1]
-    starts, places = np.cumsum([0, *sizes]), []
-    for name, start, stop in zip(names, starts, starts[1:], strict=False):
-        mine = numbers[(numbers >= start) & (numbers < stop)] - start + 1
-        if len(mine):
-            runs = np.split(mine, np.flatnonzero(np.diff(mine) != 1) + 1)
-            shown = [f"{run[0]}" if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs]
-            places.append(f"{Path(name).name if local else name} row{'s'[: len(mine) > 1]} {', '.join(shown)}")
-    return ", ".join(places)
+        return {f"{data.dataset} {data.train_split}": None}
+    builder, files = local
+    names = files.get(data.train_split) or next(iter(files.values()))
+    base = data.dataset if Path(data.dataset).is_dir() else Path(data.dataset).parent
+    sizes = {os.path.relpath(name, base): None for name in names}
+    for shown, name in zip(
+        sizes, names[:-1], strict=False
+    ):  # each by itself, since together they are rows of one split
+        only = {"train": [glob.escape(name)]}
+        digest = content_digest({"train": [name]})
+        sizes[shown] = len(datasets.load_dataset(builder, digest, data_files=only, **OPTIONS.get(builder, {}))["train"])
+    return sizes
+
+
+def places_of(numbers: Iterable[int], blocks: Blocks, data: DataConfig) -> list[str]:
+    """Return for each training block the files and rows, from 1, that it is made of; of a text file a row is a line."""
+    files, places = _training_files(data), []
+    for rows in blocks.rows_of(numbers):
+        place, start = [], 0
+        for name, size in files.items():
+            mine = rows[(rows >= start) & (rows < start + size if size is not None else True)] - start + 1
+            start += size or 0
+            if len(mine):
+                runs = np.split(mine, np.flatnonzero(np.diff(mine) != 1) + 1)
+                shown = [f"{run[0]}" if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs]
+                place.append(f"{name} row{'s'[: len(mine) > 1]} {', '.join(shown)}")
+        places.append(", ".join(place))
+    return places
 
 
 # ------------------------------------------------------------------------------------------------ batches

@@ -35,7 +35,8 @@ class Unsupported(ValueError):
 class Layout:
     """How the kernels are laid on a GPU."""
 
-    rows: int = 1  # outputs of a program of a product (with SwiGLU of gate and of up): 2 take 1.2x as long, 4 1.5x
+    # Outputs of a program of a product (with SwiGLU of gate and of up): 2 took 1.2x as long, 4 1.5x, each with its own x.
+    rows: int = 1
     positions: int = 32  # of a tile of the cache
     # A kernel starts, and loads weights, before the one before has ended (sm_90 and later): 1,832 us a token of a 3B on an
     # H100 in place of 2,152.
@@ -501,10 +502,6 @@ class Member:
             self.rank, self.scale = len(self.A), float(module.scaling[adapter])
 
 
-def _power(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
 def _options() -> dict[str, bool]:
     """Return the options of every launch. From Triton 3.10 on it no longer fuses a product with a sum unasked."""
     overlap = LAYOUT.overlap and not INTERPRETED and torch.cuda.is_available()
@@ -522,7 +519,11 @@ class Linears:
     def __init__(self, modules: dict[str, nn.Module], mode: str, dtype: torch.dtype, parts: int = 1):
         self.members = [Member(module, name) for name, module in modules.items()]
         first, adapted = self.members[0], [member for member in self.members if member.rank]
-        self.mode, self.parts, self.rank = mode, parts, _power(max(m.rank for m in self.members)) if adapted else 0
+        self.mode, self.parts, self.rank = (
+            mode,
+            parts,
+            triton.next_power_of_2(max(m.rank for m in self.members)) if adapted else 0,
+        )
         self.columns, self.rows = first.columns, [member.rows for member in self.members]
         for what in ("kind", "columns"):
             same = len({getattr(member, what) for member in self.members}) == 1
@@ -548,7 +549,7 @@ class Linears:
         warps = 2 if self.columns // RUN > 64 else 1  # as long as a row; more would idle at its end
         self.constants = dict(
             MODE=mode, MEMBERS=len(modules), K=self.columns, OUTPUTS=first.rows, RANK=self.rank, PARTS=parts,
-            PARTS_2=_power(parts), BIAS=None not in biases, NESTED=nested, BLOCKSIZE=blocksize, BLOCKSIZE2=blocksize2,
+            PARTS_2=triton.next_power_of_2(parts), BIAS=None not in biases, NESTED=nested, BLOCKSIZE=blocksize, BLOCKSIZE2=blocksize2,
             ROWS=LAYOUT.rows, BLOCKS=32 * warps, SHUFFLE=not INTERPRETED,
             HALF=tl.bfloat16 if dtype is torch.bfloat16 else tl.float16, num_warps=warps, **_options(),
         )  # fmt: skip
@@ -566,7 +567,7 @@ def _norm(x: torch.Tensor, norm: nn.Module, out: torch.Tensor, linears: Linears 
     A, ranks = (linears.A, linears.ranks) if rank else ([x], [0])
     _norm_kernel[(max(1, rank * len(A)),)](
         x, norm.weight, out, linears.u if linears else out, *(A * 3)[:3], *(ranks + [0, 0])[:3],
-        norm.variance_epsilon, K=x.numel(), RANK=rank, ORDERED=linears is not None, BLOCK=_power(x.numel()),
+        norm.variance_epsilon, K=x.numel(), RANK=rank, ORDERED=linears is not None, BLOCK=triton.next_power_of_2(x.numel()),
         num_warps=4 if x.numel() <= 4096 else 8, **_options(),
     )  # fmt: skip
 
@@ -611,12 +612,15 @@ class Layer:
         self.out = linears(attention, "o_proj", "residual", heads)
         self.gate_up = linears(mlp, "gate_proj up_proj", "swiglu")
         self.down = linears(mlp, "down_proj", "residual", triton.cdiv(self.gate_up.rows[0], CHUNK))
-        splits = min(_power(max(4, LAYOUT.programs // kv_heads)), _power(triton.cdiv(length, LAYOUT.positions)))
+        splits = min(
+            triton.next_power_of_2(max(4, LAYOUT.programs // kv_heads)),
+            triton.next_power_of_2(triton.cdiv(length, LAYOUT.positions)),
+        )
         q_norm, k_norm = (getattr(attention, name, layer.input_layernorm) for name in ("q_norm", "k_norm"))
         self.head_norms = q_norm.weight, k_norm.weight
         self.numbers = q_norm.variance_epsilon, attention.scaling, length
         self.shape = dict(
-            HEADS=heads, KV_HEADS=kv_heads, HALF=size // 2, GROUP=max(16, _power(heads // kv_heads)), SPLITS=splits,
+            HEADS=heads, KV_HEADS=kv_heads, HALF=size // 2, GROUP=max(16, triton.next_power_of_2(heads // kv_heads)), SPLITS=splits,
             POSITIONS=LAYOUT.positions, NORM=hasattr(attention, "q_norm"),
         )  # fmt: skip
 

@@ -265,9 +265,8 @@ def load_base(config: Config, device: torch.device, quantized: bool = True) -> t
 
 def quiet_libraries() -> None:
     """Leave the console to the scripts, and let one that lacks a character show a question mark instead."""
-    warnings.filterwarnings(
-        "ignore", category=FutureWarning, module="(transformers|peft)\\b"
-    )  # of names that peft still uses
+    # Of names that peft still uses.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="(transformers|peft)\\b")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; what fails in the end is reported by us

@@ -380,7 +380,10 @@ def show_blocks(run: Run, numbers: np.ndarray) -> str:
     """Return training blocks by number, each with its files and rows and the start of its text."""
     blocks = run.blocks["train"]
     shown = (data_utils.show_block(blocks[i], run.tokenizer, 40) for i in numbers)
-    places = (data_utils.place_of(i, blocks, run.config.data) for i in numbers)
+    try:
+        places = data_utils.places_of(numbers, blocks, run.config.data)
+    except (ConfigError, OSError, ValueError) as error:  # files that are gone must not hide what went wrong
+        places = [f"its rows are out of reach, {error}" for _ in numbers]
     return ", ".join(f"{i} ({place}: {text})" for i, place, text in zip(numbers, places, shown, strict=True))
 
 

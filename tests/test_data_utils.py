@@ -34,7 +34,7 @@ from data_utils import (
     load_rows,
     make_blocks,
     pack,
-    place_of,
+    places_of,
     recognise,
     rows_are_lines,
     show_block,
@@ -1328,7 +1328,7 @@ def test_evaluation_and_comparison_refuse_in_one_line(tmp_path, monkeypatch, cap
 # ------------------------------------------------------------------------------------------------ where a block is from
 
 
-def lines_of(place: str, folder: Path) -> list[tuple[str, int]]:
+def lines_of(place: str) -> list[tuple[str, int]]:
     """Return (file, row) of each row that a place names."""
     found = []
     for name, ranges in re.findall(r"([\w.]+) rows? ((?:\d+(?: to \d+)?(?:, (?=\d))?)+)", place):
@@ -1350,8 +1350,8 @@ def test_a_block_of_text_names_the_files_and_lines_that_it_is_made_of(tmp_path, 
     data = settings(folder, max_length=48, validation_fraction=0.2)
     train = blocks_of(data, tokenizer)["train"]
     seen = set()
-    for i in range(len(train)):
-        named = lines_of(place_of(i, train, data), folder)
+    for i, place in enumerate(places_of(range(len(train)), train, data)):
+        named = lines_of(place)
         text = tokenizer.decode(train[i], skip_special_tokens=True)
         for edge in (named[0], named[-1]):
             assert lines[edge]
@@ -1369,7 +1369,7 @@ def test_a_block_of_samples_names_their_rows(tmp_path, tokenizer, packing):
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     data = settings(tmp_path / "pairs.jsonl", max_length=64, packing=packing, validation_fraction=0.1)
     train = blocks_of(data, tokenizer)["train"]
-    for i in range(len(train)):
-        named = {row for _, row in lines_of(place_of(i, train, data), tmp_path)}
+    for i, place in enumerate(places_of(range(len(train)), train, data)):
+        named = {row for _, row in lines_of(place)}
         text = tokenizer.decode(train[i][0], skip_special_tokens=True)
         assert named == {int(n) + 1 for n in re.findall(r"say (\d+)", text)}, (i, text)

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -658,6 +659,20 @@ def poison(at: int) -> Callable:
             next(p for name, p in session.model.named_parameters() if "lora_B" in name).data[0, 0] = math.nan
 
     return hook
+
+
+def test_numbers_that_go_wrong_are_told_when_the_data_is_gone_too(train, watch, few, tmp_path, capsys):
+    data = Path(shutil.copy(few, tmp_path / "gone.txt"))
+    poisoned = poison(1)
+
+    def hook(session, number: int) -> None:
+        poisoned(session, number)
+        data.unlink(missing_ok=True)
+
+    watch(before=hook)
+    assert train("--dataset", data, "--max_steps", 3)[0] == 1
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("error: "))
+    assert "step 2: loss nan" in line and "its rows are out of reach, data.dataset: " in line
 
 
 def test_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(train, watch, capsys):
