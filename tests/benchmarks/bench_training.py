@@ -6,21 +6,26 @@
 A case is BATCHxLENGTH, with @N confined to N multiprocessors (a stand-in for a smaller card) and %G capped at G GiB. LoRA r = 16 on all
 seven projections, NF4 + double quantisation, bf16, full blocks of random tokens. Each case runs in a process of its own and
 prints a JSON line; the table comes last. Compare only figures of one call on one machine. Memory is what the allocator reserved.
+`first s` (the first micro-batch, without loading) is worth something with --together 1 only.
 """
 
 import argparse
+import fcntl
 import json
 import os
 import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 GIB = 2**30
+WARM_UP = 4  # micro-batches before the timed ones
 
 
 def parse() -> argparse.Namespace:
@@ -28,13 +33,18 @@ def parse() -> argparse.Namespace:
     parser.add_argument("model", help="folder of the model")
     parser.add_argument("--cases", nargs="+", default=["1x512", "16x512"], metavar="BxL[@SMS][%%GIB]")
     parser.add_argument("--peers", nargs="+", default=["ours", "hf", "unsloth"], choices=("ours", "hf", "unsloth"))
-    parser.add_argument("--checkpointing", nargs="+", default=["on", "off"], choices=("on", "off", "offload"))
+    parser.add_argument(
+        "--checkpointing", nargs="+", default=["on", "off"], help="on, off, offload (Unsloth), N layers (ours)"
+    )
     parser.add_argument("--dropout", nargs="+", type=float, default=[0.0])
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="SECTION.KEY=VALUE", help="settings of this toolkit's cases"
     )
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--timeout", type=int, default=240, help="seconds a case may take")
+    parser.add_argument(
+        "--together", type=int, default=1, help="processes that load and compile at once; timed in turn"
+    )
     parser.add_argument(
         "--profile", metavar="CASE", help="print the GPU time of one micro-step of this toolkit by kernel"
     )
@@ -179,6 +189,8 @@ def load_peer(case: dict):
 
 def run_single(case: dict) -> dict:
     """Return the case with the median milliseconds of a micro-batch, tokens a second and peak GiB."""
+    turn = os.open(case["turn"], os.O_RDONLY)  # shared while cases load and compile, one's own while it is timed
+    fcntl.flock(turn, fcntl.LOCK_SH)
     if case["peer"] == "unsloth":
         import unsloth  # noqa: F401  (must be imported before transformers)
     if case["peer"] == "ours":
@@ -193,7 +205,10 @@ def run_single(case: dict) -> dict:
         micro_batch, optimizer, zero = (load_ours if case["peer"] == "ours" else load_peer)(case)
         torch.manual_seed(0)
         times, started = [], time.perf_counter()
-        for step in range(case["steps"] + 3):
+        for step in range(case["steps"] + WARM_UP):
+            if step == WARM_UP - 1:
+                fcntl.flock(turn, fcntl.LOCK_UN)
+                fcntl.flock(turn, fcntl.LOCK_EX)
             ids = torch.randint(0, 150000, (case["batch"], case["length"]), device="cuda")
             torch.cuda.synchronize()
             start = time.perf_counter()
@@ -201,7 +216,7 @@ def run_single(case: dict) -> dict:
             torch.cuda.synchronize()
             if step == 0:
                 case["first_s"] = round(time.perf_counter() - started, 1)
-            if step >= 3:
+            if step >= WARM_UP:
                 times.append(time.perf_counter() - start)
             if step % 4 == 1:
                 optimizer.step()
@@ -288,7 +303,7 @@ def main() -> int:
     if args.single:
         print("RESULT " + json.dumps(run_single(json.loads(args.single))))
         return 0
-    results = []
+    cases = []
     for text in [args.profile] if args.profile else args.cases:
         match = re.fullmatch(r"(\d+)x(\d+)(?:@(\d+))?(?:%([\d.]+))?", text)
         if not match:
@@ -302,7 +317,7 @@ def main() -> int:
         }
         for peer in args.peers:
             for checkpointing in args.checkpointing:
-                if checkpointing == "offload" and peer != "unsloth":
+                if (checkpointing == "offload" and peer != "unsloth") or (checkpointing.isdigit() and peer != "ours"):
                     continue
                 for dropout in args.dropout:
                     case = {
@@ -313,7 +328,9 @@ def main() -> int:
                         "model": args.model,
                     }
                     case |= {"steps": args.steps, "set": args.set, "profile": bool(args.profile)}
-                    results.append(run_process(case, args.timeout))
+                    cases.append(case)
+    with tempfile.NamedTemporaryFile() as turn, ThreadPoolExecutor(args.together) as pool:
+        results = list(pool.map(lambda case: run_process(case | {"turn": turn.name}, args.timeout), cases))
     print(table(results))
     return 0
 
@@ -334,7 +351,10 @@ def run_process(case: dict, timeout: int) -> dict:
     result = found[0] if found else case | {"error": "failed"}
     if not found:
         print("\n".join(done.stderr.splitlines()[-12:]), file=sys.stderr)
-    print(json.dumps({k: v for k, v in result.items() if k not in ("model", "profile", "set", "steps")}), flush=True)
+    print(
+        json.dumps({k: v for k, v in result.items() if k not in ("model", "profile", "set", "steps", "turn")}),
+        flush=True,
+    )
     return result
 
 
