@@ -899,12 +899,23 @@ def test_rows_of_which_nothing_is_learned_are_named_and_left_out(tmp_path, token
     assert part.supervised == sum(int((part[i][1] != IGNORED).sum()) for i in range(len(part)))
 
 
-def test_where_nothing_is_learned_at_all_the_data_are_refused(tmp_path, tokenizer):
+def test_where_nothing_is_learned_at_all_the_data_are_refused(train, tmp_path, capsys):
     path = write_rows(tmp_path / "a.jsonl", [{"messages": turns("word " * 40, "a")}] * 3)
-    with pytest.raises(
-        ConfigError, match=r"data\.dataset: .*nothing to learn; train: 3 of 3 rows left out.*rows 1, 2, 3"
-    ):
-        blocks_of(settings(path, max_length=32), tokenizer)
+    code, folder = train("--dataset", path, "--max_length", 32)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert code == 2 and not folder.exists()
+    assert line.startswith(f"error: data.dataset: {path}: nothing to learn; train: 3 of 3 rows left out")
+    assert line.endswith("rows 1, 2, 3")
+
+
+def test_a_run_says_how_many_chats_are_cut(train, tmp_path):
+    rows = [turns("q", "a " * 9), turns("q", "a " * 90), turns("q", "a " * 9), turns("a " * 90, "a")] * 4
+    path = write_rows(tmp_path / "a.jsonl", [{"messages": row} for row in rows])
+    code, folder = train("--dataset", path, "--max_steps", 1)
+    log = (folder / "training_log.txt").read_text(encoding="utf-8")
+    assert code == 0
+    assert "data: train: 4 of 16 rows left out, since nothing in their first 64 tokens" in log
+    assert re.search(r"data: train: 8 of 16 rows are cut at data\.max_length: \d\d\.\d% of the tokens are lost", log)
 
 
 def test_samples_are_held_out_by_seed_and_limited_after_it(tmp_path, tokenizer):
