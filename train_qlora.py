@@ -566,7 +566,8 @@ def start_run(run: Run, found: Found | None) -> None:
     checkpoint_utils.check_space(run.config.training, [p.numel() for p in run.learner.parameters])
     run.accelerator.wait_for_everyone()
     if run.accelerator.is_main_process:
-        log.open(checkpoint_utils.open_output(run.config, run.progress.history, fresh=found is None))
+        history, template = run.progress.history, run.blocks["train"].template
+        log.open(checkpoint_utils.open_output(run.config, history, found is None, template))
     if found is not None:
         log.say(f"resuming from {folder} at step {run.progress.step} of {run.total_steps}")
         now = checkpoint_utils.settings(run.config)
