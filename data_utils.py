@@ -849,9 +849,10 @@ def make_blocks(
     return {"train": blocks["train"], "validation": blocks.get("validation")}
 
 
-def is_packed(blocks: Blocks) -> bool:
-    """Return whether blocks hold several samples each, which must not see each other."""
-    return isinstance(blocks, SampleBlocks) and blocks.packed
+def sample_counts(*parts: Blocks | Windows | None) -> list[int]:
+    """Return how many samples each block of packed samples holds, in descending order; nothing where none are packed."""
+    packed = [part for part in parts if isinstance(part, SampleBlocks) and part.packed]
+    return sorted((int(count) for part in packed for count in np.bincount(part.cuts[:, 0])), reverse=True)
 
 
 def untrained_chat_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
