@@ -191,18 +191,18 @@ def sample_starts(sees: Callable, batch: int, length: int, most: int, device: to
 
 
 def _attention(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None,
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None,
     scaling: float | None = None, **kwargs,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
     """Return SDPA's attention, or PyTorch's varlen attention where sample_starts stand in the mask's place.
 
     query: [batch, heads, length, width], key and value perhaps of fewer heads; result: [batch, length, heads, width].
     """
-    if mask is None or mask.ndim != 1:
-        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
-    batch, _, length, _ = query.shape
+    if attention_mask is None or attention_mask.ndim != 1:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    (batch, _, length, _), starts = query.shape, attention_mask
     q, k, v = (x.transpose(1, 2).contiguous().flatten(0, 1) for x in (query, key, value))
-    mixed = varlen_attn(q, k, v, mask, mask, length, length, scale=scaling, window_size=(-1, 0), **GROUPED)
+    mixed = varlen_attn(q, k, v, starts, starts, length, length, scale=scaling, window_size=(-1, 0), **GROUPED)
     return mixed.unflatten(0, (batch, length)), None
 
 
