@@ -72,7 +72,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import bitsandbytes as bnb
@@ -97,7 +97,7 @@ import memory_utils
 import quantization_utils
 from checkpoint_utils import Found
 from config import TrainingConfig, flatten
-from data_utils import IGNORED, Blocks, collate, is_packed, load_rows, make_blocks, step_windows, tokenize_rows
+from data_utils import IGNORED, Blocks, collate, load_rows, make_blocks, sample_counts, step_windows, tokenize_rows
 from memory_utils import GIB, MemoryPlan, peak_gib
 from quantization_utils import create_lora_config, load_base, load_tokenizer, prepare_model_for_training, usable_dtype
 
@@ -566,7 +566,8 @@ def start_run(run: Run, found: Found | None) -> None:
     checkpoint_utils.check_space(run.config.training, [p.numel() for p in run.learner.parameters])
     run.accelerator.wait_for_everyone()
     if run.accelerator.is_main_process:
-        log.open(checkpoint_utils.open_output(run.config, run.progress.history, fresh=found is None))
+        history, template = run.progress.history, run.blocks["train"].template
+        log.open(checkpoint_utils.open_output(run.config, history, found is None, template))
     if found is not None:
         log.say(f"resuming from {folder} at step {run.progress.step} of {run.total_steps}")
         now = checkpoint_utils.settings(run.config)
@@ -764,12 +765,12 @@ def build_learner(
     micro_batch: int,
     say: Callable[[str], None],
     checkpointed: int | None = None,
-    packed: bool = False,
+    samples: Sequence[int] = (),
 ) -> Learner:
     """Attach a fresh adapter to the base model and set up the path that its micro-batches take.
 
-    checkpointed: layers; None takes training.gradient_checkpointing. packed: blocks hold samples that must not see
-    each other.
+    checkpointed: layers; None takes training.gradient_checkpointing. samples: how many the fullest blocks hold that must
+    not see each other, in descending order.
     """
     seed, p = config.training.seed, config.lora.dropout
     device, dtype = model.device, usable_dtype(config.quantization.compute_dtype)
@@ -778,7 +779,8 @@ def build_learner(
     transformers.set_seed(seed)  # of the fresh adapter
     peft_model = prepare_model_for_training(model, create_lora_config(**vars(config.lora)), checkpointed)
     say(quantization_utils.parameter_line(peft_model))
-    fused_ops.use_causal_attention(model, packed)
+    fused_ops.use_causal_attention(model)
+    apart = [fused_ops.keep_samples_apart(model, config.data.max_length, samples)] if samples else []
     clock = fused_ops.DropoutClock(seed, device)
     fused_ops.use_stateless_dropout(peft_model, p, clock)
     loss = SummedLoss(peft_model, dtype)
@@ -791,7 +793,8 @@ def build_learner(
     if device.type == "cuda":
         free = memory_utils.free_bytes(device, config.performance.memory_limit_gib)
         loss.options["chunk"] = fused_ops.chunk_rows(len(loss.head.weight), free)
-    say(fast.line)
+    for line in (fast.line, *apart):
+        say(line)
     # Losses are sums over tokens, so gradients are large already: 2**16, torch's start, would overflow fp16 at once.
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**6, enabled=dtype is torch.float16)
     trained = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
@@ -817,7 +820,8 @@ def build_run(config: Config, accelerator: Accelerator, log: checkpoint_utils.Lo
         for line in data_utils.untrained_chat_tokens(model, tokenizer):
             say(line)
     plan = plan or memory_utils.unplanned(config, sequences, len(model.get_decoder().layers))
-    learner = build_learner(config, model, plan.micro_batch, say, plan.checkpointed, is_packed(blocks["train"]))
+    samples = sample_counts(*blocks.values())[:window]
+    learner = build_learner(config, model, plan.micro_batch, say, plan.checkpointed, samples)
     optimizer = create_optimizer(learner.parameters, training, device, say)
     steps = training.max_steps or max(1, math.ceil(training.num_epochs * math.ceil(len(blocks["train"]) / window)))
     scheduler = create_scheduler(optimizer, training, steps)
@@ -872,7 +876,9 @@ def evaluate_adapter(config: Config, adapter: str | None, stride: int | None) ->
     blocks = blocks if stride is None else data_utils.windows_of(blocks, stride)
     if adapter is not None:
         model = quantization_utils.load_adapter(model, adapter)
-    fused_ops.use_causal_attention(model, is_packed(blocks))
+    fused_ops.use_causal_attention(model)
+    if samples := sample_counts(blocks)[:1]:
+        fused_ops.keep_samples_apart(model, config.data.max_length, samples)
     loss = SummedLoss(model.eval(), usable_dtype(config.quantization.compute_dtype))
     say = print if accelerator.is_main_process else (lambda line: None)
     names, sums = ["base"] if adapter is None else ["base", "adapter"], {}

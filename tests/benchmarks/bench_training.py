@@ -2,6 +2,7 @@
 
     python tests/benchmarks/bench_training.py MODEL --cases 1x512 16x512 4x512@24 1x8192%7.3 --peers ours hf unsloth
     python tests/benchmarks/bench_training.py MODEL --profile 16x512 --checkpointing on        GPU time by kind of work
+    python tests/benchmarks/bench_training.py MODEL --packed 64 --attention varlen mask        blocks of samples of 64 tokens
 
 A case is BATCHxLENGTH, with @N confined to N multiprocessors (a stand-in for a smaller card;
 `tflops` of the line shows whether it held: about 6.5 for each) and %G capped at G GiB. LoRA r = 16 on all
@@ -12,6 +13,7 @@ prints a JSON line; the table comes last. Compare only figures of one call on on
 
 import argparse
 import fcntl
+import itertools
 import json
 import os
 import re
@@ -41,6 +43,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="SECTION.KEY=VALUE", help="settings of this toolkit's cases"
     )
+    parser.add_argument(
+        "--packed", type=int, metavar="N", help="blocks are samples of N tokens each; this toolkit only"
+    )
+    ways = ("varlen", "mask")
+    parser.add_argument("--attention", nargs="+", default=["varlen"], choices=ways, help="of packed samples")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--timeout", type=int, default=240, help="seconds a case may take")
     parser.add_argument(
@@ -112,14 +119,26 @@ def load_ours(case: dict):
     }
     config = load_config((), overrides)
     model, _ = train_qlora.load_base(config, torch.device("cuda:0"))
-    learner = train_qlora.build_learner(config, model, case["batch"], lambda line: print(line, file=sys.stderr))
+    length, packed = case["length"], case["packed"]
+    samples = [-(-length // packed)] * case["batch"] if packed else []
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    learner = train_qlora.build_learner(config, model, case["batch"], say, samples=samples)
+    if case["attention"] == "mask":
+        model.config.varlen_samples = None
+    positions = (torch.arange(length, device="cuda") % (packed or length)).repeat(case["batch"], 1)
     learner.model.train()
     learner.zero_gradients()
     optimizer = train_qlora.create_optimizer(learner.parameters, config.training, torch.device("cuda:0"), print)
     sequences = torch.arange(case["batch"])
 
     def micro_batch(step: int, ids: torch.Tensor) -> torch.Tensor:
-        return learner.micro_step(step, sequences, {"input_ids": ids, "labels": ids})
+        batch = {"input_ids": ids, "labels": ids}
+        if packed:
+            batch = {"input_ids": ids, "labels": ids.masked_fill(positions == 0, -100), "position_ids": positions}
+        return learner.micro_step(step, sequences, batch)
 
     return micro_batch, optimizer, learner.zero_gradients
 
@@ -289,14 +308,15 @@ def profile(case: dict, micro_batch, ids) -> None:
 
 def table(results: list[dict]) -> str:
     """Return the results a row a case, with this toolkit's ratio to the best setting of each peer at the same shape."""
-    rows = [f"{'case':<16}{'peer':<9}{'ckpt':<9}{'dropout':<9}{'tok/s':>8}{'ms':>9}{'GiB':>8}{'first s':>9}"]
+    rows = [f"{'case':<26}{'peer':<9}{'ckpt':<9}{'dropout':<9}{'tok/s':>8}{'ms':>9}{'GiB':>8}{'first s':>9}"]
     for r in results:
         name = (
             f"{r['batch']}x{r['length']}" + (f"@{r['sms']}" if r["sms"] else "") + (f"%{r['cap']}" if r["cap"] else "")
         )
+        name += f" / {r['packed']} {r['attention']}" if r["packed"] else ""
         speed = f"{r['tokens_per_s']:>8}{r['ms']:>9}" if "ms" in r else f"{r.get('error', 'failed'):>17}"
         rows.append(
-            f"{name:<16}{r['peer']:<9}{r['checkpointing']:<9}{r['dropout']:<9}{speed}"
+            f"{name:<26}{r['peer']:<9}{r['checkpointing']:<9}{r['dropout']:<9}{speed}"
             f"{r.get('peak_reserved_gib', 0):>8}{r.get('first_s', 0):>9}"
         )
     return "\n".join(rows)
@@ -320,20 +340,13 @@ def main() -> int:
             "sms": int(match[3] or 0),
             "cap": float(match[4] or 0),
         }
-        for peer in args.peers:
-            for checkpointing in args.checkpointing:
-                if (checkpointing == "offload" and peer != "unsloth") or (checkpointing.isdigit() and peer != "ours"):
-                    continue
-                for dropout in args.dropout:
-                    case = {
-                        "peer": peer,
-                        **shape,
-                        "checkpointing": checkpointing,
-                        "dropout": dropout,
-                        "model": args.model,
-                    }
-                    case |= {"steps": args.steps, "set": args.set, "profile": bool(args.profile)}
-                    cases.append(case)
+        peers, ways = (["ours"], args.attention) if args.packed else (args.peers, [None])
+        for peer, checkpointing, dropout, way in itertools.product(peers, args.checkpointing, args.dropout, ways):
+            if (checkpointing == "offload" and peer != "unsloth") or (checkpointing.isdigit() and peer != "ours"):
+                continue
+            case = {"peer": peer, **shape, "checkpointing": checkpointing, "dropout": dropout, "model": args.model}
+            case |= {"packed": args.packed, "attention": way, "steps": args.steps, "set": args.set}
+            cases.append(case | {"profile": bool(args.profile)})
     with tempfile.NamedTemporaryFile() as turn, ThreadPoolExecutor(args.together) as pool:
         results = list(pool.map(lambda case: run_process(case | {"turn": turn.name}, args.timeout), cases))
     print(table(results))
