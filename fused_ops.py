@@ -2,13 +2,14 @@
 tensor, and cross entropy over a frozen head that never holds the logits whole.
 """
 
+import contextlib
 import dataclasses
 import functools
 import inspect
 import logging
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import bitsandbytes as bnb
@@ -978,6 +979,27 @@ def compile_layers(model: PeftModel) -> None:
         layer.recompute = layer.gradient_checkpointing
         layer.gradient_checkpointing = False  # transformers would put its own checkpoint around the compiled layer
         layer.forward = functools.partial(run, layer)
+
+
+@contextlib.contextmanager
+def inputs_in_main_memory(shape: tuple[int, ...]) -> Iterator[None]:
+    """Have what is saved for a backward in this shape, the inputs of checkpointed layers, wait for it in main memory.
+
+    The copies ride on the stream of the computation: 33 MB a layer of a 3B at 8,192 tokens, about 2 ms where the layer
+    takes 12, and nothing has to be waited for. No graph can hold them.
+    """
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.device]:
+        if tensor.shape != shape:
+            return tensor.detach()  # not itself: an output saved by its own node would keep both alive
+        kept = torch.empty(shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        return kept.copy_(tensor.detach(), non_blocking=True), tensor.device
+
+    def unpack(packed: torch.Tensor | tuple[torch.Tensor, torch.device]) -> torch.Tensor:
+        return packed if isinstance(packed, torch.Tensor) else packed[0].to(packed[1], non_blocking=True)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
 
 
 # ------------------------------------------------------------------------------------------------ captured micro-step

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,8 @@ os.environ["HF_DATASETS_CACHE"] = str(Path(CACHE) / "datasets")
 os.environ["OMP_NUM_THREADS"] = "1"
 for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "PYTHONIOENCODING"):
     os.environ.pop(name, None)
+if hasattr(signal, "SIGHUP"):  # nohup's runs ignore it, and these are to be stopped by it
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_unconfigure() -> None:

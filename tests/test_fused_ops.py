@@ -17,7 +17,15 @@ import fused_ops
 import train_qlora
 from config import ConfigError, load_config
 from data_utils import IGNORED, collate
-from fused_ops import DropoutClock, choose_fast_path, compile_layers, fuse, use_causal_attention, use_stateless_dropout
+from fused_ops import (
+    DropoutClock,
+    choose_fast_path,
+    compile_layers,
+    fuse,
+    inputs_in_main_memory,
+    use_causal_attention,
+    use_stateless_dropout,
+)
 from quantization_utils import (
     create_bnb_config,
     create_lora_config,
@@ -147,6 +155,24 @@ def test_layers_are_compiled_once_and_never_again(random_models):
     model.zero_grad()
     gradients(model, clock, loss)
     assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_inputs_in_main_memory_change_nothing(random_models):
+    from torch._dynamo.utils import counters
+
+    model, clock, loss = prepared(random_models("qwen2"), checkpointing=True)
+    fuse(model, clock, 0.05, kernels=False)
+    compile_layers(model)
+    value, inside = gradients(model, clock, loss)
+    model.zero_grad()
+    graphs, kept = counters["stats"]["unique_graphs"], []
+    with inputs_in_main_memory((2, 24, 256)):
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(hooks[0](x)) or kept[-1], hooks[1]):
+            again, offloaded = gradients(model, clock, loss)
+    assert again == value and furthest(offloaded, inside) == 0
+    assert sum(isinstance(x, tuple) for x in kept) >= 2  # each layer's input
+    assert counters["stats"]["unique_graphs"] == graphs
 
 
 def test_first_n_layers_recompute_when_compiled(random_models):

@@ -36,9 +36,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("model", help="folder of the model")
     parser.add_argument("--cases", nargs="+", default=["1x512", "16x512"], metavar="BxL[@SMS][%%GIB]")
     parser.add_argument("--peers", nargs="+", default=["ours", "hf", "unsloth"], choices=("ours", "hf", "unsloth"))
-    parser.add_argument(
-        "--checkpointing", nargs="+", default=["on", "off"], help="on, off, offload (Unsloth), N layers (ours)"
-    )
+    parser.add_argument("--checkpointing", nargs="+", default=["on", "off"], help="on, off, offload, N layers (ours)")
     parser.add_argument("--dropout", nargs="+", type=float, default=[0.0])
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="SECTION.KEY=VALUE", help="settings of this toolkit's cases"
@@ -342,7 +340,7 @@ def main() -> int:
         }
         peers, ways = (["ours"], args.attention) if args.packed else (args.peers, [None])
         for peer, checkpointing, dropout, way in itertools.product(peers, args.checkpointing, args.dropout, ways):
-            if (checkpointing == "offload" and peer != "unsloth") or (checkpointing.isdigit() and peer != "ours"):
+            if (checkpointing == "offload" and peer == "hf") or (checkpointing.isdigit() and peer != "ours"):
                 continue
             case = {"peer": peer, **shape, "checkpointing": checkpointing, "dropout": dropout, "model": args.model}
             case |= {"packed": args.packed, "attention": way, "steps": args.steps, "set": args.set}
