@@ -12,6 +12,7 @@ prints a JSON line; the table comes last. Compare only figures of one call on on
 """
 
 import argparse
+import contextlib
 import fcntl
 import itertools
 import json
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -56,6 +58,25 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--single", help=argparse.SUPPRESS)
     return parser.parse_args()
+
+
+@contextlib.contextmanager
+def turn(case: dict) -> Iterator[Callable[[], None]]:
+    """Load and compile beside other cases; what is returned waits until this one is alone, for its timing."""
+    with open(case["turn"]) as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+
+        def alone() -> None:
+            fcntl.flock(file, fcntl.LOCK_UN)
+            fcntl.flock(file, fcntl.LOCK_EX)
+
+        yield alone
+
+
+def run_cases(cases: list[dict], run: Callable[[dict], dict], together: int) -> list[dict]:
+    """Run cases in processes of their own, some of them at a time, each timed alone."""
+    with tempfile.NamedTemporaryFile() as file, ThreadPoolExecutor(together) as pool:
+        return list(pool.map(lambda case: run(case | {"turn": file.name}), cases))
 
 
 def confine(case: dict) -> object:
@@ -206,10 +227,8 @@ def load_peer(case: dict):
     return micro_batch, optimizer, optimizer.zero_grad
 
 
-def run_single(case: dict) -> dict:
+def run_single(case: dict, alone: Callable[[], None]) -> dict:
     """Return the case with the median milliseconds of a micro-batch, tokens a second and peak GiB."""
-    turn = os.open(case["turn"], os.O_RDONLY)  # shared while cases load and compile, one's own while it is timed
-    fcntl.flock(turn, fcntl.LOCK_SH)
     if case["peer"] == "unsloth":
         import unsloth  # noqa: F401  (must be imported before transformers)
     if case["peer"] == "ours":
@@ -228,8 +247,7 @@ def run_single(case: dict) -> dict:
         times, started = [], time.perf_counter()
         for step in range(case["steps"] + WARM_UP):
             if step == WARM_UP - 1:
-                fcntl.flock(turn, fcntl.LOCK_UN)
-                fcntl.flock(turn, fcntl.LOCK_EX)
+                alone()
             ids = torch.randint(0, 150000, (case["batch"], case["length"]), device="cuda")
             torch.cuda.synchronize()
             start = time.perf_counter()
@@ -324,7 +342,9 @@ def main() -> int:
     """Run every case in a process of its own and print the table."""
     args = parse()
     if args.single:
-        print("RESULT " + json.dumps(run_single(json.loads(args.single))))
+        case = json.loads(args.single)
+        with turn(case) as alone:
+            print("RESULT " + json.dumps(run_single(case, alone)))
         return 0
     cases = []
     for text in [args.profile] if args.profile else args.cases:
@@ -345,9 +365,7 @@ def main() -> int:
             case = {"peer": peer, **shape, "checkpointing": checkpointing, "dropout": dropout, "model": args.model}
             case |= {"packed": args.packed, "attention": way, "steps": args.steps, "set": args.set}
             cases.append(case | {"profile": bool(args.profile)})
-    with tempfile.NamedTemporaryFile() as turn, ThreadPoolExecutor(args.together) as pool:
-        results = list(pool.map(lambda case: run_process(case | {"turn": turn.name}, args.timeout), cases))
-    print(table(results))
+    print(table(run_cases(cases, lambda case: run_process(case, args.timeout), args.together)))
     return 0
 
 
