@@ -114,6 +114,7 @@ class Captured:
     """A step as one CUDA graph, as its callers run it."""
 
     def __init__(self, step: DecodeStep):
+        self.step = step  # a graph does not keep the buffers that it reads alive
         self.ids, self.position = (torch.zeros(n, dtype=torch.long, device="cuda") for n in ((1, 1), (1,)))
         self.position.fill_(LENGTH - 1)  # what warming up writes lies behind what is compared
         step(self.ids, self.position)
