@@ -32,6 +32,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import CHAT_TEMPLATE_FILE
 
 from config import LEAVES, Config, ConfigError, TrainingConfig, flatten, load_config, redact, save_config
 from data_utils import Blocks
@@ -47,6 +48,7 @@ TEMPORARY, REPLACED, LOCK = ".writing-", ".replaced-", ".lock"
 FILES = ("adapter_model.safetensors", "adapter_config.json", "training_state.safetensors", "training_state.json")
 STATE = {"progress", "optimizer", "scheduler", "scaler", "best_adapter", "config", "fingerprint", "shape"}
 RESULTS = ("metrics.jsonl", "training_log.txt", "training_curves.png", "adapter_model.safetensors", "evaluation.json")
+RESULTS += (CHAT_TEMPLATE_FILE,)
 Found = tuple[Path, dict[str, torch.Tensor], dict]  # a checkpoint: its folder, adapter and state
 
 
@@ -413,8 +415,11 @@ def check_space(training: TrainingConfig, sizes: list[int]) -> None:
         )
 
 
-def open_output(config: Config, history: list[dict], fresh: bool) -> Path:
-    """Return the output folder, its metrics.jsonl cut back to `history`; fresh: without the results of a run before."""
+def open_output(config: Config, history: list[dict], fresh: bool, template: str | None = None) -> Path:
+    """Return the output folder, its metrics.jsonl cut back to `history`; fresh: without the results of a run before.
+
+    template: the chat template of a model that has none, which inference must take too.
+    """
     output_dir = Path(config.training.output_dir)
     saved = dataclasses.replace(config.training, resume="auto", output_dir=os.path.abspath(output_dir))
     with refusing(f"training.output_dir: cannot write in {output_dir}", OSError):
@@ -425,6 +430,8 @@ def open_output(config: Config, history: list[dict], fresh: bool) -> Path:
             os.rename(folder, folder.with_name(TEMPORARY + folder.name))
         clean_up(output_dir)
         write_atomically(output_dir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history).encode())
+        if template is not None:
+            write_atomically(output_dir / CHAT_TEMPLATE_FILE, template.encode())
         save_config(dataclasses.replace(config, training=saved), output_dir / f"{TEMPORARY}config.yaml")
         os.replace(output_dir / f"{TEMPORARY}config.yaml", output_dir / "config.yaml")
     return output_dir

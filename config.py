@@ -142,9 +142,10 @@ class TrainingConfig(Section):
     )
     gradient_checkpointing: bool | int | str = free_knob(
         True,
-        "recompute activations: true, false, N (first N layers) or auto; auto_fit may lower it",
+        "recompute activations: true, false, N (first N layers), auto, or offload (all, what they start from in main memory); "
+        "auto_fit may lower it",
         at_least=0,
-        choices=("auto",),
+        choices=("auto", "offload"),
     )
     seed: int = knob(42, "order of the data, initial adapter, dropout", at_least=0, at_most=2**32 - 1)  # numpy's range
     logging_steps: int = free_knob(10, "optimizer steps between two logged rows", at_least=1)

@@ -265,6 +265,7 @@ class Tokenized(DatasetDict):
     """Tokenised rows that know how they were read."""
 
     source = "rows of another prepare_dataset"
+    template: str | None = None  # PLAIN_TEMPLATE where they went through it
 
 
 def text_encoder(tokenizer: PreTrainedTokenizerBase, column: str) -> Callable[[pa.Table, list[int]], pa.Table]:
@@ -346,6 +347,7 @@ def tokenize_rows(rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, data: D
             encode = sample_encoder(tokenizer, columns, data.completion_only)
             own = "the tokenizer's chat template"
             out.source += f", through {own if tokenizer.chat_template else 'User: … Assistant: …, having no template'}"
+            out.template = None if tokenizer.chat_template else PLAIN_TEMPLATE
         try:
             out[name] = split.map(
                 encode,
@@ -515,7 +517,8 @@ class Blocks:
     Arrow data.
 
     pieces: int32 arrays whose concatenation is the stream. rows, documents: how many went in. source: what the rows
-    were read as. notes: what the user should know of them, a line each. origin: the rows whose tokens make the stream.
+    were read as. template: the chat template that they went through, if it is not the tokenizer's. notes: what the user
+    should know of them, a line each. origin: the rows whose tokens make the stream.
     """
 
     pieces: tuple[np.ndarray, ...]
@@ -524,6 +527,7 @@ class Blocks:
     rows: int
     documents: int
     source: str = ""
+    template: str | None = None
     notes: tuple[str, ...] = ()
     origin: Dataset | None = None
 
@@ -840,14 +844,15 @@ def make_blocks(
     else:
         marks = (first_token(tokenizer), [document_end(tokenizer)]) if close else ([], [])
         blocks = make_text_blocks(splits, marks, data, seed)
-    source = getattr(tokenized, "source", Tokenized.source)
-    blocks = {name: dataclasses.replace(part, source=source) for name, part in blocks.items()}
+    read = tokenized if isinstance(tokenized, Tokenized) else Tokenized
+    blocks = {n: dataclasses.replace(part, source=read.source, template=read.template) for n, part in blocks.items()}
     return {"train": blocks["train"], "validation": blocks.get("validation")}
 
 
-def is_packed(blocks: Blocks) -> bool:
-    """Return whether blocks hold several samples each, which must not see each other."""
-    return isinstance(blocks, SampleBlocks) and blocks.packed
+def sample_counts(*parts: Blocks | Windows | None) -> list[int]:
+    """Return how many samples each block of packed samples holds, in descending order; nothing where none are packed."""
+    packed = [part for part in parts if isinstance(part, SampleBlocks) and part.packed]
+    return sorted((int(count) for part in packed for count in np.bincount(part.cuts[:, 0])), reverse=True)
 
 
 def untrained_chat_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -2,13 +2,14 @@
 tensor, and cross entropy over a frozen head that never holds the logits whole.
 """
 
+import contextlib
 import dataclasses
 import functools
 import inspect
 import logging
 import sys
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import bitsandbytes as bnb
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from peft import PeftModel
 from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
 from torch import nn
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.activations import SiLUActivation
@@ -143,20 +145,91 @@ def use_stateless_dropout(model: nn.Module, p: float, clock: DropoutClock) -> in
 # ------------------------------------------------------------------------------------------------ attention, no mask
 
 CAUSAL = "sdpa_causal"
+# Attention classes whose forward is that of `_fused_attention`; what is not here keeps its own, each linear fused alone.
+ATTENTIONS = {"Qwen2Attention", "Qwen3Attention", "LlamaAttention", "MistralAttention"}
+# Both take fewer heads of k and v than of q; from torch 2.12 on the wrapper wants to be told, 2.11 has no such argument.
+GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 def _no_mask(
     *, kv_length: int, config: Any, local_size: int | None = None, allow_is_causal_skip: bool = True, **kwargs
 ) -> torch.Tensor | None:
-    """Return no mask, so that SDPA takes its is_causal path; a real one where the length exceeds a sliding window, or
-    where transformers found positions that restart (it then allows no skip, as it also does in a captured graph,
-    packed or not).
+    """Return no mask, so that SDPA takes its is_causal path; a real one where the length exceeds a sliding window.
+
+    Where transformers found positions that restart (it then allows no skip, as it also does in a captured graph, packed
+    or not), a block-diagonal one, or in its place the starts of the samples, which `_attention` reads.
     """
     packed = getattr(config, "packed_samples", False) and not allow_is_causal_skip
-    if not packed and (local_size is None or kv_length <= local_size):
+    slides = local_size is not None and kv_length > local_size
+    if not packed and not slides:
         return None
+    if packed and not slides and config.varlen_samples:
+        batch, apart = kwargs["batch_size"], kwargs["mask_function"]
+        return sample_starts(apart, batch, kv_length, most_samples(config.varlen_samples, batch), kwargs["device"])
     kwargs.update(allow_is_causal_skip=allow_is_causal_skip, config=config)
     return sdpa_mask(kv_length=kv_length, local_size=local_size, **kwargs)
+
+
+def most_samples(samples: Sequence[int], batch: int) -> int:
+    """Return how many samples a batch may hold at most. samples: those of the fullest blocks, in descending order.
+
+    Two more a row: the pads of `collate`, and those of a captured step, which fill a row without a block with two.
+    """
+    return sum(samples[:batch]) + 2 * batch
+
+
+def sample_starts(sees: Callable, batch: int, length: int, most: int, device: torch.device) -> torch.Tensor:
+    """Return where samples start in a flattened batch, int32 [most + 1], the rest filled with its end: cu_seqlens.
+
+    sees(row, head, query, key): transformers' mask function; a sample starts where a token does not see the one before.
+    Nothing waits for the GPU. An empty sample is not free: the backward's buffers have 128 rows for each (flash_api.cpp
+    of PyTorch), 1 MiB of Qwen2.5-3B, so `most` is what blocks can hold and not the number of tokens.
+    """
+    row, token = torch.arange(batch, device=device)[:, None], torch.arange(length, device=device)[None]
+    starts = (token == 0) | ~sees(row, 0, token, (token - 1).clamp_min(0))
+    numbers = torch.arange(1, most + 2, device=device)
+    return torch.searchsorted(starts.flatten().cumsum(0), numbers, out_int32=True)
+
+
+def _attention(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None,
+    scaling: float | None = None, **kwargs,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
+    """Return SDPA's attention, or PyTorch's varlen attention where sample_starts stand in the mask's place.
+
+    query: [batch, heads, length, width], key and value perhaps of fewer heads; result: [batch, length, heads, width].
+    """
+    if attention_mask is None or attention_mask.ndim != 1:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    (batch, _, length, _), starts = query.shape, attention_mask
+    q, k, v = (x.transpose(1, 2).contiguous().flatten(0, 1) for x in (query, key, value))
+    mixed = varlen_attn(q, k, v, starts, starts, length, length, scale=scaling, window_size=(-1, 0), **GROUPED)
+    return mixed.unflatten(0, (batch, length)), None
+
+
+def varlen_obstacle(model: nn.Module, length: int) -> str | None:
+    """Return why packed samples in blocks of `length` take a mask, None where varlen attention keeps them apart."""
+    config, device, dtype = model.config, model.device, model.get_input_embeddings().weight.dtype
+    known = any(type(module).__name__ in ATTENTIONS for module in model.modules())
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    window = getattr(config, "sliding_window", None) or length
+    if config._attn_implementation != CAUSAL:
+        return f"model.attn_implementation {config._attn_implementation}"
+    if not known:
+        return f"{type(model).__name__} has another attention"
+    if device.type != "cuda":
+        return "there is no CUDA GPU"
+    if torch.cuda.get_device_capability(device) < (8, 0) or not torch.backends.cuda.is_flash_attention_available():
+        return "this GPU or this build of PyTorch has no FlashAttention"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"FlashAttention does not compute in {dtype}"
+    if width % 8 or width > 192:  # wider ones have a backward on some cards only
+        return f"FlashAttention does not train heads {width} wide"
+    if window < length:
+        return f"a sliding window of {window} tokens"
+    if getattr(config, "attention_dropout", 0.0):
+        return "attention_dropout"
+    return None
 
 
 @torch.no_grad()
@@ -178,26 +251,34 @@ def _check_packing(model: nn.Module) -> None:
         )
 
 
-def use_causal_attention(model: nn.Module, packed: bool = False) -> bool:
+def keep_samples_apart(model: nn.Module, length: int, samples: Sequence[int]) -> str:
+    """Have packed samples, whose position_ids restart, not see each other; return the line that says how.
+
+    After use_causal_attention. length: of a block. samples: how many the fullest blocks hold, in descending order, for
+    as many blocks as a batch has. Raises ConfigError for a model that lets them see each other all the same.
+    """
+    obstacle = varlen_obstacle(model, length)
+    model.config.packed_samples, model.config.varlen_samples = True, None if obstacle else list(samples)
+    _check_packing(model)
+    return f"packed samples: {f'with a mask: {obstacle}' if obstacle else 'varlen attention'}"
+
+
+def use_causal_attention(model: nn.Module) -> bool:
     """Train without mask tensors: blocks are full and padding is on the right, so causality alone is exact.
 
     transformers builds a 4-D mask where it cannot look at the data (in a captured graph); this keeps the fast path
-    of SDPA. packed: blocks hold samples whose position_ids restart, which must not see each other; these get their
-    mask, block-diagonal and causal. Returns whether the model was switched: only one that runs `sdpa` is. Raises
-    ConfigError.
+    of SDPA. Returns whether the model was switched: only one that runs `sdpa` is.
     """
-    model.config.packed_samples = packed
+    model.config.packed_samples = False
     plain = model.config._attn_implementation == "sdpa"
     if plain:
         # PyTorch keeps cuDNN's attention graphs (its choice on sm_90 and later) by the strides of q, k and v alone, and
         # the output of a compiled layer has others than the same layer's run as it is: whichever comes second in a
         # process reads its gradient in the wrong order (torch 2.11, H100: q, k and v off by 150 %, the loss right).
         torch.backends.cuda.enable_cudnn_sdp(False)
-        AttentionInterface.register(CAUSAL, sdpa_attention_forward)
+        AttentionInterface.register(CAUSAL, _attention)
         AttentionMaskInterface.register(CAUSAL, _no_mask)
         model.set_attn_implementation(CAUSAL)
-    if packed:
-        _check_packing(model)
     return plain
 
 
@@ -791,9 +872,6 @@ def _groupable(modules: list[nn.Module]) -> bool:
     return len(kinds) == 1
 
 
-# Attention and MLP classes whose forward is the one below; what is not here keeps its own, with each linear fused
-# alone.
-ATTENTIONS = {"Qwen2Attention", "Qwen3Attention", "LlamaAttention", "MistralAttention"}
 MLPS = {"Qwen2MLP", "Qwen3MLP", "LlamaMLP", "MistralMLP"}
 
 
@@ -807,7 +885,7 @@ def _fused_attention(self, hidden_states, position_embeddings, attention_mask=No
     rotate = sys.modules[type(self).__module__].apply_rotary_pos_emb
     q, k = rotate(q.transpose(1, 2), k.transpose(1, 2), *position_embeddings)
     v = v.transpose(1, 2).contiguous()  # else the backward would keep all of q, k and v for the sake of v
-    mixed, weights = sdpa_attention_forward(self, q, k, v, attention_mask, scaling=self.scaling)
+    mixed, weights = _attention(self, q, k, v, attention_mask, scaling=self.scaling)
     return self.fused_out(mixed.reshape(*shape, -1)), weights
 
 
@@ -903,7 +981,38 @@ def compile_layers(model: PeftModel) -> None:
         layer.forward = functools.partial(run, layer)
 
 
+@contextlib.contextmanager
+def inputs_in_main_memory(shape: tuple[int, ...]) -> Iterator[None]:
+    """Have what is saved for a backward in this shape, the inputs of checkpointed layers, wait for it in main memory.
+
+    The copies ride on the stream of the computation: 33 MB a layer of a 3B at 8,192 tokens, about 2 ms where the layer
+    takes 12, and nothing has to be waited for. No graph can hold them.
+    """
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.device]:
+        if tensor.shape != shape:
+            return tensor.detach()  # not itself: an output saved by its own node would keep both alive
+        kept = torch.empty(shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        return kept.copy_(tensor.detach(), non_blocking=True), tensor.device
+
+    def unpack(packed: torch.Tensor | tuple[torch.Tensor, torch.device]) -> torch.Tensor:
+        return packed if isinstance(packed, torch.Tensor) else packed[0].to(packed[1], non_blocking=True)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
+
+
 # ------------------------------------------------------------------------------------------------ captured micro-step
+
+
+def padding(name: str, length: int, device: torch.device) -> torch.Tensor:
+    """Return what an argument of a captured step holds where no block is, int64 [length]: unlabelled, of two samples.
+
+    Of two, since transformers makes no mask for a row of one while it can look: the warm-up would run other layers.
+    """
+    if name == "position_ids":
+        return (torch.arange(length, device=device) - 1).clamp_min(0)
+    return torch.full((length,), -100 if name == "labels" else 0, device=device)
 
 
 class Captured:
@@ -918,8 +1027,8 @@ class Captured:
         self, step: Callable[..., torch.Tensor], device: torch.device, batch: int, length: int, names: Iterable[str]
     ):
         self.step = step
-        self.batch = {name: torch.zeros(batch, length, dtype=torch.long, device=device) for name in names}
-        self.batch["labels"].fill_(-100)
+        self.padding = {name: padding(name, length, device) for name in names}
+        self.batch = {name: row.repeat(batch, 1) for name, row in self.padding.items()}
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -935,15 +1044,11 @@ class Captured:
             self.result = self.step(**self.batch)
 
     def __call__(self, **batch: torch.Tensor) -> torch.Tensor:
-        """Replay on a batch of up to the captured shape; what is missing is padded and unlabelled, samples of one token
-        each.
-
-        The next replay overwrites the result.
-        """
+        """Replay on a batch of up to the captured shape; the rest is padding. The next replay overwrites the result."""
         for name, tensor in batch.items():
             rows, length = tensor.shape
             if tensor.shape != self.batch[name].shape:
-                self.batch[name].fill_(-100 if name == "labels" else 0)
+                self.batch[name].copy_(self.padding[name])
             self.batch[name][:rows, :length].copy_(tensor, non_blocking=True)
         self.graph.replay()
         return self.result

@@ -118,11 +118,11 @@ def find_adapter(given: str | None, paths: list[Path], overrides: dict[str, str]
     return folder
 
 
-def run_config(adapter: Path) -> list[Path]:
-    """Return the config.yaml that a run left with its adapter, for a checkpoint in the folder above; perhaps none."""
+def left_by_run(adapter: Path, name: str) -> list[Path]:
+    """Return the file that a run left with its adapter, for a checkpoint in the folder above; perhaps none."""
     folder = adapter.resolve()
     places = [folder, folder.parent] if folder.name.startswith("checkpoint-") else [folder]
-    return [place / "config.yaml" for place in places if (place / "config.yaml").is_file()][:1]
+    return [place / name for place in places if (place / name).is_file()][:1]
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
@@ -142,7 +142,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     options.finished = finished_rows(Path(options.output), options.rows) if options.rows else (0, 0)
     given, beside = [Path(options.config)] if options.config else [], [Path(__file__).with_name("config.yaml")]
     options.adapter = find_adapter(options.adapter, given or beside, overrides)
-    own = run_config(options.adapter) if options.adapter else []
+    own = left_by_run(options.adapter, "config.yaml") if options.adapter else []
     return options, load_config(own + given or beside, overrides)
 
 
@@ -173,6 +173,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers.utils import CHAT_TEMPLATE_FILE
 
 from config import LEAVES, GenerationConfig, coerce_flag
 from generation_utils import Generator, Watch, by_length
@@ -201,13 +202,20 @@ light of one lamp more than thirty kilometres out to sea. Today nearly every lig
 # ------------------------------------------------------------------------------------------------ loading
 
 
-def load(config: Config, quantized: bool = True) -> tuple[Any, PreTrainedTokenizerBase]:
-    """Return the configured base and its tokenizer on the first GPU or the CPU; not quantized: bfloat16 on the CPU."""
+def load(config: Config, adapter: Path | None = None, quantized: bool = True) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Return the configured base and its tokenizer on the first GPU or the CPU; not quantized: bfloat16 on the CPU.
+
+    adapter: its folder; a tokenizer without a chat template takes the one that the adapter was trained with, if any.
+    """
     device = torch.device("cuda:0" if quantized and torch.cuda.is_available() else "cpu")
     if quantized and device.type == "cpu" and config.model.name == LEAVES["model.name"].field.default:
         say(f"{config.model.name} will be slow on this CPU: {no_gpu_reason()}")
     cap_memory(device, config.performance.memory_limit_gib)
-    return load_base(config, device, quantized)
+    model, tokenizer = load_base(config, device, quantized)
+    if adapter is not None and tokenizer.chat_template is None:
+        for path in left_by_run(adapter, CHAT_TEMPLATE_FILE):
+            tokenizer.chat_template = path.read_text(encoding="utf-8")
+    return model, tokenizer
 
 
 def attach(base: PreTrainedModel, adapter: Path, model_name: str) -> PeftModel:
@@ -578,7 +586,7 @@ def write_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fol
 
 def merge(config: Config, adapter: Path, folder: Path, base: str) -> int:
     """Write base + adapter as a plain bfloat16 model, print how far its logits are from the live ones; return 0."""
-    live, tokenizer = load(config)
+    live, tokenizer = load(config, adapter)
     source = live if base == "dequantized" else load(config, quantized=False)[0]
     plain = plain_copy(source, config.model.trust_remote_code)
     ids = tokenizer(REFERENCE_TEXT)["input_ids"]
@@ -609,7 +617,7 @@ def run(options: argparse.Namespace, config: Config) -> int:
         raise ConfigError("--prompt: expected a text on stdin, got nothing")
     if options.mode == "merge":
         return merge(config, options.adapter, Path(options.output), options.merge_base or "dequantized")
-    model, tokenizer = load(config)
+    model, tokenizer = load(config, options.adapter)
     model = attach(model, options.adapter, config.model.name) if options.adapter else model
     engine = create_engine(model, tokenizer, options.raw)
     if options.rows:

@@ -190,6 +190,7 @@ class MemoryPlan:
     checkpointed: int
     layers: int
     paged: int = 0
+    offload: bool = False  # whether the inputs of checkpointed layers wait for the backward in main memory
 
     @property
     def total(self) -> int:
@@ -202,7 +203,8 @@ class MemoryPlan:
 
     @property
     def shape(self) -> str:
-        return f"micro-batch {self.micro_batch}, {self.checkpointed} of {self.layers} layers checkpointed"
+        where = ", their inputs in main memory" if self.offload else ""
+        return f"micro-batch {self.micro_batch}, {self.checkpointed} of {self.layers} layers checkpointed{where}"
 
     def table(self) -> str:
         """Return the plan in GiB, a line a purpose."""
@@ -241,9 +243,11 @@ def plan_memory(
     checkpointed: int,
     path: str | None = None,
     limit: float | None = None,
+    offload: bool = False,
 ) -> MemoryPlan:
     """Return what training takes of GPU memory with the first `checkpointed` layers recomputing their activations.
 
+    offload: from inputs in main memory; the GPU has the one in use and the next.
     limit: bytes that the process may take, which the chunk of logits is chosen by; None: a card with more than enough.
     """
     path = path or expected_path(config)
@@ -262,7 +266,7 @@ def plan_memory(
     relief = free_layers * saved if checkpointed else 0
     live = max(live - relief, transient if free_layers else live)
     parts |= {
-        "checkpointed hidden states": checkpointed * hidden,
+        "checkpointed hidden states": (2 if offload else checkpointed) * hidden,
         "layers not checkpointed": free_layers * saved,
         "one live layer, forward and backward": live,
         "loss, beyond the live layer": max(0, loss - live),
@@ -270,7 +274,7 @@ def plan_memory(
     }
     parts["allocator slack"] = SLACK_BYTES + int(SLACK_SHARE * (sum(parts.values()) - fixed))
     parts["CUDA context"] = CONTEXT_BYTES
-    return MemoryPlan(parts, micro_batch, checkpointed, shape.layers, paged)
+    return MemoryPlan(parts, micro_batch, checkpointed, shape.layers, paged, offload)
 
 
 SHAPE_KNOBS = ("training.batch_size", "training.gradient_accumulation_steps", "training.gradient_checkpointing")
@@ -287,7 +291,12 @@ def configured_shape(config: Config) -> ModelShape:
 def pinned_layers(layers: int, config: Config) -> int:
     """Return the checkpointed layers, of `layers`, that training.gradient_checkpointing asks for."""
     wanted = config.training.gradient_checkpointing
-    return layers if wanted is True or wanted == "auto" else min(int(wanted), layers)
+    return layers if wanted is True or wanted in ("auto", "offload") else min(int(wanted), layers)
+
+
+def wants_offload(config: Config) -> bool:
+    """Return whether training.gradient_checkpointing asks for the layers' inputs in main memory."""
+    return config.training.gradient_checkpointing == "offload"
 
 
 # ------------------------------------------------------------------------------------------------ the fit
@@ -329,44 +338,55 @@ def shapes(shape: ModelShape, config: Config, sequences: int) -> Iterator[tuple[
 
 
 def fit(shape: ModelShape, config: Config, sequences: int, limit: float, rates: Rates) -> MemoryPlan:
-    """Return the plan of the fastest shape that takes no more than `limit` bytes, context included, or the smallest."""
+    """Return the plan of the fastest shape that takes no more than `limit` bytes, context included, or the smallest.
+
+    Main memory is for what fits in no other way: copies cost time, and a graph cannot be captured.
+    """
     best, smallest = None, None
+    pinned = "training.gradient_checkpointing" in config.flags and wants_offload(config)
     for micro_batch, checkpointed in shapes(shape, config, sequences):
-        plan = plan_memory(shape, config, micro_batch, checkpointed, limit=limit)
+        plan = plan_memory(shape, config, micro_batch, checkpointed, limit=limit, offload=pinned)
         if smallest is None or plan.total < smallest.total:
             smallest = plan
         seconds = step_seconds(shape, config, rates, micro_batch, checkpointed) / micro_batch
         if plan.total <= limit and (best is None or seconds < best[0]):
             best = (seconds, plan)
+    all_layers = (smallest.micro_batch, shape.layers) in shapes(shape, config, sequences)
+    if best is None and all_layers and expected_path(config) == COMPILED:
+        return plan_memory(shape, config, smallest.micro_batch, shape.layers, limit=limit, offload=True)
     return best[1] if best else smallest
 
 
 def unplanned(config: Config, sequences: int, layers: int) -> MemoryPlan:
     """Return the configured shape of a run on a CPU, which has no plan."""
-    return MemoryPlan({}, min(config.training.batch_size, sequences), pinned_layers(layers, config), layers)
+    micro_batch, checkpointed = min(config.training.batch_size, sequences), pinned_layers(layers, config)
+    return MemoryPlan({}, micro_batch, checkpointed, layers, offload=wants_offload(config))
 
 
-def step_down(plan: MemoryPlan, sequences: int) -> MemoryPlan | None:
+def step_down(plan: MemoryPlan, sequences: int, compiled: bool) -> MemoryPlan | None:
     """Return the next smaller shape after running out of memory, which has no plan: that of the larger was wrong.
 
-    A quarter more of the layers checkpointed; where all are, the next smaller micro-batch that divides the sequences.
+    A quarter more of the layers checkpointed; where all are, the next smaller micro-batch that divides the sequences; at
+    one sequence the layers' inputs in main memory, for which layers must be compiled.
     """
     more = min(plan.layers, plan.checkpointed + max(1, plan.layers // 4))
     if more > plan.checkpointed:
         return dataclasses.replace(plan, parts={}, checkpointed=more)
     smaller = [n for n in range(1, plan.micro_batch) if sequences % n == 0]
-    return dataclasses.replace(plan, parts={}, micro_batch=max(smaller)) if smaller else None
+    if smaller:
+        return dataclasses.replace(plan, parts={}, micro_batch=max(smaller))
+    return dataclasses.replace(plan, parts={}, offload=True) if compiled and not plan.offload else None
 
 
 def longest_length(shape: ModelShape, config: Config, limit: float) -> int:
-    """Return the longest max_length, a multiple of 128, that trains with one sequence at a time and all layers
-    checkpointed.
+    """Return the longest max_length, a multiple of 128, that trains with one sequence at a time, all layers checkpointed
+    and, where they are compiled, their inputs in main memory.
     """
-    low, high = 0, 2**14  # in units of 128 tokens
+    low, high, offload = 0, 2**14, expected_path(config) == COMPILED  # in units of 128 tokens
     while high - low > 1:
         middle = (low + high) // 2
         other = dataclasses.replace(config, data=dataclasses.replace(config.data, max_length=middle * 128))
-        fits = plan_memory(shape, other, 1, shape.layers, limit=limit).total <= limit
+        fits = plan_memory(shape, other, 1, shape.layers, limit=limit, offload=offload).total <= limit
         low, high = (middle, high) if fits else (low, middle)
     return low * 128
 
@@ -388,11 +408,13 @@ def choose_plan(
     """
     auto_fit = config.performance.auto_fit
     if saved and auto_fit and not config.flags & set(SHAPE_KNOBS):
-        return plan_memory(shape, config, saved["micro_batch"], saved["checkpointed"], limit=limit)
+        offload = saved.get("offload", False)
+        return plan_memory(shape, config, saved["micro_batch"], saved["checkpointed"], limit=limit, offload=offload)
     if auto_fit and limit is not None:
         return fit(shape, config, sequences, limit, measure_rates(device))
     micro_batch = min(config.training.batch_size, sequences)
-    return plan_memory(shape, config, micro_batch, pinned_layers(shape.layers, config), limit=limit)
+    checkpointed, offload = pinned_layers(shape.layers, config), wants_offload(config)
+    return plan_memory(shape, config, micro_batch, checkpointed, limit=limit, offload=offload)
 
 
 def plan_run(
@@ -430,7 +452,8 @@ def print_plan(config: Config, about_data: Callable[[Config, int], str]) -> int:
     if limit is None:
         return 0
     longest = longest_length(shape, config, limit)
-    print(f"longest data.max_length that fits, one sequence at a time, all layers checkpointed: {longest:,}")
+    offload = ", their inputs in main memory" if expected_path(config) == COMPILED else ""
+    print(f"longest data.max_length that fits, one sequence at a time, all layers checkpointed{offload}: {longest:,}")
     print(f"{'fits' if plan.total <= limit else 'does not fit'} in {limit / GIB:.2f} GiB")
     return 0 if plan.total <= limit else 3
 
@@ -470,7 +493,7 @@ def savings(shape: ModelShape, config: Config, plan: MemoryPlan, limit: float | 
 
     def without(section: str, micro_batch: int = plan.micro_batch, checkpointed: int = plan.checkpointed, **changes):
         other = dataclasses.replace(config, **{section: dataclasses.replace(config[section], **changes)})
-        return plan.total - plan_memory(shape, other, micro_batch, checkpointed, limit=limit).total
+        return plan.total - plan_memory(shape, other, micro_batch, checkpointed, None, limit, plan.offload).total
 
     length, rank = max(8, config.data.max_length // 2), max(1, config.lora.rank // 2)
     attention, smaller = ("q_proj", "k_proj", "v_proj", "o_proj"), plan.micro_batch // 2
@@ -500,7 +523,7 @@ def savings_lines(
 def ran_out(config: Config, plan: MemoryPlan, device: torch.device) -> list[str]:
     """Return the plan of a shape that ran out of memory and the three settings that save most, each with its saving."""
     shape, limit = configured_shape(config), memory_limit(device, config.performance.memory_limit_gib)
-    plan = plan_memory(shape, config, plan.micro_batch, plan.checkpointed, limit=limit)
+    plan = plan_memory(shape, config, plan.micro_batch, plan.checkpointed, limit=limit, offload=plan.offload)
     return [plan.table(), *savings_lines(shape, config, plan, limit, count=3)]
 
 

@@ -72,7 +72,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import bitsandbytes as bnb
@@ -97,7 +97,7 @@ import memory_utils
 import quantization_utils
 from checkpoint_utils import Found
 from config import TrainingConfig, flatten
-from data_utils import IGNORED, Blocks, collate, is_packed, load_rows, make_blocks, step_windows, tokenize_rows
+from data_utils import IGNORED, Blocks, collate, load_rows, make_blocks, sample_counts, step_windows, tokenize_rows
 from memory_utils import GIB, MemoryPlan, peak_gib
 from quantization_utils import create_lora_config, load_base, load_tokenizer, prepare_model_for_training, usable_dtype
 
@@ -219,12 +219,19 @@ class Learner:
     scaler: torch.amp.GradScaler
     fast: fused_ops.FastPath
     shape: tuple[int, int]  # a full micro-batch: (sequences, tokens)
+    offload: bool = False  # the inputs of checkpointed layers wait in main memory
     captured: fused_ops.Captured | None = None
     captured_evaluation: fused_ops.Captured | None = None
 
+    @property
+    def captures(self) -> bool:
+        return self.fast.cuda_graphs and not self.offload
+
     def forward_backward(self, **batch: torch.Tensor) -> torch.Tensor:
         """Add the gradients of a batch's summed loss to the parameters', return the loss; no host synchronisation."""
-        loss = self.loss(**batch)
+        hidden = (*batch["input_ids"].shape, self.model.config.hidden_size)
+        with fused_ops.inputs_in_main_memory(hidden) if self.offload else contextlib.nullcontext():
+            loss = self.loss(**batch)
         self.scaler.scale(loss).backward()
         return loss.detach()
 
@@ -256,7 +263,7 @@ class Learner:
 
     def micro_step(self, step: int, sequences: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Run one micro-batch: as the captured graph where there is one, with the same numbers either way."""
-        if self.fast.cuda_graphs and self.captured is None:  # at a window's first: nothing is accumulated yet
+        if self.captures and self.captured is None:  # at a window's first: nothing is accumulated yet
             self._capture(batch)
         if self.captured is not None:
             sequences = F.pad(sequences, (0, self.shape[0] - len(sequences)))
@@ -265,14 +272,14 @@ class Learner:
 
     def evaluation_loss(self, **batch: torch.Tensor) -> torch.Tensor:
         """Return a batch's summed loss, captured too; the model must be in eval mode."""
-        if self.fast.cuda_graphs and self.captured is None:
+        if self.captures and self.captured is None:
             self._capture(batch)
         return (self.captured_evaluation or self._loss_alone)(**batch)
 
-    def reshape(self, micro_batch: int, checkpointed: int) -> None:
+    def reshape(self, micro_batch: int, checkpointed: int, offload: bool) -> None:
         """Take another micro-batch and number of checkpointed layers from here on, and let go of the graphs' memory."""
         self.captured = self.captured_evaluation = None
-        self.shape = (micro_batch, self.shape[1])
+        self.shape, self.offload = (micro_batch, self.shape[1]), offload
         for number, layer in enumerate(self.loss.decoder.layers):
             setattr(layer, "recompute" if self.fast.compile else "gradient_checkpointing", number < checkpointed)
         memory_utils.let_go()
@@ -368,12 +375,14 @@ def accumulate_in_memory(run: Run, step: int, window: np.ndarray) -> tuple[torch
             return accumulate(run, step, window)
         except torch.OutOfMemoryError as error:
             problem = error.with_traceback(None)  # its frames hold the tensors of the micro-batch that failed
-        smaller = memory_utils.step_down(run.plan, run.window // run.accelerator.num_processes)
+        smaller = memory_utils.step_down(
+            run.plan, run.window // run.accelerator.num_processes, run.learner.fast.compile
+        )
         if smaller is None:
             raise problem
         run.log.say(f"out of GPU memory with {run.plan.shape}: on with {smaller.shape}, which learns the same")
         run.plan = smaller
-        run.learner.reshape(smaller.micro_batch, smaller.checkpointed)
+        run.learner.reshape(smaller.micro_batch, smaller.checkpointed, smaller.offload)
 
 
 def show_blocks(run: Run, numbers: np.ndarray) -> str:
@@ -523,6 +532,7 @@ def save_state(run: Run) -> None:
         "shape": {
             "micro_batch": run.plan.micro_batch,
             "checkpointed": run.plan.checkpointed,
+            "offload": run.plan.offload,
             "window": run.window,
             "processes": run.accelerator.num_processes,
         },
@@ -566,7 +576,8 @@ def start_run(run: Run, found: Found | None) -> None:
     checkpoint_utils.check_space(run.config.training, [p.numel() for p in run.learner.parameters])
     run.accelerator.wait_for_everyone()
     if run.accelerator.is_main_process:
-        log.open(checkpoint_utils.open_output(run.config, run.progress.history, fresh=found is None))
+        history, template = run.progress.history, run.blocks["train"].template
+        log.open(checkpoint_utils.open_output(run.config, history, found is None, template))
     if found is not None:
         log.say(f"resuming from {folder} at step {run.progress.step} of {run.total_steps}")
         now = checkpoint_utils.settings(run.config)
@@ -764,25 +775,30 @@ def build_learner(
     micro_batch: int,
     say: Callable[[str], None],
     checkpointed: int | None = None,
-    packed: bool = False,
+    samples: Sequence[int] = (),
+    offload: bool | None = None,
 ) -> Learner:
     """Attach a fresh adapter to the base model and set up the path that its micro-batches take.
 
-    checkpointed: layers; None takes training.gradient_checkpointing. packed: blocks hold samples that must not see
-    each other.
+    checkpointed: layers, from inputs in main memory if offload; None takes training.gradient_checkpointing. samples: how
+    many the fullest blocks hold that must not see each other, in descending order.
     """
     seed, p = config.training.seed, config.lora.dropout
     device, dtype = model.device, usable_dtype(config.quantization.compute_dtype)
+    offload = memory_utils.wants_offload(config) if offload is None else offload
     if checkpointed is None:
         checkpointed = memory_utils.pinned_layers(len(model.get_decoder().layers), config)
     transformers.set_seed(seed)  # of the fresh adapter
     peft_model = prepare_model_for_training(model, create_lora_config(**vars(config.lora)), checkpointed)
     say(quantization_utils.parameter_line(peft_model))
-    fused_ops.use_causal_attention(model, packed)
+    fused_ops.use_causal_attention(model)
+    apart = [fused_ops.keep_samples_apart(model, config.data.max_length, samples)] if samples else []
     clock = fused_ops.DropoutClock(seed, device)
     fused_ops.use_stateless_dropout(peft_model, p, clock)
     loss = SummedLoss(peft_model, dtype)
     fast = fused_ops.choose_fast_path(config.performance, peft_model, dtype, device)
+    if offload and not fast.compile:
+        raise ConfigError(f"training.gradient_checkpointing: offload needs compiled layers; {fast.line}")
     if fast.fused_lora:
         fused_ops.fuse(peft_model, clock, p, fast.kernels)
     if fast.compile:
@@ -791,11 +807,12 @@ def build_learner(
     if device.type == "cuda":
         free = memory_utils.free_bytes(device, config.performance.memory_limit_gib)
         loss.options["chunk"] = fused_ops.chunk_rows(len(loss.head.weight), free)
-    say(fast.line)
+    for line in (fast.line, *apart):
+        say(line)
     # Losses are sums over tokens, so gradients are large already: 2**16, torch's start, would overflow fp16 at once.
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**6, enabled=dtype is torch.float16)
     trained = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
-    return Learner(peft_model, trained, loss, clock, scaler, fast, (micro_batch, config.data.max_length))
+    return Learner(peft_model, trained, loss, clock, scaler, fast, (micro_batch, config.data.max_length), offload)
 
 
 def build_run(config: Config, accelerator: Accelerator, log: checkpoint_utils.Log, found: Found | None) -> Run:
@@ -817,7 +834,8 @@ def build_run(config: Config, accelerator: Accelerator, log: checkpoint_utils.Lo
         for line in data_utils.untrained_chat_tokens(model, tokenizer):
             say(line)
     plan = plan or memory_utils.unplanned(config, sequences, len(model.get_decoder().layers))
-    learner = build_learner(config, model, plan.micro_batch, say, plan.checkpointed, is_packed(blocks["train"]))
+    samples = sample_counts(*blocks.values())[:window]
+    learner = build_learner(config, model, plan.micro_batch, say, plan.checkpointed, samples, plan.offload)
     optimizer = create_optimizer(learner.parameters, training, device, say)
     steps = training.max_steps or max(1, math.ceil(training.num_epochs * math.ceil(len(blocks["train"]) / window)))
     scheduler = create_scheduler(optimizer, training, steps)
@@ -872,7 +890,9 @@ def evaluate_adapter(config: Config, adapter: str | None, stride: int | None) ->
     blocks = blocks if stride is None else data_utils.windows_of(blocks, stride)
     if adapter is not None:
         model = quantization_utils.load_adapter(model, adapter)
-    fused_ops.use_causal_attention(model, is_packed(blocks))
+    fused_ops.use_causal_attention(model)
+    if samples := sample_counts(blocks)[:1]:
+        fused_ops.keep_samples_apart(model, config.data.max_length, samples)
     loss = SummedLoss(model.eval(), usable_dtype(config.quantization.compute_dtype))
     say = print if accelerator.is_main_process else (lambda line: None)
     names, sums = ["base"] if adapter is None else ["base", "adapter"], {}

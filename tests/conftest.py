@@ -1,9 +1,11 @@
 """What the tests share: a quiet, offline environment, small models and texts, and the two ways to run a script."""
 
 import functools
+import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,6 +28,8 @@ os.environ["HF_DATASETS_CACHE"] = str(Path(CACHE) / "datasets")
 os.environ["OMP_NUM_THREADS"] = "1"
 for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "PYTHONIOENCODING"):
     os.environ.pop(name, None)
+if hasattr(signal, "SIGHUP"):  # nohup's runs ignore it, and these are to be stopped by it
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_unconfigure() -> None:
@@ -113,6 +117,57 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("corpus") / "plays.txt"
     path.write_text("\n".join(documents), encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A .jsonl of 60 chats made of the plays' lines."""
+    text = (ROOT / "tiny" / "text" / "train.txt").read_text(encoding="utf-8")
+    lines, rows = iter([line for line in text.splitlines() if line.strip()]), []
+    for size in itertools.islice(itertools.cycle([2, 4, 2, 6, 3]), 60):
+        turns = enumerate(itertools.islice(lines, size))
+        rows.append({"messages": [{"role": ("user", "assistant")[i % 2], "content": line} for i, line in turns]})
+    path = tmp_path_factory.mktemp("chats") / "chats.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def varlen_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list]:
+    """A function that has packed samples take varlen attention here, from SDPA a sample; returns the list of cu_seqlens
+    that it is called with. While a layer is compiled, which cannot look at numbers, it is a mask made of them.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    import fused_ops
+
+    calls = []
+
+    def attend(q, k, v, starts, key_starts, longest, longest_key, *, scale, window_size, enable_gqa=False):
+        assert key_starts is starts and longest == longest_key and window_size == (-1, 0)
+        how = {"scale": scale, "enable_gqa": k.shape[1] < q.shape[1]}
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        if torch.compiler.is_compiling():
+            sample = torch.searchsorted(starts, torch.arange(q.shape[2], dtype=torch.int32), right=True)
+            mask = (sample[:, None] == sample[None]).tril()
+            return F.scaled_dot_product_attention(q, k, v, mask, **how)[0].transpose(0, 1)
+        calls.append(starts)
+        assert starts.dtype is torch.int32 and starts[0] == 0 and starts[-1] == q.shape[2]
+        parts = []
+        for start, stop in itertools.pairwise(starts.tolist()):
+            assert stop - start <= longest
+            if stop > start:
+                part = (x[:, :, start:stop] for x in (q, k, v))
+                parts.append(F.scaled_dot_product_attention(*part, is_causal=True, **how))
+        return torch.cat(parts, 2)[0].transpose(0, 1)
+
+    def switch() -> list:
+        monkeypatch.setattr(fused_ops, "varlen_obstacle", lambda model, length: None)
+        monkeypatch.setattr(fused_ops, "varlen_attn", attend)
+        return calls
+
+    return switch
 
 
 # ------------------------------------------------------------------------------------------------ the scripts

@@ -37,6 +37,7 @@ from data_utils import (
     places_of,
     recognise,
     rows_are_lines,
+    sample_counts,
     show_block,
     step_windows,
     tokenize_rows,
@@ -899,12 +900,23 @@ def test_rows_of_which_nothing_is_learned_are_named_and_left_out(tmp_path, token
     assert part.supervised == sum(int((part[i][1] != IGNORED).sum()) for i in range(len(part)))
 
 
-def test_where_nothing_is_learned_at_all_the_data_are_refused(tmp_path, tokenizer):
+def test_where_nothing_is_learned_at_all_the_data_are_refused(train, tmp_path, capsys):
     path = write_rows(tmp_path / "a.jsonl", [{"messages": turns("word " * 40, "a")}] * 3)
-    with pytest.raises(
-        ConfigError, match=r"data\.dataset: .*nothing to learn; train: 3 of 3 rows left out.*rows 1, 2, 3"
-    ):
-        blocks_of(settings(path, max_length=32), tokenizer)
+    code, folder = train("--dataset", path, "--max_length", 32)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert code == 2 and not folder.exists()
+    assert line.startswith(f"error: data.dataset: {path}: nothing to learn; train: 3 of 3 rows left out")
+    assert line.endswith("rows 1, 2, 3")
+
+
+def test_a_run_says_how_many_chats_are_cut(train, tmp_path):
+    rows = [turns("q", "a " * 9), turns("q", "a " * 90), turns("q", "a " * 9), turns("a " * 90, "a")] * 4
+    path = write_rows(tmp_path / "a.jsonl", [{"messages": row} for row in rows])
+    code, folder = train("--dataset", path, "--max_steps", 1)
+    log = (folder / "training_log.txt").read_text(encoding="utf-8")
+    assert code == 0
+    assert "data: train: 4 of 16 rows left out, since nothing in their first 64 tokens" in log
+    assert re.search(r"data: train: 8 of 16 rows are cut at data\.max_length: \d\d\.\d% of the tokens are lost", log)
 
 
 def test_samples_are_held_out_by_seed_and_limited_after_it(tmp_path, tokenizer):
@@ -1023,26 +1035,37 @@ def test_rows_with_labels_of_another_prepare_dataset_are_samples(tmp_path, token
 
 @pytest.fixture(scope="module")
 def models(random_models):
-    """Random models in fp32 by family and attention, each ready for packed samples."""
+    """Random models in fp32 by family and attention, each ready for samples so many a block."""
 
-    def make(family: str, attention: str = "sdpa"):
+    def make(family: str, samples: list[int], attention: str = "sdpa"):
         model = AutoModelForCausalLM.from_pretrained(
             random_models(family), dtype=torch.float32, attn_implementation=attention
         )
-        fused_ops.use_causal_attention(model, packed=True)
+        fused_ops.use_causal_attention(model)
+        fused_ops.keep_samples_apart(model, 64, samples)
         return model
 
     return make
 
 
+SDPA = [(family, "sdpa") for family in ("qwen2", "llama", "mistral", "qwen3")]
+
+
 @pytest.mark.parametrize(
-    ("family", "attention"),
-    [*((family, "sdpa") for family in ("qwen2", "llama", "mistral", "qwen3")), ("qwen2", "eager"), ("gemma2", "eager")],
+    ("family", "attention", "varlen"),
+    [
+        *((*case, varlen) for case in SDPA for varlen in (False, True)),
+        *((f, "eager", False) for f in ("qwen2", "gemma2")),
+    ],
 )
-def test_logits_of_a_packed_sample_are_those_of_the_sample_alone(tmp_path, tokenizer, models, family, attention):
-    model = models(family, attention).eval()
+def test_logits_of_a_packed_sample_are_those_of_the_sample_alone(
+    tmp_path, tokenizer, models, varlen_on_cpu, family, attention, varlen
+):
+    calls = varlen_on_cpu() if varlen else []
     path = write_rows(tmp_path / "a.jsonl", CHAT_ROWS)
     part = blocks_of(settings(path, max_length=64), tokenizer)["train"]
+    model = models(family, sample_counts(part), attention).eval()
+    calls.clear()
     batch = collate([part[i] for i in range(len(part))], tokenizer.pad_token_id)
     with torch.no_grad():
         logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
@@ -1051,13 +1074,20 @@ def test_logits_of_a_packed_sample_are_those_of_the_sample_alone(tmp_path, token
             for start, stop in itertools.pairwise([*starts, part[i].shape[1]]):
                 alone = model(input_ids=batch["input_ids"][i : i + 1, start:stop], use_cache=False).logits
                 torch.testing.assert_close(logits[i, start:stop], alone[0], rtol=1e-4, atol=2e-5)
+    # Once in each of two layers; a window of 16 positions, shorter than the blocks, takes a mask.
+    assert len(calls) == (2 if varlen and family != "mistral" else 0)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "llama", "mistral"])
-def test_gradients_of_packed_samples_are_the_sum_of_each_alone(tmp_path, tokenizer, models, family):
-    model = models(family).train()
+@pytest.mark.parametrize("varlen", [False, True])
+@pytest.mark.parametrize("family", ["qwen2", "llama", "mistral", "qwen3"])
+def test_gradients_of_packed_samples_are_the_sum_of_each_alone(
+    tmp_path, tokenizer, models, varlen_on_cpu, family, varlen
+):
+    calls = varlen_on_cpu() if varlen else []
     path = write_rows(tmp_path / "a.jsonl", CHAT_ROWS)
     data = settings(path, max_length=64)
+    model = models(family, sample_counts(blocks_of(data, tokenizer)["train"])).train()
+    calls.clear()
     head = model.get_output_embeddings().weight.requires_grad_(False)  # so that the chunked loss runs
     sums = []
     for packing in (True, False):
@@ -1073,13 +1103,71 @@ def test_gradients_of_packed_samples_are_the_sum_of_each_alone(tmp_path, tokeniz
         model.zero_grad()
         sums.append((total, gradients))
     (packed, own), (single, alone) = sums
-    assert packed == pytest.approx(single, rel=1e-6)
+    assert packed == pytest.approx(single, rel=1e-6) and bool(calls) == (varlen and family != "mistral")
     for name, gradient in own.items():
         torch.testing.assert_close(gradient, alone[name], rtol=1e-4, atol=1e-5 * alone[name].abs().max().item())
 
 
+def starts_in(positions: np.ndarray, entries: int) -> list[int]:
+    """Read cu_seqlens from position_ids [batch, length] in another way: a row starts a sample, and so does a 0."""
+    batch, length = positions.shape
+    starts = [row * length + i for row in range(batch) for i in range(length) if i == 0 or positions[row, i] == 0]
+    return starts + [batch * length] * (entries - len(starts))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_starts_of_samples_are_read_once_a_forward(models, varlen_on_cpu, seed):
+    """Random samples, in blocks filled up by collate, and these by a captured step, which is the most there can be."""
+    random, calls = np.random.default_rng(seed), varlen_on_cpu()
+    rows, counts = [], []
+    for _ in range(3):
+        sizes = random.integers(2, 20, random.integers(1, 4))
+        positions = np.concatenate([np.arange(size) for size in sizes])
+        rows.append(np.stack([random.integers(0, 4096, len(positions))] * 2 + [positions]))
+        counts.append(len(sizes))
+    model = models("qwen2", sorted(counts, reverse=True))
+    batch = collate(rows, 0)
+    whole = fused_ops.padding("position_ids", 64, torch.device("cpu")).repeat(5, 1)
+    whole[:3, : batch["position_ids"].shape[1]] = batch["position_ids"]
+    for positions in (batch["position_ids"], whole):
+        calls.clear()
+        model(input_ids=torch.zeros_like(positions), position_ids=positions, use_cache=False)
+        assert len(calls) == 2 and calls[0] is calls[1]
+        entries = fused_ops.most_samples(sorted(counts, reverse=True), len(positions)) + 1
+        table = positions.numpy().copy()
+        table[:3, 1:][np.diff(table[:3]) != 1] = 0  # a captured step's pads go on from another number
+        assert calls[0].tolist() == starts_in(table, entries)
+        assert len(set(calls[0].tolist())) <= entries
+
+
+def test_what_keeps_packed_samples_from_varlen_attention_is_named(random_models, monkeypatch):
+    on = {"device": "cuda", "capability": (8, 9), "flash": True}
+
+    def reason(family="qwen2", attention="sdpa", dtype=torch.bfloat16, length=512, config=None, **machine):
+        machine = on | machine
+        model = AutoModelForCausalLM.from_pretrained(random_models(family), dtype=dtype, attn_implementation=attention)
+        fused_ops.use_causal_attention(model)
+        vars(model.config).update(config or {})
+        monkeypatch.setattr(type(model), "device", torch.device(machine["device"]))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: machine["capability"])
+        monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: machine["flash"])
+        return fused_ops.varlen_obstacle(model, length)
+
+    assert [reason(family) for family in ("qwen2", "llama", "qwen3")] == [None] * 3
+    assert reason(dtype=torch.float16) is None
+    assert reason(device="cpu") == "there is no CUDA GPU"
+    assert reason(capability=(7, 5)) == reason(flash=False) == "this GPU or this build of PyTorch has no FlashAttention"
+    assert reason(dtype=torch.float32) == "FlashAttention does not compute in torch.float32"
+    assert reason("gemma2", "eager") == reason(attention="eager") == "model.attn_implementation eager"
+    assert reason("mistral") == "a sliding window of 16 tokens" and reason("mistral", length=16) is None
+    assert reason(config={"head_dim": 256}) == "FlashAttention does not train heads 256 wide"
+    assert reason(config={"attention_dropout": 0.1}) == "attention_dropout"
+    monkeypatch.setattr(fused_ops, "ATTENTIONS", {"LlamaAttention"})
+    assert reason() == "Qwen2ForCausalLM has another attention"
+
+
 def test_running_text_takes_no_mask_and_one_sample_a_block_neither(models, monkeypatch):
-    model, masks = models("qwen2"), []
+    model, masks = models("qwen2", [2]), []
     monkeypatch.setattr(fused_ops, "sdpa_mask", lambda **keywords: masks.append(keywords))
     tokens = torch.arange(16).view(2, 8)
     model(input_ids=tokens, use_cache=False)
@@ -1094,8 +1182,9 @@ def test_a_model_that_lets_packed_samples_see_each_other_is_refused(random_model
     decoder = model.get_decoder()
     forward = type(decoder).forward
     monkeypatch.setattr(type(decoder), "forward", lambda self, position_ids=None, **rest: forward(self, **rest))
+    fused_ops.use_causal_attention(model)
     with pytest.raises(ConfigError, match=r"data\.packing: Qwen2ForCausalLM .*set data\.packing false"):
-        fused_ops.use_causal_attention(model, packed=True)
+        fused_ops.keep_samples_apart(model, 64, [2])
 
 
 # ------------------------------------------------------------------------------------------------ the cache
@@ -1186,18 +1275,6 @@ def test_samples_have_no_windows(tmp_path, tokenizer):
 # ------------------------------------------------------------------------------------------------ whole runs
 
 
-@pytest.fixture(scope="module")
-def chats(tmp_path_factory) -> Path:
-    """A .jsonl of 60 chats made of the plays' lines."""
-    lines = [
-        line for line in (ROOT / "tiny" / "text" / "train.txt").read_text(encoding="utf-8").splitlines() if line.strip()
-    ]
-    sizes = itertools.cycle([2, 4, 2, 6, 3])
-    starts = itertools.accumulate(itertools.islice(sizes, 60), initial=0)
-    rows = [{"messages": turns(*lines[start:stop])} for start, stop in itertools.pairwise(starts)]
-    return write_rows(tmp_path_factory.mktemp("chats") / "chats.jsonl", rows)
-
-
 def losses(folder: Path, key: str = "loss") -> list[float]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [row[key] for row in rows if key in row]
@@ -1210,6 +1287,8 @@ def test_a_run_on_chats_says_what_it_reads(train, chats, capsys):
     assert "data: read as chat, from column messages, through the tokenizer's chat template" in log
     assert re.search(r"first block: <\|im_start\|>user.*\[\[.*<\|im_end\|>\]\]", log)
     assert re.search(r"train: blocks are \d\d\.\d% full", log)
+    if not torch.cuda.is_available():
+        assert log.count("packed samples: with a mask: there is no CUDA GPU") == 1
     assert losses(folder, "eval_loss")[-1] < losses(folder, "eval_loss")[0]
     assert main(["--evaluate", "--adapter", str(folder)]) == 0
     result = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
@@ -1219,9 +1298,14 @@ def test_a_run_on_chats_says_what_it_reads(train, chats, capsys):
     assert "--stride: expected running text, got chat" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("varlen", [False, True])
 @pytest.mark.parametrize("path", [(), ("--fused_lora", "on"), ("--fused_lora", "on", "--compile", "on")])
-def test_packed_and_unpacked_runs_learn_the_same(train, tmp_path, chats, tokenizer, monkeypatch, path):
+def test_packed_and_unpacked_runs_learn_the_same(
+    train, tmp_path, chats, tokenizer, monkeypatch, varlen_on_cpu, path, varlen
+):
     """The same samples in each step, once packed and once a row each, in fp32 and without dropout."""
+    if varlen:
+        varlen_on_cpu()
     flags = ["--dataset", chats, "--validation_fraction", 0, "--compute_dtype", "float32", "--dropout", 0]
     flags += ["--optim", "adamw_torch", "--logging_steps", 1, "--warmup_ratio", 0, *path]
     data = settings(chats, max_length=64)
@@ -1240,6 +1324,8 @@ def test_packed_and_unpacked_runs_learn_the_same(train, tmp_path, chats, tokeniz
         monkeypatch.setattr(train_qlora, "step_windows", windows)
         code, folder = train(*flags, "--packing", packing, output_dir=tmp_path / str(packing))
         assert code == 0
+        log = (folder / "training_log.txt").read_text(encoding="utf-8")
+        assert ("packed samples: varlen attention" in log) == (packing and varlen)
         found.append((losses(folder), load_file(folder / "adapter_model.safetensors")))
     (packed_losses, adapter), (single_losses, other) = found
     assert packed_losses == pytest.approx(single_losses, rel=1e-5)

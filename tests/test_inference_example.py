@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import inference_example
 from config import ConfigError, load_config, save_config
+from data_utils import IGNORED, PLAIN_TEMPLATE, load_rows, tokenize_rows
 from generation_utils import Generator
 from inference_example import (
     Conversation,
@@ -185,15 +186,67 @@ def test_an_answer_ends_at_every_end_token(engine: Engine) -> None:
         assert cut == whole[: whole.index(end) + 1]
 
 
-def test_a_model_without_a_chat_template_continues_text(run: Callable, tiny_model: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def without_template(tiny_model: Path, tmp_path: Path) -> Path:
+    """The tiny model with a tokenizer that has no chat template."""
     folder = shutil.copytree(tiny_model, tmp_path / "model")
     settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     del settings["chat_template"]
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return folder
+
+
+def test_a_model_without_a_chat_template_continues_text(run: Callable, without_template: Path) -> None:
+    folder = without_template
     flags = ("--mode", "text", "--prompt", "The river rises in", "--temperature", 0)
     _, out, err = run(*flags, "--model_name", folder)
     assert "no chat template" in err
     assert out == run(*flags, "--raw")[1] != run(*flags)[1]
+
+
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hello, who are you?"},
+    {"role": "assistant", "content": "A lighthouse."},
+    {"role": "user", "content": " And where?\n"},
+    {"role": "assistant", "content": "By the sea, in 1822."},
+]
+
+
+def test_an_adapter_of_chats_is_asked_as_it_was_trained(
+    run: Callable, train: Callable, without_template: Path, tmp_path: Path
+) -> None:
+    """A prompt's tokens are the beginning of the training sample's, up to the first that was learned."""
+    rows = tmp_path / "chats.jsonl"
+    rows.write_text(f"{json.dumps({'messages': CHAT})}\n" * 40, encoding="utf-8")
+    code, folder = train("--model_name", without_template, "--dataset", rows, "--max_steps", 1)
+    config = load_config(folder / "config.yaml")
+    model, tokenizer = load(config)
+    assert code == 0 and tokenizer.chat_template is None
+    sample = tokenize_rows(load_rows(config.data), tokenizer, config.data)["train"][0]
+    for adapter in (folder, folder / "checkpoint-1"):
+        engine = create_engine(model, load(config, adapter)[1], raw=False)
+        for turn in (2, 4):
+            ids = encode(engine, CHAT[:turn], None)
+            assert ids == sample["input_ids"][: len(ids)] and sample["labels"][len(ids)] != IGNORED
+            assert sample["labels"][len(ids) - 1] == IGNORED
+        assert encode(engine, CHAT[1]["content"], "Be brief.") == encode(engine, CHAT[:2], None)
+    _, out, err = run("--mode", "text", "--prompt", "Hello", "--temperature", 0, adapter=folder)
+    assert "no chat template" not in err and out
+    assert run("--mode", "merge", "--output", tmp_path / "merged", adapter=folder)[0] == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == PLAIN_TEMPLATE
+
+
+def test_the_template_goes_with_the_chats(train: Callable, without_template: Path, tmp_path: Path) -> None:
+    """Text, and a tokenizer with its own template, leave none; a run over another in the same folder takes it away."""
+    rows = tmp_path / "chats.jsonl"
+    rows.write_text(f"{json.dumps({'messages': CHAT})}\n" * 40, encoding="utf-8")
+    left = []
+    for flags in (("--dataset", rows, "--model_name", without_template), ("--model_name", without_template), ()):
+        code, folder = train(*flags, "--max_steps", 1, "--overwrite")
+        assert code == 0
+        left.append((folder / "chat_template.jinja").is_file())
+    assert left == [True, False, False]
 
 
 def test_an_empty_system_prompt_replaces_the_templates_own(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -167,8 +167,25 @@ def test_stepping_down_ends_at_the_smallest_shape():
     plan, seen = MemoryPlan({}, 4, 0, 8), []
     while plan is not None:
         seen.append((plan.micro_batch, plan.checkpointed))
-        plan = step_down(plan, 12)
+        plan = step_down(plan, 12, compiled=False)
     assert seen == [(4, 0), (4, 2), (4, 4), (4, 6), (4, 8), (3, 8), (2, 8), (1, 8)]
+    last = step_down(MemoryPlan({}, 1, 8, 8), 12, compiled=True)
+    assert (last.micro_batch, last.checkpointed, last.offload) == (1, 8, True)
+    assert step_down(last, 12, compiled=True) is None
+
+
+def test_main_memory_is_for_what_fits_in_no_other_way(qwen_3b):
+    shape, config = model_shape(str(qwen_3b)), settings(data__max_length=8192)
+    inside, offloaded = plan_memory(shape, config, 1, 36), plan_memory(shape, config, 1, 36, offload=True)
+    states = 34 * 8192 * 2048 * 2  # of 36, two stay
+    assert inside.parts["checkpointed hidden states"] - offloaded.parts["checkpointed hidden states"] == states
+    between = offloaded.total + GIB // 10
+    assert fit(shape, config, 1, between, Rates()).offload
+    assert not fit(shape, config, 1, inside.total + GIB / 10, Rates()).offload
+    assert not fit(shape, settings(data__max_length=8192, performance__compile="off"), 1, between, Rates()).offload
+    assert fit(shape, settings(training__gradient_checkpointing="offload"), 16, 24 * GIB, Rates()).offload
+    saved = {"micro_batch": 1, "checkpointed": 36, "offload": True}
+    assert memory_utils.choose_plan(shape, config, 16, None, 24 * GIB, saved).offload
 
 
 def test_savings_are_differences_of_plans(qwen_3b):
@@ -187,7 +204,7 @@ def test_the_longest_length_is_the_last_that_fits(qwen_3b):
     longest = memory_utils.longest_length(shape, config, 7.8 * GIB)
     for length, fits in ((longest, True), (longest + 128, False)):
         other = dataclasses.replace(config, data=dataclasses.replace(config.data, max_length=length))
-        assert (plan_memory(shape, other, 1, 36, limit=7.8 * GIB).total <= 7.8 * GIB) is fits
+        assert (plan_memory(shape, other, 1, 36, limit=7.8 * GIB, offload=True).total <= 7.8 * GIB) is fits
 
 
 def test_a_limit_below_the_context_is_refused():

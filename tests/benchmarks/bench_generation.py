@@ -9,7 +9,7 @@ LoRA r = 16 on all seven projections, NF4 + double quantisation, bf16, random pr
 top_p 0.9. Each case runs in a process of its own and prints a JSON line; the table comes last. tokens/s are of whole
 answers, the first token included, the median of --repeat calls after two that warm up; GB/s are of the steps after the
 first token (weights once and the cache's filled positions). `start s`: from the process's start to the first token of
-its first answer. Compare only figures of one call on one machine. Memory is what the allocator reserved.
+its first answer, worth something with --together 1 only. Compare only figures of one call on one machine. Memory is what the allocator reserved.
 """
 
 import argparse
@@ -19,7 +19,10 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+
+from bench_training import confine, run_cases, turn
 
 ROOT = Path(__file__).resolve().parents[2]
 PEERS = ("ours", "hf", "merged", "unsloth")
@@ -37,23 +40,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sms", type=int, default=0, help="confine the process to this many multiprocessors")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--timeout", type=int, default=300, help="seconds a case may take")
+    parser.add_argument("--together", type=int, default=1, help="processes that load at once; timed in turn")
     parser.add_argument("--check", action="store_true", help="compare 32 greedy tokens of ours with generate's")
     parser.add_argument("--single", help=argparse.SUPPRESS)
     return parser.parse_args()
-
-
-def confine(sms: int) -> object:
-    """Hold the process to some multiprocessors as long as what this returns is kept."""
-    import torch
-
-    if not (sms and torch.cuda.is_available()):
-        return None
-    from torch.cuda.green_contexts import GreenContext
-
-    torch.zeros(1, device="cuda")
-    context = GreenContext.create(sms, 0)
-    context.set_context()
-    return context
 
 
 # ------------------------------------------------------------------------------------------------ models
@@ -168,7 +158,7 @@ def greedy_agreement(model, generator, ids) -> int:
     return next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), 32)
 
 
-def run_single(case: dict) -> dict:
+def run_single(case: dict, alone: Callable[[], None]) -> dict:
     """Return the case with its speeds, times and memory."""
     if case["peer"] == "unsloth":
         import unsloth  # noqa: F401  (must be imported before transformers)
@@ -179,16 +169,20 @@ def run_single(case: dict) -> dict:
         before_heavy_imports()
     import torch
 
-    context = confine(case["sms"])
     gpu = torch.cuda.is_available()
+    context = confine(case) if gpu else None
     try:
         loaders = {"ours": load_ours, "unsloth": load_unsloth}
         loader = loaders.get(case["peer"], lambda folder: load_transformers(folder, case["peer"] == "merged"))
         model = loader(case["model"])
+        if context:
+            context.set_context()  # again: loading may have left it
         answer, generator = answer_with(case, model)
         vocabulary, device = model.config.vocab_size, model.device
         wholes, firsts, steps = [], [], []
         for call in range(case["repeat"] + 2):
+            if call == 1:
+                alone()
             torch.manual_seed(call)
             ids = torch.randint(3, vocabulary - 2, (case["batch"], case["prompt"]), device=device)
             clock, start = create_clock(), time.time()
@@ -214,7 +208,6 @@ def run_single(case: dict) -> dict:
         case["gb_per_s"] = round(read / statistics.median(steps) / 1e9)
     except torch.OutOfMemoryError:
         case["error"] = "out of memory"
-    del context
     return case
 
 
@@ -235,7 +228,10 @@ def run_process(case: dict, timeout: int) -> dict:
     found = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     result = found[0] if found else case | {"error": "failed"}
     print("\n".join(done.stderr.splitlines()[-12 if not found else -3 :]), file=sys.stderr)
-    print(json.dumps({k: v for k, v in result.items() if k not in ("model", "started", "check")}), flush=True)
+    print(
+        json.dumps({k: v for k, v in result.items() if k not in ("model", "started", "check", "turn", "cap")}),
+        flush=True,
+    )
     return result
 
 
@@ -253,11 +249,13 @@ def main() -> int:
     """Run every case in a process of its own and print the table."""
     args = parse()
     if args.single:
-        print("RESULT " + json.dumps(run_single(json.loads(args.single))))
+        case = json.loads(args.single)
+        with turn(case) as alone:
+            print("RESULT " + json.dumps(run_single(case, alone)))
         return 0
-    settings = {name: getattr(args, name) for name in ("model", "prompt", "new", "sms", "repeat", "check")}
+    settings = {name: getattr(args, name) for name in ("model", "prompt", "new", "sms", "repeat", "check")} | {"cap": 0}
     cases = [{"peer": peer, "batch": batch, **settings} for batch in args.batch for peer in args.peers]
-    print(table([run_process(case, args.timeout) for case in cases]))
+    print(table(run_cases(cases, lambda case: run_process(case, args.timeout), args.together)))
     return 0
 
 

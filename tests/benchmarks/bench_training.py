@@ -2,25 +2,35 @@
 
     python tests/benchmarks/bench_training.py MODEL --cases 1x512 16x512 4x512@24 1x8192%7.3 --peers ours hf unsloth
     python tests/benchmarks/bench_training.py MODEL --profile 16x512 --checkpointing on        GPU time by kind of work
+    python tests/benchmarks/bench_training.py MODEL --packed 64 --attention varlen mask        blocks of samples of 64 tokens
 
-A case is BATCHxLENGTH, with @N confined to N multiprocessors (a stand-in for a smaller card) and %G capped at G GiB. LoRA r = 16 on all
+A case is BATCHxLENGTH, with @N confined to N multiprocessors (a stand-in for a smaller card;
+`tflops` of the line shows whether it held: about 6.5 for each) and %G capped at G GiB. LoRA r = 16 on all
 seven projections, NF4 + double quantisation, bf16, full blocks of random tokens. Each case runs in a process of its own and
 prints a JSON line; the table comes last. Compare only figures of one call on one machine. Memory is what the allocator reserved.
+`first s` (the first micro-batch, without loading) is worth something with --together 1 only.
 """
 
 import argparse
+import contextlib
+import fcntl
+import itertools
 import json
 import os
 import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 GIB = 2**30
+WARM_UP = 4  # micro-batches before the timed ones
 
 
 def parse() -> argparse.Namespace:
@@ -28,18 +38,45 @@ def parse() -> argparse.Namespace:
     parser.add_argument("model", help="folder of the model")
     parser.add_argument("--cases", nargs="+", default=["1x512", "16x512"], metavar="BxL[@SMS][%%GIB]")
     parser.add_argument("--peers", nargs="+", default=["ours", "hf", "unsloth"], choices=("ours", "hf", "unsloth"))
-    parser.add_argument("--checkpointing", nargs="+", default=["on", "off"], choices=("on", "off", "offload"))
+    parser.add_argument("--checkpointing", nargs="+", default=["on", "off"], help="on, off, offload, N layers (ours)")
     parser.add_argument("--dropout", nargs="+", type=float, default=[0.0])
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="SECTION.KEY=VALUE", help="settings of this toolkit's cases"
     )
+    parser.add_argument(
+        "--packed", type=int, metavar="N", help="blocks are samples of N tokens each; this toolkit only"
+    )
+    ways = ("varlen", "mask")
+    parser.add_argument("--attention", nargs="+", default=["varlen"], choices=ways, help="of packed samples")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--timeout", type=int, default=240, help="seconds a case may take")
+    parser.add_argument(
+        "--together", type=int, default=1, help="processes that load and compile at once; timed in turn"
+    )
     parser.add_argument(
         "--profile", metavar="CASE", help="print the GPU time of one micro-step of this toolkit by kernel"
     )
     parser.add_argument("--single", help=argparse.SUPPRESS)
     return parser.parse_args()
+
+
+@contextlib.contextmanager
+def turn(case: dict) -> Iterator[Callable[[], None]]:
+    """Load and compile beside other cases; what is returned waits until this one is alone, for its timing."""
+    with open(case["turn"]) as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+
+        def alone() -> None:
+            fcntl.flock(file, fcntl.LOCK_UN)
+            fcntl.flock(file, fcntl.LOCK_EX)
+
+        yield alone
+
+
+def run_cases(cases: list[dict], run: Callable[[dict], dict], together: int) -> list[dict]:
+    """Run cases in processes of their own, some of them at a time, each timed alone."""
+    with tempfile.NamedTemporaryFile() as file, ThreadPoolExecutor(together) as pool:
+        return list(pool.map(lambda case: run(case | {"turn": file.name}), cases))
 
 
 def confine(case: dict) -> object:
@@ -56,7 +93,8 @@ def confine(case: dict) -> object:
         context.set_context()
         # The context belongs to this thread; autograd's own thread would run every backward on the whole chip.
         torch.autograd.set_multithreading_enabled(False)
-        case["tflops"] = round(backward_tflops())
+        # Inductor's code calls it, and it would put the thread back on the whole chip, seen with Unsloth.
+        torch.cuda.set_device = lambda device: None
     if case["cap"]:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(case["cap"] * GIB / total)
@@ -100,14 +138,26 @@ def load_ours(case: dict):
     }
     config = load_config((), overrides)
     model, _ = train_qlora.load_base(config, torch.device("cuda:0"))
-    learner = train_qlora.build_learner(config, model, case["batch"], lambda line: print(line, file=sys.stderr))
+    length, packed = case["length"], case["packed"]
+    samples = [-(-length // packed)] * case["batch"] if packed else []
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    learner = train_qlora.build_learner(config, model, case["batch"], say, samples=samples)
+    if case["attention"] == "mask":
+        model.config.varlen_samples = None
+    positions = (torch.arange(length, device="cuda") % (packed or length)).repeat(case["batch"], 1)
     learner.model.train()
     learner.zero_gradients()
     optimizer = train_qlora.create_optimizer(learner.parameters, config.training, torch.device("cuda:0"), print)
     sequences = torch.arange(case["batch"])
 
     def micro_batch(step: int, ids: torch.Tensor) -> torch.Tensor:
-        return learner.micro_step(step, sequences, {"input_ids": ids, "labels": ids})
+        batch = {"input_ids": ids, "labels": ids}
+        if packed:
+            batch = {"input_ids": ids, "labels": ids.masked_fill(positions == 0, -100), "position_ids": positions}
+        return learner.micro_step(step, sequences, batch)
 
     return micro_batch, optimizer, learner.zero_gradients
 
@@ -177,7 +227,7 @@ def load_peer(case: dict):
     return micro_batch, optimizer, optimizer.zero_grad
 
 
-def run_single(case: dict) -> dict:
+def run_single(case: dict, alone: Callable[[], None]) -> dict:
     """Return the case with the median milliseconds of a micro-batch, tokens a second and peak GiB."""
     if case["peer"] == "unsloth":
         import unsloth  # noqa: F401  (must be imported before transformers)
@@ -191,9 +241,13 @@ def run_single(case: dict) -> dict:
     context = confine(case)
     try:
         micro_batch, optimizer, zero = (load_ours if case["peer"] == "ours" else load_peer)(case)
+        if context:
+            context.set_context()  # again: loading may have left it
         torch.manual_seed(0)
         times, started = [], time.perf_counter()
-        for step in range(case["steps"] + 3):
+        for step in range(case["steps"] + WARM_UP):
+            if step == WARM_UP - 1:
+                alone()
             ids = torch.randint(0, 150000, (case["batch"], case["length"]), device="cuda")
             torch.cuda.synchronize()
             start = time.perf_counter()
@@ -201,7 +255,7 @@ def run_single(case: dict) -> dict:
             torch.cuda.synchronize()
             if step == 0:
                 case["first_s"] = round(time.perf_counter() - started, 1)
-            if step >= 3:
+            if step >= WARM_UP:
                 times.append(time.perf_counter() - start)
             if step % 4 == 1:
                 optimizer.step()
@@ -217,9 +271,10 @@ def run_single(case: dict) -> dict:
         }
     except torch.OutOfMemoryError:
         case["error"] = "out of memory"
-    del context
     case["peak_allocated_gib"] = round(torch.cuda.max_memory_allocated() / GIB, 2)
     case["peak_reserved_gib"] = round(torch.cuda.max_memory_reserved() / GIB, 2)
+    if context and "error" not in case:
+        case["tflops"] = round(backward_tflops())  # whether the confinement held to the end
     return case
 
 
@@ -269,14 +324,15 @@ def profile(case: dict, micro_batch, ids) -> None:
 
 def table(results: list[dict]) -> str:
     """Return the results a row a case, with this toolkit's ratio to the best setting of each peer at the same shape."""
-    rows = [f"{'case':<16}{'peer':<9}{'ckpt':<9}{'dropout':<9}{'tok/s':>8}{'ms':>9}{'GiB':>8}{'first s':>9}"]
+    rows = [f"{'case':<26}{'peer':<9}{'ckpt':<9}{'dropout':<9}{'tok/s':>8}{'ms':>9}{'GiB':>8}{'first s':>9}"]
     for r in results:
         name = (
             f"{r['batch']}x{r['length']}" + (f"@{r['sms']}" if r["sms"] else "") + (f"%{r['cap']}" if r["cap"] else "")
         )
+        name += f" / {r['packed']} {r['attention']}" if r["packed"] else ""
         speed = f"{r['tokens_per_s']:>8}{r['ms']:>9}" if "ms" in r else f"{r.get('error', 'failed'):>17}"
         rows.append(
-            f"{name:<16}{r['peer']:<9}{r['checkpointing']:<9}{r['dropout']:<9}{speed}"
+            f"{name:<26}{r['peer']:<9}{r['checkpointing']:<9}{r['dropout']:<9}{speed}"
             f"{r.get('peak_reserved_gib', 0):>8}{r.get('first_s', 0):>9}"
         )
     return "\n".join(rows)
@@ -286,9 +342,11 @@ def main() -> int:
     """Run every case in a process of its own and print the table."""
     args = parse()
     if args.single:
-        print("RESULT " + json.dumps(run_single(json.loads(args.single))))
+        case = json.loads(args.single)
+        with turn(case) as alone:
+            print("RESULT " + json.dumps(run_single(case, alone)))
         return 0
-    results = []
+    cases = []
     for text in [args.profile] if args.profile else args.cases:
         match = re.fullmatch(r"(\d+)x(\d+)(?:@(\d+))?(?:%([\d.]+))?", text)
         if not match:
@@ -300,21 +358,14 @@ def main() -> int:
             "sms": int(match[3] or 0),
             "cap": float(match[4] or 0),
         }
-        for peer in args.peers:
-            for checkpointing in args.checkpointing:
-                if checkpointing == "offload" and peer != "unsloth":
-                    continue
-                for dropout in args.dropout:
-                    case = {
-                        "peer": peer,
-                        **shape,
-                        "checkpointing": checkpointing,
-                        "dropout": dropout,
-                        "model": args.model,
-                    }
-                    case |= {"steps": args.steps, "set": args.set, "profile": bool(args.profile)}
-                    results.append(run_process(case, args.timeout))
-    print(table(results))
+        peers, ways = (["ours"], args.attention) if args.packed else (args.peers, [None])
+        for peer, checkpointing, dropout, way in itertools.product(peers, args.checkpointing, args.dropout, ways):
+            if (checkpointing == "offload" and peer == "hf") or (checkpointing.isdigit() and peer != "ours"):
+                continue
+            case = {"peer": peer, **shape, "checkpointing": checkpointing, "dropout": dropout, "model": args.model}
+            case |= {"packed": args.packed, "attention": way, "steps": args.steps, "set": args.set}
+            cases.append(case | {"profile": bool(args.profile)})
+    print(table(run_cases(cases, lambda case: run_process(case, args.timeout), args.together)))
     return 0
 
 
@@ -334,7 +385,10 @@ def run_process(case: dict, timeout: int) -> dict:
     result = found[0] if found else case | {"error": "failed"}
     if not found:
         print("\n".join(done.stderr.splitlines()[-12:]), file=sys.stderr)
-    print(json.dumps({k: v for k, v in result.items() if k not in ("model", "profile", "set", "steps")}), flush=True)
+    print(
+        json.dumps({k: v for k, v in result.items() if k not in ("model", "profile", "set", "steps", "turn")}),
+        flush=True,
+    )
     return result
 
 
