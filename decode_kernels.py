@@ -92,41 +92,30 @@ if triton is not None:
         return first.to(tl.float32), (x >> 16).to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
 
     @triton.jit
-    def _half(
-        total, total2, words, words2, x, inside, stride: tl.constexpr, lut, level, dtype: tl.constexpr,
-        SHUFFLE: tl.constexpr, TWO: tl.constexpr,
-    ):  # fmt: skip
-        """Add the products of 32 of a thread's 64 weights, of one matrix or of two, to the totals.
+    def _inputs(x, inside, stride: tl.constexpr):
+        """Return the four pairs that 32 of a thread's 64 weights meet, [1, runs, 4] words of two halves each."""
+        return (
+            tl.load(x, mask=inside, other=0), tl.load(x + stride, mask=inside, other=0),
+            tl.load(x + 2 * stride, mask=inside, other=0), tl.load(x + 3 * stride, mask=inside, other=0),
+        )  # fmt: skip
 
-        words, total: [rows, runs, 4]; x: [1, runs, 4].
-        """
+    @triton.jit
+    def _half(total, words, x0, x1, x2, x3, lut, level, dtype: tl.constexpr, SHUFFLE: tl.constexpr):
+        """Add the products of 32 of a thread's 64 weights to the total. words, total: [rows, runs, 4]."""
         l0, l1, l2, l3, l4, l5, l6, l7 = _levels(words, lut, level, SHUFFLE)
-        m0, m1, m2, m3, m4, m5, m6, m7 = _levels(words2, lut, level, SHUFFLE) if TWO else (0, 0, 0, 0, 0, 0, 0, 0)
-        a, b = _pair(tl.load(x, mask=inside, other=0), dtype)
+        a, b = _pair(x0, dtype)
         total += l0 * a
         total += l1 * b
-        if TWO:
-            total2 += m0 * a
-            total2 += m1 * b
-        a, b = _pair(tl.load(x + stride, mask=inside, other=0), dtype)
+        a, b = _pair(x1, dtype)
         total += l2 * a
         total += l3 * b
-        if TWO:
-            total2 += m2 * a
-            total2 += m3 * b
-        a, b = _pair(tl.load(x + 2 * stride, mask=inside, other=0), dtype)
+        a, b = _pair(x2, dtype)
         total += l4 * a
         total += l5 * b
-        if TWO:
-            total2 += m4 * a
-            total2 += m5 * b
-        a, b = _pair(tl.load(x + 3 * stride, mask=inside, other=0), dtype)
+        a, b = _pair(x3, dtype)
         total += l6 * a
         total += l7 * b
-        if TWO:
-            total2 += m6 * a
-            total2 += m7 * b
-        return total, total2
+        return total
 
     @triton.jit
     def _constant(code, second, shift, code2, block, real, NESTED: tl.constexpr, BLOCKSIZE2: tl.constexpr):
@@ -137,13 +126,11 @@ if triton is not None:
         return code
 
     @triton.jit
-    def _weights(
-        codes, absmax, row, rows, start, RUNS: tl.constexpr, BLOCKSIZE: tl.constexpr, BLOCKS: tl.constexpr
-    ):  # fmt: skip
+    def _weights(codes, absmax, row, rows, RUNS: tl.constexpr, BLOCKSIZE: tl.constexpr, BLOCKS: tl.constexpr):
         """Return 64 weights a thread of some rows as words of eight codes, [rows, BLOCKS, 4] twice, and their constants
-        as they are stored, [rows, BLOCKS]. start: the first run of 64.
+        as they are stored, [rows, BLOCKS].
         """
-        run = start + tl.arange(0, BLOCKS)
+        run = tl.arange(0, BLOCKS)
         place = row[:, None] * RUNS + run[None]
         real = (row < rows)[:, None] & (run < RUNS)[None]
         words = codes + (place * 8)[:, :, None] + tl.arange(0, 4)[None, None]
@@ -152,75 +139,39 @@ if triton is not None:
 
     @triton.jit
     def _product(
-        x, codes, absmax, second, offset, codes2, absmax2, second2, offset2, code2, lut, row, rows,
-        dtype: tl.constexpr, K: tl.constexpr, NESTED: tl.constexpr, BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr,
-        BLOCKS: tl.constexpr, SHUFFLE: tl.constexpr, OVERLAP: tl.constexpr, TWO: tl.constexpr,
+        low, high, constant, x0, x1, x2, x3, x4, x5, x6, x7, second, shift, code2, lut, level, row, rows,
+        dtype: tl.constexpr, RUNS: tl.constexpr, NESTED: tl.constexpr, BLOCKSIZE: tl.constexpr,
+        BLOCKSIZE2: tl.constexpr, BLOCKS: tl.constexpr, SHUFFLE: tl.constexpr,
     ):  # fmt: skip
-        """Return W x for some rows of W and, if TWO, of a second matrix, fp32. x: pairs in the order of `_place`; row:
-        [rows].
-
-        Two share the loads of x, and the weights of both are under way before any is used: loads stay in this order.
-        """
-        RUNS: tl.constexpr = K // 64
-        level = _lane_level(lut, SHUFFLE)
-        shift = tl.load(offset) if NESTED else 0.0
-        shift2 = tl.load(offset2) if NESTED and TWO else 0.0
-        word = tl.arange(0, 4)[None, None]
-        result = tl.zeros((row.shape[0], BLOCKS), tl.float32)
-        result2 = tl.zeros((row.shape[0], BLOCKS), tl.float32)
-        low, high, constant = _weights(codes, absmax, row, rows, 0, RUNS, BLOCKSIZE, BLOCKS)
-        low2, high2, constant2 = low, high, constant
-        if TWO:
-            low2, high2, constant2 = _weights(codes2, absmax2, row, rows, 0, RUNS, BLOCKSIZE, BLOCKS)
-        for start in range(0, RUNS, BLOCKS):
-            run = start + tl.arange(0, BLOCKS)
-            known = (run < RUNS)[None, :, None]
-            block = (row[:, None] * RUNS + run[None]) * 64 // BLOCKSIZE
-            real = (row < rows)[:, None] & (run < RUNS)[None]
-            next_low, next_high, next_constant = low, high, constant
-            next_low2, next_high2, next_constant2 = low2, high2, constant2
-            if BLOCKS < RUNS:  # on their way while these are used; past the end nothing is loaded
-                next_low, next_high, next_constant = _weights(
-                    codes, absmax, row, rows, start + BLOCKS, RUNS, BLOCKSIZE, BLOCKS
-                )  # fmt: skip
-                if TWO:
-                    next_low2, next_high2, next_constant2 = _weights(
-                        codes2, absmax2, row, rows, start + BLOCKS, RUNS, BLOCKSIZE, BLOCKS
-                    )  # fmt: skip
-            _wait(OVERLAP)  # every time: it keeps the compiler from putting those loads off to where they are used
-            pairs = x + (run * 4)[None, :, None] + word
-            total = tl.zeros((row.shape[0], BLOCKS, 4), tl.float32)
-            total, total2 = _half(
-                total, total, low, low2, pairs, known, RUNS * 4, lut, level, dtype, SHUFFLE, TWO
-            )  # fmt: skip
-            total, total2 = _half(
-                total, total2, high, high2, pairs + RUNS * 16, known, RUNS * 4, lut, level, dtype, SHUFFLE, TWO
-            )  # fmt: skip
-            # Looked up when the weights are used up: before, the loads of the weights would wait for it.
-            result += tl.sum(total, 2) * _constant(constant, second, shift, code2, block, real, NESTED, BLOCKSIZE2)
-            if TWO:
-                constant2 = _constant(constant2, second2, shift2, code2, block, real, NESTED, BLOCKSIZE2)
-                result2 += tl.sum(total2, 2) * constant2
-            low, high, constant = next_low, next_high, next_constant
-            low2, high2, constant2 = next_low2, next_high2, next_constant2
-        return tl.sum(result, 1), tl.sum(result2, 1)
+        """Return W x for some rows of W, fp32, from what `_weights` and `_inputs` loaded."""
+        total = tl.zeros((row.shape[0], BLOCKS, 4), tl.float32)
+        total = _half(total, low, x0, x1, x2, x3, lut, level, dtype, SHUFFLE)
+        total = _half(total, high, x4, x5, x6, x7, lut, level, dtype, SHUFFLE)
+        run = tl.arange(0, BLOCKS)
+        block = (row[:, None] * RUNS + run[None]) * 64 // BLOCKSIZE
+        real = (row < rows)[:, None] & (run < RUNS)[None]
+        # Looked up when the weights are used up: before, the loads of the weights would wait for it.
+        constant = _constant(constant, second, shift, code2, block, real, NESTED, BLOCKSIZE2)
+        return tl.sum(tl.sum(total, 2) * constant, 1)
 
     @triton.jit
-    def _adapter(
-        y, u, B, bias, row, rows, rank, scale, MEMBERS: tl.constexpr, RANK: tl.constexpr, PARTS: tl.constexpr,
-        PARTS_2: tl.constexpr, BIAS: tl.constexpr,
-    ):  # fmt: skip
-        """Return y + scale B u + bias for some rows. u: [PARTS, MEMBERS, RANK] from this member on; parts are added."""
+    def _adapter_sums(u, rank, MEMBERS: tl.constexpr, RANK: tl.constexpr, PARTS: tl.constexpr, PARTS_2: tl.constexpr):
+        """Return the adapter's A x, [RANK], from its parts. u: [PARTS, MEMBERS, RANK] from this member on."""
+        j, part = tl.arange(0, RANK), tl.arange(0, PARTS_2)
+        inside = (part < PARTS)[:, None] & (j < rank)[None]
+        return tl.sum(tl.load(u + part[:, None] * (MEMBERS * RANK) + j[None], mask=inside, other=0.0), 0)
+
+    @triton.jit
+    def _adapter_rows(B, bias, row, rows, rank, RANK: tl.constexpr, BIAS: tl.constexpr):
+        """Return rows of B, [rows, RANK], and their biases, 0 without."""
+        b, offset = tl.zeros((row.shape[0], 1), tl.float32), tl.zeros((row.shape[0],), tl.float32)
         if BIAS:
-            y += tl.load(bias + row, mask=row < rows, other=0.0).to(tl.float32)
+            offset = tl.load(bias + row, mask=row < rows, other=0.0).to(tl.float32)
         if RANK > 0:
-            j, part = tl.arange(0, RANK), tl.arange(0, PARTS_2)
-            inside = (part < PARTS)[:, None] & (j < rank)[None]
-            parts = tl.load(u + part[:, None] * (MEMBERS * RANK) + j[None], mask=inside, other=0.0)
+            j = tl.arange(0, RANK)
             inside = (row < rows)[:, None] & (j < rank)[None]
             b = tl.load(B + row[:, None] * rank + j[None], mask=inside, other=0.0).to(tl.float32)
-            y += scale * tl.sum(b * tl.sum(parts, 0)[None], 1)
-        return y
+        return b, offset
 
     @triton.jit(do_not_specialize=["rank0", "rank1", "rank2"])  # a rank of 1 would be of another type than one of 0
     def _linear_kernel(
@@ -230,11 +181,12 @@ if triton is not None:
         codes2, absmax2, second2, offset2, bias2, B2, rows2, rank2, scale2,
         MODE: tl.constexpr, MEMBERS: tl.constexpr, K: tl.constexpr, OUTPUTS: tl.constexpr, RANK: tl.constexpr,
         PARTS: tl.constexpr, PARTS_2: tl.constexpr, BIAS: tl.constexpr, NESTED: tl.constexpr, BLOCKSIZE: tl.constexpr,
-        BLOCKSIZE2: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, SHUFFLE: tl.constexpr, HALF: tl.constexpr,
-        OVERLAP: tl.constexpr,
+        BLOCKSIZE2: tl.constexpr, ROWS: tl.constexpr, LOOP: tl.constexpr, BLOCKS: tl.constexpr, SHUFFLE: tl.constexpr,
+        HALF: tl.constexpr, OVERLAP: tl.constexpr,
     ):  # fmt: skip
-        """Up to three 4-bit linears with adapters that read one x.
+        """Up to three 4-bit linears with adapters that read one x; a program takes LOOP times ROWS rows of one.
 
+        x stays in registers, and the weights of the next rows are under way while those of the present ones are used.
         MODE "stack": out [outputs of all], fp32. "residual": residual + y to out. "swiglu": silu(first) * second to out
         in the order of `_place`, and to flat as it is.
         """
@@ -242,9 +194,11 @@ if triton is not None:
         program = tl.program_id(0)
         first_outputs = 0
         member = 0
+        TWO: tl.constexpr = MODE == "swiglu"
+        RUNS: tl.constexpr = K // 64
         if MODE == "stack":
-            end0 = tl.cdiv(rows0, ROWS)
-            end1 = end0 + tl.cdiv(rows1, ROWS)
+            end0 = tl.cdiv(rows0, ROWS * LOOP)
+            end1 = end0 + tl.cdiv(rows1, ROWS * LOOP)
             if program >= end1:
                 program -= end1
                 first_outputs = rows0 + rows1
@@ -257,27 +211,70 @@ if triton is not None:
                 member = 1
                 codes0, absmax0, second0, offset0, bias0, B0 = codes1, absmax1, second1, offset1, bias1, B1
                 rows0, rank0, scale0 = rows1, rank1, scale1
-        row = program * ROWS + tl.arange(0, ROWS)
-        inside = row < rows0
-        y, up = _product(
-            x, codes0, absmax0, second0, offset0, codes1, absmax1, second1, offset1, code2, lut, row, rows0, HALF, K,
-            NESTED, BLOCKSIZE, BLOCKSIZE2, BLOCKS, SHUFFLE, OVERLAP, MODE == "swiglu",
-        )  # fmt: skip
-        y = _adapter(
-            y, u + member * RANK, B0, bias0, row, rows0, rank0, scale0, MEMBERS, RANK, PARTS, PARTS_2, BIAS
-        )  # fmt: skip
-        if MODE == "stack":
-            tl.store(out + first_outputs + row, y, mask=inside)
-        elif MODE == "residual":
-            y += tl.load(residual + row, mask=inside, other=0.0).to(tl.float32)
-            tl.store(out + row, y.to(HALF), mask=inside)
-        else:
-            up = _adapter(
-                up, u + RANK, B1, bias1, row, rows1, rank1, scale1, MEMBERS, RANK, PARTS, PARTS_2, BIAS
+        row = program * (ROWS * LOOP) + tl.arange(0, ROWS)
+        level = _lane_level(lut, SHUFFLE)
+        shift = tl.load(offset0) if NESTED else 0.0
+        shift1 = tl.load(offset1) if NESTED and TWO else 0.0
+        low, high, constant = _weights(codes0, absmax0, row, rows0, RUNS, BLOCKSIZE, BLOCKS)
+        low1, high1, constant1 = low, high, constant
+        if TWO:
+            low1, high1, constant1 = _weights(codes1, absmax1, row, rows1, RUNS, BLOCKSIZE, BLOCKS)
+        b, bias = _adapter_rows(B0, bias0, row, rows0, rank0, RANK, BIAS)
+        b1, bias1_ = b, bias
+        if TWO:
+            b1, bias1_ = _adapter_rows(B1, bias1, row, rows1, rank1, RANK, BIAS)
+        _wait(OVERLAP)
+        run = tl.arange(0, BLOCKS)
+        known = (run < RUNS)[None, :, None]
+        pairs = x + (run * 4)[None, :, None] + tl.arange(0, 4)[None, None]
+        x0, x1, x2, x3 = _inputs(pairs, known, RUNS * 4)
+        x4, x5, x6, x7 = _inputs(pairs + RUNS * 16, known, RUNS * 4)
+        if RANK > 0:
+            sums = _adapter_sums(u + member * RANK, rank0, MEMBERS, RANK, PARTS, PARTS_2) * scale0
+            sums1 = _adapter_sums(u + RANK, rank1, MEMBERS, RANK, PARTS, PARTS_2) * scale1 if TWO else sums
+        for _ in range(LOOP):
+            inside = row < rows0
+            next_row = row + ROWS
+            next_low, next_high, next_constant = low, high, constant
+            next_low1, next_high1, next_constant1 = low1, high1, constant1
+            next_b, next_bias, next_b1, next_bias1 = b, bias, b1, bias1_
+            if LOOP > 1:  # past the last row of all nothing is loaded; past the program's it is thrown away
+                next_low, next_high, next_constant = _weights(
+                    codes0, absmax0, next_row, rows0, RUNS, BLOCKSIZE, BLOCKS
+                )  # fmt: skip
+                if TWO:
+                    next_low1, next_high1, next_constant1 = _weights(
+                        codes1, absmax1, next_row, rows1, RUNS, BLOCKSIZE, BLOCKS
+                    )  # fmt: skip
+                next_b, next_bias = _adapter_rows(B0, bias0, next_row, rows0, rank0, RANK, BIAS)
+                if TWO:
+                    next_b1, next_bias1 = _adapter_rows(B1, bias1, next_row, rows1, rank1, RANK, BIAS)
+            y = bias + _product(
+                low, high, constant, x0, x1, x2, x3, x4, x5, x6, x7, second0, shift, code2, lut, level, row, rows0,
+                HALF, RUNS, NESTED, BLOCKSIZE, BLOCKSIZE2, BLOCKS, SHUFFLE,
             )  # fmt: skip
-            y = (y / (1.0 + tl.exp(-y)) * up).to(HALF)
-            tl.store(out + _place(row, OUTPUTS), y, mask=inside)
-            tl.store(flat + row, y, mask=inside)
+            if RANK > 0:
+                y += tl.sum(b * sums[None], 1)
+            if MODE == "stack":
+                tl.store(out + first_outputs + row, y, mask=inside)
+            elif MODE == "residual":
+                y += tl.load(residual + row, mask=inside, other=0.0).to(tl.float32)
+                tl.store(out + row, y.to(HALF), mask=inside)
+            else:
+                up = bias1_ + _product(
+                    low1, high1, constant1, x0, x1, x2, x3, x4, x5, x6, x7, second1, shift1, code2, lut, level, row,
+                    rows1, HALF, RUNS, NESTED, BLOCKSIZE, BLOCKSIZE2, BLOCKS, SHUFFLE,
+                )  # fmt: skip
+                if RANK > 0:
+                    up += tl.sum(b1 * sums1[None], 1)
+                y = (y / (1.0 + tl.exp(-y)) * up).to(HALF)
+                tl.store(out + _place(row, OUTPUTS), y, mask=inside)
+                tl.store(flat + row, y, mask=inside)
+            row = next_row
+            low, high, constant, low1, high1, constant1 = (
+                next_low, next_high, next_constant, next_low1, next_high1, next_constant1,
+            )  # fmt: skip
+            b, bias, b1, bias1_ = next_b, next_bias, next_b1, next_bias1
 
     @triton.jit(do_not_specialize=["rank0", "rank1", "rank2"])
     def _norm_kernel(

@@ -42,6 +42,10 @@ class Layout:
 
     # Outputs of a program of a product (with SwiGLU of gate and of up): 2 took 1.2x as long, 4 1.5x, each with its own x.
     rows: int = 1
+    # Rows that a program takes one after the other, with x in registers: of q, k, v and o, of gate and up, and of down.
+    loop: int = 1
+    swiglu_loop: int = 4
+    wide_loop: int = 2
     positions: int = 32  # of a tile of the cache
     # A kernel starts, and loads weights, before the one before has ended (sm_90 and later): 1,832 us a token of a 3B on an
     # H100 in place of 2,152.
@@ -148,12 +152,13 @@ class Linears:
         )  # fmt: skip
 
     def __call__(self, residual: torch.Tensor, out: torch.Tensor, flat: torch.Tensor) -> None:
-        warps = 2 if self.columns // RUN > 64 else 1  # as long as a row; more would idle at its end
+        blocks = max(32, triton.next_power_of_2(self.columns // RUN))  # a thread has one run of a row, rarely more
+        loop = LAYOUT.swiglu_loop if self.mode == "swiglu" else LAYOUT.wide_loop if blocks > 64 else LAYOUT.loop
         rows = self.rows if self.mode == "stack" else self.rows[:1]
-        kernels._linear_kernel[(sum(triton.cdiv(n, LAYOUT.rows) for n in rows),)](
+        kernels._linear_kernel[(sum(triton.cdiv(n, LAYOUT.rows * loop) for n in rows),)](
             self.x.view(torch.int32), self.u, residual, out, flat, *self.arguments, **self.constants, MODE=self.mode,
-            OUTPUTS=self.rows[0], PARTS_2=triton.next_power_of_2(self.parts), ROWS=LAYOUT.rows, BLOCKS=32 * warps,
-            num_warps=warps,
+            OUTPUTS=self.rows[0], PARTS_2=triton.next_power_of_2(self.parts), ROWS=LAYOUT.rows, LOOP=loop, BLOCKS=blocks,
+            num_warps=min(8, blocks // 32), num_stages=1,
         )  # fmt: skip
 
 

@@ -283,8 +283,8 @@ def test_kernels_compile_within_the_shared_memory_of_each_card(capability):
     pytest.importorskip("triton", reason="pip install triton: the kernels need it")
     import decode_kernels as kernels
 
-    every = packed(capability) | {"ROWS": decode_ops.LAYOUT.rows, "OUTPUTS": 11008}
-    narrow, wide = every | {"K": 2048, "BLOCKS": 32}, every | {"K": 11008, "BLOCKS": 64}
+    every = packed(capability) | {"ROWS": decode_ops.LAYOUT.rows, "LOOP": 4, "OUTPUTS": 11008}
+    narrow, wide = every | {"K": 2048, "BLOCKS": 32}, every | {"K": 11008, "BLOCKS": 256}
     rank = {name: every[name] for name in ("RANK", "OVERLAP")}
     one = {"PARTS": 1, "PARTS_2": 1}
     linear, half, single, pairs = kernels._linear_kernel, "*bf16", "*fp32", "*i32"
@@ -295,7 +295,7 @@ def test_kernels_compile_within_the_shared_memory_of_each_card(capability):
     done = [
         compiled(capability, linear, narrow | one | qkv, 1, x=pairs, out=single),
         compiled(capability, linear, narrow | one | gate_up, 1, x=pairs, out=half),
-        compiled(capability, linear, wide | member, 2, x=pairs, out=half),
+        compiled(capability, linear, wide | member, 8, x=pairs, out=half),
         compiled(capability, kernels._norm_kernel, norm | rank, 4, out=half),
         compiled(capability, kernels._inner_kernel, {"K": 11008, "BLOCK": decode_ops.CHUNK, **rank}, 4),
         compiled(capability, kernels._attention_kernel, attention(capability, 64, 1, 1), 4),
