@@ -206,10 +206,12 @@ def _batch_norm(
 ) -> None:  # fmt: skip
     """The same of total = x + parts, which it writes too. x, total: [sequences, width]; parts: [parts, m, width]."""
     (adapters, rank, members), (sequences, width) = _adapters(linears, x), x.shape
+    block = triton.next_power_of_2(width)
+    tile = min(max(rank, 1), max(1, 16384 // block))  # rows of A at a time: 64 numbers a thread
     kernels._batch_norm_kernel[(sequences, members)](
         x, parts, norm.weight, total, out, *adapters, norm.variance_epsilon, K=width, M=parts.shape[1],
-        PARTS=len(parts), MEMBERS=members, RANK=rank, ORDERED=linears is not None, BLOCK=triton.next_power_of_2(width),
-        TILE=8, num_warps=8, **_options(),
+        PARTS=len(parts), MEMBERS=members, RANK=rank, ORDERED=linears is not None, BLOCK=block, TILE=tile,
+        num_warps=8, **_options(),
     )  # fmt: skip
 
 
