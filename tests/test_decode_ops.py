@@ -157,6 +157,7 @@ class Captured:
     """A step as one CUDA graph, as its callers run it."""
 
     def __init__(self, step: DecodeStep):
+        self.step = step  # a graph does not keep the buffers that it reads alive
         shapes = (len(step.last), 1), (1,), (len(step.last), 1)
         self.inputs = [torch.zeros(shape, dtype=torch.long, device="cuda") for shape in shapes]
         self.inputs[1].fill_(LENGTH - 1)  # what warming up writes lies behind what is compared
