@@ -1095,9 +1095,12 @@ class FastPath:
 
 
 def choose_fast_path(
-    performance: PerformanceConfig, model: PeftModel, dtype: torch.dtype, device: torch.device
+    performance: PerformanceConfig, model: PeftModel, dtype: torch.dtype, device: torch.device, offload: bool = False
 ) -> FastPath:
-    """Return what of fused_lora, compile and cuda_graphs runs here; ConfigError where `on` asks what cannot."""
+    """Return what of fused_lora, compile and cuda_graphs runs here; ConfigError where `on` asks what cannot.
+
+    offload: the inputs of checkpointed layers are to wait in main memory.
+    """
     gpu, runs, reasons = device.type == "cuda", {}, {}
     layers = model.get_base_model().get_decoder().layers
     fusables = any(fusable(module) and hasattr(module, "lora_A") for layer in layers for module in layer.modules())
@@ -1114,7 +1117,8 @@ def choose_fast_path(
     fused = decide("fused_lora", None if fusables else "no plain LoRA adapter on a 4-bit linear")
     no_triton = gpu and triton is None and "Triton is not installed (Windows: pip install triton-windows)"
     compiled = decide("compile", no_triton or (None if fused else "it needs fused_lora"))
-    graphs = decide("cuda_graphs", None if gpu else "there is no CUDA GPU")
+    copies = "no graph can hold the copies to main memory" if offload else None
+    graphs = decide("cuda_graphs", copies if gpu else "there is no CUDA GPU")
     kernels = gpu and triton is not None and dtype is not torch.float32  # tl.dot would round fp32 to tf32
     line = "fast path: " + (", ".join(name for name, on in runs.items() if on) or "none")
     line += "".join(f" | without {name}: {reason}" for name, reason in reasons.items())

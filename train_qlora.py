@@ -796,7 +796,7 @@ def build_learner(
     clock = fused_ops.DropoutClock(seed, device)
     fused_ops.use_stateless_dropout(peft_model, p, clock)
     loss = SummedLoss(peft_model, dtype)
-    fast = fused_ops.choose_fast_path(config.performance, peft_model, dtype, device)
+    fast = fused_ops.choose_fast_path(config.performance, peft_model, dtype, device, offload)
     if offload and not fast.compile:
         raise ConfigError(f"training.gradient_checkpointing: offload needs compiled layers; {fast.line}")
     if fast.fused_lora:

@@ -195,6 +195,16 @@ def test_on_is_refused_where_it_cannot_run(random_models, name, reason):
         choose_fast_path(performance, model, torch.float32, torch.device("cpu"))
 
 
+def test_no_graph_is_captured_of_copies_to_main_memory(random_models):
+    model, _, _ = prepared(random_models("qwen2"))
+    performance = load_config((), {"performance.compile": "off"}).performance
+    fast = choose_fast_path(performance, model, torch.bfloat16, torch.device("cuda"), offload=True)
+    assert not fast.cuda_graphs and "without cuda_graphs: no graph can hold the copies to main memory" in fast.line
+    performance = load_config((), {"performance.compile": "off", "performance.cuda_graphs": "on"}).performance
+    with pytest.raises(ConfigError, match="cuda_graphs: cannot be on here: no graph"):
+        choose_fast_path(performance, model, torch.bfloat16, torch.device("cuda"), offload=True)
+
+
 def test_the_fast_path_trains_from_the_command_line_on_a_cpu_and_resumes_on_the_plain_one(train, corpus, tmp_path):
     flags = ("--dataset", corpus, "--max_length", 32, "--save_steps", 2, "--compute_dtype", "float32")
     code, folder = train(*flags, "--max_steps", 2, "--fused_lora", "on", output_dir=tmp_path / "run")
