@@ -178,7 +178,7 @@ from transformers.utils import CHAT_TEMPLATE_FILE
 from config import LEAVES, GenerationConfig, coerce_flag
 from generation_utils import Generator, Watch, by_length
 from memory_utils import cap_memory, free_bytes
-from quantization_utils import load_adapter, load_base, no_gpu_reason, quiet_libraries
+from quantization_utils import keep_packing, load_adapter, load_base, no_gpu_reason, quiet_libraries
 
 # Of a batch of --prompts. Past 32 rows a step's products, no longer its weights, take the time.
 GPU_ROWS, FREE_SHARE = 32, 0.5  # half of the free memory for the cache, the rest for activations and graphs
@@ -618,6 +618,7 @@ def run(options: argparse.Namespace, config: Config) -> int:
     if options.mode == "merge":
         return merge(config, options.adapter, Path(options.output), options.merge_base or "dequantized")
     model, tokenizer = load(config, options.adapter)
+    keep_packing(model, keep=False)  # nothing is trained or merged here
     model = attach(model, options.adapter, config.model.name) if options.adapter else model
     engine = create_engine(model, tokenizer, options.raw)
     if options.rows:

@@ -35,7 +35,7 @@ from inference_example import (
     load,
     take_turn,
 )
-from quantization_utils import create_lora_config, load_model_and_tokenizer
+from quantization_utils import create_lora_config, keep_packing, load_model_and_tokenizer
 
 TEXT = "A lighthouse is a tower that shows sailors where they are. In 1822 Fresnel built a lens."
 PROMPTS = ["Hello there.", "Who are you?", "Tell me about a town in the north of France.", "Is it late?"]
@@ -126,9 +126,7 @@ def plain_model(tiny_model: Path, adapter: Path) -> PeftModel:
         bnb_4bit_use_double_quant=True,
     )
     base = AutoModelForCausalLM.from_pretrained(tiny_model, quantization_config=quantization, dtype=torch.bfloat16)
-    for module in base.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    keep_packing(base)
     return PeftModel.from_pretrained(base, adapter)
 
 
@@ -141,6 +139,7 @@ def test_logits_and_answer_are_those_of_the_tutorials_loading(run: Callable, tin
         assert torch.equal(ours(input_ids=ids).logits, plain(input_ids=ids).logits)
         with plain.disable_adapter(), ours.disable_adapter():
             assert torch.equal(ours(input_ids=ids).logits, plain(input_ids=ids).logits)
+    keep_packing(plain, keep=False)
     chat = [{"role": "user", "content": TEXT}]
     ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
     ids = ids["input_ids"].to(plain.device)

@@ -55,9 +55,10 @@ def load_ours(model: str):
 
     from config import load_config
     from inference_example import load
-    from quantization_utils import create_lora_config
+    from quantization_utils import create_lora_config, keep_packing
 
     base, _ = load(load_config((), {"model.name": model}))
+    keep_packing(base, keep=False)
     return get_peft_model(base, create_lora_config(rank=16)).eval()
 
 
