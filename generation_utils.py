@@ -3,6 +3,7 @@ that the GPU runs without waiting for Python, and what limits the speed.
 """
 
 import dataclasses
+import inspect
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -210,6 +211,12 @@ class SlotCache(Cache):
             layer.values[:, :, :positions] = old.values[:, :, :positions]
 
 
+def cache_argument(model: PeftModel | PreTrainedModel, cache: Cache) -> dict[str, Cache]:
+    """Return the cache under the name that the model's forward gives it, another from transformers 5.24 on."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return {"cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values": cache}
+
+
 def attention_windows(config: Any) -> dict[str, int | None]:
     """Return the kinds of attention that a model's layers have, each with its window, None for all positions."""
     window = getattr(config, "sliding_window", None)
@@ -401,9 +408,9 @@ class Decoder:
                 input_ids=ids,
                 attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
                 position_ids=(slots - self.starts).clamp_min(0),
-                past_key_values=self.cache,
                 use_cache=True,
                 logits_to_keep=last,
+                **cache_argument(self.base, self.cache),
             )
         self.logits.copy_(output.logits[:, 0])
 
@@ -614,7 +621,7 @@ class Generator:
                 generation_config=config,
                 stopping_criteria=[watch],
                 streamer=streamer,
-                **({"past_key_values": self._prefix(rows[0])} if one else {}),
+                **(cache_argument(self.model, self._prefix(rows[0])) if one else {}),
             )
         ends = end_tokens(config)
         answers = output[:, longest:].tolist()  # [batch, new]: rows that end before the longest are padded

@@ -14,6 +14,7 @@ from transformers import StaticCache
 
 import decode_ops
 from decode_ops import DecodeStep, Unsupported
+from generation_utils import cache_argument
 from quantization_utils import create_bnb_config, load_model_and_tokenizer
 from tests.test_fused_ops import SHARED_LIMIT, prepared
 
@@ -70,13 +71,13 @@ def check_case(folder, options, before: int, dtype: str, device: str, wrap=lambd
     model, exact = (loaded(folder, options, kind, device) for kind in (dtype, "float32"))
     plain, mine, reference = (new_cache(m) for m in (model, model, exact))
     for m, cache in ((model, plain), (model, mine), (exact, reference)):
-        m(input_ids=ids[:, :before], past_key_values=cache, use_cache=True)
+        m(input_ids=ids[:, :before], **cache_argument(m, cache), use_cache=True)
     step = wrap(DecodeStep(model, mine))
     for position in range(before, before + 2):
         token, where = ids[:, position : position + 1], torch.tensor([position], device=device)
         found = step(token, where)
         own, want = (
-            m(input_ids=token, position_ids=where[None], past_key_values=cache).logits[0].float()
+            m(input_ids=token, position_ids=where[None], **cache_argument(m, cache)).logits[0].float()
             for m, cache in ((model, plain), (exact, reference))
         )
         assert found.shape == want.shape and found.dtype is torch.float32

@@ -302,7 +302,8 @@ def test_one_sequence_goes_through_decode_ops(models: Callable, monkeypatch: pyt
             calls.append(int(position))
             self.cache.slots, self.cache.end = position, calls[-1] + 1
             mask = torch.ones(1, 1, 1, calls[-1] + 1, dtype=torch.bool)
-            output = model(ids, attention_mask=mask, position_ids=position[None], past_key_values=self.cache)
+            kept = generation_utils.cache_argument(model, self.cache)
+            output = model(ids, attention_mask=mask, position_ids=position[None], **kept)
             return output.logits[:, -1].float()
 
     fake_decode_ops(monkeypatch, Step)
