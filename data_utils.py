@@ -910,9 +910,8 @@ def _training_files(data: DataConfig) -> dict[str, int | None]:
     names = files.get(data.train_split) or next(iter(files.values()))
     base = data.dataset if Path(data.dataset).is_dir() else Path(data.dataset).parent
     sizes = {os.path.relpath(name, base): None for name in names}
-    for shown, name in zip(
-        sizes, names[:-1], strict=False
-    ):  # each by itself, since together they are rows of one split
+    # Each by itself, since together they are rows of one split.
+    for shown, name in zip(sizes, names[:-1], strict=False):
         only = {"train": [glob.escape(name)]}
         digest = content_digest({"train": [name]})
         sizes[shown] = len(datasets.load_dataset(builder, digest, data_files=only, **OPTIONS.get(builder, {}))["train"])

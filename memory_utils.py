@@ -351,10 +351,12 @@ def fit(shape: ModelShape, config: Config, sequences: int, limit: float, rates: 
         seconds = step_seconds(shape, config, rates, micro_batch, checkpointed) / micro_batch
         if plan.total <= limit and (best is None or seconds < best[0]):
             best = (seconds, plan)
-    all_layers = (smallest.micro_batch, shape.layers) in shapes(shape, config, sequences)
-    if best is None and all_layers and expected_path(config) == COMPILED:
-        return plan_memory(shape, config, smallest.micro_batch, shape.layers, limit=limit, offload=True)
-    return best[1] if best else smallest
+    if best:
+        return best[1]
+    every = smallest.micro_batch, shape.layers
+    if expected_path(config) == COMPILED and every in shapes(shape, config, sequences):
+        return plan_memory(shape, config, *every, limit=limit, offload=True)
+    return smallest
 
 
 def unplanned(config: Config, sequences: int, layers: int) -> MemoryPlan:

@@ -223,10 +223,6 @@ class Learner:
     captured: fused_ops.Captured | None = None
     captured_evaluation: fused_ops.Captured | None = None
 
-    @property
-    def captures(self) -> bool:
-        return self.fast.cuda_graphs and not self.offload
-
     def forward_backward(self, **batch: torch.Tensor) -> torch.Tensor:
         """Add the gradients of a batch's summed loss to the parameters', return the loss; no host synchronisation."""
         hidden = (*batch["input_ids"].shape, self.model.config.hidden_size)
@@ -263,7 +259,7 @@ class Learner:
 
     def micro_step(self, step: int, sequences: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Run one micro-batch: as the captured graph where there is one, with the same numbers either way."""
-        if self.captures and self.captured is None:  # at a window's first: nothing is accumulated yet
+        if self.fast.cuda_graphs and self.captured is None:  # at a window's first: nothing is accumulated yet
             self._capture(batch)
         if self.captured is not None:
             sequences = F.pad(sequences, (0, self.shape[0] - len(sequences)))
@@ -272,16 +268,18 @@ class Learner:
 
     def evaluation_loss(self, **batch: torch.Tensor) -> torch.Tensor:
         """Return a batch's summed loss, captured too; the model must be in eval mode."""
-        if self.captures and self.captured is None:
+        if self.fast.cuda_graphs and self.captured is None:
             self._capture(batch)
         return (self.captured_evaluation or self._loss_alone)(**batch)
 
-    def reshape(self, micro_batch: int, checkpointed: int, offload: bool) -> None:
-        """Take another micro-batch and number of checkpointed layers from here on, and let go of the graphs' memory."""
+    def reshape(self, plan: MemoryPlan) -> None:
+        """Take a plan's micro-batch and checkpointed layers from here on, and let go of the graphs' memory."""
         self.captured = self.captured_evaluation = None
-        self.shape, self.offload = (micro_batch, self.shape[1]), offload
+        self.shape, self.offload = (plan.micro_batch, self.shape[1]), plan.offload
+        # No graph can hold copies to main memory.
+        self.fast = dataclasses.replace(self.fast, cuda_graphs=self.fast.cuda_graphs and not plan.offload)
         for number, layer in enumerate(self.loss.decoder.layers):
-            setattr(layer, "recompute" if self.fast.compile else "gradient_checkpointing", number < checkpointed)
+            setattr(layer, "recompute" if self.fast.compile else "gradient_checkpointing", number < plan.checkpointed)
         memory_utils.let_go()
 
     def zero_gradients(self) -> None:
@@ -382,7 +380,7 @@ def accumulate_in_memory(run: Run, step: int, window: np.ndarray) -> tuple[torch
             raise problem
         run.log.say(f"out of GPU memory with {run.plan.shape}: on with {smaller.shape}, which learns the same")
         run.plan = smaller
-        run.learner.reshape(smaller.micro_batch, smaller.checkpointed, smaller.offload)
+        run.learner.reshape(smaller)
 
 
 def show_blocks(run: Run, numbers: np.ndarray) -> str:
@@ -772,32 +770,26 @@ def sequences_a_step(training: TrainingConfig, processes: int) -> int:
 def build_learner(
     config: Config,
     model: PreTrainedModel,
-    micro_batch: int,
+    plan: MemoryPlan,
     say: Callable[[str], None],
-    checkpointed: int | None = None,
     samples: Sequence[int] = (),
-    offload: bool | None = None,
 ) -> Learner:
     """Attach a fresh adapter to the base model and set up the path that its micro-batches take.
 
-    checkpointed: layers, from inputs in main memory if offload; None takes training.gradient_checkpointing. samples: how
-    many the fullest blocks hold that must not see each other, in descending order.
+    plan: their shape. samples: how many the fullest blocks hold that must not see each other, in descending order.
     """
     seed, p = config.training.seed, config.lora.dropout
     device, dtype = model.device, usable_dtype(config.quantization.compute_dtype)
-    offload = memory_utils.wants_offload(config) if offload is None else offload
-    if checkpointed is None:
-        checkpointed = memory_utils.pinned_layers(len(model.get_decoder().layers), config)
     transformers.set_seed(seed)  # of the fresh adapter
-    peft_model = prepare_model_for_training(model, create_lora_config(**vars(config.lora)), checkpointed)
+    peft_model = prepare_model_for_training(model, create_lora_config(**vars(config.lora)), plan.checkpointed)
     say(quantization_utils.parameter_line(peft_model))
     fused_ops.use_causal_attention(model)
     apart = [fused_ops.keep_samples_apart(model, config.data.max_length, samples)] if samples else []
     clock = fused_ops.DropoutClock(seed, device)
     fused_ops.use_stateless_dropout(peft_model, p, clock)
     loss = SummedLoss(peft_model, dtype)
-    fast = fused_ops.choose_fast_path(config.performance, peft_model, dtype, device, offload)
-    if offload and not fast.compile:
+    fast = fused_ops.choose_fast_path(config.performance, peft_model, dtype, device, plan.offload)
+    if plan.offload and not fast.compile:
         raise ConfigError(f"training.gradient_checkpointing: offload needs compiled layers; {fast.line}")
     if fast.fused_lora:
         fused_ops.fuse(peft_model, clock, p, fast.kernels)
@@ -812,7 +804,8 @@ def build_learner(
     # Losses are sums over tokens, so gradients are large already: 2**16, torch's start, would overflow fp16 at once.
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**6, enabled=dtype is torch.float16)
     trained = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
-    return Learner(peft_model, trained, loss, clock, scaler, fast, (micro_batch, config.data.max_length), offload)
+    shape = plan.micro_batch, config.data.max_length
+    return Learner(peft_model, trained, loss, clock, scaler, fast, shape, plan.offload)
 
 
 def build_run(config: Config, accelerator: Accelerator, log: checkpoint_utils.Log, found: Found | None) -> Run:
@@ -835,7 +828,7 @@ def build_run(config: Config, accelerator: Accelerator, log: checkpoint_utils.Lo
             say(line)
     plan = plan or memory_utils.unplanned(config, sequences, len(model.get_decoder().layers))
     samples = sample_counts(*blocks.values())[:window]
-    learner = build_learner(config, model, plan.micro_batch, say, plan.checkpointed, samples, plan.offload)
+    learner = build_learner(config, model, plan, say, samples)
     optimizer = create_optimizer(learner.parameters, training, device, say)
     steps = training.max_steps or max(1, math.ceil(training.num_epochs * math.ceil(len(blocks["train"]) / window)))
     scheduler = create_scheduler(optimizer, training, steps)

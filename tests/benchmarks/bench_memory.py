@@ -110,22 +110,22 @@ def random_model(name: str, double: bool) -> PreTrainedModel:
     return model
 
 
-def measure(name: str, config: Config, micro_batch: int, checkpointed: int) -> float:
+def measure(name: str, config: Config, plan: memory_utils.MemoryPlan) -> float:
     """Return the GiB that an evaluation and two optimizer steps of two micro-batches reserve at most."""
     model = random_model(name, config.quantization.use_double_quant)
     memory_utils.let_go()
     torch.cuda.reset_peak_memory_stats()  # making random weights takes more than loading them
-    learner = train_qlora.build_learner(config, model, micro_batch, lambda line: None, checkpointed)
+    learner = train_qlora.build_learner(config, model, plan, lambda line: None)
     device = torch.device("cuda", 0)
     optimizer = train_qlora.create_optimizer(learner.parameters, config.training, device, print)
-    ids = torch.randint(0, 30000, (micro_batch, config.data.max_length), device=device)
+    ids = torch.randint(0, 30000, (plan.micro_batch, config.data.max_length), device=device)
     learner.loss.base.eval()
     learner.evaluation_loss(input_ids=ids, labels=ids)
     learner.model.train()
     for step in range(2):
         learner.zero_gradients()
         for _ in range(2):
-            learner.micro_step(step, torch.arange(micro_batch), {"input_ids": ids, "labels": ids})
+            learner.micro_step(step, torch.arange(plan.micro_batch), {"input_ids": ids, "labels": ids})
         optimizer.step()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_reserved() / GIB
@@ -147,7 +147,7 @@ def run_case(case: tuple) -> dict:
     row = {"case": label_of(case), "planned": round(plan.reserved / GIB, 3)}
     row["parts"] = {part: round(size / GIB, 3) for part, size in plan.parts.items()}
     try:
-        row["measured"] = round(measure(name, config, micro_batch, checkpointed), 3)
+        row["measured"] = round(measure(name, config, plan), 3)
         row["allocated"] = round(torch.cuda.max_memory_allocated() / GIB, 3)
         row["error"] = round(row["planned"] / row["measured"] - 1, 4)
     except torch.OutOfMemoryError:

@@ -33,12 +33,19 @@ GIB = 2**30
 WARM_UP = 4  # micro-batches before the timed ones
 
 
+def checkpointing(text: str) -> str:
+    """Return a value of --checkpointing."""
+    if text not in ("on", "off", "offload") and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected on, off, offload or a number of layers, got {text}")
+    return text
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of the model")
     parser.add_argument("--cases", nargs="+", default=["1x512", "16x512"], metavar="BxL[@SMS][%%GIB]")
     parser.add_argument("--peers", nargs="+", default=["ours", "hf", "unsloth"], choices=("ours", "hf", "unsloth"))
-    parser.add_argument("--checkpointing", nargs="+", default=["on", "off"], help="on, off, offload, N layers (ours)")
+    parser.add_argument("--checkpointing", nargs="+", default=["on", "off"], type=checkpointing, help="N layers: ours")
     parser.add_argument("--dropout", nargs="+", type=float, default=[0.0])
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="SECTION.KEY=VALUE", help="settings of this toolkit's cases"
@@ -93,7 +100,8 @@ def confine(case: dict) -> object:
         context.set_context()
         # The context belongs to this thread; autograd's own thread would run every backward on the whole chip.
         torch.autograd.set_multithreading_enabled(False)
-        # Inductor's code calls it, and it would put the thread back on the whole chip, seen with Unsloth.
+        # Inductor's code calls it. Unsloth was back on the whole chip after loading and compiling, and no longer since
+        # this and the second set_context of run_single; which of the two does it was not tried.
         torch.cuda.set_device = lambda device: None
     if case["cap"]:
         total = torch.cuda.get_device_properties(0).total_memory
@@ -123,6 +131,7 @@ def load_ours(case: dict):
     """Return a function that runs one micro-batch of this toolkit and the learner behind it."""
     import torch
 
+    import memory_utils
     import train_qlora
     from config import load_config
 
@@ -144,7 +153,8 @@ def load_ours(case: dict):
     def say(line: str) -> None:
         print(line, file=sys.stderr)
 
-    learner = train_qlora.build_learner(config, model, case["batch"], say, samples=samples)
+    plan = memory_utils.unplanned(config, case["batch"], len(model.get_decoder().layers))
+    learner = train_qlora.build_learner(config, model, plan, say, samples)
     if case["attention"] == "mask":
         model.config.varlen_samples = None
     positions = (torch.arange(length, device="cuda") % (packed or length)).repeat(case["batch"], 1)
@@ -323,7 +333,7 @@ def profile(case: dict, micro_batch, ids) -> None:
 
 
 def table(results: list[dict]) -> str:
-    """Return the results a row a case, with this toolkit's ratio to the best setting of each peer at the same shape."""
+    """Return the results a row a case."""
     rows = [f"{'case':<26}{'peer':<9}{'ckpt':<9}{'dropout':<9}{'tok/s':>8}{'ms':>9}{'GiB':>8}{'first s':>9}"]
     for r in results:
         name = (
