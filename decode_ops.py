@@ -1,7 +1,8 @@
-"""The decode step of one sequence, one token in and its logits out, as nine kernels a layer that a CUDA graph can hold.
+"""The decode step, a token of each sequence in and their logits out, as nine kernels a layer that a CUDA graph can hold.
 
-A token reads every weight once, so the step is bound by memory: 4-bit weights are dequantised in registers on their way
-into the product, and adapters, biases, SwiGLU and residuals ride in the kernels that are there anyway.
+A step reads every weight once, so it is bound by memory: 4-bit weights are dequantised in registers on their way into
+the product, and adapters, biases, SwiGLU and residuals ride in the kernels that are there anyway. One sequence takes
+products of a vector, a batch those of the tensor cores.
 """
 
 import dataclasses
@@ -18,17 +19,21 @@ from transformers import PreTrainedModel, StaticCache
 from transformers.activations import SiLUActivation
 from transformers.cache_utils import StaticLayer
 
+import decode_kernels as kernels
 from fused_ops import ATTENTIONS, MLPS
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # Windows without triton-windows: DecodeStep says that it is missing
-    triton = None
+from nf4_lookup import INTERPRETED, tl, triton
 
 
 class Unsupported(ValueError):
     """Says in one line why a model's decode step has no kernels."""
+
+
+class Tile(NamedTuple):
+    """What a program of a batch's product takes at a time."""
+
+    rows: int  # outputs, of gate and of up with SwiGLU
+    words: int  # of eight weights of each row
+    warps: int
 
 
 @dataclasses.dataclass
@@ -37,430 +42,26 @@ class Layout:
 
     # Outputs of a program of a product (with SwiGLU of gate and of up): 2 took 1.2x as long, 4 1.5x, each with its own x.
     rows: int = 1
+    # Rows that a program takes one after the other, with x in registers: of q, k, v and o, of gate and up, and of down.
+    loop: int = 1
+    swiglu_loop: int = 4
+    wide_loop: int = 2
     positions: int = 32  # of a tile of the cache
     # A kernel starts, and loads weights, before the one before has ended (sm_90 and later): 1,832 us a token of a 3B on an
     # H100 in place of 2,152.
     overlap: bool = True
     programs: int = 128  # that attention is split into, about one for each of the 132 multiprocessors of an H100
+    tile: Tile = Tile(64, 32, 4)
+    swiglu_tile: Tile = Tile(16, 32, 2)  # of two matrices: 32 words of both spill
+    batch_programs: int = 512  # that a batch's products, by their inputs, and its attention are split into
 
 
 LAYOUT = Layout()
 MODELS = {"Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM"}
 RUN = 64  # weights of a row that a thread takes at a time; constants of quantisation change at its ends only
 CHUNK = 2048  # inputs of a program of the adapter's first product before down_proj
-
-# ------------------------------------------------------------------------------------------------ kernels
-#
-# Products read x as the 4-bit words want it: a thread takes 64 inputs, whose 32 pairs lie where 32 threads' loads of
-# 16 bytes are consecutive: pair p of the words of half h is at [h, p, run of 64, word], each [2, 4, inputs / 64, 4].
-
-if triton is not None:
-
-    @triton.jit
-    def _begin(OVERLAP: tl.constexpr):
-        """Let the next kernel start as soon as there is room for it: it loads weights, and waits in `_wait`."""
-        if OVERLAP:
-            tl.extra.cuda.gdc_launch_dependents()
-
-    @triton.jit
-    def _wait(OVERLAP: tl.constexpr):
-        """Wait until all that earlier kernels wrote is there; what stands before it may be weights only."""
-        if OVERLAP:
-            tl.extra.cuda.gdc_wait()
-
-    @triton.jit
-    def _place(k, K: tl.constexpr):
-        """Return where input k lies in the order above."""
-        return ((((k // 32) % 2 * 4 + (k // 2) % 4) * (K // 64) + k // 64) * 4 + (k // 8) % 4) * 2 + k % 2
-
-    @triton.jit
-    def _lane_level(lut, SHUFFLE: tl.constexpr):
-        """Return the level that a lane holds for its warp: that of code lane % 16. A scalar, which differs by lane."""
-        if SHUFFLE:
-            return tl.inline_asm_elementwise(
-                """{
-                .reg .u32 lane; .reg .u64 place;
-                mov.u32 lane, %laneid;
-                and.b32 lane, lane, 15;
-                mad.wide.u32 place, lane, 4, $1;
-                ld.global.nc.f32 $0, [place];
-                }""",
-                "=f,l", [lut.to(tl.int64)], dtype=tl.float32, is_pure=True, pack=1,
-            )  # fmt: skip
-        else:
-            return 0.0
-
-    @triton.jit
-    def _levels(words, lut, level, SHUFFLE: tl.constexpr):
-        """Return the levels of the eight codes of each word, in the order of the weights: high half of a byte first.
-
-        A shuffle looks a code up in 2 instructions (it reads 5 bits of its index, so nothing is masked: lanes 16 to 31
-        hold the levels once more); a load from the table takes 4 and its address.
-        """
-        if SHUFFLE:
-            return tl.inline_asm_elementwise(
-                """{
-                .reg .b32 t;
-                shr.u32 t, $8, 4;  shfl.sync.idx.b32 $0, $9, t, 31, -1;
-                shfl.sync.idx.b32 $1, $9, $8, 31, -1;
-                shr.u32 t, $8, 12; shfl.sync.idx.b32 $2, $9, t, 31, -1;
-                shr.u32 t, $8, 8;  shfl.sync.idx.b32 $3, $9, t, 31, -1;
-                shr.u32 t, $8, 20; shfl.sync.idx.b32 $4, $9, t, 31, -1;
-                shr.u32 t, $8, 16; shfl.sync.idx.b32 $5, $9, t, 31, -1;
-                shr.u32 t, $8, 28; shfl.sync.idx.b32 $6, $9, t, 31, -1;
-                shr.u32 t, $8, 24; shfl.sync.idx.b32 $7, $9, t, 31, -1;
-                }""",
-                "=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,r,f", [words, level],
-                dtype=(tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32),
-                is_pure=True, pack=1,
-            )  # fmt: skip
-        else:
-            return (
-                tl.load(lut + ((words >> 4) & 15)), tl.load(lut + (words & 15)),
-                tl.load(lut + ((words >> 12) & 15)), tl.load(lut + ((words >> 8) & 15)),
-                tl.load(lut + ((words >> 20) & 15)), tl.load(lut + ((words >> 16) & 15)),
-                tl.load(lut + ((words >> 28) & 15)), tl.load(lut + ((words >> 24) & 15)),
-            )  # fmt: skip
-
-    @triton.jit
-    def _pair(x, dtype: tl.constexpr):
-        """Return the two numbers of half precision in each 32-bit word, as fp32."""
-        x = x.to(tl.uint32, bitcast=True)
-        first = (x & 0xFFFF).to(tl.uint16).to(dtype, bitcast=True)
-        return first.to(tl.float32), (x >> 16).to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
-
-    @triton.jit
-    def _half(
-        total, total2, words, words2, x, inside, stride: tl.constexpr, lut, level, dtype: tl.constexpr,
-        SHUFFLE: tl.constexpr, TWO: tl.constexpr,
-    ):  # fmt: skip
-        """Add the products of 32 of a thread's 64 weights, of one matrix or of two, to the totals.
-
-        words, total: [rows, runs, 4]; x: [1, runs, 4].
-        """
-        l0, l1, l2, l3, l4, l5, l6, l7 = _levels(words, lut, level, SHUFFLE)
-        m0, m1, m2, m3, m4, m5, m6, m7 = _levels(words2, lut, level, SHUFFLE) if TWO else (0, 0, 0, 0, 0, 0, 0, 0)
-        a, b = _pair(tl.load(x, mask=inside, other=0), dtype)
-        total += l0 * a
-        total += l1 * b
-        if TWO:
-            total2 += m0 * a
-            total2 += m1 * b
-        a, b = _pair(tl.load(x + stride, mask=inside, other=0), dtype)
-        total += l2 * a
-        total += l3 * b
-        if TWO:
-            total2 += m2 * a
-            total2 += m3 * b
-        a, b = _pair(tl.load(x + 2 * stride, mask=inside, other=0), dtype)
-        total += l4 * a
-        total += l5 * b
-        if TWO:
-            total2 += m4 * a
-            total2 += m5 * b
-        a, b = _pair(tl.load(x + 3 * stride, mask=inside, other=0), dtype)
-        total += l6 * a
-        total += l7 * b
-        if TWO:
-            total2 += m6 * a
-            total2 += m7 * b
-        return total, total2
-
-    @triton.jit
-    def _constant(code, second, shift, code2, block, real, NESTED: tl.constexpr, BLOCKSIZE2: tl.constexpr):
-        """Return the constants of blocks of weights, fp32. NESTED: code is a code of 8 bits, else the constant."""
-        if NESTED:
-            code = tl.load(code2 + code.to(tl.int32))
-            code = code * tl.load(second + block // BLOCKSIZE2, mask=real, other=0.0) + shift
-        return code
-
-    @triton.jit
-    def _weights(
-        codes, absmax, row, rows, start, RUNS: tl.constexpr, BLOCKSIZE: tl.constexpr, BLOCKS: tl.constexpr
-    ):  # fmt: skip
-        """Return 64 weights a thread of some rows as words of eight codes, [rows, BLOCKS, 4] twice, and their constants
-        as they are stored, [rows, BLOCKS]. start: the first run of 64.
-        """
-        run = start + tl.arange(0, BLOCKS)
-        place = row[:, None] * RUNS + run[None]
-        real = (row < rows)[:, None] & (run < RUNS)[None]
-        words = codes + (place * 8)[:, :, None] + tl.arange(0, 4)[None, None]
-        low, high = tl.load(words, mask=real[:, :, None], other=0), tl.load(words + 4, mask=real[:, :, None], other=0)
-        return low, high, tl.load(absmax + place * 64 // BLOCKSIZE, mask=real, other=0)
-
-    @triton.jit
-    def _product(
-        x, codes, absmax, second, offset, codes2, absmax2, second2, offset2, code2, lut, row, rows,
-        dtype: tl.constexpr, K: tl.constexpr, NESTED: tl.constexpr, BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr,
-        BLOCKS: tl.constexpr, SHUFFLE: tl.constexpr, OVERLAP: tl.constexpr, TWO: tl.constexpr,
-    ):  # fmt: skip
-        """Return W x for some rows of W and, if TWO, of a second matrix, fp32. x: pairs in the order of `_place`; row:
-        [rows].
-
-        Two share the loads of x, and the weights of both are under way before any is used: loads stay in this order.
-        """
-        RUNS: tl.constexpr = K // 64
-        level = _lane_level(lut, SHUFFLE)
-        shift = tl.load(offset) if NESTED else 0.0
-        shift2 = tl.load(offset2) if NESTED and TWO else 0.0
-        word = tl.arange(0, 4)[None, None]
-        result = tl.zeros((row.shape[0], BLOCKS), tl.float32)
-        result2 = tl.zeros((row.shape[0], BLOCKS), tl.float32)
-        low, high, constant = _weights(codes, absmax, row, rows, 0, RUNS, BLOCKSIZE, BLOCKS)
-        low2, high2, constant2 = low, high, constant
-        if TWO:
-            low2, high2, constant2 = _weights(codes2, absmax2, row, rows, 0, RUNS, BLOCKSIZE, BLOCKS)
-        for start in range(0, RUNS, BLOCKS):
-            run = start + tl.arange(0, BLOCKS)
-            known = (run < RUNS)[None, :, None]
-            block = (row[:, None] * RUNS + run[None]) * 64 // BLOCKSIZE
-            real = (row < rows)[:, None] & (run < RUNS)[None]
-            next_low, next_high, next_constant = low, high, constant
-            next_low2, next_high2, next_constant2 = low2, high2, constant2
-            if BLOCKS < RUNS:  # on their way while these are used; past the end nothing is loaded
-                next_low, next_high, next_constant = _weights(
-                    codes, absmax, row, rows, start + BLOCKS, RUNS, BLOCKSIZE, BLOCKS
-                )  # fmt: skip
-                if TWO:
-                    next_low2, next_high2, next_constant2 = _weights(
-                        codes2, absmax2, row, rows, start + BLOCKS, RUNS, BLOCKSIZE, BLOCKS
-                    )  # fmt: skip
-            _wait(OVERLAP)  # every time: it keeps the compiler from putting those loads off to where they are used
-            pairs = x + (run * 4)[None, :, None] + word
-            total = tl.zeros((row.shape[0], BLOCKS, 4), tl.float32)
-            total, total2 = _half(
-                total, total, low, low2, pairs, known, RUNS * 4, lut, level, dtype, SHUFFLE, TWO
-            )  # fmt: skip
-            total, total2 = _half(
-                total, total2, high, high2, pairs + RUNS * 16, known, RUNS * 4, lut, level, dtype, SHUFFLE, TWO
-            )  # fmt: skip
-            # Looked up when the weights are used up: before, the loads of the weights would wait for it.
-            result += tl.sum(total, 2) * _constant(constant, second, shift, code2, block, real, NESTED, BLOCKSIZE2)
-            if TWO:
-                constant2 = _constant(constant2, second2, shift2, code2, block, real, NESTED, BLOCKSIZE2)
-                result2 += tl.sum(total2, 2) * constant2
-            low, high, constant = next_low, next_high, next_constant
-            low2, high2, constant2 = next_low2, next_high2, next_constant2
-        return tl.sum(result, 1), tl.sum(result2, 1)
-
-    @triton.jit
-    def _adapter(
-        y, u, B, bias, row, rows, rank, scale, MEMBERS: tl.constexpr, RANK: tl.constexpr, PARTS: tl.constexpr,
-        PARTS_2: tl.constexpr, BIAS: tl.constexpr,
-    ):  # fmt: skip
-        """Return y + scale B u + bias for some rows. u: [PARTS, MEMBERS, RANK] from this member on; parts are added."""
-        if BIAS:
-            y += tl.load(bias + row, mask=row < rows, other=0.0).to(tl.float32)
-        if RANK > 0:
-            j, part = tl.arange(0, RANK), tl.arange(0, PARTS_2)
-            inside = (part < PARTS)[:, None] & (j < rank)[None]
-            parts = tl.load(u + part[:, None] * (MEMBERS * RANK) + j[None], mask=inside, other=0.0)
-            inside = (row < rows)[:, None] & (j < rank)[None]
-            b = tl.load(B + row[:, None] * rank + j[None], mask=inside, other=0.0).to(tl.float32)
-            y += scale * tl.sum(b * tl.sum(parts, 0)[None], 1)
-        return y
-
-    @triton.jit(do_not_specialize=["rank0", "rank1", "rank2"])  # a rank of 1 would be of another type than one of 0
-    def _linear_kernel(
-        x, u, residual, out, flat, lut, code2,
-        codes0, absmax0, second0, offset0, bias0, B0, rows0, rank0, scale0,
-        codes1, absmax1, second1, offset1, bias1, B1, rows1, rank1, scale1,
-        codes2, absmax2, second2, offset2, bias2, B2, rows2, rank2, scale2,
-        MODE: tl.constexpr, MEMBERS: tl.constexpr, K: tl.constexpr, OUTPUTS: tl.constexpr, RANK: tl.constexpr,
-        PARTS: tl.constexpr, PARTS_2: tl.constexpr, BIAS: tl.constexpr, NESTED: tl.constexpr, BLOCKSIZE: tl.constexpr,
-        BLOCKSIZE2: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, SHUFFLE: tl.constexpr, HALF: tl.constexpr,
-        OVERLAP: tl.constexpr,
-    ):  # fmt: skip
-        """Up to three 4-bit linears with adapters that read one x.
-
-        MODE "stack": out [outputs of all], fp32. "residual": residual + y to out. "swiglu": silu(first) * second to out
-        in the order of `_place`, and to flat as it is.
-        """
-        _begin(OVERLAP)
-        program = tl.program_id(0)
-        first_outputs = 0
-        member = 0
-        if MODE == "stack":
-            end0 = tl.cdiv(rows0, ROWS)
-            end1 = end0 + tl.cdiv(rows1, ROWS)
-            if program >= end1:
-                program -= end1
-                first_outputs = rows0 + rows1
-                member = 2
-                codes0, absmax0, second0, offset0, bias0, B0 = codes2, absmax2, second2, offset2, bias2, B2
-                rows0, rank0, scale0 = rows2, rank2, scale2
-            elif program >= end0:
-                program -= end0
-                first_outputs = rows0
-                member = 1
-                codes0, absmax0, second0, offset0, bias0, B0 = codes1, absmax1, second1, offset1, bias1, B1
-                rows0, rank0, scale0 = rows1, rank1, scale1
-        row = program * ROWS + tl.arange(0, ROWS)
-        inside = row < rows0
-        y, up = _product(
-            x, codes0, absmax0, second0, offset0, codes1, absmax1, second1, offset1, code2, lut, row, rows0, HALF, K,
-            NESTED, BLOCKSIZE, BLOCKSIZE2, BLOCKS, SHUFFLE, OVERLAP, MODE == "swiglu",
-        )  # fmt: skip
-        y = _adapter(
-            y, u + member * RANK, B0, bias0, row, rows0, rank0, scale0, MEMBERS, RANK, PARTS, PARTS_2, BIAS
-        )  # fmt: skip
-        if MODE == "stack":
-            tl.store(out + first_outputs + row, y, mask=inside)
-        elif MODE == "residual":
-            y += tl.load(residual + row, mask=inside, other=0.0).to(tl.float32)
-            tl.store(out + row, y.to(HALF), mask=inside)
-        else:
-            up = _adapter(
-                up, u + RANK, B1, bias1, row, rows1, rank1, scale1, MEMBERS, RANK, PARTS, PARTS_2, BIAS
-            )  # fmt: skip
-            y = (y / (1.0 + tl.exp(-y)) * up).to(HALF)
-            tl.store(out + _place(row, OUTPUTS), y, mask=inside)
-            tl.store(flat + row, y, mask=inside)
-
-    @triton.jit(do_not_specialize=["rank0", "rank1", "rank2"])
-    def _norm_kernel(
-        x, weight, out, u, A0, A1, A2, rank0, rank1, rank2, eps,
-        K: tl.constexpr, RANK: tl.constexpr, ORDERED: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
-    ):  # fmt: skip
-        """RMS norm of x and, a program for each row of the adapters' A, u [members, RANK] = A norm(x)."""
-        _begin(OVERLAP)
-        program = tl.program_id(0)
-        dtype = out.dtype.element_ty
-        k = tl.arange(0, BLOCK)
-        inside = k < K
-        factor = tl.load(weight + k, mask=inside, other=0.0).to(tl.float32)
-        if RANK > 0:
-            j = program % RANK
-            if program >= 2 * RANK:
-                A0, rank0 = A2, rank2
-            elif program >= RANK:
-                A0, rank0 = A1, rank1
-            a = tl.load(A0 + j * K + k, mask=k < tl.where(j < rank0, K, 0), other=0.0).to(tl.float32)
-        _wait(OVERLAP)
-        value = tl.load(x + k, mask=inside, other=0.0).to(tl.float32)
-        value = (value * tl.rsqrt(tl.sum(value * value) / K + eps)).to(dtype).to(tl.float32)
-        value = (value * factor).to(dtype)
-        if program == 0:
-            tl.store(out + (_place(k, K) if ORDERED else k), value, mask=inside)
-        if RANK > 0:
-            tl.store(u + program, tl.sum(a * value.to(tl.float32)))
-
-    @triton.jit
-    def _inner_kernel(
-        x, A, u, rank, K: tl.constexpr, RANK: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
-    ):  # fmt: skip
-        """u [parts, RANK], whose parts add up to A x: a program for each row of A and each BLOCK of inputs."""
-        _begin(OVERLAP)
-        j, part = tl.program_id(0), tl.program_id(1)
-        k = part * BLOCK + tl.arange(0, BLOCK)
-        a = tl.load(A + j * K + k, mask=k < tl.where(j < rank, K, 0), other=0.0).to(tl.float32)
-        _wait(OVERLAP)
-        value = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
-        tl.store(u + part * RANK + j, tl.sum(a * value))
-
-    @triton.jit
-    def _rotated(x, weight, cos, sin, eps, rows, NORM: tl.constexpr, HALF: tl.constexpr):
-        """Return both halves of heads after their norm and rotary embedding, fp32 [heads, HALF]. rows: bool."""
-        j = tl.arange(0, HALF)[None]
-        first = tl.load(x + j, mask=rows, other=0.0)
-        second = tl.load(x + HALF + j, mask=rows, other=0.0)
-        if NORM:
-            square = tl.sum(first * first, 1) + tl.sum(second * second, 1)
-            inverse = tl.rsqrt(square / (2 * HALF) + eps)[:, None]
-            first = first * inverse * tl.load(weight + j).to(tl.float32)
-            second = second * inverse * tl.load(weight + HALF + j).to(tl.float32)
-        c, s = tl.load(cos + j).to(tl.float32), tl.load(sin + j).to(tl.float32)
-        return first * c - second * s, second * c + first * s
-
-    @triton.jit
-    def _attention_kernel(
-        qkv, keys, values, position, cos, sin, q_weight, k_weight, mixed, logs, eps, scale, stride,
-        HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr, SPLITS: tl.constexpr,
-        POSITIONS: tl.constexpr, NORM: tl.constexpr, OVERLAP: tl.constexpr,
-    ):  # fmt: skip
-        """Attention of one position's heads to a share of the cache, and the new key and value into the cache.
-
-        Shares are as equal as tiles of POSITIONS allow; each leaves its mean of the values [HEADS, SPLITS, 2 HALF] and
-        the base-2 logarithm of its sum of weights, -inf where it had nothing. qkv: fp32; keys, values:
-        [KV_HEADS, stride, 2 HALF].
-        """
-        _begin(OVERLAP)
-        _wait(OVERLAP)
-        kv, split = tl.program_id(0), tl.program_id(1)
-        dtype = keys.dtype.element_ty
-        SIZE: tl.constexpr = 2 * HALF
-        EACH: tl.constexpr = HEADS // KV_HEADS
-        here = tl.load(position).to(tl.int32)
-        cos += here * SIZE
-        sin += here * SIZE
-        group = tl.arange(0, GROUP)
-        head = kv * EACH + group
-        real = (group < EACH)[:, None]
-        q1, q2 = _rotated(qkv + head[:, None] * SIZE, q_weight, cos, sin, eps, real, NORM, HALF)
-        q1, q2 = q1.to(dtype), q2.to(dtype)
-        new = qkv + (HEADS + kv + tl.zeros((1, 1), tl.int32)) * SIZE
-        k1, k2 = _rotated(new, k_weight, cos, sin, eps, (tl.arange(0, 1) < 1)[:, None], NORM, HALF)
-        k1, k2 = k1.to(dtype), k2.to(dtype)
-        j, wide = tl.arange(0, HALF)[None], tl.arange(0, SIZE)[None]
-        v = tl.load(qkv + (HEADS + KV_HEADS + kv) * SIZE + wide).to(dtype)
-        keys += kv.to(tl.int64) * stride * SIZE
-        values += kv.to(tl.int64) * stride * SIZE
-        share = tl.cdiv(tl.cdiv(here + 1, SPLITS), POSITIONS) * POSITIONS
-        start = split * share
-        end = tl.minimum(start + share, here + 1)
-        top = tl.full((GROUP,), -float("inf"), tl.float32)
-        weight = tl.zeros((GROUP,), tl.float32)
-        total = tl.zeros((GROUP, SIZE), tl.float32)
-        for first in range(start, end, POSITIONS):
-            n = first + tl.arange(0, POSITIONS)
-            old, own = (n < here)[:, None], (n == here)[:, None]
-            key1 = tl.where(own, k1, tl.load(keys + n[:, None] * SIZE + j, mask=old, other=0.0))
-            key2 = tl.where(own, k2, tl.load(keys + n[:, None] * SIZE + HALF + j, mask=old, other=0.0))
-            value = tl.where(own, v, tl.load(values + n[:, None] * SIZE + wide, mask=old, other=0.0))
-            score = tl.dot(q1, tl.trans(key1)) + tl.dot(q2, tl.trans(key2))
-            score = tl.where((n < end)[None], score * (scale * 1.4426950408889634), -float("inf"))
-            higher = tl.maximum(top, tl.max(score, 1))
-            p = tl.exp2(score - higher[:, None])
-            fade = tl.exp2(top - higher)
-            weight = weight * fade + tl.sum(p, 1)
-            total = total * fade[:, None] + tl.dot(p.to(dtype), value)
-            top = higher
-        if (start <= here) & (here < start + share):
-            place = here * SIZE
-            tl.store(keys + place + j, k1)
-            tl.store(keys + place + HALF + j, k2)
-            tl.store(values + place + wide, v)
-        place = head * SPLITS + split
-        used = group < tl.where(start < end, EACH, 0)
-        tl.store(mixed + place[:, None] * SIZE + wide, total / weight[:, None], mask=used[:, None])
-        tl.store(logs + place, tl.where(start < end, top + tl.log2(weight), -float("inf")), mask=group < EACH)
-
-    @triton.jit
-    def _combine_kernel(
-        mixed, logs, out, A, u, rank, K: tl.constexpr, SIZE: tl.constexpr, SPLITS: tl.constexpr, RANK: tl.constexpr,
-        TILE: tl.constexpr, OVERLAP: tl.constexpr,
-    ):  # fmt: skip
-        """Add the shares of a head, and its part of o_proj's u = A x: u [heads, RANK], whose parts add up."""
-        _begin(OVERLAP)
-        _wait(OVERLAP)
-        head = tl.program_id(0)
-        dtype = out.dtype.element_ty
-        split, wide = tl.arange(0, SPLITS), tl.arange(0, SIZE)
-        log = tl.load(logs + head * SPLITS + split)
-        weight = tl.exp2(log - tl.max(log, 0))
-        weight = weight / tl.sum(weight, 0)
-        place = mixed + (head * SPLITS + split)[:, None] * SIZE + wide[None]
-        parts = tl.load(place, mask=(weight > 0)[:, None], other=0.0)
-        x = tl.sum(parts * weight[:, None], 0).to(dtype)
-        tl.store(out + _place(head * SIZE + wide, K), x)
-        for start in range(0, RANK, TILE):
-            j = start + tl.arange(0, TILE)
-            a = tl.load(A + j[:, None] * K + head * SIZE + wide[None], mask=(j < rank)[:, None], other=0.0)
-            tl.store(u + head * RANK + j, tl.sum(a.to(tl.float32) * x.to(tl.float32)[None], 1))
-
-
-INTERPRETED = triton is not None and not isinstance(_linear_kernel, triton.JITFunction)
-
+BATCH_CHUNK = 256  # the same for a batch, whose program takes all rows of A and all sequences
+BATCH = 64  # sequences at most: more would want their weights dequantised once for several tiles
 
 # ------------------------------------------------------------------------------------------------ what a model has
 
@@ -512,63 +113,105 @@ def _options() -> dict[str, bool]:
 class Linears:
     """Up to three linears that read one x, as one launch.
 
-    mode: see `_linear_kernel`. parts: into how many sums the launch before splits u = A x. x: what it writes and this
-    reads, in the order of `_place`.
+    mode: see `_linear_kernel`. parts: into how many sums the launch before splits u = A x. x, u: what it writes and this
+    reads, x in the order of `_place`. m: the M of the kernels.
     """
 
-    def __init__(self, modules: dict[str, nn.Module], mode: str, dtype: torch.dtype, parts: int = 1):
+    def __init__(self, modules: dict[str, nn.Module], mode: str, dtype: torch.dtype, parts: int = 1, m: int = 1):
         self.members = [Member(module, name) for name, module in modules.items()]
         first, adapted = self.members[0], [member for member in self.members if member.rank]
-        self.mode, self.parts, self.rank = (
-            mode,
-            parts,
-            triton.next_power_of_2(max(m.rank for m in self.members)) if adapted else 0,
-        )
-        self.columns, self.rows = first.columns, [member.rows for member in self.members]
         for what in ("kind", "columns"):
             same = len({getattr(member, what) for member in self.members}) == 1
             _check(same, f"{', '.join(modules)} differ in their {'quantisation' if what == 'kind' else 'inputs'}")
         biases = {None if member.bias is None else member.bias.dtype for member in self.members}
         types = {factor.dtype for member in adapted for factor in (member.A, member.B)}
         _check(len(biases) == 1 and len(types) < 2, f"{', '.join(modules)} differ in their biases or adapters' dtypes")
-        self.x = torch.zeros(self.columns, dtype=dtype, device=first.codes.device)
-        self.u = torch.zeros(parts, len(modules), max(self.rank, 1), dtype=torch.float32, device=self.x.device)
+        self.mode, self.parts, self.m, self.ranks = mode, parts, m, [member.rank for member in self.members]
+        smallest = 16 if m > 1 else 1  # of tl.dot
+        self.rank = max(smallest, triton.next_power_of_2(max(self.ranks))) if adapted else 0
+        self.columns, self.rows = first.columns, [member.rows for member in self.members]
+        self.x = torch.zeros(self.columns * m, dtype=dtype, device=first.codes.device)
+        self.u = torch.zeros(parts, m, len(modules), max(self.rank, 1), dtype=torch.float32, device=self.x.device)
         nothing = adapted[0].A if adapted else self.x
         self.A = [member.A if member.rank else nothing for member in self.members]
-        self.ranks = [member.rank for member in self.members]
         arguments = [
             (
-                m.codes, m.absmax, m.second, m.offset, self.x if m.bias is None else m.bias,
-                m.B if m.rank else nothing, m.rows, m.rank, m.scale,
+                member.codes, member.absmax, member.second, member.offset,
+                self.x if member.bias is None else member.bias, member.B if member.rank else nothing,
+                member.rows, member.rank, member.scale,
             )
-            for m in self.members
+            for member in self.members
         ]  # fmt: skip
         arguments += [(*arguments[0][:6], 0, 0, 0.0)] * (3 - len(arguments))
-        self.arguments = [self.x.view(torch.int32), self.u], [first.lut, first.code2, *sum(arguments, ())]
+        self.arguments = [first.lut, first.code2, *sum(arguments, ())]
         nested, blocksize, blocksize2, _ = first.kind
-        warps = 2 if self.columns // RUN > 64 else 1  # as long as a row; more would idle at its end
         self.constants = dict(
-            MODE=mode, MEMBERS=len(modules), K=self.columns, OUTPUTS=first.rows, RANK=self.rank, PARTS=parts,
-            PARTS_2=triton.next_power_of_2(parts), BIAS=None not in biases, NESTED=nested, BLOCKSIZE=blocksize, BLOCKSIZE2=blocksize2,
-            ROWS=LAYOUT.rows, BLOCKS=32 * warps, SHUFFLE=not INTERPRETED,
-            HALF=tl.bfloat16 if dtype is torch.bfloat16 else tl.float16, num_warps=warps, **_options(),
+            MEMBERS=len(modules), K=self.columns, RANK=self.rank, PARTS=parts, BIAS=None not in biases, NESTED=nested,
+            BLOCKSIZE=blocksize, BLOCKSIZE2=blocksize2, SHUFFLE=not INTERPRETED,
+            HALF=tl.bfloat16 if dtype is torch.bfloat16 else tl.float16, **_options(),
         )  # fmt: skip
 
     def __call__(self, residual: torch.Tensor, out: torch.Tensor, flat: torch.Tensor) -> None:
+        blocks = max(32, triton.next_power_of_2(self.columns // RUN))  # a thread has one run of a row, rarely more
+        loop = LAYOUT.swiglu_loop if self.mode == "swiglu" else LAYOUT.wide_loop if blocks > 64 else LAYOUT.loop
         rows = self.rows if self.mode == "stack" else self.rows[:1]
-        inputs, weights = self.arguments
-        grid = (sum(triton.cdiv(n, self.constants["ROWS"]) for n in rows),)
-        _linear_kernel[grid](*inputs, residual, out, flat, *weights, **self.constants)
+        kernels._linear_kernel[(sum(triton.cdiv(n, LAYOUT.rows * loop) for n in rows),)](
+            self.x.view(torch.int32), self.u, residual, out, flat, *self.arguments, **self.constants, MODE=self.mode,
+            OUTPUTS=self.rows[0], PARTS_2=triton.next_power_of_2(self.parts), ROWS=LAYOUT.rows, LOOP=loop, BLOCKS=blocks,
+            num_warps=min(8, blocks // 32), num_stages=1,
+        )  # fmt: skip
+
+
+class BatchLinears(Linears):
+    """The same for a batch; unless SwiGLU follows it leaves `splits` parts of its sums, [splits, m, outputs]."""
+
+    def __init__(self, *arguments: Any, **keywords: Any):
+        super().__init__(*arguments, **keywords)
+        swiglu = self.mode == "swiglu"
+        self.tile, self.outputs = (LAYOUT.swiglu_tile, self.rows[0]) if swiglu else (LAYOUT.tile, sum(self.rows))
+        self.tiles = sum(triton.cdiv(n, self.tile.rows) for n in (self.rows[:1] if swiglu else self.rows))
+        steps = triton.cdiv(self.columns, 8 * self.tile.words)
+        splits = 1 if swiglu else min(steps, max(1, LAYOUT.batch_programs // self.tiles))
+        self.splits = triton.cdiv(steps, triton.cdiv(steps, splits))  # none of them empty
+
+    def __call__(self, out: torch.Tensor) -> None:
+        rows, words, warps = self.tile
+        kernels._batch_linear_kernel[(self.tiles, self.splits)](
+            self.x, self.u, out, *self.arguments, **self.constants, SWIGLU=self.mode == "swiglu", OUTPUTS=self.outputs,
+            M=self.m, SPLITS=self.splits, ROWS=rows, STEP=words, num_warps=warps,
+            num_stages=1,  # Triton's own would load x before the kernel waits for it
+        )  # fmt: skip
+
+
+def _adapters(linears: Linears | None, x: torch.Tensor) -> tuple:
+    """Return u, three A and their ranks, as the kernels of a norm take them, and the rank and number of members."""
+    if linears is None or not linears.rank:
+        return (x, *[x] * 3, 0, 0, 0), 0, 1
+    A, ranks = linears.A * 3, linears.ranks + [0, 0]
+    return (linears.u, *A[:3], *ranks[:3]), linears.rank, len(linears.A)
 
 
 def _norm(x: torch.Tensor, norm: nn.Module, out: torch.Tensor, linears: Linears | None = None) -> None:
     """Write norm(x) to out as it is, or to where `linears` read it, together with their adapters' u."""
-    rank = linears.rank if linears else 0
-    A, ranks = (linears.A, linears.ranks) if rank else ([x], [0])
-    _norm_kernel[(max(1, rank * len(A)),)](
-        x, norm.weight, out, linears.u if linears else out, *(A * 3)[:3], *(ranks + [0, 0])[:3],
-        norm.variance_epsilon, K=x.numel(), RANK=rank, ORDERED=linears is not None, BLOCK=triton.next_power_of_2(x.numel()),
-        num_warps=4 if x.numel() <= 4096 else 8, **_options(),
+    adapters, rank, members = _adapters(linears, x)
+    kernels._norm_kernel[(max(1, rank * members),)](
+        x, norm.weight, out, *adapters, norm.variance_epsilon, K=x.numel(), RANK=rank, ORDERED=linears is not None,
+        BLOCK=triton.next_power_of_2(x.numel()), num_warps=4 if x.numel() <= 4096 else 8, **_options(),
+    )  # fmt: skip
+
+
+def _batch_norm(
+    x: torch.Tensor, parts: torch.Tensor, total: torch.Tensor, norm: nn.Module, out: torch.Tensor,
+    linears: Linears | None = None,
+) -> None:  # fmt: skip
+    """The same of total = x + parts, which it writes too. x, total: [sequences, width]; parts: [parts, m, width]."""
+    (adapters, rank, members), (sequences, width) = _adapters(linears, x), x.shape
+    block = triton.next_power_of_2(width)
+    tile = min(max(rank, 1), max(1, 16384 // block))  # rows of A at a time: 64 numbers a thread
+    kernels._batch_norm_kernel[(sequences, members)](
+        x, parts, norm.weight, total, out, *adapters, norm.variance_epsilon, K=width, M=parts.shape[1],
+        PARTS=len(parts), MEMBERS=members, RANK=rank, ORDERED=linears is not None, BLOCK=block, TILE=tile,
+        num_warps=8, **_options(),
     )  # fmt: skip
 
 
@@ -589,87 +232,134 @@ def _check_layer(layer: nn.Module, cache: Any) -> None:
     window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
     _check(window is None and type(cache) is StaticLayer, "attention in a sliding window, or no plain static cache")
     _check(cache.is_initialized, "the cache has no tensors yet; see its early_initialization")
-    _check(cache.keys.shape[0] == 1, f"a cache of {cache.keys.shape[0]} sequences")
+    _check(cache.keys.shape[0] <= BATCH, f"a cache of {cache.keys.shape[0]} sequences, more than {BATCH}")
     _check(cache.keys.shape[3] == attention.head_dim, "the cache has other heads than the model")
     _check(attention.head_dim in (32, 64, 128, 256), f"heads of {attention.head_dim}")
+
+
+class Scratch(NamedTuple):
+    """What layers leave to their own next kernel; one after the other they share it."""
+
+    qkv: torch.Tensor  # fp32 [splits, m, outputs of q, k and v]
+    mixed: torch.Tensor  # fp32 [sequences, heads, splits, head size]
+    logs: torch.Tensor  # fp32 [sequences, heads, splits]
+    flat: torch.Tensor  # [MLP width], of one sequence
+    parts: torch.Tensor  # fp32 [splits, m, width], of a batch
 
 
 class Layer:
     """A decoder layer: its weights, its part of the cache, and its nine launches."""
 
+    kind, chunk = Linears, CHUNK
+
     def __init__(self, layer: nn.Module, cache: Any, dtype: torch.dtype):
         _check_layer(layer, cache)
         attention, mlp = layer.self_attn, layer.mlp
+        sequences, kv_heads, length, size = cache.keys.shape
+        self.m = m = 1 if sequences == 1 else max(16, triton.next_power_of_2(sequences))
 
         def linears(owner: nn.Module, names: str, mode: str, parts: int = 1) -> Linears:
-            return Linears({name: getattr(owner, name) for name in names.split()}, mode, dtype, parts)
+            return self.kind({name: getattr(owner, name) for name in names.split()}, mode, dtype, parts, m)
 
         self.norms = layer.input_layernorm, layer.post_attention_layernorm
         self.keys, self.values = cache.keys, cache.values
-        _, kv_heads, length, size = cache.keys.shape
         self.qkv = linears(attention, "q_proj k_proj v_proj", "stack")
         heads = self.qkv.rows[0] // size
         self.out = linears(attention, "o_proj", "residual", heads)
         self.gate_up = linears(mlp, "gate_proj up_proj", "swiglu")
-        self.down = linears(mlp, "down_proj", "residual", triton.cdiv(self.gate_up.rows[0], CHUNK))
+        self.down = linears(mlp, "down_proj", "residual", triton.cdiv(self.gate_up.rows[0], self.chunk))
+        programs = LAYOUT.programs if m == 1 else LAYOUT.batch_programs // sequences
         splits = min(
-            triton.next_power_of_2(max(4, LAYOUT.programs // kv_heads)),
+            triton.next_power_of_2(max(4, programs // kv_heads)),
             triton.next_power_of_2(triton.cdiv(length, LAYOUT.positions)),
         )
         q_norm, k_norm = (getattr(attention, name, layer.input_layernorm) for name in ("q_norm", "k_norm"))
         self.head_norms = q_norm.weight, k_norm.weight
         self.numbers = q_norm.variance_epsilon, attention.scaling, length
         self.shape = dict(
-            HEADS=heads, KV_HEADS=kv_heads, HALF=size // 2, GROUP=max(16, triton.next_power_of_2(heads // kv_heads)), SPLITS=splits,
-            POSITIONS=LAYOUT.positions, NORM=hasattr(attention, "q_norm"),
+            HEADS=heads, KV_HEADS=kv_heads, HALF=size // 2, GROUP=max(16, triton.next_power_of_2(heads // kv_heads)),
+            SPLITS=splits, POSITIONS=LAYOUT.positions, NORM=hasattr(attention, "q_norm"), M=m,
+            PARTS=getattr(self.qkv, "splits", 1),
         )  # fmt: skip
 
-    def scratch(self) -> "Scratch":
-        heads, splits = self.shape["HEADS"], self.shape["SPLITS"]
+    def scratch(self) -> Scratch:
         new = functools.partial(torch.zeros, device=self.keys.device, dtype=torch.float32)
-        flat = new(self.gate_up.rows[0], dtype=self.keys.dtype)
-        return Scratch(new(sum(self.qkv.rows)), new(heads, splits, self.keys.shape[3]), new(heads, splits), flat)
+        sequences, shares = len(self.keys), (self.shape["HEADS"], self.shape["SPLITS"])
+        splits = max(getattr(linears, "splits", 1) for linears in (self.out, self.down))
+        return Scratch(
+            qkv=new(self.shape["PARTS"], self.m, sum(self.qkv.rows)),
+            mixed=new(sequences, *shares, self.keys.shape[3]),
+            logs=new(sequences, *shares),
+            flat=new(self.gate_up.rows[0], dtype=self.keys.dtype),
+            parts=new(splits, self.m, self.out.rows[0]),
+        )
 
-    def __call__(self, hidden: torch.Tensor, position: torch.Tensor, rotary: list, scratch: "Scratch") -> None:
-        """Add the layer to hidden, [width], in place. rotary: cos and sin, [positions, head size]."""
-        qkv, mixed, logs, flat = scratch
-        out, down, shape = self.out, self.down, self.shape
-        _norm(hidden, self.norms[0], self.qkv.x, self.qkv)
-        self.qkv(hidden, qkv, flat)
-        _attention_kernel[(shape["KV_HEADS"], shape["SPLITS"])](
-            qkv, self.keys, self.values, position, *rotary, *self.head_norms, mixed, logs, *self.numbers, **shape,
+    def attend(self, position: torch.Tensor, starts: torch.Tensor, rotary: list, scratch: Scratch) -> None:
+        """From the sums of q, k and v to what o_proj reads, by way of the cache."""
+        out, shape, sequences = self.out, self.shape, len(self.keys)
+        kernels._attention_kernel[(shape["KV_HEADS"], shape["SPLITS"], sequences)](
+            scratch.qkv, self.keys, self.values, position, starts, *rotary, *self.head_norms, scratch.mixed,
+            scratch.logs, *self.numbers, **shape, num_warps=4, **_options(),
+        )  # fmt: skip
+        kernels._combine_kernel[(shape["HEADS"], sequences)](
+            scratch.mixed, scratch.logs, out.x, out.A[0], out.u, out.ranks[0], K=out.columns, M=self.m,
+            SIZE=self.keys.shape[3], SPLITS=shape["SPLITS"], RANK=out.rank, TILE=min(max(out.rank, 1), 16),
             num_warps=4, **_options(),
         )  # fmt: skip
-        _combine_kernel[(shape["HEADS"],)](
-            mixed, logs, out.x, out.A[0], out.u, out.ranks[0], K=out.columns, SIZE=mixed.shape[2],
-            SPLITS=shape["SPLITS"], RANK=out.rank, TILE=min(max(out.rank, 1), 16), num_warps=4, **_options(),
-        )  # fmt: skip
-        out(hidden, hidden, flat)
+
+    def __call__(self, hidden: torch.Tensor, position: torch.Tensor, rotary: list, scratch: Scratch) -> None:
+        """Add the layer to hidden, [width], in place. rotary: cos and sin, [positions, head size]."""
+        down, flat = self.down, scratch.flat
+        _norm(hidden, self.norms[0], self.qkv.x, self.qkv)
+        self.qkv(hidden, scratch.qkv, flat)
+        self.attend(position, position, rotary, scratch)
+        self.out(hidden, hidden, flat)
         _norm(hidden, self.norms[1], self.gate_up.x, self.gate_up)
         self.gate_up(hidden, down.x, flat)
         if down.rank:
-            _inner_kernel[(down.rank, down.parts)](
+            kernels._inner_kernel[(down.rank, down.parts)](
                 flat, down.A[0], down.u, down.ranks[0], K=down.columns, RANK=down.rank, BLOCK=CHUNK, num_warps=4,
                 **_options(),
             )  # fmt: skip
         down(hidden, hidden, flat)
 
 
-class Scratch(NamedTuple):
-    """What layers leave to their own next kernel; one after the other they share it."""
+class BatchLayer(Layer):
+    """The same for a batch."""
 
-    qkv: torch.Tensor  # fp32 [outputs of q, k and v]
-    mixed: torch.Tensor  # fp32 [heads, splits, head size]
-    logs: torch.Tensor  # fp32 [heads, splits]
-    flat: torch.Tensor  # [MLP width]
+    kind, chunk = BatchLinears, BATCH_CHUNK
+
+    def __call__(
+        self, hidden: torch.Tensor, other: torch.Tensor, known: torch.Tensor, position: torch.Tensor,
+        starts: torch.Tensor, rotary: list, scratch: Scratch,
+    ) -> torch.Tensor:  # fmt: skip
+        """Take in hidden + known and leave the layer's output in hidden and, still to be added, what it returns.
+
+        hidden, other: [sequences, width]; known and returned: fp32 [parts, m, width]; starts: int64 [sequences, 1].
+        """
+        down, parts = self.down, scratch.parts
+        _batch_norm(hidden, known, other, self.norms[0], self.qkv.x, self.qkv)
+        self.qkv(scratch.qkv)
+        self.attend(position, starts, rotary, scratch)
+        self.out(parts)
+        _batch_norm(other, parts[: self.out.splits], hidden, self.norms[1], self.gate_up.x, self.gate_up)
+        self.gate_up(down.x)
+        if down.rank:
+            kernels._batch_inner_kernel[(down.parts,)](
+                down.x, down.A[0], down.u, down.ranks[0], K=down.columns, M=self.m, RANK=down.rank, BLOCK=BATCH_CHUNK,
+                num_warps=4, **_options(),
+            )  # fmt: skip
+        down(parts)
+        return parts[: down.splits]
 
 
 class DecodeStep:
-    """One token's pass through a 4-bit Qwen2, Qwen3, Llama or Mistral with at most one active LoRA adapter.
+    """A token of each sequence through a 4-bit Qwen2, Qwen3, Llama or Mistral with at most one active LoRA adapter.
 
-    ids: int64 [1, 1]; position: int64 [1] on the model's device, below the cache's length -> logits [1, vocabulary],
-    fp32. Attends to positions 0 to `position` of the cache, where it writes the new key and value; the cache's own
-    count of tokens is left alone. Nothing is read on the host, so a CUDA graph can hold a call once a first one has
+    ids: int64 [sequences, 1]; position: int64 [1] on the model's device, the slot of the cache that all write to;
+    starts: int64 [sequences, 1], the slots of their first tokens, before which there is padding (None: 0, as always of
+    one sequence) -> logits [sequences, vocabulary], fp32. Attends to slots starts to `position` of the cache, where it
+    writes the new keys and values; the cache's own count of tokens is left alone. Nothing is read on the host, so a CUDA graph can hold a call once a first one has
     compiled. Weights are read where the modules have them; which adapter is active is settled here. Raises Unsupported.
     """
 
@@ -686,13 +376,17 @@ class DecodeStep:
         _check(rope not in ("dynamic", "longrope"), f"rotary embedding {rope} depends on the length")
         self.embedding, self.head, self.norm = model.get_input_embeddings(), model.get_output_embeddings(), decoder.norm
         _check(len(decoder.layers) == len(cache.layers), "the cache has another number of layers than the model")
-        self.layers = [Layer(*pair, dtype) for pair in zip(decoder.layers, cache.layers, strict=True)]
+        _check(cache.layers[0].is_initialized, "the cache has no tensors yet; see its early_initialization")
+        sequences = len(cache.layers[0].keys)
+        kind = Layer if sequences == 1 else BatchLayer
+        self.layers = [kind(*pair, dtype) for pair in zip(decoder.layers, cache.layers, strict=True)]
         kinds = {(layer.keys.shape, layer.keys.dtype, layer.keys.device, layer.qkv.x.device) for layer in self.layers}
         _check(
             kinds == {(self.layers[0].keys.shape, dtype, device, device)},
             "layers or the cache differ in shape, dtype or device",
         )
-        self.last = torch.zeros(1, 1, model.config.hidden_size, dtype=dtype, device=device)
+        self.last = torch.zeros(sequences, 1, model.config.hidden_size, dtype=dtype, device=device)
+        self.starts = torch.zeros(sequences, 1, dtype=torch.long, device=device)
         with torch.no_grad():
             positions = torch.arange(self.layers[0].keys.shape[2], device=device)[None]
             self.rotary = [part[0].contiguous() for part in decoder.rotary_emb(self.last, positions)]
@@ -701,9 +395,17 @@ class DecodeStep:
         self.scratch = self.layers[0].scratch()
 
     @torch.no_grad()
-    def __call__(self, ids: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-        hidden = self.embedding(ids).flatten()
-        for layer in self.layers:
-            layer(hidden, position, self.rotary, self.scratch)
-        _norm(hidden, self.norm, self.last)
-        return self.head(self.last)[0].float()
+    def __call__(self, ids: torch.Tensor, position: torch.Tensor, starts: torch.Tensor | None = None) -> torch.Tensor:
+        hidden = self.embedding(ids)[:, 0]
+        if len(self.last) == 1:
+            for layer in self.layers:
+                layer(hidden[0], position, self.rotary, self.scratch)
+            _norm(hidden, self.norm, self.last)
+        else:
+            other, parts = torch.empty_like(hidden), self.scratch.parts[:0]
+            for layer in self.layers:
+                parts = layer(
+                    hidden, other, parts, position, self.starts if starts is None else starts, self.rotary, self.scratch
+                )
+            _batch_norm(hidden, parts, other, self.norm, self.last)
+        return self.head(self.last)[:, 0].float()

@@ -27,6 +27,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from config import ConfigError, PerformanceConfig
+from nf4_lookup import INTERPRETED, lane_level, levels, tl, triton
 
 # ------------------------------------------------------------------------------------------------ stateless dropout
 
@@ -354,13 +355,7 @@ def shift_labels(labels: torch.Tensor) -> torch.Tensor:
 
 # ------------------------------------------------------------------------------------------------ Triton kernels
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # Windows without triton-windows: the same operators run as a few torch calls
-    triton = None
-
-if triton is not None:
+if triton is not None:  # without it the same operators run as a few torch calls
 
     @triton.jit
     def _mix(x):
@@ -387,18 +382,28 @@ if triton is not None:
         root = tl.rsqrt(1.0 + tl.exp2(x * -1.4426950408889634))
         return root * root
 
-    @triton.jit
+    # Not told that `packed` is aligned, a thread loads one word of eight codes, whose weights it writes as 16 bytes; told,
+    # it would load four, and exchange what comes of them through shared memory.
+    @triton.jit(do_not_specialize_on_alignment=["packed"])
     def _dequantize_kernel(
         packed, absmax, absmax2, offset, code2, lut, B0, B1, B2, out, blocks, rows, rows0, rows1, stride, rank, extra,
         scale, programs, NESTED: tl.constexpr, BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr,
         ROW_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr, BLOCK_R: tl.constexpr,
+        SHUFFLE: tl.constexpr,
     ):  # fmt: skip
-        """Write a run of W's quantisation blocks into [W | scale B]; the programs past the last write B's columns."""
+        """Write a run of W's quantisation blocks into [W | scale B]; the programs past the last write B's columns.
+
+        6 instructions a weight: with a gather through shared memory in place of shuffles it was 10.
+        """
         program = tl.program_id(0)
         dtype = out.dtype.element_ty
         if program < programs:
-            block = program * BLOCKS + tl.arange(0, BLOCKS)
+            first = program * BLOCKS
+            block = first + tl.arange(0, BLOCKS)
             inside = block < blocks
+            word = tl.arange(0, BLOCKS)[:, None] * (BLOCKSIZE // 8) + tl.arange(0, BLOCKSIZE // 8)[None]
+            codes = tl.load(packed + first.to(tl.int64) * (BLOCKSIZE // 8) + word, mask=inside[:, None], other=0)
+            level = lane_level(lut, SHUFFLE)
             if NESTED:  # one constant a block of 64 weights, itself a code of 8 bits
                 constant = tl.load(code2 + tl.load(absmax + block, mask=inside, other=0).to(tl.int32))
                 second = block // BLOCKSIZE2
@@ -406,15 +411,14 @@ if triton is not None:
                 constant += tl.load(offset + second, mask=inside, other=0.0)
             else:
                 constant = tl.load(absmax + block, mask=inside, other=0.0)
-            word = tl.arange(0, BLOCKSIZE // 8)  # of eight codes; a byte's high half comes first
-            codes = tl.load(packed + block[:, None] * (BLOCKSIZE // 8) + word[None], mask=inside[:, None], other=0)
-            code = (codes[:, :, None] >> ((tl.arange(0, 8) ^ 1) * 4)[None, None]) & 15
-            table = tl.load(lut + tl.arange(0, 16))
-            # A gather goes through shared memory: 10.2 instructions a weight, where loads with 64-bit addresses took 11.9.
-            level = tl.gather(table, tl.reshape(code, (BLOCKS * BLOCKSIZE,)), 0)
-            values = (tl.reshape(level, (BLOCKS, BLOCKSIZE)) * constant[:, None]).to(dtype)
-            start = (block // ROW_BLOCKS).to(tl.int64) * stride + (block % ROW_BLOCKS) * BLOCKSIZE
-            tl.store(out + start[:, None] + tl.arange(0, BLOCKSIZE)[None], values, mask=inside[:, None])
+            w0, w1, w2, w3, w4, w5, w6, w7 = levels(codes, lut, level, SHUFFLE)
+            even = tl.interleave(tl.interleave(w0, w4), tl.interleave(w2, w6))
+            odd = tl.interleave(tl.interleave(w1, w5), tl.interleave(w3, w7))
+            values = (tl.interleave(even, odd) * constant[:, None]).to(dtype)
+            column = first % ROW_BLOCKS + tl.arange(0, BLOCKS)  # of blocks, from the first one's row on
+            place = out + (first // ROW_BLOCKS).to(tl.int64) * stride + tl.arange(0, BLOCKSIZE)[None]
+            place += (column * BLOCKSIZE + column // ROW_BLOCKS * (stride - ROW_BLOCKS * BLOCKSIZE))[:, None]
+            tl.store(place, values, mask=inside[:, None])
         else:  # member i's rows have its B in columns i rank to (i + 1) rank, and zeros
             row = ((program - programs) * ROWS + tl.arange(0, ROWS))[:, None]
             j = tl.arange(0, BLOCK_R)[None]
@@ -508,7 +512,7 @@ class Launch:
 
 
 WIDEN = Launch(block_m=16, block_k=256, warps=4)
-DEQUANTIZE = Launch(block_m=128, block_k=64, warps=8)
+DEQUANTIZE = Launch(block_m=128, block_k=64, warps=2)
 
 
 def backward_launch(extra: int) -> Launch:
@@ -647,11 +651,14 @@ def extended_weight(W: Packed, B: list[torch.Tensor], scale: float, dtype: torch
         absmax2, offset, code2 = W.constants[1:] if nested else (absmax,) * 3
         row_blocks = W.columns // W.blocksizes[0]
         programs, b = triton.cdiv(rows * row_blocks, DEQUANTIZE.block_m), [*B, W.lut, W.lut, W.lut]
-        _dequantize_kernel[(programs + (triton.cdiv(rows, 128) if B else 0),)](
+        block_r = _power(extra or 1)
+        b_rows = max(1, 1024 // block_r)  # of B for a program: more would take more registers than W does
+        _dequantize_kernel[(programs + (triton.cdiv(rows, b_rows) if B else 0),)](
             W.codes.view(torch.int32), absmax, absmax2, offset, code2, W.lut, *b[:3], out, rows * row_blocks, rows,
             len(B[0]) if B else 0, len(B[1]) if len(B) > 1 else rows, out.stride(0), rank, extra, scale, programs,
             NESTED=nested, BLOCKSIZE=W.blocksizes[0], BLOCKSIZE2=W.blocksizes[1], ROW_BLOCKS=row_blocks,
-            BLOCKS=DEQUANTIZE.block_m, ROWS=128, BLOCK_R=_power(extra or 1), num_warps=DEQUANTIZE.warps,
+            BLOCKS=DEQUANTIZE.block_m, ROWS=b_rows, BLOCK_R=block_r, SHUFFLE=not INTERPRETED,
+            num_warps=DEQUANTIZE.warps,
         )  # fmt: skip
         return out
     if nested:

@@ -317,8 +317,8 @@ class Decoder:
     """Prompts to tokens through a static cache; everything of a token is on the device, in graphs where it is CUDA.
 
     After an answer the cache of a single sequence stays: the next prompt computes only what differs. Sampling takes
-    torch's default generator, so `torch.manual_seed` before a call fixes the answer. `kernels`: the step of one
-    sequence by decode_ops, where it knows the model.
+    torch's default generator, so `torch.manual_seed` before a call fixes the answer. `kernels`: the step by decode_ops,
+    where it knows the model and the batch is not too large.
     """
 
     def __init__(self, model: PeftModel | PreTrainedModel, kernels: bool):
@@ -446,13 +446,13 @@ class Decoder:
 
     def _step_function(self) -> Callable[[], None]:
         """Return the step of one token a sequence: from `token` at `position` to `logits`."""
-        if self.batch == 1 and self.kernels and not self.off:
+        if self.kernels and not self.off:
             import decode_ops  # not at the top: it needs Triton, and only this path needs it
 
             try:
                 with plain_linears(self.base):
                     step = decode_ops.DecodeStep(self.model, self.cache)
-                return lambda: self.logits.copy_(step(self.token, self.position))
+                return lambda: self.logits.copy_(step(self.token, self.position, self.starts))
             except decode_ops.Unsupported as error:
                 self.note = str(error)
         last = torch.zeros(1, dtype=torch.long, device=self.device)

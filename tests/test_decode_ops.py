@@ -13,7 +13,7 @@ from peft import LoraConfig
 from transformers import StaticCache
 
 import decode_ops
-from decode_ops import DecodeStep, Unsupported
+from decode_ops import DecodeStep, Tile, Unsupported
 from generation_utils import cache_argument
 from quantization_utils import create_bnb_config, load_model_and_tokenizer
 from tests.test_fused_ops import SHARED_LIMIT, prepared
@@ -21,14 +21,20 @@ from tests.test_fused_ops import SHARED_LIMIT, prepared
 ROOT = Path(__file__).resolve().parents[1]
 LENGTH = 160  # of the cache: five tiles of 32 positions
 
-# family, options of `prepared` (None: the base without peft), tokens before the first step
+# family, options of `prepared` (None: the base without peft), each sequence's first slot, slots before the first step
 CASES = [
-    ("qwen2", {}, 150),
-    ("qwen2", {"double": False, "targets": ["k_proj", "v_proj", "up_proj"]}, 1),
-    ("qwen3", {"quant_type": "fp4", "targets": ["q_proj", "down_proj"]}, 64),
-    ("llama", None, 33),
-    ("mistral", {"quant_type": "fp4", "double": False, "targets": ["o_proj", "gate_proj"]}, 31),
+    ("qwen2", {}, [0], 150),
+    ("qwen2", {"double": False, "targets": ["k_proj", "v_proj", "up_proj"]}, [0], 1),
+    ("qwen3", {"quant_type": "fp4", "targets": ["q_proj", "down_proj"]}, [0], 64),
+    ("llama", None, [0], 33),
+    ("mistral", {"quant_type": "fp4", "double": False, "targets": ["o_proj", "gate_proj"]}, [0], 31),
+    ("qwen2", {}, [0, 3, 149, 64, 32], 150),
+    ("qwen2", {"double": False, "targets": ["k_proj", "v_proj", "up_proj"]}, [0, 0], 1),
+    ("qwen3", {"quant_type": "fp4", "targets": ["q_proj", "down_proj"]}, [7, 0, 63, 40, 0], 64),
+    ("llama", None, list(range(17)), 33),
+    ("mistral", {"quant_type": "fp4", "double": False, "targets": ["o_proj", "gate_proj"]}, [30, 0], 31),
 ]
+NAMES = [f"{family}-{len(starts)}" for family, _, starts, _ in CASES]
 
 
 @pytest.fixture(scope="module")
@@ -64,41 +70,80 @@ def new_cache(model, length=LENGTH):
     return StaticCache(model.config, max_cache_len=length)
 
 
+def filled(caches: list[StaticCache], starts: list[int], before: int, model) -> StaticCache:
+    """Return one cache of what several of a sequence hold, each from its start on; what lies before is NaN."""
+    joint, config = new_cache(model), model.config
+    joint.early_initialization(len(starts), config.num_key_value_heads, 64, model.dtype, model.device)
+    for layer, *own in zip(joint.layers, *(cache.layers for cache in caches), strict=True):
+        for name in ("keys", "values"):
+            for i, start in enumerate(starts):
+                getattr(layer, name)[i, :, :start] = float("nan")
+                getattr(layer, name)[i, :, start:before] = getattr(own[i], name)[0, :, : before - start]
+    return joint
+
+
+def check_cache(mine: StaticCache, plain: list, reference: list, starts: list[int], before: int) -> None:
+    """Compare the two keys and values that were written, and see that nothing else was touched."""
+    for i, start in enumerate(starts):
+        written = slice(before - start, before - start + 2)
+        for a, b, c in zip(mine.layers, plain[i].layers, reference[i].layers, strict=True):
+            for name in ("keys", "values"):
+                found, own, want = getattr(a, name)[i].float(), *(getattr(x, name)[0].float() for x in (b, c))
+                assert found[:, :start].isnan().all()
+                found, own, want = found[:, start:], own[:, : LENGTH - start], want[:, : LENGTH - start]
+                error, limit = ((x - want)[:, written].norm() for x in (found, own))
+                assert error <= 1.1 * limit + 2e-4 * want[:, written].norm(), (i, name, error, limit)
+                rest = torch.ones(LENGTH - start, dtype=torch.bool)
+                rest[written] = rest[-1] = False  # the last: where a capture warms up
+                assert torch.equal(found[:, rest], own[:, rest])
+
+
 @torch.no_grad()
-def check_case(folder, options, before: int, dtype: str, device: str, wrap=lambda step: step) -> None:
-    """Compare two steps after a prompt with the model's own, both against fp32 on the same 4-bit weights."""
-    ids = torch.randint(0, 4096, (1, before + 2), generator=torch.Generator().manual_seed(5)).to(device)
+def check_case(folder, options, starts, before: int, dtype: str, device: str, wrap=lambda step: step) -> None:
+    """Compare two steps after prompts with the model's own, a sequence at a time, both against fp32 on the same 4-bit
+    weights.
+    """
+    ids = torch.randint(0, 4096, (len(starts), before + 2), generator=torch.Generator().manual_seed(5)).to(device)
     model, exact = (loaded(folder, options, kind, device) for kind in (dtype, "float32"))
-    plain, mine, reference = (new_cache(m) for m in (model, model, exact))
-    for m, cache in ((model, plain), (model, mine), (exact, reference)):
-        m(input_ids=ids[:, :before], **cache_argument(m, cache), use_cache=True)
-    step = wrap(DecodeStep(model, mine))
+    plain, reference = ([new_cache(m) for _ in starts] for m in (model, exact))
+
+    def forward(m, caches: list[StaticCache], end: int, count: int | None = None) -> torch.Tensor:
+        """Return the last logits of each sequence after its slots up to `end`, all or the last few."""
+        rows = [row[start:end][-count if count else 0 :] for row, start in zip(ids, starts, strict=True)]
+        return torch.cat(
+            [
+                m(
+                    input_ids=row[None],
+                    position_ids=torch.arange(end - start - len(row), end - start, device=device)[None],
+                    **cache_argument(m, cache),
+                    use_cache=True,
+                ).logits[:, -1]
+                for row, start, cache in zip(rows, starts, caches, strict=True)
+            ]
+        ).float()
+
+    for m, caches in ((model, plain), (exact, reference)):
+        forward(m, caches, before)
+    mine = filled(plain, starts, before, model)
+    step, first = wrap(DecodeStep(model, mine)), torch.tensor(starts, device=device)[:, None]
     for position in range(before, before + 2):
-        token, where = ids[:, position : position + 1], torch.tensor([position], device=device)
-        found = step(token, where)
-        own, want = (
-            m(input_ids=token, position_ids=where[None], **cache_argument(m, cache)).logits[0].float()
-            for m, cache in ((model, plain), (exact, reference))
-        )
+        found = step(ids[:, position : position + 1], torch.tensor([position], device=device), first)
+        own, want = (forward(m, caches, position + 1, 1) for m, caches in ((model, plain), (exact, reference)))
         assert found.shape == want.shape and found.dtype is torch.float32
         error, limit = ((x - want).norm() / want.norm() for x in (found, own))
         assert error <= 1.1 * limit + 2e-4, (position, error, limit)
-        assert torch.cosine_similarity(found, want).item() > 0.9999
-    written = slice(before, before + 2)
-    for a, b, c in zip(mine.layers, plain.layers, reference.layers, strict=True):
-        for name in ("keys", "values"):
-            found, own, want = (getattr(layer, name).float() for layer in (a, b, c))
-            error, limit = ((x - want)[:, :, written].norm() for x in (found, own))
-            assert error <= 1.1 * limit + 2e-4 * want[:, :, written].norm(), (name, error, limit)
-            rest = torch.ones(LENGTH, dtype=torch.bool)
-            rest[written] = rest[-1] = False  # the last: where a capture warms up
-            assert torch.equal(found[:, :, rest], own[:, :, rest])  # nothing else was touched
+        # Also of every sequence by itself: of bfloat16 the model's own is 0.9998 here.
+        alike, own_alike = (torch.cosine_similarity(x, want).min().item() for x in (found, own))
+        assert alike >= 1 - 1.3 * (1 - own_alike) - 1e-6, (position, alike, own_alike)
+    check_cache(mine, plain, reference, starts, before)
 
 
 def check_all(folders: dict[str, str], dtype: str, device: str) -> None:
     decode_ops.LAYOUT.rows = 128  # a program costs the interpreter as much whatever its size
-    for family, options, before in CASES:
-        check_case(folders[family], options, before, dtype, device)
+    decode_ops.LAYOUT.tile, decode_ops.LAYOUT.swiglu_tile = Tile(64, 16, 2), Tile(128, 64, 2)
+    decode_ops.LAYOUT.batch_programs = 8  # of products that add up, and products of several steps
+    for family, options, starts, before in CASES:
+        check_case(folders[family], options, starts, before, dtype, device)
 
 
 def test_a_step_equals_the_models_own_in_tritons_interpreter(folders):
@@ -116,16 +161,18 @@ class Captured:
 
     def __init__(self, step: DecodeStep):
         self.step = step  # a graph does not keep the buffers that it reads alive
-        self.ids, self.position = (torch.zeros(n, dtype=torch.long, device="cuda") for n in ((1, 1), (1,)))
-        self.position.fill_(LENGTH - 1)  # what warming up writes lies behind what is compared
-        step(self.ids, self.position)
+        shapes = (len(step.last), 1), (1,), (len(step.last), 1)
+        self.inputs = [torch.zeros(shape, dtype=torch.long, device="cuda") for shape in shapes]
+        self.inputs[1].fill_(LENGTH - 1)  # what warming up writes lies behind what is compared
+        self.inputs[2].fill_(LENGTH - 1)
+        step(*self.inputs)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.logits = step(self.ids, self.position)
+            self.logits = step(*self.inputs)
 
-    def __call__(self, ids: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-        self.ids.copy_(ids)
-        self.position.copy_(position)
+    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+        for own, given in zip(self.inputs, inputs, strict=True):
+            own.copy_(given)
         self.graph.replay()
         return self.logits.clone()
 
@@ -133,7 +180,7 @@ class Captured:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: the kernels as they run there")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("case", CASES, ids=[case[0] for case in CASES])
+@pytest.mark.parametrize("case", CASES, ids=NAMES)
 def test_a_captured_step_on_the_gpu_equals_the_models_own(folders, case, dtype):
     family, *rest = case
     check_case(folders[family], *rest, dtype, "cuda", Captured)
@@ -186,16 +233,16 @@ def test_an_unquantised_model_and_an_empty_cache_are_refused(random_models):
 
 # Types of the kernels' arguments, by name without the number of a member; the rest are 32-bit integers.
 POINTERS = {
-    "*bf16": "residual flat keys values cos sin q_weight k_weight weight bias",
-    "*fp32": "u lut code2 second offset qkv mixed logs A B",
+    "*bf16": "x residual total flat keys values cos sin q_weight k_weight weight bias",
+    "*fp32": "u lut code2 second offset qkv mixed logs parts A B",
     "fp32": "scale eps",
     "*i32": "codes",
     "*u8": "absmax",
-    "*i64": "position",
+    "*i64": "position starts",
 }
 
 
-def compiled(capability: int, kernel, constants: dict, warps: int, **types: str):
+def compiled(capability: int, kernel, constants: dict, warps: int, stages: int = 3, **types: str):
     """Return a kernel compiled for a card, its pointers aligned as PyTorch aligns them."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -210,35 +257,84 @@ def compiled(capability: int, kernel, constants: dict, warps: int, **types: str)
             attributes[(place,)] = [["tt.divisibility", 16]]
     values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, signature, values, attributes)
-    options = {"num_warps": warps, "enable_fp_fusion": True}
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def packed(capability: int) -> dict:
+    """Return the constants of all products, with Qwen2.5's quantisation and an adapter of rank 16."""
+    import triton
+
+    constants = {"BIAS": False, "NESTED": True, "BLOCKSIZE": 64, "BLOCKSIZE2": 256, "RANK": 16}
+    return constants | {"SHUFFLE": True, "HALF": triton.language.bfloat16, "OVERLAP": capability >= 90}
+
+
+def attention(capability: int, splits: int, m: int, parts: int) -> dict:
+    shape = {"HEADS": 16, "KV_HEADS": 2, "HALF": 64, "GROUP": 16, "POSITIONS": decode_ops.LAYOUT.positions}
+    return shape | {"SPLITS": splits, "NORM": False, "M": m, "PARTS": parts, "OVERLAP": capability >= 90}
+
+
+def check_compiled(capability: int, done: list) -> None:
+    for kernel in done:
+        assert kernel.metadata.shared <= SHARED_LIMIT[capability]
+        assert f"sm_{capability}" in kernel.asm["ptx"]
+        assert ("griddepcontrol.wait" in kernel.asm["ptx"]) == (capability >= 90)
 
 
 @pytest.mark.parametrize("capability", SHARED_LIMIT)
 def test_kernels_compile_within_the_shared_memory_of_each_card(capability):
     """With the constants of Qwen2.5-3B."""
-    triton = pytest.importorskip("triton", reason="pip install triton: the kernels need it")
-    rank = {"RANK": 16, "OVERLAP": capability >= 90}
-    packed = {"BIAS": False, "NESTED": True, "BLOCKSIZE": 64, "BLOCKSIZE2": 256, "ROWS": decode_ops.LAYOUT.rows}
-    packed |= {"SHUFFLE": True, "HALF": triton.language.bfloat16, "OUTPUTS": 11008, **rank}
-    narrow, wide = packed | {"K": 2048, "BLOCKS": 32}, packed | {"K": 11008, "BLOCKS": 64}
+    pytest.importorskip("triton", reason="pip install triton: the kernels need it")
+    import decode_kernels as kernels
+
+    every = packed(capability) | {"ROWS": decode_ops.LAYOUT.rows, "LOOP": 4, "OUTPUTS": 11008}
+    narrow, wide = every | {"K": 2048, "BLOCKS": 32}, every | {"K": 11008, "BLOCKS": 256}
+    rank = {name: every[name] for name in ("RANK", "OVERLAP")}
     one = {"PARTS": 1, "PARTS_2": 1}
-    shape = {"HEADS": 16, "KV_HEADS": 2, "HALF": 64, "GROUP": 16, "SPLITS": 64, "POSITIONS": 32, "NORM": False}
-    shape |= {"OVERLAP": capability >= 90}
-    linear, half, single, pairs = decode_ops._linear_kernel, "*bf16", "*fp32", "*i32"
+    linear, half, single, pairs = kernels._linear_kernel, "*bf16", "*fp32", "*i32"
     member = {"MODE": "residual", "MEMBERS": 1, "PARTS": 6, "PARTS_2": 8}
-    norm, combine = {"K": 2048, "ORDERED": True, "BLOCK": 2048}, {"K": 2048, "SIZE": 128, "SPLITS": 64, "TILE": 16}
+    norm = {"K": 2048, "ORDERED": True, "BLOCK": 2048}
+    combine = {"K": 2048, "M": 1, "SIZE": 128, "SPLITS": 64, "TILE": 16}
     qkv, gate_up = {"MODE": "stack", "MEMBERS": 3, "BIAS": True}, {"MODE": "swiglu", "MEMBERS": 2}
     done = [
         compiled(capability, linear, narrow | one | qkv, 1, x=pairs, out=single),
         compiled(capability, linear, narrow | one | gate_up, 1, x=pairs, out=half),
-        compiled(capability, linear, wide | member, 2, x=pairs, out=half),
-        compiled(capability, decode_ops._norm_kernel, norm | rank, 4, x=half, out=half),
-        compiled(capability, decode_ops._inner_kernel, {"K": 11008, "BLOCK": decode_ops.CHUNK, **rank}, 4, x=half),
-        compiled(capability, decode_ops._attention_kernel, shape, 4),
-        compiled(capability, decode_ops._combine_kernel, combine | rank, 4, out=half),
+        compiled(capability, linear, wide | member, 8, x=pairs, out=half),
+        compiled(capability, kernels._norm_kernel, norm | rank, 4, out=half),
+        compiled(capability, kernels._inner_kernel, {"K": 11008, "BLOCK": decode_ops.CHUNK, **rank}, 4),
+        compiled(capability, kernels._attention_kernel, attention(capability, 64, 1, 1), 4),
+        compiled(capability, kernels._combine_kernel, combine | rank, 4, out=half),
     ]
-    for kernel in done:
-        assert kernel.metadata.shared <= SHARED_LIMIT[capability]
-        assert f"sm_{capability}" in kernel.asm["ptx"]
-        assert ("griddepcontrol.wait" in kernel.asm["ptx"]) == (capability >= 90)
+    check_compiled(capability, done)
+
+
+@pytest.mark.parametrize("m", [32, 64])
+@pytest.mark.parametrize("capability", SHARED_LIMIT)
+def test_a_batchs_kernels_compile_within_the_shared_memory_of_each_card(capability, m):
+    """With the constants of Qwen2.5-3B; words of weights are loaded 16 bytes at a time."""
+    pytest.importorskip("triton", reason="pip install triton: the kernels need it")
+    import decode_kernels as kernels
+
+    (rows, words, warps), (rows2, words2, warps2) = decode_ops.LAYOUT.tile, decode_ops.LAYOUT.swiglu_tile
+    every = packed(capability) | {"M": m}
+    rank = {name: every[name] for name in ("RANK", "M", "OVERLAP")}
+    tile, tile2 = every | {"ROWS": rows, "STEP": words}, every | {"ROWS": rows2, "STEP": words2}
+    qkv = {"SWIGLU": False, "MEMBERS": 3, "BIAS": True, "K": 2048, "OUTPUTS": 2560, "PARTS": 1, "SPLITS": 4}
+    gate_up = {"SWIGLU": True, "MEMBERS": 2, "K": 2048, "OUTPUTS": 11008, "PARTS": 1, "SPLITS": 1}
+    down = {"SWIGLU": False, "MEMBERS": 1, "K": 11008, "OUTPUTS": 2048, "PARTS": 43, "SPLITS": 8}
+    norm = {"K": 2048, "PARTS": 8, "MEMBERS": 3, "ORDERED": True, "BLOCK": 2048, "TILE": 8}
+    combine = {"K": 2048, "SIZE": 128, "SPLITS": 8, "TILE": 16}
+    products = [
+        compiled(capability, kernels._batch_linear_kernel, tile | qkv, warps, 1, out="*fp32"),
+        compiled(capability, kernels._batch_linear_kernel, tile2 | gate_up, warps2, 1, out="*bf16"),
+        compiled(capability, kernels._batch_linear_kernel, tile | down, warps, 1, out="*fp32"),
+    ]
+    for kernel in products:
+        assert "ld.global.v4.b32" in kernel.asm["ptx"]
+    done = [
+        compiled(capability, kernels._batch_norm_kernel, norm | rank, 8, out="*bf16"),
+        compiled(capability, kernels._batch_inner_kernel, {"K": 11008, "BLOCK": decode_ops.BATCH_CHUNK, **rank}, 4),
+        compiled(capability, kernels._attention_kernel, attention(capability, 8, m, 4), 4),
+        compiled(capability, kernels._combine_kernel, combine | rank, 4, out="*bf16"),
+    ]
+    check_compiled(capability, products + done)

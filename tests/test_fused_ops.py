@@ -373,6 +373,7 @@ def test_kernels_compile_within_the_shared_memory_of_each_card(capability):
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
         assert compiled.metadata.shared <= SHARED_LIMIT[capability]
         assert f"sm_{capability}" in compiled.asm["ptx"]
+        return compiled.asm["ptx"]
 
     half, single, whole = "*bf16", "*fp32", "*i32"
     masks = {"step": whole, "sequences": whole, "salt": whole}
@@ -380,7 +381,10 @@ def test_kernels_compile_within_the_shared_memory_of_each_card(capability):
     weights = {"packed": whole, "absmax": "*u8", "out": half}
     weights |= dict.fromkeys(("absmax2", "offset", "code2", "lut", "B0", "B1", "B2"), single)
     constants = {"NESTED": True, "BLOCKSIZE": 64, "BLOCKSIZE2": 256, "ROW_BLOCKS": 172, "BLOCKS": launch.block_m}
-    compile_(fused_ops._dequantize_kernel, weights, constants | {"ROWS": 128, "BLOCK_R": 64}, launch.warps)
+    for columns in (16, 32, 64, 512):  # of the adapters
+        own = constants | {"ROWS": max(1, 1024 // columns), "BLOCK_R": columns, "SHUFFLE": True}
+        dequantize = compile_(fused_ops._dequantize_kernel, weights, own, launch.warps)
+        assert dequantize.count("shfl.sync.idx.b32") == launch.block_m * 64 // launch.warps // 32  # one a weight
     for swiglu, dropout in ((True, True), (True, False), (False, True), (False, False)):
         switches = {"SWIGLU": swiglu, "DROPOUT": dropout}
         tile = {"BLOCK_M": fused_ops.WIDEN.block_m, "BLOCK_K": fused_ops.WIDEN.block_k}

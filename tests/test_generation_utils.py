@@ -289,28 +289,29 @@ def fake_decode_ops(monkeypatch: pytest.MonkeyPatch, step: type) -> None:
     monkeypatch.setitem(sys.modules, "decode_ops", module)
 
 
-def test_one_sequence_goes_through_decode_ops(models: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_go_through_decode_ops(models: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     model, calls = models("llama"), []
 
     class Step:
         def __init__(self, given: PreTrainedModel, cache: generation_utils.SlotCache):
-            assert given is model and cache.layers[0].keys.shape == (1, 4, cache.end or 1024, 64)[:2] + (1024, 64)
+            assert given is model and cache.layers[0].keys.shape[1::2] == (4, 64)
             self.cache = cache
 
-        def __call__(self, ids: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-            assert ids.shape == (1, 1) and position.shape == (1,)
-            calls.append(int(position))
-            self.cache.slots, self.cache.end = position, calls[-1] + 1
-            mask = torch.ones(1, 1, 1, calls[-1] + 1, dtype=torch.bool)
+        def __call__(self, ids: torch.Tensor, position: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+            rows = len(self.cache.layers[0].keys)
+            assert ids.shape == starts.shape == (rows, 1) and position.shape == (1,)
+            calls.append((rows, int(position)))
+            self.cache.slots, self.cache.end = position, int(position) + 1
+            mask = (torch.arange(self.cache.end) >= starts)[:, None, None]
             kept = generation_utils.cache_argument(model, self.cache)
-            output = model(ids, attention_mask=mask, position_ids=position[None], **kept)
+            output = model(ids, attention_mask=mask, position_ids=position - starts, **kept)
             return output.logits[:, -1].float()
 
     fake_decode_ops(monkeypatch, Step)
     expected = [reference(model, row, config()) for row in (LONG, SHORT)]
     decoder = Decoder(model, kernels=True)
-    assert decode(decoder, LONG) == expected[:1] and calls == [*range(40, 63)]
-    assert decode(decoder, LONG, SHORT) == expected and len(calls) == 23
+    assert decode(decoder, LONG) == expected[:1] and calls == [(1, slot) for slot in range(40, 63)]
+    assert decode(decoder, LONG, SHORT) == expected and calls[23:] == [(2, slot) for slot in range(40, 63)]
 
 
 def test_a_model_that_decode_ops_does_not_know_gets_a_line(models: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

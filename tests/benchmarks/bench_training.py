@@ -113,6 +113,8 @@ def backward_tflops() -> float:
     """Return the TFLOP/s of matrix products in a backward pass: whether the confinement holds there too."""
     import torch
 
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(1.0)  # a case that fits its cap may have no room for these
     n = 8192
     a = torch.randn(n, n, device="cuda", dtype=torch.bfloat16)
     b = torch.randn(n, n, device="cuda", dtype=torch.bfloat16, requires_grad=True)

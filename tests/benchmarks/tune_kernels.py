@@ -100,7 +100,7 @@ def main() -> None:
     B = [torch.randn(MLP, RANK, device="cuda") for _ in range(2)]
     tune(
         "dequantise gate and up",
-        itertools.product((64, 128, 256), (64,), (2, 4, 8)),
+        itertools.product((64, 128, 256), (64,), (1, 2, 4, 8)),
         lambda launch: setattr(fused_ops, "DEQUANTIZE", launch),
         functools.partial(fused_ops.extended_weight, weights, B, 2.0, torch.bfloat16, True),
         2 * MLP * HIDDEN * 2.516,

@@ -1,0 +1,605 @@
+"""The kernels of a decode step through 4-bit weights; decode_ops.py says what a model's step is made of."""
+
+from nf4_lookup import lane_level, levels, tl, triton
+
+# Products read x as the 4-bit words want it: a thread takes 64 inputs, whose 32 pairs lie where 32 threads' loads of
+# 16 bytes are consecutive: pair p of the words of half h is at [h, p, run of 64, word], each [2, 4, inputs / 64, 4].
+#
+# Those of a batch read x as [8, inputs / 8, M]: input k at [k % 8, k // 8]. A word has eight consecutive weights of a
+# row, so the j-th weights of its words meet slice j in a product of their own, and no weights have to be interleaved.
+# M: 1, or the sequences as a power of two; those that are none read zeros.
+
+if triton is not None:
+
+    @triton.jit
+    def _begin(OVERLAP: tl.constexpr):
+        """Let the next kernel start as soon as there is room for it: it loads weights, and waits in `_wait`."""
+        if OVERLAP:
+            tl.extra.cuda.gdc_launch_dependents()
+
+    @triton.jit
+    def _wait(OVERLAP: tl.constexpr):
+        """Wait until all that earlier kernels wrote is there; what stands before it may be weights only."""
+        if OVERLAP:
+            tl.extra.cuda.gdc_wait()
+
+    @triton.jit
+    def _place(k, K: tl.constexpr, M: tl.constexpr = 1, m=0):
+        """Return where input k of sequence m of M lies in the order above."""
+        if M > 1:
+            return (k % 8 * (K // 8) + k // 8) * M + m
+        else:
+            return ((((k // 32) % 2 * 4 + (k // 2) % 4) * (K // 64) + k // 64) * 4 + (k // 8) % 4) * 2 + k % 2
+
+    @triton.jit
+    def _pair(x, dtype: tl.constexpr):
+        """Return the two numbers of half precision in each 32-bit word, as fp32."""
+        x = x.to(tl.uint32, bitcast=True)
+        first = (x & 0xFFFF).to(tl.uint16).to(dtype, bitcast=True)
+        return first.to(tl.float32), (x >> 16).to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
+
+    @triton.jit
+    def _inputs(x, inside, stride: tl.constexpr):
+        """Return the four pairs that 32 of a thread's 64 weights meet, [1, runs, 4] words of two halves each."""
+        return (
+            tl.load(x, mask=inside, other=0), tl.load(x + stride, mask=inside, other=0),
+            tl.load(x + 2 * stride, mask=inside, other=0), tl.load(x + 3 * stride, mask=inside, other=0),
+        )  # fmt: skip
+
+    @triton.jit
+    def _half(total, words, x0, x1, x2, x3, lut, level, dtype: tl.constexpr, SHUFFLE: tl.constexpr):
+        """Add the products of 32 of a thread's 64 weights to the total. words, total: [rows, runs, 4]."""
+        l0, l1, l2, l3, l4, l5, l6, l7 = levels(words, lut, level, SHUFFLE)
+        a, b = _pair(x0, dtype)
+        total += l0 * a
+        total += l1 * b
+        a, b = _pair(x1, dtype)
+        total += l2 * a
+        total += l3 * b
+        a, b = _pair(x2, dtype)
+        total += l4 * a
+        total += l5 * b
+        a, b = _pair(x3, dtype)
+        total += l6 * a
+        total += l7 * b
+        return total
+
+    @triton.jit
+    def _constant(code, second, shift, code2, block, real, NESTED: tl.constexpr, BLOCKSIZE2: tl.constexpr):
+        """Return the constants of blocks of weights, fp32. NESTED: code is a code of 8 bits, else the constant."""
+        if NESTED:
+            code = tl.load(code2 + code.to(tl.int32))
+            code = code * tl.load(second + block // BLOCKSIZE2, mask=real, other=0.0) + shift
+        return code
+
+    @triton.jit
+    def _weights(codes, absmax, row, rows, RUNS: tl.constexpr, BLOCKSIZE: tl.constexpr, BLOCKS: tl.constexpr):
+        """Return 64 weights a thread of some rows as words of eight codes, [rows, BLOCKS, 4] twice, and their constants
+        as they are stored, [rows, BLOCKS].
+        """
+        run = tl.arange(0, BLOCKS)
+        place = row[:, None] * RUNS + run[None]
+        real = (row < rows)[:, None] & (run < RUNS)[None]
+        words = codes + (place * 8)[:, :, None] + tl.arange(0, 4)[None, None]
+        low, high = tl.load(words, mask=real[:, :, None], other=0), tl.load(words + 4, mask=real[:, :, None], other=0)
+        return low, high, tl.load(absmax + place * 64 // BLOCKSIZE, mask=real, other=0)
+
+    @triton.jit
+    def _product(
+        low, high, constant, x0, x1, x2, x3, x4, x5, x6, x7, second, shift, code2, lut, level, row, rows,
+        dtype: tl.constexpr, RUNS: tl.constexpr, NESTED: tl.constexpr, BLOCKSIZE: tl.constexpr,
+        BLOCKSIZE2: tl.constexpr, BLOCKS: tl.constexpr, SHUFFLE: tl.constexpr,
+    ):  # fmt: skip
+        """Return W x for some rows of W, fp32, from what `_weights` and `_inputs` loaded."""
+        total = tl.zeros((row.shape[0], BLOCKS, 4), tl.float32)
+        total = _half(total, low, x0, x1, x2, x3, lut, level, dtype, SHUFFLE)
+        total = _half(total, high, x4, x5, x6, x7, lut, level, dtype, SHUFFLE)
+        run = tl.arange(0, BLOCKS)
+        block = (row[:, None] * RUNS + run[None]) * 64 // BLOCKSIZE
+        real = (row < rows)[:, None] & (run < RUNS)[None]
+        # Looked up when the weights are used up: before, the loads of the weights would wait for it.
+        constant = _constant(constant, second, shift, code2, block, real, NESTED, BLOCKSIZE2)
+        return tl.sum(tl.sum(total, 2) * constant, 1)
+
+    @triton.jit
+    def _adapter_sums(u, rank, MEMBERS: tl.constexpr, RANK: tl.constexpr, PARTS: tl.constexpr, PARTS_2: tl.constexpr):
+        """Return the adapter's A x, [RANK], from its parts. u: [PARTS, MEMBERS, RANK] from this member on."""
+        j, part = tl.arange(0, RANK), tl.arange(0, PARTS_2)
+        inside = (part < PARTS)[:, None] & (j < rank)[None]
+        return tl.sum(tl.load(u + part[:, None] * (MEMBERS * RANK) + j[None], mask=inside, other=0.0), 0)
+
+    @triton.jit
+    def _adapter_rows(B, bias, row, rows, rank, RANK: tl.constexpr, BIAS: tl.constexpr):
+        """Return rows of B, [rows, RANK], and their biases, 0 without."""
+        b, offset = tl.zeros((row.shape[0], 1), tl.float32), tl.zeros((row.shape[0],), tl.float32)
+        if BIAS:
+            offset = tl.load(bias + row, mask=row < rows, other=0.0).to(tl.float32)
+        if RANK > 0:
+            j = tl.arange(0, RANK)
+            inside = (row < rows)[:, None] & (j < rank)[None]
+            b = tl.load(B + row[:, None] * rank + j[None], mask=inside, other=0.0).to(tl.float32)
+        return b, offset
+
+    @triton.jit(do_not_specialize=["rank0", "rank1", "rank2"])  # a rank of 1 would be of another type than one of 0
+    def _linear_kernel(
+        x, u, residual, out, flat, lut, code2,
+        codes0, absmax0, second0, offset0, bias0, B0, rows0, rank0, scale0,
+        codes1, absmax1, second1, offset1, bias1, B1, rows1, rank1, scale1,
+        codes2, absmax2, second2, offset2, bias2, B2, rows2, rank2, scale2,
+        MODE: tl.constexpr, MEMBERS: tl.constexpr, K: tl.constexpr, OUTPUTS: tl.constexpr, RANK: tl.constexpr,
+        PARTS: tl.constexpr, PARTS_2: tl.constexpr, BIAS: tl.constexpr, NESTED: tl.constexpr, BLOCKSIZE: tl.constexpr,
+        BLOCKSIZE2: tl.constexpr, ROWS: tl.constexpr, LOOP: tl.constexpr, BLOCKS: tl.constexpr, SHUFFLE: tl.constexpr,
+        HALF: tl.constexpr, OVERLAP: tl.constexpr,
+    ):  # fmt: skip
+        """Up to three 4-bit linears with adapters that read one x; a program takes LOOP times ROWS rows of one.
+
+        x stays in registers, and the weights of the next rows are under way while those of the present ones are used.
+        MODE "stack": out [outputs of all], fp32. "residual": residual + y to out. "swiglu": silu(first) * second to out
+        in the order of `_place`, and to flat as it is.
+        """
+        _begin(OVERLAP)
+        program = tl.program_id(0)
+        first_outputs = 0
+        member = 0
+        TWO: tl.constexpr = MODE == "swiglu"
+        RUNS: tl.constexpr = K // 64
+        if MODE == "stack":
+            end0 = tl.cdiv(rows0, ROWS * LOOP)
+            end1 = end0 + tl.cdiv(rows1, ROWS * LOOP)
+            if program >= end1:
+                program -= end1
+                first_outputs = rows0 + rows1
+                member = 2
+                codes0, absmax0, second0, offset0, bias0, B0 = codes2, absmax2, second2, offset2, bias2, B2
+                rows0, rank0, scale0 = rows2, rank2, scale2
+            elif program >= end0:
+                program -= end0
+                first_outputs = rows0
+                member = 1
+                codes0, absmax0, second0, offset0, bias0, B0 = codes1, absmax1, second1, offset1, bias1, B1
+                rows0, rank0, scale0 = rows1, rank1, scale1
+        row = program * (ROWS * LOOP) + tl.arange(0, ROWS)
+        level = lane_level(lut, SHUFFLE)
+        shift = tl.load(offset0) if NESTED else 0.0
+        shift1 = tl.load(offset1) if NESTED and TWO else 0.0
+        low, high, constant = _weights(codes0, absmax0, row, rows0, RUNS, BLOCKSIZE, BLOCKS)
+        low1, high1, constant1 = low, high, constant
+        if TWO:
+            low1, high1, constant1 = _weights(codes1, absmax1, row, rows1, RUNS, BLOCKSIZE, BLOCKS)
+        b, bias = _adapter_rows(B0, bias0, row, rows0, rank0, RANK, BIAS)
+        b1, bias1_ = b, bias
+        if TWO:
+            b1, bias1_ = _adapter_rows(B1, bias1, row, rows1, rank1, RANK, BIAS)
+        _wait(OVERLAP)
+        run = tl.arange(0, BLOCKS)
+        known = (run < RUNS)[None, :, None]
+        pairs = x + (run * 4)[None, :, None] + tl.arange(0, 4)[None, None]
+        x0, x1, x2, x3 = _inputs(pairs, known, RUNS * 4)
+        x4, x5, x6, x7 = _inputs(pairs + RUNS * 16, known, RUNS * 4)
+        if RANK > 0:
+            sums = _adapter_sums(u + member * RANK, rank0, MEMBERS, RANK, PARTS, PARTS_2) * scale0
+            sums1 = _adapter_sums(u + RANK, rank1, MEMBERS, RANK, PARTS, PARTS_2) * scale1 if TWO else sums
+        for _ in range(LOOP):
+            inside = row < rows0
+            next_row = row + ROWS
+            next_low, next_high, next_constant = low, high, constant
+            next_low1, next_high1, next_constant1 = low1, high1, constant1
+            next_b, next_bias, next_b1, next_bias1 = b, bias, b1, bias1_
+            if LOOP > 1:  # past the last row of all nothing is loaded; past the program's it is thrown away
+                next_low, next_high, next_constant = _weights(
+                    codes0, absmax0, next_row, rows0, RUNS, BLOCKSIZE, BLOCKS
+                )  # fmt: skip
+                if TWO:
+                    next_low1, next_high1, next_constant1 = _weights(
+                        codes1, absmax1, next_row, rows1, RUNS, BLOCKSIZE, BLOCKS
+                    )  # fmt: skip
+                next_b, next_bias = _adapter_rows(B0, bias0, next_row, rows0, rank0, RANK, BIAS)
+                if TWO:
+                    next_b1, next_bias1 = _adapter_rows(B1, bias1, next_row, rows1, rank1, RANK, BIAS)
+            y = bias + _product(
+                low, high, constant, x0, x1, x2, x3, x4, x5, x6, x7, second0, shift, code2, lut, level, row, rows0,
+                HALF, RUNS, NESTED, BLOCKSIZE, BLOCKSIZE2, BLOCKS, SHUFFLE,
+            )  # fmt: skip
+            if RANK > 0:
+                y += tl.sum(b * sums[None], 1)
+            if MODE == "stack":
+                tl.store(out + first_outputs + row, y, mask=inside)
+            elif MODE == "residual":
+                y += tl.load(residual + row, mask=inside, other=0.0).to(tl.float32)
+                tl.store(out + row, y.to(HALF), mask=inside)
+            else:
+                up = bias1_ + _product(
+                    low1, high1, constant1, x0, x1, x2, x3, x4, x5, x6, x7, second1, shift1, code2, lut, level, row,
+                    rows1, HALF, RUNS, NESTED, BLOCKSIZE, BLOCKSIZE2, BLOCKS, SHUFFLE,
+                )  # fmt: skip
+                if RANK > 0:
+                    up += tl.sum(b1 * sums1[None], 1)
+                y = (y / (1.0 + tl.exp(-y)) * up).to(HALF)
+                tl.store(out + _place(row, OUTPUTS), y, mask=inside)
+                tl.store(flat + row, y, mask=inside)
+            row = next_row
+            low, high, constant, low1, high1, constant1 = (
+                next_low, next_high, next_constant, next_low1, next_high1, next_constant1,
+            )  # fmt: skip
+            b, bias, b1, bias1_ = next_b, next_bias, next_b1, next_bias1
+
+    @triton.jit(do_not_specialize=["rank0", "rank1", "rank2"])
+    def _norm_kernel(
+        x, weight, out, u, A0, A1, A2, rank0, rank1, rank2, eps,
+        K: tl.constexpr, RANK: tl.constexpr, ORDERED: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    ):  # fmt: skip
+        """RMS norm of x and, a program for each row of the adapters' A, u [members, RANK] = A norm(x)."""
+        _begin(OVERLAP)
+        program = tl.program_id(0)
+        dtype = out.dtype.element_ty
+        k = tl.arange(0, BLOCK)
+        inside = k < K
+        factor = tl.load(weight + k, mask=inside, other=0.0).to(tl.float32)
+        if RANK > 0:
+            j = program % RANK
+            if program >= 2 * RANK:
+                A0, rank0 = A2, rank2
+            elif program >= RANK:
+                A0, rank0 = A1, rank1
+            a = tl.load(A0 + j * K + k, mask=k < tl.where(j < rank0, K, 0), other=0.0).to(tl.float32)
+        _wait(OVERLAP)
+        value = tl.load(x + k, mask=inside, other=0.0).to(tl.float32)
+        value = (value * tl.rsqrt(tl.sum(value * value) / K + eps)).to(dtype).to(tl.float32)
+        value = (value * factor).to(dtype)
+        if program == 0:
+            tl.store(out + (_place(k, K) if ORDERED else k), value, mask=inside)
+        if RANK > 0:
+            tl.store(u + program, tl.sum(a * value.to(tl.float32)))
+
+    @triton.jit
+    def _inner_kernel(
+        x, A, u, rank, K: tl.constexpr, RANK: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+    ):  # fmt: skip
+        """u [parts, RANK], whose parts add up to A x: a program for each row of A and each BLOCK of inputs."""
+        _begin(OVERLAP)
+        j, part = tl.program_id(0), tl.program_id(1)
+        k = part * BLOCK + tl.arange(0, BLOCK)
+        a = tl.load(A + j * K + k, mask=k < tl.where(j < rank, K, 0), other=0.0).to(tl.float32)
+        _wait(OVERLAP)
+        value = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
+        tl.store(u + part * RANK + j, tl.sum(a * value))
+
+    @triton.jit
+    def _sum(x, mask, PARTS: tl.constexpr, STRIDE: tl.constexpr):
+        """Return the sum of PARTS tensors that lie STRIDE apart."""
+        total = tl.load(x, mask=mask, other=0.0)
+        for part in tl.static_range(1, PARTS):
+            total += tl.load(x + part * STRIDE, mask=mask, other=0.0)
+        return total
+
+    @triton.jit
+    def _rotated(
+        x, weight, cos, sin, eps, rows, NORM: tl.constexpr, HALF: tl.constexpr, PARTS: tl.constexpr,
+        STRIDE: tl.constexpr,
+    ):  # fmt: skip
+        """Return both halves of heads after their norm and rotary embedding, fp32 [heads, HALF]. rows: bool."""
+        j = tl.arange(0, HALF)[None]
+        first = _sum(x + j, rows, PARTS, STRIDE)
+        second = _sum(x + HALF + j, rows, PARTS, STRIDE)
+        if NORM:
+            square = tl.sum(first * first, 1) + tl.sum(second * second, 1)
+            inverse = tl.rsqrt(square / (2 * HALF) + eps)[:, None]
+            first = first * inverse * tl.load(weight + j).to(tl.float32)
+            second = second * inverse * tl.load(weight + HALF + j).to(tl.float32)
+        c, s = tl.load(cos + j).to(tl.float32), tl.load(sin + j).to(tl.float32)
+        return first * c - second * s, second * c + first * s
+
+    @triton.jit
+    def _attention_kernel(
+        qkv, keys, values, position, starts, cos, sin, q_weight, k_weight, mixed, logs, eps, scale, stride,
+        HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr, SPLITS: tl.constexpr,
+        POSITIONS: tl.constexpr, NORM: tl.constexpr, M: tl.constexpr, PARTS: tl.constexpr, OVERLAP: tl.constexpr,
+    ):  # fmt: skip
+        """Attention of one position's heads to a share of the cache, and the new key and value into the cache.
+
+        Shares are as equal as tiles of POSITIONS allow; each leaves its mean of the values [HEADS, SPLITS, 2 HALF] and
+        the base-2 logarithm of its sum of weights, -inf where it had nothing. qkv: fp32 [PARTS, M, outputs], whose
+        parts add up; keys, values: [KV_HEADS, stride, 2 HALF]. Sequences (M > 1) all begin with another axis, and see
+        the cache, and count positions, from their own `starts` on.
+        """
+        _begin(OVERLAP)
+        _wait(OVERLAP)
+        kv, split = tl.program_id(0), tl.program_id(1)
+        dtype = keys.dtype.element_ty
+        SIZE: tl.constexpr = 2 * HALF
+        EACH: tl.constexpr = HEADS // KV_HEADS
+        OUTPUTS: tl.constexpr = (HEADS + 2 * KV_HEADS) * SIZE
+        here = tl.load(position).to(tl.int32)
+        begin = 0
+        if M > 1:
+            sequence = tl.program_id(2)
+            begin = tl.load(starts + sequence).to(tl.int32)
+            qkv += sequence * OUTPUTS
+            keys += sequence.to(tl.int64) * KV_HEADS * stride * SIZE
+            values += sequence.to(tl.int64) * KV_HEADS * stride * SIZE
+            mixed += sequence * (HEADS * SPLITS * SIZE)
+            logs += sequence * (HEADS * SPLITS)
+        cos += (here - begin) * SIZE
+        sin += (here - begin) * SIZE
+        group = tl.arange(0, GROUP)
+        head = kv * EACH + group
+        real = (group < EACH)[:, None]
+        queries = qkv + head[:, None] * SIZE
+        q1, q2 = _rotated(queries, q_weight, cos, sin, eps, real, NORM, HALF, PARTS, M * OUTPUTS)
+        q1, q2 = q1.to(dtype), q2.to(dtype)
+        new = qkv + (HEADS + kv + tl.zeros((1, 1), tl.int32)) * SIZE
+        one = (tl.arange(0, 1) < 1)[:, None]
+        k1, k2 = _rotated(new, k_weight, cos, sin, eps, one, NORM, HALF, PARTS, M * OUTPUTS)
+        k1, k2 = k1.to(dtype), k2.to(dtype)
+        j, wide = tl.arange(0, HALF)[None], tl.arange(0, SIZE)[None]
+        v = _sum(qkv + (HEADS + KV_HEADS + kv) * SIZE + wide, one, PARTS, M * OUTPUTS).to(dtype)
+        keys += kv.to(tl.int64) * stride * SIZE
+        values += kv.to(tl.int64) * stride * SIZE
+        share = tl.cdiv(tl.cdiv(here + 1 - begin, SPLITS), POSITIONS) * POSITIONS
+        start = begin + split * share
+        end = tl.minimum(start + share, here + 1)
+        top = tl.full((GROUP,), -float("inf"), tl.float32)
+        weight = tl.zeros((GROUP,), tl.float32)
+        total = tl.zeros((GROUP, SIZE), tl.float32)
+        for first in range(start, end, POSITIONS):
+            n = first + tl.arange(0, POSITIONS)
+            old, own = (n < here)[:, None], (n == here)[:, None]
+            key1 = tl.where(own, k1, tl.load(keys + n[:, None] * SIZE + j, mask=old, other=0.0))
+            key2 = tl.where(own, k2, tl.load(keys + n[:, None] * SIZE + HALF + j, mask=old, other=0.0))
+            value = tl.where(own, v, tl.load(values + n[:, None] * SIZE + wide, mask=old, other=0.0))
+            score = tl.dot(q1, tl.trans(key1)) + tl.dot(q2, tl.trans(key2))
+            score = tl.where((n < end)[None], score * (scale * 1.4426950408889634), -float("inf"))
+            higher = tl.maximum(top, tl.max(score, 1))
+            p = tl.exp2(score - higher[:, None])
+            fade = tl.exp2(top - higher)
+            weight = weight * fade + tl.sum(p, 1)
+            total = total * fade[:, None] + tl.dot(p.to(dtype), value)
+            top = higher
+        if (start <= here) & (here < start + share):
+            place = here * SIZE
+            tl.store(keys + place + j, k1)
+            tl.store(keys + place + HALF + j, k2)
+            tl.store(values + place + wide, v)
+        place = head * SPLITS + split
+        used = group < tl.where(start < end, EACH, 0)
+        tl.store(mixed + place[:, None] * SIZE + wide, total / weight[:, None], mask=used[:, None])
+        tl.store(logs + place, tl.where(start < end, top + tl.log2(weight), -float("inf")), mask=group < EACH)
+
+    @triton.jit
+    def _combine_kernel(
+        mixed, logs, out, A, u, rank, K: tl.constexpr, M: tl.constexpr, SIZE: tl.constexpr, SPLITS: tl.constexpr,
+        RANK: tl.constexpr, TILE: tl.constexpr, OVERLAP: tl.constexpr,
+    ):  # fmt: skip
+        """Add the shares of a head of a sequence, and its part of o_proj's u = A x: u [heads, M, RANK], whose parts
+        add up.
+        """
+        _begin(OVERLAP)
+        _wait(OVERLAP)
+        head, sequence = tl.program_id(0), tl.program_id(1)
+        dtype = out.dtype.element_ty
+        split, wide = tl.arange(0, SPLITS), tl.arange(0, SIZE)
+        if M > 1:
+            mixed += sequence * (K * SPLITS)
+            logs += sequence * (K // SIZE * SPLITS)
+            u += sequence * RANK
+        log = tl.load(logs + head * SPLITS + split)
+        weight = tl.exp2(log - tl.max(log, 0))
+        weight = weight / tl.sum(weight, 0)
+        place = mixed + (head * SPLITS + split)[:, None] * SIZE + wide[None]
+        parts = tl.load(place, mask=(weight > 0)[:, None], other=0.0)
+        x = tl.sum(parts * weight[:, None], 0).to(dtype)
+        tl.store(out + _place(head * SIZE + wide, K, M, sequence), x)
+        for start in range(0, RANK, TILE):
+            j = start + tl.arange(0, TILE)
+            a = tl.load(A + j[:, None] * K + head * SIZE + wide[None], mask=(j < rank)[:, None], other=0.0)
+            tl.store(u + head * (M * RANK) + j, tl.sum(a.to(tl.float32) * x.to(tl.float32)[None], 1))
+
+    # -------------------------------------------------------------------------------------------- of a batch
+    #
+    @triton.jit
+    def _words(
+        codes, absmax, row, rows, start, end, WORDS: tl.constexpr, BLOCKSIZE: tl.constexpr, STEP: tl.constexpr
+    ):  # fmt: skip
+        """Return words of some rows, [rows, STEP], and the constants of each eight as they are stored, [rows, STEP / 8]."""
+        word, run = start + tl.arange(0, STEP), start // 8 + tl.arange(0, STEP // 8)
+        real = (row < rows)[:, None]
+        words = tl.load(codes + row[:, None] * WORDS + word[None], mask=real & (word < end)[None], other=0)
+        block = (row[:, None] * (WORDS // 8) + run[None]) * 64 // BLOCKSIZE
+        return words, tl.load(absmax + block, mask=real & (run * 8 < end)[None], other=0)
+
+    @triton.jit
+    def _dots(total, words, constant, x, lut, level, dtype: tl.constexpr, SHUFFLE: tl.constexpr):
+        """Return total + W x for words of W, whose weights are rounded as the dequantised matrix's are.
+
+        words: [rows, STEP]; constant: fp32 [rows, STEP / 8]; x: eight times [STEP, M]; total: fp32 [rows, M].
+        """
+        wide: tl.constexpr = (words.shape[0], words.shape[1] // 8, 8)
+        constant = tl.reshape(tl.broadcast_to(constant[:, :, None], wide), words.shape)
+        l0, l1, l2, l3, l4, l5, l6, l7 = levels(words, lut, level, SHUFFLE)
+        total = tl.dot((l0 * constant).to(dtype), x[0], total)
+        total = tl.dot((l1 * constant).to(dtype), x[1], total)
+        total = tl.dot((l2 * constant).to(dtype), x[2], total)
+        total = tl.dot((l3 * constant).to(dtype), x[3], total)
+        total = tl.dot((l4 * constant).to(dtype), x[4], total)
+        total = tl.dot((l5 * constant).to(dtype), x[5], total)
+        total = tl.dot((l6 * constant).to(dtype), x[6], total)
+        return tl.dot((l7 * constant).to(dtype), x[7], total)
+
+    @triton.jit
+    def _batch_product(
+        x, codes, absmax, second, offset, codes2, absmax2, second2, offset2, code2, lut, row, rows, start, end,
+        dtype: tl.constexpr, K: tl.constexpr, M: tl.constexpr, NESTED: tl.constexpr, BLOCKSIZE: tl.constexpr,
+        BLOCKSIZE2: tl.constexpr, STEP: tl.constexpr, SHUFFLE: tl.constexpr, OVERLAP: tl.constexpr, TWO: tl.constexpr,
+    ):  # fmt: skip
+        """Return W x of the words from start to end for some rows of W and, if TWO, of a second matrix, fp32 [rows, M]."""
+        WORDS: tl.constexpr = K // 8
+        level = lane_level(lut, SHUFFLE)
+        shift = tl.load(offset) if NESTED else 0.0
+        shift2 = tl.load(offset2) if NESTED and TWO else 0.0
+        total = tl.zeros((row.shape[0], M), tl.float32)
+        total2 = tl.zeros((row.shape[0], M), tl.float32)
+        words, constant = _words(codes, absmax, row, rows, start, end, WORDS, BLOCKSIZE, STEP)
+        words2, constant2 = words, constant
+        if TWO:
+            words2, constant2 = _words(codes2, absmax2, row, rows, start, end, WORDS, BLOCKSIZE, STEP)
+        for first in range(start, end, STEP):
+            next = first + STEP
+            next_words, next_constant = _words(codes, absmax, row, rows, next, end, WORDS, BLOCKSIZE, STEP)
+            next_words2, next_constant2 = words2, constant2
+            if TWO:
+                next_words2, next_constant2 = _words(codes2, absmax2, row, rows, next, end, WORDS, BLOCKSIZE, STEP)
+            _wait(OVERLAP)  # every time, as in `_product`
+            word = first + tl.arange(0, STEP)
+            inside = (word < end)[:, None]
+            tile = x + word[:, None] * M + tl.arange(0, M)[None]
+            slices = (
+                tl.load(tile, mask=inside, other=0.0), tl.load(tile + WORDS * M, mask=inside, other=0.0),
+                tl.load(tile + 2 * WORDS * M, mask=inside, other=0.0), tl.load(tile + 3 * WORDS * M, mask=inside, other=0.0),
+                tl.load(tile + 4 * WORDS * M, mask=inside, other=0.0), tl.load(tile + 5 * WORDS * M, mask=inside, other=0.0),
+                tl.load(tile + 6 * WORDS * M, mask=inside, other=0.0), tl.load(tile + 7 * WORDS * M, mask=inside, other=0.0),
+            )  # fmt: skip
+            run = first // 8 + tl.arange(0, STEP // 8)
+            block = (row[:, None] * (WORDS // 8) + run[None]) * 64 // BLOCKSIZE
+            real = (row < rows)[:, None] & (run * 8 < end)[None]
+            constant = _constant(constant, second, shift, code2, block, real, NESTED, BLOCKSIZE2)
+            total = _dots(total, words, constant, slices, lut, level, dtype, SHUFFLE)
+            if TWO:
+                constant2 = _constant(constant2, second2, shift2, code2, block, real, NESTED, BLOCKSIZE2)
+                total2 = _dots(total2, words2, constant2, slices, lut, level, dtype, SHUFFLE)
+            words, constant, words2, constant2 = next_words, next_constant, next_words2, next_constant2
+        return total, total2
+
+    @triton.jit
+    def _batch_adapter(
+        y, u, B, bias, row, rows, rank, scale, split, M: tl.constexpr, MEMBERS: tl.constexpr, RANK: tl.constexpr,
+        PARTS: tl.constexpr, SPLITS: tl.constexpr, BIAS: tl.constexpr,
+    ):  # fmt: skip
+        """Return y + scale B u, of this split's parts of u, and the first split's + bias; y: [rows, M].
+
+        u: [PARTS, M, MEMBERS, RANK] from this member on.
+        """
+        if BIAS:
+            y += tl.load(bias + row, mask=row < tl.where(split == 0, rows, 0), other=0.0).to(tl.float32)[:, None]
+        if RANK > 0:
+            j, m = tl.arange(0, RANK), tl.arange(0, M)
+            sums = tl.zeros((RANK, M), tl.float32)
+            for part in range(split, PARTS, SPLITS):
+                place = u + (part * M + m)[None] * (MEMBERS * RANK) + j[:, None]
+                sums += tl.load(place, mask=(j < rank)[:, None], other=0.0)
+            inside = (row < rows)[:, None] & (j < rank)[None]
+            b = tl.load(B + row[:, None] * rank + j[None], mask=inside, other=0.0).to(tl.float32)
+            y = tl.dot(b, sums * scale, y, input_precision="tf32x3")  # as good as fp32
+        return y
+
+    @triton.jit(do_not_specialize=["rank0", "rank1", "rank2"])
+    def _batch_linear_kernel(
+        x, u, out, lut, code2,
+        codes0, absmax0, second0, offset0, bias0, B0, rows0, rank0, scale0,
+        codes1, absmax1, second1, offset1, bias1, B1, rows1, rank1, scale1,
+        codes2, absmax2, second2, offset2, bias2, B2, rows2, rank2, scale2,
+        SWIGLU: tl.constexpr, MEMBERS: tl.constexpr, K: tl.constexpr, OUTPUTS: tl.constexpr, M: tl.constexpr,
+        RANK: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr, BIAS: tl.constexpr, NESTED: tl.constexpr,
+        BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
+        SHUFFLE: tl.constexpr, HALF: tl.constexpr, OVERLAP: tl.constexpr,
+    ):  # fmt: skip
+        """Up to three 4-bit linears with adapters that read one x of M sequences, each weight read once for all.
+
+        SWIGLU: silu(first) * second to out in the order of x. Else: fp32 [SPLITS, M, OUTPUTS] to out, shares of the
+        inputs, which the next kernel adds in their order.
+        """
+        _begin(OVERLAP)
+        program, split = tl.program_id(0), tl.program_id(1)
+        first_outputs = 0
+        member = 0
+        if not SWIGLU:
+            end0 = tl.cdiv(rows0, ROWS)
+            end1 = end0 + tl.cdiv(rows1, ROWS)
+            if program >= end1:
+                program -= end1
+                first_outputs = rows0 + rows1
+                member = 2
+                codes0, absmax0, second0, offset0, bias0, B0 = codes2, absmax2, second2, offset2, bias2, B2
+                rows0, rank0, scale0 = rows2, rank2, scale2
+            elif program >= end0:
+                program -= end0
+                first_outputs = rows0
+                member = 1
+                codes0, absmax0, second0, offset0, bias0, B0 = codes1, absmax1, second1, offset1, bias1, B1
+                rows0, rank0, scale0 = rows1, rank1, scale1
+        row, m = program * ROWS + tl.arange(0, ROWS), tl.arange(0, M)
+        share: tl.constexpr = (K // 8 + STEP * SPLITS - 1) // (STEP * SPLITS) * STEP
+        start = split * share
+        y, up = _batch_product(
+            x, codes0, absmax0, second0, offset0, codes1, absmax1, second1, offset1, code2, lut, row, rows0, start,
+            tl.minimum(start + share, K // 8), HALF, K, M, NESTED, BLOCKSIZE, BLOCKSIZE2, STEP, SHUFFLE, OVERLAP, SWIGLU,
+        )  # fmt: skip
+        y = _batch_adapter(
+            y, u + member * RANK, B0, bias0, row, rows0, rank0, scale0, split, M, MEMBERS, RANK, PARTS, SPLITS, BIAS
+        )  # fmt: skip
+        inside = (row < rows0)[:, None]
+        if SWIGLU:
+            up = _batch_adapter(
+                up, u + RANK, B1, bias1, row, rows1, rank1, scale1, split, M, MEMBERS, RANK, PARTS, SPLITS, BIAS
+            )  # fmt: skip
+            y = (y / (1.0 + tl.exp(-y)) * up).to(HALF)
+            tl.store(out + _place(row[:, None], OUTPUTS, M, m[None]), y, mask=inside)
+        else:
+            place = (split * M + m)[None] * OUTPUTS + first_outputs + row[:, None]
+            tl.store(out + place, y, mask=inside)
+
+    @triton.jit(do_not_specialize=["rank0", "rank1", "rank2"])
+    def _batch_norm_kernel(
+        x, parts, weight, total, out, u, A0, A1, A2, rank0, rank1, rank2, eps,
+        K: tl.constexpr, M: tl.constexpr, PARTS: tl.constexpr, MEMBERS: tl.constexpr, RANK: tl.constexpr,
+        ORDERED: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, OVERLAP: tl.constexpr,
+    ):  # fmt: skip
+        """Total = x + parts, RMS norm of it and u [M, MEMBERS, RANK] = A norm(total): a program for each sequence and
+        member. x, total: [sequences, K]; parts: fp32 [PARTS, M, K].
+        """
+        _begin(OVERLAP)
+        sequence, member = tl.program_id(0), tl.program_id(1)
+        dtype = out.dtype.element_ty
+        k = tl.arange(0, BLOCK)
+        inside = k < K
+        factor = tl.load(weight + k, mask=inside, other=0.0).to(tl.float32)
+        _wait(OVERLAP)
+        value = tl.load(x + sequence * K + k, mask=inside, other=0.0).to(tl.float32)
+        if PARTS > 0:
+            value += _sum(parts + sequence * K + k, inside, PARTS, M * K)
+        value = value.to(dtype)
+        if member == 0:
+            tl.store(total + sequence * K + k, value, mask=inside)
+        value = value.to(tl.float32)
+        value = (value * tl.rsqrt(tl.sum(value * value) / K + eps)).to(dtype).to(tl.float32)
+        value = (value * factor).to(dtype)
+        if member == 0:
+            tl.store(out + (_place(k, K, M, sequence) if ORDERED else sequence * K + k), value, mask=inside)
+        if RANK > 0:
+            if member == 2:
+                A0, rank0 = A2, rank2
+            elif member == 1:
+                A0, rank0 = A1, rank1
+            for start in range(0, RANK, TILE):
+                j = start + tl.arange(0, TILE)
+                real = (j < rank0)[:, None] & inside[None]
+                a = tl.load(A0 + j[:, None] * K + k[None], mask=real, other=0.0).to(tl.float32)
+                place = (sequence * MEMBERS + member) * RANK + j
+                tl.store(u + place, tl.sum(a * value.to(tl.float32)[None], 1))
+
+    @triton.jit
+    def _batch_inner_kernel(
+        x, A, u, rank, K: tl.constexpr, M: tl.constexpr, RANK: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+    ):  # fmt: skip
+        """u [parts, M, RANK], whose parts add up to A x: a program for each BLOCK of inputs. x: in the order above."""
+        _begin(OVERLAP)
+        part = tl.program_id(0)
+        j, m = tl.arange(0, RANK), tl.arange(0, M)
+        word = part * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
+        inside = word < K // 8
+        total = tl.zeros((RANK, M), tl.float32)
+        _wait(OVERLAP)
+        for i in tl.static_range(8):
+            a = tl.load(A + j[:, None] * K + word[None] * 8 + i, mask=(j < rank)[:, None] & inside[None], other=0.0)
+            value = tl.load(x + (i * (K // 8) + word)[:, None] * M + m[None], mask=inside[:, None], other=0.0)
+            total = tl.dot(a.to(tl.float32), value.to(tl.float32), total, input_precision="tf32x3")
+        tl.store(u + (part * M + m)[None] * RANK + j[:, None], total)
