@@ -79,8 +79,9 @@ def load_transformers(model: str, merged: bool):
     """Return the model as tutorials have it: 4-bit with a peft adapter, or a merged one, which is a plain one."""
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+    AutoTokenizer.from_pretrained(model)  # as everybody does, before the first token
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -8,7 +8,8 @@ A case is BATCHxLENGTH, with @N confined to N multiprocessors (a stand-in for a 
 `tflops` of the line shows whether it held: about 6.5 for each) and %G capped at G GiB. LoRA r = 16 on all
 seven projections, NF4 + double quantisation, bf16, full blocks of random tokens. Each case runs in a process of its own and
 prints a JSON line; the table comes last. Compare only figures of one call on one machine. Memory is what the allocator reserved.
-`first s` (the first micro-batch, without loading) is worth something with --together 1 only.
+`first s`, from the process's start to the end of the first optimizer step (after two micro-batches), is worth something with
+--together 1 only; --cold gives every case empty caches of compiled kernels.
 """
 
 import argparse
@@ -31,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 GIB = 2**30
 WARM_UP = 4  # micro-batches before the timed ones
+CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "UNSLOTH_COMPILE_LOCATION")
 
 
 def checkpointing(text: str) -> str:
@@ -60,6 +62,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--together", type=int, default=1, help="processes that load and compile at once; timed in turn"
     )
+    parser.add_argument("--cold", action="store_true", help="no compiled kernels from earlier runs")
     parser.add_argument(
         "--profile", metavar="CASE", help="print the GPU time of one micro-step of this toolkit by kernel"
     )
@@ -201,8 +204,9 @@ def load_hf(case: dict):
     """Return the model as tutorials of transformers + peft have it."""
     import torch
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+    AutoTokenizer.from_pretrained(case["model"])  # as everybody does, before the first step
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -256,7 +260,7 @@ def run_single(case: dict, alone: Callable[[], None]) -> dict:
         if context:
             context.set_context()  # again: loading may have left it
         torch.manual_seed(0)
-        times, started = [], time.perf_counter()
+        times = []
         for step in range(case["steps"] + WARM_UP):
             if step == WARM_UP - 1:
                 alone()
@@ -265,13 +269,14 @@ def run_single(case: dict, alone: Callable[[], None]) -> dict:
             start = time.perf_counter()
             loss = micro_batch(step, ids)
             torch.cuda.synchronize()
-            if step == 0:
-                case["first_s"] = round(time.perf_counter() - started, 1)
             if step >= WARM_UP:
                 times.append(time.perf_counter() - start)
             if step % 4 == 1:
                 optimizer.step()
                 zero()
+            if step == 1:
+                torch.cuda.synchronize()
+                case["first_s"] = round(time.time() - case["started"], 1)
         if case.get("profile"):
             profile(case, micro_batch, ids)
         median = statistics.median(times)
@@ -375,7 +380,7 @@ def main() -> int:
             if (checkpointing == "offload" and peer == "hf") or (checkpointing.isdigit() and peer != "ours"):
                 continue
             case = {"peer": peer, **shape, "checkpointing": checkpointing, "dropout": dropout, "model": args.model}
-            case |= {"packed": args.packed, "attention": way, "steps": args.steps, "set": args.set}
+            case |= {"packed": args.packed, "attention": way, "steps": args.steps, "set": args.set, "cold": args.cold}
             cases.append(case | {"profile": bool(args.profile)})
     print(table(run_cases(cases, lambda case: run_process(case, args.timeout), args.together)))
     return 0
@@ -383,12 +388,15 @@ def main() -> int:
 
 def run_process(case: dict, timeout: int) -> dict:
     """Run one case in a fresh process and return its result."""
-    command = [sys.executable, __file__, case["model"], "--single", json.dumps(case)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
-    except subprocess.TimeoutExpired:
-        return case | {"error": f"over {timeout} s"}
+    with tempfile.TemporaryDirectory() as empty:
+        if case.get("cold"):
+            environment |= {name: f"{empty}/{name}" for name in CACHES}
+        command = [sys.executable, __file__, case["model"], "--single", json.dumps(case | {"started": time.time()})]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
+        except subprocess.TimeoutExpired:
+            return case | {"error": f"over {timeout} s"}
     lines = done.stdout.splitlines()
     for line in lines:
         if not line.startswith("RESULT ") and case.get("profile"):
@@ -398,7 +406,9 @@ def run_process(case: dict, timeout: int) -> dict:
     if not found:
         print("\n".join(done.stderr.splitlines()[-12:]), file=sys.stderr)
     print(
-        json.dumps({k: v for k, v in result.items() if k not in ("model", "profile", "set", "steps", "turn")}),
+        json.dumps(
+            {k: v for k, v in result.items() if k not in ("model", "profile", "set", "steps", "turn", "started")}
+        ),
         flush=True,
     )
     return result
