@@ -192,14 +192,84 @@ def sample_starts(sees: Callable, batch: int, length: int, most: int, device: to
     return torch.searchsorted(starts.flatten().cumsum(0), numbers, out_int32=True)
 
 
+@torch.library.custom_op("qlora::attention", mutates_args=())
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return cuDNN's causal attention, like q, and the logarithms of its sums, fp32 [batch, heads, length, 1].
+
+    q: [batch, length, heads, width], k and v perhaps of fewer heads; bfloat16 or float16, without a gap in memory.
+    PyTorch keeps cuDNN's graphs by the strides of q, k and v alone, and a compiled layer has others for the output and
+    its gradient than the same layer run as it is: whichever came second in a process read its gradient in the wrong
+    order (torch 2.11, H100: q, k and v off by 150 %, the loss right). Here every tensor has one order, in every run.
+    """
+    q, k, v = (x.contiguous().transpose(1, 2) for x in (q, k, v))
+    out, logs, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, scale=scale)
+    return out.transpose(1, 2).contiguous(), logs.contiguous()
+
+
+@attention.register_fake
+def _(q, k, v, scale):
+    batch, length, heads, _ = q.shape
+    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(
+        batch, heads, length, 1, dtype=torch.float32
+    )
+
+
+@torch.library.custom_op("qlora::attention_backward", mutates_args=())
+def attention_backward(
+    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, logs: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Return the gradients of q, k and v."""
+    grad, q, k, v, out = (x.contiguous().transpose(1, 2) for x in (grad, q, k, v, out))
+    seed, length = torch.empty((), dtype=torch.int64, device=q.device), q.shape[2]  # of dropout, which there is not
+    grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        grad, q, k, v, out, logs, seed, seed, None, None, None, length, length, 0.0, True, scale=scale
+    )
+    return tuple(x.transpose(1, 2).contiguous() for x in grads)
+
+
+@attention_backward.register_fake
+def _(grad, q, k, v, out, logs, scale):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+
+
+def _attention_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:3], *output)
+    ctx.scale = inputs[3]
+
+
+attention.register_autograd(
+    lambda ctx, grad, _: (*attention_backward(grad, *ctx.saved_tensors, ctx.scale), None),
+    setup_context=_attention_setup,
+)
+
+
+def cudnn_serves(model: nn.Module) -> bool:
+    """Return whether `attention` is for this model and GPU: those where PyTorch itself prefers cuDNN's kernels."""
+    config, device, dtype = model.config, model.device, model.get_input_embeddings().weight.dtype
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return (
+        any(type(module).__name__ in ATTENTIONS for module in model.modules())
+        and device.type == "cuda"
+        and torch.cuda.get_device_capability(device) in ((9, 0), (10, 0))
+        and torch.backends.cudnn.is_available()
+        and dtype in (torch.bfloat16, torch.float16)
+        and width % 8 == 0
+        and width <= 128
+        and not getattr(config, "attention_dropout", 0.0)
+    )
+
+
 def _attention(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None,
     scaling: float | None = None, **kwargs,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
-    """Return SDPA's attention, or PyTorch's varlen attention where sample_starts stand in the mask's place.
+    """Return cuDNN's or SDPA's attention, or PyTorch's varlen attention where sample_starts stand in the mask's place.
 
     query: [batch, heads, length, width], key and value perhaps of fewer heads; result: [batch, length, heads, width].
     """
+    if attention_mask is None and getattr(module.config, "cudnn_attention", False):
+        return attention(*(x.transpose(1, 2) for x in (query, key, value)), scaling)[0], None
     if attention_mask is None or attention_mask.ndim != 1:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     (batch, _, length, _), starts = query.shape, attention_mask
@@ -273,10 +343,8 @@ def use_causal_attention(model: nn.Module) -> bool:
     model.config.packed_samples = False
     plain = model.config._attn_implementation == "sdpa"
     if plain:
-        # PyTorch keeps cuDNN's attention graphs (its choice on sm_90 and later) by the strides of q, k and v alone, and
-        # the output of a compiled layer has others than the same layer's run as it is: whichever comes second in a
-        # process reads its gradient in the wrong order (torch 2.11, H100: q, k and v off by 150 %, the loss right).
-        torch.backends.cuda.enable_cudnn_sdp(False)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # what `attention` does not take; its docstring says why
+        model.config.cudnn_attention = cudnn_serves(model)
         AttentionInterface.register(CAUSAL, _attention)
         AttentionMaskInterface.register(CAUSAL, _no_mask)
         model.set_attn_implementation(CAUSAL)
@@ -891,7 +959,7 @@ def _fused_attention(self, hidden_states, position_embeddings, attention_mask=No
         q, k = self.q_norm(q), self.k_norm(k)
     rotate = sys.modules[type(self).__module__].apply_rotary_pos_emb
     q, k = rotate(q.transpose(1, 2), k.transpose(1, 2), *position_embeddings)
-    v = v.transpose(1, 2).contiguous()  # else the backward would keep all of q, k and v for the sake of v
+    v = v.contiguous().transpose(1, 2)  # else the backward would keep all of q, k and v for the sake of v
     mixed, weights = _attention(self, q, k, v, attention_mask, scaling=self.scaling)
     return self.fused_out(mixed.reshape(*shape, -1)), weights
 

@@ -371,12 +371,15 @@ class Decoder:
     def _capture(self, function: Callable[[], None]) -> Callable[[], None]:
         state = [self.token, self.position, self.history, self.finished, self.logits]
         before = [tensor.clone() for tensor in state]
+        torch.cuda.empty_cache()  # blocks belong to a stream: the warm-up cannot use what earlier forwards reserved
         with torch.random.fork_rng([self.device]):  # what the warm-up draws must not change an answer
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 function()  # compiles, and lets every library allocate its workspace outside of the graph
             torch.cuda.current_stream().wait_stream(stream)
+            torch._C._cuda_clearCublasWorkspaces()  # 32 MiB a stream on an H100; what a graph needs is in its pool
+            torch.cuda.empty_cache()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.pool):  # graphs share memory: what outlives one is in the buffers
                 function()
@@ -439,7 +442,9 @@ class Decoder:
                 self.run(("chunk", off), lambda: self._short_chunk)
             else:
                 last = torch.tensor([size - 1], device=self.device)
-                self._forward(ids[:, known : known + size], slots, known + size, last)
+                # bitsandbytes' own kernels are loaded at once, where Triton's may have to be compiled.
+                with nullcontext() if self.prompts else plain_linears(self.base):
+                    self._forward(ids[:, known : known + size], slots, known + size, last)
             known += size
         self.position.fill_(longest)
         self.prompts += 1
