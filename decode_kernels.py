@@ -39,16 +39,37 @@ if triton is not None:
         return first.to(tl.float32), (x >> 16).to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
 
     @triton.jit
-    def _inputs(x, inside, stride: tl.constexpr):
-        """Return the four pairs that 32 of a thread's 64 weights meet, [1, runs, 4] words of two halves each."""
+    def _issued(COMPILED: tl.constexpr):
+        """Return 0, known only when all loads that stand before have been issued.
+
+        ptxas sinks loads for the next pass of a loop to its end, behind all that they should overlap. It keeps them
+        before a barrier, and what is computed from the barrier's result behind it.
+        """
+        if COMPILED:
+            return tl.inline_asm_elementwise(
+                "{ .reg .pred no; setp.ne.u32 no, 0, 0; bar.red.popc.u32 $0, 0, no; }",
+                "=r", [], tl.int32, is_pure=False, pack=1,
+            )  # fmt: skip
+        else:
+            return 0
+
+    @triton.jit
+    def _inputs(x, piece, RUNS: tl.constexpr, BLOCKS: tl.constexpr):
+        """Return the 32 pairs that a thread's 64 weights meet, eight times [1, BLOCKS, 4] words of two halves each."""
+        run = piece * BLOCKS + tl.arange(0, BLOCKS)
+        inside = (run < RUNS)[None, :, None]
+        x += (run * 4)[None, :, None] + tl.arange(0, 4)[None, None]
+        STRIDE: tl.constexpr = RUNS * 4
         return (
-            tl.load(x, mask=inside, other=0), tl.load(x + stride, mask=inside, other=0),
-            tl.load(x + 2 * stride, mask=inside, other=0), tl.load(x + 3 * stride, mask=inside, other=0),
+            tl.load(x, mask=inside, other=0), tl.load(x + STRIDE, mask=inside, other=0),
+            tl.load(x + 2 * STRIDE, mask=inside, other=0), tl.load(x + 3 * STRIDE, mask=inside, other=0),
+            tl.load(x + 4 * STRIDE, mask=inside, other=0), tl.load(x + 5 * STRIDE, mask=inside, other=0),
+            tl.load(x + 6 * STRIDE, mask=inside, other=0), tl.load(x + 7 * STRIDE, mask=inside, other=0),
         )  # fmt: skip
 
     @triton.jit
     def _half(total, words, x0, x1, x2, x3, lut, level, dtype: tl.constexpr, SHUFFLE: tl.constexpr):
-        """Add the products of 32 of a thread's 64 weights to the total. words, total: [rows, runs, 4]."""
+        """Add the products of 32 of a thread's 64 weights to the total. words, total: [rows, BLOCKS, 4]."""
         l0, l1, l2, l3, l4, l5, l6, l7 = levels(words, lut, level, SHUFFLE)
         a, b = _pair(x0, dtype)
         total += l0 * a
@@ -73,52 +94,86 @@ if triton is not None:
         return code
 
     @triton.jit
-    def _weights(codes, absmax, row, rows, RUNS: tl.constexpr, BLOCKSIZE: tl.constexpr, BLOCKS: tl.constexpr):
-        """Return 64 weights a thread of some rows as words of eight codes, [rows, BLOCKS, 4] twice, and their constants
-        as they are stored, [rows, BLOCKS].
-        """
-        run = tl.arange(0, BLOCKS)
-        place = row[:, None] * RUNS + run[None]
-        real = (row < rows)[:, None] & (run < RUNS)[None]
-        words = codes + (place * 8)[:, :, None] + tl.arange(0, 4)[None, None]
-        low, high = tl.load(words, mask=real[:, :, None], other=0), tl.load(words + 4, mask=real[:, :, None], other=0)
-        return low, high, tl.load(absmax + place * 64 // BLOCKSIZE, mask=real, other=0)
+    def _places(row, rows, piece, RUNS: tl.constexpr, BLOCKS: tl.constexpr):
+        """Return which runs of 64 weights of the matrix a piece of some rows has, and whether they exist."""
+        run = piece * BLOCKS + tl.arange(0, BLOCKS)
+        return row[:, None] * RUNS + run[None], (row < rows)[:, None] & (run < RUNS)[None]
 
     @triton.jit
-    def _product(
-        low, high, constant, x0, x1, x2, x3, x4, x5, x6, x7, second, shift, code2, lut, level, row, rows,
-        dtype: tl.constexpr, RUNS: tl.constexpr, NESTED: tl.constexpr, BLOCKSIZE: tl.constexpr,
-        BLOCKSIZE2: tl.constexpr, BLOCKS: tl.constexpr, SHUFFLE: tl.constexpr,
+    def _weights(
+        codes, absmax, second, row, rows, piece, RUNS: tl.constexpr, BLOCKS: tl.constexpr, NESTED: tl.constexpr,
+        BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr,
     ):  # fmt: skip
-        """Return W x for some rows of W, fp32, from what `_weights` and `_inputs` loaded."""
-        total = tl.zeros((row.shape[0], BLOCKS, 4), tl.float32)
-        total = _half(total, low, x0, x1, x2, x3, lut, level, dtype, SHUFFLE)
-        total = _half(total, high, x4, x5, x6, x7, lut, level, dtype, SHUFFLE)
-        run = tl.arange(0, BLOCKS)
-        block = (row[:, None] * RUNS + run[None]) * 64 // BLOCKSIZE
-        real = (row < rows)[:, None] & (run < RUNS)[None]
-        # Looked up when the weights are used up: before, the loads of the weights would wait for it.
-        constant = _constant(constant, second, shift, code2, block, real, NESTED, BLOCKSIZE2)
-        return tl.sum(tl.sum(total, 2) * constant, 1)
+        """Return 64 weights a thread of a piece of some rows as words of eight codes, [rows, BLOCKS, 4] twice, their
+        constants as they are stored and those constants' own, [rows, BLOCKS].
+        """
+        place, real = _places(row, rows, piece, RUNS, BLOCKS)
+        words = codes + (place * 8)[:, :, None] + tl.arange(0, 4)[None, None]
+        block = place // (BLOCKSIZE // 64)
+        constant = tl.load(absmax + block, mask=real, other=0)
+        factor = tl.load(second + block // BLOCKSIZE2, mask=real, other=0.0) if NESTED else constant
+        # What lies outside is multiplied by a constant or by inputs of 0, whatever it is.
+        return tl.load(words, mask=real[:, :, None]), tl.load(words + 4, mask=real[:, :, None]), constant, factor
 
     @triton.jit
-    def _adapter_sums(u, rank, MEMBERS: tl.constexpr, RANK: tl.constexpr, PARTS: tl.constexpr, PARTS_2: tl.constexpr):
-        """Return the adapter's A x, [RANK], from its parts. u: [PARTS, MEMBERS, RANK] from this member on."""
-        j, part = tl.arange(0, RANK), tl.arange(0, PARTS_2)
+    def _fetch(codes, row, rows, RUNS: tl.constexpr, ROWS: tl.constexpr):
+        """Have ROWS rows from this one on come to the L2 cache, as one request of one thread."""
+        words = tl.minimum(tl.maximum(rows - row, 0), ROWS) * (RUNS * 8)
+        tl.inline_asm_elementwise(
+            """{
+            .reg .pred one; .reg .u32 thread;
+            mov.u32 thread, %tid.x;
+            setp.eq.u32 one, thread, 0;
+            setp.gt.and.s32 one, $2, 0, one;
+            @one cp.async.bulk.prefetch.L2.global [$1], $2;
+            mov.u32 $0, 0;
+            }""",
+            "=r,l,r", [(codes + row * (RUNS * 8)).to(tl.int64), words * 4], tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+    @triton.jit
+    def _products(
+        low, high, constant, x, lut, level, BLOCKS: tl.constexpr, dtype: tl.constexpr, SHUFFLE: tl.constexpr
+    ):  # fmt: skip
+        """Return each thread's share of W x, fp32 [rows, BLOCKS], from what `_weights` and `_inputs` loaded."""
+        total = tl.zeros((low.shape[0], BLOCKS, 4), tl.float32)
+        total = _half(total, low, x[0], x[1], x[2], x[3], lut, level, dtype, SHUFFLE)
+        total = _half(total, high, x[4], x[5], x[6], x[7], lut, level, dtype, SHUFFLE)
+        return tl.sum(total, 2) * constant
+
+    @triton.jit
+    def _adapter_sums(
+        u, rank, MEMBERS: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr,
+        PARTS_2: tl.constexpr,
+    ):  # fmt: skip
+        """Return the adapter's A x and zeros, [WIDTH], from its parts. u: [PARTS, MEMBERS, RANK] from this member on."""
+        j, part = tl.arange(0, WIDTH), tl.arange(0, PARTS_2)
         inside = (part < PARTS)[:, None] & (j < rank)[None]
         return tl.sum(tl.load(u + part[:, None] * (MEMBERS * RANK) + j[None], mask=inside, other=0.0), 0)
 
     @triton.jit
-    def _adapter_rows(B, bias, row, rows, rank, RANK: tl.constexpr, BIAS: tl.constexpr):
-        """Return rows of B, [rows, RANK], and their biases, 0 without."""
+    def _adapter_rows(
+        B, bias, row, rows, rank, RANK: tl.constexpr, WIDTH: tl.constexpr, BIAS: tl.constexpr
+    ):  # fmt: skip
+        """Return rows of B and zeros, [rows, WIDTH], and their biases, 0 without."""
         b, offset = tl.zeros((row.shape[0], 1), tl.float32), tl.zeros((row.shape[0],), tl.float32)
         if BIAS:
             offset = tl.load(bias + row, mask=row < rows, other=0.0).to(tl.float32)
         if RANK > 0:
-            j = tl.arange(0, RANK)
+            j = tl.arange(0, WIDTH)
             inside = (row < rows)[:, None] & (j < rank)[None]
             b = tl.load(B + row[:, None] * rank + j[None], mask=inside, other=0.0).to(tl.float32)
         return b, offset
+
+    @triton.jit
+    def _finished(total, sums, b, bias, RANK: tl.constexpr, BLOCKS: tl.constexpr):
+        """Return bias + the sums over all threads of their shares of W x and of B (A x), fp32 [rows]."""
+        if RANK > 0:
+            if RANK <= BLOCKS:  # one sum of both
+                total += b * sums[None]
+            else:
+                bias += tl.sum(b * sums[None], 1)
+        return bias + tl.sum(total, 1)
 
     @triton.jit(do_not_specialize=["rank0", "rank1", "rank2"])  # a rank of 1 would be of another type than one of 0
     def _linear_kernel(
@@ -128,12 +183,14 @@ if triton is not None:
         codes2, absmax2, second2, offset2, bias2, B2, rows2, rank2, scale2,
         MODE: tl.constexpr, MEMBERS: tl.constexpr, K: tl.constexpr, OUTPUTS: tl.constexpr, RANK: tl.constexpr,
         PARTS: tl.constexpr, PARTS_2: tl.constexpr, BIAS: tl.constexpr, NESTED: tl.constexpr, BLOCKSIZE: tl.constexpr,
-        BLOCKSIZE2: tl.constexpr, ROWS: tl.constexpr, LOOP: tl.constexpr, BLOCKS: tl.constexpr, SHUFFLE: tl.constexpr,
-        HALF: tl.constexpr, OVERLAP: tl.constexpr,
+        BLOCKSIZE2: tl.constexpr, ROWS: tl.constexpr, LOOP: tl.constexpr, BLOCKS: tl.constexpr, TWO: tl.constexpr,
+        AHEAD: tl.constexpr, SHUFFLE: tl.constexpr, HALF: tl.constexpr, OVERLAP: tl.constexpr,
     ):  # fmt: skip
         """Up to three 4-bit linears with adapters that read one x; a program takes LOOP times ROWS rows of one.
 
-        x stays in registers, and the weights of the next rows are under way while those of the present ones are used.
+        TWO: and as many more with the same inputs, of the second matrix in MODE "swiglu" or of its own second half. Rows
+        are taken in pieces of BLOCKS runs of 64 weights; the next piece's weights are loaded while the present one's are
+        used, and those of AHEAD times ROWS later rows come to the L2 cache meanwhile.
         MODE "stack": out [outputs of all], fp32. "residual": residual + y to out. "swiglu": silu(first) * second to out
         in the order of `_place`, and to flat as it is.
         """
@@ -141,8 +198,11 @@ if triton is not None:
         program = tl.program_id(0)
         first_outputs = 0
         member = 0
-        TWO: tl.constexpr = MODE == "swiglu"
+        SWIGLU: tl.constexpr = MODE == "swiglu"
         RUNS: tl.constexpr = K // 64
+        PIECES: tl.constexpr = (RUNS + BLOCKS - 1) // BLOCKS
+        MORE: tl.constexpr = LOOP * PIECES > 1
+        WIDTH: tl.constexpr = RANK if RANK > BLOCKS else BLOCKS
         if MODE == "stack":
             end0 = tl.cdiv(rows0, ROWS * LOOP)
             end1 = end0 + tl.cdiv(rows1, ROWS * LOOP)
@@ -158,69 +218,100 @@ if triton is not None:
                 member = 1
                 codes0, absmax0, second0, offset0, bias0, B0 = codes1, absmax1, second1, offset1, bias1, B1
                 rows0, rank0, scale0 = rows1, rank1, scale1
-        row = program * (ROWS * LOOP) + tl.arange(0, ROWS)
+        half = 0  # where the second rows begin
+        if TWO and not SWIGLU:
+            codes1, absmax1, second1, offset1, bias1, B1 = codes0, absmax0, second0, offset0, bias0, B0
+            rows1, rank1, scale1 = rows0, rank0, scale0
+            half = tl.cdiv(rows0, 2)
+            rows0 = half
+        stride = tl.cdiv(rows0, ROWS * LOOP) * ROWS
+        start = program * ROWS
+        row = start + tl.arange(0, ROWS)
         level = lane_level(lut, SHUFFLE)
         shift = tl.load(offset0) if NESTED else 0.0
         shift1 = tl.load(offset1) if NESTED and TWO else 0.0
-        low, high, constant = _weights(codes0, absmax0, row, rows0, RUNS, BLOCKSIZE, BLOCKS)
-        low1, high1, constant1 = low, high, constant
+        w = _weights(codes0, absmax0, second0, row, rows0, 0, RUNS, BLOCKS, NESTED, BLOCKSIZE, BLOCKSIZE2)
+        w1 = w
         if TWO:
-            low1, high1, constant1 = _weights(codes1, absmax1, row, rows1, RUNS, BLOCKSIZE, BLOCKS)
-        b, bias = _adapter_rows(B0, bias0, row, rows0, rank0, RANK, BIAS)
+            w1 = _weights(codes1, absmax1, second1, half + row, rows1, 0, RUNS, BLOCKS, NESTED, BLOCKSIZE, BLOCKSIZE2)
+        b, bias = _adapter_rows(B0, bias0, row, rows0, rank0, RANK, WIDTH, BIAS)
         b1, bias1_ = b, bias
         if TWO:
-            b1, bias1_ = _adapter_rows(B1, bias1, row, rows1, rank1, RANK, BIAS)
+            b1, bias1_ = _adapter_rows(B1, bias1, half + row, rows1, rank1, RANK, WIDTH, BIAS)
+        # Of rows in several pieces the first's others too.
+        for i in tl.static_range(0 if PIECES > 1 else 1, min(AHEAD + 1, LOOP) if AHEAD > 0 else 0):
+            _fetch(codes0, start + i * stride, rows0, RUNS, ROWS)
+            if TWO:
+                _fetch(codes1, half + start + i * stride, rows1, RUNS, ROWS)
         _wait(OVERLAP)
-        run = tl.arange(0, BLOCKS)
-        known = (run < RUNS)[None, :, None]
-        pairs = x + (run * 4)[None, :, None] + tl.arange(0, 4)[None, None]
-        x0, x1, x2, x3 = _inputs(pairs, known, RUNS * 4)
-        x4, x5, x6, x7 = _inputs(pairs + RUNS * 16, known, RUNS * 4)
+        inputs = _inputs(x, 0, RUNS, BLOCKS)  # stay in registers if there is one piece
+        sums = level
+        sums1 = level
         if RANK > 0:
-            sums = _adapter_sums(u + member * RANK, rank0, MEMBERS, RANK, PARTS, PARTS_2) * scale0
-            sums1 = _adapter_sums(u + RANK, rank1, MEMBERS, RANK, PARTS, PARTS_2) * scale1 if TWO else sums
+            sums = _adapter_sums(u + member * RANK, rank0, MEMBERS, RANK, WIDTH, PARTS, PARTS_2) * scale0
+            sums1 = sums
+            if SWIGLU:
+                sums1 = _adapter_sums(u + RANK, rank1, MEMBERS, RANK, WIDTH, PARTS, PARTS_2) * scale1
         for _ in range(LOOP):
-            inside = row < rows0
-            next_row = row + ROWS
-            next_low, next_high, next_constant = low, high, constant
-            next_low1, next_high1, next_constant1 = low1, high1, constant1
+            next_row = row + stride
             next_b, next_bias, next_b1, next_bias1 = b, bias, b1, bias1_
-            if LOOP > 1:  # past the last row of all nothing is loaded; past the program's it is thrown away
-                next_low, next_high, next_constant = _weights(
-                    codes0, absmax0, next_row, rows0, RUNS, BLOCKSIZE, BLOCKS
-                )  # fmt: skip
+            if LOOP > 1:  # nothing is loaded past the last row
+                next_b, next_bias = _adapter_rows(B0, bias0, next_row, rows0, rank0, RANK, WIDTH, BIAS)
                 if TWO:
-                    next_low1, next_high1, next_constant1 = _weights(
-                        codes1, absmax1, next_row, rows1, RUNS, BLOCKSIZE, BLOCKS
+                    next_b1, next_bias1 = _adapter_rows(B1, bias1, half + next_row, rows1, rank1, RANK, WIDTH, BIAS)
+            if LOOP > AHEAD + 1 and AHEAD > 0:
+                later = start + (AHEAD + 1) * stride
+                _fetch(codes0, later, rows0, RUNS, ROWS)
+                if TWO:
+                    _fetch(codes1, half + later, rows1, RUNS, ROWS)
+            if MODE == "residual":
+                bias += tl.load(residual + row, mask=row < rows0, other=0.0).to(tl.float32)
+                if TWO:
+                    bias1_ += tl.load(residual + half + row, mask=half + row < rows1, other=0.0).to(tl.float32)
+            total = tl.zeros((ROWS, BLOCKS), tl.float32)
+            total1 = total
+            for piece in range(PIECES):
+                next_w, next_w1, zero = w, w1, 0
+                if MORE:
+                    then, after = row, piece + 1
+                    if after == PIECES:
+                        then, after = next_row, 0
+                    next_w = _weights(
+                        codes0, absmax0, second0, then, rows0, after, RUNS, BLOCKS, NESTED, BLOCKSIZE, BLOCKSIZE2
                     )  # fmt: skip
-                next_b, next_bias = _adapter_rows(B0, bias0, next_row, rows0, rank0, RANK, BIAS)
+                    if TWO:
+                        next_w1 = _weights(
+                            codes1, absmax1, second1, half + then, rows1, after, RUNS, BLOCKS, NESTED, BLOCKSIZE,
+                            BLOCKSIZE2,
+                        )  # fmt: skip
+                    zero = _issued(SHUFFLE)
+                    level = (level.to(tl.int32, bitcast=True) | zero).to(tl.float32, bitcast=True)
+                if PIECES > 1:
+                    inputs = _inputs(x + zero * 4, piece, RUNS, BLOCKS)
+                constant, constant1 = w[2], w1[2]
+                if NESTED:
+                    constant = tl.load(code2 + (constant.to(tl.int32) | zero)) * w[3] + shift
+                    if TWO:
+                        constant1 = tl.load(code2 + (constant1.to(tl.int32) | zero)) * w1[3] + shift1
+                total += _products(w[0], w[1], constant, inputs, lut, level, BLOCKS, HALF, SHUFFLE)
                 if TWO:
-                    next_b1, next_bias1 = _adapter_rows(B1, bias1, next_row, rows1, rank1, RANK, BIAS)
-            y = bias + _product(
-                low, high, constant, x0, x1, x2, x3, x4, x5, x6, x7, second0, shift, code2, lut, level, row, rows0,
-                HALF, RUNS, NESTED, BLOCKSIZE, BLOCKSIZE2, BLOCKS, SHUFFLE,
-            )  # fmt: skip
-            if RANK > 0:
-                y += tl.sum(b * sums[None], 1)
-            if MODE == "stack":
-                tl.store(out + first_outputs + row, y, mask=inside)
-            elif MODE == "residual":
-                y += tl.load(residual + row, mask=inside, other=0.0).to(tl.float32)
-                tl.store(out + row, y.to(HALF), mask=inside)
+                    total1 += _products(w1[0], w1[1], constant1, inputs, lut, level, BLOCKS, HALF, SHUFFLE)
+                w, w1 = next_w, next_w1
+            y = _finished(total, sums, b, bias, RANK, BLOCKS)
+            y1 = y
+            if TWO:
+                y1 = _finished(total1, sums1, b1, bias1_, RANK, BLOCKS)
+            if SWIGLU:
+                y = (y / (1.0 + tl.exp(-y)) * y1).to(HALF)
+                tl.store(out + _place(row, OUTPUTS), y, mask=row < rows0)
+                tl.store(flat + row, y, mask=row < rows0)
             else:
-                up = bias1_ + _product(
-                    low1, high1, constant1, x0, x1, x2, x3, x4, x5, x6, x7, second1, shift1, code2, lut, level, row,
-                    rows1, HALF, RUNS, NESTED, BLOCKSIZE, BLOCKSIZE2, BLOCKS, SHUFFLE,
-                )  # fmt: skip
-                if RANK > 0:
-                    up += tl.sum(b1 * sums1[None], 1)
-                y = (y / (1.0 + tl.exp(-y)) * up).to(HALF)
-                tl.store(out + _place(row, OUTPUTS), y, mask=inside)
-                tl.store(flat + row, y, mask=inside)
+                out_type = out.dtype.element_ty
+                tl.store(out + first_outputs + row, y.to(out_type), mask=row < rows0)
+                if TWO:
+                    tl.store(out + first_outputs + half + row, y1.to(out_type), mask=half + row < rows1)
             row = next_row
-            low, high, constant, low1, high1, constant1 = (
-                next_low, next_high, next_constant, next_low1, next_high1, next_constant1,
-            )  # fmt: skip
+            start += stride
             b, bias, b1, bias1_ = next_b, next_bias, next_b1, next_bias1
 
     @triton.jit(do_not_specialize=["rank0", "rank1", "rank2"])

@@ -40,12 +40,14 @@ class Tile(NamedTuple):
 class Layout:
     """How the kernels are laid on a GPU."""
 
-    # Outputs of a program of a product (with SwiGLU of gate and of up): 2 took 1.2x as long, 4 1.5x, each with its own x.
+    # Outputs that a program of a product takes side by side (with SwiGLU of gate and of up), each in the same threads: 2
+    # took 1.2x as long, 4 1.5x.
     rows: int = 1
-    # Rows that a program takes one after the other, with x in registers: of q, k, v and o, of gate and up, and of down.
-    loop: int = 1
-    swiglu_loop: int = 4
-    wide_loop: int = 2
+    runs: int = 64  # of 64 weights that it takes of a row at a time, each a thread's: 2 warps
+    # Warps of a multiprocessor, which share out the outputs: with 128 registers a thread it has room for 16.
+    warps: int = 16
+    light_warps: int = 24  # the same where each then has a single output, which takes 64 registers
+    ahead: int = 1  # outputs of a program whose weights come to the L2 cache before it loads them (sm_90 and later)
     positions: int = 32  # of a tile of the cache
     # A kernel starts, and loads weights, before the one before has ended (sm_90 and later): 1,832 us a token of a 3B on an
     # H100 in place of 2,152.
@@ -144,6 +146,8 @@ class Linears:
         ]  # fmt: skip
         arguments += [(*arguments[0][:6], 0, 0, 0.0)] * (3 - len(arguments))
         self.arguments = [first.lut, first.code2, *sum(arguments, ())]
+        gpu = self.x.is_cuda and torch.cuda.get_device_properties(self.x.device)
+        self.multiprocessors = gpu.multi_processor_count if gpu else 1
         nested, blocksize, blocksize2, _ = first.kind
         self.constants = dict(
             MEMBERS=len(modules), K=self.columns, RANK=self.rank, PARTS=parts, BIAS=None not in biases, NESTED=nested,
@@ -152,13 +156,22 @@ class Linears:
         )  # fmt: skip
 
     def __call__(self, residual: torch.Tensor, out: torch.Tensor, flat: torch.Tensor) -> None:
-        blocks = max(32, triton.next_power_of_2(self.columns // RUN))  # a thread has one run of a row, rarely more
-        loop = LAYOUT.swiglu_loop if self.mode == "swiglu" else LAYOUT.wide_loop if blocks > 64 else LAYOUT.loop
+        swiglu, runs = self.mode == "swiglu", self.columns // RUN
+        blocks = min(LAYOUT.runs, max(32, triton.next_power_of_2(runs)))
+        warps = max(1, blocks // 32)
+        two = swiglu or (self.mode == "residual" and runs > blocks)  # outputs in pieces share loads of x
         rows = self.rows if self.mode == "stack" else self.rows[:1]
-        kernels._linear_kernel[(sum(triton.cdiv(n, LAYOUT.rows * loop) for n in rows),)](
+        each = LAYOUT.rows if swiglu or not two else 2 * LAYOUT.rows
+        shares = sum(triton.cdiv(n, each) for n in rows)
+        light = not two and shares <= self.multiprocessors * LAYOUT.light_warps // warps
+        loop = 1 if light else triton.cdiv(shares, max(1, self.multiprocessors * LAYOUT.warps // warps))
+        # ptxas would take 167 for gate and up, which leaves room for 12 warps.
+        registers = {"maxnreg": 65536 // (32 * LAYOUT.warps) // 8 * 8} if loop > 1 and not INTERPRETED else {}
+        kernels._linear_kernel[(sum(triton.cdiv(n, each * loop) for n in rows),)](
             self.x.view(torch.int32), self.u, residual, out, flat, *self.arguments, **self.constants, MODE=self.mode,
             OUTPUTS=self.rows[0], PARTS_2=triton.next_power_of_2(self.parts), ROWS=LAYOUT.rows, LOOP=loop, BLOCKS=blocks,
-            num_warps=min(8, blocks // 32), num_stages=1,
+            TWO=two, AHEAD=LAYOUT.ahead if self.constants["OVERLAP"] else 0, num_warps=warps, num_stages=1,
+            **registers,
         )  # fmt: skip
 
 

@@ -140,6 +140,8 @@ def check_case(folder, options, starts, before: int, dtype: str, device: str, wr
 
 def check_all(folders: dict[str, str], dtype: str, device: str) -> None:
     decode_ops.LAYOUT.rows = 128  # a program costs the interpreter as much whatever its size
+    # Rows in pieces, and a program that takes several.
+    decode_ops.LAYOUT.runs, decode_ops.LAYOUT.warps, decode_ops.LAYOUT.light_warps = 2, 1, 0
     decode_ops.LAYOUT.tile, decode_ops.LAYOUT.swiglu_tile = Tile(64, 16, 2), Tile(128, 64, 2)
     decode_ops.LAYOUT.batch_programs = 8  # of products that add up, and products of several steps
     for family, options, starts, before in CASES:
@@ -242,7 +244,9 @@ POINTERS = {
 }
 
 
-def compiled(capability: int, kernel, constants: dict, warps: int, stages: int = 3, **types: str):
+def compiled(
+    capability: int, kernel, constants: dict, warps: int, stages: int = 3, maxnreg: int | None = None, **types: str
+):  # fmt: skip
     """Return a kernel compiled for a card, its pointers aligned as PyTorch aligns them."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -257,7 +261,7 @@ def compiled(capability: int, kernel, constants: dict, warps: int, stages: int =
             attributes[(place,)] = [["tt.divisibility", 16]]
     values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, signature, values, attributes)
-    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True, "maxnreg": maxnreg}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
@@ -287,19 +291,22 @@ def test_kernels_compile_within_the_shared_memory_of_each_card(capability):
     pytest.importorskip("triton", reason="pip install triton: the kernels need it")
     import decode_kernels as kernels
 
-    every = packed(capability) | {"ROWS": decode_ops.LAYOUT.rows, "LOOP": 4, "OUTPUTS": 11008}
-    narrow, wide = every | {"K": 2048, "BLOCKS": 32}, every | {"K": 11008, "BLOCKS": 256}
+    every = packed(capability) | {"ROWS": decode_ops.LAYOUT.rows, "OUTPUTS": 11008, "AHEAD": int(capability >= 90)}
+    narrow, wide = every | {"K": 2048, "BLOCKS": 32, "LOOP": 6}, every | {"K": 11008, "BLOCKS": 64, "LOOP": 1}
     rank = {name: every[name] for name in ("RANK", "OVERLAP")}
     one = {"PARTS": 1, "PARTS_2": 1}
     linear, half, single, pairs = kernels._linear_kernel, "*bf16", "*fp32", "*i32"
-    member = {"MODE": "residual", "MEMBERS": 1, "PARTS": 6, "PARTS_2": 8}
+    member = {"MODE": "residual", "MEMBERS": 1, "PARTS": 6, "PARTS_2": 8, "TWO": True}
     norm = {"K": 2048, "ORDERED": True, "BLOCK": 2048}
     combine = {"K": 2048, "M": 1, "SIZE": 128, "SPLITS": 64, "TILE": 16}
-    qkv, gate_up = {"MODE": "stack", "MEMBERS": 3, "BIAS": True}, {"MODE": "swiglu", "MEMBERS": 2}
+    qkv, gate_up = (
+        {"MODE": "stack", "MEMBERS": 3, "BIAS": True, "TWO": False},
+        {"MODE": "swiglu", "MEMBERS": 2, "TWO": True},
+    )
     done = [
         compiled(capability, linear, narrow | one | qkv, 1, x=pairs, out=single),
-        compiled(capability, linear, narrow | one | gate_up, 1, x=pairs, out=half),
-        compiled(capability, linear, wide | member, 8, x=pairs, out=half),
+        compiled(capability, linear, narrow | one | gate_up, 1, maxnreg=128, x=pairs, out=half),
+        compiled(capability, linear, wide | member, 2, x=pairs, out=half),
         compiled(capability, kernels._norm_kernel, norm | rank, 4, out=half),
         compiled(capability, kernels._inner_kernel, {"K": 11008, "BLOCK": decode_ops.CHUNK, **rank}, 4),
         compiled(capability, kernels._attention_kernel, attention(capability, 64, 1, 1), 4),
