@@ -32,6 +32,7 @@ from transformers.masking_utils import sdpa_mask
 
 from fused_ops import DropoutClock, fuse, triton
 from memory_utils import peak_gib
+from sampling_kernels import runs_on, sample
 
 CHUNK = 2048  # tokens of prompts that one forward processes: 90 MiB of a 3B's widest activation
 SHORT_CHUNK = 128  # what is left of a prompt, padded to this, is one graph: a forward in Python takes 40-70 ms
@@ -167,11 +168,19 @@ def choose_tokens(config: GenerationConfig, history: torch.Tensor, logits: torch
     """Return the next token of each row, [batch]. history: what the repetition penalty sees; logits: fp32 [batch,
     vocabulary].
 
-    A top_k that leaves at most half of NEAREST is looked for among the NEAREST largest, since top_p would sort the
-    whole vocabulary; the other half is for what ties with the last one, which top_k keeps.
+    top_p would sort the whole vocabulary: 200 us of a 3B's 2,070 us a token on an H100, of 32 sequences 930 us of 6,000.
+    Without top_k kernels draw from what it keeps without sorting. A top_k that leaves at most half of NEAREST is looked
+    for among the NEAREST largest; the other half is for what ties with the last one, which top_k keeps.
     """
     known = processors(config)
-    nearest = any(isinstance(p, TopKLogitsWarper) and p.top_k <= NEAREST // 2 for p in known)
+    top_k = next((p.top_k for p in known if isinstance(p, TopKLogitsWarper)), None)
+    if config.do_sample and top_k is None and runs_on(logits.device):
+        alone = (RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper)  # they change each score by itself
+        scores = LogitsProcessorList(p for p in known if isinstance(p, alone))(history, logits)
+        # From torch's generator, on the device: manual_seed fixes the answer, and each replay of a graph draws anew.
+        seed = torch.randint(2**62, (1,), device=logits.device)
+        return sample(scores, seed, config.top_p, config.min_p)
+    nearest = top_k is not None and top_k <= NEAREST // 2
     if not nearest or logits.shape[-1] <= NEAREST:
         return draw(known(history, logits), config.do_sample)
     # The penalty counts by token; the others look at the scores only, in any order.
