@@ -116,22 +116,6 @@ if triton is not None:
         return tl.load(words, mask=real[:, :, None]), tl.load(words + 4, mask=real[:, :, None]), constant, factor
 
     @triton.jit
-    def _fetch(codes, row, rows, RUNS: tl.constexpr, ROWS: tl.constexpr):
-        """Have ROWS rows from this one on come to the L2 cache, as one request of one thread."""
-        words = tl.minimum(tl.maximum(rows - row, 0), ROWS) * (RUNS * 8)
-        tl.inline_asm_elementwise(
-            """{
-            .reg .pred one; .reg .u32 thread;
-            mov.u32 thread, %tid.x;
-            setp.eq.u32 one, thread, 0;
-            setp.gt.and.s32 one, $2, 0, one;
-            @one cp.async.bulk.prefetch.L2.global [$1], $2;
-            mov.u32 $0, 0;
-            }""",
-            "=r,l,r", [(codes + row * (RUNS * 8)).to(tl.int64), words * 4], tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-
-    @triton.jit
     def _products(
         low, high, constant, x, lut, level, BLOCKS: tl.constexpr, dtype: tl.constexpr, SHUFFLE: tl.constexpr
     ):  # fmt: skip
@@ -175,6 +159,34 @@ if triton is not None:
                 bias += tl.sum(b * sums[None], 1)
         return bias + tl.sum(total, 1)
 
+    @triton.jit
+    def _member(
+        program, EACH: tl.constexpr,
+        codes0, absmax0, second0, offset0, bias0, B0, rows0, rank0, scale0,
+        codes1, absmax1, second1, offset1, bias1, B1, rows1, rank1, scale1,
+        codes2, absmax2, second2, offset2, bias2, B2, rows2, rank2, scale2,
+    ):  # fmt: skip
+        """Return a program's number within its linear, the outputs before that one, which it is, and what it has, where
+        the programs of each take EACH of its rows.
+        """
+        end0 = tl.cdiv(rows0, EACH)
+        end1 = end0 + tl.cdiv(rows1, EACH)
+        first_outputs = 0
+        member = 0
+        if program >= end1:
+            program -= end1
+            first_outputs = rows0 + rows1
+            member = 2
+            codes0, absmax0, second0, offset0, bias0, B0 = codes2, absmax2, second2, offset2, bias2, B2
+            rows0, rank0, scale0 = rows2, rank2, scale2
+        elif program >= end0:
+            program -= end0
+            first_outputs = rows0
+            member = 1
+            codes0, absmax0, second0, offset0, bias0, B0 = codes1, absmax1, second1, offset1, bias1, B1
+            rows0, rank0, scale0 = rows1, rank1, scale1
+        return program, first_outputs, member, codes0, absmax0, second0, offset0, bias0, B0, rows0, rank0, scale0
+
     @triton.jit(do_not_specialize=["rank0", "rank1", "rank2"])  # a rank of 1 would be of another type than one of 0
     def _linear_kernel(
         x, u, residual, out, flat, lut, code2,
@@ -184,13 +196,13 @@ if triton is not None:
         MODE: tl.constexpr, MEMBERS: tl.constexpr, K: tl.constexpr, OUTPUTS: tl.constexpr, RANK: tl.constexpr,
         PARTS: tl.constexpr, PARTS_2: tl.constexpr, BIAS: tl.constexpr, NESTED: tl.constexpr, BLOCKSIZE: tl.constexpr,
         BLOCKSIZE2: tl.constexpr, ROWS: tl.constexpr, LOOP: tl.constexpr, BLOCKS: tl.constexpr, TWO: tl.constexpr,
-        AHEAD: tl.constexpr, SHUFFLE: tl.constexpr, HALF: tl.constexpr, OVERLAP: tl.constexpr,
+        SHUFFLE: tl.constexpr, HALF: tl.constexpr, OVERLAP: tl.constexpr,
     ):  # fmt: skip
         """Up to three 4-bit linears with adapters that read one x; a program takes LOOP times ROWS rows of one.
 
         TWO: and as many more with the same inputs, of the second matrix in MODE "swiglu" or of its own second half. Rows
         are taken in pieces of BLOCKS runs of 64 weights; the next piece's weights are loaded while the present one's are
-        used, and those of AHEAD times ROWS later rows come to the L2 cache meanwhile.
+        used.
         MODE "stack": out [outputs of all], fp32. "residual": residual + y to out. "swiglu": silu(first) * second to out
         in the order of `_place`, and to flat as it is.
         """
@@ -204,20 +216,12 @@ if triton is not None:
         MORE: tl.constexpr = LOOP * PIECES > 1
         WIDTH: tl.constexpr = RANK if RANK > BLOCKS else BLOCKS
         if MODE == "stack":
-            end0 = tl.cdiv(rows0, ROWS * LOOP)
-            end1 = end0 + tl.cdiv(rows1, ROWS * LOOP)
-            if program >= end1:
-                program -= end1
-                first_outputs = rows0 + rows1
-                member = 2
-                codes0, absmax0, second0, offset0, bias0, B0 = codes2, absmax2, second2, offset2, bias2, B2
-                rows0, rank0, scale0 = rows2, rank2, scale2
-            elif program >= end0:
-                program -= end0
-                first_outputs = rows0
-                member = 1
-                codes0, absmax0, second0, offset0, bias0, B0 = codes1, absmax1, second1, offset1, bias1, B1
-                rows0, rank0, scale0 = rows1, rank1, scale1
+            program, first_outputs, member, codes0, absmax0, second0, offset0, bias0, B0, rows0, rank0, scale0 = _member(
+                program, ROWS * LOOP,
+                codes0, absmax0, second0, offset0, bias0, B0, rows0, rank0, scale0,
+                codes1, absmax1, second1, offset1, bias1, B1, rows1, rank1, scale1,
+                codes2, absmax2, second2, offset2, bias2, B2, rows2, rank2, scale2,
+            )  # fmt: skip
         half = 0  # where the second rows begin
         if TWO and not SWIGLU:
             codes1, absmax1, second1, offset1, bias1, B1 = codes0, absmax0, second0, offset0, bias0, B0
@@ -225,8 +229,7 @@ if triton is not None:
             half = tl.cdiv(rows0, 2)
             rows0 = half
         stride = tl.cdiv(rows0, ROWS * LOOP) * ROWS
-        start = program * ROWS
-        row = start + tl.arange(0, ROWS)
+        row = program * ROWS + tl.arange(0, ROWS)
         level = lane_level(lut, SHUFFLE)
         shift = tl.load(offset0) if NESTED else 0.0
         shift1 = tl.load(offset1) if NESTED and TWO else 0.0
@@ -238,11 +241,6 @@ if triton is not None:
         b1, bias1_ = b, bias
         if TWO:
             b1, bias1_ = _adapter_rows(B1, bias1, half + row, rows1, rank1, RANK, WIDTH, BIAS)
-        # Of rows in several pieces the first's others too.
-        for i in tl.static_range(0 if PIECES > 1 else 1, min(AHEAD + 1, LOOP) if AHEAD > 0 else 0):
-            _fetch(codes0, start + i * stride, rows0, RUNS, ROWS)
-            if TWO:
-                _fetch(codes1, half + start + i * stride, rows1, RUNS, ROWS)
         _wait(OVERLAP)
         inputs = _inputs(x, 0, RUNS, BLOCKS)  # stay in registers if there is one piece
         sums = level
@@ -259,11 +257,6 @@ if triton is not None:
                 next_b, next_bias = _adapter_rows(B0, bias0, next_row, rows0, rank0, RANK, WIDTH, BIAS)
                 if TWO:
                     next_b1, next_bias1 = _adapter_rows(B1, bias1, half + next_row, rows1, rank1, RANK, WIDTH, BIAS)
-            if LOOP > AHEAD + 1 and AHEAD > 0:
-                later = start + (AHEAD + 1) * stride
-                _fetch(codes0, later, rows0, RUNS, ROWS)
-                if TWO:
-                    _fetch(codes1, half + later, rows1, RUNS, ROWS)
             if MODE == "residual":
                 bias += tl.load(residual + row, mask=row < rows0, other=0.0).to(tl.float32)
                 if TWO:
@@ -311,7 +304,6 @@ if triton is not None:
                 if TWO:
                     tl.store(out + first_outputs + half + row, y1.to(out_type), mask=half + row < rows1)
             row = next_row
-            start += stride
             b, bias, b1, bias1_ = next_b, next_bias, next_b1, next_bias1
 
     @triton.jit(do_not_specialize=["rank0", "rank1", "rank2"])
@@ -603,20 +595,12 @@ if triton is not None:
         first_outputs = 0
         member = 0
         if not SWIGLU:
-            end0 = tl.cdiv(rows0, ROWS)
-            end1 = end0 + tl.cdiv(rows1, ROWS)
-            if program >= end1:
-                program -= end1
-                first_outputs = rows0 + rows1
-                member = 2
-                codes0, absmax0, second0, offset0, bias0, B0 = codes2, absmax2, second2, offset2, bias2, B2
-                rows0, rank0, scale0 = rows2, rank2, scale2
-            elif program >= end0:
-                program -= end0
-                first_outputs = rows0
-                member = 1
-                codes0, absmax0, second0, offset0, bias0, B0 = codes1, absmax1, second1, offset1, bias1, B1
-                rows0, rank0, scale0 = rows1, rank1, scale1
+            program, first_outputs, member, codes0, absmax0, second0, offset0, bias0, B0, rows0, rank0, scale0 = _member(
+                program, ROWS,
+                codes0, absmax0, second0, offset0, bias0, B0, rows0, rank0, scale0,
+                codes1, absmax1, second1, offset1, bias1, B1, rows1, rank1, scale1,
+                codes2, absmax2, second2, offset2, bias2, B2, rows2, rank2, scale2,
+            )  # fmt: skip
         row, m = program * ROWS + tl.arange(0, ROWS), tl.arange(0, M)
         share: tl.constexpr = (K // 8 + STEP * SPLITS - 1) // (STEP * SPLITS) * STEP
         start = split * share

@@ -47,7 +47,6 @@ class Layout:
     # Warps of a multiprocessor, which share out the outputs: with 128 registers a thread it has room for 16.
     warps: int = 16
     light_warps: int = 24  # the same where each then has a single output, which takes 64 registers
-    ahead: int = 1  # outputs of a program whose weights come to the L2 cache before it loads them (sm_90 and later)
     positions: int = 32  # of a tile of the cache
     # A kernel starts, and loads weights, before the one before has ended (sm_90 and later): 1,832 us a token of a 3B on an
     # H100 in place of 2,152.
@@ -170,8 +169,7 @@ class Linears:
         kernels._linear_kernel[(sum(triton.cdiv(n, each * loop) for n in rows),)](
             self.x.view(torch.int32), self.u, residual, out, flat, *self.arguments, **self.constants, MODE=self.mode,
             OUTPUTS=self.rows[0], PARTS_2=triton.next_power_of_2(self.parts), ROWS=LAYOUT.rows, LOOP=loop, BLOCKS=blocks,
-            TWO=two, AHEAD=LAYOUT.ahead if self.constants["OVERLAP"] else 0, num_warps=warps, num_stages=1,
-            **registers,
+            TWO=two, num_warps=warps, num_stages=1, **registers,
         )  # fmt: skip
 
 

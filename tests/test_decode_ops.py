@@ -291,7 +291,7 @@ def test_kernels_compile_within_the_shared_memory_of_each_card(capability):
     pytest.importorskip("triton", reason="pip install triton: the kernels need it")
     import decode_kernels as kernels
 
-    every = packed(capability) | {"ROWS": decode_ops.LAYOUT.rows, "OUTPUTS": 11008, "AHEAD": int(capability >= 90)}
+    every = packed(capability) | {"ROWS": decode_ops.LAYOUT.rows, "OUTPUTS": 11008}
     narrow, wide = every | {"K": 2048, "BLOCKS": 32, "LOOP": 6}, every | {"K": 11008, "BLOCKS": 64, "LOOP": 1}
     rank = {name: every[name] for name in ("RANK", "OVERLAP")}
     one = {"PARTS": 1, "PARTS_2": 1}
