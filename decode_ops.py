@@ -20,7 +20,8 @@ from transformers.activations import SiLUActivation
 from transformers.cache_utils import StaticLayer
 
 import decode_kernels as kernels
-from fused_ops import ATTENTIONS, MLPS
+from attention_ops import ATTENTIONS
+from fused_ops import MLPS
 from nf4_lookup import INTERPRETED, tl, triton
 
 

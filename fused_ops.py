@@ -1,5 +1,5 @@
-"""What makes training fast without changing what is learned: dropout masks without state, attention without a mask
-tensor, and cross entropy over a frozen head that never holds the logits whole.
+"""What makes training fast without changing what is learned: dropout masks without state, cross entropy that never holds the
+logits whole, 4-bit linears with their adapters as one operator, layers compiled once, a micro-batch captured as a graph.
 """
 
 import contextlib
@@ -9,7 +9,7 @@ import inspect
 import logging
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import bitsandbytes as bnb
@@ -19,15 +19,13 @@ import torch.nn.functional as F
 from peft import PeftModel
 from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
 from torch import nn
-from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.activations import SiLUActivation
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
+import training_kernels
+from attention_ops import ATTENTIONS, CAUSAL, attend
 from config import ConfigError, PerformanceConfig
-from nf4_lookup import INTERPRETED, lane_level, levels, tl, triton
+from nf4_lookup import INTERPRETED, triton
 
 # ------------------------------------------------------------------------------------------------ stateless dropout
 
@@ -143,214 +141,6 @@ def use_stateless_dropout(model: nn.Module, p: float, clock: DropoutClock) -> in
     return count
 
 
-# ------------------------------------------------------------------------------------------------ attention, no mask
-
-CAUSAL = "sdpa_causal"
-# Attention classes whose forward is that of `_fused_attention`; what is not here keeps its own, each linear fused alone.
-ATTENTIONS = {"Qwen2Attention", "Qwen3Attention", "LlamaAttention", "MistralAttention"}
-# Both take fewer heads of k and v than of q; from torch 2.12 on the wrapper wants to be told, 2.11 has no such argument.
-GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-
-
-def _no_mask(
-    *, kv_length: int, config: Any, local_size: int | None = None, allow_is_causal_skip: bool = True, **kwargs
-) -> torch.Tensor | None:
-    """Return no mask, so that SDPA takes its is_causal path; a real one where the length exceeds a sliding window.
-
-    Where transformers found positions that restart (it then allows no skip, as it also does in a captured graph, packed
-    or not), a block-diagonal one, or in its place the starts of the samples, which `_attention` reads.
-    """
-    packed = getattr(config, "packed_samples", False) and not allow_is_causal_skip
-    slides = local_size is not None and kv_length > local_size
-    if not packed and not slides:
-        return None
-    if packed and not slides and config.varlen_samples:
-        batch, apart = kwargs["batch_size"], kwargs["mask_function"]
-        return sample_starts(apart, batch, kv_length, most_samples(config.varlen_samples, batch), kwargs["device"])
-    kwargs.update(allow_is_causal_skip=allow_is_causal_skip, config=config)
-    return sdpa_mask(kv_length=kv_length, local_size=local_size, **kwargs)
-
-
-def most_samples(samples: Sequence[int], batch: int) -> int:
-    """Return how many samples a batch may hold at most. samples: those of the fullest blocks, in descending order.
-
-    Two more a row: the pads of `collate`, and those of a captured step, which fill a row without a block with two.
-    """
-    return sum(samples[:batch]) + 2 * batch
-
-
-def sample_starts(sees: Callable, batch: int, length: int, most: int, device: torch.device) -> torch.Tensor:
-    """Return where samples start in a flattened batch, int32 [most + 1], the rest filled with its end: cu_seqlens.
-
-    sees(row, head, query, key): transformers' mask function; a sample starts where a token does not see the one before.
-    Nothing waits for the GPU. An empty sample is not free: the backward's buffers have 128 rows for each (flash_api.cpp
-    of PyTorch), 1 MiB of Qwen2.5-3B, so `most` is what blocks can hold and not the number of tokens.
-    """
-    row, token = torch.arange(batch, device=device)[:, None], torch.arange(length, device=device)[None]
-    starts = (token == 0) | ~sees(row, 0, token, (token - 1).clamp_min(0))
-    numbers = torch.arange(1, most + 2, device=device)
-    return torch.searchsorted(starts.flatten().cumsum(0), numbers, out_int32=True)
-
-
-@torch.library.custom_op("qlora::attention", mutates_args=())
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return cuDNN's causal attention, like q, and the logarithms of its sums, fp32 [batch, heads, length, 1].
-
-    q: [batch, length, heads, width], k and v perhaps of fewer heads; bfloat16 or float16, without a gap in memory.
-    PyTorch keeps cuDNN's graphs by the strides of q, k and v alone, and a compiled layer has others for the output and
-    its gradient than the same layer run as it is: whichever came second in a process read its gradient in the wrong
-    order (torch 2.11, H100: q, k and v off by 150 %, the loss right). Here every tensor has one order, in every run.
-    """
-    q, k, v = (x.contiguous().transpose(1, 2) for x in (q, k, v))
-    out, logs, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, scale=scale)
-    return out.transpose(1, 2).contiguous(), logs.contiguous()
-
-
-@attention.register_fake
-def _(q, k, v, scale):
-    batch, length, heads, _ = q.shape
-    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(
-        batch, heads, length, 1, dtype=torch.float32
-    )
-
-
-@torch.library.custom_op("qlora::attention_backward", mutates_args=())
-def attention_backward(
-    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, logs: torch.Tensor,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Return the gradients of q, k and v."""
-    grad, q, k, v, out = (x.contiguous().transpose(1, 2) for x in (grad, q, k, v, out))
-    seed, length = torch.empty((), dtype=torch.int64, device=q.device), q.shape[2]  # of dropout, which there is not
-    grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-        grad, q, k, v, out, logs, seed, seed, None, None, None, length, length, 0.0, True, scale=scale
-    )
-    return tuple(x.transpose(1, 2).contiguous() for x in grads)
-
-
-@attention_backward.register_fake
-def _(grad, q, k, v, out, logs, scale):
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-
-
-def _attention_setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:3], *output)
-    ctx.scale = inputs[3]
-
-
-attention.register_autograd(
-    lambda ctx, grad, _: (*attention_backward(grad, *ctx.saved_tensors, ctx.scale), None),
-    setup_context=_attention_setup,
-)
-
-
-def cudnn_serves(model: nn.Module) -> bool:
-    """Return whether `attention` is for this model and GPU: those where PyTorch itself prefers cuDNN's kernels."""
-    config, device, dtype = model.config, model.device, model.get_input_embeddings().weight.dtype
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return (
-        any(type(module).__name__ in ATTENTIONS for module in model.modules())
-        and device.type == "cuda"
-        and torch.cuda.get_device_capability(device) in ((9, 0), (10, 0))
-        and torch.backends.cudnn.is_available()
-        and dtype in (torch.bfloat16, torch.float16)
-        and width % 8 == 0
-        and width <= 128
-        and not getattr(config, "attention_dropout", 0.0)
-    )
-
-
-def _attention(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None,
-    scaling: float | None = None, **kwargs,
-) -> tuple[torch.Tensor, None]:  # fmt: skip
-    """Return cuDNN's or SDPA's attention, or PyTorch's varlen attention where sample_starts stand in the mask's place.
-
-    query: [batch, heads, length, width], key and value perhaps of fewer heads; result: [batch, length, heads, width].
-    """
-    if attention_mask is None and getattr(module.config, "cudnn_attention", False):
-        return attention(*(x.transpose(1, 2) for x in (query, key, value)), scaling)[0], None
-    if attention_mask is None or attention_mask.ndim != 1:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    (batch, _, length, _), starts = query.shape, attention_mask
-    q, k, v = (x.transpose(1, 2).contiguous().flatten(0, 1) for x in (query, key, value))
-    mixed = varlen_attn(q, k, v, starts, starts, length, length, scale=scaling, window_size=(-1, 0), **GROUPED)
-    return mixed.unflatten(0, (batch, length)), None
-
-
-def varlen_obstacle(model: nn.Module, length: int) -> str | None:
-    """Return why packed samples in blocks of `length` take a mask, None where varlen attention keeps them apart."""
-    config, device, dtype = model.config, model.device, model.get_input_embeddings().weight.dtype
-    known = any(type(module).__name__ in ATTENTIONS for module in model.modules())
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    window = getattr(config, "sliding_window", None) or length
-    if config._attn_implementation != CAUSAL:
-        return f"model.attn_implementation {config._attn_implementation}"
-    if not known:
-        return f"{type(model).__name__} has another attention"
-    if device.type != "cuda":
-        return "there is no CUDA GPU"
-    if torch.cuda.get_device_capability(device) < (8, 0) or not torch.backends.cuda.is_flash_attention_available():
-        return "this GPU or this build of PyTorch has no FlashAttention"
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"FlashAttention does not compute in {dtype}"
-    if width % 8 or width > 192:  # wider ones have a backward on some cards only
-        return f"FlashAttention does not train heads {width} wide"
-    if window < length:
-        return f"a sliding window of {window} tokens"
-    if getattr(config, "attention_dropout", 0.0):
-        return "attention_dropout"
-    return None
-
-
-@torch.no_grad()
-def _check_packing(model: nn.Module) -> None:
-    """Refuse a model that lets packed samples see each other: a state that runs on, attention without positions."""
-    training, decoder = model.training, model.eval().get_decoder()
-    samples = torch.arange(1, 17, device=model.device).view(2, 8)  # two rows, as other kernels serve a batch of one
-    positions = torch.arange(4, device=model.device).repeat(2, 2)
-    others = torch.cat([samples.flip(0)[:, :4], samples[:, 4:]], 1)  # with another sample before the last four tokens
-    first, second = (
-        decoder(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state[:, 4:]
-        for ids in (samples, others)
-    )
-    model.train(training)
-    if not torch.allclose(first, second, rtol=1e-2, atol=1e-2):
-        raise ConfigError(
-            f"data.packing: {type(model).__name__} with model.attn_implementation {model.config._attn_implementation} "
-            "does not keep packed samples apart; set data.packing false"
-        )
-
-
-def keep_samples_apart(model: nn.Module, length: int, samples: Sequence[int]) -> str:
-    """Have packed samples, whose position_ids restart, not see each other; return the line that says how.
-
-    After use_causal_attention. length: of a block. samples: how many the fullest blocks hold, in descending order, for
-    as many blocks as a batch has. Raises ConfigError for a model that lets them see each other all the same.
-    """
-    obstacle = varlen_obstacle(model, length)
-    model.config.packed_samples, model.config.varlen_samples = True, None if obstacle else list(samples)
-    _check_packing(model)
-    return f"packed samples: {f'with a mask: {obstacle}' if obstacle else 'varlen attention'}"
-
-
-def use_causal_attention(model: nn.Module) -> bool:
-    """Train without mask tensors: blocks are full and padding is on the right, so causality alone is exact.
-
-    transformers builds a 4-D mask where it cannot look at the data (in a captured graph); this keeps the fast path
-    of SDPA. Returns whether the model was switched: only one that runs `sdpa` is.
-    """
-    model.config.packed_samples = False
-    plain = model.config._attn_implementation == "sdpa"
-    if plain:
-        torch.backends.cuda.enable_cudnn_sdp(False)  # what `attention` does not take; its docstring says why
-        model.config.cudnn_attention = cudnn_serves(model)
-        AttentionInterface.register(CAUSAL, _attention)
-        AttentionMaskInterface.register(CAUSAL, _no_mask)
-        model.set_attn_implementation(CAUSAL)
-    return plain
-
-
 # ------------------------------------------------------------------------------------------------ cross entropy
 
 
@@ -421,153 +211,7 @@ def shift_labels(labels: torch.Tensor) -> torch.Tensor:
     return F.pad(labels[:, 1:], (0, 1), value=-100)
 
 
-# ------------------------------------------------------------------------------------------------ Triton kernels
-
-if triton is not None:  # without it the same operators run as a few torch calls
-
-    @triton.jit
-    def _mix(x):
-        """`mix` on uint32, whose shifts are logical."""
-        x ^= x >> 16
-        x *= 0x7FEB352D
-        x ^= x >> 15
-        x *= 0x846CA68B
-        x ^= x >> 16
-        return x
-
-    @triton.jit
-    def _keep(step, sequences, salt, rows, pairs, length, threshold):
-        """The mask of dropout_mask for a tile, bool [rows, 2 pairs]."""
-        key = _mix((tl.load(step) ^ tl.load(salt)).to(tl.uint32, bitcast=True))
-        sequence = tl.load(sequences + rows // length).to(tl.uint32, bitcast=True)
-        key = _mix(_mix(key ^ sequence) ^ _mix((rows % length).to(tl.uint32)))
-        bits = _mix(key[:, None] ^ (pairs.to(tl.uint32) * 0x9E3779B1)[None])
-        return tl.interleave((bits & 0xFFFF) >= threshold, (bits >> 16) >= threshold)
-
-    @triton.jit
-    def _sigmoid(x):
-        """1 / (1 + exp(-x)) by a reciprocal square root: exact division takes a scaling and a branch more."""
-        root = tl.rsqrt(1.0 + tl.exp2(x * -1.4426950408889634))
-        return root * root
-
-    # Not told that `packed` is aligned, a thread loads one word of eight codes, whose weights it writes as 16 bytes; told,
-    # it would load four, and exchange what comes of them through shared memory.
-    @triton.jit(do_not_specialize_on_alignment=["packed"])
-    def _dequantize_kernel(
-        packed, absmax, absmax2, offset, code2, lut, B0, B1, B2, out, blocks, rows, rows0, rows1, stride, rank, extra,
-        scale, programs, NESTED: tl.constexpr, BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr,
-        ROW_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr, BLOCK_R: tl.constexpr,
-        SHUFFLE: tl.constexpr,
-    ):  # fmt: skip
-        """Write a run of W's quantisation blocks into [W | scale B]; the programs past the last write B's columns.
-
-        6 instructions a weight: with a gather through shared memory in place of shuffles it was 10.
-        """
-        program = tl.program_id(0)
-        dtype = out.dtype.element_ty
-        if program < programs:
-            first = program * BLOCKS
-            block = first + tl.arange(0, BLOCKS)
-            inside = block < blocks
-            word = tl.arange(0, BLOCKS)[:, None] * (BLOCKSIZE // 8) + tl.arange(0, BLOCKSIZE // 8)[None]
-            codes = tl.load(packed + first.to(tl.int64) * (BLOCKSIZE // 8) + word, mask=inside[:, None], other=0)
-            level = lane_level(lut, SHUFFLE)
-            if NESTED:  # one constant a block of 64 weights, itself a code of 8 bits
-                constant = tl.load(code2 + tl.load(absmax + block, mask=inside, other=0).to(tl.int32))
-                second = block // BLOCKSIZE2
-                constant = constant * tl.load(absmax2 + second, mask=inside, other=0.0)
-                constant += tl.load(offset + second, mask=inside, other=0.0)
-            else:
-                constant = tl.load(absmax + block, mask=inside, other=0.0)
-            w0, w1, w2, w3, w4, w5, w6, w7 = levels(codes, lut, level, SHUFFLE)
-            even = tl.interleave(tl.interleave(w0, w4), tl.interleave(w2, w6))
-            odd = tl.interleave(tl.interleave(w1, w5), tl.interleave(w3, w7))
-            values = (tl.interleave(even, odd) * constant[:, None]).to(dtype)
-            column = first % ROW_BLOCKS + tl.arange(0, BLOCKS)  # of blocks, from the first one's row on
-            place = out + (first // ROW_BLOCKS).to(tl.int64) * stride + tl.arange(0, BLOCKSIZE)[None]
-            place += (column * BLOCKSIZE + column // ROW_BLOCKS * (stride - ROW_BLOCKS * BLOCKSIZE))[:, None]
-            tl.store(place, values, mask=inside[:, None])
-        else:  # member i's rows have its B in columns i rank to (i + 1) rank, and zeros
-            row = ((program - programs) * ROWS + tl.arange(0, ROWS))[:, None]
-            j = tl.arange(0, BLOCK_R)[None]
-            in0 = (row < rows0) & (j < rank)
-            in1 = (row >= rows0) & (row < rows0 + rows1) & (j >= rank) & (j < 2 * rank)
-            in2 = (row >= rows0 + rows1) & (row < rows) & (j >= 2 * rank) & (j < 3 * rank)
-            b = tl.load(B0 + row * rank + j, mask=in0, other=0.0)
-            b += tl.load(B1 + (row - rows0) * rank + j - rank, mask=in1, other=0.0)
-            b += tl.load(B2 + (row - rows0 - rows1) * rank + j - 2 * rank, mask=in2, other=0.0)
-            target = out + row.to(tl.int64) * stride + ROW_BLOCKS * BLOCKSIZE + j
-            tl.store(target, (b * scale).to(dtype), mask=(j < extra) & (row < rows))
-
-    @triton.jit
-    def _widen_kernel(
-        x, wide, dropped, step, sequences, salt, rows, length, columns, stride, threshold, inverse,
-        SWIGLU: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-    ):  # fmt: skip
-        """Copy x (or SwiGLU of [gate | up]) into the wide operand and, where asked, dropout(x) beside it."""
-        m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-        k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-        row = m.to(tl.int64)[:, None]
-        inside = (m < rows)[:, None] & (k < columns)[None]
-        if SWIGLU:
-            place = x + row * (2 * columns) + k[None]
-            gate = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-            up = tl.load(place + columns, mask=inside, other=0.0).to(tl.float32)
-            tile = (gate * _sigmoid(gate) * up).to(wide.dtype.element_ty)
-        else:
-            tile = tl.load(x + row * columns + k[None], mask=inside, other=0.0)
-        tl.store(wide + row * stride + k[None], tile, mask=inside)
-        if DROPOUT:
-            pairs = tl.program_id(1) * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
-            keep = _keep(step, sequences, salt, m, pairs, length, threshold)
-            tile = tl.where(keep, tile.to(tl.float32) * inverse, 0.0).to(tile.dtype)
-            tl.store(dropped + row * columns + k[None], tile, mask=inside)
-
-    @triton.jit
-    def _widen_backward_kernel(
-        wide, x, other, A, step, sequences, salt, rows, length, columns, stride, extra, threshold, inverse,
-        SWIGLU: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-        BLOCK_R: tl.constexpr,
-    ):  # fmt: skip
-        """Complete dx in [dx | du] by mask (du A), and write what dA needs, dropout(x).
-
-        With SwiGLU the gradients of [gate | up] go to `other` and dropout(SwiGLU) takes dx's place; else dropout(x)
-        goes to `other`.
-        """
-        m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-        k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-        j = tl.arange(0, BLOCK_R)
-        row = m.to(tl.int64)[:, None]
-        inside = (m < rows)[:, None] & (k < columns)[None]
-        dtype = wide.dtype.element_ty
-        target = wide + row * stride + k[None]
-        grad = tl.load(target, mask=inside, other=0.0).to(tl.float32)
-        if SWIGLU:  # all loads stand before the product, whose barriers no load crosses
-            place = row * (2 * columns) + k[None]
-            gate = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
-            up = tl.load(x + place + columns, mask=inside, other=0.0).to(tl.float32)
-        else:
-            tile = tl.load(x + row * columns + k[None], mask=inside, other=0.0).to(tl.float32)
-        a = tl.load(A + j[:, None] * columns + k[None], mask=(j < extra)[:, None] & (k < columns)[None], other=0.0)
-        du = tl.load(wide + row * stride + columns + j[None], mask=(m < rows)[:, None] & (j < extra)[None], other=0.0)
-        back = tl.dot(du, a)
-        if DROPOUT:
-            pairs = tl.program_id(1) * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
-            keep = _keep(step, sequences, salt, m, pairs, length, threshold)
-            back = tl.where(keep, back * inverse, 0.0)
-        grad += back
-        if SWIGLU:
-            sigmoid = _sigmoid(gate)
-            silu = gate * sigmoid
-            tile = silu * up
-            tl.store(other + place, (grad * up * (sigmoid + silu * (1 - sigmoid))).to(dtype), mask=inside)
-            tl.store(other + place + columns, (grad * silu).to(dtype), mask=inside)
-            if DROPOUT:
-                tile = tl.where(keep, tile * inverse, 0.0)
-            tl.store(target, tile.to(dtype), mask=inside)
-        else:
-            tl.store(target, grad.to(dtype), mask=inside)
-            tl.store(other + row * columns + k[None], tl.where(keep, tile * inverse, 0.0).to(dtype), mask=inside)
+# ------------------------------------------------------------------------------------------------ layouts of the kernels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -653,7 +297,7 @@ def widen(x: torch.Tensor, A: torch.Tensor, masks: Masks, swiglu: bool, kernels:
     if kernels:
         dropped = x.new_empty(len(x), columns) if masks.p > 0 else wide[:, :columns]
         grid = (triton.cdiv(len(x), WIDEN.block_m), triton.cdiv(columns, WIDEN.block_k))
-        _widen_kernel[grid](
+        training_kernels.widen_kernel[grid](
             x, wide, dropped, masks.step, masks.sequences, masks.salt, len(x), masks.length, columns, columns + extra,
             drop_threshold(masks.p), 1 / (1 - masks.p), SWIGLU=swiglu, DROPOUT=masks.p > 0, BLOCK_M=WIDEN.block_m,
             BLOCK_K=WIDEN.block_k, num_warps=WIDEN.warps,
@@ -678,7 +322,7 @@ def widen_backward(
         other = torch.empty_like(x)
         launch = backward_launch(extra)
         grid = (triton.cdiv(len(x), launch.block_m), triton.cdiv(columns, launch.block_k))
-        _widen_backward_kernel[grid](
+        training_kernels.widen_backward_kernel[grid](
             wide, x, other, A, masks.step, masks.sequences, masks.salt, len(x), masks.length, columns, columns + extra,
             extra, drop_threshold(masks.p), 1 / (1 - masks.p), SWIGLU=swiglu, DROPOUT=masks.p > 0,
             BLOCK_M=launch.block_m, BLOCK_K=launch.block_k, BLOCK_R=_power(extra or 1), num_warps=launch.warps,
@@ -721,7 +365,7 @@ def extended_weight(W: Packed, B: list[torch.Tensor], scale: float, dtype: torch
         programs, b = triton.cdiv(rows * row_blocks, DEQUANTIZE.block_m), [*B, W.lut, W.lut, W.lut]
         block_r = _power(extra or 1)
         b_rows = max(1, 1024 // block_r)  # of B for a program: more would take more registers than W does
-        _dequantize_kernel[(programs + (triton.cdiv(rows, b_rows) if B else 0),)](
+        training_kernels.dequantize_kernel[(programs + (triton.cdiv(rows, b_rows) if B else 0),)](
             W.codes.view(torch.int32), absmax, absmax2, offset, code2, W.lut, *b[:3], out, rows * row_blocks, rows,
             len(B[0]) if B else 0, len(B[1]) if len(B) > 1 else rows, out.stride(0), rank, extra, scale, programs,
             NESTED=nested, BLOCKSIZE=W.blocksizes[0], BLOCKSIZE2=W.blocksizes[1], ROW_BLOCKS=row_blocks,
@@ -960,7 +604,7 @@ def _fused_attention(self, hidden_states, position_embeddings, attention_mask=No
     rotate = sys.modules[type(self).__module__].apply_rotary_pos_emb
     q, k = rotate(q.transpose(1, 2), k.transpose(1, 2), *position_embeddings)
     v = v.contiguous().transpose(1, 2)  # else the backward would keep all of q, k and v for the sake of v
-    mixed, weights = _attention(self, q, k, v, attention_mask, scaling=self.scaling)
+    mixed, weights = attend(self, q, k, v, attention_mask, scaling=self.scaling)
     return self.fused_out(mixed.reshape(*shape, -1)), weights
 
 

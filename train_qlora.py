@@ -90,6 +90,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
+import attention_ops
 import checkpoint_utils
 import data_utils
 import fused_ops
@@ -783,8 +784,8 @@ def build_learner(
     transformers.set_seed(seed)  # of the fresh adapter
     peft_model = prepare_model_for_training(model, create_lora_config(**vars(config.lora)), plan.checkpointed)
     say(quantization_utils.parameter_line(peft_model))
-    fused_ops.use_causal_attention(model)
-    apart = [fused_ops.keep_samples_apart(model, config.data.max_length, samples)] if samples else []
+    attention_ops.use_causal_attention(model)
+    apart = [attention_ops.keep_samples_apart(model, config.data.max_length, samples)] if samples else []
     clock = fused_ops.DropoutClock(seed, device)
     fused_ops.use_stateless_dropout(peft_model, p, clock)
     loss = SummedLoss(peft_model, dtype)
@@ -883,9 +884,9 @@ def evaluate_adapter(config: Config, adapter: str | None, stride: int | None) ->
     blocks = blocks if stride is None else data_utils.windows_of(blocks, stride)
     if adapter is not None:
         model = quantization_utils.load_adapter(model, adapter)
-    fused_ops.use_causal_attention(model)
+    attention_ops.use_causal_attention(model)
     if samples := sample_counts(blocks)[:1]:
-        fused_ops.keep_samples_apart(model, config.data.max_length, samples)
+        attention_ops.keep_samples_apart(model, config.data.max_length, samples)
     loss = SummedLoss(model.eval(), usable_dtype(config.quantization.compute_dtype))
     say = print if accelerator.is_main_process else (lambda line: None)
     names, sums = ["base"] if adapter is None else ["base", "adapter"], {}

@@ -140,7 +140,7 @@ def varlen_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list]:
     import torch
     import torch.nn.functional as F
 
-    import fused_ops
+    import attention_ops
 
     calls = []
 
@@ -163,8 +163,8 @@ def varlen_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list]:
         return torch.cat(parts, 2)[0].transpose(0, 1)
 
     def switch() -> list:
-        monkeypatch.setattr(fused_ops, "varlen_obstacle", lambda model, length: None)
-        monkeypatch.setattr(fused_ops, "varlen_attn", attend)
+        monkeypatch.setattr(attention_ops, "varlen_obstacle", lambda model, length: None)
+        monkeypatch.setattr(attention_ops, "varlen_attn", attend)
         return calls
 
     return switch

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from tokenizers import normalizers, processors
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+import attention_ops
 import data_utils
 import fused_ops
 import train_qlora
@@ -1041,8 +1042,8 @@ def models(random_models):
         model = AutoModelForCausalLM.from_pretrained(
             random_models(family), dtype=torch.float32, attn_implementation=attention
         )
-        fused_ops.use_causal_attention(model)
-        fused_ops.keep_samples_apart(model, 64, samples)
+        attention_ops.use_causal_attention(model)
+        attention_ops.keep_samples_apart(model, 64, samples)
         return model
 
     return make
@@ -1133,7 +1134,7 @@ def test_the_starts_of_samples_are_read_once_a_forward(models, varlen_on_cpu, se
         calls.clear()
         model(input_ids=torch.zeros_like(positions), position_ids=positions, use_cache=False)
         assert len(calls) == 2 and calls[0] is calls[1]
-        entries = fused_ops.most_samples(sorted(counts, reverse=True), len(positions)) + 1
+        entries = attention_ops.most_samples(sorted(counts, reverse=True), len(positions)) + 1
         table = positions.numpy().copy()
         table[:3, 1:][np.diff(table[:3]) != 1] = 0  # a captured step's pads go on from another number
         assert calls[0].tolist() == starts_in(table, entries)
@@ -1146,12 +1147,12 @@ def test_what_keeps_packed_samples_from_varlen_attention_is_named(random_models,
     def reason(family="qwen2", attention="sdpa", dtype=torch.bfloat16, length=512, config=None, **machine):
         machine = on | machine
         model = AutoModelForCausalLM.from_pretrained(random_models(family), dtype=dtype, attn_implementation=attention)
-        fused_ops.use_causal_attention(model)
+        attention_ops.use_causal_attention(model)
         vars(model.config).update(config or {})
         monkeypatch.setattr(type(model), "device", torch.device(machine["device"]))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: machine["capability"])
         monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: machine["flash"])
-        return fused_ops.varlen_obstacle(model, length)
+        return attention_ops.varlen_obstacle(model, length)
 
     assert [reason(family) for family in ("qwen2", "llama", "qwen3")] == [None] * 3
     assert reason(dtype=torch.float16) is None
@@ -1162,13 +1163,13 @@ def test_what_keeps_packed_samples_from_varlen_attention_is_named(random_models,
     assert reason("mistral") == "a sliding window of 16 tokens" and reason("mistral", length=16) is None
     assert reason(config={"head_dim": 256}) == "FlashAttention does not train heads 256 wide"
     assert reason(config={"attention_dropout": 0.1}) == "attention_dropout"
-    monkeypatch.setattr(fused_ops, "ATTENTIONS", {"LlamaAttention"})
+    monkeypatch.setattr(attention_ops, "ATTENTIONS", {"LlamaAttention"})
     assert reason() == "Qwen2ForCausalLM has another attention"
 
 
 def test_running_text_takes_no_mask_and_one_sample_a_block_neither(models, monkeypatch):
     model, masks = models("qwen2", [2]), []
-    monkeypatch.setattr(fused_ops, "sdpa_mask", lambda **keywords: masks.append(keywords))
+    monkeypatch.setattr(attention_ops, "sdpa_mask", lambda **keywords: masks.append(keywords))
     tokens = torch.arange(16).view(2, 8)
     model(input_ids=tokens, use_cache=False)
     model(input_ids=tokens, position_ids=torch.arange(8).expand(2, 8), use_cache=False)
@@ -1182,9 +1183,9 @@ def test_a_model_that_lets_packed_samples_see_each_other_is_refused(random_model
     decoder = model.get_decoder()
     forward = type(decoder).forward
     monkeypatch.setattr(type(decoder), "forward", lambda self, position_ids=None, **rest: forward(self, **rest))
-    fused_ops.use_causal_attention(model)
+    attention_ops.use_causal_attention(model)
     with pytest.raises(ConfigError, match=r"data\.packing: Qwen2ForCausalLM .*set data\.packing false"):
-        fused_ops.keep_samples_apart(model, 64, [2])
+        attention_ops.keep_samples_apart(model, 64, [2])
 
 
 # ------------------------------------------------------------------------------------------------ the cache

@@ -13,8 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import attention_ops
 import fused_ops
 import train_qlora
+import training_kernels
+from attention_ops import use_causal_attention
 from config import ConfigError, load_config
 from data_utils import IGNORED, collate
 from fused_ops import (
@@ -23,7 +26,6 @@ from fused_ops import (
     compile_layers,
     fuse,
     inputs_in_main_memory,
-    use_causal_attention,
     use_stateless_dropout,
 )
 from quantization_utils import (
@@ -383,17 +385,17 @@ def test_kernels_compile_within_the_shared_memory_of_each_card(capability):
     constants = {"NESTED": True, "BLOCKSIZE": 64, "BLOCKSIZE2": 256, "ROW_BLOCKS": 172, "BLOCKS": launch.block_m}
     for columns in (16, 32, 64, 512):  # of the adapters
         own = constants | {"ROWS": max(1, 1024 // columns), "BLOCK_R": columns, "SHUFFLE": True}
-        dequantize = compile_(fused_ops._dequantize_kernel, weights, own, launch.warps)
+        dequantize = compile_(training_kernels.dequantize_kernel, weights, own, launch.warps)
         assert dequantize.count("shfl.sync.idx.b32") == launch.block_m * 64 // launch.warps // 32  # one a weight
     for swiglu, dropout in ((True, True), (True, False), (False, True), (False, False)):
         switches = {"SWIGLU": swiglu, "DROPOUT": dropout}
         tile = {"BLOCK_M": fused_ops.WIDEN.block_m, "BLOCK_K": fused_ops.WIDEN.block_k}
         activations = {"x": half, "wide": half, "dropped": half, **masks}
-        compile_(fused_ops._widen_kernel, activations, switches | tile, fused_ops.WIDEN.warps)
+        compile_(training_kernels.widen_kernel, activations, switches | tile, fused_ops.WIDEN.warps)
         for rank in (16, 256) if swiglu or dropout else ():
             tile = {"BLOCK_M": backward(rank).block_m, "BLOCK_K": backward(rank).block_k, "BLOCK_R": rank}
             activations = {"x": half, "wide": half, "other": half, "A": half, **masks}
-            compile_(fused_ops._widen_backward_kernel, activations, switches | tile, backward(rank).warps)
+            compile_(training_kernels.widen_backward_kernel, activations, switches | tile, backward(rank).warps)
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["q_proj", "k_proj", "v_proj", "o_proj"], ["down_proj"]])
@@ -481,7 +483,7 @@ def check_packed_path(folder: Path, path: str, device: str, dtype: str) -> list[
     for varlen in (False, True):
         model, clock, loss = prepared(folder, p=0.0, dtype=dtype, device=device, checkpointing=True)
         base = model.get_base_model()
-        assert fused_ops.keep_samples_apart(base, 80, counts) == "packed samples: varlen attention"
+        assert attention_ops.keep_samples_apart(base, 80, counts) == "packed samples: varlen attention"
         base.config.varlen_samples = counts if varlen else None
         if path != "plain":
             fuse(model, clock, 0.0, kernels=device == "cuda")
@@ -531,7 +533,7 @@ def test_a_run_on_packed_chats_on_the_gpu_learns_what_it_does_with_a_mask(train,
     curves = []
     for way, reason in (("varlen attention", None), ("with a mask: a test", "a test")):
         if reason:
-            monkeypatch.setattr(fused_ops, "varlen_obstacle", lambda model, length: "a test")
+            monkeypatch.setattr(attention_ops, "varlen_obstacle", lambda model, length: "a test")
         flags = ("--dataset", chats, "--compile", "on", "--cuda_graphs", "on", "--dropout", 0, "--logging_steps", 1)
         code, folder = train(*flags, "--learning_rate", 1e-3, output_dir=tmp_path / way[:4])
         assert code == 0 and f"packed samples: {way}" in (folder / "training_log.txt").read_text(encoding="utf-8")
@@ -545,7 +547,7 @@ def test_a_run_on_packed_chats_on_the_gpu_learns_what_it_does_with_a_mask(train,
 
 @pytest.fixture
 def cudnn_on_cpu(monkeypatch) -> list[str]:
-    """Have `attention` run here on the kernels that SDPA has for CPUs; returns the list of its calls."""
+    """Have `cudnn_attention` run here on the kernels that SDPA has for CPUs; returns the list of its calls."""
     aten, calls = torch.ops.aten, []
     cpu, cpu_backward = (getattr(aten, f"_scaled_dot_product_flash_attention_for_cpu{x}") for x in ("", "_backward"))
 
@@ -569,7 +571,7 @@ def cudnn_on_cpu(monkeypatch) -> list[str]:
 
     monkeypatch.setattr(aten, "_scaled_dot_product_cudnn_attention", forward)
     monkeypatch.setattr(aten, "_scaled_dot_product_cudnn_attention_backward", backward)
-    monkeypatch.setattr(fused_ops, "cudnn_serves", lambda model: True)
+    monkeypatch.setattr(attention_ops, "cudnn_serves", lambda model: True)
     return calls
 
 
@@ -585,7 +587,7 @@ def run_path(model, clock, path: str, kernels: bool = False) -> None:
 @pytest.mark.parametrize("path", ["plain", "fused", "compiled"])
 def test_the_operator_of_cudnns_attention_is_wired_right(random_models, cudnn_on_cpu, monkeypatch, path, kind):
     with monkeypatch.context() as patch:
-        patch.setattr(fused_ops, "cudnn_serves", lambda model: False)
+        patch.setattr(attention_ops, "cudnn_serves", lambda model: False)
         model, clock, loss = prepared(random_models(kind), p=0.0)
         want, plain = gradients(model, clock, loss)
     assert not cudnn_on_cpu

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import attention_ops
 import fused_ops
 import memory_utils
 import train_qlora
@@ -45,7 +46,7 @@ def saved_by_autograd(folder: str, path: str, p: float, layers: int) -> int:
     """Return the bytes that the first layers keep for the backward of 2 x 200 tokens, as autograd's hooks see them."""
     model, _ = load_model_and_tokenizer(folder, create_bnb_config())
     model = prepare_model_for_training(model, create_lora_config(dropout=p), False)
-    fused_ops.use_causal_attention(model.get_base_model())
+    attention_ops.use_causal_attention(model.get_base_model())
     clock = fused_ops.DropoutClock(42, torch.device("cpu"))
     fused_ops.use_stateless_dropout(model, p, clock)
     loss = train_qlora.SummedLoss(model, torch.bfloat16)

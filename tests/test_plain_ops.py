@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 import fused_ops
+from attention_ops import use_causal_attention
 from fused_ops import (
     DropoutClock,
     StatelessDropout,
@@ -18,7 +19,6 @@ from fused_ops import (
     chunked_cross_entropy,
     drop_threshold,
     shift_labels,
-    use_causal_attention,
     use_stateless_dropout,
 )
 from quantization_utils import (

@@ -296,8 +296,8 @@ def run_single(case: dict, alone: Callable[[], None]) -> dict:
 
 
 PHASES = {  # by a piece of the kernel's name, the first that fits
-    "dequantisation": "_dequantize|dequantize",
-    "passes of the adapters": "_widen",
+    "dequantisation": "dequantize",
+    "passes of the adapters": "widen",
     "attention": "sdpa|flash|fmha|cudnn",
     "matrix products": "nvjet|cutlass|gemm|cublas|splitk",
     "norms, rotary, loss (compiled)": "triton_",

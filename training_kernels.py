@@ -1,0 +1,149 @@
+"""The Triton kernels behind the operators of fused_ops.py, which has the same in a few torch calls for where there is no Triton."""
+
+from nf4_lookup import lane_level, levels, tl, triton
+
+if triton is not None:
+
+    @triton.jit
+    def _mix(x):
+        """`mix` on uint32, whose shifts are logical."""
+        x ^= x >> 16
+        x *= 0x7FEB352D
+        x ^= x >> 15
+        x *= 0x846CA68B
+        x ^= x >> 16
+        return x
+
+    @triton.jit
+    def _keep(step, sequences, salt, rows, pairs, length, threshold):
+        """The mask of dropout_mask for a tile, bool [rows, 2 pairs]."""
+        key = _mix((tl.load(step) ^ tl.load(salt)).to(tl.uint32, bitcast=True))
+        sequence = tl.load(sequences + rows // length).to(tl.uint32, bitcast=True)
+        key = _mix(_mix(key ^ sequence) ^ _mix((rows % length).to(tl.uint32)))
+        bits = _mix(key[:, None] ^ (pairs.to(tl.uint32) * 0x9E3779B1)[None])
+        return tl.interleave((bits & 0xFFFF) >= threshold, (bits >> 16) >= threshold)
+
+    @triton.jit
+    def _sigmoid(x):
+        """1 / (1 + exp(-x)) by a reciprocal square root: exact division takes a scaling and a branch more."""
+        root = tl.rsqrt(1.0 + tl.exp2(x * -1.4426950408889634))
+        return root * root
+
+    # Not told that `packed` is aligned, a thread loads one word of eight codes, whose weights it writes as 16 bytes; told,
+    # it would load four, and exchange what comes of them through shared memory.
+    @triton.jit(do_not_specialize_on_alignment=["packed"])
+    def dequantize_kernel(
+        packed, absmax, absmax2, offset, code2, lut, B0, B1, B2, out, blocks, rows, rows0, rows1, stride, rank, extra,
+        scale, programs, NESTED: tl.constexpr, BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr,
+        ROW_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr, BLOCK_R: tl.constexpr,
+        SHUFFLE: tl.constexpr,
+    ):  # fmt: skip
+        """Write a run of W's quantisation blocks into [W | scale B]; the programs past the last write B's columns.
+
+        6 instructions a weight: with a gather through shared memory in place of shuffles it was 10.
+        """
+        program = tl.program_id(0)
+        dtype = out.dtype.element_ty
+        if program < programs:
+            first = program * BLOCKS
+            block = first + tl.arange(0, BLOCKS)
+            inside = block < blocks
+            word = tl.arange(0, BLOCKS)[:, None] * (BLOCKSIZE // 8) + tl.arange(0, BLOCKSIZE // 8)[None]
+            codes = tl.load(packed + first.to(tl.int64) * (BLOCKSIZE // 8) + word, mask=inside[:, None], other=0)
+            level = lane_level(lut, SHUFFLE)
+            if NESTED:  # one constant a block of 64 weights, itself a code of 8 bits
+                constant = tl.load(code2 + tl.load(absmax + block, mask=inside, other=0).to(tl.int32))
+                second = block // BLOCKSIZE2
+                constant = constant * tl.load(absmax2 + second, mask=inside, other=0.0)
+                constant += tl.load(offset + second, mask=inside, other=0.0)
+            else:
+                constant = tl.load(absmax + block, mask=inside, other=0.0)
+            w0, w1, w2, w3, w4, w5, w6, w7 = levels(codes, lut, level, SHUFFLE)
+            even = tl.interleave(tl.interleave(w0, w4), tl.interleave(w2, w6))
+            odd = tl.interleave(tl.interleave(w1, w5), tl.interleave(w3, w7))
+            values = (tl.interleave(even, odd) * constant[:, None]).to(dtype)
+            column = first % ROW_BLOCKS + tl.arange(0, BLOCKS)  # of blocks, from the first one's row on
+            place = out + (first // ROW_BLOCKS).to(tl.int64) * stride + tl.arange(0, BLOCKSIZE)[None]
+            place += (column * BLOCKSIZE + column // ROW_BLOCKS * (stride - ROW_BLOCKS * BLOCKSIZE))[:, None]
+            tl.store(place, values, mask=inside[:, None])
+        else:  # member i's rows have its B in columns i rank to (i + 1) rank, and zeros
+            row = ((program - programs) * ROWS + tl.arange(0, ROWS))[:, None]
+            j = tl.arange(0, BLOCK_R)[None]
+            in0 = (row < rows0) & (j < rank)
+            in1 = (row >= rows0) & (row < rows0 + rows1) & (j >= rank) & (j < 2 * rank)
+            in2 = (row >= rows0 + rows1) & (row < rows) & (j >= 2 * rank) & (j < 3 * rank)
+            b = tl.load(B0 + row * rank + j, mask=in0, other=0.0)
+            b += tl.load(B1 + (row - rows0) * rank + j - rank, mask=in1, other=0.0)
+            b += tl.load(B2 + (row - rows0 - rows1) * rank + j - 2 * rank, mask=in2, other=0.0)
+            target = out + row.to(tl.int64) * stride + ROW_BLOCKS * BLOCKSIZE + j
+            tl.store(target, (b * scale).to(dtype), mask=(j < extra) & (row < rows))
+
+    @triton.jit
+    def widen_kernel(
+        x, wide, dropped, step, sequences, salt, rows, length, columns, stride, threshold, inverse,
+        SWIGLU: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    ):  # fmt: skip
+        """Copy x (or SwiGLU of [gate | up]) into the wide operand and, where asked, dropout(x) beside it."""
+        m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+        k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+        row = m.to(tl.int64)[:, None]
+        inside = (m < rows)[:, None] & (k < columns)[None]
+        if SWIGLU:
+            place = x + row * (2 * columns) + k[None]
+            gate = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+            up = tl.load(place + columns, mask=inside, other=0.0).to(tl.float32)
+            tile = (gate * _sigmoid(gate) * up).to(wide.dtype.element_ty)
+        else:
+            tile = tl.load(x + row * columns + k[None], mask=inside, other=0.0)
+        tl.store(wide + row * stride + k[None], tile, mask=inside)
+        if DROPOUT:
+            pairs = tl.program_id(1) * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
+            keep = _keep(step, sequences, salt, m, pairs, length, threshold)
+            tile = tl.where(keep, tile.to(tl.float32) * inverse, 0.0).to(tile.dtype)
+            tl.store(dropped + row * columns + k[None], tile, mask=inside)
+
+    @triton.jit
+    def widen_backward_kernel(
+        wide, x, other, A, step, sequences, salt, rows, length, columns, stride, extra, threshold, inverse,
+        SWIGLU: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+        BLOCK_R: tl.constexpr,
+    ):  # fmt: skip
+        """Complete dx in [dx | du] by mask (du A), and write what dA needs, dropout(x).
+
+        With SwiGLU the gradients of [gate | up] go to `other` and dropout(SwiGLU) takes dx's place; else dropout(x)
+        goes to `other`.
+        """
+        m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+        k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+        j = tl.arange(0, BLOCK_R)
+        row = m.to(tl.int64)[:, None]
+        inside = (m < rows)[:, None] & (k < columns)[None]
+        dtype = wide.dtype.element_ty
+        target = wide + row * stride + k[None]
+        grad = tl.load(target, mask=inside, other=0.0).to(tl.float32)
+        if SWIGLU:  # all loads stand before the product, whose barriers no load crosses
+            place = row * (2 * columns) + k[None]
+            gate = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+            up = tl.load(x + place + columns, mask=inside, other=0.0).to(tl.float32)
+        else:
+            tile = tl.load(x + row * columns + k[None], mask=inside, other=0.0).to(tl.float32)
+        a = tl.load(A + j[:, None] * columns + k[None], mask=(j < extra)[:, None] & (k < columns)[None], other=0.0)
+        du = tl.load(wide + row * stride + columns + j[None], mask=(m < rows)[:, None] & (j < extra)[None], other=0.0)
+        back = tl.dot(du, a)
+        if DROPOUT:
+            pairs = tl.program_id(1) * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
+            keep = _keep(step, sequences, salt, m, pairs, length, threshold)
+            back = tl.where(keep, back * inverse, 0.0)
+        grad += back
+        if SWIGLU:
+            sigmoid = _sigmoid(gate)
+            silu = gate * sigmoid
+            tile = silu * up
+            tl.store(other + place, (grad * up * (sigmoid + silu * (1 - sigmoid))).to(dtype), mask=inside)
+            tl.store(other + place + columns, (grad * silu).to(dtype), mask=inside)
+            if DROPOUT:
+                tile = tl.where(keep, tile * inverse, 0.0)
+            tl.store(target, tile.to(dtype), mask=inside)
+        else:
+            tl.store(target, grad.to(dtype), mask=inside)
+            tl.store(other + row * columns + k[None], tl.where(keep, tile * inverse, 0.0).to(dtype), mask=inside)
