@@ -115,7 +115,10 @@ cudnn_attention.register_autograd(
 
 
 def cudnn_serves(model: nn.Module) -> bool:
-    """Return whether `cudnn_attention` is for this model and GPU: those where PyTorch itself prefers cuDNN's kernels."""
+    """Return whether `cudnn_attention` is for this model and GPU: those where PyTorch itself prefers cuDNN's kernels.
+
+    Not where a run is to be repeated bit for bit: their backward adds up in any order.
+    """
     config, device, dtype = model.config, model.device, model.get_input_embeddings().weight.dtype
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return (
@@ -123,6 +126,7 @@ def cudnn_serves(model: nn.Module) -> bool:
         and device.type == "cuda"
         and torch.cuda.get_device_capability(device) in ((9, 0), (10, 0))
         and torch.backends.cudnn.is_available()
+        and not torch.are_deterministic_algorithms_enabled()
         and dtype in (torch.bfloat16, torch.float16)
         and width % 8 == 0
         and width <= 128

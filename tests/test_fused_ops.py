@@ -569,8 +569,10 @@ def cudnn_on_cpu(monkeypatch) -> list[str]:
         dq, *others = cpu_backward(grad, q, *wide, out, logs.flatten(-2), p, causal, scale=scale)
         return dq, *(x.unflatten(1, (k.shape[1], -1)).sum(2) for x in others)
 
-    monkeypatch.setattr(aten, "_scaled_dot_product_cudnn_attention", forward)
-    monkeypatch.setattr(aten, "_scaled_dot_product_cudnn_attention_backward", backward)
+    for name, function in (("", forward), ("_backward", backward)):
+        name = f"_scaled_dot_product_cudnn_attention{name}"
+        function.default = getattr(aten, name).default  # the compiler's own modules ask for it
+        monkeypatch.setattr(aten, name, function)
     monkeypatch.setattr(attention_ops, "cudnn_serves", lambda model: True)
     return calls
 
@@ -598,6 +600,26 @@ def test_the_operator_of_cudnns_attention_is_wired_right(random_models, cudnn_on
     layers = len(model.get_base_model().get_decoder().layers)
     assert cudnn_on_cpu == ["forward"] * layers + ["backward"] * layers
     assert value == pytest.approx(want, rel=1e-6) and furthest(found, plain) < 1e-4  # fp32 rounding
+
+
+def test_cudnns_attention_is_for_hopper_in_half_precision_and_no_deterministic_run(random_models, monkeypatch):
+    serves = {}
+    for dtype in ("float32", "bfloat16"):
+        model, _ = load_model_and_tokenizer(str(random_models("qwen2")), device="cpu", compute_dtype=dtype)
+        monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+        monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+        for capability in ((8, 9), (9, 0), (12, 0)):
+            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+            serves[dtype, capability] = attention_ops.cudnn_serves(model)
+        monkeypatch.undo()
+    assert [case for case, found in serves.items() if found] == [("bfloat16", (9, 0))]
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model), "device", torch.device("cuda"))
+        patch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        assert attention_ops.cudnn_serves(model)
+        patch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+        assert not attention_ops.cudnn_serves(model)
 
 
 @gpu
