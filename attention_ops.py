@@ -117,7 +117,7 @@ cudnn_attention.register_autograd(
 def cudnn_serves(model: nn.Module) -> bool:
     """Return whether `cudnn_attention` is for this model and GPU: those where PyTorch itself prefers cuDNN's kernels.
 
-    Not where a run is to be repeated bit for bit: their backward adds up in any order.
+    Not where a run is to be repeated bit for bit: PyTorch counts them as not deterministic.
     """
     config, device, dtype = model.config, model.device, model.get_input_embeddings().weight.dtype
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

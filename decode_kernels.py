@@ -150,6 +150,33 @@ if triton is not None:
         return b, offset
 
     @triton.jit
+    def _two_weights(
+        codes0, absmax0, second0, rows0, codes1, absmax1, second1, rows1, row, half, piece, RUNS: tl.constexpr,
+        BLOCKS: tl.constexpr, NESTED: tl.constexpr, BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr,
+        TWO: tl.constexpr,
+    ):  # fmt: skip
+        """Return `_weights` of some rows and, if TWO, of those `half` further on; else the same once more."""
+        w = _weights(codes0, absmax0, second0, row, rows0, piece, RUNS, BLOCKS, NESTED, BLOCKSIZE, BLOCKSIZE2)
+        w1 = w
+        if TWO:
+            w1 = _weights(
+                codes1, absmax1, second1, half + row, rows1, piece, RUNS, BLOCKS, NESTED, BLOCKSIZE, BLOCKSIZE2
+            )  # fmt: skip
+        return w, w1
+
+    @triton.jit
+    def _two_adapters(
+        B0, bias0, rows0, rank0, B1, bias1, rows1, rank1, row, half, RANK: tl.constexpr, WIDTH: tl.constexpr,
+        BIAS: tl.constexpr, TWO: tl.constexpr,
+    ):  # fmt: skip
+        """Return `_adapter_rows` in the same way."""
+        b, bias = _adapter_rows(B0, bias0, row, rows0, rank0, RANK, WIDTH, BIAS)
+        b1, bias1_ = b, bias
+        if TWO:
+            b1, bias1_ = _adapter_rows(B1, bias1, half + row, rows1, rank1, RANK, WIDTH, BIAS)
+        return b, bias, b1, bias1_
+
+    @triton.jit
     def _finished(total, sums, b, bias, RANK: tl.constexpr, BLOCKS: tl.constexpr):
         """Return bias + the sums over all threads of their shares of W x and of B (A x), fp32 [rows]."""
         if RANK > 0:
@@ -233,14 +260,13 @@ if triton is not None:
         level = lane_level(lut, SHUFFLE)
         shift = tl.load(offset0) if NESTED else 0.0
         shift1 = tl.load(offset1) if NESTED and TWO else 0.0
-        w = _weights(codes0, absmax0, second0, row, rows0, 0, RUNS, BLOCKS, NESTED, BLOCKSIZE, BLOCKSIZE2)
-        w1 = w
-        if TWO:
-            w1 = _weights(codes1, absmax1, second1, half + row, rows1, 0, RUNS, BLOCKS, NESTED, BLOCKSIZE, BLOCKSIZE2)
-        b, bias = _adapter_rows(B0, bias0, row, rows0, rank0, RANK, WIDTH, BIAS)
-        b1, bias1_ = b, bias
-        if TWO:
-            b1, bias1_ = _adapter_rows(B1, bias1, half + row, rows1, rank1, RANK, WIDTH, BIAS)
+        w, w1 = _two_weights(
+            codes0, absmax0, second0, rows0, codes1, absmax1, second1, rows1, row, half, 0, RUNS, BLOCKS, NESTED,
+            BLOCKSIZE, BLOCKSIZE2, TWO,
+        )  # fmt: skip
+        b, bias, b1, bias1_ = _two_adapters(
+            B0, bias0, rows0, rank0, B1, bias1, rows1, rank1, row, half, RANK, WIDTH, BIAS, TWO
+        )  # fmt: skip
         _wait(OVERLAP)
         inputs = _inputs(x, 0, RUNS, BLOCKS)  # stay in registers if there is one piece
         sums = level
@@ -254,9 +280,9 @@ if triton is not None:
             next_row = row + stride
             next_b, next_bias, next_b1, next_bias1 = b, bias, b1, bias1_
             if LOOP > 1:  # nothing is loaded past the last row
-                next_b, next_bias = _adapter_rows(B0, bias0, next_row, rows0, rank0, RANK, WIDTH, BIAS)
-                if TWO:
-                    next_b1, next_bias1 = _adapter_rows(B1, bias1, half + next_row, rows1, rank1, RANK, WIDTH, BIAS)
+                next_b, next_bias, next_b1, next_bias1 = _two_adapters(
+                    B0, bias0, rows0, rank0, B1, bias1, rows1, rank1, next_row, half, RANK, WIDTH, BIAS, TWO
+                )  # fmt: skip
             if MODE == "residual":
                 bias += tl.load(residual + row, mask=row < rows0, other=0.0).to(tl.float32)
                 if TWO:
@@ -269,14 +295,10 @@ if triton is not None:
                     then, after = row, piece + 1
                     if after == PIECES:
                         then, after = next_row, 0
-                    next_w = _weights(
-                        codes0, absmax0, second0, then, rows0, after, RUNS, BLOCKS, NESTED, BLOCKSIZE, BLOCKSIZE2
+                    next_w, next_w1 = _two_weights(
+                        codes0, absmax0, second0, rows0, codes1, absmax1, second1, rows1, then, half, after, RUNS,
+                        BLOCKS, NESTED, BLOCKSIZE, BLOCKSIZE2, TWO,
                     )  # fmt: skip
-                    if TWO:
-                        next_w1 = _weights(
-                            codes1, absmax1, second1, half + then, rows1, after, RUNS, BLOCKS, NESTED, BLOCKSIZE,
-                            BLOCKSIZE2,
-                        )  # fmt: skip
                     zero = _issued(SHUFFLE)
                     level = (level.to(tl.int32, bitcast=True) | zero).to(tl.float32, bitcast=True)
                 if PIECES > 1:

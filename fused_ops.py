@@ -25,7 +25,7 @@ from transformers.activations import SiLUActivation
 import training_kernels
 from attention_ops import ATTENTIONS, CAUSAL, attend
 from config import ConfigError, PerformanceConfig
-from nf4_lookup import INTERPRETED, triton
+from nf4_lookup import SHUFFLE, triton
 
 # ------------------------------------------------------------------------------------------------ stateless dropout
 
@@ -369,7 +369,7 @@ def extended_weight(W: Packed, B: list[torch.Tensor], scale: float, dtype: torch
             W.codes.view(torch.int32), absmax, absmax2, offset, code2, W.lut, *b[:3], out, rows * row_blocks, rows,
             len(B[0]) if B else 0, len(B[1]) if len(B) > 1 else rows, out.stride(0), rank, extra, scale, programs,
             NESTED=nested, BLOCKSIZE=W.blocksizes[0], BLOCKSIZE2=W.blocksizes[1], ROW_BLOCKS=row_blocks,
-            BLOCKS=DEQUANTIZE.block_m, ROWS=b_rows, BLOCK_R=block_r, SHUFFLE=not INTERPRETED,
+            BLOCKS=DEQUANTIZE.block_m, ROWS=b_rows, BLOCK_R=block_r, SHUFFLE=SHUFFLE,
             num_warps=DEQUANTIZE.warps,
         )  # fmt: skip
         return out

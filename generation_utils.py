@@ -30,9 +30,10 @@ from transformers.generation import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from fused_ops import DropoutClock, fuse, triton
+from fused_ops import DropoutClock, fuse
 from memory_utils import peak_gib
-from sampling_kernels import runs_on, sample
+from nf4_lookup import runs_on, triton
+from sampling_kernels import sample
 
 CHUNK = 2048  # tokens of prompts that one forward processes: 90 MiB of a 3B's widest activation
 SHORT_CHUNK = 128  # what is left of a prompt, padded to this, is one graph: a forward in Python takes 40-70 ms

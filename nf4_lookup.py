@@ -1,5 +1,7 @@
 """From 4-bit codes to their levels within Triton's kernels, and whether Triton is there at all."""
 
+import torch
+
 try:
     import triton
     import triton.language as tl
@@ -59,3 +61,9 @@ if triton is not None:
 
 
 INTERPRETED = triton is not None and not isinstance(levels, triton.JITFunction)  # on the CPU, with TRITON_INTERPRET
+SHUFFLE = not INTERPRETED and not torch.version.hip  # of `levels`: NVIDIA's instructions
+
+
+def runs_on(device: torch.device) -> bool:
+    """Return whether Triton's kernels, some with NVIDIA's instructions, run on a device."""
+    return INTERPRETED or (triton is not None and device.type == "cuda" and not torch.version.hip)

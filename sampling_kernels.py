@@ -135,11 +135,6 @@ if triton is not None:
         tl.store(chosen + row, winner.to(tl.int64))
 
 
-def runs_on(device: torch.device) -> bool:
-    """Return whether the kernels run on a device."""
-    return INTERPRETED or (triton is not None and device.type == "cuda" and not torch.version.hip)
-
-
 def layout(rows: int, vocabulary: int) -> tuple[int, int]:
     """Return how many blocks of a row a program takes, and how many programs that makes for a row."""
     blocks = triton.cdiv(vocabulary, BLOCK)

@@ -602,24 +602,25 @@ def test_the_operator_of_cudnns_attention_is_wired_right(random_models, cudnn_on
     assert value == pytest.approx(want, rel=1e-6) and furthest(found, plain) < 1e-4  # fp32 rounding
 
 
-def test_cudnns_attention_is_for_hopper_in_half_precision_and_no_deterministic_run(random_models, monkeypatch):
-    serves = {}
-    for dtype in ("float32", "bfloat16"):
-        model, _ = load_model_and_tokenizer(str(random_models("qwen2")), device="cpu", compute_dtype=dtype)
-        monkeypatch.setattr(type(model), "device", torch.device("cuda"))
-        monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
-        for capability in ((8, 9), (9, 0), (12, 0)):
-            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
-            serves[dtype, capability] = attention_ops.cudnn_serves(model)
-        monkeypatch.undo()
-    assert [case for case, found in serves.items() if found] == [("bfloat16", (9, 0))]
-    with monkeypatch.context() as patch:
-        patch.setattr(type(model), "device", torch.device("cuda"))
-        patch.setattr(torch.backends.cudnn, "is_available", lambda: True)
-        patch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-        assert attention_ops.cudnn_serves(model)
-        patch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-        assert not attention_ops.cudnn_serves(model)
+@pytest.mark.parametrize(
+    "dtype, capability, deterministic, serves",
+    [
+        ("bfloat16", (9, 0), False, True),
+        ("bfloat16", (8, 9), False, False),
+        ("bfloat16", (12, 0), False, False),
+        ("float32", (9, 0), False, False),
+        ("bfloat16", (9, 0), True, False),
+    ],
+)
+def test_cudnns_attention_is_for_hopper_in_half_precision_and_no_deterministic_run(
+    random_models, monkeypatch, dtype, capability, deterministic, serves
+):
+    model, _ = load_model_and_tokenizer(str(random_models("qwen2")), device="cpu", compute_dtype=dtype)
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
+    assert attention_ops.cudnn_serves(model) is serves
 
 
 @gpu
