@@ -32,6 +32,12 @@ if triton is not None:
             return ((((k // 32) % 2 * 4 + (k // 2) % 4) * (K // 64) + k // 64) * 4 + (k // 8) % 4) * 2 + k % 2
 
     @triton.jit
+    def _input(place, K: tl.constexpr):
+        """Return which input of one sequence lies at a place of that order."""
+        run = place // 8 % (K // 64) * 64 + place // (K // 2) * 32
+        return run + place // 2 % 4 * 8 + place // (K // 8) % 4 * 2 + place % 2
+
+    @triton.jit
     def _pair(x, dtype: tl.constexpr):
         """Return the two numbers of half precision in each 32-bit word, as fp32."""
         x = x.to(tl.uint32, bitcast=True)
@@ -49,6 +55,27 @@ if triton is not None:
             return tl.inline_asm_elementwise(
                 "{ .reg .pred no; setp.ne.u32 no, 0, 0; bar.red.popc.u32 $0, 0, no; }",
                 "=r", [], tl.int32, is_pure=False, pack=1,
+            )  # fmt: skip
+        else:
+            return 0
+
+    @triton.jit
+    def _arrivals(count, expected, COMPILED: tl.constexpr):
+        """Return 0, once `expected` programs of this kernel have added to the count; what they wrote is there then.
+
+        They have lower numbers than the one that waits, so they run already. The interpreter runs all in their order.
+        """
+        if COMPILED:
+            return tl.inline_asm_elementwise(
+                """{
+                .reg .pred less; .reg .u32 found;
+                AGAIN:
+                ld.acquire.gpu.global.u32 found, [$1];
+                setp.lt.u32 less, found, $2;
+                @less bra AGAIN;
+                mov.u32 $0, 0;
+                }""",
+                "=r,l,r", [count.to(tl.int64), expected], tl.int32, is_pure=False, pack=1,
             )  # fmt: skip
         else:
             return 0
@@ -136,6 +163,18 @@ if triton is not None:
         return tl.sum(tl.load(u + part[:, None] * (MEMBERS * RANK) + j[None], mask=inside, other=0.0), 0)
 
     @triton.jit
+    def _two_sums(
+        u, member, rank0, scale0, rank1, scale1, SWIGLU: tl.constexpr, MEMBERS: tl.constexpr, RANK: tl.constexpr,
+        WIDTH: tl.constexpr, PARTS: tl.constexpr, PARTS_2: tl.constexpr,
+    ):  # fmt: skip
+        """Return `_adapter_sums` of a member, scaled, and with SWIGLU of the second one; else the same once more."""
+        sums = _adapter_sums(u + member * RANK, rank0, MEMBERS, RANK, WIDTH, PARTS, PARTS_2) * scale0
+        sums1 = sums
+        if SWIGLU:
+            sums1 = _adapter_sums(u + RANK, rank1, MEMBERS, RANK, WIDTH, PARTS, PARTS_2) * scale1
+        return sums, sums1
+
+    @triton.jit
     def _adapter_rows(
         B, bias, row, rows, rank, RANK: tl.constexpr, WIDTH: tl.constexpr, BIAS: tl.constexpr
     ):  # fmt: skip
@@ -187,6 +226,15 @@ if triton is not None:
         return bias + tl.sum(total, 1)
 
     @triton.jit
+    def _leave(hidden, out, weight, row, rows, y, OUTPUTS: tl.constexpr, NEXT: tl.constexpr):
+        """Write rows of hidden and, with NEXT, of the next product's x, hidden times its norm's weight."""
+        y = y.to(hidden.dtype.element_ty)
+        tl.store(hidden + row, y, mask=row < rows)
+        if NEXT:
+            factor = tl.load(weight + row, mask=row < rows, other=0.0).to(tl.float32)
+            tl.store(out + _place(row, OUTPUTS), (y.to(tl.float32) * factor).to(y.dtype), mask=row < rows)
+
+    @triton.jit
     def _member(
         program, EACH: tl.constexpr,
         codes0, absmax0, second0, offset0, bias0, B0, rows0, rank0, scale0,
@@ -214,27 +262,99 @@ if triton is not None:
             rows0, rank0, scale0 = rows1, rank1, scale1
         return program, first_outputs, member, codes0, absmax0, second0, offset0, bias0, B0, rows0, rank0, scale0
 
+    @triton.jit
+    def _adapter_program(
+        program, x, hidden, weight, eps, scale, u, inverse, count, count_before, A0, A1, A2, rank0, rank1, rank2,
+        K: tl.constexpr, MEMBERS: tl.constexpr, RANK: tl.constexpr, TAKE: tl.constexpr, CHUNK: tl.constexpr,
+        BLOCK: tl.constexpr, NORM: tl.constexpr, COUNT: tl.constexpr, OVERLAP: tl.constexpr,
+    ):  # fmt: skip
+        """u [parts, MEMBERS, RANK], whose parts add up to A x: TAKE rows of A and a CHUNK of inputs; then COUNT adds 1.
+
+        NORM: of norm(hidden) in place of x, whose 1 / root mean square, times `scale`, goes to `inverse`.
+        """
+        TILES: tl.constexpr = RANK // TAKE if RANK > 0 else 1
+        member, part = program // TILES % MEMBERS, program // (TILES * MEMBERS)
+        if member == 2:
+            A0, rank0 = A2, rank2
+        elif member == 1:
+            A0, rank0 = A1, rank1
+        j = program % TILES * TAKE + tl.arange(0, TAKE)
+        place = part * CHUNK + tl.arange(0, BLOCK)  # of x, whose order A's columns follow
+        rows = A0 + j[:, None] * K
+        real = (j < rank0)[:, None]
+        a = tl.load(rows + (place if NORM else _input(place, K))[None], mask=real & (place < K)[None], other=0.0)
+        factor = tl.load(weight + place, mask=place < K, other=0.0) if NORM else 1.0
+        _wait(OVERLAP)
+        if program == 0:
+            tl.store(count_before, 0)
+        products = tl.zeros((TAKE, BLOCK), tl.float32)
+        squares = tl.zeros((BLOCK,), tl.float32)
+        for _ in range(CHUNK // BLOCK):
+            value = tl.load((hidden if NORM else x) + place, mask=place < K, other=0.0).to(tl.float32)
+            if NORM:
+                squares += value * value
+                value *= factor.to(tl.float32)
+            products += a.to(tl.float32) * value[None]
+            place += BLOCK
+            inside = place < tl.minimum(K, part * CHUNK + CHUNK)
+            a = tl.load(rows + (place if NORM else _input(place, K))[None], mask=real & inside[None], other=0.0)
+            if NORM:
+                factor = tl.load(weight + place, mask=inside, other=0.0)
+        total = tl.sum(products, 1)
+        if NORM:
+            root = tl.rsqrt(tl.sum(squares, 0) / K + eps)
+            total *= root
+            if program == 0:
+                tl.store(inverse, root * scale)
+        if RANK > 0:
+            tl.store(u + (part * MEMBERS + member) * RANK + j, total)
+        if COUNT:
+            tl.debug_barrier()  # the one thread that adds speaks for all
+            tl.atomic_add(count, 1, sem="release")
+
+    @triton.jit(do_not_specialize=["rank0", "rank1", "rank2"])
+    def _adapter_kernel(
+        x, hidden, weight, eps, scale, u, inverse, count, count_before, A0, A1, A2, rank0, rank1, rank2,
+        K: tl.constexpr, MEMBERS: tl.constexpr, RANK: tl.constexpr, TAKE: tl.constexpr, CHUNK: tl.constexpr,
+        BLOCK: tl.constexpr, NORM: tl.constexpr, OVERLAP: tl.constexpr,
+    ):  # fmt: skip
+        """The programs of `_adapter_program` ahead of the product that reads what they leave."""
+        _begin(OVERLAP)
+        _adapter_program(
+            tl.program_id(0), x, hidden, weight, eps, scale, u, inverse, count, count_before, A0, A1, A2, rank0, rank1,
+            rank2, K, MEMBERS, RANK, TAKE, CHUNK, BLOCK, NORM, False, OVERLAP,
+        )  # fmt: skip
+
     @triton.jit(do_not_specialize=["rank0", "rank1", "rank2"])  # a rank of 1 would be of another type than one of 0
     def _linear_kernel(
-        x, u, residual, out, flat, lut, code2,
+        x, hidden, weight, eps, scale, u, inverse, count, count_before, out, next_weight, lut, code2, A0, A1, A2,
         codes0, absmax0, second0, offset0, bias0, B0, rows0, rank0, scale0,
         codes1, absmax1, second1, offset1, bias1, B1, rows1, rank1, scale1,
         codes2, absmax2, second2, offset2, bias2, B2, rows2, rank2, scale2,
-        MODE: tl.constexpr, MEMBERS: tl.constexpr, K: tl.constexpr, OUTPUTS: tl.constexpr, RANK: tl.constexpr,
-        PARTS: tl.constexpr, PARTS_2: tl.constexpr, BIAS: tl.constexpr, NESTED: tl.constexpr, BLOCKSIZE: tl.constexpr,
-        BLOCKSIZE2: tl.constexpr, ROWS: tl.constexpr, LOOP: tl.constexpr, BLOCKS: tl.constexpr, TWO: tl.constexpr,
-        SHUFFLE: tl.constexpr, HALF: tl.constexpr, OVERLAP: tl.constexpr,
+        MODE: tl.constexpr, NORM: tl.constexpr, NEXT: tl.constexpr, MEMBERS: tl.constexpr, K: tl.constexpr,
+        OUTPUTS: tl.constexpr, RANK: tl.constexpr, ADAPTERS: tl.constexpr, TAKE: tl.constexpr, CHUNK: tl.constexpr,
+        BLOCK: tl.constexpr, PARTS: tl.constexpr, PARTS_2: tl.constexpr, BIAS: tl.constexpr, NESTED: tl.constexpr,
+        BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr, ROWS: tl.constexpr, LOOP: tl.constexpr,
+        BLOCKS: tl.constexpr, TWO: tl.constexpr, SHUFFLE: tl.constexpr, HALF: tl.constexpr, OVERLAP: tl.constexpr,
     ):  # fmt: skip
         """Up to three 4-bit linears with adapters that read one x; a program takes LOOP times ROWS rows of one.
 
         TWO: and as many more with the same inputs, of the second matrix in MODE "swiglu" or of its own second half. Rows
         are taken in pieces of BLOCKS runs of 64 weights; the next piece's weights are loaded while the present one's are
-        used.
-        MODE "stack": out [outputs of all], fp32. "residual": residual + y to out. "swiglu": silu(first) * second to out
-        in the order of `_place`, and to flat as it is.
+        used. The first ADAPTERS programs compute what the others add after their first products, if it is not there yet: the
+        adapters' u and, with NORM, where x is hidden times the norm's weight, the 1 / root mean square that it lacks.
+        MODE "stack": out [outputs of all], fp32. "residual": y is added to hidden, and with NEXT hidden times next_weight
+        goes to out in the order of `_place`. "swiglu": silu(first) * second to out in that order.
         """
         _begin(OVERLAP)
         program = tl.program_id(0)
+        if program < ADAPTERS:
+            _adapter_program(
+                program, x, hidden, weight, eps, scale, u, inverse, count, count_before, A0, A1, A2, rank0, rank1, rank2,
+                K, MEMBERS, RANK, TAKE, CHUNK, BLOCK, NORM, True, OVERLAP,
+            )  # fmt: skip
+            return
+        program -= ADAPTERS
         first_outputs = 0
         member = 0
         SWIGLU: tl.constexpr = MODE == "swiglu"
@@ -268,15 +388,21 @@ if triton is not None:
             B0, bias0, rows0, rank0, B1, bias1, rows1, rank1, row, half, RANK, WIDTH, BIAS, TWO
         )  # fmt: skip
         _wait(OVERLAP)
-        inputs = _inputs(x, 0, RUNS, BLOCKS)  # stay in registers if there is one piece
-        sums = level
-        sums1 = level
-        if RANK > 0:
-            sums = _adapter_sums(u + member * RANK, rank0, MEMBERS, RANK, WIDTH, PARTS, PARTS_2) * scale0
-            sums1 = sums
-            if SWIGLU:
-                sums1 = _adapter_sums(u + RANK, rank1, MEMBERS, RANK, WIDTH, PARTS, PARTS_2) * scale1
-        for _ in range(LOOP):
+        pairs = x.to(tl.pointer_type(tl.int32))
+        inputs = _inputs(pairs, 0, RUNS, BLOCKS)  # stay in registers if there is one piece
+        root = tl.full((), 1.0, tl.float32)
+        sums = tl.zeros((WIDTH,), tl.float32)
+        sums1 = sums
+        if ADAPTERS == 0:
+            if NORM:
+                root = tl.load(inverse)
+            if RANK > 0:
+                sums, sums1 = _two_sums(
+                    u, member, rank0, scale0, rank1, scale1, SWIGLU, MEMBERS, RANK, WIDTH, PARTS, PARTS_2
+                )  # fmt: skip
+            if program == 0:
+                tl.store(count_before, 0)
+        for i in range(LOOP):
             next_row = row + stride
             next_b, next_bias, next_b1, next_bias1 = b, bias, b1, bias1_
             if LOOP > 1:  # nothing is loaded past the last row
@@ -284,9 +410,9 @@ if triton is not None:
                     B0, bias0, rows0, rank0, B1, bias1, rows1, rank1, next_row, half, RANK, WIDTH, BIAS, TWO
                 )  # fmt: skip
             if MODE == "residual":
-                bias += tl.load(residual + row, mask=row < rows0, other=0.0).to(tl.float32)
+                bias += tl.load(hidden + row, mask=row < rows0, other=0.0).to(tl.float32)
                 if TWO:
-                    bias1_ += tl.load(residual + half + row, mask=half + row < rows1, other=0.0).to(tl.float32)
+                    bias1_ += tl.load(hidden + half + row, mask=half + row < rows1, other=0.0).to(tl.float32)
             total = tl.zeros((ROWS, BLOCKS), tl.float32)
             total1 = total
             for piece in range(PIECES):
@@ -302,7 +428,7 @@ if triton is not None:
                     zero = _issued(SHUFFLE)
                     level = (level.to(tl.int32, bitcast=True) | zero).to(tl.float32, bitcast=True)
                 if PIECES > 1:
-                    inputs = _inputs(x + zero * 4, piece, RUNS, BLOCKS)
+                    inputs = _inputs(pairs + zero * 4, piece, RUNS, BLOCKS)
                 constant, constant1 = w[2], w1[2]
                 if NESTED:
                     constant = tl.load(code2 + (constant.to(tl.int32) | zero)) * w[3] + shift
@@ -312,62 +438,46 @@ if triton is not None:
                 if TWO:
                     total1 += _products(w1[0], w1[1], constant1, inputs, lut, level, BLOCKS, HALF, SHUFFLE)
                 w, w1 = next_w, next_w1
-            y = _finished(total, sums, b, bias, RANK, BLOCKS)
+            if i == (0 if ADAPTERS > 0 else -1):
+                zero = _arrivals(count, ADAPTERS, SHUFFLE)
+                if NORM:
+                    root = tl.load(inverse + zero)
+                if RANK > 0:
+                    sums, sums1 = _two_sums(
+                        u + zero, member, rank0, scale0, rank1, scale1, SWIGLU, MEMBERS, RANK, WIDTH, PARTS, PARTS_2
+                    )  # fmt: skip
+            y = _finished(total * root, sums, b, bias, RANK, BLOCKS)
             y1 = y
             if TWO:
-                y1 = _finished(total1, sums1, b1, bias1_, RANK, BLOCKS)
+                y1 = _finished(total1 * root, sums1, b1, bias1_, RANK, BLOCKS)
             if SWIGLU:
-                y = (y / (1.0 + tl.exp(-y)) * y1).to(HALF)
-                tl.store(out + _place(row, OUTPUTS), y, mask=row < rows0)
-                tl.store(flat + row, y, mask=row < rows0)
+                tl.store(out + _place(row, OUTPUTS), (y / (1.0 + tl.exp(-y)) * y1).to(HALF), mask=row < rows0)
+            elif MODE == "stack":
+                tl.store(out + first_outputs + row, y, mask=row < rows0)
             else:
-                out_type = out.dtype.element_ty
-                tl.store(out + first_outputs + row, y.to(out_type), mask=row < rows0)
+                _leave(hidden, out, next_weight, row, rows0, y, OUTPUTS, NEXT)
                 if TWO:
-                    tl.store(out + first_outputs + half + row, y1.to(out_type), mask=half + row < rows1)
+                    _leave(hidden, out, next_weight, half + row, rows1, y1, OUTPUTS, NEXT)
             row = next_row
             b, bias, b1, bias1_ = next_b, next_bias, next_b1, next_bias1
 
-    @triton.jit(do_not_specialize=["rank0", "rank1", "rank2"])
+    @triton.jit
     def _norm_kernel(
-        x, weight, out, u, A0, A1, A2, rank0, rank1, rank2, eps,
-        K: tl.constexpr, RANK: tl.constexpr, ORDERED: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+        x, weight, out, eps, K: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
     ):  # fmt: skip
-        """RMS norm of x and, a program for each row of the adapters' A, u [members, RANK] = A norm(x)."""
+        """RMS norm of x; FIRST: x times the weight alone, in the order of `_place`, as the first product reads it."""
         _begin(OVERLAP)
-        program = tl.program_id(0)
-        dtype = out.dtype.element_ty
         k = tl.arange(0, BLOCK)
         inside = k < K
         factor = tl.load(weight + k, mask=inside, other=0.0).to(tl.float32)
-        if RANK > 0:
-            j = program % RANK
-            if program >= 2 * RANK:
-                A0, rank0 = A2, rank2
-            elif program >= RANK:
-                A0, rank0 = A1, rank1
-            a = tl.load(A0 + j * K + k, mask=k < tl.where(j < rank0, K, 0), other=0.0).to(tl.float32)
         _wait(OVERLAP)
+        dtype = out.dtype.element_ty
         value = tl.load(x + k, mask=inside, other=0.0).to(tl.float32)
-        value = (value * tl.rsqrt(tl.sum(value * value) / K + eps)).to(dtype).to(tl.float32)
-        value = (value * factor).to(dtype)
-        if program == 0:
-            tl.store(out + (_place(k, K) if ORDERED else k), value, mask=inside)
-        if RANK > 0:
-            tl.store(u + program, tl.sum(a * value.to(tl.float32)))
-
-    @triton.jit
-    def _inner_kernel(
-        x, A, u, rank, K: tl.constexpr, RANK: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
-    ):  # fmt: skip
-        """u [parts, RANK], whose parts add up to A x: a program for each row of A and each BLOCK of inputs."""
-        _begin(OVERLAP)
-        j, part = tl.program_id(0), tl.program_id(1)
-        k = part * BLOCK + tl.arange(0, BLOCK)
-        a = tl.load(A + j * K + k, mask=k < tl.where(j < rank, K, 0), other=0.0).to(tl.float32)
-        _wait(OVERLAP)
-        value = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
-        tl.store(u + part * RANK + j, tl.sum(a * value))
+        if FIRST:
+            tl.store(out + _place(k, K), (value * factor).to(dtype), mask=inside)
+        else:
+            value = (value * tl.rsqrt(tl.sum(value * value) / K + eps)).to(dtype).to(tl.float32)
+            tl.store(out + k, (value * factor).to(dtype), mask=inside)
 
     @triton.jit
     def _sum(x, mask, PARTS: tl.constexpr, STRIDE: tl.constexpr):
@@ -379,8 +489,7 @@ if triton is not None:
 
     @triton.jit
     def _rotated(
-        x, weight, cos, sin, eps, rows, NORM: tl.constexpr, HALF: tl.constexpr, PARTS: tl.constexpr,
-        STRIDE: tl.constexpr,
+        x, weight, c, s, eps, rows, NORM: tl.constexpr, HALF: tl.constexpr, PARTS: tl.constexpr, STRIDE: tl.constexpr
     ):  # fmt: skip
         """Return both halves of heads after their norm and rotary embedding, fp32 [heads, HALF]. rows: bool."""
         j = tl.arange(0, HALF)[None]
@@ -391,8 +500,20 @@ if triton is not None:
             inverse = tl.rsqrt(square / (2 * HALF) + eps)[:, None]
             first = first * inverse * tl.load(weight + j).to(tl.float32)
             second = second * inverse * tl.load(weight + HALF + j).to(tl.float32)
-        c, s = tl.load(cos + j).to(tl.float32), tl.load(sin + j).to(tl.float32)
         return first * c - second * s, second * c + first * s
+
+    @triton.jit
+    def _share(here, begin, SPLITS: tl.constexpr, POSITIONS: tl.constexpr):
+        """Return how many positions a program of a sequence's attention takes, a multiple of POSITIONS."""
+        return tl.cdiv(tl.cdiv(here + 1 - begin, SPLITS), POSITIONS) * POSITIONS
+
+    @triton.jit
+    def _tile(keys, values, n, here, j, wide, SIZE: tl.constexpr, HALF: tl.constexpr):
+        """Return both halves of the keys, and the values, of some positions before this one."""
+        old = (n < here)[:, None]
+        first = tl.load(keys + n[:, None] * SIZE + j, mask=old, other=0.0)
+        second = tl.load(keys + n[:, None] * SIZE + HALF + j, mask=old, other=0.0)
+        return first, second, tl.load(values + n[:, None] * SIZE + wide, mask=old, other=0.0)
 
     @triton.jit
     def _attention_kernel(
@@ -408,12 +529,12 @@ if triton is not None:
         the cache, and count positions, from their own `starts` on.
         """
         _begin(OVERLAP)
-        _wait(OVERLAP)
         kv, split = tl.program_id(0), tl.program_id(1)
         dtype = keys.dtype.element_ty
         SIZE: tl.constexpr = 2 * HALF
         EACH: tl.constexpr = HEADS // KV_HEADS
         OUTPUTS: tl.constexpr = (HEADS + 2 * KV_HEADS) * SIZE
+        # Before the wait: what earlier steps left.
         here = tl.load(position).to(tl.int32)
         begin = 0
         if M > 1:
@@ -424,34 +545,37 @@ if triton is not None:
             values += sequence.to(tl.int64) * KV_HEADS * stride * SIZE
             mixed += sequence * (HEADS * SPLITS * SIZE)
             logs += sequence * (HEADS * SPLITS)
-        cos += (here - begin) * SIZE
-        sin += (here - begin) * SIZE
+        j, wide = tl.arange(0, HALF)[None], tl.arange(0, SIZE)[None]
+        c = tl.load(cos + (here - begin) * SIZE + j).to(tl.float32)
+        s = tl.load(sin + (here - begin) * SIZE + j).to(tl.float32)
+        keys += kv.to(tl.int64) * stride * SIZE
+        values += kv.to(tl.int64) * stride * SIZE
+        share = _share(here, begin, SPLITS, POSITIONS)
+        start = begin + split * share
+        end = tl.minimum(start + share, here + 1)
+        n = start + tl.arange(0, POSITIONS)
+        next1, next2, next_value = _tile(keys, values, n, tl.minimum(here, end), j, wide, SIZE, HALF)
+        _wait(OVERLAP)
         group = tl.arange(0, GROUP)
         head = kv * EACH + group
         real = (group < EACH)[:, None]
-        queries = qkv + head[:, None] * SIZE
-        q1, q2 = _rotated(queries, q_weight, cos, sin, eps, real, NORM, HALF, PARTS, M * OUTPUTS)
+        q1, q2 = _rotated(qkv + head[:, None] * SIZE, q_weight, c, s, eps, real, NORM, HALF, PARTS, M * OUTPUTS)
         q1, q2 = q1.to(dtype), q2.to(dtype)
         new = qkv + (HEADS + kv + tl.zeros((1, 1), tl.int32)) * SIZE
         one = (tl.arange(0, 1) < 1)[:, None]
-        k1, k2 = _rotated(new, k_weight, cos, sin, eps, one, NORM, HALF, PARTS, M * OUTPUTS)
+        k1, k2 = _rotated(new, k_weight, c, s, eps, one, NORM, HALF, PARTS, M * OUTPUTS)
         k1, k2 = k1.to(dtype), k2.to(dtype)
-        j, wide = tl.arange(0, HALF)[None], tl.arange(0, SIZE)[None]
         v = _sum(qkv + (HEADS + KV_HEADS + kv) * SIZE + wide, one, PARTS, M * OUTPUTS).to(dtype)
-        keys += kv.to(tl.int64) * stride * SIZE
-        values += kv.to(tl.int64) * stride * SIZE
-        share = tl.cdiv(tl.cdiv(here + 1 - begin, SPLITS), POSITIONS) * POSITIONS
-        start = begin + split * share
-        end = tl.minimum(start + share, here + 1)
         top = tl.full((GROUP,), -float("inf"), tl.float32)
         weight = tl.zeros((GROUP,), tl.float32)
         total = tl.zeros((GROUP, SIZE), tl.float32)
         for first in range(start, end, POSITIONS):
             n = first + tl.arange(0, POSITIONS)
-            old, own = (n < here)[:, None], (n == here)[:, None]
-            key1 = tl.where(own, k1, tl.load(keys + n[:, None] * SIZE + j, mask=old, other=0.0))
-            key2 = tl.where(own, k2, tl.load(keys + n[:, None] * SIZE + HALF + j, mask=old, other=0.0))
-            value = tl.where(own, v, tl.load(values + n[:, None] * SIZE + wide, mask=old, other=0.0))
+            own = (n == here)[:, None]
+            key1, key2, value = tl.where(own, k1, next1), tl.where(own, k2, next2), tl.where(own, v, next_value)
+            next1, next2, next_value = _tile(
+                keys, values, n + POSITIONS, tl.minimum(here, end), j, wide, SIZE, HALF
+            )  # fmt: skip
             score = tl.dot(q1, tl.trans(key1)) + tl.dot(q2, tl.trans(key2))
             score = tl.where((n < end)[None], score * (scale * 1.4426950408889634), -float("inf"))
             higher = tl.maximum(top, tl.max(score, 1))
@@ -472,32 +596,39 @@ if triton is not None:
 
     @triton.jit
     def _combine_kernel(
-        mixed, logs, out, A, u, rank, K: tl.constexpr, M: tl.constexpr, SIZE: tl.constexpr, SPLITS: tl.constexpr,
-        RANK: tl.constexpr, TILE: tl.constexpr, OVERLAP: tl.constexpr,
+        mixed, logs, position, starts, out, A, u, rank, K: tl.constexpr, M: tl.constexpr, SIZE: tl.constexpr,
+        SPLITS: tl.constexpr, POSITIONS: tl.constexpr, RANK: tl.constexpr, TILE: tl.constexpr, OVERLAP: tl.constexpr,
     ):  # fmt: skip
         """Add the shares of a head of a sequence, and its part of o_proj's u = A x: u [heads, M, RANK], whose parts
         add up.
         """
         _begin(OVERLAP)
-        _wait(OVERLAP)
         head, sequence = tl.program_id(0), tl.program_id(1)
         dtype = out.dtype.element_ty
-        split, wide = tl.arange(0, SPLITS), tl.arange(0, SIZE)
+        split, wide, j = tl.arange(0, SPLITS), tl.arange(0, SIZE), tl.arange(0, TILE)
+        A += head * SIZE + wide[None]
+        if RANK > 0:
+            a = tl.load(A + j[:, None] * K, mask=(j < rank)[:, None], other=0.0)
+        positions = tl.load(position).to(tl.int32)
+        begin = 0
         if M > 1:
+            begin = tl.load(starts + sequence).to(tl.int32)
             mixed += sequence * (K * SPLITS)
             logs += sequence * (K // SIZE * SPLITS)
             u += sequence * RANK
-        log = tl.load(logs + head * SPLITS + split)
+        used = split * _share(positions, begin, SPLITS, POSITIONS) <= positions - begin
+        _wait(OVERLAP)
+        place = head * SPLITS + split
+        parts = tl.load(mixed + place[:, None] * SIZE + wide[None], mask=used[:, None], other=0.0)
+        log = tl.load(logs + place, mask=used, other=-float("inf"))
         weight = tl.exp2(log - tl.max(log, 0))
-        weight = weight / tl.sum(weight, 0)
-        place = mixed + (head * SPLITS + split)[:, None] * SIZE + wide[None]
-        parts = tl.load(place, mask=(weight > 0)[:, None], other=0.0)
-        x = tl.sum(parts * weight[:, None], 0).to(dtype)
+        x = (tl.sum(parts * weight[:, None], 0) / tl.sum(weight, 0)).to(dtype)
         tl.store(out + _place(head * SIZE + wide, K, M, sequence), x)
-        for start in range(0, RANK, TILE):
-            j = start + tl.arange(0, TILE)
-            a = tl.load(A + j[:, None] * K + head * SIZE + wide[None], mask=(j < rank)[:, None], other=0.0)
-            tl.store(u + head * (M * RANK) + j, tl.sum(a.to(tl.float32) * x.to(tl.float32)[None], 1))
+        if RANK > 0:
+            for start in range(0, RANK, TILE):
+                tl.store(u + head * (M * RANK) + start + j, tl.sum(a.to(tl.float32) * x.to(tl.float32)[None], 1))
+                more = start + TILE + j
+                a = tl.load(A + more[:, None] * K, mask=(more < tl.minimum(rank, RANK))[:, None], other=0.0)
 
     # -------------------------------------------------------------------------------------------- of a batch
     #

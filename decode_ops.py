@@ -1,12 +1,13 @@
-"""The decode step, a token of each sequence in and their logits out, as nine kernels a layer that a CUDA graph can hold.
+"""The decode step, a token of each sequence in and their logits out, as seven kernels a layer that a CUDA graph can hold.
 
 A step reads every weight once, so it is bound by memory: 4-bit weights are dequantised in registers on their way into
-the product, and adapters, biases, SwiGLU and residuals ride in the kernels that are there anyway. One sequence takes
-products of a vector, a batch those of the tensor cores.
+the product, and norms, adapters, biases, SwiGLU and residuals ride in the kernels that are there anyway. One sequence
+takes products of a vector, a batch those of the tensor cores and nine kernels a layer.
 """
 
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple
 
 import bitsandbytes as bnb
@@ -47,7 +48,7 @@ class Layout:
     runs: int = 64  # of 64 weights that it takes of a row at a time, each a thread's: 2 warps
     # Warps of a multiprocessor, which share out the outputs: with 128 registers a thread it has room for 16.
     warps: int = 16
-    light_warps: int = 24  # the same where each then has a single output, which takes 64 registers
+    light_warps: int = 24  # the same where each then has a single output, which takes 80 registers
     positions: int = 32  # of a tile of the cache
     # A kernel starts, and loads weights, before the one before has ended (sm_90 and later): 1,801 us a step of a 3B on an
     # H100 in place of 1,907.
@@ -61,7 +62,9 @@ class Layout:
 LAYOUT = Layout()
 MODELS = {"Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM"}
 RUN = 64  # weights of a row that a thread takes at a time; constants of quantisation change at its ends only
-CHUNK = 2048  # inputs of a program of the adapter's first product before down_proj
+CHUNK = 2048  # inputs of a program of the adapter's first product in down_proj
+ADAPTERS = 48  # warps that such products of a launch take, more only where each program would have over TAKE rows of A
+TAKE = 8
 BATCH_CHUNK = 256  # the same for a batch, whose program takes all rows of A and all sequences
 BATCH = 64  # sequences at most: more would want their weights dequantised once for several tiles
 
@@ -105,6 +108,19 @@ class Member:
             self.rank, self.scale = len(self.A), float(module.scaling[adapter])
 
 
+class Norm:
+    """An RMS norm as the kernels read it. Its weight is `scale` times `factor`, which times hidden stays in range."""
+
+    def __init__(self, module: nn.Module):
+        # Gemma's norms add 1 to the weight, and have no variance_epsilon.
+        known = type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
+        _check(known, f"{type(module).__name__} is unknown")
+        self.weight, self.eps, self.scale = module.weight.detach(), module.variance_epsilon, 1.0
+        if self.weight.dtype is torch.float16:
+            self.scale = 2.0 ** max(0, math.ceil(math.log2(max(self.weight.abs().max().item(), 1.0))))
+        self.factor = self.weight / self.scale if self.scale > 1 else self.weight
+
+
 def _options() -> dict[str, bool]:
     """Return the options of every launch. From Triton 3.10 on it no longer fuses a product with a sum unasked."""
     overlap = LAYOUT.overlap and not INTERPRETED and torch.cuda.is_available()
@@ -115,11 +131,15 @@ def _options() -> dict[str, bool]:
 class Linears:
     """Up to three linears that read one x, as one launch.
 
-    mode: see `_linear_kernel`. parts: into how many sums the launch before splits u = A x. x, u: what it writes and this
-    reads, x in the order of `_place`. m: the M of the kernels.
+    mode: see `_linear_kernel`. norm: what x still lacks, if it is hidden times this norm's factor. parts: sums that
+    u = A x is split into; alone: u comes with x, else programs of this launch compute it. x: what the launch before
+    writes and this one reads, in the order of `_place`. m: the M of the kernels.
     """
 
-    def __init__(self, modules: dict[str, nn.Module], mode: str, dtype: torch.dtype, parts: int = 1, m: int = 1):
+    def __init__(
+        self, modules: dict[str, nn.Module], mode: str, dtype: torch.dtype, norm: Norm | None = None, parts: int = 1,
+        alone: bool = False, m: int = 1,
+    ):  # fmt: skip
         self.members = [Member(module, name) for name, module in modules.items()]
         first, adapted = self.members[0], [member for member in self.members if member.rank]
         for what in ("kind", "columns"):
@@ -128,12 +148,14 @@ class Linears:
         biases = {None if member.bias is None else member.bias.dtype for member in self.members}
         types = {factor.dtype for member in adapted for factor in (member.A, member.B)}
         _check(len(biases) == 1 and len(types) < 2, f"{', '.join(modules)} differ in their biases or adapters' dtypes")
-        self.mode, self.parts, self.m, self.ranks = mode, parts, m, [member.rank for member in self.members]
+        self.mode, self.norm, self.parts, self.alone, self.m = mode, norm, parts, alone, m
+        self.ranks = [member.rank for member in self.members]
         smallest = 16 if m > 1 else 1  # of tl.dot
         self.rank = max(smallest, triton.next_power_of_2(max(self.ranks))) if adapted else 0
         self.columns, self.rows = first.columns, [member.rows for member in self.members]
         self.x = torch.zeros(self.columns * m, dtype=dtype, device=first.codes.device)
         self.u = torch.zeros(parts, m, len(modules), max(self.rank, 1), dtype=torch.float32, device=self.x.device)
+        self.inverse, self.count = self.u.new_zeros(1), self.u.new_zeros(1, dtype=torch.int32)
         nothing = adapted[0].A if adapted else self.x
         self.A = [member.A if member.rank else nothing for member in self.members]
         arguments = [
@@ -155,22 +177,56 @@ class Linears:
             HALF=tl.bfloat16 if dtype is torch.bfloat16 else tl.float16, **_options(),
         )  # fmt: skip
 
-    def __call__(self, residual: torch.Tensor, out: torch.Tensor, flat: torch.Tensor) -> None:
+    def adapters(self, warps: int, most: float) -> dict[str, int]:
+        """Return how the programs are laid that compute the adapters' u and what x lacks: in `most` warps, if they can."""
+        chunk = triton.cdiv(self.columns, self.parts)
+        rows, take = max(self.rank, 1) * len(self.members) * self.parts, 1
+        while rows * warps > take * most and take < min(TAKE, self.rank):
+            take *= 2
+        block = min(triton.next_power_of_2(chunk), 2048 * warps // take)  # 64 numbers a thread
+        return dict(ADAPTERS=rows // take, TAKE=take, BLOCK=block, CHUNK=triton.cdiv(chunk, block) * block)
+
+    def layout(self) -> tuple[int, bool, dict[str, Any]]:
+        """Return the number of programs, whether the adapters' are a launch of their own, and how all are laid.
+
+        Programs that end at once would all ask for u before it is there: q, k and v took 7.4 us in one launch, 3.8 in two.
+        """
         swiglu, runs = self.mode == "swiglu", self.columns // RUN
         blocks = min(LAYOUT.runs, max(32, triton.next_power_of_2(runs)))
         warps = max(1, blocks // 32)
         two = swiglu or (self.mode == "residual" and runs > blocks)  # outputs in pieces share loads of x
         rows = self.rows if self.mode == "stack" else self.rows[:1]
         each = LAYOUT.rows if swiglu or not two else 2 * LAYOUT.rows
-        shares = sum(triton.cdiv(n, each) for n in rows)
+        shares, adapters = sum(triton.cdiv(n, each) for n in rows), self.adapters(warps, ADAPTERS)
         light = not two and shares <= self.multiprocessors * LAYOUT.light_warps // warps
-        loop = 1 if light else triton.cdiv(shares, max(1, self.multiprocessors * LAYOUT.warps // warps))
+        resident = LAYOUT.light_warps if light else LAYOUT.warps
+        some = not self.alone and bool(self.norm or self.rank)
+        apart = adapters["ADAPTERS"] if some and not light else 0
+        loop = 1 if light else triton.cdiv(shares, max(1, self.multiprocessors * resident // warps - apart))
         # ptxas would take 167 for gate and up, which leaves room for 12 warps.
-        registers = {"maxnreg": 65536 // (32 * LAYOUT.warps) // 8 * 8} if loop > 1 and not INTERPRETED else {}
-        kernels._linear_kernel[(sum(triton.cdiv(n, each * loop) for n in rows),)](
-            self.x.view(torch.int32), self.u, residual, out, flat, *self.arguments, **self.constants, MODE=self.mode,
-            OUTPUTS=self.rows[0], PARTS_2=triton.next_power_of_2(self.parts), ROWS=LAYOUT.rows, LOOP=loop, BLOCKS=blocks,
-            TWO=two, num_warps=warps, num_stages=1, **registers,
+        registers = {} if INTERPRETED else {"maxnreg": 65536 // (32 * resident) // 8 * 8}
+        options = dict(LOOP=loop, ROWS=LAYOUT.rows, BLOCKS=blocks, TWO=two, num_warps=warps, num_stages=1, **registers)
+        programs = apart + sum(triton.cdiv(n, each * loop) for n in rows)
+        return programs, some and light, adapters | options | {"ADAPTERS": apart}
+
+    def __call__(
+        self, hidden: torch.Tensor, out: torch.Tensor, before: "Linears", follow: "Linears | None" = None
+    ) -> None:
+        """Launch. before: the product of a launch before this one, whose count is set back. follow: what reads hidden."""
+        norm, A = self.norm, self.A * 3
+        programs, ahead, options = self.layout()
+        reads = self.x, hidden, *((norm.weight, norm.eps, norm.scale) if norm else (self.x, 0.0, 1.0))
+        reads += self.u, self.inverse, self.count, before.count
+        if ahead:
+            adapters, ranks = self.adapters(4, math.inf), (self.ranks + [0, 0])[:3]
+            kernels._adapter_kernel[(adapters.pop("ADAPTERS"),)](
+                *reads, *A[:3], *ranks, **adapters, NORM=norm is not None, num_warps=4, **_options(),
+                **{name: self.constants[name] for name in ("K", "MEMBERS", "RANK")},
+            )  # fmt: skip
+        kernels._linear_kernel[(programs,)](
+            *reads, out, follow.norm.factor if follow else self.x, *self.arguments[:2], *A[:3], *self.arguments[2:],
+            **self.constants, **options, MODE=self.mode, NORM=norm is not None, NEXT=follow is not None,
+            OUTPUTS=self.rows[0], PARTS_2=triton.next_power_of_2(self.parts),
         )  # fmt: skip
 
 
@@ -195,48 +251,38 @@ class BatchLinears(Linears):
         )  # fmt: skip
 
 
-def _adapters(linears: Linears | None, x: torch.Tensor) -> tuple:
-    """Return u, three A and their ranks, as the kernels of a norm take them, and the rank and number of members."""
-    if linears is None or not linears.rank:
-        return (x, *[x] * 3, 0, 0, 0), 0, 1
-    A, ranks = linears.A * 3, linears.ranks + [0, 0]
-    return (linears.u, *A[:3], *ranks[:3]), linears.rank, len(linears.A)
-
-
-def _norm(x: torch.Tensor, norm: nn.Module, out: torch.Tensor, linears: Linears | None = None) -> None:
-    """Write norm(x) to out as it is, or to where `linears` read it, together with their adapters' u."""
-    adapters, rank, members = _adapters(linears, x)
-    kernels._norm_kernel[(max(1, rank * members),)](
-        x, norm.weight, out, *adapters, norm.variance_epsilon, K=x.numel(), RANK=rank, ORDERED=linears is not None,
+def _norm(x: torch.Tensor, norm: Norm, out: torch.Tensor, first: bool = False) -> None:
+    """Write norm(x) to out; first: x times the norm's factor, as the first product reads it."""
+    kernels._norm_kernel[(1,)](
+        x, norm.factor if first else norm.weight, out, norm.eps, K=x.numel(), FIRST=first,
         BLOCK=triton.next_power_of_2(x.numel()), num_warps=4 if x.numel() <= 4096 else 8, **_options(),
     )  # fmt: skip
 
 
 def _batch_norm(
-    x: torch.Tensor, parts: torch.Tensor, total: torch.Tensor, norm: nn.Module, out: torch.Tensor,
+    x: torch.Tensor, parts: torch.Tensor, total: torch.Tensor, norm: Norm, out: torch.Tensor,
     linears: Linears | None = None,
 ) -> None:  # fmt: skip
-    """The same of total = x + parts, which it writes too. x, total: [sequences, width]; parts: [parts, m, width]."""
-    (adapters, rank, members), (sequences, width) = _adapters(linears, x), x.shape
+    """Write total = x + parts, and its norm to out as it is or to where `linears` read it, with their adapters' u.
+
+    x, total: [sequences, width]; parts: [parts, m, width].
+    """
+    sequences, width = x.shape
+    adapters, rank, members = (x, *[x] * 3, 0, 0, 0), 0, 1
+    if linears is not None and linears.rank:
+        A, ranks, rank, members = linears.A * 3, linears.ranks + [0, 0], linears.rank, len(linears.A)
+        adapters = linears.u, *A[:3], *ranks[:3]
     block = triton.next_power_of_2(width)
     tile = min(max(rank, 1), max(1, 16384 // block))  # rows of A at a time: 64 numbers a thread
     kernels._batch_norm_kernel[(sequences, members)](
-        x, parts, norm.weight, total, out, *adapters, norm.variance_epsilon, K=width, M=parts.shape[1],
+        x, parts, norm.weight, total, out, *adapters, norm.eps, K=width, M=parts.shape[1],
         PARTS=len(parts), MEMBERS=members, RANK=rank, ORDERED=linears is not None, BLOCK=block, TILE=tile,
         num_warps=8, **_options(),
     )  # fmt: skip
 
 
-def _check_norm(norm: nn.Module) -> None:
-    # Gemma's norms add 1 to the weight, and have no variance_epsilon.
-    known = type(norm).__name__.endswith("RMSNorm") and hasattr(norm, "variance_epsilon")
-    _check(known, f"{type(norm).__name__} is unknown")
-
-
 def _check_layer(layer: nn.Module, cache: Any) -> None:
     attention, mlp = layer.self_attn, layer.mlp
-    for norm in (layer.input_layernorm, layer.post_attention_layernorm):
-        _check_norm(norm)
     _check(type(attention).__name__ in ATTENTIONS, f"{type(attention).__name__} is unknown")
     _check(type(mlp).__name__ in MLPS, f"{type(mlp).__name__} is unknown")
     _check(isinstance(mlp.act_fn, (nn.SiLU, SiLUActivation)), f"an MLP with {type(mlp.act_fn).__name__}")
@@ -255,12 +301,11 @@ class Scratch(NamedTuple):
     qkv: torch.Tensor  # fp32 [splits, m, outputs of q, k and v]
     mixed: torch.Tensor  # fp32 [sequences, heads, splits, head size]
     logs: torch.Tensor  # fp32 [sequences, heads, splits]
-    flat: torch.Tensor  # [MLP width], of one sequence
     parts: torch.Tensor  # fp32 [splits, m, width], of a batch
 
 
 class Layer:
-    """A decoder layer: its weights, its part of the cache, and its nine launches."""
+    """A decoder layer: its weights, its part of the cache, and its seven launches."""
 
     kind, chunk = Linears, CHUNK
 
@@ -270,16 +315,17 @@ class Layer:
         sequences, kv_heads, length, size = cache.keys.shape
         self.m = m = 1 if sequences == 1 else max(16, triton.next_power_of_2(sequences))
 
-        def linears(owner: nn.Module, names: str, mode: str, parts: int = 1) -> Linears:
-            return self.kind({name: getattr(owner, name) for name in names.split()}, mode, dtype, parts, m)
+        def linears(owner: nn.Module, names: str, mode: str, *arguments: Any, **keywords: Any) -> Linears:
+            modules = {name: getattr(owner, name) for name in names.split()}
+            return self.kind(modules, mode, dtype, *arguments, m=m, **keywords)
 
-        self.norms = layer.input_layernorm, layer.post_attention_layernorm
+        self.norms = Norm(layer.input_layernorm), Norm(layer.post_attention_layernorm)
         self.keys, self.values = cache.keys, cache.values
-        self.qkv = linears(attention, "q_proj k_proj v_proj", "stack")
+        self.qkv = linears(attention, "q_proj k_proj v_proj", "stack", self.norms[0])
         heads = self.qkv.rows[0] // size
-        self.out = linears(attention, "o_proj", "residual", heads)
-        self.gate_up = linears(mlp, "gate_proj up_proj", "swiglu")
-        self.down = linears(mlp, "down_proj", "residual", triton.cdiv(self.gate_up.rows[0], self.chunk))
+        self.out = linears(attention, "o_proj", "residual", parts=heads, alone=True)
+        self.gate_up = linears(mlp, "gate_proj up_proj", "swiglu", self.norms[1])
+        self.down = linears(mlp, "down_proj", "residual", parts=triton.cdiv(self.gate_up.rows[0], self.chunk))
         programs = LAYOUT.programs if m == 1 else LAYOUT.batch_programs // sequences
         splits = min(
             triton.next_power_of_2(max(4, programs // kv_heads)),
@@ -302,7 +348,6 @@ class Layer:
             qkv=new(self.shape["PARTS"], self.m, sum(self.qkv.rows)),
             mixed=new(sequences, *shares, self.keys.shape[3]),
             logs=new(sequences, *shares),
-            flat=new(self.gate_up.rows[0], dtype=self.keys.dtype),
             parts=new(splits, self.m, self.out.rows[0]),
         )
 
@@ -314,26 +359,23 @@ class Layer:
             scratch.logs, *self.numbers, **shape, num_warps=4, **_options(),
         )  # fmt: skip
         kernels._combine_kernel[(shape["HEADS"], sequences)](
-            scratch.mixed, scratch.logs, out.x, out.A[0], out.u, out.ranks[0], K=out.columns, M=self.m,
-            SIZE=self.keys.shape[3], SPLITS=shape["SPLITS"], RANK=out.rank, TILE=min(max(out.rank, 1), 16),
-            num_warps=4, **_options(),
+            scratch.mixed, scratch.logs, position, starts, out.x, out.A[0], out.u, out.ranks[0], K=out.columns, M=self.m,
+            SIZE=self.keys.shape[3], SPLITS=shape["SPLITS"], POSITIONS=shape["POSITIONS"], RANK=out.rank,
+            TILE=min(max(out.rank, 1), 16), num_warps=4, **_options(),
         )  # fmt: skip
 
-    def __call__(self, hidden: torch.Tensor, position: torch.Tensor, rotary: list, scratch: Scratch) -> None:
-        """Add the layer to hidden, [width], in place. rotary: cos and sin, [positions, head size]."""
-        down, flat = self.down, scratch.flat
-        _norm(hidden, self.norms[0], self.qkv.x, self.qkv)
-        self.qkv(hidden, scratch.qkv, flat)
+    def __call__(
+        self, hidden: torch.Tensor, position: torch.Tensor, rotary: list, scratch: Scratch, before: Linears,
+        follow: Linears | None,
+    ) -> None:  # fmt: skip
+        """Add the layer to hidden, [width], in place. rotary: cos and sin, [positions, head size]; before, follow: the
+        products before and after the layer.
+        """
+        self.qkv(hidden, scratch.qkv, before)
         self.attend(position, position, rotary, scratch)
-        self.out(hidden, hidden, flat)
-        _norm(hidden, self.norms[1], self.gate_up.x, self.gate_up)
-        self.gate_up(hidden, down.x, flat)
-        if down.rank:
-            kernels._inner_kernel[(down.rank, down.parts)](
-                flat, down.A[0], down.u, down.ranks[0], K=down.columns, RANK=down.rank, BLOCK=CHUNK, num_warps=4,
-                **_options(),
-            )  # fmt: skip
-        down(hidden, hidden, flat)
+        self.out(hidden, self.gate_up.x, self.qkv, self.gate_up)
+        self.gate_up(hidden, self.down.x, self.out)
+        self.down(hidden, follow.x if follow else hidden, self.gate_up, follow)
 
 
 class BatchLayer(Layer):
@@ -383,10 +425,10 @@ class DecodeStep:
         _check(type(model).__name__ in MODELS, f"{type(model).__name__} is unknown")
         decoder, dtype, device = model.get_decoder(), model.dtype, model.device
         _check(dtype in (torch.bfloat16, torch.float16), f"the model computes in {dtype}")
-        _check_norm(decoder.norm)
         rope = decoder.rotary_emb.rope_type
         _check(rope not in ("dynamic", "longrope"), f"rotary embedding {rope} depends on the length")
-        self.embedding, self.head, self.norm = model.get_input_embeddings(), model.get_output_embeddings(), decoder.norm
+        self.embedding, self.head = model.get_input_embeddings(), model.get_output_embeddings()
+        self.norm = Norm(decoder.norm)
         _check(len(decoder.layers) == len(cache.layers), "the cache has another number of layers than the model")
         _check(cache.layers[0].is_initialized, "the cache has no tensors yet; see its early_initialization")
         sequences = len(cache.layers[0].keys)
@@ -410,8 +452,12 @@ class DecodeStep:
     def __call__(self, ids: torch.Tensor, position: torch.Tensor, starts: torch.Tensor | None = None) -> torch.Tensor:
         hidden = self.embedding(ids)[:, 0]
         if len(self.last) == 1:
-            for layer in self.layers:
-                layer(hidden[0], position, self.rotary, self.scratch)
+            first = self.layers[0].qkv
+            _norm(hidden, first.norm, first.x, first=True)
+            before = self.layers[-1].down
+            for layer, follow in zip(self.layers, [*self.layers[1:], None], strict=True):
+                layer(hidden[0], position, self.rotary, self.scratch, before, follow and follow.qkv)
+                before = layer.down
             _norm(hidden, self.norm, self.last)
         else:
             other, parts = torch.empty_like(hidden), self.scratch.parts[:0]

@@ -141,10 +141,11 @@ def check_case(folder, options, starts, before: int, dtype: str, device: str, wr
 def check_all(folders: dict[str, str], dtype: str, device: str) -> None:
     decode_ops.LAYOUT.rows = 128  # a program costs the interpreter as much whatever its size
     # Rows in pieces, and a program that takes several.
-    decode_ops.LAYOUT.runs, decode_ops.LAYOUT.warps, decode_ops.LAYOUT.light_warps = 2, 1, 0
+    decode_ops.LAYOUT.runs, decode_ops.LAYOUT.warps = 2, 1
     decode_ops.LAYOUT.tile, decode_ops.LAYOUT.swiglu_tile = Tile(64, 16, 2), Tile(128, 64, 2)
     decode_ops.LAYOUT.batch_programs = 8  # of products that add up, and products of several steps
-    for family, options, starts, before in CASES:
+    for number, (family, options, starts, before) in enumerate(CASES):
+        decode_ops.LAYOUT.light_warps = 8 * (number % 2)  # the adapters of q, k and v in their launch, or ahead of it
         check_case(folders[family], options, starts, before, dtype, device)
 
 
@@ -235,10 +236,10 @@ def test_an_unquantised_model_and_an_empty_cache_are_refused(random_models):
 
 # Types of the kernels' arguments, by name without the number of a member; the rest are 32-bit integers.
 POINTERS = {
-    "*bf16": "x residual total flat keys values cos sin q_weight k_weight weight bias",
-    "*fp32": "u lut code2 second offset qkv mixed logs parts A B",
+    "*bf16": "x hidden total keys values cos sin q_weight k_weight weight next_weight bias",
+    "*fp32": "u inverse lut code2 second offset qkv mixed logs parts A B",
     "fp32": "scale eps",
-    "*i32": "codes",
+    "*i32": "codes count count_before",
     "*u8": "absmax",
     "*i64": "position starts",
 }
@@ -292,25 +293,24 @@ def test_kernels_compile_within_the_shared_memory_of_each_card(capability):
     import decode_kernels as kernels
 
     every = packed(capability) | {"ROWS": decode_ops.LAYOUT.rows, "OUTPUTS": 11008}
-    narrow, wide = every | {"K": 2048, "BLOCKS": 32, "LOOP": 6}, every | {"K": 11008, "BLOCKS": 64, "LOOP": 1}
-    rank = {name: every[name] for name in ("RANK", "OVERLAP")}
-    one = {"PARTS": 1, "PARTS_2": 1}
-    linear, half, single, pairs = kernels._linear_kernel, "*bf16", "*fp32", "*i32"
-    member = {"MODE": "residual", "MEMBERS": 1, "PARTS": 6, "PARTS_2": 8, "TWO": True}
-    norm = {"K": 2048, "ORDERED": True, "BLOCK": 2048}
-    combine = {"K": 2048, "M": 1, "SIZE": 128, "SPLITS": 64, "TILE": 16}
-    qkv, gate_up = (
-        {"MODE": "stack", "MEMBERS": 3, "BIAS": True, "TWO": False},
-        {"MODE": "swiglu", "MEMBERS": 2, "TWO": True},
-    )
+    narrow, wide = every | {"K": 2048, "BLOCKS": 32}, every | {"K": 11008, "BLOCKS": 64, "LOOP": 1}
+    linear, half, single = kernels._linear_kernel, "*bf16", "*fp32"
+    first = {"RANK": 16, "TAKE": 1, "CHUNK": 2048, "BLOCK": 2048, "NORM": True}
+    one = {"PARTS": 1, "PARTS_2": 1, "NEXT": False, **first}
+    qkv = {"MODE": "stack", "MEMBERS": 3, "BIAS": True, "TWO": False, "LOOP": 1, "ADAPTERS": 0}
+    gate_up = {"MODE": "swiglu", "MEMBERS": 2, "TWO": True, "LOOP": 6, "ADAPTERS": 32}
+    down = {"MODE": "residual", "MEMBERS": 1, "TWO": True, "NORM": False, "NEXT": True, "ADAPTERS": 24, "TAKE": 4}
+    down |= {"CHUNK": 2048, "BLOCK": 1024, "PARTS": 6, "PARTS_2": 8}
+    overlap = {"OVERLAP": capability >= 90}
+    combine = {"K": 2048, "M": 1, "SIZE": 128, "SPLITS": 64, "POSITIONS": 32, "RANK": 16, "TILE": 16}
     done = [
-        compiled(capability, linear, narrow | one | qkv, 1, x=pairs, out=single),
-        compiled(capability, linear, narrow | one | gate_up, 1, maxnreg=128, x=pairs, out=half),
-        compiled(capability, linear, wide | member, 2, x=pairs, out=half),
-        compiled(capability, kernels._norm_kernel, norm | rank, 4, out=half),
-        compiled(capability, kernels._inner_kernel, {"K": 11008, "BLOCK": decode_ops.CHUNK, **rank}, 4),
+        compiled(capability, kernels._adapter_kernel, first | {"K": 2048, "MEMBERS": 3} | overlap, 4),
+        compiled(capability, linear, narrow | one | qkv, 1, maxnreg=80, out=single),
+        compiled(capability, linear, narrow | one | gate_up, 1, maxnreg=128, out=half),
+        compiled(capability, linear, wide | down, 2, maxnreg=128, out=half),
+        compiled(capability, kernels._norm_kernel, {"K": 2048, "FIRST": False, "BLOCK": 2048, **overlap}, 4, out=half),
         compiled(capability, kernels._attention_kernel, attention(capability, 64, 1, 1), 4),
-        compiled(capability, kernels._combine_kernel, combine | rank, 4, out=half),
+        compiled(capability, kernels._combine_kernel, combine | overlap, 4, out=half),
     ]
     check_compiled(capability, done)
 
@@ -330,7 +330,7 @@ def test_a_batchs_kernels_compile_within_the_shared_memory_of_each_card(capabili
     gate_up = {"SWIGLU": True, "MEMBERS": 2, "K": 2048, "OUTPUTS": 11008, "PARTS": 1, "SPLITS": 1}
     down = {"SWIGLU": False, "MEMBERS": 1, "K": 11008, "OUTPUTS": 2048, "PARTS": 43, "SPLITS": 8}
     norm = {"K": 2048, "PARTS": 8, "MEMBERS": 3, "ORDERED": True, "BLOCK": 2048, "TILE": 8}
-    combine = {"K": 2048, "SIZE": 128, "SPLITS": 8, "TILE": 16}
+    combine = {"K": 2048, "SIZE": 128, "SPLITS": 8, "POSITIONS": 32, "TILE": 16}
     products = [
         compiled(capability, kernels._batch_linear_kernel, tile | qkv, warps, 1, out="*fp32"),
         compiled(capability, kernels._batch_linear_kernel, tile2 | gate_up, warps2, 1, out="*bf16"),
