@@ -297,7 +297,7 @@ def run_single(case: dict, alone: Callable[[], None]) -> dict:
 
 PHASES = {  # by a piece of the kernel's name, the first that fits
     "dequantisation": "dequantize",
-    "passes of the adapters": "widen",
+    "passes of the adapters": "widen|swiglu",
     "attention": "sdpa|flash|fmha|cudnn",
     "matrix products": "nvjet|cutlass|gemm|cublas|splitk",
     "norms, rotary, loss (compiled)": "triton_",
