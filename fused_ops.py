@@ -226,6 +226,7 @@ class Launch:
 
 WIDEN = Launch(block_m=16, block_k=256, warps=4)
 DEQUANTIZE = Launch(block_m=128, block_k=64, warps=2)
+ROTATE = Launch(block_m=16, block_k=64, warps=4)  # of heads 128 wide: of others as many numbers
 
 
 WIDEN_BACKWARD = Launch(block_m=16, block_k=64, warps=2)
@@ -577,6 +578,63 @@ def _(grad, x, *rest):
     return torch.empty_like(x)
 
 
+@torch.library.custom_op("qlora::rotate", mutates_args=())
+def rotate(
+    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int, kv_heads: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return q and k rotated as transformers' apply_rotary_pos_emb does, and v, each [batch, length, its heads, width].
+
+    qkv: [batch, length, (heads + 2 kv_heads) width]; cos, sin: [batch or 1, length, width]. Computed in fp32, rounded
+    once. The compiler's kernel for the way back took 3 to 4 times what its bytes take (H100).
+    """
+    parts = _apart(qkv, heads, kv_heads)
+    _rotate(qkv, *parts, cos, sin, back=False)
+    return parts
+
+
+def _apart(qkv: torch.Tensor, heads: int, kv_heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return tensors for q, k and v."""
+    *shape, width = *qkv.shape[:-1], qkv.shape[-1] // (heads + 2 * kv_heads)
+    return tuple(qkv.new_empty(*shape, number, width) for number in (heads, kv_heads, kv_heads))
+
+
+def _rotate(qkv, q, k, v, cos, sin, back: bool) -> None:
+    """Fill q, k and v from qkv, or back the gradient of qkv from theirs."""
+    (*_, heads, width), kv_heads = q.shape, k.shape[-2]
+    rows, block = qkv.numel() // width, triton.next_power_of_2(width // 2)
+    block_m = max(1, ROTATE.block_m * ROTATE.block_k // block)
+    training_kernels.rotate_kernel[(triton.cdiv(rows, block_m),)](
+        qkv, q, k, v, cos.contiguous(), sin.contiguous(), rows, cos.numel() // width, HEADS=heads, KV_HEADS=kv_heads,
+        HALF=width // 2, BLOCK_M=block_m, BLOCK_K=block, BACK=back, num_warps=ROTATE.warps,
+    )  # fmt: skip
+
+
+@rotate.register_fake
+def _(qkv, cos, sin, heads, kv_heads):
+    return _apart(qkv, heads, kv_heads)
+
+
+@torch.library.custom_op("qlora::rotate_backward", mutates_args=())
+def rotate_backward(
+    dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> torch.Tensor:
+    """Return the gradient of qkv."""
+    grad = dq.new_empty(*dq.shape[:2], sum(part.shape[2] for part in (dq, dk, dv)) * dq.shape[3])
+    _rotate(grad, dq.contiguous(), dk.contiguous(), dv.contiguous(), cos, sin, back=True)
+    return grad
+
+
+@rotate_backward.register_fake
+def _(dq, dk, dv, cos, sin):
+    return dq.new_empty(*dq.shape[:2], sum(part.shape[2] for part in (dq, dk, dv)) * dq.shape[3])
+
+
+rotate.register_autograd(
+    lambda ctx, *grads: (rotate_backward(*grads, *ctx.saved_tensors), None, None, None, None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[1:3]),
+)
+
+
 # ------------------------------------------------------------------------------------------------ fused layers
 
 
@@ -680,14 +738,19 @@ MLPS = {"Qwen2MLP", "Qwen3MLP", "LlamaMLP", "MistralMLP"}
 
 def _fused_attention(self, hidden_states, position_embeddings, attention_mask=None, **kwargs):
     """The attention of Qwen2, Qwen3, Llama and Mistral with q, k and v in one operator. [batch, length, width]."""
-    shape = hidden_states.shape[:-1]
-    parts = self.fused_qkv(hidden_states).split(self.fused_qkv.outputs, -1)
-    q, k, v = (part.view(*shape, -1, self.head_dim) for part in parts)
-    if hasattr(self, "q_norm"):
-        q, k = self.q_norm(q), self.k_norm(k)
-    rotate = sys.modules[type(self).__module__].apply_rotary_pos_emb
-    q, k = rotate(q.transpose(1, 2), k.transpose(1, 2), *position_embeddings)
-    v = v.contiguous().transpose(1, 2)  # else the backward would keep all of q, k and v for the sake of v
+    shape, qkv = hidden_states.shape[:-1], self.fused_qkv
+    if qkv.kernels and not hasattr(self, "q_norm"):
+        heads, kv_heads = (size // self.head_dim for size in qkv.outputs[:2])
+        parts = rotate(qkv(hidden_states), *position_embeddings, heads, kv_heads)
+        q, k, v = (part.transpose(1, 2) for part in parts)
+    else:
+        parts = qkv(hidden_states).split(qkv.outputs, -1)
+        q, k, v = (part.view(*shape, -1, self.head_dim) for part in parts)
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
+        apply_rotary = sys.modules[type(self).__module__].apply_rotary_pos_emb
+        q, k = apply_rotary(q.transpose(1, 2), k.transpose(1, 2), *position_embeddings)
+        v = v.contiguous().transpose(1, 2)  # else the backward would keep all of q, k and v for the sake of v
     mixed, weights = attend(self, q, k, v, attention_mask, scaling=self.scaling)
     return self.fused_out(mixed.reshape(*shape, -1)), weights
 

@@ -193,3 +193,55 @@ if triton is not None:
             target = dB + (tl.program_id(1) * 2 * columns + k[None]) * rank + i[:, None]
             tl.store(target, sum_gate, mask=(i < rank)[:, None] & within)
             tl.store(target + columns * rank, sum_up, mask=(i < rank)[:, None] & within)
+
+    @triton.jit
+    def rotate_kernel(
+        qkv, q, k, v, cos, sin, rows, positions, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr,
+        BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BACK: tl.constexpr,
+    ):  # fmt: skip
+        """Write rotated q, rotated k and v from qkv, or their gradients back into that of qkv.
+
+        A row is a head of a token, in two halves. Whole lines of memory are read and written on either side.
+        """
+        r = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+        token, head = r // (HEADS + 2 * KV_HEADS), r % (HEADS + 2 * KV_HEADS)
+        i = tl.arange(0, BLOCK_K)[None]
+        inside = (r < rows)[:, None] & (i < HALF)
+        in_q = inside & (head < HEADS)[:, None]
+        in_k = inside & ((head >= HEADS) & (head < HEADS + KV_HEADS))[:, None]
+        in_v = inside & (head >= HEADS + KV_HEADS)[:, None]
+        together = qkv + r.to(tl.int64)[:, None] * (2 * HALF) + i
+        long = token.to(tl.int64)
+        to_q = q + (long * HEADS + head)[:, None] * (2 * HALF) + i
+        to_k = k + (long * KV_HEADS + head - HEADS)[:, None] * (2 * HALF) + i
+        to_v = v + (long * KV_HEADS + head - HEADS - KV_HEADS)[:, None] * (2 * HALF) + i
+        if BACK:
+            low = tl.load(to_q, mask=in_q, other=0.0) + tl.load(to_k, mask=in_k, other=0.0)
+            low = (low + tl.load(to_v, mask=in_v, other=0.0)).to(tl.float32)
+            high = tl.load(to_q + HALF, mask=in_q, other=0.0) + tl.load(to_k + HALF, mask=in_k, other=0.0)
+            high = (high + tl.load(to_v + HALF, mask=in_v, other=0.0)).to(tl.float32)
+        else:
+            low = tl.load(together, mask=inside, other=0.0).to(tl.float32)
+            high = tl.load(together + HALF, mask=inside, other=0.0).to(tl.float32)
+        turned = in_q | in_k
+        angle = (token % positions)[:, None] * (2 * HALF) + i
+        cos_low = tl.load(cos + angle, mask=turned, other=1.0).to(tl.float32)
+        cos_high = tl.load(cos + angle + HALF, mask=turned, other=1.0).to(tl.float32)
+        sin_low = tl.load(sin + angle, mask=turned, other=0.0).to(tl.float32)
+        sin_high = tl.load(sin + angle + HALF, mask=turned, other=0.0).to(tl.float32)
+        if BACK:
+            new_low, new_high = low * cos_low + high * sin_high, high * cos_high - low * sin_low
+        else:
+            new_low, new_high = low * cos_low - high * sin_low, high * cos_high + low * sin_high
+        dtype = qkv.dtype.element_ty
+        low, high = tl.where(turned, new_low, low).to(dtype), tl.where(turned, new_high, high).to(dtype)
+        if BACK:
+            tl.store(together, low, mask=inside)
+            tl.store(together + HALF, high, mask=inside)
+        else:
+            tl.store(to_q, low, mask=in_q)
+            tl.store(to_q + HALF, high, mask=in_q)
+            tl.store(to_k, low, mask=in_k)
+            tl.store(to_k + HALF, high, mask=in_k)
+            tl.store(to_v, low, mask=in_v)
+            tl.store(to_v + HALF, high, mask=in_v)

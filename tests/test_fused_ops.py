@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
 import attention_ops
 import fused_ops
@@ -380,16 +381,61 @@ def check_swiglu_backward(device: str, dtype: torch.dtype, tolerance: float) -> 
             assert a.shape == b.shape and (not b.numel() or apart(a, b) < tolerance), (rank, before, p, share)
 
 
-def test_kernels_in_tritons_interpreter():
-    """In a process of its own: the interpreter is chosen when Triton is imported. Half precision: it rounds bfloat16
-    wrongly, and tl.dot takes its bits for numbers.
+def check_rotate(device: str, dtype: torch.dtype, tolerance: float) -> None:
+    """Compare the operator and its gradient with apply_rotary_pos_emb in fp32: few and many heads of k and v, widths that
+    are no power of two, positions of their own for each row or for all.
     """
+    torch.manual_seed(0)
+    batch, length = 3, 7
+    cases = itertools.product((64, 80), ((6, 2), (3, 3)), (1, batch), (dtype, torch.float32))
+    for width, (heads, kv_heads), rows, angles in cases:
+        qkv = torch.randn(batch, length, (heads + 2 * kv_heads) * width, device=device).to(dtype).requires_grad_()
+        turns = torch.rand(rows, length, width, device=device) * 100  # the halves not the same, as the function has it
+        cos, sin = turns.cos().to(angles), turns.sin().to(angles)
+        exact = qkv.detach().float().requires_grad_()
+        parts = (
+            x.unflatten(-1, (-1, width)) for x in exact.split([n * width for n in (heads, kv_heads, kv_heads)], -1)
+        )
+        q, k, v = parts
+        want = *apply_rotary_pos_emb(q, k, cos.float(), sin.float(), unsqueeze_dim=2), v
+        found = fused_ops.rotate(qkv, cos, sin, heads, kv_heads)
+        grads = [torch.randn(x.shape, device=device).to(dtype) for x in want]
+        torch.autograd.backward(want, [grad.float() for grad in grads])
+        torch.autograd.backward(found, [grad.transpose(1, 2).contiguous().transpose(1, 2) for grad in grads])
+        case = width, heads, rows, angles
+        assert all(x.is_contiguous() and apart(x, y) < tolerance for x, y in zip(found, want, strict=True)), case
+        assert torch.equal(found[2], v.to(dtype)) and apart(qkv.grad, exact.grad) < tolerance, case
+    torch.library.opcheck(fused_ops.rotate, (qkv, cos, sin, heads, kv_heads))
+
+
+def check_layers(folder: str) -> None:
+    """Compare the gradients of fused layers on their kernels, in half precision, with plain ones' in fp32 and peft's."""
+    _, reference = gradients(*prepared(folder))
+    _, plain = gradients(*prepared(folder, dtype="float16"))
+    model, clock, loss = prepared(folder, dtype="float16", checkpointing=True)
+    fuse(model, clock, 0.05, kernels=True)
+    with mock.patch.object(fused_ops, "share_rows", lambda *_: 32):
+        _, fused = gradients(model, clock, loss)
+    assert furthest(fused, reference) <= 1.05 * furthest(plain, reference)
+
+
+def interpret(checks: str) -> None:
+    """Run checks of this file in Triton's interpreter, in a process of its own: it is chosen when Triton is imported."""
     pytest.importorskip("triton", reason="pip install triton: the kernels need it")
-    checks = "check_kernels('cpu', torch.float16, 2e-3); check_swiglu_backward('cpu', torch.float16, 2e-3)"
-    program = f"import torch; from tests.test_fused_ops import check_kernels, check_swiglu_backward; {checks}"
+    program = f"import torch; from tests.test_fused_ops import *; {checks}"
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_kernels_in_tritons_interpreter():
+    """Half precision: it rounds bfloat16 wrongly, and tl.dot takes its bits for numbers."""
+    interpret("check_kernels('cpu', torch.float16, 2e-3); check_swiglu_backward('cpu', torch.float16, 2e-3)")
+    interpret("check_rotate('cpu', torch.float32, 1e-6); check_rotate('cpu', torch.float16, 1e-3)")
+
+
+def test_layers_learn_the_same_from_kernels_in_tritons_interpreter(random_models):
+    interpret(f"check_layers({str(random_models('qwen2'))!r})")
 
 
 def signature(kernel, pointers: dict[str, str]) -> dict[str, str]:
@@ -452,6 +498,10 @@ def test_kernels_compile_within_the_shared_memory_of_each_card(capability):
         activations = dict.fromkeys(("x", "wide", "grads", "A", "u"), half) | {"dA": single, "dB": single, **masks}
         kernel, switches = training_kernels.swiglu_backward_kernel, tile | {"DROPOUT": dropout}
         compile_(kernel, activations, switches, launch.warps, num_stages=launch.stages)
+    heads = {"HEADS": 16, "KV_HEADS": 2, "HALF": 64, "BLOCK_M": fused_ops.ROTATE.block_m, "BLOCK_K": 64}
+    for back, angles in itertools.product((False, True), (half, single)):
+        activations = dict.fromkeys(("qkv", "q", "k", "v"), half) | {"cos": angles, "sin": angles}
+        compile_(training_kernels.rotate_kernel, activations, heads | {"BACK": back}, fused_ops.ROTATE.warps)
 
 
 FEW = [
@@ -495,6 +545,7 @@ def test_frozen_adapters_get_no_gradient_and_the_rest_the_same(random_models, fr
 def test_kernels_on_the_gpu(dtype):
     check_kernels("cuda", dtype, 1e-2)
     check_swiglu_backward("cuda", dtype, 1e-2)
+    check_rotate("cuda", dtype, 1e-2)
 
 
 @gpu

@@ -300,7 +300,7 @@ PHASES = {  # by a piece of the kernel's name, the first that fits
     "passes of the adapters": "widen|swiglu",
     "attention": "sdpa|flash|fmha|cudnn",
     "matrix products": "nvjet|cutlass|gemm|cublas|splitk",
-    "norms, rotary, loss (compiled)": "triton_",
+    "norms, rotary, loss": "triton_|rotate",
     "rest": "",
 }
 

@@ -22,6 +22,7 @@ import fused_ops
 from tests.test_fused_ops import packed_weights
 
 HIDDEN, MLP, RANK = 2048, 11008, 16
+HEADS, KV_HEADS, WIDTH = 16, 2, 128
 
 
 def microseconds(call: Callable) -> float:
@@ -111,6 +112,26 @@ def tune_swiglu_backward(label: str, wide, x, A, masks, peak: float) -> None:
     fused_ops.share_rows = default
 
 
+def tune_rotate(rows: int, peak: float) -> None:
+    """Tune the kernel behind `rotate`, there and back; the cosines stay in the L2 cache and are not counted."""
+    batch, length = max(1, rows // 512), min(rows, 512)
+    qkv = torch.randn(batch, length, (HEADS + 2 * KV_HEADS) * WIDTH, device="cuda", dtype=torch.bfloat16)
+    angles = torch.randn(1, length, WIDTH, device="cuda", dtype=torch.bfloat16)
+    parts = fused_ops.rotate(qkv, angles, angles, HEADS, KV_HEADS)
+    for label, call in (
+        ("rotate", functools.partial(fused_ops.rotate, qkv, angles, angles, HEADS, KV_HEADS)),
+        ("rotate back", functools.partial(fused_ops.rotate_backward, *parts, angles, angles)),
+    ):
+        tune(
+            f"{label} rows={rows}",
+            itertools.product((8, 16, 32, 64), (64,), (2, 4, 8)),
+            lambda launch: setattr(fused_ops, "ROTATE", launch),
+            call,
+            2 * qkv.nbytes,
+            peak,
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", type=int, default=[2048, 8192])
@@ -132,6 +153,8 @@ def main() -> None:
     )
     for (swiglu, members), rows, p in itertools.product(((True, 1), (False, 2)), args.rows, args.dropout):
         tune_rows(rows, swiglu, members, p, peak)
+    for rows in args.rows:
+        tune_rotate(rows, peak)
     del context
 
 
