@@ -9,7 +9,7 @@ import inspect
 import logging
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import bitsandbytes as bnb
@@ -221,15 +221,34 @@ class Launch:
     block_m: int  # rows of a tile; quantisation blocks, for the dequantisation
     block_k: int
     warps: int
+    stages: int = 1  # of a kernel with a loop: its steps whose loads are under way
 
 
 WIDEN = Launch(block_m=16, block_k=256, warps=4)
 DEQUANTIZE = Launch(block_m=128, block_k=64, warps=2)
+ROTATE = Launch(block_m=16, block_k=64, warps=4)  # of heads 128 wide: of others as many numbers
 
 
-def backward_launch(extra: int) -> Launch:
-    """Return the layout of the kernel behind `widen_backward`: a tile's rank-r operands grow with the rank."""
-    return Launch(block_m=16, block_k=64, warps=2)
+WIDEN_BACKWARD = Launch(block_m=16, block_k=64, warps=2)
+# Adapter columns up to which SwiGLU's backward has a kernel: it holds three sums [columns, block_k] in registers, and on
+# sm_89 so many take 250 of 255 at the smallest block_k, none spilled. Beyond, torch does it, with fp32 copies.
+MOST_COLUMNS = 256
+SHARE_ROWS = 256  # at least: a share's sums, 192 bytes a column at rank 16, are then 8 % of what it reads and writes
+SHARE_PROGRAMS = 4  # a multiprocessor, as many as its registers hold at rank 16
+
+
+def swiglu_launch(columns: int) -> Launch:
+    """Return the layout of the kernel behind `swiglu_backward`, whose sums have up to so many adapter columns."""
+    if columns <= 32:
+        return Launch(block_m=16, block_k=64, warps=4, stages=2)
+    return Launch(block_m=16, block_k=32, warps=8, stages=2)
+
+
+def share_rows(rows: int, blocks: int, device: torch.device) -> int:
+    """Return over how many rows a program of that kernel sums up, where they stand in `blocks` blocks of columns."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    shares = max(1, min(rows // SHARE_ROWS, SHARE_PROGRAMS * processors // blocks))
+    return -(-rows // shares)
 
 
 def _power(n: int) -> int:
@@ -311,30 +330,66 @@ def widen(x: torch.Tensor, A: torch.Tensor, masks: Masks, swiglu: bool, kernels:
 
 
 def widen_backward(
-    wide: torch.Tensor, x: torch.Tensor, A: torch.Tensor, masks: Masks, swiglu: bool, kernels: bool
+    wide: torch.Tensor, x: torch.Tensor, A: torch.Tensor, masks: Masks, kernels: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (dx, dropout(x)) from wide = [dx | du], which is used up: dx lacks what comes through the adapters."""
     extra, columns = A.shape
     dx, du = wide[:, :columns], wide[:, columns:]
-    if not swiglu and masks.p == 0:
+    if masks.p == 0:
         return dx.addmm_(du, A), x
-    if kernels:
-        other = torch.empty_like(x)
-        launch = backward_launch(extra)
-        grid = (triton.cdiv(len(x), launch.block_m), triton.cdiv(columns, launch.block_k))
-        training_kernels.widen_backward_kernel[grid](
-            wide, x, other, A, masks.step, masks.sequences, masks.salt, len(x), masks.length, columns, columns + extra,
-            extra, drop_threshold(masks.p), 1 / (1 - masks.p), SWIGLU=swiglu, DROPOUT=masks.p > 0,
-            BLOCK_M=launch.block_m, BLOCK_K=launch.block_k, BLOCK_R=_power(extra or 1), num_warps=launch.warps,
-        )  # fmt: skip
-        return (other, dx) if swiglu else (dx, other)
-    tile, back = _swiglu(x) if swiglu else x, du @ A
+    if not kernels:
+        dx += _drop(du @ A, masks)
+        return dx, _drop(x, masks)
+    dropped, launch = torch.empty_like(x), WIDEN_BACKWARD
+    grid = (triton.cdiv(len(x), launch.block_m), triton.cdiv(columns, launch.block_k))
+    training_kernels.widen_backward_kernel[grid](
+        wide, x, dropped, A, masks.step, masks.sequences, masks.salt, len(x), masks.length, columns, columns + extra,
+        extra, drop_threshold(masks.p), 1 / (1 - masks.p), BLOCK_M=launch.block_m, BLOCK_K=launch.block_k,
+        BLOCK_R=_power(extra), num_warps=launch.warps,
+    )  # fmt: skip
+    return dx, dropped
+
+
+def swiglu_backward(
+    wide: torch.Tensor, x: torch.Tensor, A: torch.Tensor, masks: Masks, u: torch.Tensor | None, rank: int, kernels: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return (d[gate | up], dA, dB of gate and up [2, columns, rank]) from wide = [dx | du] and x = [gate | up].
+
+    u: [rows, adapter columns], that of gate and up with their scale; None and rank 0 where their dB is not wanted.
+    """
+    extra, columns = A.shape
+    if kernels and max(extra, rank) <= MOST_COLUMNS:
+        return _swiglu_backward_kernel(wide, x, A, masks, u, rank)
+    du = wide[:, columns:]
+    tile, back = _swiglu(x), du @ A
     if masks.p > 0:
         tile, back = _drop(tile, masks), _drop(back, masks)
-    dx += back
-    if swiglu:
-        dx = _swiglu_backward(x, dx)
-    return dx, tile
+    grads = _swiglu_backward(x, wide[:, :columns] + back)
+    parts = [grads[:, i * columns : (i + 1) * columns].t() for i in range(2 if rank else 0)]
+    dB = [_product_fp32(part, u[:, i * rank : (i + 1) * rank]) for i, part in enumerate(parts)]
+    return grads, _product_fp32(du.t(), tile), torch.stack(dB) if dB else _no_dB(x, columns)
+
+
+def _no_dB(x: torch.Tensor, columns: int) -> torch.Tensor:
+    return x.new_empty(2, columns, 0, dtype=torch.float32)
+
+
+def _swiglu_backward_kernel(wide, x, A, masks, u, rank):
+    """`swiglu_backward` in one pass: shares of the rows write sums of their own, which are added up in fixed order."""
+    (extra, columns), rows = A.shape, len(x)
+    launch = swiglu_launch(max(extra, rank))
+    blocks = triton.cdiv(columns, launch.block_k)
+    share = triton.cdiv(share_rows(rows, blocks, x.device), launch.block_m) * launch.block_m
+    shares, grads = triton.cdiv(rows, share), torch.empty_like(x)
+    dA = x.new_empty(shares, extra, columns, dtype=torch.float32)
+    dB = x.new_empty(shares, 2, columns, rank, dtype=torch.float32)
+    training_kernels.swiglu_backward_kernel[(blocks, shares)](
+        wide, x, grads, A, u if rank else x, dA, dB, masks.step, masks.sequences, masks.salt, rows, share, masks.length,
+        columns, columns + extra, extra, u.stride(0) if rank else 0, rank, drop_threshold(masks.p), 1 / (1 - masks.p),
+        DROPOUT=masks.p > 0, BLOCK_M=launch.block_m, BLOCK_K=launch.block_k, BLOCK_R=_power(extra) if extra else 0,
+        BLOCK_U=_power(rank) if rank else 0, num_warps=launch.warps, num_stages=launch.stages,
+    )  # fmt: skip
+    return grads, dA.sum(0), dB.sum(0)
 
 
 class Packed(NamedTuple):
@@ -394,12 +449,16 @@ def _product_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 @torch.library.custom_op("qlora::linear", mutates_args=())
 def linear(
     x: torch.Tensor, A: list[torch.Tensor], B: list[torch.Tensor], bias: torch.Tensor | None, scale: float,
-    swiglu: bool,
+    hands_B: bool, swiglu: bool, before_u: torch.Tensor | None, before_B: list[torch.Tensor],
     codes: torch.Tensor, constants: list[torch.Tensor], lut: torch.Tensor, columns: int, blocksizes: list[int],
     quant_type: str, step: torch.Tensor, sequences: torch.Tensor, salt: torch.Tensor, length: int, p: float,
     kernels: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Return (y, scale u), y: [rows, out features of all members]. x: [rows, columns], or [gate | up] of SwiGLU."""
+    """Return (y, scale u), y: [rows, out features of all members]. x: [rows, columns], or [gate | up] of SwiGLU.
+
+    hands_B: the operator that reads y makes the gradient of B. before_u, before_B: where SwiGLU's does so, the u and B
+    that came with [gate | up]; they take no part in y.
+    """
     W = extended_weight(Packed(codes, constants, lut, columns, blocksizes, quant_type), B, scale, x.dtype, kernels)
     if not A:
         wide = widen(x, x.new_empty(0, columns), no_masks(x), swiglu, kernels) if swiglu else x
@@ -412,7 +471,7 @@ LINEAR_ARGUMENTS = tuple(inspect.signature(linear._init_fn).parameters)
 
 
 @linear.register_fake
-def _(x, A, B, bias, scale, swiglu, codes, constants, lut, columns, *rest):
+def _(x, A, B, bias, scale, hands_B, swiglu, before_u, before_B, codes, constants, lut, columns, *rest):
     u = x.new_empty(len(x), adapter_columns(len(A[0]), len(A))) if A else x.new_empty(0)
     return x.new_empty(len(x), codes.numel() * 2 // columns), u
 
@@ -420,28 +479,32 @@ def _(x, A, B, bias, scale, swiglu, codes, constants, lut, columns, *rest):
 @torch.library.custom_op("qlora::linear_backward", mutates_args=())
 def linear_backward(
     grad: torch.Tensor, x: torch.Tensor, u: torch.Tensor, A: list[torch.Tensor], B: list[torch.Tensor], scale: float,
-    swiglu: bool,
+    hands_B: bool, swiglu: bool, before_u: torch.Tensor | None, before_rank: int,
     codes: torch.Tensor, constants: list[torch.Tensor], lut: torch.Tensor, columns: int, blocksizes: list[int],
     quant_type: str, step: torch.Tensor, sequences: torch.Tensor, salt: torch.Tensor, length: int, p: float,
     kernels: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Return (dx, dA of all members [adapter columns, columns], dB [out features, adapter columns]) in fp32."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Return (dx, dA of all members [adapter columns, columns], dB [out features, adapter columns], dB of gate and up
+    [2, columns, before_rank]), all but dx in fp32. hands_B: without dB.
+    """
     W = extended_weight(Packed(codes, constants, lut, columns, blocksizes, quant_type), B, scale, grad.dtype, kernels)
-    dB = _product_fp32(grad.t(), u)
+    dB = grad.new_empty(grad.shape[1], 0, dtype=torch.float32) if hands_B else _product_fp32(grad.t(), u)
     wide = grad @ W
     del W
-    du = wide[:, columns:]
-    dx, tile = widen_backward(
-        wide, x, stack_adapters(A, grad.dtype), Masks(step, sequences, salt, length, p), swiglu, kernels
-    )
-    return dx, _product_fp32(du.t(), tile), dB
+    stacked, masks = stack_adapters(A, grad.dtype), Masks(step, sequences, salt, length, p)
+    if swiglu:
+        dx, dA, before_dB = swiglu_backward(wide, x, stacked, masks, before_u, before_rank, kernels)
+        return dx, dA, dB, before_dB
+    dx, tile = widen_backward(wide, x, stacked, masks, kernels)
+    return dx, _product_fp32(wide[:, columns:].t(), tile), dB, _no_dB(x, columns)
 
 
 @linear_backward.register_fake
-def _(grad, x, u, A, B, scale, swiglu, codes, constants, lut, columns, *rest):
+def _(grad, x, u, A, B, scale, hands_B, swiglu, before_u, before_rank, codes, constants, lut, columns, *rest):
     extra = adapter_columns(len(A[0]), len(A))
     dx = torch.empty_like(x) if swiglu else x.new_empty(len(x), columns + extra)[:, :columns]
-    return dx, x.new_empty(extra, columns, dtype=torch.float32), x.new_empty(grad.shape[1], extra, dtype=torch.float32)
+    sizes = (extra, columns), (grad.shape[1], 0 if hands_B else extra), (2, columns, before_rank)
+    return dx, *(x.new_empty(size, dtype=torch.float32) for size in sizes)
 
 
 def _linear_setup(ctx, inputs, output):
@@ -451,7 +514,10 @@ def _linear_setup(ctx, inputs, output):
         B,
         _,
         ctx.scale,
+        ctx.hands_B,
         ctx.swiglu,
+        before_u,
+        before_B,
         codes,
         constants,
         lut,
@@ -464,26 +530,33 @@ def _linear_setup(ctx, inputs, output):
         ctx.kernels,
     ) = inputs
     ctx.members, ctx.levels = len(A), len(constants)
-    ctx.save_for_backward(x, output[1], codes, lut, step, sequences, salt, *constants, *A, *B)
+    ctx.before = [(b.shape[1], b.dtype) for b in before_B]
+    ctx.save_for_backward(x, output[1], before_u, codes, lut, step, sequences, salt, *constants, *A, *B)
+    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
 def _linear_backward(ctx, grad, _):
-    x, u, codes, lut, step, sequences, salt, *rest = ctx.saved_tensors
+    x, u, before_u, codes, lut, step, sequences, salt, *rest = ctx.saved_tensors
     constants, A, B = rest[: ctx.levels], rest[ctx.levels : ctx.levels + ctx.members], rest[ctx.levels + ctx.members :]
     quantised = codes, constants, lut, *ctx.quantisation
-    nothing = [[None] * ctx.levels if name == "constants" else None for name in LINEAR_ARGUMENTS[3:]]
+    grads = dict.fromkeys(LINEAR_ARGUMENTS) | {"A": [], "B": [], "before_B": [], "constants": [None] * ctx.levels}
     if not A:
-        return product_backward(grad.contiguous(), x, ctx.swiglu, *quantised, ctx.kernels), [], [], *nothing
-    dx, dA, dB = linear_backward(
-        grad.contiguous(), x, u, A, B, ctx.scale, ctx.swiglu, *quantised, step, sequences, salt, ctx.length, ctx.p,
-        ctx.kernels,
+        grads["x"] = product_backward(grad.contiguous(), x, ctx.swiglu, *quantised, ctx.kernels)
+        return tuple(grads.values())
+    grads["x"], dA, dB, before_dB = linear_backward(
+        grad.contiguous(), x, u, A, B, ctx.scale, ctx.hands_B, ctx.swiglu, before_u,
+        ctx.before[0][0] if ctx.before else 0, *quantised, step, sequences, salt, ctx.length, ctx.p, ctx.kernels,
     )  # fmt: skip
     rank = len(A[0])
-    dAs = [dA[i * rank : (i + 1) * rank].to(a.dtype) for i, a in enumerate(A)]
-    parts = dB.split([len(b) for b in B])  # member i's rows; of their columns its own
-    dBs = [part[:, i * rank : (i + 1) * rank].to(b.dtype) for i, (part, b) in enumerate(zip(parts, B, strict=True))]
-    return dx, dAs, dBs, *nothing
+    grads["A"] = [dA[i * rank : (i + 1) * rank].to(a.dtype) for i, a in enumerate(A)]
+    if ctx.hands_B:
+        grads["B"] = [None] * len(B)
+    else:
+        parts = enumerate(dB.split([len(b) for b in B]))  # member i's rows; of their columns its own
+        grads["B"] = [part[:, i * rank : (i + 1) * rank].to(b.dtype) for (i, part), b in zip(parts, B, strict=True)]
+    grads["before_B"] = [before_dB[i].to(dtype) for i, (_, dtype) in enumerate(ctx.before)]
+    return tuple(grads.values())
 
 
 linear.register_autograd(_linear_backward, setup_context=_linear_setup)
@@ -497,12 +570,69 @@ def product_backward(
     """Return dx where there is no adapter."""
     packed = Packed(codes, constants, lut, columns, blocksizes, quant_type)
     dx = grad @ extended_weight(packed, [], 0.0, grad.dtype, kernels)
-    return widen_backward(dx, x, x.new_empty(0, columns), no_masks(x), swiglu, kernels)[0] if swiglu else dx
+    return swiglu_backward(dx, x, x.new_empty(0, columns), no_masks(x), None, 0, kernels)[0] if swiglu else dx
 
 
 @product_backward.register_fake
 def _(grad, x, *rest):
     return torch.empty_like(x)
+
+
+@torch.library.custom_op("qlora::rotate", mutates_args=())
+def rotate(
+    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int, kv_heads: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return q and k rotated as transformers' apply_rotary_pos_emb does, and v, each [batch, length, its heads, width].
+
+    qkv: [batch, length, (heads + 2 kv_heads) width]; cos, sin: [batch or 1, length, width]. Computed in fp32, rounded
+    once. The compiler's kernel for the way back took 3 to 4 times what its bytes take (H100).
+    """
+    parts = _apart(qkv, heads, kv_heads)
+    _rotate(qkv, *parts, cos, sin, back=False)
+    return parts
+
+
+def _apart(qkv: torch.Tensor, heads: int, kv_heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return tensors for q, k and v."""
+    *shape, width = *qkv.shape[:-1], qkv.shape[-1] // (heads + 2 * kv_heads)
+    return tuple(qkv.new_empty(*shape, number, width) for number in (heads, kv_heads, kv_heads))
+
+
+def _rotate(qkv, q, k, v, cos, sin, back: bool) -> None:
+    """Fill q, k and v from qkv, or back the gradient of qkv from theirs."""
+    (*_, heads, width), kv_heads = q.shape, k.shape[-2]
+    rows, block = qkv.numel() // width, triton.next_power_of_2(width // 2)
+    block_m = max(1, ROTATE.block_m * ROTATE.block_k // block)
+    training_kernels.rotate_kernel[(triton.cdiv(rows, block_m),)](
+        qkv, q, k, v, cos.contiguous(), sin.contiguous(), rows, cos.numel() // width, HEADS=heads, KV_HEADS=kv_heads,
+        HALF=width // 2, BLOCK_M=block_m, BLOCK_K=block, BACK=back, num_warps=ROTATE.warps,
+    )  # fmt: skip
+
+
+@rotate.register_fake
+def _(qkv, cos, sin, heads, kv_heads):
+    return _apart(qkv, heads, kv_heads)
+
+
+@torch.library.custom_op("qlora::rotate_backward", mutates_args=())
+def rotate_backward(
+    dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> torch.Tensor:
+    """Return the gradient of qkv."""
+    grad = dq.new_empty(*dq.shape[:2], sum(part.shape[2] for part in (dq, dk, dv)) * dq.shape[3])
+    _rotate(grad, dq.contiguous(), dk.contiguous(), dv.contiguous(), cos, sin, back=True)
+    return grad
+
+
+@rotate_backward.register_fake
+def _(dq, dk, dv, cos, sin):
+    return dq.new_empty(*dq.shape[:2], sum(part.shape[2] for part in (dq, dk, dv)) * dq.shape[3])
+
+
+rotate.register_autograd(
+    lambda ctx, *grads: (rotate_backward(*grads, *ctx.saved_tensors), None, None, None, None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[1:3]),
+)
 
 
 # ------------------------------------------------------------------------------------------------ fused layers
@@ -566,14 +696,26 @@ class Group:
         self.B = [next(iter(module.lora_B.values())).weight for module in adapted]
         self.scale = float(next(iter(adapted[0].scaling.values()))) if adapted else 0.0
 
-    def __call__(self, x: torch.Tensor, swiglu: bool = False) -> torch.Tensor:
+    def adapters(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Return A and B of the members, empty where they have none or are to run without."""
+        return ([], []) if self.A and self.leader.disable_adapters else (self.A, self.B)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.run(x)[0]
+
+    def run(
+        self, x: torch.Tensor, hands_B: bool = False, swiglu: bool = False, before_u: torch.Tensor | None = None,
+        before_B: Sequence[torch.Tensor] = (),
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """Return `linear`'s y and u."""
         *shape, width = x.shape
-        A, B = ([], []) if self.A and self.leader.disable_adapters else (self.A, self.B)
+        A, B = self.adapters()
         p = self.p if self.leader.training else 0.0
         bias = self.bias.to(x.dtype) if self.bias is not None else None
         masks = self.clock.step, self.clock.sequences, self.salt, shape[-1], p
-        y, _ = linear(x.reshape(-1, width), A, B, bias, self.scale, swiglu, *self.weight, *masks, self.kernels)
-        return y.view(*shape, -1)
+        before = hands_B, swiglu, before_u, before_B
+        y, u = linear(x.reshape(-1, width), A, B, bias, self.scale, *before, *self.weight, *masks, self.kernels)
+        return y.view(*shape, -1), u
 
 
 def _groupable(modules: list[nn.Module]) -> bool:
@@ -596,21 +738,33 @@ MLPS = {"Qwen2MLP", "Qwen3MLP", "LlamaMLP", "MistralMLP"}
 
 def _fused_attention(self, hidden_states, position_embeddings, attention_mask=None, **kwargs):
     """The attention of Qwen2, Qwen3, Llama and Mistral with q, k and v in one operator. [batch, length, width]."""
-    shape = hidden_states.shape[:-1]
-    parts = self.fused_qkv(hidden_states).split(self.fused_qkv.outputs, -1)
-    q, k, v = (part.view(*shape, -1, self.head_dim) for part in parts)
-    if hasattr(self, "q_norm"):
-        q, k = self.q_norm(q), self.k_norm(k)
-    rotate = sys.modules[type(self).__module__].apply_rotary_pos_emb
-    q, k = rotate(q.transpose(1, 2), k.transpose(1, 2), *position_embeddings)
-    v = v.contiguous().transpose(1, 2)  # else the backward would keep all of q, k and v for the sake of v
+    shape, qkv = hidden_states.shape[:-1], self.fused_qkv
+    if qkv.kernels and not hasattr(self, "q_norm"):
+        heads, kv_heads = (size // self.head_dim for size in qkv.outputs[:2])
+        parts = rotate(qkv(hidden_states), *position_embeddings, heads, kv_heads)
+        q, k, v = (part.transpose(1, 2) for part in parts)
+    else:
+        parts = qkv(hidden_states).split(qkv.outputs, -1)
+        q, k, v = (part.view(*shape, -1, self.head_dim) for part in parts)
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
+        apply_rotary = sys.modules[type(self).__module__].apply_rotary_pos_emb
+        q, k = apply_rotary(q.transpose(1, 2), k.transpose(1, 2), *position_embeddings)
+        v = v.contiguous().transpose(1, 2)  # else the backward would keep all of q, k and v for the sake of v
     mixed, weights = attend(self, q, k, v, attention_mask, scaling=self.scaling)
     return self.fused_out(mixed.reshape(*shape, -1)), weights
 
 
 def _fused_mlp(self, x):
-    """down(silu(gate) * up) with gate and up in one operator and SwiGLU at the head of the other."""
-    return self.fused_down(self.fused_gate_up(x), swiglu=True)
+    """down(silu(gate) * up) with gate and up in one operator and SwiGLU at the head of the other.
+
+    With adapters on both, the backward of the other makes gate's and up's dB while it has their gradients at hand: a
+    product of its own read them all once more, and made twice what was wanted.
+    """
+    first, second = self.fused_gate_up, self.fused_down
+    handed = first.adapters()[1] if second.adapters()[1] else []
+    gate_up, u = first.run(x, hands_B=bool(handed))
+    return second.run(gate_up, swiglu=True, before_u=u if handed else None, before_B=handed)[0]
 
 
 def _fused_linear(self, x, *args, **kwargs):

@@ -15,9 +15,13 @@ if triton is not None:
         return x
 
     @triton.jit
-    def _keep(step, sequences, salt, rows, pairs, length, threshold):
+    def _key(step, salt):
+        """What all masks of a module have in common in a step, uint32."""
+        return _mix((tl.load(step) ^ tl.load(salt)).to(tl.uint32, bitcast=True))
+
+    @triton.jit
+    def _keep(key, sequences, rows, pairs, length, threshold):
         """The mask of dropout_mask for a tile, bool [rows, 2 pairs]."""
-        key = _mix((tl.load(step) ^ tl.load(salt)).to(tl.uint32, bitcast=True))
         sequence = tl.load(sequences + rows // length).to(tl.uint32, bitcast=True)
         key = _mix(_mix(key ^ sequence) ^ _mix((rows % length).to(tl.uint32)))
         bits = _mix(key[:, None] ^ (pairs.to(tl.uint32) * 0x9E3779B1)[None])
@@ -98,21 +102,16 @@ if triton is not None:
         tl.store(wide + row * stride + k[None], tile, mask=inside)
         if DROPOUT:
             pairs = tl.program_id(1) * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
-            keep = _keep(step, sequences, salt, m, pairs, length, threshold)
+            keep = _keep(_key(step, salt), sequences, m, pairs, length, threshold)
             tile = tl.where(keep, tile.to(tl.float32) * inverse, 0.0).to(tile.dtype)
             tl.store(dropped + row * columns + k[None], tile, mask=inside)
 
     @triton.jit
     def widen_backward_kernel(
-        wide, x, other, A, step, sequences, salt, rows, length, columns, stride, extra, threshold, inverse,
-        SWIGLU: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-        BLOCK_R: tl.constexpr,
+        wide, x, dropped, A, step, sequences, salt, rows, length, columns, stride, extra, threshold, inverse,
+        BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     ):  # fmt: skip
-        """Complete dx in [dx | du] by mask (du A), and write what dA needs, dropout(x).
-
-        With SwiGLU the gradients of [gate | up] go to `other` and dropout(SwiGLU) takes dx's place; else dropout(x)
-        goes to `other`.
-        """
+        """Complete dx in [dx | du] by mask (du A), and write what dA needs, dropout(x)."""
         m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
         k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
         j = tl.arange(0, BLOCK_R)
@@ -120,30 +119,129 @@ if triton is not None:
         inside = (m < rows)[:, None] & (k < columns)[None]
         dtype = wide.dtype.element_ty
         target = wide + row * stride + k[None]
+        # All loads stand before the product, whose barriers no load crosses.
         grad = tl.load(target, mask=inside, other=0.0).to(tl.float32)
-        if SWIGLU:  # all loads stand before the product, whose barriers no load crosses
-            place = row * (2 * columns) + k[None]
-            gate = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
-            up = tl.load(x + place + columns, mask=inside, other=0.0).to(tl.float32)
-        else:
-            tile = tl.load(x + row * columns + k[None], mask=inside, other=0.0).to(tl.float32)
+        tile = tl.load(x + row * columns + k[None], mask=inside, other=0.0).to(tl.float32)
         a = tl.load(A + j[:, None] * columns + k[None], mask=(j < extra)[:, None] & (k < columns)[None], other=0.0)
         du = tl.load(wide + row * stride + columns + j[None], mask=(m < rows)[:, None] & (j < extra)[None], other=0.0)
-        back = tl.dot(du, a)
+        pairs = tl.program_id(1) * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
+        keep = _keep(_key(step, salt), sequences, m, pairs, length, threshold)
+        grad += tl.where(keep, tl.dot(du, a) * inverse, 0.0)
+        tl.store(target, grad.to(dtype), mask=inside)
+        tl.store(dropped + row * columns + k[None], tl.where(keep, tile * inverse, 0.0).to(dtype), mask=inside)
+
+    @triton.jit
+    def swiglu_backward_kernel(
+        wide, x, grads, A, u, dA, dB, step, sequences, salt, rows, share, length, columns, stride, extra, u_stride,
+        rank, threshold, inverse, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+        BLOCK_R: tl.constexpr, BLOCK_U: tl.constexpr,
+    ):  # fmt: skip
+        """Write the gradients of [gate | up] from [dx | du], and what a share of the rows adds to dA and to gate's and
+        up's dB.
+
+        BLOCK_R, BLOCK_U: of `extra` and `rank`, the adapters' columns here and of gate and up; 0 where there are none.
+        """
+        k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+        first = tl.program_id(1) * share
+        within = (k < columns)[None]
+        dtype = wide.dtype.element_ty
         if DROPOUT:
-            pairs = tl.program_id(1) * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
-            keep = _keep(step, sequences, salt, m, pairs, length, threshold)
-            back = tl.where(keep, back * inverse, 0.0)
-        grad += back
-        if SWIGLU:
+            key = _key(step, salt)
+            pairs = tl.program_id(0) * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
+        if BLOCK_R:
+            j = tl.arange(0, BLOCK_R)
+            a = tl.load(A + j[:, None] * columns + k[None], mask=(j < extra)[:, None] & within, other=0.0)
+            sum_a = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
+        if BLOCK_U:
+            i = tl.arange(0, BLOCK_U)
+            sum_gate = tl.zeros((BLOCK_U, BLOCK_K), tl.float32)
+            sum_up = tl.zeros((BLOCK_U, BLOCK_K), tl.float32)
+        for start in range(first, tl.minimum(first + share, rows), BLOCK_M):
+            m = start + tl.arange(0, BLOCK_M)
+            row = m.to(tl.int64)[:, None]
+            below = (m < rows)[:, None]
+            inside = below & within
+            place = row * (2 * columns) + k[None]
+            grad = tl.load(wide + row * stride + k[None], mask=inside, other=0.0).to(tl.float32)
+            gate = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+            up = tl.load(x + place + columns, mask=inside, other=0.0).to(tl.float32)
             sigmoid = _sigmoid(gate)
             silu = gate * sigmoid
-            tile = silu * up
-            tl.store(other + place, (grad * up * (sigmoid + silu * (1 - sigmoid))).to(dtype), mask=inside)
-            tl.store(other + place + columns, (grad * silu).to(dtype), mask=inside)
-            if DROPOUT:
-                tile = tl.where(keep, tile * inverse, 0.0)
-            tl.store(target, tile.to(dtype), mask=inside)
+            if BLOCK_R:
+                du = tl.load(wide + row * stride + columns + j[None], mask=below & (j < extra)[None], other=0.0)
+                tile, back = silu * up, tl.dot(du, a)
+                if DROPOUT:
+                    keep = _keep(key, sequences, m, pairs, length, threshold)
+                    tile = tl.where(keep, tile * inverse, 0.0)
+                    back = tl.where(keep, back * inverse, 0.0)
+                grad += back
+                sum_a = tl.dot(tl.trans(du), tile.to(dtype), sum_a)
+            d_gate = (grad * up * (sigmoid + silu * (1 - sigmoid))).to(dtype)
+            d_up = (grad * silu).to(dtype)
+            tl.store(grads + place, d_gate, mask=inside)
+            tl.store(grads + place + columns, d_up, mask=inside)
+            if BLOCK_U:
+                member = u + row * u_stride + i[None]
+                u_gate = tl.load(member, mask=below & (i < rank)[None], other=0.0)
+                u_up = tl.load(member + rank, mask=below & (i < rank)[None], other=0.0)
+                sum_gate = tl.dot(tl.trans(u_gate), d_gate, sum_gate)
+                sum_up = tl.dot(tl.trans(u_up), d_up, sum_up)
+        if BLOCK_R:
+            target = dA + (tl.program_id(1) * extra + j[:, None]) * columns + k[None]
+            tl.store(target, sum_a, mask=(j < extra)[:, None] & within)
+        if BLOCK_U:
+            target = dB + (tl.program_id(1) * 2 * columns + k[None]) * rank + i[:, None]
+            tl.store(target, sum_gate, mask=(i < rank)[:, None] & within)
+            tl.store(target + columns * rank, sum_up, mask=(i < rank)[:, None] & within)
+
+    @triton.jit
+    def rotate_kernel(
+        qkv, q, k, v, cos, sin, rows, positions, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr,
+        BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BACK: tl.constexpr,
+    ):  # fmt: skip
+        """Write rotated q, rotated k and v from qkv, or their gradients back into that of qkv.
+
+        A row is a head of a token, in two halves. Whole lines of memory are read and written on either side.
+        """
+        r = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+        token, head = r // (HEADS + 2 * KV_HEADS), r % (HEADS + 2 * KV_HEADS)
+        i = tl.arange(0, BLOCK_K)[None]
+        inside = (r < rows)[:, None] & (i < HALF)
+        in_q = inside & (head < HEADS)[:, None]
+        in_k = inside & ((head >= HEADS) & (head < HEADS + KV_HEADS))[:, None]
+        in_v = inside & (head >= HEADS + KV_HEADS)[:, None]
+        together = qkv + r.to(tl.int64)[:, None] * (2 * HALF) + i
+        long = token.to(tl.int64)
+        to_q = q + (long * HEADS + head)[:, None] * (2 * HALF) + i
+        to_k = k + (long * KV_HEADS + head - HEADS)[:, None] * (2 * HALF) + i
+        to_v = v + (long * KV_HEADS + head - HEADS - KV_HEADS)[:, None] * (2 * HALF) + i
+        if BACK:
+            low = tl.load(to_q, mask=in_q, other=0.0) + tl.load(to_k, mask=in_k, other=0.0)
+            low = (low + tl.load(to_v, mask=in_v, other=0.0)).to(tl.float32)
+            high = tl.load(to_q + HALF, mask=in_q, other=0.0) + tl.load(to_k + HALF, mask=in_k, other=0.0)
+            high = (high + tl.load(to_v + HALF, mask=in_v, other=0.0)).to(tl.float32)
         else:
-            tl.store(target, grad.to(dtype), mask=inside)
-            tl.store(other + row * columns + k[None], tl.where(keep, tile * inverse, 0.0).to(dtype), mask=inside)
+            low = tl.load(together, mask=inside, other=0.0).to(tl.float32)
+            high = tl.load(together + HALF, mask=inside, other=0.0).to(tl.float32)
+        turned = in_q | in_k
+        angle = (token % positions)[:, None] * (2 * HALF) + i
+        cos_low = tl.load(cos + angle, mask=turned, other=1.0).to(tl.float32)
+        cos_high = tl.load(cos + angle + HALF, mask=turned, other=1.0).to(tl.float32)
+        sin_low = tl.load(sin + angle, mask=turned, other=0.0).to(tl.float32)
+        sin_high = tl.load(sin + angle + HALF, mask=turned, other=0.0).to(tl.float32)
+        if BACK:
+            new_low, new_high = low * cos_low + high * sin_high, high * cos_high - low * sin_low
+        else:
+            new_low, new_high = low * cos_low - high * sin_low, high * cos_high + low * sin_high
+        dtype = qkv.dtype.element_ty
+        low, high = tl.where(turned, new_low, low).to(dtype), tl.where(turned, new_high, high).to(dtype)
+        if BACK:
+            tl.store(together, low, mask=inside)
+            tl.store(together + HALF, high, mask=inside)
+        else:
+            tl.store(to_q, low, mask=in_q)
+            tl.store(to_q + HALF, high, mask=in_q)
+            tl.store(to_k, low, mask=in_k)
+            tl.store(to_k + HALF, high, mask=in_k)
+            tl.store(to_v, low, mask=in_v)
+            tl.store(to_v + HALF, high, mask=in_v)

@@ -1,17 +1,20 @@
 """The fast path equals the plain one: operators, kernels (in Triton's interpreter, and on a GPU where there is one), layers."""
 
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import bitsandbytes as bnb
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
 import attention_ops
 import fused_ops
@@ -312,10 +315,6 @@ def packed_weights(
 def check_kernels(device: str, dtype: torch.dtype, tolerance: float) -> None:
     """Compare each kernel with the same operator's torch calls in fp32, on sizes that divide nothing."""
     torch.manual_seed(0)
-
-    def apart(a, b):
-        return ((a.float() - b.float()).norm() / b.float().norm()).item()
-
     for double, quant_type, outputs in (
         (True, "nf4", (64, 32)),
         (False, "nf4", (64, 32, 48)),
@@ -336,19 +335,107 @@ def check_kernels(device: str, dtype: torch.dtype, tolerance: float) -> None:
         found = fused_ops.widen(x, A, masks, swiglu, True)
         want = fused_ops.widen(x.float(), A.float(), masks, swiglu, False)
         assert apart(found, want) < tolerance, (swiglu, members, p)
-        grad = torch.randn_like(found)
-        found = fused_ops.widen_backward(grad.clone(), x, A, masks, swiglu, True)
-        want = fused_ops.widen_backward(grad.float(), x.float(), A.float(), masks, swiglu, False)
-        assert all(apart(a, b) < tolerance for a, b in zip(found, want, strict=True)), (swiglu, members, p)
+        if not swiglu:
+            grad = torch.randn_like(found)
+            found = fused_ops.widen_backward(grad.clone(), x, A, masks, True)
+            want = fused_ops.widen_backward(grad.float(), x.float(), A.float(), masks, False)
+            assert all(apart(a, b) < tolerance for a, b in zip(found, want, strict=True)), (members, p)
 
 
-def test_kernels_in_tritons_interpreter():
-    """In a process of its own: the interpreter is chosen when Triton is imported. Half precision: it rounds bfloat16 wrongly."""
+def apart(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a.float() - b.float()).norm() / b.float().norm()).item()
+
+
+def check_swiglu_backward(device: str, dtype: torch.dtype, tolerance: float) -> None:
+    """Compare the kernel with its torch twin in fp32: shares, blocks of rows and of columns that are not full, ranks that
+    are no power of two or not the same, no adapter here or on gate and up, one beyond what the kernel takes.
+    """
+    torch.manual_seed(0)
+    columns, length = 160, 20
+    step, salt = (torch.tensor(n, dtype=torch.int32, device=device) for n in (3, -12345))
+    sequences = torch.tensor([5, 9, 2], dtype=torch.int32, device=device)
+    x, wide = torch.randn(3 * length, 2 * columns, device=device), torch.randn(3 * length, columns, device=device)
+    cases = (
+        (8, 8, 0.1),
+        (8, 8, 0.0),
+        (5, 12, 0.1),
+        (16, 0, 0.1),
+        (0, 0, 0.0),
+        (40, 20, 0.1),
+        (20, 40, 0.0),
+        (260, 8, 0.1),
+    )
+    for (rank, before, p), share in itertools.product(cases, (20, 1000)):
+        masks = fused_ops.Masks(step, sequences, salt, length, p)
+        A = x.new_empty(0, columns)
+        if rank:
+            A = fused_ops.stack_adapters([torch.randn(rank, columns, device=device) * 0.1], dtype)
+        du = torch.randn(len(x), len(A), device=device)
+        u = torch.randn(len(x), fused_ops.adapter_columns(before, 2), device=device) if before else None
+        operands = [tensor if tensor is None else tensor.to(dtype) for tensor in (torch.cat([wide, du], 1), x, A, u)]
+        exact = [tensor if tensor is None else tensor.float() for tensor in operands]
+        with mock.patch.object(fused_ops, "share_rows", lambda *_, share=share: share):
+            found = fused_ops.swiglu_backward(*operands[:3], masks, operands[3], before, True)
+        want = fused_ops.swiglu_backward(*exact[:3], masks, exact[3], before, False)
+        for a, b in zip(found, want, strict=True):
+            assert a.shape == b.shape and (not b.numel() or apart(a, b) < tolerance), (rank, before, p, share)
+
+
+def check_rotate(device: str, dtype: torch.dtype, tolerance: float) -> None:
+    """Compare the operator and its gradient with apply_rotary_pos_emb in fp32: few and many heads of k and v, widths that
+    are no power of two, positions of their own for each row or for all.
+    """
+    torch.manual_seed(0)
+    batch, length = 3, 7
+    cases = itertools.product((64, 80), ((6, 2), (3, 3)), (1, batch), (dtype, torch.float32))
+    for width, (heads, kv_heads), rows, angles in cases:
+        qkv = torch.randn(batch, length, (heads + 2 * kv_heads) * width, device=device).to(dtype).requires_grad_()
+        turns = torch.rand(rows, length, width, device=device) * 100  # the halves not the same, as the function has it
+        cos, sin = turns.cos().to(angles), turns.sin().to(angles)
+        exact = qkv.detach().float().requires_grad_()
+        parts = (
+            x.unflatten(-1, (-1, width)) for x in exact.split([n * width for n in (heads, kv_heads, kv_heads)], -1)
+        )
+        q, k, v = parts
+        want = *apply_rotary_pos_emb(q, k, cos.float(), sin.float(), unsqueeze_dim=2), v
+        found = fused_ops.rotate(qkv, cos, sin, heads, kv_heads)
+        grads = [torch.randn(x.shape, device=device).to(dtype) for x in want]
+        torch.autograd.backward(want, [grad.float() for grad in grads])
+        torch.autograd.backward(found, [grad.transpose(1, 2).contiguous().transpose(1, 2) for grad in grads])
+        case = width, heads, rows, angles
+        assert all(x.is_contiguous() and apart(x, y) < tolerance for x, y in zip(found, want, strict=True)), case
+        assert torch.equal(found[2], v.to(dtype)) and apart(qkv.grad, exact.grad) < tolerance, case
+    torch.library.opcheck(fused_ops.rotate, (qkv, cos, sin, heads, kv_heads))
+
+
+def check_layers(folder: str) -> None:
+    """Compare the gradients of fused layers on their kernels, in half precision, with plain ones' in fp32 and peft's."""
+    _, reference = gradients(*prepared(folder))
+    _, plain = gradients(*prepared(folder, dtype="float16"))
+    model, clock, loss = prepared(folder, dtype="float16", checkpointing=True)
+    fuse(model, clock, 0.05, kernels=True)
+    with mock.patch.object(fused_ops, "share_rows", lambda *_: 32):
+        _, fused = gradients(model, clock, loss)
+    assert furthest(fused, reference) <= 1.05 * furthest(plain, reference)
+
+
+def interpret(checks: str) -> None:
+    """Run checks of this file in Triton's interpreter, in a process of its own: it is chosen when Triton is imported."""
     pytest.importorskip("triton", reason="pip install triton: the kernels need it")
-    program = "import torch; from tests.test_fused_ops import check_kernels; check_kernels('cpu', torch.float16, 2e-3)"
+    program = f"import torch; from tests.test_fused_ops import *; {checks}"
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_kernels_in_tritons_interpreter():
+    """Half precision: it rounds bfloat16 wrongly, and tl.dot takes its bits for numbers."""
+    interpret("check_kernels('cpu', torch.float16, 2e-3); check_swiglu_backward('cpu', torch.float16, 2e-3)")
+    interpret("check_rotate('cpu', torch.float32, 1e-6); check_rotate('cpu', torch.float16, 1e-3)")
+
+
+def test_layers_learn_the_same_from_kernels_in_tritons_interpreter(random_models):
+    interpret(f"check_layers({str(random_models('qwen2'))!r})")
 
 
 def signature(kernel, pointers: dict[str, str]) -> dict[str, str]:
@@ -368,18 +455,20 @@ def test_kernels_compile_within_the_shared_memory_of_each_card(capability):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    def compile_(kernel, pointers, constants, warps):
+    def compile_(kernel, pointers, constants, warps, **options):
         types = {**signature(kernel, pointers), **dict.fromkeys(constants, "constexpr")}
         positions = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
         source = ASTSource(kernel, {name: types[name] for name in kernel.arg_names}, positions)
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+        compiled = triton.compile(
+            source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, **options}
+        )
         assert compiled.metadata.shared <= SHARED_LIMIT[capability]
         assert f"sm_{capability}" in compiled.asm["ptx"]
         return compiled.asm["ptx"]
 
     half, single, whole = "*bf16", "*fp32", "*i32"
     masks = {"step": whole, "sequences": whole, "salt": whole}
-    launch, backward = fused_ops.DEQUANTIZE, fused_ops.backward_launch
+    launch, backward = fused_ops.DEQUANTIZE, fused_ops.WIDEN_BACKWARD
     weights = {"packed": whole, "absmax": "*u8", "out": half}
     weights |= dict.fromkeys(("absmax2", "offset", "code2", "lut", "B0", "B1", "B2"), single)
     constants = {"NESTED": True, "BLOCKSIZE": 64, "BLOCKSIZE2": 256, "ROW_BLOCKS": 172, "BLOCKS": launch.block_m}
@@ -392,13 +481,40 @@ def test_kernels_compile_within_the_shared_memory_of_each_card(capability):
         tile = {"BLOCK_M": fused_ops.WIDEN.block_m, "BLOCK_K": fused_ops.WIDEN.block_k}
         activations = {"x": half, "wide": half, "dropped": half, **masks}
         compile_(training_kernels.widen_kernel, activations, switches | tile, fused_ops.WIDEN.warps)
-        for rank in (16, 256) if swiglu or dropout else ():
-            tile = {"BLOCK_M": backward(rank).block_m, "BLOCK_K": backward(rank).block_k, "BLOCK_R": rank}
-            activations = {"x": half, "wide": half, "other": half, "A": half, **masks}
-            compile_(training_kernels.widen_backward_kernel, activations, switches | tile, backward(rank).warps)
+    for rank in (16, 256):
+        tile = {"BLOCK_M": backward.block_m, "BLOCK_K": backward.block_k, "BLOCK_R": rank}
+        activations = {"x": half, "wide": half, "dropped": half, "A": half, **masks}
+        compile_(training_kernels.widen_backward_kernel, activations, tile, backward.warps)
+    for here, before, dropout in (
+        (16, 16, True),
+        (16, 16, False),
+        (64, 64, True),
+        (256, 256, True),
+        (16, 0, True),
+        (0, 0, False),
+    ):
+        launch = fused_ops.swiglu_launch(max(here, before))
+        tile = {"BLOCK_M": launch.block_m, "BLOCK_K": launch.block_k, "BLOCK_R": here, "BLOCK_U": before}
+        activations = dict.fromkeys(("x", "wide", "grads", "A", "u"), half) | {"dA": single, "dB": single, **masks}
+        kernel, switches = training_kernels.swiglu_backward_kernel, tile | {"DROPOUT": dropout}
+        compile_(kernel, activations, switches, launch.warps, num_stages=launch.stages)
+    heads = {"HEADS": 16, "KV_HEADS": 2, "HALF": 64, "BLOCK_M": fused_ops.ROTATE.block_m, "BLOCK_K": 64}
+    for back, angles in itertools.product((False, True), (half, single)):
+        activations = dict.fromkeys(("qkv", "q", "k", "v"), half) | {"cos": angles, "sin": angles}
+        compile_(training_kernels.rotate_kernel, activations, heads | {"BACK": back}, fused_ops.ROTATE.warps)
 
 
-@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["q_proj", "k_proj", "v_proj", "o_proj"], ["down_proj"]])
+FEW = [
+    ["q_proj", "v_proj"],
+    ["q_proj", "k_proj", "v_proj", "o_proj"],
+    ["down_proj"],
+    ["gate_proj", "up_proj"],
+    ["up_proj", "down_proj"],
+    ["gate_proj", "up_proj", "down_proj"],
+]
+
+
+@pytest.mark.parametrize("targets", FEW)
 def test_layers_with_few_adapters_learn_what_plain_ones_do(random_models, targets):
     folder = random_models("qwen2")
     plain_loss, plain = gradients(*prepared(folder, targets=targets))
@@ -409,11 +525,27 @@ def test_layers_with_few_adapters_learn_what_plain_ones_do(random_models, target
     assert furthest(fused, plain) < 1e-4
 
 
+@pytest.mark.parametrize("frozen", ["gate_proj.lora_B", "lora_A", "down_proj.lora"])
+def test_frozen_adapters_get_no_gradient_and_the_rest_the_same(random_models, frozen):
+    results = []
+    for fused in (False, True):
+        model, clock, loss = prepared(random_models("qwen2"), checkpointing=True)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and frozen not in name)
+        if fused:
+            fuse(model, clock, 0.05, kernels=False)
+        results.append(gradients(model, clock, loss)[1])
+        assert all(parameter.grad is None for name, parameter in model.named_parameters() if frozen in name)
+    assert furthest(results[1], results[0]) < 1e-4
+
+
 @gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_kernels_on_the_gpu(dtype):
     check_kernels("cuda", dtype, 1e-2)
+    check_swiglu_backward("cuda", dtype, 1e-2)
+    check_rotate("cuda", dtype, 1e-2)
 
 
 @gpu

@@ -297,10 +297,10 @@ def run_single(case: dict, alone: Callable[[], None]) -> dict:
 
 PHASES = {  # by a piece of the kernel's name, the first that fits
     "dequantisation": "dequantize",
-    "passes of the adapters": "widen",
+    "passes of the adapters": "widen|swiglu",
     "attention": "sdpa|flash|fmha|cudnn",
     "matrix products": "nvjet|cutlass|gemm|cublas|splitk",
-    "norms, rotary, loss (compiled)": "triton_",
+    "norms, rotary, loss": "triton_|rotate",
     "rest": "",
 }
 

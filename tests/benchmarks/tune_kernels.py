@@ -1,6 +1,6 @@
 """Time the Triton kernels of fused_ops.py under several layouts, on the shapes of Qwen2.5-3B; the best stand in fused_ops.Launch's uses.
 
-    python tests/benchmarks/tune_kernels.py [--rows 2048 8192] [--dropout 0.05] [--sms 24]      needs a GPU; about a minute
+    python tests/benchmarks/tune_kernels.py [--rows 2048 8192] [--dropout 0.05] [--sms 24]      needs a GPU; minutes
 
 Prints microseconds, and the share of the time that moving the bytes once would take at the card's copy bandwidth.
 """
@@ -22,6 +22,7 @@ import fused_ops
 from tests.test_fused_ops import packed_weights
 
 HIDDEN, MLP, RANK = 2048, 11008, 16
+HEADS, KV_HEADS, WIDTH = 16, 2, 128
 
 
 def microseconds(call: Callable) -> float:
@@ -52,7 +53,7 @@ def tune(label: str, layouts, use: Callable, call: Callable, moved: float, peak:
     floor = moved / peak * 1e6
     print(f"{label}: floor {floor:.0f} us")
     for time, layout in sorted(times)[:3]:
-        print(f"  {time:7.1f} us {floor / time:5.0%}  block_m, block_k, warps = {layout}")
+        print(f"  {time:7.1f} us {floor / time:5.0%}  block_m, block_k, warps, stages = {layout}")
 
 
 def tune_rows(rows: int, swiglu: bool, members: int, p: float, peak: float) -> None:
@@ -74,17 +75,61 @@ def tune_rows(rows: int, swiglu: bool, members: int, p: float, peak: float) -> N
         peak,
     )
     wide = fused_ops.widen(x, A, masks, swiglu, True)
+    if swiglu:
+        return tune_swiglu_backward(label, wide, x, A, masks, peak)
     tune(
         f"backward {label}",
-        itertools.product((16, 32, 64), (64, 128), (1, 2, 4)) if swiglu or p > 0 else [(1, 1, 1)],
-        lambda launch: setattr(fused_ops, "backward_launch", lambda _: launch),
-        functools.partial(fused_ops.widen_backward, wide, x, A, masks, swiglu, True),
-        tile * (6 if swiglu else 2 + 2 * (p > 0)),
+        itertools.product((16, 32, 64), (64, 128), (1, 2, 4)) if p > 0 else [(1, 1, 1)],
+        lambda launch: setattr(fused_ops, "WIDEN_BACKWARD", launch),
+        functools.partial(fused_ops.widen_backward, wide, x, A, masks, True),
+        tile * (2 + 2 * (p > 0)),
         peak,
     )
     du, inner = wide[:, columns:], wide[:, :columns]
     time = microseconds(lambda: fused_ops._product_fp32(du.t(), inner))
     print(f"dA {label}: {time:.1f} us, {tile / peak * 1e6 / time:.0%} of the floor")
+
+
+def tune_swiglu_backward(label: str, wide, x, A, masks, peak: float) -> None:
+    """Tune the kernel behind `swiglu_backward` and over how many rows its programs sum up; the sums' sum is counted."""
+    rows, columns = len(x), A.shape[1]
+    u, default = torch.randn(rows, 2 * RANK, device="cuda", dtype=x.dtype), fused_ops.share_rows
+    call = functools.partial(fused_ops.swiglu_backward, wide, x, A, masks, u, RANK, True)
+    for shares in (None, 1, 2, 3, 4, 6, 8):
+        if shares:
+            fused_ops.share_rows = lambda *_, shares=shares: -(-rows // shares)
+        tune(
+            f"backward {label} shares={shares or 'as chosen'}",
+            [
+                *itertools.product((16,), (64, 128), (4, 8), (1, 2, 3)),
+                *itertools.product((32,), (64,), (4, 8), (1, 2, 3)),
+            ],
+            lambda launch: setattr(fused_ops, "swiglu_launch", lambda _: launch),
+            call,
+            rows * columns * 2 * 5,
+            peak,
+        )
+    fused_ops.share_rows = default
+
+
+def tune_rotate(rows: int, peak: float) -> None:
+    """Tune the kernel behind `rotate`, there and back; the cosines stay in the L2 cache and are not counted."""
+    batch, length = max(1, rows // 512), min(rows, 512)
+    qkv = torch.randn(batch, length, (HEADS + 2 * KV_HEADS) * WIDTH, device="cuda", dtype=torch.bfloat16)
+    angles = torch.randn(1, length, WIDTH, device="cuda", dtype=torch.bfloat16)
+    parts = fused_ops.rotate(qkv, angles, angles, HEADS, KV_HEADS)
+    for label, call in (
+        ("rotate", functools.partial(fused_ops.rotate, qkv, angles, angles, HEADS, KV_HEADS)),
+        ("rotate back", functools.partial(fused_ops.rotate_backward, *parts, angles, angles)),
+    ):
+        tune(
+            f"{label} rows={rows}",
+            itertools.product((8, 16, 32, 64), (64,), (2, 4, 8)),
+            lambda launch: setattr(fused_ops, "ROTATE", launch),
+            call,
+            2 * qkv.nbytes,
+            peak,
+        )
 
 
 def main() -> None:
@@ -108,6 +153,8 @@ def main() -> None:
     )
     for (swiglu, members), rows, p in itertools.product(((True, 1), (False, 2)), args.rows, args.dropout):
         tune_rows(rows, swiglu, members, p, peak)
+    for rows in args.rows:
+        tune_rotate(rows, peak)
     del context
 
 
