@@ -131,6 +131,26 @@ if triton is not None:
         tl.store(dropped + row * columns + k[None], tl.where(keep, tile * inverse, 0.0).to(dtype), mask=inside)
 
     @triton.jit
+    def _swiglu_rows(
+        wide, x, u, m, end, k, columns, stride, extra, u_stride, rank, BLOCK_R: tl.constexpr, BLOCK_U: tl.constexpr
+    ):  # fmt: skip
+        """Return what `swiglu_backward_kernel` reads of rows m < end: dx, gate, up, du and u of gate and of up."""
+        row, below = m.to(tl.int64)[:, None], (m < end)[:, None]
+        inside = below & (k < columns)[None]
+        place = x + row * (2 * columns) + k[None]
+        grad = tl.load(wide + row * stride + k[None], mask=inside, other=0.0)
+        gate, up = tl.load(place, mask=inside, other=0.0), tl.load(place + columns, mask=inside, other=0.0)
+        du, u_gate, u_up = grad, grad, grad  # where there are none nothing reads them
+        if BLOCK_R:
+            j = tl.arange(0, BLOCK_R)[None]
+            du = tl.load(wide + row * stride + columns + j, mask=below & (j < extra), other=0.0)
+        if BLOCK_U:
+            i = tl.arange(0, BLOCK_U)[None]
+            u_gate = tl.load(u + row * u_stride + i, mask=below & (i < rank), other=0.0)
+            u_up = tl.load(u + row * u_stride + rank + i, mask=below & (i < rank), other=0.0)
+        return grad, gate, up, du, u_gate, u_up
+
+    @triton.jit
     def swiglu_backward_kernel(
         wide, x, grads, A, u, dA, dB, step, sequences, salt, rows, share, length, columns, stride, extra, u_stride,
         rank, threshold, inverse, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -156,19 +176,18 @@ if triton is not None:
             i = tl.arange(0, BLOCK_U)
             sum_gate = tl.zeros((BLOCK_U, BLOCK_K), tl.float32)
             sum_up = tl.zeros((BLOCK_U, BLOCK_K), tl.float32)
-        for start in range(first, tl.minimum(first + share, rows), BLOCK_M):
-            m = start + tl.arange(0, BLOCK_M)
-            row = m.to(tl.int64)[:, None]
-            below = (m < rows)[:, None]
-            inside = below & within
-            place = row * (2 * columns) + k[None]
-            grad = tl.load(wide + row * stride + k[None], mask=inside, other=0.0).to(tl.float32)
-            gate = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
-            up = tl.load(x + place + columns, mask=inside, other=0.0).to(tl.float32)
+        end = tl.minimum(first + share, rows)
+        m = first + tl.arange(0, BLOCK_M)
+        after = _swiglu_rows(wide, x, u, m, end, k, columns, stride, extra, u_stride, rank, BLOCK_R, BLOCK_U)
+        for _ in range(first, end, BLOCK_M):
+            grad, gate, up, du, u_gate, u_up = after
+            after = _swiglu_rows(
+                wide, x, u, m + BLOCK_M, end, k, columns, stride, extra, u_stride, rank, BLOCK_R, BLOCK_U
+            )  # fmt: skip
+            grad, gate, up = grad.to(tl.float32), gate.to(tl.float32), up.to(tl.float32)
             sigmoid = _sigmoid(gate)
             silu = gate * sigmoid
             if BLOCK_R:
-                du = tl.load(wide + row * stride + columns + j[None], mask=below & (j < extra)[None], other=0.0)
                 tile, back = silu * up, tl.dot(du, a)
                 if DROPOUT:
                     keep = _keep(key, sequences, m, pairs, length, threshold)
@@ -178,14 +197,14 @@ if triton is not None:
                 sum_a = tl.dot(tl.trans(du), tile.to(dtype), sum_a)
             d_gate = (grad * up * (sigmoid + silu * (1 - sigmoid))).to(dtype)
             d_up = (grad * silu).to(dtype)
+            inside = (m < end)[:, None] & within
+            place = m.to(tl.int64)[:, None] * (2 * columns) + k[None]
             tl.store(grads + place, d_gate, mask=inside)
             tl.store(grads + place + columns, d_up, mask=inside)
             if BLOCK_U:
-                member = u + row * u_stride + i[None]
-                u_gate = tl.load(member, mask=below & (i < rank)[None], other=0.0)
-                u_up = tl.load(member + rank, mask=below & (i < rank)[None], other=0.0)
                 sum_gate = tl.dot(tl.trans(u_gate), d_gate, sum_gate)
                 sum_up = tl.dot(tl.trans(u_up), d_up, sum_up)
+            m += BLOCK_M
         if BLOCK_R:
             target = dA + (tl.program_id(1) * extra + j[:, None]) * columns + k[None]
             tl.store(target, sum_a, mask=(j < extra)[:, None] & within)
