@@ -221,15 +221,19 @@ class Launch:
     block_m: int  # rows of a tile; quantisation blocks, for the dequantisation
     block_k: int
     warps: int
-    stages: int = 1  # of a kernel with a loop: its steps whose loads are under way
 
 
-WIDEN = Launch(block_m=16, block_k=256, warps=4)
+WIDEN = Launch(block_m=16, block_k=128, warps=4)  # block_k: of up to 16 adapter columns, half of 32
+WIDEN_SHARE = 1024  # columns that a program sums u up over: 512 rows then make enough programs for a large GPU
+# Adapter columns that ride in the pass over x: of 16, SwiGLU's at 16 x 512 tokens takes 212 us in place of 275 (355 to
+# 214 with dropout; H100), of 48 q, k and v's on 24 multiprocessors took 40 in place of 32.
+MOST_WIDEN_COLUMNS = 32
 DEQUANTIZE = Launch(block_m=128, block_k=64, warps=2)
 ROTATE = Launch(block_m=16, block_k=64, warps=4)  # of heads 128 wide: of others as many numbers
 
 
-WIDEN_BACKWARD = Launch(block_m=16, block_k=64, warps=2)
+WIDEN_BACKWARD = Launch(block_m=64, block_k=64, warps=4)
+MASKED_BACKWARD = Launch(block_m=16, block_k=64, warps=2)
 # Adapter columns up to which SwiGLU's backward has a kernel: it holds three sums [columns, block_k] in registers, and on
 # sm_89 so many take 250 of 255 at the smallest block_k, none spilled. Beyond, torch does it, with fp32 copies.
 MOST_COLUMNS = 256
@@ -240,8 +244,8 @@ SHARE_PROGRAMS = 4  # a multiprocessor, as many as its registers hold at rank 16
 def swiglu_launch(columns: int) -> Launch:
     """Return the layout of the kernel behind `swiglu_backward`, whose sums have up to so many adapter columns."""
     if columns <= 32:
-        return Launch(block_m=16, block_k=64, warps=4, stages=2)
-    return Launch(block_m=16, block_k=32, warps=8, stages=2)
+        return Launch(block_m=16, block_k=64, warps=4)
+    return Launch(block_m=16, block_k=32, warps=8)
 
 
 def share_rows(rows: int, blocks: int, device: torch.device) -> int:
@@ -309,45 +313,74 @@ def stack_adapters(A: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     return F.pad(stacked, (0, 0, 0, missing)) if missing else stacked
 
 
-def widen(x: torch.Tensor, A: torch.Tensor, masks: Masks, swiglu: bool, kernels: bool) -> torch.Tensor:
-    """Return [x | dropout(x) A^T], [rows, columns + adapter columns]. x: [rows, columns]; swiglu: [rows, 2 columns]."""
+def widen(
+    x: torch.Tensor, A: torch.Tensor, masks: Masks, scale: float, swiglu: bool, kernels: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ([x | u], [rows, columns + adapter columns], and scale u), u = dropout(x) A^T. x: [rows, columns]; swiglu:
+    [rows, 2 columns].
+    """
     extra, columns = A.shape
     wide = x.new_empty(len(x), columns + extra)
+    if kernels and 0 < extra <= MOST_WIDEN_COLUMNS:
+        u, shares, block_r = x.new_empty(len(x), extra), triton.cdiv(columns, WIDEN_SHARE), _power(extra)
+        sums = x.new_empty(shares, len(x), extra, dtype=torch.float32)
+        _widen_kernel(x, wide, wide, A, sums, masks, swiglu, block_r)
+        training_kernels.settle_kernel[(triton.cdiv(len(x), 64),)](
+            sums, wide, u, len(x), columns, columns + extra, extra, scale, SHARES=shares, BLOCK_M=64, BLOCK_R=block_r,
+            num_warps=4,
+        )  # fmt: skip
+        return wide, u
     if kernels:
         dropped = x.new_empty(len(x), columns) if masks.p > 0 else wide[:, :columns]
-        grid = (triton.cdiv(len(x), WIDEN.block_m), triton.cdiv(columns, WIDEN.block_k))
-        training_kernels.widen_kernel[grid](
-            x, wide, dropped, masks.step, masks.sequences, masks.salt, len(x), masks.length, columns, columns + extra,
-            drop_threshold(masks.p), 1 / (1 - masks.p), SWIGLU=swiglu, DROPOUT=masks.p > 0, BLOCK_M=WIDEN.block_m,
-            BLOCK_K=WIDEN.block_k, num_warps=WIDEN.warps,
-        )  # fmt: skip
+        _widen_kernel(x, wide, dropped, A, wide, masks, swiglu, 0)
     else:
         wide[:, :columns] = _swiglu(x) if swiglu else x
         dropped = _drop(wide[:, :columns], masks) if masks.p > 0 else wide[:, :columns]
     if extra:
         torch.mm(dropped, A.t(), out=wide[:, columns:])
-    return wide
+    return wide, wide[:, columns:] * scale
+
+
+def _widen_kernel(x, wide, dropped, A, sums, masks: Masks, swiglu: bool, block_r: int) -> None:
+    extra, columns = A.shape
+    block_k = min(WIDEN.block_k, 16 * WIDEN.block_k // block_r) if block_r else WIDEN.block_k
+    share = WIDEN_SHARE if block_r else block_k
+    grid = (triton.cdiv(len(x), WIDEN.block_m), triton.cdiv(columns, share))
+    training_kernels.widen_kernel[grid](
+        x, wide, dropped, A, sums, masks.step, masks.sequences, masks.salt, len(x), share, masks.length, columns,
+        columns + extra, extra, drop_threshold(masks.p), 1 / (1 - masks.p), SWIGLU=swiglu, DROPOUT=masks.p > 0,
+        BLOCK_M=WIDEN.block_m, BLOCK_K=block_k, BLOCK_R=block_r, num_warps=WIDEN.warps, num_stages=1,
+    )  # fmt: skip
 
 
 def widen_backward(
     wide: torch.Tensor, x: torch.Tensor, A: torch.Tensor, masks: Masks, kernels: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (dx, dropout(x)) from wide = [dx | du], which is used up: dx lacks what comes through the adapters."""
+    """Return (dx, dropout(x)) from wide = [dx | du], which may be used up: its dx lacks what comes through the adapters."""
     extra, columns = A.shape
     dx, du = wide[:, :columns], wide[:, columns:]
-    if masks.p == 0:
-        return dx.addmm_(du, A), x
-    if not kernels:
+    if not _leaves_no_gaps(extra, masks.p, kernels):
+        if masks.p == 0:
+            return dx.addmm_(du, A), x
         dx += _drop(du @ A, masks)
         return dx, _drop(x, masks)
-    dropped, launch = torch.empty_like(x), WIDEN_BACKWARD
+    out, launch = x.new_empty(x.shape), MASKED_BACKWARD if masks.p > 0 else WIDEN_BACKWARD
+    dropped = torch.empty_like(x) if masks.p > 0 else x
     grid = (triton.cdiv(len(x), launch.block_m), triton.cdiv(columns, launch.block_k))
     training_kernels.widen_backward_kernel[grid](
-        wide, x, dropped, A, masks.step, masks.sequences, masks.salt, len(x), masks.length, columns, columns + extra,
-        extra, drop_threshold(masks.p), 1 / (1 - masks.p), BLOCK_M=launch.block_m, BLOCK_K=launch.block_k,
-        BLOCK_R=_power(extra), num_warps=launch.warps,
+        wide, x, out, dropped, A, masks.step, masks.sequences, masks.salt, len(x), masks.length, columns,
+        columns + extra, extra, drop_threshold(masks.p), 1 / (1 - masks.p), DROPOUT=masks.p > 0,
+        BLOCK_M=launch.block_m, BLOCK_K=launch.block_k, BLOCK_R=_power(extra), num_warps=launch.warps,
     )  # fmt: skip
-    return dx, dropped
+    return out, dropped
+
+
+def _leaves_no_gaps(extra: int, p: float, kernels: bool) -> bool:
+    """Return whether `widen_backward` writes dx anew: attention would have to copy one that is a part of [dx | du].
+
+    Without a mask and with many adapter columns cuBLAS completes it in place.
+    """
+    return kernels and (p > 0 or extra <= 64)
 
 
 def swiglu_backward(
@@ -387,7 +420,7 @@ def _swiglu_backward_kernel(wide, x, A, masks, u, rank):
         wide, x, grads, A, u if rank else x, dA, dB, masks.step, masks.sequences, masks.salt, rows, share, masks.length,
         columns, columns + extra, extra, u.stride(0) if rank else 0, rank, drop_threshold(masks.p), 1 / (1 - masks.p),
         DROPOUT=masks.p > 0, BLOCK_M=launch.block_m, BLOCK_K=launch.block_k, BLOCK_R=_power(extra) if extra else 0,
-        BLOCK_U=_power(rank) if rank else 0, num_warps=launch.warps, num_stages=launch.stages,
+        BLOCK_U=_power(rank) if rank else 0, num_warps=launch.warps, num_stages=1,
     )  # fmt: skip
     return grads, dA.sum(0), dB.sum(0)
 
@@ -461,10 +494,10 @@ def linear(
     """
     W = extended_weight(Packed(codes, constants, lut, columns, blocksizes, quant_type), B, scale, x.dtype, kernels)
     if not A:
-        wide = widen(x, x.new_empty(0, columns), no_masks(x), swiglu, kernels) if swiglu else x
+        wide = widen(x, x.new_empty(0, columns), no_masks(x), 0.0, swiglu, kernels)[0] if swiglu else x
         return F.linear(wide, W, bias), x.new_empty(0)
-    wide = widen(x, stack_adapters(A, x.dtype), Masks(step, sequences, salt, length, p), swiglu, kernels)
-    return F.linear(wide, W, bias), wide[:, columns:] * scale
+    wide, u = widen(x, stack_adapters(A, x.dtype), Masks(step, sequences, salt, length, p), scale, swiglu, kernels)
+    return F.linear(wide, W, bias), u
 
 
 LINEAR_ARGUMENTS = tuple(inspect.signature(linear._init_fn).parameters)
@@ -501,8 +534,9 @@ def linear_backward(
 
 @linear_backward.register_fake
 def _(grad, x, u, A, B, scale, hands_B, swiglu, before_u, before_rank, codes, constants, lut, columns, *rest):
-    extra = adapter_columns(len(A[0]), len(A))
-    dx = torch.empty_like(x) if swiglu else x.new_empty(len(x), columns + extra)[:, :columns]
+    extra, (p, kernels) = adapter_columns(len(A[0]), len(A)), rest[-2:]
+    alone = swiglu or _leaves_no_gaps(extra, p, kernels)
+    dx = x.new_empty(x.shape) if alone else x.new_empty(len(x), columns + extra)[:, :columns]
     sizes = (extra, columns), (grad.shape[1], 0 if hands_B else extra), (2, columns, before_rank)
     return dx, *(x.new_empty(size, dtype=torch.float32) for size in sizes)
 

@@ -83,52 +83,102 @@ if triton is not None:
             tl.store(target, (b * scale).to(dtype), mask=(j < extra) & (row < rows))
 
     @triton.jit
-    def widen_kernel(
-        x, wide, dropped, step, sequences, salt, rows, length, columns, stride, threshold, inverse,
-        SWIGLU: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-    ):  # fmt: skip
-        """Copy x (or SwiGLU of [gate | up]) into the wide operand and, where asked, dropout(x) beside it."""
-        m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-        k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-        row = m.to(tl.int64)[:, None]
-        inside = (m < rows)[:, None] & (k < columns)[None]
+    def _widen_columns(x, A, m, k, rows, end, columns, extra, SWIGLU: tl.constexpr, BLOCK_R: tl.constexpr):
+        """Return what `widen_kernel` reads of columns k < end: x, or gate and up, and A."""
+        inside = (m < rows)[:, None] & (k < end)[None]
+        place = x + m.to(tl.int64)[:, None] * ((2 if SWIGLU else 1) * columns) + k[None]
+        tile = tl.load(place, mask=inside, other=0.0)
+        up, a = tile, tile  # where there are none nothing reads them
         if SWIGLU:
-            place = x + row * (2 * columns) + k[None]
-            gate = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-            up = tl.load(place + columns, mask=inside, other=0.0).to(tl.float32)
-            tile = (gate * _sigmoid(gate) * up).to(wide.dtype.element_ty)
-        else:
-            tile = tl.load(x + row * columns + k[None], mask=inside, other=0.0)
-        tl.store(wide + row * stride + k[None], tile, mask=inside)
+            up = tl.load(place + columns, mask=inside, other=0.0)
+        if BLOCK_R:
+            j = tl.arange(0, BLOCK_R)[:, None]
+            a = tl.load(A + j * columns + k[None], mask=(j < extra) & (k < end)[None], other=0.0)
+        return tile, up, a
+
+    @triton.jit
+    def widen_kernel(
+        x, wide, dropped, A, sums, step, sequences, salt, rows, share, length, columns, stride, extra, threshold, inverse,
+        SWIGLU: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+        BLOCK_R: tl.constexpr,
+    ):  # fmt: skip
+        """Copy x (or SwiGLU of [gate | up]) into the wide operand, with what a share of its columns adds to
+        u = dropout(x) A^T into sums [shares, rows, extra]; BLOCK_R 0: dropout(x) itself, where there is any.
+        """
+        m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+        first = tl.program_id(1) * share
+        end = tl.minimum(first + share, columns)
+        k = first + tl.arange(0, BLOCK_K)
+        row = m.to(tl.int64)[:, None]
         if DROPOUT:
-            pairs = tl.program_id(1) * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
-            keep = _keep(_key(step, salt), sequences, m, pairs, length, threshold)
-            tile = tl.where(keep, tile.to(tl.float32) * inverse, 0.0).to(tile.dtype)
-            tl.store(dropped + row * columns + k[None], tile, mask=inside)
+            key = _key(step, salt)
+        if BLOCK_R:
+            total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+        after = _widen_columns(x, A, m, k, rows, end, columns, extra, SWIGLU, BLOCK_R)
+        for start in range(first, end, BLOCK_K):
+            tile, up, a = after
+            after = _widen_columns(x, A, m, k + BLOCK_K, rows, end, columns, extra, SWIGLU, BLOCK_R)
+            if SWIGLU:
+                gate = tile.to(tl.float32)
+                tile = (gate * _sigmoid(gate) * up.to(tl.float32)).to(wide.dtype.element_ty)
+            inside = (m < rows)[:, None] & (k < end)[None]
+            tl.store(wide + row * stride + k[None], tile, mask=inside)
+            if DROPOUT:
+                pairs = start // 2 + tl.arange(0, BLOCK_K // 2)
+                keep = _keep(key, sequences, m, pairs, length, threshold)
+                tile = tl.where(keep, tile.to(tl.float32) * inverse, 0.0).to(tile.dtype)
+            if BLOCK_R:
+                total = tl.dot(tile, tl.trans(a), total)
+            elif DROPOUT:
+                tl.store(dropped + row * columns + k[None], tile, mask=inside)
+            k += BLOCK_K
+        if BLOCK_R:
+            j = tl.arange(0, BLOCK_R)[None]
+            target = sums + (tl.program_id(1) * rows + row) * extra + j
+            tl.store(target, total, mask=(m < rows)[:, None] & (j < extra))
+
+    @triton.jit
+    def settle_kernel(
+        sums, wide, u, rows, columns, stride, extra, scale, SHARES: tl.constexpr, BLOCK_M: tl.constexpr,
+        BLOCK_R: tl.constexpr,
+    ):  # fmt: skip
+        """Add up the shares of u, behind x in the wide operand and, scaled, by itself."""
+        m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+        row, j = m.to(tl.int64)[:, None], tl.arange(0, BLOCK_R)[None]
+        inside = (m < rows)[:, None] & (j < extra)
+        total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+        for share in tl.static_range(SHARES):
+            total += tl.load(sums + (share * rows + row) * extra + j, mask=inside, other=0.0)
+        total = total.to(wide.dtype.element_ty)
+        tl.store(wide + row * stride + columns + j, total, mask=inside)
+        tl.store(u + row * extra + j, (total.to(tl.float32) * scale).to(total.dtype), mask=inside)
 
     @triton.jit
     def widen_backward_kernel(
-        wide, x, dropped, A, step, sequences, salt, rows, length, columns, stride, extra, threshold, inverse,
-        BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+        wide, x, out, dropped, A, step, sequences, salt, rows, length, columns, stride, extra, threshold, inverse,
+        DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     ):  # fmt: skip
-        """Complete dx in [dx | du] by mask (du A), and write what dA needs, dropout(x)."""
+        """Complete dx of [dx | du] by mask (du A) in out and, with a mask, write what dA needs, dropout(x)."""
         m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
         k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
         j = tl.arange(0, BLOCK_R)
         row = m.to(tl.int64)[:, None]
         inside = (m < rows)[:, None] & (k < columns)[None]
         dtype = wide.dtype.element_ty
-        target = wide + row * stride + k[None]
+        target = row * columns + k[None]
         # All loads stand before the product, whose barriers no load crosses.
-        grad = tl.load(target, mask=inside, other=0.0).to(tl.float32)
-        tile = tl.load(x + row * columns + k[None], mask=inside, other=0.0).to(tl.float32)
+        grad = tl.load(wide + row * stride + k[None], mask=inside, other=0.0).to(tl.float32)
+        if DROPOUT:
+            tile = tl.load(x + target, mask=inside, other=0.0).to(tl.float32)
         a = tl.load(A + j[:, None] * columns + k[None], mask=(j < extra)[:, None] & (k < columns)[None], other=0.0)
         du = tl.load(wide + row * stride + columns + j[None], mask=(m < rows)[:, None] & (j < extra)[None], other=0.0)
-        pairs = tl.program_id(1) * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
-        keep = _keep(_key(step, salt), sequences, m, pairs, length, threshold)
-        grad += tl.where(keep, tl.dot(du, a) * inverse, 0.0)
-        tl.store(target, grad.to(dtype), mask=inside)
-        tl.store(dropped + row * columns + k[None], tl.where(keep, tile * inverse, 0.0).to(dtype), mask=inside)
+        back = tl.dot(du, a)
+        if DROPOUT:
+            pairs = tl.program_id(1) * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
+            keep = _keep(_key(step, salt), sequences, m, pairs, length, threshold)
+            back = tl.where(keep, back * inverse, 0.0)
+            tl.store(dropped + target, tl.where(keep, tile * inverse, 0.0).to(dtype), mask=inside)
+        tl.store(out + target, (grad + back).to(dtype), mask=inside)
 
     @triton.jit
     def _swiglu_rows(

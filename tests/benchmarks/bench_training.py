@@ -297,10 +297,10 @@ def run_single(case: dict, alone: Callable[[], None]) -> dict:
 
 PHASES = {  # by a piece of the kernel's name, the first that fits
     "dequantisation": "dequantize",
-    "passes of the adapters": "widen|swiglu",
+    "passes of the adapters": "widen|swiglu|settle",
     "attention": "sdpa|flash|fmha|cudnn",
     "matrix products": "nvjet|cutlass|gemm|cublas|splitk",
-    "norms, rotary, loss": "triton_|rotate",
+    "norms, rotary, loss": "rotate|triton_",
     "rest": "",
 }
 

@@ -53,7 +53,7 @@ def tune(label: str, layouts, use: Callable, call: Callable, moved: float, peak:
     floor = moved / peak * 1e6
     print(f"{label}: floor {floor:.0f} us")
     for time, layout in sorted(times)[:3]:
-        print(f"  {time:7.1f} us {floor / time:5.0%}  block_m, block_k, warps, stages = {layout}")
+        print(f"  {time:7.1f} us {floor / time:5.0%}  block_m, block_k, warps = {layout}")
 
 
 def tune_rows(rows: int, swiglu: bool, members: int, p: float, peak: float) -> None:
@@ -68,19 +68,19 @@ def tune_rows(rows: int, swiglu: bool, members: int, p: float, peak: float) -> N
     tile = rows * columns * 2
     tune(
         f"widen with u {label}",
-        itertools.product((8, 16), (256, 512), (4,)),
+        itertools.product((16, 32, 64), (64, 128, 256), (4, 8)),
         lambda launch: setattr(fused_ops, "WIDEN", launch),
-        functools.partial(fused_ops.widen, x, A, masks, swiglu, True),
-        tile * ((3 if swiglu else 2) + (p > 0)),
+        functools.partial(fused_ops.widen, x, A, masks, 2.0, swiglu, True),
+        tile * (3 if swiglu else 2),
         peak,
     )
-    wide = fused_ops.widen(x, A, masks, swiglu, True)
+    wide = fused_ops.widen(x, A, masks, 2.0, swiglu, True)[0]
     if swiglu:
         return tune_swiglu_backward(label, wide, x, A, masks, peak)
     tune(
         f"backward {label}",
-        itertools.product((16, 32, 64), (64, 128), (1, 2, 4)) if p > 0 else [(1, 1, 1)],
-        lambda launch: setattr(fused_ops, "WIDEN_BACKWARD", launch),
+        itertools.product((16, 32, 64), (64, 128), (1, 2, 4)),
+        lambda launch: setattr(fused_ops, "MASKED_BACKWARD" if p > 0 else "WIDEN_BACKWARD", launch),
         functools.partial(fused_ops.widen_backward, wide, x, A, masks, True),
         tile * (2 + 2 * (p > 0)),
         peak,
@@ -100,10 +100,7 @@ def tune_swiglu_backward(label: str, wide, x, A, masks, peak: float) -> None:
             fused_ops.share_rows = lambda *_, shares=shares: -(-rows // shares)
         tune(
             f"backward {label} shares={shares or 'as chosen'}",
-            [
-                *itertools.product((16,), (64, 128), (4, 8), (1, 2, 3)),
-                *itertools.product((32,), (64,), (4, 8), (1, 2, 3)),
-            ],
+            [*itertools.product((16,), (32, 64, 128), (4, 8)), *itertools.product((32,), (64,), (4, 8))],
             lambda launch: setattr(fused_ops, "swiglu_launch", lambda _: launch),
             call,
             rows * columns * 2 * 5,
