@@ -658,7 +658,7 @@ def train(run: Run, request: checkpoint_utils.StopRequest) -> bool:
     training, progress = run.config.training, run.progress
     if evaluation_due(run):  # at step 0, or where a signal stopped the run before it
         evaluate_and_keep_best(run)
-    windows = step_windows(len(run.blocks["train"]), run.window, training.seed, progress.step)
+    first, windows = progress.step, step_windows(len(run.blocks["train"]), run.window, training.seed, progress.step)
     hidden = run.log.silent or not sys.stderr.isatty()
     with tqdm(total=run.total_steps, initial=progress.step, unit="step", disable=hidden) as bar:
         while progress.step < run.total_steps and not stale(run):
@@ -667,6 +667,8 @@ def train(run: Run, request: checkpoint_utils.StopRequest) -> bool:
             result = training_step(run, progress.step, window, request.signum is not None)
             seconds = time.perf_counter() - start
             progress.count(result.loss_sum, result.tokens, seconds)
+            if progress.step == first + 1 and (reason := fused_ops.compiled_in_pieces()):
+                run.log.say(f"fast path: the layers are compiled in pieces, which costs speed and memory: {reason}")
             loss, speed = result.loss_sum / max(result.tokens, 1), result.tokens / seconds
             bar.set_postfix(loss=f"{loss:.4f}", tokens_s=f"{speed:,.0f}", refresh=False)
             bar.update()

@@ -160,6 +160,24 @@ def test_layers_are_compiled_once_and_never_again(random_models):
     model.zero_grad()
     gradients(model, clock, loss)
     assert counters["stats"]["unique_graphs"] == 1
+    assert fused_ops.compiled_in_pieces() is None
+
+
+def test_a_layer_compiled_in_pieces_is_said(train, monkeypatch, tmp_path):
+    """It learns the same, so that nothing else would tell."""
+    whole, flags = fused_ops._fused_mlp, ("--max_steps", 1, "--fused_lora", "on", "--compile", "on")
+
+    def broken(self, x):
+        torch._dynamo.graph_break()
+        return whole(self, x)
+
+    for name, forward in (("whole", whole), ("pieces", broken)):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        monkeypatch.setattr(fused_ops, "_fused_mlp", forward)
+        code, folder = train(*flags, output_dir=tmp_path / name)
+        log = (folder / "training_log.txt").read_text(encoding="utf-8")
+        assert code == 0 and ("fast path: the layers are compiled in pieces" in log) == (name == "pieces")
 
 
 def test_inputs_in_main_memory_change_nothing(random_models):

@@ -279,6 +279,10 @@ def run_single(case: dict, alone: Callable[[], None]) -> dict:
                 case["first_s"] = round(time.time() - case["started"], 1)
         if case.get("profile"):
             profile(case, micro_batch, ids)
+        if case["peer"] == "ours":
+            from fused_ops import compiled_in_pieces
+
+            case["pieces"] = compiled_in_pieces()  # a graph break costs speed and memory, and nothing else tells
         median = statistics.median(times)
         tokens = case["batch"] * case["length"]
         case |= {
@@ -350,7 +354,7 @@ def table(results: list[dict]) -> str:
         speed = f"{r['tokens_per_s']:>8}{r['ms']:>9}" if "ms" in r else f"{r.get('error', 'failed'):>17}"
         rows.append(
             f"{name:<26}{r['peer']:<9}{r['checkpointing']:<9}{r['dropout']:<9}{speed}"
-            f"{r.get('peak_reserved_gib', 0):>8}{r.get('first_s', 0):>9}"
+            f"{r.get('peak_reserved_gib', 0):>8}{r.get('first_s', 0):>9}{'  in pieces' if r.get('pieces') else ''}"
         )
     return "\n".join(rows)
 
