@@ -17,7 +17,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from config import Config, ConfigError
-from fused_ops import adapter_columns, chunk_rows, triton
+from fused_ops import chunk_rows, triton
+from linear_ops import adapter_columns
 from quantization_utils import LOADING_ERRORS, cannot_load
 
 GIB = 2**30

@@ -1,6 +1,18 @@
-"""The Triton kernels behind the operators of fused_ops.py, which has the same in a few torch calls for where there is no Triton."""
+"""The Triton kernels behind linear_ops.py and `rotate`; the former has the same in a few torch calls for where there is no Triton."""
+
+import dataclasses
 
 from nf4_lookup import lane_level, levels, tl, triton
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """How a kernel is laid on a GPU; chosen by measurement, see tests/benchmarks/tune_kernels.py."""
+
+    block_m: int  # rows of a tile; quantisation blocks, for the dequantisation
+    block_k: int
+    warps: int
+
 
 if triton is not None:
 

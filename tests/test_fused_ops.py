@@ -18,6 +18,7 @@ from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
 import attention_ops
 import fused_ops
+import linear_ops
 import train_qlora
 import training_kernels
 from attention_ops import use_causal_attention
@@ -340,26 +341,26 @@ def check_kernels(device: str, dtype: torch.dtype, tolerance: float) -> None:
     ):
         weights = packed_weights(outputs, 192 if outputs[0] == 64 else 64, quant_type, double, device, dtype)
         B = [torch.randn(rows, 8, device=device) for rows in outputs]
-        found, want = (fused_ops.extended_weight(weights, B, 0.5, dtype, kernels) for kernels in (True, False))
+        found, want = (linear_ops.extended_weight(weights, B, 0.5, dtype, kernels) for kernels in (True, False))
         assert apart(found, want) < tolerance, (double, quant_type)
         assert torch.equal(found[:, : weights.columns], want[:, : weights.columns])  # as bitsandbytes rounds
     step, salt = (torch.tensor(n, dtype=torch.int32, device=device) for n in (3, -12345))
     sequences = torch.tensor([5, 9], dtype=torch.int32, device=device)
     for swiglu, members, p in ((False, 1, 0.1), (False, 3, 0.1), (False, 2, 0.0), (True, 1, 0.1), (True, 1, 0.0)):
         columns, length = 160, 20
-        masks = fused_ops.Masks(step, sequences, salt, length, p)
+        masks = linear_ops.Masks(step, sequences, salt, length, p)
         x = torch.randn(2 * length, columns * (2 if swiglu else 1), device=device).to(dtype)
-        A = fused_ops.stack_adapters([torch.randn(8, columns, device=device) * 0.1 for _ in range(members)], dtype)
+        A = linear_ops.stack_adapters([torch.randn(8, columns, device=device) * 0.1 for _ in range(members)], dtype)
         for most, share in ((64, 64), (64, 1024), (0, 0)):  # u in the same pass, by one program or more, and after it
-            with mock.patch.multiple(fused_ops, MOST_WIDEN_COLUMNS=most, WIDEN_SHARE=share):
-                found = fused_ops.widen(x, A, masks, 0.5, swiglu, True)
-            want = fused_ops.widen(x.float(), A.float(), masks, 0.5, swiglu, False)
+            with mock.patch.multiple(linear_ops, MOST_WIDEN_COLUMNS=most, WIDEN_SHARE=share):
+                found = linear_ops.widen(x, A, masks, 0.5, swiglu, True)
+            want = linear_ops.widen(x.float(), A.float(), masks, 0.5, swiglu, False)
             assert all(apart(a, b) < tolerance for a, b in zip(found, want, strict=True)), (swiglu, members, p, most)
             assert apart(found[0][:, columns:], want[0][:, columns:]) < tolerance, (swiglu, members, p, most)
         if not swiglu:
             grad = torch.randn_like(found[0])
-            found = fused_ops.widen_backward(grad.clone(), x, A, masks, True)
-            want = fused_ops.widen_backward(grad.float(), x.float(), A.float(), masks, False)
+            found = linear_ops.widen_backward(grad.clone(), x, A, masks, True)
+            want = linear_ops.widen_backward(grad.float(), x.float(), A.float(), masks, False)
             assert all(apart(a, b) < tolerance for a, b in zip(found, want, strict=True)), (members, p)
 
 
@@ -387,17 +388,17 @@ def check_swiglu_backward(device: str, dtype: torch.dtype, tolerance: float) -> 
         (260, 8, 0.1),
     )
     for (rank, before, p), share in itertools.product(cases, (20, 1000)):
-        masks = fused_ops.Masks(step, sequences, salt, length, p)
+        masks = linear_ops.Masks(step, sequences, salt, length, p)
         A = x.new_empty(0, columns)
         if rank:
-            A = fused_ops.stack_adapters([torch.randn(rank, columns, device=device) * 0.1], dtype)
+            A = linear_ops.stack_adapters([torch.randn(rank, columns, device=device) * 0.1], dtype)
         du = torch.randn(len(x), len(A), device=device)
-        u = torch.randn(len(x), fused_ops.adapter_columns(before, 2), device=device) if before else None
+        u = torch.randn(len(x), linear_ops.adapter_columns(before, 2), device=device) if before else None
         operands = [tensor if tensor is None else tensor.to(dtype) for tensor in (torch.cat([wide, du], 1), x, A, u)]
         exact = [tensor if tensor is None else tensor.float() for tensor in operands]
-        with mock.patch.object(fused_ops, "share_rows", lambda *_, share=share: share):
-            found = fused_ops.swiglu_backward(*operands[:3], masks, operands[3], before, True)
-        want = fused_ops.swiglu_backward(*exact[:3], masks, exact[3], before, False)
+        with mock.patch.object(linear_ops, "share_rows", lambda *_, share=share: share):
+            found = linear_ops.swiglu_backward(*operands[:3], masks, operands[3], before, True)
+        want = linear_ops.swiglu_backward(*exact[:3], masks, exact[3], before, False)
         for a, b in zip(found, want, strict=True):
             assert a.shape == b.shape and (not b.numel() or apart(a, b) < tolerance), (rank, before, p, share)
 
@@ -419,14 +420,14 @@ def check_rotate(device: str, dtype: torch.dtype, tolerance: float) -> None:
         )
         q, k, v = parts
         want = *apply_rotary_pos_emb(q, k, cos.float(), sin.float(), unsqueeze_dim=2), v
-        found = fused_ops.rotate(qkv, cos, sin, heads, kv_heads)
+        found = attention_ops.rotate(qkv, cos, sin, heads, kv_heads)
         grads = [torch.randn(x.shape, device=device).to(dtype) for x in want]
         torch.autograd.backward(want, [grad.float() for grad in grads])
         torch.autograd.backward(found, [grad.transpose(1, 2).contiguous().transpose(1, 2) for grad in grads])
         case = width, heads, rows, angles
         assert all(x.is_contiguous() and apart(x, y) < tolerance for x, y in zip(found, want, strict=True)), case
         assert torch.equal(found[2], v.to(dtype)) and apart(qkv.grad, exact.grad) < tolerance, case
-    torch.library.opcheck(fused_ops.rotate, (qkv, cos, sin, heads, kv_heads))
+    torch.library.opcheck(attention_ops.rotate, (qkv, cos, sin, heads, kv_heads))
 
 
 def check_layers(folder: str) -> None:
@@ -435,7 +436,7 @@ def check_layers(folder: str) -> None:
     _, plain = gradients(*prepared(folder, dtype="float16"))
     model, clock, loss = prepared(folder, dtype="float16", checkpointing=True)
     fuse(model, clock, 0.05, kernels=True)
-    with mock.patch.object(fused_ops, "share_rows", lambda *_: 32):
+    with mock.patch.object(linear_ops, "share_rows", lambda *_: 32):
         _, fused = gradients(model, clock, loss)
     assert furthest(fused, reference) <= 1.05 * furthest(plain, reference)
 
@@ -489,7 +490,7 @@ def test_kernels_compile_within_the_shared_memory_of_each_card(capability):
 
     half, single, whole = "*bf16", "*fp32", "*i32"
     masks = {"step": whole, "sequences": whole, "salt": whole}
-    launch = fused_ops.DEQUANTIZE
+    launch = linear_ops.DEQUANTIZE
     weights = {"packed": whole, "absmax": "*u8", "out": half}
     weights |= dict.fromkeys(("absmax2", "offset", "code2", "lut", "B0", "B1", "B2"), single)
     constants = {"NESTED": True, "BLOCKSIZE": 64, "BLOCKSIZE2": 256, "ROW_BLOCKS": 172, "BLOCKS": launch.block_m}
@@ -499,13 +500,13 @@ def test_kernels_compile_within_the_shared_memory_of_each_card(capability):
         assert dequantize.count("shfl.sync.idx.b32") == launch.block_m * 64 // launch.warps // 32  # one a weight
     for swiglu, dropout, columns in itertools.product((True, False), (True, False), (0, 16, 32)):
         switches = {"SWIGLU": swiglu, "DROPOUT": dropout, "BLOCK_R": columns}
-        tile = {"BLOCK_M": fused_ops.WIDEN.block_m, "BLOCK_K": fused_ops.WIDEN.block_k // max(1, columns // 16)}
+        tile = {"BLOCK_M": linear_ops.WIDEN.block_m, "BLOCK_K": linear_ops.WIDEN.block_k // max(1, columns // 16)}
         activations = dict.fromkeys(("x", "wide", "dropped", "A"), half) | {"sums": single, **masks}
-        compile_(training_kernels.widen_kernel, activations, switches | tile, fused_ops.WIDEN.warps, num_stages=1)
+        compile_(training_kernels.widen_kernel, activations, switches | tile, linear_ops.WIDEN.warps, num_stages=1)
     settle = {"SHARES": 11, "BLOCK_M": 64, "BLOCK_R": 16}
     compile_(training_kernels.settle_kernel, {"sums": single, "wide": half, "u": half}, settle, 4)
     for rank, dropout in ((16, False), (64, False), (16, True), (256, True)):
-        backward = fused_ops.MASKED_BACKWARD if dropout else fused_ops.WIDEN_BACKWARD
+        backward = linear_ops.MASKED_BACKWARD if dropout else linear_ops.WIDEN_BACKWARD
         tile = {"BLOCK_M": backward.block_m, "BLOCK_K": backward.block_k, "BLOCK_R": rank, "DROPOUT": dropout}
         activations = dict.fromkeys(("x", "wide", "out", "dropped", "A"), half) | masks
         compile_(training_kernels.widen_backward_kernel, activations, tile, backward.warps)
@@ -517,15 +518,15 @@ def test_kernels_compile_within_the_shared_memory_of_each_card(capability):
         (16, 0, True),
         (0, 0, False),
     ):
-        launch = fused_ops.swiglu_launch(max(here, before))
+        launch = linear_ops.swiglu_launch(max(here, before))
         tile = {"BLOCK_M": launch.block_m, "BLOCK_K": launch.block_k, "BLOCK_R": here, "BLOCK_U": before}
         activations = dict.fromkeys(("x", "wide", "grads", "A", "u"), half) | {"dA": single, "dB": single, **masks}
         kernel, switches = training_kernels.swiglu_backward_kernel, tile | {"DROPOUT": dropout}
         compile_(kernel, activations, switches, launch.warps, num_stages=1)
-    heads = {"HEADS": 16, "KV_HEADS": 2, "HALF": 64, "BLOCK_M": fused_ops.ROTATE.block_m, "BLOCK_K": 64}
+    heads = {"HEADS": 16, "KV_HEADS": 2, "HALF": 64, "BLOCK_M": attention_ops.ROTATE.block_m, "BLOCK_K": 64}
     for back, angles in itertools.product((False, True), (half, single)):
         activations = dict.fromkeys(("qkv", "q", "k", "v"), half) | {"cos": angles, "sin": angles}
-        compile_(training_kernels.rotate_kernel, activations, heads | {"BACK": back}, fused_ops.ROTATE.warps)
+        compile_(training_kernels.rotate_kernel, activations, heads | {"BACK": back}, attention_ops.ROTATE.warps)
 
 
 FEW = [

@@ -17,10 +17,10 @@ from fused_ops import (
     StatelessDropout,
     chunk_rows,
     chunked_cross_entropy,
-    drop_threshold,
     shift_labels,
     use_stateless_dropout,
 )
+from linear_ops import drop_threshold
 from quantization_utils import (
     create_bnb_config,
     create_lora_config,

@@ -1,4 +1,4 @@
-"""Time the Triton kernels of fused_ops.py under several layouts, on the shapes of Qwen2.5-3B; the best stand in fused_ops.Launch's uses.
+"""Time the Triton kernels of training under several layouts, on the shapes of Qwen2.5-3B; the best stand where Launch is used.
 
     python tests/benchmarks/tune_kernels.py [--rows 2048 8192] [--dropout 0.05] [--sms 24]      needs a GPU; minutes
 
@@ -18,7 +18,8 @@ import torch
 from bench_training import confine
 from triton.testing import do_bench
 
-import fused_ops
+import attention_ops
+import linear_ops
 from tests.test_fused_ops import packed_weights
 
 HIDDEN, MLP, RANK = 2048, 11008, 16
@@ -45,7 +46,7 @@ def tune(label: str, layouts, use: Callable, call: Callable, moved: float, peak:
     """Print the layouts of one kernel on one shape, the fastest first; use(launch) makes the toolkit take a layout."""
     times = []
     for layout in layouts:
-        use(fused_ops.Launch(*layout))
+        use(linear_ops.Launch(*layout))
         try:
             times.append((microseconds(call), layout))
         except Exception as error:  # too much shared memory for this card, say
@@ -60,53 +61,53 @@ def tune_rows(rows: int, swiglu: bool, members: int, p: float, peak: float) -> N
     """Tune the kernels that pass over activations."""
     columns = MLP if swiglu else HIDDEN
     x = torch.randn(rows, columns * (2 if swiglu else 1), device="cuda", dtype=torch.bfloat16)
-    A = fused_ops.stack_adapters([torch.randn(RANK, columns, device="cuda") for _ in range(members)], torch.bfloat16)
+    A = linear_ops.stack_adapters([torch.randn(RANK, columns, device="cuda") for _ in range(members)], torch.bfloat16)
     zero = torch.zeros((), dtype=torch.int32, device="cuda")
     sequences = torch.arange(max(1, rows // 512), dtype=torch.int32, device="cuda")
-    masks = fused_ops.Masks(zero, sequences, zero, 512, p)
+    masks = linear_ops.Masks(zero, sequences, zero, 512, p)
     label = f"rows={rows} swiglu={swiglu} members={members} p={p}"
     tile = rows * columns * 2
     tune(
         f"widen with u {label}",
         itertools.product((16, 32, 64), (64, 128, 256), (4, 8)),
-        lambda launch: setattr(fused_ops, "WIDEN", launch),
-        functools.partial(fused_ops.widen, x, A, masks, 2.0, swiglu, True),
+        lambda launch: setattr(linear_ops, "WIDEN", launch),
+        functools.partial(linear_ops.widen, x, A, masks, 2.0, swiglu, True),
         tile * (3 if swiglu else 2),
         peak,
     )
-    wide = fused_ops.widen(x, A, masks, 2.0, swiglu, True)[0]
+    wide = linear_ops.widen(x, A, masks, 2.0, swiglu, True)[0]
     if swiglu:
         return tune_swiglu_backward(label, wide, x, A, masks, peak)
     tune(
         f"backward {label}",
         itertools.product((16, 32, 64), (64, 128), (1, 2, 4)),
-        lambda launch: setattr(fused_ops, "MASKED_BACKWARD" if p > 0 else "WIDEN_BACKWARD", launch),
-        functools.partial(fused_ops.widen_backward, wide, x, A, masks, True),
+        lambda launch: setattr(linear_ops, "MASKED_BACKWARD" if p > 0 else "WIDEN_BACKWARD", launch),
+        functools.partial(linear_ops.widen_backward, wide, x, A, masks, True),
         tile * (2 + 2 * (p > 0)),
         peak,
     )
     du, inner = wide[:, columns:], wide[:, :columns]
-    time = microseconds(lambda: fused_ops._product_fp32(du.t(), inner))
+    time = microseconds(lambda: linear_ops._product_fp32(du.t(), inner))
     print(f"dA {label}: {time:.1f} us, {tile / peak * 1e6 / time:.0%} of the floor")
 
 
 def tune_swiglu_backward(label: str, wide, x, A, masks, peak: float) -> None:
     """Tune the kernel behind `swiglu_backward` and over how many rows its programs sum up; the sums' sum is counted."""
     rows, columns = len(x), A.shape[1]
-    u, default = torch.randn(rows, 2 * RANK, device="cuda", dtype=x.dtype), fused_ops.share_rows
-    call = functools.partial(fused_ops.swiglu_backward, wide, x, A, masks, u, RANK, True)
+    u, default = torch.randn(rows, 2 * RANK, device="cuda", dtype=x.dtype), linear_ops.share_rows
+    call = functools.partial(linear_ops.swiglu_backward, wide, x, A, masks, u, RANK, True)
     for shares in (None, 1, 2, 3, 4, 6, 8):
         if shares:
-            fused_ops.share_rows = lambda *_, shares=shares: -(-rows // shares)
+            linear_ops.share_rows = lambda *_, shares=shares: -(-rows // shares)
         tune(
             f"backward {label} shares={shares or 'as chosen'}",
             [*itertools.product((16,), (32, 64, 128), (4, 8)), *itertools.product((32,), (64,), (4, 8))],
-            lambda launch: setattr(fused_ops, "swiglu_launch", lambda _: launch),
+            lambda launch: setattr(linear_ops, "swiglu_launch", lambda _: launch),
             call,
             rows * columns * 2 * 5,
             peak,
         )
-    fused_ops.share_rows = default
+    linear_ops.share_rows = default
 
 
 def tune_rotate(rows: int, peak: float) -> None:
@@ -114,15 +115,15 @@ def tune_rotate(rows: int, peak: float) -> None:
     batch, length = max(1, rows // 512), min(rows, 512)
     qkv = torch.randn(batch, length, (HEADS + 2 * KV_HEADS) * WIDTH, device="cuda", dtype=torch.bfloat16)
     angles = torch.randn(1, length, WIDTH, device="cuda", dtype=torch.bfloat16)
-    parts = fused_ops.rotate(qkv, angles, angles, HEADS, KV_HEADS)
+    parts = attention_ops.rotate(qkv, angles, angles, HEADS, KV_HEADS)
     for label, call in (
-        ("rotate", functools.partial(fused_ops.rotate, qkv, angles, angles, HEADS, KV_HEADS)),
-        ("rotate back", functools.partial(fused_ops.rotate_backward, *parts, angles, angles)),
+        ("rotate", functools.partial(attention_ops.rotate, qkv, angles, angles, HEADS, KV_HEADS)),
+        ("rotate back", functools.partial(attention_ops.rotate_backward, *parts, angles, angles)),
     ):
         tune(
             f"{label} rows={rows}",
             itertools.product((8, 16, 32, 64), (64,), (2, 4, 8)),
-            lambda launch: setattr(fused_ops, "ROTATE", launch),
+            lambda launch: setattr(attention_ops, "ROTATE", launch),
             call,
             2 * qkv.nbytes,
             peak,
@@ -143,8 +144,8 @@ def main() -> None:
     tune(
         "dequantise gate and up",
         itertools.product((64, 128, 256), (64,), (1, 2, 4, 8)),
-        lambda launch: setattr(fused_ops, "DEQUANTIZE", launch),
-        functools.partial(fused_ops.extended_weight, weights, B, 2.0, torch.bfloat16, True),
+        lambda launch: setattr(linear_ops, "DEQUANTIZE", launch),
+        functools.partial(linear_ops.extended_weight, weights, B, 2.0, torch.bfloat16, True),
         2 * MLP * HIDDEN * 2.516,
         peak,
     )

@@ -1,0 +1,444 @@
+"""Linears of 4-bit weights that read one x, with their adapters, as operators with the gradient of their own arithmetic."""
+
+import inspect
+from typing import NamedTuple
+
+import bitsandbytes  # noqa: F401  (registers the operators that dequantise without Triton)
+import torch
+import torch.nn.functional as F
+
+import training_kernels
+from nf4_lookup import SHUFFLE, triton
+from training_kernels import Launch
+
+# ------------------------------------------------------------------------------------------------ masks without state
+
+
+def mix(x: torch.Tensor) -> torch.Tensor:
+    """Hash 32-bit integers, in place (lowbias32 of C. Wellons, "Prospecting for Hash Functions", 2018).
+
+    x: int32, any shape; products wrap. The logical shifts are arithmetic ones with the sign bits masked away.
+    """
+    x ^= (x >> 16) & 0xFFFF
+    x *= 0x7FEB352D
+    x ^= (x >> 15) & 0x1FFFF
+    x *= -0x7B935975  # 0x846CA68B as a signed number
+    x ^= (x >> 16) & 0xFFFF
+    return x
+
+
+def int32(number: int) -> int:
+    """Return the signed number with the same low 32 bits."""
+    return (number + 2**31) % 2**32 - 2**31
+
+
+def dropout_mask(
+    step: torch.Tensor, sequences: torch.Tensor, salt: int | torch.Tensor, length: int, features: int, p: float
+) -> torch.Tensor:
+    """Return which inputs survive, bool [batch, length, features]: a hash of step, sequence, position and feature.
+
+    Its two halves of 16 bits serve two neighbouring features: even so it is half of a kernel's instructions.
+    """
+    key = mix(mix(step ^ salt) ^ sequences)
+    position = torch.arange(length, dtype=torch.int32, device=step.device)
+    key = mix(key[:, None] ^ mix(position)[None])
+    pair = torch.arange((features + 1) // 2, dtype=torch.int32, device=step.device)
+    bits = mix(key[..., None] ^ (pair * int32(0x9E3779B1)))
+    halves = torch.stack([bits & 0xFFFF, (bits >> 16) & 0xFFFF], -1).flatten(-2)
+    return halves[..., :features] >= drop_threshold(p)
+
+
+def drop_threshold(p: float) -> int:
+    """Return how many of the 2**16 values of half a hash drop."""
+    return round(p * 2**16)
+
+
+# ------------------------------------------------------------------------------------------------ layouts of the kernels
+
+
+WIDEN = Launch(block_m=16, block_k=128, warps=4)  # block_k: of up to 16 adapter columns, half of 32
+WIDEN_SHARE = 1024  # columns that a program sums u up over: 512 rows then make enough programs for a large GPU
+# Adapter columns that ride in the pass over x: of 16, SwiGLU's at 16 x 512 tokens takes 212 us in place of 275 (355 to
+# 214 with dropout; H100), of 48 q, k and v's on 24 multiprocessors took 40 in place of 32.
+MOST_WIDEN_COLUMNS = 32
+DEQUANTIZE = Launch(block_m=128, block_k=64, warps=2)
+
+
+WIDEN_BACKWARD = Launch(block_m=64, block_k=64, warps=4)
+MASKED_BACKWARD = Launch(block_m=16, block_k=64, warps=2)
+# Adapter columns up to which SwiGLU's backward has a kernel: it holds three sums [columns, block_k] in registers, and on
+# sm_89 so many take 250 of 255 at the smallest block_k, none spilled. Beyond, torch does it, with fp32 copies.
+MOST_COLUMNS = 256
+SHARE_ROWS = 256  # at least: a share's sums, 192 bytes a column at rank 16, are then 8 % of what it reads and writes
+SHARE_PROGRAMS = 4  # a multiprocessor, as many as its registers hold at rank 16
+
+
+def swiglu_launch(columns: int) -> Launch:
+    """Return the layout of the kernel behind `swiglu_backward`, whose sums have up to so many adapter columns."""
+    if columns <= 32:
+        return Launch(block_m=16, block_k=64, warps=4)
+    return Launch(block_m=16, block_k=32, warps=8)
+
+
+def share_rows(rows: int, blocks: int, device: torch.device) -> int:
+    """Return over how many rows a program of that kernel sums up, where they stand in `blocks` blocks of columns."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    shares = max(1, min(rows // SHARE_ROWS, SHARE_PROGRAMS * processors // blocks))
+    return -(-rows // shares)
+
+
+def _power(n: int) -> int:
+    return max(16, 1 << (n - 1).bit_length())  # tl.dot takes powers of two from 16 on
+
+
+# ------------------------------------------------------------------------------------------------ operators
+#
+# Linears that read one x, with their rank-r adapters, are one operator with the gradient of its own arithmetic:
+#   y = [x | u] [W | scale B]^T + bias,  u = dropout(x) A^T       (SwiGLU first, where x is [gate | up])
+# W is dequantised, used and dropped. The adapter rides in the base product's own reduction, so no pass reads and
+# writes whole activations for y += u B^T, and the backward's product yields dx and du at once. An opaque operator
+# keeps a compiler from saving W.
+
+
+def adapter_columns(rank: int, members: int) -> int:
+    """Return the adapters' columns in the wide operands: a multiple of 16, for aligned rows."""
+    return -(-rank * members // 16) * 16
+
+
+def _swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+    gate, up = gate_up.float().chunk(2, -1)
+    return (F.silu(gate) * up).to(gate_up.dtype)
+
+
+def _swiglu_backward(gate_up: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    """Return the gradient of [gate | up]; by hand, since autograd records nothing inside a custom operator."""
+    (gate, up), grad = gate_up.float().chunk(2, -1), grad.float()
+    sigmoid = torch.sigmoid(gate)
+    both = [grad * up * sigmoid * (1 + gate * (1 - sigmoid)), grad * gate * sigmoid]
+    return torch.cat(both, 1).to(gate_up.dtype)
+
+
+def _drop(x: torch.Tensor, masks: "Masks") -> torch.Tensor:
+    keep = dropout_mask(masks.step, masks.sequences, masks.salt, masks.length, x.shape[1], masks.p).flatten(0, 1)
+    return torch.where(keep, x, 0) * (1 / (1 - masks.p))
+
+
+class Masks(NamedTuple):
+    """What a mask is a function of. step, salt: int32 scalars; sequences: int32 [batch]; length: of a sequence."""
+
+    step: torch.Tensor
+    sequences: torch.Tensor
+    salt: torch.Tensor
+    length: int
+    p: float
+
+
+def no_masks(x: torch.Tensor) -> Masks:
+    """Return the masks of an operator without an adapter, which nothing reads."""
+    return Masks(x, x, x, len(x), 0.0)
+
+
+def stack_adapters(A: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """Return A of all members, one below the other and zeros up to the adapter columns, [adapter columns, columns]."""
+    stacked = (torch.cat(A) if len(A) > 1 else A[0]).to(dtype)
+    missing = adapter_columns(len(A[0]), len(A)) - len(stacked)
+    return F.pad(stacked, (0, 0, 0, missing)) if missing else stacked
+
+
+def widen(
+    x: torch.Tensor, A: torch.Tensor, masks: Masks, scale: float, swiglu: bool, kernels: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ([x | u], [rows, columns + adapter columns], and scale u), u = dropout(x) A^T. x: [rows, columns]; swiglu:
+    [rows, 2 columns].
+    """
+    extra, columns = A.shape
+    wide = x.new_empty(len(x), columns + extra)
+    if kernels and 0 < extra <= MOST_WIDEN_COLUMNS:
+        u, shares, block_r = x.new_empty(len(x), extra), triton.cdiv(columns, WIDEN_SHARE), _power(extra)
+        sums = x.new_empty(shares, len(x), extra, dtype=torch.float32)
+        _widen_kernel(x, wide, wide, A, sums, masks, swiglu, block_r)
+        training_kernels.settle_kernel[(triton.cdiv(len(x), 64),)](
+            sums, wide, u, len(x), columns, columns + extra, extra, scale, SHARES=shares, BLOCK_M=64, BLOCK_R=block_r,
+            num_warps=4,
+        )  # fmt: skip
+        return wide, u
+    if kernels:
+        dropped = x.new_empty(len(x), columns) if masks.p > 0 else wide[:, :columns]
+        _widen_kernel(x, wide, dropped, A, wide, masks, swiglu, 0)
+    else:
+        wide[:, :columns] = _swiglu(x) if swiglu else x
+        dropped = _drop(wide[:, :columns], masks) if masks.p > 0 else wide[:, :columns]
+    if extra:
+        torch.mm(dropped, A.t(), out=wide[:, columns:])
+    return wide, wide[:, columns:] * scale
+
+
+def _widen_kernel(x, wide, dropped, A, sums, masks: Masks, swiglu: bool, block_r: int) -> None:
+    extra, columns = A.shape
+    block_k = min(WIDEN.block_k, 16 * WIDEN.block_k // block_r) if block_r else WIDEN.block_k
+    share = WIDEN_SHARE if block_r else block_k
+    grid = (triton.cdiv(len(x), WIDEN.block_m), triton.cdiv(columns, share))
+    training_kernels.widen_kernel[grid](
+        x, wide, dropped, A, sums, masks.step, masks.sequences, masks.salt, len(x), share, masks.length, columns,
+        columns + extra, extra, drop_threshold(masks.p), 1 / (1 - masks.p), SWIGLU=swiglu, DROPOUT=masks.p > 0,
+        BLOCK_M=WIDEN.block_m, BLOCK_K=block_k, BLOCK_R=block_r, num_warps=WIDEN.warps, num_stages=1,
+    )  # fmt: skip
+
+
+def widen_backward(
+    wide: torch.Tensor, x: torch.Tensor, A: torch.Tensor, masks: Masks, kernels: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (dx, dropout(x)) from wide = [dx | du], which may be used up: its dx lacks what comes through the adapters."""
+    extra, columns = A.shape
+    dx, du = wide[:, :columns], wide[:, columns:]
+    if not _leaves_no_gaps(extra, masks.p, kernels):
+        if masks.p == 0:
+            return dx.addmm_(du, A), x
+        dx += _drop(du @ A, masks)
+        return dx, _drop(x, masks)
+    out, launch = x.new_empty(x.shape), MASKED_BACKWARD if masks.p > 0 else WIDEN_BACKWARD
+    dropped = torch.empty_like(x) if masks.p > 0 else x
+    grid = (triton.cdiv(len(x), launch.block_m), triton.cdiv(columns, launch.block_k))
+    training_kernels.widen_backward_kernel[grid](
+        wide, x, out, dropped, A, masks.step, masks.sequences, masks.salt, len(x), masks.length, columns,
+        columns + extra, extra, drop_threshold(masks.p), 1 / (1 - masks.p), DROPOUT=masks.p > 0,
+        BLOCK_M=launch.block_m, BLOCK_K=launch.block_k, BLOCK_R=_power(extra), num_warps=launch.warps,
+    )  # fmt: skip
+    return out, dropped
+
+
+def _leaves_no_gaps(extra: int, p: float, kernels: bool) -> bool:
+    """Return whether `widen_backward` writes dx anew: attention would have to copy one that is a part of [dx | du].
+
+    Without a mask and with many adapter columns cuBLAS completes it in place.
+    """
+    return kernels and (p > 0 or extra <= 64)
+
+
+def swiglu_backward(
+    wide: torch.Tensor, x: torch.Tensor, A: torch.Tensor, masks: Masks, u: torch.Tensor | None, rank: int, kernels: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return (d[gate | up], dA, dB of gate and up [2, columns, rank]) from wide = [dx | du] and x = [gate | up].
+
+    u: [rows, adapter columns], that of gate and up with their scale; None and rank 0 where their dB is not wanted.
+    """
+    extra, columns = A.shape
+    if kernels and max(extra, rank) <= MOST_COLUMNS:
+        return _swiglu_backward_kernel(wide, x, A, masks, u, rank)
+    du = wide[:, columns:]
+    tile, back = _swiglu(x), du @ A
+    if masks.p > 0:
+        tile, back = _drop(tile, masks), _drop(back, masks)
+    grads = _swiglu_backward(x, wide[:, :columns] + back)
+    parts = [grads[:, i * columns : (i + 1) * columns].t() for i in range(2 if rank else 0)]
+    dB = [_product_fp32(part, u[:, i * rank : (i + 1) * rank]) for i, part in enumerate(parts)]
+    return grads, _product_fp32(du.t(), tile), torch.stack(dB) if dB else _no_dB(x, columns)
+
+
+def _no_dB(x: torch.Tensor, columns: int) -> torch.Tensor:
+    return x.new_empty(2, columns, 0, dtype=torch.float32)
+
+
+def _swiglu_backward_kernel(wide, x, A, masks, u, rank):
+    """`swiglu_backward` in one pass: shares of the rows write sums of their own, which are added up in fixed order."""
+    (extra, columns), rows = A.shape, len(x)
+    launch = swiglu_launch(max(extra, rank))
+    blocks = triton.cdiv(columns, launch.block_k)
+    share = triton.cdiv(share_rows(rows, blocks, x.device), launch.block_m) * launch.block_m
+    shares, grads = triton.cdiv(rows, share), torch.empty_like(x)
+    dA = x.new_empty(shares, extra, columns, dtype=torch.float32)
+    dB = x.new_empty(shares, 2, columns, rank, dtype=torch.float32)
+    training_kernels.swiglu_backward_kernel[(blocks, shares)](
+        wide, x, grads, A, u if rank else x, dA, dB, masks.step, masks.sequences, masks.salt, rows, share, masks.length,
+        columns, columns + extra, extra, u.stride(0) if rank else 0, rank, drop_threshold(masks.p), 1 / (1 - masks.p),
+        DROPOUT=masks.p > 0, BLOCK_M=launch.block_m, BLOCK_K=launch.block_k, BLOCK_R=_power(extra) if extra else 0,
+        BLOCK_U=_power(rank) if rank else 0, num_warps=launch.warps, num_stages=1,
+    )  # fmt: skip
+    return grads, dA.sum(0), dB.sum(0)
+
+
+class Packed(NamedTuple):
+    """The 4-bit weights of one or more linears, stacked on their outputs. codes: uint8, two weights a byte; lut: fp32
+    [16].
+
+    constants: absmax (fp32), or absmax (uint8), second-level absmax and offset (a value each for `blocksizes[1]`
+    first ones), and code.
+    """
+
+    codes: torch.Tensor
+    constants: list[torch.Tensor]
+    lut: torch.Tensor
+    columns: int
+    blocksizes: list[int]
+    quant_type: str
+
+
+def extended_weight(W: Packed, B: list[torch.Tensor], scale: float, dtype: torch.dtype, kernels: bool) -> torch.Tensor:
+    """Return [W | scale B], [out features, columns + adapter columns]; the members' B stand on its diagonal."""
+    rows, rank = W.codes.numel() * 2 // W.columns, B[0].shape[1] if B else 0
+    extra = adapter_columns(rank, len(B))
+    out = torch.empty(rows, W.columns + extra, dtype=dtype, device=W.codes.device)
+    absmax, nested = W.constants[0], len(W.constants) > 1
+    if kernels:
+        absmax2, offset, code2 = W.constants[1:] if nested else (absmax,) * 3
+        row_blocks = W.columns // W.blocksizes[0]
+        programs, b = triton.cdiv(rows * row_blocks, DEQUANTIZE.block_m), [*B, W.lut, W.lut, W.lut]
+        block_r = _power(extra or 1)
+        b_rows = max(1, 1024 // block_r)  # of B for a program: more would take more registers than W does
+        training_kernels.dequantize_kernel[(programs + (triton.cdiv(rows, b_rows) if B else 0),)](
+            W.codes.view(torch.int32), absmax, absmax2, offset, code2, W.lut, *b[:3], out, rows * row_blocks, rows,
+            len(B[0]) if B else 0, len(B[1]) if len(B) > 1 else rows, out.stride(0), rank, extra, scale, programs,
+            NESTED=nested, BLOCKSIZE=W.blocksizes[0], BLOCKSIZE2=W.blocksizes[1], ROW_BLOCKS=row_blocks,
+            BLOCKS=DEQUANTIZE.block_m, ROWS=b_rows, BLOCK_R=block_r, SHUFFLE=SHUFFLE,
+            num_warps=DEQUANTIZE.warps,
+        )  # fmt: skip
+        return out
+    if nested:
+        codes, absmax2, offset, code2 = W.constants
+        absmax = torch.ops.bitsandbytes.dequantize_blockwise(codes, absmax2, code2, W.blocksizes[1], torch.float32)
+        absmax += offset.repeat_interleave(W.blocksizes[1])[: len(absmax)]
+    out[:, : W.columns] = torch.ops.bitsandbytes.dequantize_4bit(
+        W.codes, absmax, W.blocksizes[0], W.quant_type, [rows, W.columns], dtype
+    )
+    out[:, W.columns :] = F.pad(torch.block_diag(*B) * scale, (0, extra - rank * len(B))) if B else 0
+    return out
+
+
+def _product_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return a @ b in fp32: a gradient summed over thousands of rows is not rounded to 8 bits on its way out."""
+    if a.is_cuda and a.dtype is not torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return (a @ b).float()
+
+
+@torch.library.custom_op("qlora::linear", mutates_args=())
+def linear(
+    x: torch.Tensor, A: list[torch.Tensor], B: list[torch.Tensor], bias: torch.Tensor | None, scale: float,
+    hands_B: bool, swiglu: bool, before_u: torch.Tensor | None, before_B: list[torch.Tensor],
+    codes: torch.Tensor, constants: list[torch.Tensor], lut: torch.Tensor, columns: int, blocksizes: list[int],
+    quant_type: str, step: torch.Tensor, sequences: torch.Tensor, salt: torch.Tensor, length: int, p: float,
+    kernels: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Return (y, scale u), y: [rows, out features of all members]. x: [rows, columns], or [gate | up] of SwiGLU.
+
+    hands_B: the operator that reads y makes the gradient of B. before_u, before_B: where SwiGLU's does so, the u and B
+    that came with [gate | up]; they take no part in y.
+    """
+    W = extended_weight(Packed(codes, constants, lut, columns, blocksizes, quant_type), B, scale, x.dtype, kernels)
+    if not A:
+        wide = widen(x, x.new_empty(0, columns), no_masks(x), 0.0, swiglu, kernels)[0] if swiglu else x
+        return F.linear(wide, W, bias), x.new_empty(0)
+    wide, u = widen(x, stack_adapters(A, x.dtype), Masks(step, sequences, salt, length, p), scale, swiglu, kernels)
+    return F.linear(wide, W, bias), u
+
+
+LINEAR_ARGUMENTS = tuple(inspect.signature(linear._init_fn).parameters)
+
+
+@linear.register_fake
+def _(x, A, B, bias, scale, hands_B, swiglu, before_u, before_B, codes, constants, lut, columns, *rest):
+    u = x.new_empty(len(x), adapter_columns(len(A[0]), len(A))) if A else x.new_empty(0)
+    return x.new_empty(len(x), codes.numel() * 2 // columns), u
+
+
+@torch.library.custom_op("qlora::linear_backward", mutates_args=())
+def linear_backward(
+    grad: torch.Tensor, x: torch.Tensor, u: torch.Tensor, A: list[torch.Tensor], B: list[torch.Tensor], scale: float,
+    hands_B: bool, swiglu: bool, before_u: torch.Tensor | None, before_rank: int,
+    codes: torch.Tensor, constants: list[torch.Tensor], lut: torch.Tensor, columns: int, blocksizes: list[int],
+    quant_type: str, step: torch.Tensor, sequences: torch.Tensor, salt: torch.Tensor, length: int, p: float,
+    kernels: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Return (dx, dA of all members [adapter columns, columns], dB [out features, adapter columns], dB of gate and up
+    [2, columns, before_rank]), all but dx in fp32. hands_B: without dB.
+    """
+    W = extended_weight(Packed(codes, constants, lut, columns, blocksizes, quant_type), B, scale, grad.dtype, kernels)
+    dB = grad.new_empty(grad.shape[1], 0, dtype=torch.float32) if hands_B else _product_fp32(grad.t(), u)
+    wide = grad @ W
+    del W
+    stacked, masks = stack_adapters(A, grad.dtype), Masks(step, sequences, salt, length, p)
+    if swiglu:
+        dx, dA, before_dB = swiglu_backward(wide, x, stacked, masks, before_u, before_rank, kernels)
+        return dx, dA, dB, before_dB
+    dx, tile = widen_backward(wide, x, stacked, masks, kernels)
+    return dx, _product_fp32(wide[:, columns:].t(), tile), dB, _no_dB(x, columns)
+
+
+@linear_backward.register_fake
+def _(grad, x, u, A, B, scale, hands_B, swiglu, before_u, before_rank, codes, constants, lut, columns, *rest):
+    extra, (p, kernels) = adapter_columns(len(A[0]), len(A)), rest[-2:]
+    alone = swiglu or _leaves_no_gaps(extra, p, kernels)
+    dx = x.new_empty(x.shape) if alone else x.new_empty(len(x), columns + extra)[:, :columns]
+    sizes = (extra, columns), (grad.shape[1], 0 if hands_B else extra), (2, columns, before_rank)
+    return dx, *(x.new_empty(size, dtype=torch.float32) for size in sizes)
+
+
+def _linear_setup(ctx, inputs, output):
+    (
+        x,
+        A,
+        B,
+        _,
+        ctx.scale,
+        ctx.hands_B,
+        ctx.swiglu,
+        before_u,
+        before_B,
+        codes,
+        constants,
+        lut,
+        *ctx.quantisation,
+        step,
+        sequences,
+        salt,
+        ctx.length,
+        ctx.p,
+        ctx.kernels,
+    ) = inputs
+    ctx.members, ctx.levels = len(A), len(constants)
+    ctx.before = [(b.shape[1], b.dtype) for b in before_B]
+    ctx.save_for_backward(x, output[1], before_u, codes, lut, step, sequences, salt, *constants, *A, *B)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _linear_backward(ctx, grad, _):
+    x, u, before_u, codes, lut, step, sequences, salt, *rest = ctx.saved_tensors
+    constants, A, B = rest[: ctx.levels], rest[ctx.levels : ctx.levels + ctx.members], rest[ctx.levels + ctx.members :]
+    quantised = codes, constants, lut, *ctx.quantisation
+    grads = dict.fromkeys(LINEAR_ARGUMENTS) | {"A": [], "B": [], "before_B": [], "constants": [None] * ctx.levels}
+    if not A:
+        grads["x"] = product_backward(grad.contiguous(), x, ctx.swiglu, *quantised, ctx.kernels)
+        return tuple(grads.values())
+    grads["x"], dA, dB, before_dB = linear_backward(
+        grad.contiguous(), x, u, A, B, ctx.scale, ctx.hands_B, ctx.swiglu, before_u,
+        ctx.before[0][0] if ctx.before else 0, *quantised, step, sequences, salt, ctx.length, ctx.p, ctx.kernels,
+    )  # fmt: skip
+    rank = len(A[0])
+    grads["A"] = [dA[i * rank : (i + 1) * rank].to(a.dtype) for i, a in enumerate(A)]
+    if ctx.hands_B:
+        grads["B"] = [None] * len(B)
+    else:
+        parts = enumerate(dB.split([len(b) for b in B]))  # member i's rows; of their columns its own
+        grads["B"] = [part[:, i * rank : (i + 1) * rank].to(b.dtype) for (i, part), b in zip(parts, B, strict=True)]
+    grads["before_B"] = [before_dB[i].to(dtype) for i, (_, dtype) in enumerate(ctx.before)]
+    return tuple(grads.values())
+
+
+linear.register_autograd(_linear_backward, setup_context=_linear_setup)
+
+
+@torch.library.custom_op("qlora::product_backward", mutates_args=())
+def product_backward(
+    grad: torch.Tensor, x: torch.Tensor, swiglu: bool, codes: torch.Tensor, constants: list[torch.Tensor],
+    lut: torch.Tensor, columns: int, blocksizes: list[int], quant_type: str, kernels: bool,
+) -> torch.Tensor:  # fmt: skip
+    """Return dx where there is no adapter."""
+    packed = Packed(codes, constants, lut, columns, blocksizes, quant_type)
+    dx = grad @ extended_weight(packed, [], 0.0, grad.dtype, kernels)
+    return swiglu_backward(dx, x, x.new_empty(0, columns), no_masks(x), None, 0, kernels)[0] if swiglu else dx
+
+
+@product_backward.register_fake
+def _(grad, x, *rest):
+    return torch.empty_like(x)
