@@ -67,7 +67,7 @@ DEQUANTIZE = Launch(block_m=128, block_k=64, warps=2)
 WIDEN_BACKWARD = Launch(block_m=64, block_k=64, warps=4)
 MASKED_BACKWARD = Launch(block_m=16, block_k=64, warps=2)
 # Adapter columns up to which SwiGLU's backward has a kernel: it holds three sums [columns, block_k] in registers, and on
-# sm_89 so many take 250 of 255 at the smallest block_k, none spilled. Beyond, torch does it, with fp32 copies.
+# sm_89 so many take 250 of 255 (Triton 3.6; 3.9 spills 24 bytes). Beyond, torch does it, with fp32 copies.
 MOST_COLUMNS = 256
 SHARE_ROWS = 256  # at least: a share's sums, 192 bytes a column at rank 16, are then 8 % of what it reads and writes
 SHARE_PROGRAMS = 4  # a multiprocessor, as many as its registers hold at rank 16
