@@ -57,8 +57,8 @@ def drop_threshold(p: float) -> int:
 
 
 WIDEN = Launch(block_m=16, block_k=128, warps=4)  # block_k: of up to 16 adapter columns, half of 32
-WIDEN_SHARE = 1024  # columns that a program sums u up over: 512 rows then make enough programs for a large GPU
-# Adapter columns that ride in the pass over x: of 16, SwiGLU's at 16 x 512 tokens takes 212 us in place of 275 (355 to
+WIDEN_SHARE = 2048  # columns that a program sums u up over: 512 rows of SwiGLU's then make 192 programs
+# Adapter columns that ride in the pass over x: of 16, SwiGLU's at 16 x 512 tokens takes 210 us in place of 275 (355 to
 # 214 with dropout; H100), of 48 q, k and v's on 24 multiprocessors took 40 in place of 32.
 MOST_WIDEN_COLUMNS = 32
 DEQUANTIZE = Launch(block_m=128, block_k=64, warps=2)

@@ -503,7 +503,7 @@ def test_kernels_compile_within_the_shared_memory_of_each_card(capability):
         tile = {"BLOCK_M": linear_ops.WIDEN.block_m, "BLOCK_K": linear_ops.WIDEN.block_k // max(1, columns // 16)}
         activations = dict.fromkeys(("x", "wide", "dropped", "A"), half) | {"sums": single, **masks}
         compile_(training_kernels.widen_kernel, activations, switches | tile, linear_ops.WIDEN.warps, num_stages=1)
-    settle = {"SHARES": 11, "BLOCK_M": 64, "BLOCK_R": 16}
+    settle = {"SHARES": 6, "BLOCK_M": 64, "BLOCK_R": 16}
     compile_(training_kernels.settle_kernel, {"sums": single, "wide": half, "u": half}, settle, 4)
     for rank, dropout in ((16, False), (64, False), (16, True), (256, True)):
         backward = linear_ops.MASKED_BACKWARD if dropout else linear_ops.WIDEN_BACKWARD
