@@ -163,16 +163,24 @@ if triton is not None:
         return tl.sum(tl.load(u + part[:, None] * (MEMBERS * RANK) + j[None], mask=inside, other=0.0), 0)
 
     @triton.jit
-    def _two_sums(
-        u, member, rank0, scale0, rank1, scale1, SWIGLU: tl.constexpr, MEMBERS: tl.constexpr, RANK: tl.constexpr,
-        WIDTH: tl.constexpr, PARTS: tl.constexpr, PARTS_2: tl.constexpr,
+    def _results(
+        u, inverse, zero, member, rank0, scale0, rank1, scale1, NORM: tl.constexpr, SWIGLU: tl.constexpr,
+        MEMBERS: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, PARTS_2: tl.constexpr,
     ):  # fmt: skip
-        """Return `_adapter_sums` of a member, scaled, and with SWIGLU of the second one; else the same once more."""
-        sums = _adapter_sums(u + member * RANK, rank0, MEMBERS, RANK, WIDTH, PARTS, PARTS_2) * scale0
+        """Return what `_adapter_program` left: the 1 / root mean square, 1 without NORM, a member's scaled sums A x and,
+        with SWIGLU, the second one's, else the same once more. zero: 0, known when all that is there.
+        """
+        root = tl.full((), 1.0, tl.float32)
+        sums = tl.zeros((WIDTH,), tl.float32)
         sums1 = sums
-        if SWIGLU:
-            sums1 = _adapter_sums(u + RANK, rank1, MEMBERS, RANK, WIDTH, PARTS, PARTS_2) * scale1
-        return sums, sums1
+        if NORM:
+            root = tl.load(inverse + zero)
+        if RANK > 0:
+            sums = _adapter_sums(u + zero + member * RANK, rank0, MEMBERS, RANK, WIDTH, PARTS, PARTS_2) * scale0
+            sums1 = sums
+            if SWIGLU:
+                sums1 = _adapter_sums(u + zero + RANK, rank1, MEMBERS, RANK, WIDTH, PARTS, PARTS_2) * scale1
+        return root, sums, sums1
 
     @triton.jit
     def _adapter_rows(
@@ -226,13 +234,29 @@ if triton is not None:
         return bias + tl.sum(total, 1)
 
     @triton.jit
-    def _leave(hidden, out, weight, row, rows, y, OUTPUTS: tl.constexpr, NEXT: tl.constexpr):
+    def _add(hidden, out, weight, row, rows, y, OUTPUTS: tl.constexpr, NEXT: tl.constexpr):
         """Write rows of hidden and, with NEXT, of the next product's x, hidden times its norm's weight."""
         y = y.to(hidden.dtype.element_ty)
         tl.store(hidden + row, y, mask=row < rows)
         if NEXT:
             factor = tl.load(weight + row, mask=row < rows, other=0.0).to(tl.float32)
             tl.store(out + _place(row, OUTPUTS), (y.to(tl.float32) * factor).to(y.dtype), mask=row < rows)
+
+    @triton.jit
+    def _leave(
+        hidden, out, weight, row, row1, rows, rows1, y, y1, MODE: tl.constexpr, OUTPUTS: tl.constexpr,
+        NEXT: tl.constexpr, TWO: tl.constexpr,
+    ):  # fmt: skip
+        """Write the outputs of some rows and, if TWO, of row1, as `_linear_kernel` says."""
+        if MODE == "swiglu":
+            y = y / (1.0 + tl.exp(-y)) * y1
+            tl.store(out + _place(row, OUTPUTS), y.to(out.dtype.element_ty), mask=row < rows)
+        elif MODE == "stack":
+            tl.store(out + row, y, mask=row < rows)
+        else:
+            _add(hidden, out, weight, row, rows, y, OUTPUTS, NEXT)
+            if TWO:
+                _add(hidden, out, weight, row1, rows1, y1, OUTPUTS, NEXT)
 
     @triton.jit
     def _member(
@@ -390,18 +414,13 @@ if triton is not None:
         _wait(OVERLAP)
         pairs = x.to(tl.pointer_type(tl.int32))
         inputs = _inputs(pairs, 0, RUNS, BLOCKS)  # stay in registers if there is one piece
-        root = tl.full((), 1.0, tl.float32)
-        sums = tl.zeros((WIDTH,), tl.float32)
-        sums1 = sums
-        if ADAPTERS == 0:
-            if NORM:
-                root = tl.load(inverse)
-            if RANK > 0:
-                sums, sums1 = _two_sums(
-                    u, member, rank0, scale0, rank1, scale1, SWIGLU, MEMBERS, RANK, WIDTH, PARTS, PARTS_2
-                )  # fmt: skip
-            if program == 0:
-                tl.store(count_before, 0)
+        HERE: tl.constexpr = ADAPTERS == 0  # they are there already
+        root, sums, sums1 = _results(
+            u, inverse, 0, member, rank0, scale0, rank1, scale1, NORM and HERE, SWIGLU, MEMBERS, RANK if HERE else 0,
+            WIDTH, PARTS, PARTS_2,
+        )  # fmt: skip
+        if HERE:
+            tl.store(count_before, 0, mask=program == 0)
         for i in range(LOOP):
             next_row = row + stride
             next_b, next_bias, next_b1, next_bias1 = b, bias, b1, bias1_
@@ -438,26 +457,18 @@ if triton is not None:
                 if TWO:
                     total1 += _products(w1[0], w1[1], constant1, inputs, lut, level, BLOCKS, HALF, SHUFFLE)
                 w, w1 = next_w, next_w1
-            if i == (0 if ADAPTERS > 0 else -1):
-                zero = _arrivals(count, ADAPTERS, SHUFFLE)
-                if NORM:
-                    root = tl.load(inverse + zero)
-                if RANK > 0:
-                    sums, sums1 = _two_sums(
-                        u + zero, member, rank0, scale0, rank1, scale1, SWIGLU, MEMBERS, RANK, WIDTH, PARTS, PARTS_2
-                    )  # fmt: skip
+            if i == (-1 if HERE else 0):
+                root, sums, sums1 = _results(
+                    u, inverse, _arrivals(count, ADAPTERS, SHUFFLE), member, rank0, scale0, rank1, scale1, NORM, SWIGLU,
+                    MEMBERS, RANK, WIDTH, PARTS, PARTS_2,
+                )  # fmt: skip
             y = _finished(total * root, sums, b, bias, RANK, BLOCKS)
             y1 = y
             if TWO:
                 y1 = _finished(total1 * root, sums1, b1, bias1_, RANK, BLOCKS)
-            if SWIGLU:
-                tl.store(out + _place(row, OUTPUTS), (y / (1.0 + tl.exp(-y)) * y1).to(HALF), mask=row < rows0)
-            elif MODE == "stack":
-                tl.store(out + first_outputs + row, y, mask=row < rows0)
-            else:
-                _leave(hidden, out, next_weight, row, rows0, y, OUTPUTS, NEXT)
-                if TWO:
-                    _leave(hidden, out, next_weight, half + row, rows1, y1, OUTPUTS, NEXT)
+            _leave(
+                hidden, out + first_outputs, next_weight, row, half + row, rows0, rows1, y, y1, MODE, OUTPUTS, NEXT, TWO
+            )  # fmt: skip
             row = next_row
             b, bias, b1, bias1_ = next_b, next_bias, next_b1, next_bias1
 
@@ -514,6 +525,14 @@ if triton is not None:
         first = tl.load(keys + n[:, None] * SIZE + j, mask=old, other=0.0)
         second = tl.load(keys + n[:, None] * SIZE + HALF + j, mask=old, other=0.0)
         return first, second, tl.load(values + n[:, None] * SIZE + wide, mask=old, other=0.0)
+
+    @triton.jit
+    def _softened(score, value, top, weight, total):
+        """Return the largest score, the sum of weights and that of weighted values with one more tile in them."""
+        higher = tl.maximum(top, tl.max(score, 1))
+        p = tl.exp2(score - higher[:, None])
+        fade = tl.exp2(top - higher)
+        return higher, weight * fade + tl.sum(p, 1), total * fade[:, None] + tl.dot(p.to(value.dtype), value)
 
     @triton.jit
     def _attention_kernel(
@@ -578,12 +597,7 @@ if triton is not None:
             )  # fmt: skip
             score = tl.dot(q1, tl.trans(key1)) + tl.dot(q2, tl.trans(key2))
             score = tl.where((n < end)[None], score * (scale * 1.4426950408889634), -float("inf"))
-            higher = tl.maximum(top, tl.max(score, 1))
-            p = tl.exp2(score - higher[:, None])
-            fade = tl.exp2(top - higher)
-            weight = weight * fade + tl.sum(p, 1)
-            total = total * fade[:, None] + tl.dot(p.to(dtype), value)
-            top = higher
+            top, weight, total = _softened(score, value, top, weight, total)
         if (start <= here) & (here < start + share):
             place = here * SIZE
             tl.store(keys + place + j, k1)

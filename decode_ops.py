@@ -1,8 +1,9 @@
 """The decode step, a token of each sequence in and their logits out, as seven kernels a layer that a CUDA graph can hold.
 
 A step reads every weight once, so it is bound by memory: 4-bit weights are dequantised in registers on their way into
-the product, and norms, adapters, biases, SwiGLU and residuals ride in the kernels that are there anyway. One sequence
-takes products of a vector, a batch those of the tensor cores and nine kernels a layer.
+the product, and norms, adapters, biases, SwiGLU and residuals ride in the kernels that are there anyway (but the
+adapters of q, k and v, and the first and last norm). One sequence takes products of a vector, a batch those of the
+tensor cores and nine kernels a layer.
 """
 
 import dataclasses
@@ -132,8 +133,8 @@ class Linears:
     """Up to three linears that read one x, as one launch.
 
     mode: see `_linear_kernel`. norm: what x still lacks, if it is hidden times this norm's factor. parts: sums that
-    u = A x is split into; alone: u comes with x, else programs of this launch compute it. x: what the launch before
-    writes and this one reads, in the order of `_place`. m: the M of the kernels.
+    u = A x is split into; alone: u comes with x, else this computes it. x: what the launch before writes and this one
+    reads, in the order of `_place`. m: the M of the kernels.
     """
 
     def __init__(

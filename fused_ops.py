@@ -395,7 +395,7 @@ def compile_layers(model: PeftModel) -> None:
 def compiled_in_pieces() -> str | None:
     """Return why torch.compile could not take a layer whole, None if it did or has compiled nothing.
 
-    Pieces compute the same; around a checkpoint they recompute and keep more: 28 % more memory at 16 x 512 tokens.
+    Pieces compute the same; around a checkpoint they recompute and keep more: 27 % more memory at 16 x 512 tokens.
     """
     reasons = torch._dynamo.utils.counters["graph_break"]
     return next(iter(reasons)).splitlines()[0] if reasons else None

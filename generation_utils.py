@@ -597,14 +597,13 @@ class Generator:
         gpu = base.device.type == "cuda"
         self.reason = obstacle(base) if gpu or fast else ""  # nothing is said of a CPU
         self.decoder = Decoder(model, kernels=gpu and triton is not None) if self.reason is None else None
-        if self.decoder and gpu and isinstance(model, PeftModel):
-            use_own_precision(model)
-        self.weight_bytes, self.position_bytes = weight_bytes(base), position_bytes(base)
         self.cache, self.held, self.off = None, [], False
         if self.decoder and gpu and isinstance(model, PeftModel):
-            # For prompts and batches: a layer's weights unpacked once and one product with the adapters in it.
+            use_own_precision(model)
+            # For long prompts and batches: a layer's weights unpacked once and one product with the adapters in it.
             fuse(model, DropoutClock(0, base.device), 0.0, triton is not None and base.dtype is not torch.float32)
             torch.cuda.empty_cache()  # the packed weights have moved
+        self.weight_bytes, self.position_bytes = weight_bytes(base), position_bytes(base)
 
     def traffic(self) -> Traffic:
         """Return a count of what is read, at zero."""

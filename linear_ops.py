@@ -62,8 +62,6 @@ WIDEN_SHARE = 2048  # columns that a program sums u up over: 512 rows of SwiGLU'
 # 214 with dropout; H100), of 48 q, k and v's on 24 multiprocessors took 40 in place of 32.
 MOST_WIDEN_COLUMNS = 32
 DEQUANTIZE = Launch(block_m=128, block_k=64, warps=2)
-
-
 WIDEN_BACKWARD = Launch(block_m=64, block_k=64, warps=4)
 MASKED_BACKWARD = Launch(block_m=16, block_k=64, warps=2)
 # Adapter columns up to which SwiGLU's backward has a kernel: it holds three sums [columns, block_k] in registers, and on

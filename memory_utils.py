@@ -17,8 +17,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from config import Config, ConfigError
-from fused_ops import chunk_rows, triton
+from fused_ops import chunk_rows
 from linear_ops import adapter_columns
+from nf4_lookup import triton
 from quantization_utils import LOADING_ERRORS, cannot_load
 
 GIB = 2**30
