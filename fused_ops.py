@@ -5,10 +5,12 @@ logits whole, the operators of linear_ops.py in the model's layers, layers compi
 import contextlib
 import dataclasses
 import functools
+import inspect
 import logging
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import ModuleType
 from typing import Any
 
 import bitsandbytes as bnb
@@ -22,6 +24,8 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers.activations import SiLUActivation
 
+import attention_ops
+import linear_ops
 from attention_ops import ATTENTIONS, CAUSAL, attend, rotate
 from config import ConfigError, PerformanceConfig
 from linear_ops import LINEAR_ARGUMENTS, Packed, dropout_mask, int32, linear
@@ -372,11 +376,20 @@ def _run_layer(layer: nn.Module, hidden: torch.Tensor, **kwargs) -> torch.Tensor
     return forward(layer, hidden, **kwargs)
 
 
+@functools.cache
+def operators_tag(modules: tuple[ModuleType, ...] = (linear_ops, attention_ops)) -> str:
+    """Return what tells the operators of this version from those of another, by the text of their files."""
+    return "qlora " + " ".join(f"{zlib.crc32(inspect.getsource(module).encode()):08x}" for module in modules)
+
+
 def compile_layers(model: PeftModel) -> None:
     """Compile the decoder layer once for all layers, for training; evaluation, little work, runs as it is."""
     # A norm's output is a product of what is saved anyway; the partitioner would save it too, since an opaque operator
     # reads it: 8 kB a token and layer of Qwen2.5-3B.
     torch._functorch.config.ban_recompute_materialized_backward = False
+    # torch keeps compiled layers on disk and does not look into our operators, whose strides are compiled in: with the
+    # layers of another version of this toolkit a run ended in an AssertionError.
+    torch.compiler.config.cache_key_tag = operators_tag()
     logging.getLogger("torch._higher_order_ops.wrap").addFilter(lambda record: "context_fn" not in record.getMessage())
     compiled = torch.compile(_run_layer, dynamic=False)
 

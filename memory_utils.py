@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from config import Config, ConfigError
 from fused_ops import chunk_rows
-from linear_ops import adapter_columns
+from linear_ops import adapter_columns, operand_columns
 from nf4_lookup import triton
 from quantization_utils import LOADING_ERRORS, cannot_load
 
@@ -169,8 +169,9 @@ def transient_bytes(shape: ModelShape, config: Config, path: str, tokens: int) -
     width = 2 if config.quantization.compute_dtype != "float32" else 4
     if path == PLAIN:  # the gradients of SwiGLU's three factors, and peft's fp32 copy of an adapter's input
         return tokens * (2 * (4 * inner + 2 * h) + 4 * inner) + inner * h * width
-    down = tokens * 2 * (2 * h + 3 * inner + adapter_columns(rank, 1)) + h * (inner + adapter_columns(rank, 1)) * width
-    gate_up = tokens * 2 * (3 * h + adapter_columns(rank, 2)) + 2 * inner * (h + adapter_columns(rank, 2)) * width
+    wide_down, wide = operand_columns(inner, adapter_columns(rank, 1)), operand_columns(h, adapter_columns(rank, 2))
+    down = tokens * 2 * (2 * h + 2 * inner + wide_down) + h * wide_down * width
+    gate_up = tokens * 2 * (2 * h + wide) + 2 * inner * wide * width
     return max(down, gate_up)
 
 

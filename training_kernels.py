@@ -49,12 +49,14 @@ if triton is not None:
     # it would load four, and exchange what comes of them through shared memory.
     @triton.jit(do_not_specialize_on_alignment=["packed"])
     def dequantize_kernel(
-        packed, absmax, absmax2, offset, code2, lut, B0, B1, B2, out, blocks, rows, rows0, rows1, stride, rank, extra,
-        scale, programs, NESTED: tl.constexpr, BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr,
-        ROW_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr, BLOCK_R: tl.constexpr,
-        SHUFFLE: tl.constexpr,
+        packed, absmax, absmax2, offset, code2, lut, A0, A1, A2, B0, B1, B2, out, stacked, blocks, rows, rows0, rows1,
+        stride, rank, members, size, extra, behind, scale, programs, b_programs, NESTED: tl.constexpr,
+        BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr, ROW_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr,
+        ROWS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_A: tl.constexpr, SHUFFLE: tl.constexpr,
     ):  # fmt: skip
-        """Write a run of W's quantisation blocks into [W | scale B]; the programs past the last write B's columns.
+        """Write a run of W's quantisation blocks into [W | scale B]; the programs past the last write B's columns, and
+        those past b_programs A of all members, each of so many numbers, one below the other. extra, behind: rows of
+        that, and columns behind W's.
 
         6 instructions a weight: with a gather through shared memory in place of shuffles it was 10.
         """
@@ -82,7 +84,7 @@ if triton is not None:
             place = out + (first // ROW_BLOCKS).to(tl.int64) * stride + tl.arange(0, BLOCKSIZE)[None]
             place += (column * BLOCKSIZE + column // ROW_BLOCKS * (stride - ROW_BLOCKS * BLOCKSIZE))[:, None]
             tl.store(place, values, mask=inside[:, None])
-        else:  # member i's rows have its B in columns i rank to (i + 1) rank, and zeros
+        elif program < b_programs:  # member i's rows have its B in columns i rank to (i + 1) rank, and zeros
             row = ((program - programs) * ROWS + tl.arange(0, ROWS))[:, None]
             j = tl.arange(0, BLOCK_R)[None]
             in0 = (row < rows0) & (j < rank)
@@ -92,7 +94,13 @@ if triton is not None:
             b += tl.load(B1 + (row - rows0) * rank + j - rank, mask=in1, other=0.0)
             b += tl.load(B2 + (row - rows0 - rows1) * rank + j - 2 * rank, mask=in2, other=0.0)
             target = out + row.to(tl.int64) * stride + ROW_BLOCKS * BLOCKSIZE + j
-            tl.store(target, (b * scale).to(dtype), mask=(j < extra) & (row < rows))
+            tl.store(target, (b * scale).to(dtype), mask=(j < behind) & (row < rows))
+        else:
+            e = (program - b_programs) * BLOCK_A + tl.arange(0, BLOCK_A)
+            a = tl.load(A0 + e, mask=e < size, other=0.0)
+            a += tl.load(A1 + e - size, mask=(e >= size) & (e < 2 * size) & (e < members * size), other=0.0)
+            a += tl.load(A2 + e - 2 * size, mask=(e >= 2 * size) & (e < members * size), other=0.0)
+            tl.store(stacked + e, a.to(dtype), mask=e < extra * (ROW_BLOCKS * BLOCKSIZE))
 
     @triton.jit
     def _widen_columns(x, A, m, k, rows, end, columns, extra, SWIGLU: tl.constexpr, BLOCK_R: tl.constexpr):
@@ -109,13 +117,24 @@ if triton is not None:
         return tile, up, a
 
     @triton.jit
+    def _settle(total, wide, u, m, rows, columns, stride, extra, scale, BLOCK_R: tl.constexpr, BLOCK_Z: tl.constexpr):
+        """Write u behind x in the wide operand, zeros after it, and, scaled, by itself."""
+        row, below = m.to(tl.int64)[:, None], (m < rows)[:, None]
+        j, zero = tl.arange(0, BLOCK_R)[None], tl.arange(0, BLOCK_Z)[None]
+        rounded, place = total.to(wide.dtype.element_ty), wide + row * stride + columns
+        tl.store(place + j, rounded, mask=below & (j < extra))
+        tl.store(place + zero, 0.0, mask=below & (zero >= extra) & (zero < stride - columns))
+        tl.store(u + row * extra + j, (rounded.to(tl.float32) * scale).to(rounded.dtype), mask=below & (j < extra))
+
+    @triton.jit
     def widen_kernel(
-        x, wide, dropped, A, sums, step, sequences, salt, rows, share, length, columns, stride, extra, threshold, inverse,
-        SWIGLU: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-        BLOCK_R: tl.constexpr,
+        x, wide, dropped, A, sums, u, step, sequences, salt, rows, share, length, columns, stride, extra, threshold,
+        inverse, scale, SWIGLU: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+        BLOCK_R: tl.constexpr, BLOCK_Z: tl.constexpr,
     ):  # fmt: skip
         """Copy x (or SwiGLU of [gate | up]) into the wide operand, with what a share of its columns adds to
-        u = dropout(x) A^T into sums [shares, rows, extra]; BLOCK_R 0: dropout(x) itself, where there is any.
+        u = dropout(x) A^T into sums [shares, rows, extra], or u where one share has all of them (BLOCK_Z); BLOCK_R 0:
+        dropout(x) itself, where there is any.
         """
         m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
         first = tl.program_id(1) * share
@@ -144,7 +163,9 @@ if triton is not None:
             elif DROPOUT:
                 tl.store(dropped + row * columns + k[None], tile, mask=inside)
             k += BLOCK_K
-        if BLOCK_R:
+        if BLOCK_Z:
+            _settle(total, wide, u, m, rows, columns, stride, extra, scale, BLOCK_R, BLOCK_Z)
+        elif BLOCK_R:
             j = tl.arange(0, BLOCK_R)[None]
             target = sums + (tl.program_id(1) * rows + row) * extra + j
             tl.store(target, total, mask=(m < rows)[:, None] & (j < extra))
@@ -152,18 +173,15 @@ if triton is not None:
     @triton.jit
     def settle_kernel(
         sums, wide, u, rows, columns, stride, extra, scale, SHARES: tl.constexpr, BLOCK_M: tl.constexpr,
-        BLOCK_R: tl.constexpr,
+        BLOCK_R: tl.constexpr, BLOCK_Z: tl.constexpr,
     ):  # fmt: skip
-        """Add up the shares of u, behind x in the wide operand and, scaled, by itself."""
+        """Add up the shares of u and write it."""
         m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
         row, j = m.to(tl.int64)[:, None], tl.arange(0, BLOCK_R)[None]
-        inside = (m < rows)[:, None] & (j < extra)
         total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
         for share in tl.static_range(SHARES):
-            total += tl.load(sums + (share * rows + row) * extra + j, mask=inside, other=0.0)
-        total = total.to(wide.dtype.element_ty)
-        tl.store(wide + row * stride + columns + j, total, mask=inside)
-        tl.store(u + row * extra + j, (total.to(tl.float32) * scale).to(total.dtype), mask=inside)
+            total += tl.load(sums + (share * rows + row) * extra + j, mask=(m < rows)[:, None] & (j < extra), other=0.0)
+        _settle(total, wide, u, m, rows, columns, stride, extra, scale, BLOCK_R, BLOCK_Z)
 
     @triton.jit
     def widen_backward_kernel(

@@ -341,9 +341,14 @@ def check_kernels(device: str, dtype: torch.dtype, tolerance: float) -> None:
     ):
         weights = packed_weights(outputs, 192 if outputs[0] == 64 else 64, quant_type, double, device, dtype)
         B = [torch.randn(rows, 8, device=device) for rows in outputs]
-        found, want = (linear_ops.extended_weight(weights, B, 0.5, dtype, kernels) for kernels in (True, False))
+        A = [torch.randn(8, weights.columns, device=device) for _ in outputs]
+        both = (linear_ops.operands(weights, A, B, 0.5, dtype, kernels) for kernels in (True, False))
+        (found, stacked), (want, wanted) = both
+        assert torch.equal(stacked, wanted)
         assert apart(found, want) < tolerance, (double, quant_type)
         assert torch.equal(found[:, : weights.columns], want[:, : weights.columns])  # as bitsandbytes rounds
+        behind = weights.columns + 8 * len(outputs)
+        assert found.shape[1] % 64 == 0 and not any(side[:, behind:].any() for side in (found, want))
     step, salt = (torch.tensor(n, dtype=torch.int32, device=device) for n in (3, -12345))
     sequences = torch.tensor([5, 9], dtype=torch.int32, device=device)
     for swiglu, members, p in ((False, 1, 0.1), (False, 3, 0.1), (False, 2, 0.0), (True, 1, 0.1), (True, 1, 0.0)):
@@ -357,6 +362,7 @@ def check_kernels(device: str, dtype: torch.dtype, tolerance: float) -> None:
             want = linear_ops.widen(x.float(), A.float(), masks, 0.5, swiglu, False)
             assert all(apart(a, b) < tolerance for a, b in zip(found, want, strict=True)), (swiglu, members, p, most)
             assert apart(found[0][:, columns:], want[0][:, columns:]) < tolerance, (swiglu, members, p, most)
+            assert not any(side[0][:, columns + len(A) :].any() for side in (found, want))
         if not swiglu:
             grad = torch.randn_like(found[0])
             found = linear_ops.widen_backward(grad.clone(), x, A, masks, True)
@@ -491,19 +497,27 @@ def test_kernels_compile_within_the_shared_memory_of_each_card(capability):
     half, single, whole = "*bf16", "*fp32", "*i32"
     masks = {"step": whole, "sequences": whole, "salt": whole}
     launch = linear_ops.DEQUANTIZE
-    weights = {"packed": whole, "absmax": "*u8", "out": half}
-    weights |= dict.fromkeys(("absmax2", "offset", "code2", "lut", "B0", "B1", "B2"), single)
-    constants = {"NESTED": True, "BLOCKSIZE": 64, "BLOCKSIZE2": 256, "ROW_BLOCKS": 172, "BLOCKS": launch.block_m}
+    weights = {"packed": whole, "absmax": "*u8", "out": half, "stacked": half}
+    weights |= dict.fromkeys(("absmax2", "offset", "code2", "lut", "A0", "A1", "A2", "B0", "B1", "B2"), single)
+    constants = {
+        "NESTED": True,
+        "BLOCKSIZE": 64,
+        "BLOCKSIZE2": 256,
+        "ROW_BLOCKS": 172,
+        "BLOCKS": launch.block_m,
+        "BLOCK_A": 1024,
+    }
     for columns in (16, 32, 64, 512):  # of the adapters
         own = constants | {"ROWS": max(1, 1024 // columns), "BLOCK_R": columns, "SHUFFLE": True}
         dequantize = compile_(training_kernels.dequantize_kernel, weights, own, launch.warps)
         assert dequantize.count("shfl.sync.idx.b32") == launch.block_m * 64 // launch.warps // 32  # one a weight
-    for swiglu, dropout, columns in itertools.product((True, False), (True, False), (0, 16, 32)):
-        switches = {"SWIGLU": swiglu, "DROPOUT": dropout, "BLOCK_R": columns}
+    kinds = ((0, 0), (16, 0), (32, 0), (16, 64), (32, 64))
+    for swiglu, dropout, (columns, zeros) in itertools.product((True, False), (True, False), kinds):
+        switches = {"SWIGLU": swiglu, "DROPOUT": dropout, "BLOCK_R": columns, "BLOCK_Z": zeros}
         tile = {"BLOCK_M": linear_ops.WIDEN.block_m, "BLOCK_K": linear_ops.WIDEN.block_k // max(1, columns // 16)}
-        activations = dict.fromkeys(("x", "wide", "dropped", "A"), half) | {"sums": single, **masks}
+        activations = dict.fromkeys(("x", "wide", "dropped", "A", "u"), half) | {"sums": single, **masks}
         compile_(training_kernels.widen_kernel, activations, switches | tile, linear_ops.WIDEN.warps, num_stages=1)
-    settle = {"SHARES": 6, "BLOCK_M": 64, "BLOCK_R": 16}
+    settle = {"SHARES": 6, "BLOCK_M": 64, "BLOCK_R": 16, "BLOCK_Z": 64}
     compile_(training_kernels.settle_kernel, {"sums": single, "wide": half, "u": half}, settle, 4)
     for rank, dropout in ((16, False), (64, False), (16, True), (256, True)):
         backward = linear_ops.MASKED_BACKWARD if dropout else linear_ops.WIDEN_BACKWARD

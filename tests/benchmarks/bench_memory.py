@@ -3,15 +3,19 @@
     python tests/benchmarks/bench_memory.py [--only 3b-1x512] [--jobs 6]
 
 The plan is that of memory_utils.plan_memory without the CUDA context, the measurement torch.cuda.max_memory_reserved after two
-optimizer steps of two micro-batches and an evaluation. Each case has a process of its own, some at a time: what a process
-reserves does not depend on its neighbours. A JSON line a case as it ends, the table and the errors last.
+optimizer steps of two micro-batches and an evaluation. Each case has a process of its own, some at a time, as many as the
+GPU has room for: what a process reserves does not depend on its neighbours. A JSON line a case as it ends, the table and the
+errors last.
 """
 
 import argparse
+import contextlib
 import json
 import statistics
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -137,17 +141,22 @@ def label_of(case: tuple) -> str:
     return f"{name}-{micro_batch}x{length}-ck{checkpointed}" + "".join(f"-{k}={v}" for k, v in settings.items())
 
 
-def run_case(case: tuple) -> dict:
-    """Return plan and measurement of one case, GiB, in this process."""
+def plan_of(case: tuple) -> tuple[Config, memory_utils.MemoryPlan]:
+    """Return a case's settings and plan."""
     name, micro_batch, length, checkpointed, settings = case
     config = load_config((), {"lora.dropout": "0", "data.max_length": str(length), **settings})
     with torch.device("meta"):
         shape = memory_utils.shape_of(AutoModelForCausalLM.from_config(MODELS[name]))
-    plan = memory_utils.plan_memory(shape, config, micro_batch, checkpointed)
+    return config, memory_utils.plan_memory(shape, config, micro_batch, checkpointed)
+
+
+def run_case(case: tuple) -> dict:
+    """Return plan and measurement of one case, GiB, in this process."""
+    config, plan = plan_of(case)
     row = {"case": label_of(case), "planned": round(plan.reserved / GIB, 3)}
     row["parts"] = {part: round(size / GIB, 3) for part, size in plan.parts.items()}
     try:
-        row["measured"] = round(measure(name, config, plan), 3)
+        row["measured"] = round(measure(case[0], config, plan), 3)
         row["allocated"] = round(torch.cuda.max_memory_allocated() / GIB, 3)
         row["error"] = round(row["planned"] / row["measured"] - 1, 4)
     except torch.OutOfMemoryError:
@@ -155,10 +164,32 @@ def run_case(case: tuple) -> dict:
     return row
 
 
-def run_process(number: int) -> dict:
+class Room:
+    """Bytes of the GPU that cases share: one starts when what it is planned to take is free."""
+
+    def __init__(self, size: int):
+        self.size = self.free = size
+        self.changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def taken(self, size: int) -> Iterator[None]:
+        size = min(size, self.size)
+        with self.changed:
+            self.changed.wait_for(lambda: self.free >= size)
+            self.free -= size
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.free += size
+                self.changed.notify_all()
+
+
+def run_process(number: int, room: Room) -> dict:
     """Run one case of the grid in a fresh process and return its row."""
     command = [sys.executable, __file__, "--single", str(number)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    with room.taken(plan_of(GRID[number])[1].total):
+        done = subprocess.run(command, capture_output=True, text=True)
     rows = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     row = rows[0] if rows else {"case": label_of(GRID[number]), "failed": " ".join(done.stderr[-300:].split())}
     print(json.dumps(row), flush=True)
@@ -175,8 +206,9 @@ def main() -> None:
         print("RESULT " + json.dumps(run_case(GRID[args.single])))
         return
     numbers = [number for number, case in enumerate(GRID) if label_of(case).startswith(args.only)]
+    room = Room(int(torch.cuda.mem_get_info()[0] * 0.9))
     with ThreadPoolExecutor(args.jobs) as pool:
-        rows = list(pool.map(run_process, numbers))
+        rows = list(pool.map(lambda number: run_process(number, room), numbers))
     errors = [row["error"] for row in rows if "error" in row]
     print(f"{'case':<64}{'planned':>9}{'measured':>9}{'error':>8}")
     for row in rows:

@@ -86,7 +86,7 @@ def tune_rows(rows: int, swiglu: bool, members: int, p: float, peak: float) -> N
         tile * (2 + 2 * (p > 0)),
         peak,
     )
-    du, inner = wide[:, columns:], wide[:, :columns]
+    du, inner = wide[:, columns : columns + len(A)], wide[:, :columns]
     time = microseconds(lambda: linear_ops._product_fp32(du.t(), inner))
     print(f"dA {label}: {time:.1f} us, {tile / peak * 1e6 / time:.0%} of the floor")
 
@@ -140,12 +140,12 @@ def main() -> None:
     peak = bandwidth()
     print(f"copy bandwidth {peak / 1e12:.2f} TB/s")
     weights = packed_weights((MLP, MLP), HIDDEN, "nf4", True, "cuda", torch.bfloat16)
-    B = [torch.randn(MLP, RANK, device="cuda") for _ in range(2)]
+    A, B = ([torch.randn(shape, device="cuda")] * 2 for shape in ((RANK, HIDDEN), (MLP, RANK)))
     tune(
         "dequantise gate and up",
         itertools.product((64, 128, 256), (64,), (1, 2, 4, 8)),
         lambda launch: setattr(linear_ops, "DEQUANTIZE", launch),
-        functools.partial(linear_ops.extended_weight, weights, B, 2.0, torch.bfloat16, True),
+        functools.partial(linear_ops.operands, weights, A, B, 2.0, torch.bfloat16, True),
         2 * MLP * HIDDEN * 2.516,
         peak,
     )
