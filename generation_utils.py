@@ -508,6 +508,8 @@ class Decoder:
 
     def choose(self, config: GenerationConfig, key: str) -> None:
         """Choose the tokens after a prompt. key: what the choice depends on."""
+        if self.prompts == 1:  # the process's first prompt, as in `prefill`
+            return self._choice(config)()
         self.run(("choose", key), lambda: self._choice(config))
 
     def step(self, config: GenerationConfig, key: str) -> None:

@@ -162,26 +162,30 @@ def widen(
     extra, columns = A.shape
     stride = operand_columns(columns, extra)
     wide = x.new_empty(len(x), stride)
-    if kernels and 0 < extra <= MOST_WIDEN_COLUMNS:
-        u, shares = x.new_empty(len(x), extra), triton.cdiv(columns, WIDEN_SHARE)
-        sums = x.new_empty(shares, len(x), extra, dtype=torch.float32) if shares > 1 else u
-        _widen_kernel(x, wide, wide, A, sums, u, masks, scale, swiglu)
-        if shares > 1:
-            training_kernels.settle_kernel[(triton.cdiv(len(x), 64),)](
-                sums, wide, u, len(x), columns, stride, extra, scale, SHARES=shares, BLOCK_M=64, BLOCK_R=_power(extra),
-                BLOCK_Z=_power(stride - columns), num_warps=4,
-            )  # fmt: skip
-        return wide, u
-    if kernels:
-        dropped = x.new_empty(len(x), columns) if masks.p > 0 else wide[:, :columns]
-        _widen_kernel(x, wide, dropped, A, wide, None, masks, scale, swiglu)
-    else:
+    if not kernels:
         wide[:, :columns] = _swiglu(x) if swiglu else x
         dropped = _drop(wide[:, :columns], masks) if masks.p > 0 else wide[:, :columns]
-    if extra:
-        torch.mm(dropped, A.t(), out=wide[:, columns : columns + extra])
+        wide[:, columns : columns + extra] = dropped @ A.t()
         wide[:, columns + extra :] = 0
-    return wide, wide[:, columns : columns + extra] * scale
+        return wide, wide[:, columns : columns + extra] * scale
+    u, shares = x.new_empty(len(x), extra), triton.cdiv(columns, WIDEN_SHARE)
+    if not extra:
+        _widen_kernel(x, wide, wide, A, wide, None, masks, scale, swiglu)
+        return wide, u
+    if extra <= MOST_WIDEN_COLUMNS:
+        sums = x.new_empty(shares, len(x), extra, dtype=torch.float32) if shares > 1 else u
+        _widen_kernel(x, wide, wide, A, sums, u, masks, scale, swiglu)
+        if shares == 1:
+            return wide, u
+    else:
+        dropped = x.new_empty(len(x), columns) if masks.p > 0 else wide[:, :columns]
+        _widen_kernel(x, wide, dropped, A, wide, None, masks, scale, swiglu)
+        sums, shares = _product_fp32(dropped, A.t()), 1
+    training_kernels.settle_kernel[(triton.cdiv(len(x), 64),)](
+        sums, wide, u, len(x), columns, stride, extra, scale, SHARES=shares, BLOCK_M=64, BLOCK_R=_power(extra),
+        BLOCK_Z=_power(stride - columns), num_warps=4,
+    )  # fmt: skip
+    return wide, u
 
 
 def _widen_kernel(x, wide, dropped, A, sums, u, masks: Masks, scale: float, swiglu: bool) -> None:

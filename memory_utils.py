@@ -17,8 +17,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from config import Config, ConfigError
-from fused_ops import chunk_rows
 from linear_ops import adapter_columns, operand_columns
+from loss_ops import chunk_rows
 from nf4_lookup import triton
 from quantization_utils import LOADING_ERRORS, cannot_load
 
@@ -127,8 +127,12 @@ def expected_path(config: Config) -> str:
     """Return the path that a run on a GPU with Triton would take."""
     if config.performance.fused_lora == "off" or config.lora.use_dora or not config.quantization.load_in_4bit:
         return PLAIN
-    no_triton = torch.cuda.is_available() and triton is None  # here; without a card one with Triton is meant
-    return FUSED if config.performance.compile == "off" or no_triton else COMPILED
+    return FUSED if config.performance.compile == "off" or lacks_triton() else COMPILED
+
+
+def lacks_triton() -> bool:
+    """Return whether the kernels cannot run; without a card one with Triton is meant."""
+    return torch.cuda.is_available() and triton is None
 
 
 def saved_bytes(shape: ModelShape, config: Config, path: str) -> int:
@@ -175,10 +179,15 @@ def transient_bytes(shape: ModelShape, config: Config, path: str, tokens: int) -
     return max(down, gate_up)
 
 
-def loss_bytes(shape: ModelShape, path: str, tokens: int, chunk: int) -> int:
-    """Return what the loss takes: the last norm's input in fp32, its output and its gradient, and a chunk of logits."""
-    logits = min(chunk, tokens) * shape.vocabulary * (4 if path == COMPILED else 11)
-    return tokens * 8 * shape.hidden + logits
+def loss_bytes(shape: ModelShape, config: Config, path: str, tokens: int, chunk: int) -> int:
+    """Return what the loss takes: the last norm's input in fp32, its output and its gradient, and a chunk of logits.
+
+    The kernel writes their gradient in their memory; compiled, fp32 logits and their gradient lie side by side.
+    """
+    width = 8 if path == COMPILED else 11
+    if path != PLAIN and config.quantization.compute_dtype != "float32" and not lacks_triton():
+        width = 2
+    return tokens * 8 * shape.hidden + min(chunk, tokens) * shape.vocabulary * width
 
 
 # ------------------------------------------------------------------------------------------------ the plan
@@ -262,7 +271,7 @@ def plan_memory(
         saved += 2 * adapter_parameters(shape, config) // shape.layers  # the adapters' copies in the compute type
     hidden = tokens * shape.hidden * 2
     chunk = chunk_rows(shape.vocabulary, int(limit - CONTEXT_BYTES - fixed) if limit else 2**36)
-    loss = loss_bytes(shape, path, tokens, chunk)
+    loss = loss_bytes(shape, config, path, tokens, chunk)
     # The backward starts at the last layer. Checkpointed layers come after the others, whose activations are gone by
     # then.
     live = transient + (saved + 2 * hidden if checkpointed else 0)  # a recompute makes the norms' outputs too

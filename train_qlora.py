@@ -94,6 +94,7 @@ import attention_ops
 import checkpoint_utils
 import data_utils
 import fused_ops
+import loss_ops
 import memory_utils
 import quantization_utils
 from checkpoint_utils import Found
@@ -144,7 +145,7 @@ class SummedLoss:
         self.base = model.get_base_model() if isinstance(model, PeftModel) else model
         self.device, self.dtype = next(model.parameters()).device, dtype
         self.decoder, self.head = self.base.get_decoder(), self.base.get_output_embeddings()
-        self.options: dict[str, Any] = {}  # of fused_ops.chunked_cross_entropy
+        self.options: dict[str, Any] = {}  # of loss_ops.chunked_cross_entropy
         self.chunked = self._head_is_plain()
 
     def autocast(self) -> contextlib.AbstractContextManager:
@@ -168,12 +169,12 @@ class SummedLoss:
 
         packed: the position_ids of packed samples, which restart at each, so that attention stays within it.
         """
-        targets = fused_ops.shift_labels(labels).flatten()
+        targets = loss_ops.shift_labels(labels).flatten()
         with self.autocast():
             if self.chunked:
                 hidden = self.decoder(input_ids=input_ids, use_cache=False, **packed).last_hidden_state.flatten(0, 1)
                 weight, bias = self.head.weight, self.head.bias
-                return fused_ops.chunked_cross_entropy(hidden, weight, targets, bias, **self.options)
+                return loss_ops.chunked_cross_entropy(hidden, weight, targets, bias, **self.options)
             logits = self.base(input_ids=input_ids, use_cache=False, **packed).logits
         return F.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=IGNORED, reduction="sum")
 
@@ -224,12 +225,16 @@ class Learner:
     captured: fused_ops.Captured | None = None
     captured_evaluation: fused_ops.Captured | None = None
 
+    def __post_init__(self):
+        self.sums = fused_ops.GradientSums(self.parameters)
+
     def forward_backward(self, **batch: torch.Tensor) -> torch.Tensor:
         """Add the gradients of a batch's summed loss to the parameters', return the loss; no host synchronisation."""
         hidden = (*batch["input_ids"].shape, self.model.config.hidden_size)
         with fused_ops.inputs_in_main_memory(hidden) if self.offload else contextlib.nullcontext():
             loss = self.loss(**batch)
-        self.scaler.scale(loss).backward()
+        with self.sums.of_backward():
+            self.scaler.scale(loss).backward()
         return loss.detach()
 
     @torch.no_grad()
@@ -798,10 +803,12 @@ def build_learner(
         fused_ops.fuse(peft_model, clock, p, fast.kernels)
     if fast.compile:
         fused_ops.compile_layers(peft_model)
-        loss.options["chunk_loss"] = fused_ops.compiled_chunk_loss
+        loss.options["chunk_loss"] = loss_ops.compiled_chunk_loss
+    if fast.fused_lora and fast.kernels:
+        loss.options["chunk_loss"] = loss_ops.kernel_chunk_loss
     if device.type == "cuda":
         free = memory_utils.free_bytes(device, config.performance.memory_limit_gib)
-        loss.options["chunk"] = fused_ops.chunk_rows(len(loss.head.weight), free)
+        loss.options["chunk"] = loss_ops.chunk_rows(len(loss.head.weight), free)
     for line in (fast.line, *apart):
         say(line)
     # Losses are sums over tokens, so gradients are large already: 2**16, torch's start, would overflow fp16 at once.

@@ -294,6 +294,34 @@ if triton is not None:
             tl.store(target + columns * rank, sum_up, mask=(i < rank)[:, None] & within)
 
     @triton.jit
+    def cross_entropy_kernel(logits, targets, losses, columns, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
+        """Write the loss of a row of logits, 0 where its target is -100, and their gradient over them.
+
+        The second pass runs backwards: what the first one read last is still in the cache.
+        """
+        row = tl.program_id(0).to(tl.int64)
+        logits += row * columns
+        target = tl.load(targets + row)
+        kept = target >= 0
+        at_target = tl.load(logits + tl.maximum(target, 0)).to(tl.float32)  # here: the second pass writes over it
+        k = tl.arange(0, BLOCK)
+        top, total = -1e38, 0.0  # finite: a difference of infinities is no number
+        for start in range(0, columns, BLOCK):
+            x = tl.load(logits + start + k, mask=start + k < columns, other=float("-inf")).to(tl.float32)
+            above = tl.maximum(top, tl.max(x, 0))
+            total = total * tl.exp2((top - above) * 1.4426950408889634)
+            total += tl.sum(tl.exp2((x - above) * 1.4426950408889634), 0)
+            top = above
+        log_sum = top + tl.log(total)
+        tl.store(losses + row, tl.where(kept, log_sum - at_target, 0.0))
+        if GRADIENT:
+            for back in range(0, columns, BLOCK):
+                column = (columns - 1) // BLOCK * BLOCK - back + k
+                x = tl.load(logits + column, mask=column < columns, other=0.0).to(tl.float32)
+                share = tl.exp2((x - log_sum) * 1.4426950408889634) - (column == target).to(tl.float32)
+                tl.store(logits + column, tl.where(kept, share, 0.0).to(logits.dtype.element_ty), mask=column < columns)
+
+    @triton.jit
     def rotate_kernel(
         qkv, q, k, v, cos, sin, rows, positions, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BACK: tl.constexpr,

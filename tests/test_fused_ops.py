@@ -3,9 +3,11 @@
 import dataclasses
 import itertools
 import json
+import linecache
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 from unittest import mock
 
@@ -19,6 +21,7 @@ from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 import attention_ops
 import fused_ops
 import linear_ops
+import loss_ops
 import train_qlora
 import training_kernels
 from attention_ops import use_causal_attention
@@ -143,6 +146,22 @@ def test_error_in_bfloat16_is_no_larger_than_pefts(random_models):
 
     worst = sorted(((found - reference[n]).norm() / reference[n].norm(), n) for n, found in fused.items())[-4:]
     assert error(fused) <= 1.05 * error(plain), worst
+
+
+def test_torchs_cache_of_compiled_layers_knows_the_operators_version(random_models, tmp_path):
+    """A layer with another version's strides in it would end a run."""
+    changed = types.ModuleType("changed")
+    changed.__file__ = str(tmp_path / "changed.py")
+    tags = []
+    for text in ("LINE = 64\n", "LINE = 32\n"):
+        Path(changed.__file__).write_text(text, encoding="utf-8")
+        linecache.clearcache()
+        tags.append(fused_ops.operators_tag.__wrapped__((changed,)))
+    assert tags[0] != tags[1]
+    model, clock, _ = prepared(random_models("qwen2"))
+    fuse(model, clock, 0.05, kernels=False)
+    compile_layers(model)
+    assert torch.compiler.config.cache_key_tag == fused_ops.operators_tag()
 
 
 def test_layers_are_compiled_once_and_never_again(random_models):
@@ -356,7 +375,7 @@ def check_kernels(device: str, dtype: torch.dtype, tolerance: float) -> None:
         masks = linear_ops.Masks(step, sequences, salt, length, p)
         x = torch.randn(2 * length, columns * (2 if swiglu else 1), device=device).to(dtype)
         A = linear_ops.stack_adapters([torch.randn(8, columns, device=device) * 0.1 for _ in range(members)], dtype)
-        for most, share in ((64, 64), (64, 1024), (0, 0)):  # u in the same pass, by one program or more, and after it
+        for most, share in ((64, 64), (64, 1024), (0, 64)):  # u in the same pass, by one program or more, and after it
             with mock.patch.multiple(linear_ops, MOST_WIDEN_COLUMNS=most, WIDEN_SHARE=share):
                 found = linear_ops.widen(x, A, masks, 0.5, swiglu, True)
             want = linear_ops.widen(x.float(), A.float(), masks, 0.5, swiglu, False)
@@ -368,6 +387,25 @@ def check_kernels(device: str, dtype: torch.dtype, tolerance: float) -> None:
             found = linear_ops.widen_backward(grad.clone(), x, A, masks, True)
             want = linear_ops.widen_backward(grad.float(), x.float(), A.float(), masks, False)
             assert all(apart(a, b) < tolerance for a, b in zip(found, want, strict=True)), (members, p)
+
+
+def check_cross_entropy(device: str, dtype: torch.dtype, tolerance: float) -> None:
+    """Compare the kernel with torch's cross entropy in fp64: a row of less than a block and of more, unlabelled rows, logits
+    whose exponential overflows, a target at either end.
+    """
+    torch.manual_seed(0)
+    for vocabulary, size in ((101, 1.0), (20_000, 1.0), (101, 100.0)):
+        rows, weight = torch.randn(6, 24, device=device), torch.randn(vocabulary, 24, device=device) * size
+        rows, weight = rows.to(dtype), weight.to(dtype)
+        targets = torch.tensor([0, vocabulary - 1, -100, 7, vocabulary // 2, 3], device=device)
+        logits = (rows @ weight.t()).double().requires_grad_()
+        want = torch.nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
+        want.backward()
+        for with_gradient in (False, True):
+            loss, gradient = loss_ops.kernel_chunk_loss(rows, weight, None, targets, with_gradient)
+            assert abs(loss.item() / want.item() - 1) < 1e-5, (vocabulary, size)
+        assert apart(gradient, logits.grad.float() @ weight.float()) < tolerance, (vocabulary, size)
+        assert not gradient[2].any()
 
 
 def apart(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -459,6 +497,7 @@ def interpret(checks: str) -> None:
 def test_kernels_in_tritons_interpreter():
     """Half precision: it rounds bfloat16 wrongly, and tl.dot takes its bits for numbers."""
     interpret("check_kernels('cpu', torch.float16, 2e-3); check_swiglu_backward('cpu', torch.float16, 2e-3)")
+    interpret("check_cross_entropy('cpu', torch.float16, 2e-3)")
     interpret("check_rotate('cpu', torch.float32, 1e-6); check_rotate('cpu', torch.float16, 1e-3)")
 
 
@@ -537,6 +576,10 @@ def test_kernels_compile_within_the_shared_memory_of_each_card(capability):
         activations = dict.fromkeys(("x", "wide", "grads", "A", "u"), half) | {"dA": single, "dB": single, **masks}
         kernel, switches = training_kernels.swiglu_backward_kernel, tile | {"DROPOUT": dropout}
         compile_(kernel, activations, switches, launch.warps, num_stages=1)
+    for gradient in (False, True):
+        pointers = {"logits": half, "targets": "*i64", "losses": single}
+        constants = {"GRADIENT": gradient, "BLOCK": loss_ops.CROSS_ENTROPY.block_k}
+        compile_(training_kernels.cross_entropy_kernel, pointers, constants, loss_ops.CROSS_ENTROPY.warps)
     heads = {"HEADS": 16, "KV_HEADS": 2, "HALF": 64, "BLOCK_M": attention_ops.ROTATE.block_m, "BLOCK_K": 64}
     for back, angles in itertools.product((False, True), (half, single)):
         activations = dict.fromkeys(("qkv", "q", "k", "v"), half) | {"cos": angles, "sin": angles}
@@ -584,6 +627,7 @@ def test_frozen_adapters_get_no_gradient_and_the_rest_the_same(random_models, fr
 def test_kernels_on_the_gpu(dtype):
     check_kernels("cuda", dtype, 1e-2)
     check_swiglu_backward("cuda", dtype, 1e-2)
+    check_cross_entropy("cuda", dtype, 1e-2)
     check_rotate("cuda", dtype, 1e-2)
 
 

@@ -12,15 +12,9 @@ from transformers import AutoModelForCausalLM
 
 import fused_ops
 from attention_ops import use_causal_attention
-from fused_ops import (
-    DropoutClock,
-    StatelessDropout,
-    chunk_rows,
-    chunked_cross_entropy,
-    shift_labels,
-    use_stateless_dropout,
-)
+from fused_ops import DropoutClock, StatelessDropout, use_stateless_dropout
 from linear_ops import drop_threshold
+from loss_ops import chunk_rows, chunked_cross_entropy, shift_labels
 from quantization_utils import (
     create_bnb_config,
     create_lora_config,
@@ -389,6 +383,45 @@ def test_chunked_loss_needs_no_gradient_in_evaluation():
 def test_chunks_bound_the_logits():
     assert chunk_rows(151_936) * 151_936 * 4 <= 256 * 2**20 < (chunk_rows(151_936) + 1) * 151_936 * 4
     assert chunk_rows(10**9) == 16
+
+
+class TornBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise torch.OutOfMemoryError("injected")
+
+
+def test_gradient_sums_are_autograds_own_in_the_same_memory():
+    """150 matrices: two launches of 64 and a rest; one that no loss reads, one without a gradient so far."""
+    torch.manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.randn(3, 5)) for _ in range(152)]
+    idle, fresh = parameters[150:]
+    x, sums = torch.randn(4, 3), fused_ops.GradientSums(parameters)
+    used = [*parameters[:150], fresh]
+
+    def backward(scale: float) -> None:
+        sum(((x @ parameter) ** 2).sum() for parameter in used).mul(scale).backward()
+
+    backward(1.0), backward(0.3)
+    want = [parameter.grad.clone() for parameter in used]
+    for parameter in parameters:
+        parameter.grad = None if parameter is fresh else torch.zeros_like(parameter)
+    held = [parameter.grad for parameter in parameters[:151]]
+    for scale in (1.0, 0.3):
+        with sums.of_backward():
+            backward(scale)
+    assert all(torch.equal(parameter.grad, gradient) for parameter, gradient in zip(used, want, strict=True))
+    assert all(p.grad is gradient for p, gradient in zip(parameters[:151], held, strict=True)) and not idle.grad.any()
+    with pytest.raises(torch.OutOfMemoryError), sums.of_backward():
+        (TornBackward.apply(parameters[0]).sum() + parameters[1].sum()).backward()
+    assert all(p.grad is gradient for p, gradient in zip(parameters[:151], held, strict=True))
+    sums_after = [parameter.grad.clone() for parameter in used]
+    parameters[1].sum().backward()  # outside, autograd adds as ever
+    assert torch.equal(parameters[1].grad, sums_after[1] + 1)
 
 
 def test_labels_move_one_to_the_left():

@@ -304,7 +304,7 @@ PHASES = {  # by a piece of the kernel's name, the first that fits
     "passes of the adapters": "widen|swiglu|settle",
     "attention": "sdpa|flash|fmha|cudnn",
     "matrix products": "nvjet|cutlass|gemm|cublas|splitk",
-    "norms, rotary, loss": "rotate|triton_",
+    "norms, rotary, loss": "rotate|triton_|cross_entropy",
     "rest": "",
 }
 

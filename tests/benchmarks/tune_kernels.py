@@ -20,9 +20,10 @@ from triton.testing import do_bench
 
 import attention_ops
 import linear_ops
+import loss_ops
 from tests.test_fused_ops import packed_weights
 
-HIDDEN, MLP, RANK = 2048, 11008, 16
+HIDDEN, MLP, RANK, VOCABULARY = 2048, 11008, 16, 151936
 HEADS, KV_HEADS, WIDTH = 16, 2, 128
 
 
@@ -130,6 +131,20 @@ def tune_rotate(rows: int, peak: float) -> None:
         )
 
 
+def tune_cross_entropy(rows: int, peak: float) -> None:
+    """Tune the kernel of the loss on a chunk of logits, read twice and written once."""
+    logits = torch.randn(rows, VOCABULARY, device="cuda", dtype=torch.bfloat16)
+    targets, losses = torch.randint(0, VOCABULARY, (rows,), device="cuda"), torch.empty(rows, device="cuda")
+    tune(
+        f"cross entropy rows={rows}",
+        itertools.product((1,), (2048, 4096, 8192, 16384), (4, 8, 16, 32)),
+        lambda launch: setattr(loss_ops, "CROSS_ENTROPY", launch),
+        functools.partial(loss_ops.cross_entropy, logits, targets, losses, True),
+        3 * logits.nbytes,
+        peak,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", type=int, default=[2048, 8192])
@@ -153,6 +168,8 @@ def main() -> None:
         tune_rows(rows, swiglu, members, p, peak)
     for rows in args.rows:
         tune_rotate(rows, peak)
+    for rows in (512, 1024):
+        tune_cross_entropy(rows, peak)
     del context
 
 
