@@ -144,8 +144,9 @@ def saved_bytes(shape: ModelShape, config: Config, path: str) -> int:
     h, q, kv, inner = shape.hidden, shape.query, shape.key_value, shape.inner
     rank = config.lora.rank
     attention = 2 * (2 * q + kv) + 4 * shape.heads
-    if shape.head_norms:  # their inputs, in fp32 unless compiled, and a number a head
-        attention += (q + kv // 2) * (2 if path == COMPILED else 4) + 4 * (q + kv // 2) * shape.heads // q
+    if shape.head_norms:  # their inputs in fp32, or, compiled, with them the whole product, v too; and a number a head
+        attention += 2 * (q + kv) if path == COMPILED else 4 * (q + kv // 2)
+        attention += 4 * (q + kv // 2) * shape.heads // q
     if path == COMPILED:  # a norm's output is made again from its input: the layer's, or the sum after attention
         return attention + 2 * (2 * h + 2 * inner) + 2 * fused_columns(config) + 8
     norms = 2 * 4 * h + 8  # in fp32

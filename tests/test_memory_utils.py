@@ -50,8 +50,11 @@ def saved_by_autograd(folder: str, path: str, p: float, layers: int) -> int:
     clock = fused_ops.DropoutClock(42, torch.device("cpu"))
     fused_ops.use_stateless_dropout(model, p, clock)
     loss = train_qlora.SummedLoss(model, torch.bfloat16)
-    if path == FUSED:
+    if path != PLAIN:
         fused_ops.fuse(model, clock, p, kernels=False)
+    if path == COMPILED:
+        torch._dynamo.reset()
+        fused_ops.compile_layers(model)
     model.train()
     loss.decoder.layers = loss.decoder.layers[:layers]
     seen: dict[int, int] = {}
@@ -75,7 +78,7 @@ def saved_by_autograd(folder: str, path: str, p: float, layers: int) -> int:
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "llama", "qwen3"])
-@pytest.mark.parametrize("path, p", [(PLAIN, 0.0), (PLAIN, 0.05), (FUSED, 0.0), (FUSED, 0.05)])
+@pytest.mark.parametrize("path, p", [(path, p) for path in (PLAIN, FUSED, COMPILED) for p in (0.0, 0.05)])
 def test_saved_activations_are_what_autograd_keeps(random_models, kind, path, p):
     folder = str(random_models(kind))
     found = (saved_by_autograd(folder, path, p, 2) - saved_by_autograd(folder, path, p, 1)) / 400
