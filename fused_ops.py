@@ -27,7 +27,7 @@ import attention_ops
 import linear_ops
 from attention_ops import ATTENTIONS, CAUSAL, attend, rotate
 from config import ConfigError, PerformanceConfig
-from linear_ops import LINEAR_ARGUMENTS, Packed, dropout_mask, int32, linear
+from linear_ops import LINEAR_ARGUMENTS, Packed, dropout_mask, int32, inverse_rms, linear
 from nf4_lookup import triton
 
 # ------------------------------------------------------------------------------------------------ stateless dropout
@@ -150,12 +150,18 @@ def _first_level(state: bnb.functional.QuantState) -> torch.Tensor:
 
 
 class Group:
-    """Linears that read one x, as one operator: x [..., columns] (or [..., 2 columns], swiglu) -> [..., outputs]."""
+    """Linears that read one x, as one operator: x [..., columns] (or [..., 2 columns], swiglu) -> [..., outputs].
 
-    def __init__(self, modules: list[nn.Module], salt: int, clock: DropoutClock, p: float, kernels: bool):
+    norm: the RMS norm that x has yet to go through.
+    """
+
+    def __init__(
+        self, modules: list[nn.Module], salt: int, clock: DropoutClock, p: float, kernels: bool,
+        norm: nn.Module | None = None,
+    ):  # fmt: skip
         bases = [getattr(module, "base_layer", module) for module in modules]
         adapted = [module for module in modules if hasattr(module, "lora_A")]
-        self.leader, self.clock, self.p = modules[0], clock, p
+        self.leader, self.clock, self.p, self.norm = modules[0], clock, p, norm
         self.weight = stack_weights(bases)
         self.kernels = kernels and self.weight.columns % self.weight.blocksizes[0] == 0
         self.outputs = [base.out_features for base in bases]
@@ -183,8 +189,11 @@ class Group:
         p = self.p if self.leader.training else 0.0
         bias = self.bias.to(x.dtype) if self.bias is not None else None
         masks = self.clock.step, self.clock.sequences, self.salt, shape[-1], p
-        before = hands_B, swiglu, before_u, before_B
-        y, u = linear(x.reshape(-1, width), A, B, bias, self.scale, *before, *self.weight, *masks, self.kernels)
+        before, rows = (hands_B, swiglu, before_u, before_B), x.reshape(-1, width)
+        norm = []
+        if self.norm is not None:
+            norm = [self.norm.weight, inverse_rms(rows.detach(), self.norm.variance_epsilon)]
+        y, u = linear(rows, A, B, bias, self.scale, norm, *before, *self.weight, *masks, self.kernels)
         return y.view(*shape, -1), u
 
 
@@ -204,6 +213,9 @@ def _groupable(modules: list[nn.Module]) -> bool:
 
 
 MLPS = {"Qwen2MLP", "Qwen3MLP", "LlamaMLP", "MistralMLP"}
+# Layers whose norms have attention and the MLP as their only readers, and their norms.
+LAYERS = {"Qwen2DecoderLayer", "Qwen3DecoderLayer", "LlamaDecoderLayer", "MistralDecoderLayer"}
+NORMS = {"Qwen2RMSNorm", "Qwen3RMSNorm", "LlamaRMSNorm", "MistralRMSNorm"}
 
 
 def _fused_attention(self, hidden_states, position_embeddings, attention_mask=None, **kwargs):
@@ -242,10 +254,15 @@ def _fused_linear(self, x, *args, **kwargs):
     return self.fused_alone(x)
 
 
+def _left_to_the_reader(self, hidden):
+    return hidden
+
+
 @functools.cache
 def _with_forward(kind: type, forward: Callable) -> type:
     """Return a subclass with another forward: one class for all layers, so that one compilation serves them."""
-    return type("Fused" + kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+    members = {"forward": forward, "unfused": kind, "__module__": kind.__module__}
+    return type("Fused" + kind.__name__, (kind,), members)
 
 
 def _switch(module: nn.Module, forward: Callable, **groups: Group) -> None:
@@ -255,13 +272,24 @@ def _switch(module: nn.Module, forward: Callable, **groups: Group) -> None:
 
 
 def fuse(model: PeftModel, clock: DropoutClock, p: float, kernels: bool) -> int:
-    """Give every 4-bit linear of the decoder layers its operator and return how many; peft keeps the parameters."""
+    """Give every 4-bit linear of the decoder layers its operator and return how many; peft keeps the parameters.
+
+    Norms that such an operator does on its way hand on what they get; a fused module's class has its own as `unfused`.
+    """
     names = {module: name for name, module in model.named_modules()}
     fused: set[nn.Module] = set()
 
-    def group(*modules: nn.Module) -> Group:
+    def group(*modules: nn.Module, norm: nn.Module | None = None) -> Group:
         fused.update(modules)
-        return Group(list(modules), salt_of(names[modules[0]]), clock, p, kernels)
+        return Group(list(modules), salt_of(names[modules[0]]), clock, p, kernels, norm)
+
+    def take_norm(layer: nn.Module, name: str) -> nn.Module | None:
+        """Return a norm of the layer for its reader's operator, which saves its output's way to memory and back."""
+        norm = getattr(layer, name, None)
+        if type(layer).__name__ not in LAYERS or type(norm).__name__ not in NORMS or norm.weight.requires_grad:
+            return None
+        _switch(norm, _left_to_the_reader)
+        return norm
 
     for layer in model.get_base_model().get_decoder().layers:
         for module in list(layer.modules()):
@@ -269,11 +297,13 @@ def fuse(model: PeftModel, clock: DropoutClock, p: float, kernels: bool) -> int:
             if kind in ATTENTIONS and module.config._attn_implementation == CAUSAL:
                 qkv = [module.q_proj, module.k_proj, module.v_proj]
                 if _groupable(qkv) and fusable(module.o_proj):
-                    _switch(module, _fused_attention, qkv=group(*qkv), out=group(module.o_proj))
+                    norm = take_norm(layer, "input_layernorm")
+                    _switch(module, _fused_attention, qkv=group(*qkv, norm=norm), out=group(module.o_proj))
             elif kind in MLPS and isinstance(module.act_fn, (nn.SiLU, SiLUActivation)):
                 gate_up = [module.gate_proj, module.up_proj]
                 if _groupable(gate_up) and fusable(module.down_proj):
-                    _switch(module, _fused_mlp, gate_up=group(*gate_up), down=group(module.down_proj))
+                    norm = take_norm(layer, "post_attention_layernorm")
+                    _switch(module, _fused_mlp, gate_up=group(*gate_up, norm=norm), down=group(module.down_proj))
         for module in list(layer.modules()):
             if module not in fused and hasattr(module, "lora_A") and fusable(module):
                 _switch(module, _fused_linear, alone=group(module))
@@ -313,8 +343,8 @@ def operators_tag(modules: tuple[ModuleType, ...] = (linear_ops, attention_ops))
 
 def compile_layers(model: PeftModel) -> None:
     """Compile the decoder layer once for all layers, for training; evaluation, little work, runs as it is."""
-    # A norm's output is a product of what is saved anyway; the partitioner would save it too, since an opaque operator
-    # reads it: 8 kB a token and layer of Qwen2.5-3B.
+    # Where a norm stays in its layer (it is trained, or attention is not ours), its output is a product of what is saved
+    # anyway; the partitioner would save it too, since an opaque operator reads it: 4 kB a token and norm of Qwen2.5-3B.
     torch._functorch.config.ban_recompute_materialized_backward = False
     # torch keeps compiled layers on disk and does not look into our operators, whose strides are compiled in: with the
     # layers of another version of this toolkit a run ended in an AssertionError.

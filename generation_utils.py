@@ -298,13 +298,13 @@ def use_own_precision(model: PeftModel) -> None:
 
 @contextmanager
 def plain_linears(model: nn.Module) -> Iterator[None]:
-    """Give fused modules the forward they had: one token through bitsandbytes' own matrix-vector product reads packed
+    """Give fused modules, norms too, the forward they had: one token through bitsandbytes' own matrix-vector product reads packed
     weights only, where the fused operator unpacks them first.
     """
-    fused = [m for m in model.modules() if any(name.startswith("fused_") for name in vars(m))]
+    fused = [module for module in model.modules() if hasattr(type(module), "unfused")]
     kinds = [type(module) for module in fused]
     for module in fused:
-        module.__class__ = type(module).__bases__[0]
+        module.__class__ = type(module).unfused
     try:
         yield
     finally:

@@ -1,6 +1,7 @@
 """Linears of 4-bit weights that read one x, with their adapters, as operators with the gradient of their own arithmetic."""
 
 import inspect
+import itertools
 from typing import NamedTuple
 
 import bitsandbytes  # noqa: F401  (registers the operators that dequantise without Triton)
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 
 import training_kernels
 from nf4_lookup import SHUFFLE, triton
-from training_kernels import Launch
+from training_kernels import Launch, multiprocessors
 
 # ------------------------------------------------------------------------------------------------ masks without state
 
@@ -67,6 +68,7 @@ MASKED_BACKWARD = Launch(block_m=16, block_k=64, warps=2)
 # Adapter columns up to which SwiGLU's backward has a kernel: it holds three sums [columns, block_k] in registers, and on
 # sm_89 so many take 250 of 255 (Triton 3.6; 3.9 spills 24 bytes). Beyond, torch does it, with fp32 copies.
 MOST_COLUMNS = 256
+SETTLE_BLOCK = 1024
 SHARE_ROWS = 256  # at least: a share's sums, 192 bytes a column at rank 16, are then 8 % of what it reads and writes
 SHARE_PROGRAMS = 4  # a multiprocessor, as many as its registers hold at rank 16
 
@@ -80,8 +82,7 @@ def swiglu_launch(columns: int) -> Launch:
 
 def share_rows(rows: int, blocks: int, device: torch.device) -> int:
     """Return over how many rows a program of that kernel sums up, where they stand in `blocks` blocks of columns."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    shares = max(1, min(rows // SHARE_ROWS, SHARE_PROGRAMS * processors // blocks))
+    shares = max(1, min(rows // SHARE_ROWS, SHARE_PROGRAMS * multiprocessors(device) // blocks))
     return -(-rows // shares)
 
 
@@ -92,7 +93,7 @@ def _power(n: int) -> int:
 # ------------------------------------------------------------------------------------------------ operators
 #
 # Linears that read one x, with their rank-r adapters, are one operator with the gradient of its own arithmetic:
-#   y = [x | u | 0] [W | scale B | 0]^T + bias,  u = dropout(x) A^T       (SwiGLU first, where x is [gate | up])
+#   y = [x | u | 0] [W | scale B | 0]^T + bias,  u = dropout(x) A^T       (SwiGLU or the norm of x first)
 # W is dequantised, used and dropped. The adapter rides in the base product's own reduction, so no pass reads and
 # writes whole activations for y += u B^T, and the backward's product yields dx and du at once. An opaque operator
 # keeps a compiler from saving W.
@@ -142,6 +143,36 @@ class Masks(NamedTuple):
     p: float
 
 
+class Norm(NamedTuple):
+    """The RMS norm that x is to go through first. weight: [columns]; inverse: 1 / rms of x's rows, fp32 [rows]."""
+
+    weight: torch.Tensor
+    inverse: torch.Tensor
+
+
+def inverse_rms(x: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """Return 1 / rms of the rows of x, fp32 (Zhang & Sennrich, "Root Mean Square Layer Normalization", 2019)."""
+    return torch.rsqrt(x.float().square().mean(-1) + epsilon)
+
+
+def normed(x: torch.Tensor, norm: Norm | None, kernels: bool) -> torch.Tensor:
+    """Return x behind its norm, rounded as transformers does: before the weight and after it."""
+    if norm is None:
+        return x
+    if not kernels:
+        return (norm.weight * (x.float() * norm.inverse[:, None]).to(x.dtype)).to(x.dtype)
+    out = torch.empty_like(x)
+    _widen_kernel(x, out, out, x.new_empty(0, x.shape[1]), out, None, no_masks(x), 0.0, False, norm)
+    return out
+
+
+def norm_backward(grad: torch.Tensor, x: torch.Tensor, norm: Norm) -> torch.Tensor:
+    """Return the gradient of x from that of `normed`; in a compiled layer one pass with the residual's."""
+    grad, inverse = grad.float() * norm.weight.float(), norm.inverse[:, None]
+    unit = x.float() * inverse
+    return (inverse * (grad - unit * (grad * unit).mean(-1, keepdim=True))).to(x.dtype)
+
+
 def no_masks(x: torch.Tensor) -> Masks:
     """Return the masks of an operator without an adapter, which nothing reads."""
     return Masks(x, x, x, len(x), 0.0)
@@ -155,32 +186,32 @@ def stack_adapters(A: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
 
 
 def widen(
-    x: torch.Tensor, A: torch.Tensor, masks: Masks, scale: float, swiglu: bool, kernels: bool
+    x: torch.Tensor, A: torch.Tensor, masks: Masks, scale: float, swiglu: bool, kernels: bool, norm: Norm | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ([x | u | 0], [rows, operand columns], and scale u), u = dropout(x) A^T. x: [rows, columns]; swiglu:
-    [rows, 2 columns].
+    """Return ([x | u | 0], [rows, operand columns], and scale u), u = dropout(x) A^T. x: [rows, columns], perhaps to be
+    normed; swiglu: [rows, 2 columns].
     """
     extra, columns = A.shape
     stride = operand_columns(columns, extra)
     wide = x.new_empty(len(x), stride)
     if not kernels:
-        wide[:, :columns] = _swiglu(x) if swiglu else x
+        wide[:, :columns] = _swiglu(x) if swiglu else normed(x, norm, kernels)
         dropped = _drop(wide[:, :columns], masks) if masks.p > 0 else wide[:, :columns]
         wide[:, columns : columns + extra] = dropped @ A.t()
         wide[:, columns + extra :] = 0
         return wide, wide[:, columns : columns + extra] * scale
     u, shares = x.new_empty(len(x), extra), triton.cdiv(columns, WIDEN_SHARE)
     if not extra:
-        _widen_kernel(x, wide, wide, A, wide, None, masks, scale, swiglu)
+        _widen_kernel(x, wide, wide, A, wide, None, masks, scale, swiglu, norm)
         return wide, u
     if extra <= MOST_WIDEN_COLUMNS:
         sums = x.new_empty(shares, len(x), extra, dtype=torch.float32) if shares > 1 else u
-        _widen_kernel(x, wide, wide, A, sums, u, masks, scale, swiglu)
+        _widen_kernel(x, wide, wide, A, sums, u, masks, scale, swiglu, norm)
         if shares == 1:
             return wide, u
     else:
         dropped = x.new_empty(len(x), columns) if masks.p > 0 else wide[:, :columns]
-        _widen_kernel(x, wide, dropped, A, wide, None, masks, scale, swiglu)
+        _widen_kernel(x, wide, dropped, A, wide, None, masks, scale, swiglu, norm)
         sums, shares = _product_fp32(dropped, A.t()), 1
     training_kernels.settle_kernel[(triton.cdiv(len(x), 64),)](
         sums, wide, u, len(x), columns, stride, extra, scale, SHARES=shares, BLOCK_M=64, BLOCK_R=_power(extra),
@@ -189,7 +220,7 @@ def widen(
     return wide, u
 
 
-def _widen_kernel(x, wide, dropped, A, sums, u, masks: Masks, scale: float, swiglu: bool) -> None:
+def _widen_kernel(x, wide, dropped, A, sums, u, masks: Masks, scale: float, swiglu: bool, norm: Norm | None) -> None:
     """Launch `widen_kernel`; u None: without the product."""
     extra, columns = A.shape
     block_r = 0 if u is None else _power(extra)
@@ -197,34 +228,47 @@ def _widen_kernel(x, wide, dropped, A, sums, u, masks: Masks, scale: float, swig
     share = WIDEN_SHARE if block_r else block_k
     grid = (triton.cdiv(len(x), WIDEN.block_m), triton.cdiv(columns, share))
     training_kernels.widen_kernel[grid](
-        x, wide, dropped, A, sums, wide if u is None else u, masks.step, masks.sequences, masks.salt, len(x), share,
-        masks.length, columns, wide.shape[1], extra, drop_threshold(masks.p), 1 / (1 - masks.p), scale, SWIGLU=swiglu,
-        DROPOUT=masks.p > 0, BLOCK_M=WIDEN.block_m, BLOCK_K=block_k, BLOCK_R=block_r,
+        x, wide, dropped, A, sums, wide if u is None else u, *(norm or (x, x)), masks.step, masks.sequences, masks.salt,
+        len(x), share, masks.length, columns, wide.shape[1], extra, drop_threshold(masks.p), 1 / (1 - masks.p), scale,
+        SWIGLU=swiglu, NORM=norm is not None, DROPOUT=masks.p > 0, BLOCK_M=WIDEN.block_m, BLOCK_K=block_k, BLOCK_R=block_r,
         BLOCK_Z=_power(wide.shape[1] - columns) if block_r and columns <= share else 0, num_warps=WIDEN.warps,
         num_stages=1,
     )  # fmt: skip
 
 
+DIVIDED = (torch.bfloat16,)  # types that hold du / rms as well as du; in float16 it would underflow
+
+
 def widen_backward(
-    wide: torch.Tensor, x: torch.Tensor, A: torch.Tensor, masks: Masks, kernels: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (dx, dropout(x)) from wide = [dx | du], which may be used up: its dx lacks what comes through the adapters."""
+    wide: torch.Tensor, x: torch.Tensor, A: torch.Tensor, masks: Masks, kernels: bool, norm: Norm | None = None
+) -> tuple[torch.Tensor, torch.Tensor, Norm | None]:
+    """Return (dx, dA in fp32, norm) from wide = [dx | du], which may be used up: its dx lacks what comes through the
+    adapters. dx is that of normed(x) where there is a norm.
+
+    dA = du^T dropout(normed(x)). Where it can be, x is not normed once more for it: du is divided by the rms, and dA's
+    columns lack the weight of the norm that is returned.
+    """
     extra, columns = A.shape
     dx, du = wide[:, :columns], wide[:, columns : columns + extra]
-    if not _leaves_no_gaps(extra, masks.p, kernels):
+    alone = _leaves_no_gaps(extra, masks.p, kernels)
+    if norm and not (alone and x.dtype in DIVIDED):
+        x, norm = normed(x, norm, kernels), None
+    if not alone:
         if masks.p == 0:
-            return dx.addmm_(du, A), x
+            return dx.addmm_(du, A), _product_fp32(du.t(), x), None
         dx += _drop(du @ A, masks)
-        return dx, _drop(x, masks)
+        return dx, _product_fp32(du.t(), _drop(x, masks)), None
     out, launch = x.new_empty(x.shape), MASKED_BACKWARD if masks.p > 0 else WIDEN_BACKWARD
     dropped = torch.empty_like(x) if masks.p > 0 else x
+    divided = x.new_empty(len(x), extra) if norm else du
     grid = (triton.cdiv(len(x), launch.block_m), triton.cdiv(columns, launch.block_k))
     training_kernels.widen_backward_kernel[grid](
-        wide, x, out, dropped, A, masks.step, masks.sequences, masks.salt, len(x), masks.length, columns,
-        wide.shape[1], extra, drop_threshold(masks.p), 1 / (1 - masks.p), DROPOUT=masks.p > 0,
-        BLOCK_M=launch.block_m, BLOCK_K=launch.block_k, BLOCK_R=_power(extra), num_warps=launch.warps,
+        wide, x, out, dropped, A, norm.inverse if norm else x, divided, masks.step, masks.sequences, masks.salt, len(x),
+        masks.length, columns, wide.shape[1], extra, drop_threshold(masks.p), 1 / (1 - masks.p), NORM=norm is not None,
+        DROPOUT=masks.p > 0, BLOCK_M=launch.block_m, BLOCK_K=launch.block_k, BLOCK_R=_power(extra),
+        num_warps=launch.warps,
     )  # fmt: skip
-    return out, dropped
+    return out, _product_fp32(divided.t(), dropped), norm
 
 
 def _leaves_no_gaps(extra: int, p: float, kernels: bool) -> bool:
@@ -237,8 +281,8 @@ def _leaves_no_gaps(extra: int, p: float, kernels: bool) -> bool:
 
 def swiglu_backward(
     wide: torch.Tensor, x: torch.Tensor, A: torch.Tensor, masks: Masks, u: torch.Tensor | None, rank: int, kernels: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return (d[gate | up], dA, dB of gate and up [2, columns, rank]) from wide = [dx | du] and x = [gate | up].
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (d[gate | up], dA and the dB of gate and up as `apart` parts them) from wide = [dx | du] and x = [gate | up].
 
     u: [rows, adapter columns], that of gate and up with their scale; None and rank 0 where their dB is not wanted.
     """
@@ -252,11 +296,13 @@ def swiglu_backward(
     grads = _swiglu_backward(x, wide[:, :columns] + back)
     parts = [grads[:, i * columns : (i + 1) * columns].t() for i in range(2 if rank else 0)]
     dB = [_product_fp32(part, u[:, i * rank : (i + 1) * rank]) for i, part in enumerate(parts)]
-    return grads, _product_fp32(du.t(), tile), torch.stack(dB) if dB else _no_dB(x, columns)
+    return grads, torch.cat([part.flatten() for part in (_product_fp32(du.t(), tile), *dB)])
 
 
-def _no_dB(x: torch.Tensor, columns: int) -> torch.Tensor:
-    return x.new_empty(2, columns, 0, dtype=torch.float32)
+def apart(sums: torch.Tensor, extra: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return dA [adapter columns, columns], and the dB of gate and up [2, columns, their rank] that come behind it."""
+    size = extra * columns
+    return sums[:size].view(extra, columns), sums[size:].view(2, columns, (len(sums) - size) // (2 * columns))
 
 
 def _swiglu_backward_kernel(wide, x, A, masks, u, rank):
@@ -266,15 +312,39 @@ def _swiglu_backward_kernel(wide, x, A, masks, u, rank):
     blocks = triton.cdiv(columns, launch.block_k)
     share = triton.cdiv(share_rows(rows, blocks, x.device), launch.block_m) * launch.block_m
     shares, grads = triton.cdiv(rows, share), torch.empty_like(x)
-    dA = x.new_empty(shares, extra, columns, dtype=torch.float32)
-    dB = x.new_empty(shares, 2, columns, rank, dtype=torch.float32)
+    sums = x.new_empty(shares, (extra + 2 * rank) * columns, dtype=torch.float32)
     training_kernels.swiglu_backward_kernel[(blocks, shares)](
-        wide, x, grads, A, u if rank else x, dA, dB, masks.step, masks.sequences, masks.salt, rows, share, masks.length,
+        wide, x, grads, A, u if rank else x, sums, masks.step, masks.sequences, masks.salt, rows, share, masks.length,
         columns, wide.shape[1], extra, u.stride(0) if rank else 0, rank, drop_threshold(masks.p), 1 / (1 - masks.p),
         DROPOUT=masks.p > 0, BLOCK_M=launch.block_m, BLOCK_K=launch.block_k, BLOCK_R=_power(extra) if extra else 0,
         BLOCK_U=_power(rank) if rank else 0, num_warps=launch.warps, num_stages=1,
     )  # fmt: skip
-    return grads, dA.sum(0), dB.sum(0)
+    return grads, sums.sum(0)
+
+
+def settle_gradients(
+    dA: torch.Tensor, dB: torch.Tensor, outputs: list[int], rank: int, norm: Norm | None, kernels: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return dA with its columns times the norm's weight and, of dB [rows, adapter columns], each member's own columns.
+
+    outputs: the rows of the members; dB may have none. norm: with kernels only. In one launch: autograd copied each
+    member's columns by itself.
+    """
+    rows, extra = dB.shape
+    if not kernels:
+        own = [part[:, i * rank : (i + 1) * rank] for i, part in enumerate(dB.split(outputs))] if rows else []
+        return dA, torch.cat(own) if own else dB.new_empty(0, rank)
+    if not norm and rows and len(outputs) == 1 and rank == extra:
+        return dA, dB
+    own, scaled = dB.new_empty(rows, rank), dA.numel() if norm else 0
+    if not own.numel() and not norm:
+        return dA, own
+    programs = triton.cdiv(scaled, SETTLE_BLOCK)
+    training_kernels.settle_gradients_kernel[(programs + triton.cdiv(own.numel(), SETTLE_BLOCK),)](
+        dA, norm.weight if norm else dA, dB, own, scaled, dA.shape[-1], own.numel(), outputs[0],
+        sum(outputs[:2]), extra, rank, programs, BLOCK=SETTLE_BLOCK,
+    )  # fmt: skip
+    return dA, own
 
 
 class Packed(NamedTuple):
@@ -343,22 +413,23 @@ def _product_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 @torch.library.custom_op("qlora::linear", mutates_args=())
 def linear(
     x: torch.Tensor, A: list[torch.Tensor], B: list[torch.Tensor], bias: torch.Tensor | None, scale: float,
-    hands_B: bool, swiglu: bool, before_u: torch.Tensor | None, before_B: list[torch.Tensor],
+    norm: list[torch.Tensor], hands_B: bool, swiglu: bool, before_u: torch.Tensor | None, before_B: list[torch.Tensor],
     codes: torch.Tensor, constants: list[torch.Tensor], lut: torch.Tensor, columns: int, blocksizes: list[int],
     quant_type: str, step: torch.Tensor, sequences: torch.Tensor, salt: torch.Tensor, length: int, p: float,
     kernels: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Return (y, scale u), y: [rows, out features of all members]. x: [rows, columns], or [gate | up] of SwiGLU.
 
-    hands_B: the operator that reads y makes the gradient of B. before_u, before_B: where SwiGLU's does so, the u and B
-    that came with [gate | up]; they take no part in y.
+    norm: empty, or a `Norm`, whose 1 / rms is of x: nothing of the gradient flows through it. hands_B: the operator that
+    reads y makes the gradient of B. before_u, before_B: where SwiGLU's does so, the u and B that came with [gate | up]; they
+    take no part in y.
     """
-    packed = Packed(codes, constants, lut, columns, blocksizes, quant_type)
+    packed, first = Packed(codes, constants, lut, columns, blocksizes, quant_type), Norm(*norm) if norm else None
     W, stacked = operands(packed, A, B, scale, x.dtype, kernels)
     if not A:
-        wide = widen(x, stacked, no_masks(x), 0.0, swiglu, kernels)[0] if swiglu else x
+        wide = widen(x, stacked, no_masks(x), 0.0, True, kernels)[0] if swiglu else normed(x, first, kernels)
         return F.linear(wide, W, bias), x.new_empty(0)
-    wide, u = widen(x, stacked, Masks(step, sequences, salt, length, p), scale, swiglu, kernels)
+    wide, u = widen(x, stacked, Masks(step, sequences, salt, length, p), scale, swiglu, kernels, first)
     return F.linear(wide, W, bias), u
 
 
@@ -366,7 +437,7 @@ LINEAR_ARGUMENTS = tuple(inspect.signature(linear._init_fn).parameters)
 
 
 @linear.register_fake
-def _(x, A, B, bias, scale, hands_B, swiglu, before_u, before_B, codes, constants, lut, columns, *rest):
+def _(x, A, B, bias, scale, norm, hands_B, swiglu, before_u, before_B, codes, constants, lut, columns, *rest):
     u = x.new_empty(len(x), adapter_columns(len(A[0]), len(A))) if A else x.new_empty(0)
     return x.new_empty(len(x), codes.numel() * 2 // columns), u
 
@@ -374,35 +445,36 @@ def _(x, A, B, bias, scale, hands_B, swiglu, before_u, before_B, codes, constant
 @torch.library.custom_op("qlora::linear_backward", mutates_args=())
 def linear_backward(
     grad: torch.Tensor, x: torch.Tensor, u: torch.Tensor, A: list[torch.Tensor], B: list[torch.Tensor], scale: float,
-    hands_B: bool, swiglu: bool, before_u: torch.Tensor | None, before_rank: int,
+    norm: list[torch.Tensor], hands_B: bool, swiglu: bool, before_u: torch.Tensor | None, before_rank: int,
     codes: torch.Tensor, constants: list[torch.Tensor], lut: torch.Tensor, columns: int, blocksizes: list[int],
     quant_type: str, step: torch.Tensor, sequences: torch.Tensor, salt: torch.Tensor, length: int, p: float,
     kernels: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Return (dx, dA of all members [adapter columns, columns], dB [out features, adapter columns], dB of gate and up
-    [2, columns, before_rank]), all but dx in fp32. hands_B: without dB.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Return (dx, sums, dB [out features, rank]), all but dx in fp32; sums: dA and, for SwiGLU's, the dB of gate and up, as
+    `apart` parts them. hands_B: without dB. dx is that of what the norm gives, for `norm_backward`.
     """
-    packed = Packed(codes, constants, lut, columns, blocksizes, quant_type)
+    packed, first = Packed(codes, constants, lut, columns, blocksizes, quant_type), Norm(*norm) if norm else None
     W, stacked = operands(packed, A, B, scale, grad.dtype, kernels)
-    dB = grad.new_empty(grad.shape[1], 0, dtype=torch.float32) if hands_B else _product_fp32(grad.t(), u)
-    both = columns + len(stacked)
+    dB = grad.new_empty(0, len(stacked), dtype=torch.float32) if hands_B else _product_fp32(grad.t(), u)
+    both, outputs = columns + len(stacked), [len(b) for b in B]
     wide = grad.new_empty(len(grad), W.shape[1])
     torch.mm(grad, W[:, :both], out=wide[:, :both])
     del W
     masks = Masks(step, sequences, salt, length, p)
     if swiglu:
-        dx, dA, before_dB = swiglu_backward(wide, x, stacked, masks, before_u, before_rank, kernels)
-        return dx, dA, dB, before_dB
-    dx, tile = widen_backward(wide, x, stacked, masks, kernels)
-    return dx, _product_fp32(wide[:, columns:both].t(), tile), dB, _no_dB(x, columns)
+        dx, sums = swiglu_backward(wide, x, stacked, masks, before_u, before_rank, kernels)
+        return dx, sums, settle_gradients(sums, dB, outputs, len(A[0]), None, kernels)[1]
+    dx, dA, first = widen_backward(wide, x, stacked, masks, kernels, first)
+    dA, dB = settle_gradients(dA, dB, outputs, len(A[0]), first, kernels)
+    return dx, dA.flatten(), dB
 
 
 @linear_backward.register_fake
-def _(grad, x, u, A, B, scale, hands_B, swiglu, before_u, before_rank, codes, constants, lut, columns, *rest):
+def _(grad, x, u, A, B, scale, norm, hands_B, swiglu, before_u, before_rank, codes, constants, lut, columns, *rest):
     extra, (p, kernels) = adapter_columns(len(A[0]), len(A)), rest[-2:]
     alone = swiglu or _leaves_no_gaps(extra, p, kernels)
     dx = x.new_empty(x.shape) if alone else x.new_empty(len(x), operand_columns(columns, extra))[:, :columns]
-    sizes = (extra, columns), (grad.shape[1], 0 if hands_B else extra), (2, columns, before_rank)
+    sizes = ((extra + 2 * before_rank) * columns,), (0 if hands_B else grad.shape[1], len(A[0]))
     return dx, *(x.new_empty(size, dtype=torch.float32) for size in sizes)
 
 
@@ -413,6 +485,7 @@ def _linear_setup(ctx, inputs, output):
         B,
         _,
         ctx.scale,
+        norm,
         ctx.hands_B,
         ctx.swiglu,
         before_u,
@@ -428,33 +501,34 @@ def _linear_setup(ctx, inputs, output):
         ctx.p,
         ctx.kernels,
     ) = inputs
-    ctx.members, ctx.levels = len(A), len(constants)
+    ctx.sizes = len(norm), len(constants), len(A), len(B)
     ctx.before = [(b.shape[1], b.dtype) for b in before_B]
-    ctx.save_for_backward(x, output[1], before_u, codes, lut, step, sequences, salt, *constants, *A, *B)
+    ctx.save_for_backward(x, output[1], before_u, codes, lut, step, sequences, salt, *norm, *constants, *A, *B)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
 def _linear_backward(ctx, grad, _):
     x, u, before_u, codes, lut, step, sequences, salt, *rest = ctx.saved_tensors
-    constants, A, B = rest[: ctx.levels], rest[ctx.levels : ctx.levels + ctx.members], rest[ctx.levels + ctx.members :]
+    rest = iter(rest)
+    norm, constants, A, B = (list(itertools.islice(rest, size)) for size in ctx.sizes)
     quantised = codes, constants, lut, *ctx.quantisation
-    grads = dict.fromkeys(LINEAR_ARGUMENTS) | {"A": [], "B": [], "before_B": [], "constants": [None] * ctx.levels}
-    if not A:
-        grads["x"] = product_backward(grad.contiguous(), x, ctx.swiglu, *quantised, ctx.kernels)
-        return tuple(grads.values())
-    grads["x"], dA, dB, before_dB = linear_backward(
-        grad.contiguous(), x, u, A, B, ctx.scale, ctx.hands_B, ctx.swiglu, before_u,
-        ctx.before[0][0] if ctx.before else 0, *quantised, step, sequences, salt, ctx.length, ctx.p, ctx.kernels,
-    )  # fmt: skip
-    rank = len(A[0])
-    grads["A"] = [dA[i * rank : (i + 1) * rank].to(a.dtype) for i, a in enumerate(A)]
-    if ctx.hands_B:
-        grads["B"] = [None] * len(B)
+    empty = {"norm": [None] * len(norm), "constants": [None] * len(constants)}
+    grads = dict.fromkeys(LINEAR_ARGUMENTS) | {"A": [], "B": [], "before_B": [], **empty}
+    if A:
+        dx, sums, dB = linear_backward(
+            grad.contiguous(), x, u, A, B, ctx.scale, norm, ctx.hands_B, ctx.swiglu, before_u,
+            ctx.before[0][0] if ctx.before else 0, *quantised, step, sequences, salt, ctx.length, ctx.p, ctx.kernels,
+        )  # fmt: skip
+        rank, columns = A[0].shape
+        dA, before_dB = apart(sums, adapter_columns(rank, len(A)), columns)
+        grads["A"] = [dA[i * rank : (i + 1) * rank].to(a.dtype) for i, a in enumerate(A)]
+        parts = [None] * len(B) if ctx.hands_B else dB.split([len(b) for b in B])
+        grads["B"] = [part if part is None else part.to(b.dtype) for part, b in zip(parts, B, strict=True)]
+        grads["before_B"] = [before_dB[i].to(dtype) for i, (_, dtype) in enumerate(ctx.before)]
     else:
-        parts = enumerate(dB.split([len(b) for b in B]))  # member i's rows; of their columns its own
-        grads["B"] = [part[:, i * rank : (i + 1) * rank].to(b.dtype) for (i, part), b in zip(parts, B, strict=True)]
-    grads["before_B"] = [before_dB[i].to(dtype) for i, (_, dtype) in enumerate(ctx.before)]
+        dx = product_backward(grad.contiguous(), x, ctx.swiglu, *quantised, ctx.kernels)
+    grads["x"] = norm_backward(dx, x, Norm(*norm)) if norm else dx
     return tuple(grads.values())
 
 
@@ -466,7 +540,7 @@ def product_backward(
     grad: torch.Tensor, x: torch.Tensor, swiglu: bool, codes: torch.Tensor, constants: list[torch.Tensor],
     lut: torch.Tensor, columns: int, blocksizes: list[int], quant_type: str, kernels: bool,
 ) -> torch.Tensor:  # fmt: skip
-    """Return dx where there is no adapter."""
+    """Return dx, of what a norm gives where there is one, where there is no adapter."""
     packed = Packed(codes, constants, lut, columns, blocksizes, quant_type)
     W, stacked = operands(packed, [], [], 0.0, grad.dtype, kernels)
     dx = grad @ W

@@ -28,7 +28,7 @@ CONTEXT_BYTES = int(0.5 * GIB)  # CUDA context with cuBLAS; 0.45-0.55 GiB measur
 WORKSPACE_BYTES = 3 * 2**25  # cuBLAS keeps 32 MiB for each of the streams: the default one, the warm-up's, the graph's
 # What the allocator has reserved and cannot hand out, and what the table lacks; measured on an H100, see
 # tests/benchmarks/bench_memory.py.
-SLACK_BYTES, SLACK_SHARE = int(0.22 * GIB), 0.045  # at all times, and of what comes and goes with a step
+SLACK_BYTES, SLACK_SHARE = int(0.26 * GIB), 0.045  # at all times, and of what comes and goes with a step
 
 # ------------------------------------------------------------------------------------------------ the model's shape
 
@@ -147,11 +147,9 @@ def saved_bytes(shape: ModelShape, config: Config, path: str) -> int:
     if shape.head_norms:  # their inputs in fp32, or, compiled, with them the whole product, v too; and a number a head
         attention += 2 * (q + kv) if path == COMPILED else 4 * (q + kv // 2)
         attention += 4 * (q + kv // 2) * shape.heads // q
-    if path == COMPILED:  # a norm's output is made again from its input: the layer's, or the sum after attention
+    if path != PLAIN:  # a norm is made again from its input, the layer's or the sum after attention, and two numbers
         return attention + 2 * (2 * h + 2 * inner) + 2 * fused_columns(config) + 8
     norms = 2 * 4 * h + 8  # in fp32
-    if path == FUSED:
-        return attention + norms + 2 * (2 * h + 2 * inner) + 2 * fused_columns(config)
     dropped = config.lora.dropout > 0  # then each adapter has its own copy of its input, and a group its mask
     inputs = 3 * h + q + 2 * h + inner if dropped else 2 * h + inner
     masks = 2 * h + q + inner if dropped else 0
@@ -275,7 +273,8 @@ def plan_memory(
     loss = loss_bytes(shape, config, path, tokens, chunk)
     # The backward starts at the last layer. Checkpointed layers come after the others, whose activations are gone by
     # then.
-    live = transient + (saved + 2 * hidden if checkpointed else 0)  # a recompute makes the norms' outputs too
+    norms = 2 * hidden if path == PLAIN else 0  # a recompute makes their outputs too
+    live = transient + (saved + norms if checkpointed else 0)
     relief = free_layers * saved if checkpointed else 0
     live = max(live - relief, transient if free_layers else live)
     parts |= {

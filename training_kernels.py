@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import torch
+
 from nf4_lookup import lane_level, levels, tl, triton
 
 
@@ -12,6 +14,11 @@ class Launch:
     block_m: int  # rows of a tile; quantisation blocks, for the dequantisation
     block_k: int
     warps: int
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Return how many multiprocessors a GPU has; 1 elsewhere."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 if triton is not None:
@@ -103,18 +110,22 @@ if triton is not None:
             tl.store(stacked + e, a.to(dtype), mask=e < extra * (ROW_BLOCKS * BLOCKSIZE))
 
     @triton.jit
-    def _widen_columns(x, A, m, k, rows, end, columns, extra, SWIGLU: tl.constexpr, BLOCK_R: tl.constexpr):
-        """Return what `widen_kernel` reads of columns k < end: x, or gate and up, and A."""
+    def _widen_columns(
+        x, A, norm, m, k, rows, end, columns, extra, SWIGLU: tl.constexpr, NORM: tl.constexpr, BLOCK_R: tl.constexpr
+    ):  # fmt: skip
+        """Return what `widen_kernel` reads of columns k < end: x, or gate and up, the norm's weight and A."""
         inside = (m < rows)[:, None] & (k < end)[None]
         place = x + m.to(tl.int64)[:, None] * ((2 if SWIGLU else 1) * columns) + k[None]
         tile = tl.load(place, mask=inside, other=0.0)
-        up, a = tile, tile  # where there are none nothing reads them
+        up, weight, a = tile, tile, tile  # where there are none nothing reads them
         if SWIGLU:
             up = tl.load(place + columns, mask=inside, other=0.0)
+        if NORM:
+            weight = tl.load(norm + k, mask=k < end, other=0.0)[None]
         if BLOCK_R:
             j = tl.arange(0, BLOCK_R)[:, None]
             a = tl.load(A + j * columns + k[None], mask=(j < extra) & (k < end)[None], other=0.0)
-        return tile, up, a
+        return tile, up, weight, a
 
     @triton.jit
     def _settle(total, wide, u, m, rows, columns, stride, extra, scale, BLOCK_R: tl.constexpr, BLOCK_Z: tl.constexpr):
@@ -128,11 +139,11 @@ if triton is not None:
 
     @triton.jit
     def widen_kernel(
-        x, wide, dropped, A, sums, u, step, sequences, salt, rows, share, length, columns, stride, extra, threshold,
-        inverse, scale, SWIGLU: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-        BLOCK_R: tl.constexpr, BLOCK_Z: tl.constexpr,
+        x, wide, dropped, A, sums, u, norm, inverse_rms, step, sequences, salt, rows, share, length, columns, stride,
+        extra, threshold, inverse, scale, SWIGLU: tl.constexpr, NORM: tl.constexpr, DROPOUT: tl.constexpr,
+        BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_Z: tl.constexpr,
     ):  # fmt: skip
-        """Copy x (or SwiGLU of [gate | up]) into the wide operand, with what a share of its columns adds to
+        """Copy x (or its norm, or SwiGLU of [gate | up]) into the wide operand, with what a share of its columns adds to
         u = dropout(x) A^T into sums [shares, rows, extra], or u where one share has all of them (BLOCK_Z); BLOCK_R 0:
         dropout(x) itself, where there is any.
         """
@@ -143,12 +154,17 @@ if triton is not None:
         row = m.to(tl.int64)[:, None]
         if DROPOUT:
             key = _key(step, salt)
+        if NORM:
+            rms = tl.load(inverse_rms + m, mask=m < rows, other=0.0)[:, None]
         if BLOCK_R:
             total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-        after = _widen_columns(x, A, m, k, rows, end, columns, extra, SWIGLU, BLOCK_R)
+        after = _widen_columns(x, A, norm, m, k, rows, end, columns, extra, SWIGLU, NORM, BLOCK_R)
         for start in range(first, end, BLOCK_K):
-            tile, up, a = after
-            after = _widen_columns(x, A, m, k + BLOCK_K, rows, end, columns, extra, SWIGLU, BLOCK_R)
+            tile, up, weight, a = after
+            after = _widen_columns(x, A, norm, m, k + BLOCK_K, rows, end, columns, extra, SWIGLU, NORM, BLOCK_R)
+            if NORM:
+                tile = (tile.to(tl.float32) * rms).to(tile.dtype).to(tl.float32) * weight.to(tl.float32)
+                tile = tile.to(wide.dtype.element_ty)
             if SWIGLU:
                 gate = tile.to(tl.float32)
                 tile = (gate * _sigmoid(gate) * up.to(tl.float32)).to(wide.dtype.element_ty)
@@ -185,10 +201,13 @@ if triton is not None:
 
     @triton.jit
     def widen_backward_kernel(
-        wide, x, out, dropped, A, step, sequences, salt, rows, length, columns, stride, extra, threshold, inverse,
-        DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+        wide, x, out, dropped, A, inverse_rms, divided, step, sequences, salt, rows, length, columns, stride, extra,
+        threshold, inverse, NORM: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+        BLOCK_R: tl.constexpr,
     ):  # fmt: skip
-        """Complete dx of [dx | du] by mask (du A) in out and, with a mask, write what dA needs, dropout(x)."""
+        """Complete dx of [dx | du] by mask (du A) in out and write what dA needs: with a mask dropout(x), with a norm
+        du / rms.
+        """
         m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
         k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
         j = tl.arange(0, BLOCK_R)
@@ -202,6 +221,11 @@ if triton is not None:
             tile = tl.load(x + target, mask=inside, other=0.0).to(tl.float32)
         a = tl.load(A + j[:, None] * columns + k[None], mask=(j < extra)[:, None] & (k < columns)[None], other=0.0)
         du = tl.load(wide + row * stride + columns + j[None], mask=(m < rows)[:, None] & (j < extra)[None], other=0.0)
+        if NORM:
+            once = m < tl.where(tl.program_id(1) == 0, rows, 0)
+            rms = tl.load(inverse_rms + m, mask=once, other=0.0)[:, None]
+            place = divided + row * extra + j[None]
+            tl.store(place, (du.to(tl.float32) * rms).to(dtype), mask=once[:, None] & (j < extra)[None])
         back = tl.dot(du, a)
         if DROPOUT:
             pairs = tl.program_id(1) * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
@@ -232,7 +256,7 @@ if triton is not None:
 
     @triton.jit
     def swiglu_backward_kernel(
-        wide, x, grads, A, u, dA, dB, step, sequences, salt, rows, share, length, columns, stride, extra, u_stride,
+        wide, x, grads, A, u, sums, step, sequences, salt, rows, share, length, columns, stride, extra, u_stride,
         rank, threshold, inverse, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
         BLOCK_R: tl.constexpr, BLOCK_U: tl.constexpr,
     ):  # fmt: skip
@@ -285,41 +309,70 @@ if triton is not None:
                 sum_gate = tl.dot(tl.trans(u_gate), d_gate, sum_gate)
                 sum_up = tl.dot(tl.trans(u_up), d_up, sum_up)
             m += BLOCK_M
+        sums += tl.program_id(1) * (extra + 2 * rank) * columns
         if BLOCK_R:
-            target = dA + (tl.program_id(1) * extra + j[:, None]) * columns + k[None]
-            tl.store(target, sum_a, mask=(j < extra)[:, None] & within)
+            tl.store(sums + j[:, None] * columns + k[None], sum_a, mask=(j < extra)[:, None] & within)
         if BLOCK_U:
-            target = dB + (tl.program_id(1) * 2 * columns + k[None]) * rank + i[:, None]
+            target = sums + extra * columns + k[None] * rank + i[:, None]
             tl.store(target, sum_gate, mask=(i < rank)[:, None] & within)
             tl.store(target + columns * rank, sum_up, mask=(i < rank)[:, None] & within)
 
     @triton.jit
-    def cross_entropy_kernel(logits, targets, losses, columns, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
-        """Write the loss of a row of logits, 0 where its target is -100, and their gradient over them.
-
-        The second pass runs backwards: what the first one read last is still in the cache.
+    def settle_gradients_kernel(
+        dA, weight, dB, own, scaled, columns, size, rows0, rows1, extra, rank, programs, BLOCK: tl.constexpr
+    ):  # fmt: skip
+        """Multiply the columns of dA, `scaled` numbers, by weight; the programs past the first `programs` write the own
+        columns of dB's members, which end at rows0, rows1 and the last row, `size` numbers.
         """
-        row = tl.program_id(0).to(tl.int64)
-        logits += row * columns
-        target = tl.load(targets + row)
+        program = tl.program_id(0)
+        if program < programs:
+            e = program * BLOCK + tl.arange(0, BLOCK)
+            factor = tl.load(weight + e % columns, mask=e < scaled, other=0.0).to(tl.float32)
+            tl.store(dA + e, tl.load(dA + e, mask=e < scaled, other=0.0) * factor, mask=e < scaled)
+        else:
+            e = (program - programs) * BLOCK + tl.arange(0, BLOCK)
+            row = e // rank
+            member = (row >= rows0).to(tl.int32) + (row >= rows1).to(tl.int32)
+            place = row * extra + member * rank + e % rank
+            tl.store(own + e, tl.load(dB + place, mask=e < size, other=0.0), mask=e < size)
+
+    @triton.jit
+    def _row_cross_entropy(logits, target, loss, columns, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
+        """`cross_entropy_kernel` of one row. Eight neighbouring logits have a sum of their own, so that nothing is exchanged
+        between threads before the end; the second pass runs backwards: what was read last is still close by.
+        """
+        LOG2E: tl.constexpr = 1.4426950408889634
         kept = target >= 0
         at_target = tl.load(logits + tl.maximum(target, 0)).to(tl.float32)  # here: the second pass writes over it
         k = tl.arange(0, BLOCK)
-        top, total = -1e38, 0.0  # finite: a difference of infinities is no number
+        top = tl.full((BLOCK // 8,), -1e38, tl.float32)  # finite: a difference of infinities is no number
+        total = tl.zeros((BLOCK // 8,), tl.float32)
         for start in range(0, columns, BLOCK):
             x = tl.load(logits + start + k, mask=start + k < columns, other=float("-inf")).to(tl.float32)
-            above = tl.maximum(top, tl.max(x, 0))
-            total = total * tl.exp2((top - above) * 1.4426950408889634)
-            total += tl.sum(tl.exp2((x - above) * 1.4426950408889634), 0)
+            x = tl.reshape(x, (BLOCK // 8, 8))
+            above = tl.maximum(top, tl.max(x, 1))
+            total = total * tl.exp2((top - above) * LOG2E) + tl.sum(tl.exp2((x - above[:, None]) * LOG2E), 1)
             top = above
-        log_sum = top + tl.log(total)
-        tl.store(losses + row, tl.where(kept, log_sum - at_target, 0.0))
+        largest = tl.max(top, 0)
+        log_sum = largest + tl.log(tl.sum(total * tl.exp2((top - largest) * LOG2E), 0))
+        tl.store(loss, tl.where(kept, log_sum - at_target, 0.0))
         if GRADIENT:
             for back in range(0, columns, BLOCK):
                 column = (columns - 1) // BLOCK * BLOCK - back + k
                 x = tl.load(logits + column, mask=column < columns, other=0.0).to(tl.float32)
-                share = tl.exp2((x - log_sum) * 1.4426950408889634) - (column == target).to(tl.float32)
+                share = tl.exp2((x - log_sum) * LOG2E) - (column == target).to(tl.float32)
                 tl.store(logits + column, tl.where(kept, share, 0.0).to(logits.dtype.element_ty), mask=column < columns)
+
+    @triton.jit
+    def cross_entropy_kernel(logits, targets, losses, rows, columns, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
+        """Write the losses of rows of logits, 0 where a target is -100, and their gradient over them.
+
+        A program a multiprocessor takes one row after another: the rows under way, 300 kB each of a vocabulary of
+        151,936, then fit the L2 cache, from which the second pass reads.
+        """
+        for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+            place = logits + columns.to(tl.int64) * row
+            _row_cross_entropy(place, tl.load(targets + row), losses + row, columns, GRADIENT, BLOCK)
 
     @triton.jit
     def rotate_kernel(

@@ -301,10 +301,10 @@ def run_single(case: dict, alone: Callable[[], None]) -> dict:
 
 PHASES = {  # by a piece of the kernel's name, the first that fits
     "dequantisation": "dequantize",
-    "passes of the adapters": "widen|swiglu|settle",
+    "passes of adapters and norms": "widen|swiglu|settle",
     "attention": "sdpa|flash|fmha|cudnn",
     "matrix products": "nvjet|cutlass|gemm|cublas|splitk",
-    "norms, rotary, loss": "rotate|triton_|cross_entropy",
+    "gradients of norms, rotary, loss": "rotate|triton_|cross_entropy",
     "rest": "",
 }
 
@@ -379,7 +379,8 @@ def main() -> int:
             "sms": int(match[3] or 0),
             "cap": float(match[4] or 0),
         }
-        peers, ways = (["ours"], args.attention) if args.packed else (args.peers, [None])
+        peers = ["ours"] if args.packed or args.profile else args.peers
+        ways = args.attention if args.packed else [None]
         for peer, checkpointing, dropout, way in itertools.product(peers, args.checkpointing, args.dropout, ways):
             if (checkpointing == "offload" and peer == "hf") or (checkpointing.isdigit() and peer != "ours"):
                 continue

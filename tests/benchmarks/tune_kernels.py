@@ -68,11 +68,12 @@ def tune_rows(rows: int, swiglu: bool, members: int, p: float, peak: float) -> N
     masks = linear_ops.Masks(zero, sequences, zero, 512, p)
     label = f"rows={rows} swiglu={swiglu} members={members} p={p}"
     tile = rows * columns * 2
+    norm = None if swiglu else linear_ops.Norm(torch.rand_like(x[0]), linear_ops.inverse_rms(x, 1e-6))
     tune(
         f"widen with u {label}",
         itertools.product((16, 32, 64), (64, 128, 256), (4, 8)),
         lambda launch: setattr(linear_ops, "WIDEN", launch),
-        functools.partial(linear_ops.widen, x, A, masks, 2.0, swiglu, True),
+        functools.partial(linear_ops.widen, x, A, masks, 2.0, swiglu, True, norm),
         tile * (3 if swiglu else 2),
         peak,
     )
@@ -80,16 +81,13 @@ def tune_rows(rows: int, swiglu: bool, members: int, p: float, peak: float) -> N
     if swiglu:
         return tune_swiglu_backward(label, wide, x, A, masks, peak)
     tune(
-        f"backward {label}",
+        f"backward with dA {label}",
         itertools.product((16, 32, 64), (64, 128), (1, 2, 4)),
         lambda launch: setattr(linear_ops, "MASKED_BACKWARD" if p > 0 else "WIDEN_BACKWARD", launch),
-        functools.partial(linear_ops.widen_backward, wide, x, A, masks, True),
-        tile * (2 + 2 * (p > 0)),
+        functools.partial(linear_ops.widen_backward, wide, x, A, masks, True, norm),
+        tile * (3 + 2 * (p > 0)),
         peak,
     )
-    du, inner = wide[:, columns : columns + len(A)], wide[:, :columns]
-    time = microseconds(lambda: linear_ops._product_fp32(du.t(), inner))
-    print(f"dA {label}: {time:.1f} us, {tile / peak * 1e6 / time:.0%} of the floor")
 
 
 def tune_swiglu_backward(label: str, wide, x, A, masks, peak: float) -> None:
