@@ -77,7 +77,7 @@ class QuantizationConfig(Section):
     quant_type: str = knob("nf4", "4-bit data type", choices=("nf4", "fp4"))
     compute_dtype: str = knob(
         "bfloat16",
-        "type of the matrix products; a GPU without bfloat16 gets float16 and a loss scaler",
+        "type of the matrix products; a GPU without bfloat16 gets float16, a CPU without AVX-512 float32",
         choices=("bfloat16", "float16", "float32"),
     )
     use_double_quant: bool = knob(True, "quantise the quantisation constants too: 0.373 bit a weight less")

@@ -178,7 +178,15 @@ from transformers.utils import CHAT_TEMPLATE_FILE
 from config import LEAVES, GenerationConfig, coerce_flag
 from generation_utils import Generator, Watch, by_length
 from memory_utils import cap_memory, free_bytes
-from quantization_utils import keep_packing, load_adapter, load_base, no_gpu_reason, quiet_libraries
+from quantization_utils import (
+    SLOW_BF16,
+    keep_packing,
+    load_adapter,
+    load_base,
+    no_gpu_reason,
+    quiet_libraries,
+    replaces_bf16,
+)
 
 # Of a batch of --prompts. Past 32 rows a step's products, no longer its weights, take the time.
 GPU_ROWS, FREE_SHARE = 32, 0.5  # half of the free memory for the cache, the rest for activations and graphs
@@ -212,6 +220,8 @@ def load(config: Config, adapter: Path | None = None, quantized: bool = True) ->
         say(f"{config.model.name} will be slow on this CPU: {no_gpu_reason()}")
     cap_memory(device, config.performance.memory_limit_gib)
     model, tokenizer = load_base(config, device, quantized)
+    if quantized and replaces_bf16(config):
+        say(SLOW_BF16)
     if adapter is not None and tokenizer.chat_template is None:
         for path in left_by_run(adapter, CHAT_TEMPLATE_FILE):
             tokenizer.chat_template = path.read_text(encoding="utf-8")

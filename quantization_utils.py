@@ -70,8 +70,36 @@ def usable_dtype(compute_dtype: str | torch.dtype) -> torch.dtype:
     return dtype
 
 
+def slow_bf16() -> bool:
+    """Return whether products in bfloat16 crawl here: a CPU without AVX-512, for which torch's oneDNN has none.
+
+    They took 7 to 80 times those in float32 (512 x 512 x 512 and 512 x 1024 x 512, forward and backward, torch 2.13).
+    """
+    return not torch.cuda.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
+SLOW_BF16 = "quantization.compute_dtype: bfloat16 is many times slower on a CPU without AVX-512: using float32"
+
+
+def compute_dtype_of(config: Config) -> torch.dtype:
+    """Return the torch type that a run computes in: `usable_dtype`, but float32 where bfloat16 would crawl and no flag
+    asks for it; the caller says SLOW_BF16.
+    """
+    dtype = usable_dtype(config.quantization.compute_dtype)
+    crawls = dtype is torch.bfloat16 and slow_bf16() and "quantization.compute_dtype" not in config.flags
+    return torch.float32 if crawls else dtype
+
+
+def replaces_bf16(config: Config) -> bool:
+    """Return whether a run computes in float32 in place of the configured bfloat16."""
+    return compute_dtype_of(config) is not usable_dtype(config.quantization.compute_dtype)
+
+
 def create_bnb_config(
-    load_in_4bit: bool = True, quant_type: str = "nf4", compute_dtype: str = "bfloat16", use_double_quant: bool = True
+    load_in_4bit: bool = True,
+    quant_type: str = "nf4",
+    compute_dtype: str | torch.dtype = "bfloat16",
+    use_double_quant: bool = True,
 ) -> BitsAndBytesConfig | None:
     """Return bitsandbytes' 4-bit configuration, or None where the base stays unquantised.
 
@@ -255,10 +283,12 @@ def finite_tensors(path: Path) -> set[str]:
 
 def load_base(config: Config, device: torch.device, quantized: bool = True) -> tuple[PreTrainedModel, Any]:
     """Return the configured base model and its tokenizer on the device; not quantized: as stored, in bfloat16."""
+    dtype = compute_dtype_of(config) if quantized else torch.bfloat16
+    settings = vars(config.quantization) | {"compute_dtype": dtype}
     return load_model_and_tokenizer(
         config.model.name,
-        create_bnb_config(**vars(config.quantization)) if quantized else None,
-        compute_dtype=config.quantization.compute_dtype if quantized else "bfloat16",
+        create_bnb_config(**settings) if quantized else None,
+        compute_dtype=dtype,
         device=device,
         **{key: value for key, value in vars(config.model).items() if key != "name"},
     )

@@ -101,7 +101,13 @@ from checkpoint_utils import Found
 from config import TrainingConfig, flatten
 from data_utils import IGNORED, Blocks, collate, load_rows, make_blocks, sample_counts, step_windows, tokenize_rows
 from memory_utils import GIB, MemoryPlan, peak_gib
-from quantization_utils import create_lora_config, load_base, load_tokenizer, prepare_model_for_training, usable_dtype
+from quantization_utils import (
+    compute_dtype_of,
+    create_lora_config,
+    load_base,
+    load_tokenizer,
+    prepare_model_for_training,
+)
 
 # ------------------------------------------------------------------------------------------------ data
 
@@ -787,7 +793,7 @@ def build_learner(
     plan: their shape. samples: how many the fullest blocks hold that must not see each other, in descending order.
     """
     seed, p = config.training.seed, config.lora.dropout
-    device, dtype = model.device, usable_dtype(config.quantization.compute_dtype)
+    device, dtype = model.device, compute_dtype_of(config)
     transformers.set_seed(seed)  # of the fresh adapter
     peft_model = prepare_model_for_training(model, create_lora_config(**vars(config.lora)), plan.checkpointed)
     say(quantization_utils.parameter_line(peft_model))
@@ -885,6 +891,8 @@ def evaluate_adapter(config: Config, adapter: str | None, stride: int | None) ->
     """
     accelerator = create_accelerator(config.training)
     quantization_utils.refuse_without_gpu(config, accelerator.device)
+    if quantization_utils.replaces_bf16(config) and accelerator.is_main_process:
+        print(quantization_utils.SLOW_BF16)
     model, tokenizer = load_base(config, accelerator.device)
     rows = prepare_dataset(config, tokenizer)
     blocks = make_blocks(rows, tokenizer, config.data, config.training.seed, close=stride is None)["validation"]
@@ -896,7 +904,7 @@ def evaluate_adapter(config: Config, adapter: str | None, stride: int | None) ->
     attention_ops.use_causal_attention(model)
     if samples := sample_counts(blocks)[:1]:
         attention_ops.keep_samples_apart(model, config.data.max_length, samples)
-    loss = SummedLoss(model.eval(), usable_dtype(config.quantization.compute_dtype))
+    loss = SummedLoss(model.eval(), compute_dtype_of(config))
     say = print if accelerator.is_main_process else (lambda line: None)
     names, sums = ["base"] if adapter is None else ["base", "adapter"], {}
     for name in names:
@@ -967,12 +975,14 @@ def main(argv: list[str] | None = None) -> int:
             return checkpoint_utils.compare_runs(options.compare, options.output or "compare.png")
         checkpoint_utils.check_output(config.training, options.overwrite)
         accelerator = create_accelerator(config.training)
-        device, dtype = accelerator.device, usable_dtype(config.quantization.compute_dtype)
+        device, dtype = accelerator.device, compute_dtype_of(config)
         log = checkpoint_utils.Log(silent=not accelerator.is_main_process)
         quantization_utils.refuse_without_gpu(config, device)
         if accelerator.is_main_process:
             held.enter_context(checkpoint_utils.locked(Path(config.training.output_dir)))
         log.say(quantization_utils.device_block(device, dtype, accelerator.num_processes))
+        if quantization_utils.replaces_bf16(config):
+            log.say(quantization_utils.SLOW_BF16)
         memory_utils.cap_memory(device, config.performance.memory_limit_gib)
         found = checkpoint_utils.find_checkpoint(config.training, options.overwrite, log.say)
         run = build_run(config, accelerator, log, found)

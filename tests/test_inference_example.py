@@ -132,7 +132,7 @@ def plain_model(tiny_model: Path, adapter: Path) -> PeftModel:
 
 def test_logits_and_answer_are_those_of_the_tutorials_loading(run: Callable, tiny_model: Path, adapter: Path) -> None:
     plain, tokenizer = plain_model(tiny_model, adapter), AutoTokenizer.from_pretrained(tiny_model)
-    config = load_config(adapter / "config.yaml")
+    config = load_config(adapter / "config.yaml", {"quantization.compute_dtype": "bfloat16"})
     ours = attach(load(config)[0], adapter, config.model.name)
     ids = tokenizer(TEXT, return_tensors="pt")["input_ids"].to(ours.device)
     with torch.no_grad():
@@ -145,7 +145,7 @@ def test_logits_and_answer_are_those_of_the_tutorials_loading(run: Callable, tin
     ids = ids["input_ids"].to(plain.device)
     greedy = GenerationConfig(max_new_tokens=10, do_sample=False, eos_token_id=[0, 2], pad_token_id=0)
     expected = plain.generate(ids, attention_mask=torch.ones_like(ids), generation_config=greedy)[0, ids.shape[1] :]
-    code, out, _ = run("--mode", "text", "--prompt", TEXT, "--temperature", 0)
+    code, out, _ = run("--mode", "text", "--prompt", TEXT, "--temperature", 0, "--compute_dtype", "bfloat16")
     assert (code, out) == (0, tokenizer.decode(expected, skip_special_tokens=True) + "\n")
 
 
@@ -265,7 +265,7 @@ def test_an_empty_system_prompt_replaces_the_templates_own(engine: Engine, monke
 
 
 def test_text_mode_as_a_user_runs_it(run_cli: Callable, run: Callable, adapter: Path) -> None:
-    flags = ("--mode", "text", "--temperature", 0)
+    flags = ("--mode", "text", "--temperature", 0, "--compute_dtype", "bfloat16")
     child = run_cli("inference_example.py", "--adapter", adapter, *flags, "--prompt", "-", input="Grüße, 你好\n")
     assert child.returncode == 0
     assert child.stderr.startswith("[") and child.stderr.count("\n") == 1 and "tokens/s" in child.stderr

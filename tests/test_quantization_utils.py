@@ -104,6 +104,21 @@ def test_gpu_with_bfloat16_keeps_it(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize(
+    "capability, flags, dtype",
+    [("AVX2", {}, "float32"), ("AVX2", {"quantization.compute_dtype": "bfloat16"}, "bfloat16"), ("AVX512", {}, "bfloat16")],
+)  # fmt: skip
+def test_cpu_without_avx512_computes_in_float32_unless_a_flag_says_otherwise(
+    tiny_model, monkeypatch, capability, flags, dtype
+):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    config = schema.load_config((), {"model.name": str(tiny_model), **flags})
+    model, _ = quantization_utils.load_base(config, torch.device("cpu"))
+    assert model.dtype is getattr(torch, dtype) is quantization_utils.compute_dtype_of(config)
+    assert quantization_utils.replaces_bf16(config) == (dtype == "float32")
+    assert all(module.compute_dtype is model.dtype for module in linears_4bit(model).values())
+
+
 def test_lora_config_defaults_are_the_tutorials():
     made = create_lora_config()
     assert (made.r, made.lora_alpha, made.lora_dropout, made.bias) == (16, 32.0, 0.05, "none")
