@@ -532,12 +532,12 @@ def check_layers(folder: str) -> None:
     """Compare the gradients of fused layers on their kernels, in half precision, with plain ones' in fp32 and peft's."""
     _, reference = gradients(*prepared(folder))
     _, plain = gradients(*prepared(folder, dtype="float16"))
-    for divided in ((), (torch.float16,)):  # as bfloat16 does it, which the interpreter lacks
-        model, clock, loss = prepared(folder, dtype="float16", checkpointing=True)
-        fuse(model, clock, 0.05, kernels=True)
-        with mock.patch.multiple(linear_ops, share_rows=lambda *_: 32, DIVIDED=divided):
-            _, fused = gradients(model, clock, loss)
-        assert furthest(fused, reference) <= 1.05 * furthest(plain, reference), divided
+    model, clock, loss = prepared(folder, dtype="float16", checkpointing=True)
+    fuse(model, clock, 0.05, kernels=True)
+    # DIVIDED: in bfloat16's way, which the interpreter lacks; check_widen_backward has float16's too
+    with mock.patch.multiple(linear_ops, share_rows=lambda *_: 32, DIVIDED=(torch.float16,)):
+        _, fused = gradients(model, clock, loss)
+    assert furthest(fused, reference) <= 1.05 * furthest(plain, reference)
 
 
 def interpret(checks: str) -> None:
