@@ -220,8 +220,6 @@ def load(config: Config, adapter: Path | None = None, quantized: bool = True) ->
         say(f"{config.model.name} will be slow on this CPU: {no_gpu_reason()}")
     cap_memory(device, config.performance.memory_limit_gib)
     model, tokenizer = load_base(config, device, quantized)
-    if quantized and replaces_bf16(config):
-        say(SLOW_BF16)
     if adapter is not None and tokenizer.chat_template is None:
         for path in left_by_run(adapter, CHAT_TEMPLATE_FILE):
             tokenizer.chat_template = path.read_text(encoding="utf-8")
@@ -630,6 +628,8 @@ def run(options: argparse.Namespace, config: Config) -> int:
     model, tokenizer = load(config, options.adapter)
     keep_packing(model, keep=False)  # nothing is trained or merged here
     model = attach(model, options.adapter, config.model.name) if options.adapter else model
+    if replaces_bf16(config):
+        say(SLOW_BF16)
     engine = create_engine(model, tokenizer, options.raw)
     if options.rows:
         return answer_file(engine, config, options.rows, Path(options.output), options.finished)
