@@ -298,8 +298,8 @@ def use_own_precision(model: PeftModel) -> None:
 
 @contextmanager
 def plain_linears(model: nn.Module) -> Iterator[None]:
-    """Give fused modules, norms too, the forward they had: one token through bitsandbytes' own matrix-vector product reads packed
-    weights only, where the fused operator unpacks them first.
+    """Give fused modules, norms too, the forward they had: one token through bitsandbytes' own matrix-vector product
+    reads packed weights only, where the fused operator unpacks them first.
     """
     fused = [module for module in model.modules() if hasattr(type(module), "unfused")]
     kinds = [type(module) for module in fused]
