@@ -1,5 +1,4 @@
-"""What a run leaves on disk and how it goes on from there: checkpoints, resume, log and model card, comparison,
-signals.
+"""What a run leaves on disk and how it goes on from there: checkpoints, resume, log and model card, signals.
 
 A checkpoint folder holds `adapter_model.safetensors`, `adapter_config.json` (so it is a peft adapter),
 `training_state.safetensors` (optimizer states, best adapter), `training_state.json` (everything else) and, last,
@@ -34,7 +33,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import CHAT_TEMPLATE_FILE
 
-from config import LEAVES, Config, ConfigError, TrainingConfig, flatten, load_config, redact, save_config
+from config import LEAVES, Config, ConfigError, TrainingConfig, flatten, redact, save_config
 from data_utils import Blocks
 
 try:
@@ -550,98 +549,6 @@ def model_card(card: str, model: PeftModel, config: Config, progress: Progress, 
         results=results,
         packages=", ".join(f"{package} {version(package)}" for package in ("peft", "transformers", "torch")),
     )
-
-
-# ------------------------------------------------------------------------------------------------ comparing runs
-
-
-@dataclasses.dataclass(frozen=True)
-class RunSummary:
-    """What a finished run left in its folder: its settings, the rows of metrics.jsonl, its adapter's parameters and
-    bytes.
-    """
-
-    name: str
-    settings: dict[str, Any]
-    rows: list[dict]
-    parameters: int
-    adapter_bytes: int
-
-    def quantities(self) -> dict[str, str]:
-        """Return what the table says of the run besides its settings."""
-        steps, evaluations = ([row for row in self.rows if key in row] for key in ("tokens", "eval_loss"))
-        done = np.diff([row["tokens"] for row in steps], prepend=0)
-        seconds = sum(tokens / row["tokens_per_second"] for tokens, row in zip(done, steps, strict=True))
-        best = min(evaluations, key=lambda row: row["eval_loss"], default=None)
-        return {
-            "trainable parameters": f"{self.parameters:,}",
-            "adapter": f"{self.adapter_bytes / 1e6:,.1f} MB",
-            "steps": f"{self.rows[-1]['step']:,}",
-            "validation loss": f"{best['eval_loss']:.4f} (step {best['step']})" if best else "-",
-            "perplexity": f"{best['perplexity']:.3f}" if best else "-",
-            "tokens/s": f"{done.sum() / seconds:,.0f}" if seconds else "-",
-            "peak GiB": f"{max((row['peak_gib'] for row in steps), default=0):.2f}",
-            "time": f"{seconds / 60:,.1f} min",
-        }
-
-
-def read_run(folder: Path) -> RunSummary:
-    """Return the summary of a run's folder; ConfigError where it holds no finished run."""
-    for name in ("config.yaml", "metrics.jsonl", "adapter_model.safetensors"):
-        if not (folder / name).is_file():
-            raise ConfigError(f"--compare: expected folders of finished runs, got {folder}, which has no {name}")
-    with refusing(f"--compare: cannot read {folder}", ValueError, OSError, SafetensorError):
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        adapter = load_file(folder / "adapter_model.safetensors")
-    if not rows:
-        raise ConfigError(f"--compare: expected logged steps, got none in {folder / 'metrics.jsonl'}")
-    parameters = sum(tensor.numel() for tensor in adapter.values())
-    size = (folder / "adapter_model.safetensors").stat().st_size
-    return RunSummary(str(folder), settings(load_config(folder / "config.yaml")), rows, parameters, size)
-
-
-def compare_table(runs: list[RunSummary]) -> str:
-    """Return a table, a column a run: the settings in which they differ, then what came of them."""
-    keys = [key for key in runs[0].settings if len({json.dumps(run.settings[key]) for run in runs}) > 1]
-    keys = [key for key in keys if key != "training.output_dir"]
-    results = [run.quantities() for run in runs]
-    columns = [["", *keys, *results[0]]]
-    for run, result in zip(runs, results, strict=True):
-        columns.append([run.name, *(str(run.settings[key]) for key in keys), *result.values()])
-    widths = [max(map(len, column)) for column in columns]
-    lines = []
-    for first, *cells in zip(*columns, strict=True):
-        aligned = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), *aligned]))
-    return "\n".join(lines)
-
-
-def plot_comparison(runs: list[RunSummary], path: Path) -> None:
-    """Write a picture of the runs' curves over each other: training loss on the left, validation loss on the right."""
-    from matplotlib.figure import Figure  # no window, no global state; 1 s to import
-
-    figure = Figure(figsize=(12, 4.5), layout="constrained")
-    for axes, key, title in zip(figure.subplots(1, 2), ("loss", "eval_loss"), ("Training", "Validation"), strict=True):
-        for run in runs:
-            rows = [row for row in run.rows if key in row]
-            steps, values = [row["step"] for row in rows], [row[key] for row in rows]
-            axes.plot(steps, values, marker="o", markersize=3, label=run.name)
-        axes.set(xlabel="optimizer step", ylabel="loss per token (nats)", title=title)
-        axes.grid(visible=True, alpha=0.3)
-        axes.legend()
-    write_picture(figure, path)
-
-
-def compare_runs(folders: list[str], output: str) -> int:
-    """Print the table of the runs in these folders and draw their curves; return 0."""
-    if len(folders) < 2:
-        raise ConfigError(f"--compare: expected two folders or more, got {folders[0]}")
-    runs = [read_run(Path(folder)) for folder in folders]
-    print(compare_table(runs))
-    with refusing(f"--output: cannot write {output}", OSError):
-        plot_comparison(runs, Path(output))
-    print(f"curves are in {output}")
-    return 0
 
 
 # ------------------------------------------------------------------------------------------------ signals

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import functools
 import logging
 import math
 import operator
@@ -525,9 +526,29 @@ def parse_arguments(
     return namespace, overrides
 
 
+@contextlib.contextmanager
+def compiling_later() -> Iterator[None]:
+    """Have torch.compile wait until what it returns is called: it imports Inductor, which takes seconds."""
+    import torch  # not at the top, where every error in the configuration would wait for it
+
+    compile_now = torch.compile
+
+    def compile_later(function: Any = None, **options: Any) -> Any:
+        if function is None:
+            return functools.partial(compile_later, **options)
+        compiled = functools.cache(lambda: compile_now(function, **options))
+        return functools.wraps(function)(lambda *arguments, **keywords: compiled()(*arguments, **keywords))
+
+    torch.compile = compile_later
+    try:
+        yield
+    finally:
+        torch.compile = compile_now
+
+
 def before_heavy_imports() -> None:
-    """Keep the libraries that are imported next quiet and from running code of the hub; called by the scripts, not by
-    imports.
+    """Keep the libraries that are imported next quiet, quick and from running code of the hub; called by the scripts, not
+    by imports.
 
     bitsandbytes would fetch a kernel from the hub while it is imported, where the package `kernels` is installed,
     and say so where not. The allocator of torch grows its segments where the system lets it: 0.36 GiB less reserved
@@ -535,9 +556,16 @@ def before_heavy_imports() -> None:
     """
     if sys.platform != "win32" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    # Triton's own choice, or beside Inductor's. By itself Inductor moves it when it first compiles a kernel: a first run
+    # would leave our kernels where a second one does not look.
+    home = os.path.join(os.environ.get("TRITON_HOME", os.path.expanduser("~")), ".triton", "cache")
+    beside = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    os.environ.setdefault("TRITON_CACHE_DIR", os.path.join(beside, "triton") if beside else home)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while libraries load ends the process without a traceback
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]  # None makes `import kernels` fail
+    with compiling_later():
+        import bitsandbytes  # noqa: F401  (compiles four fallbacks that are rarely called)
 
 
 def redact(text: str) -> str:

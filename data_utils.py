@@ -953,6 +953,24 @@ def collate(rows: Sequence[np.ndarray], pad: int) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(numbers) for name, numbers in zip(BATCH[: len(table)], table, strict=True)}
 
 
+def batches(
+    blocks: Blocks, numbers: np.ndarray, size: int, pad: int, device: torch.device
+) -> Iterator[tuple[dict[str, torch.Tensor], int, np.ndarray]]:
+    """Yield (batch on the device, its supervised tokens, positions in `numbers`) for the blocks named by `numbers`."""
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    for start in range(0, len(numbers), size):
+        part = numbers[start : start + size]
+        batch = collate([blocks[i] for i in part], pad)
+        tokens = int((batch["labels"][:, 1:] != IGNORED).sum())
+        if stream is not None:  # copied while the GPU still works on the batches before this one
+            with torch.cuda.stream(stream):
+                batch = {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in batch.items()}
+            torch.cuda.current_stream(device).wait_stream(stream)
+            for tensor in batch.values():
+                tensor.record_stream(torch.cuda.current_stream(device))
+        yield batch, tokens, np.arange(start, start + len(part))
+
+
 def epoch_order(blocks: int, seed: int, epoch: int) -> np.ndarray:
     """Return the order of the blocks in an epoch; a function of the seed and the epoch alone, so resuming needs no
     state.

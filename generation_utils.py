@@ -33,6 +33,7 @@ from transformers.masking_utils import sdpa_mask
 from fused_ops import DropoutClock, fuse
 from memory_utils import peak_gib
 from nf4_lookup import runs_on, triton
+from quantization_utils import rope_parameters
 from sampling_kernels import sample
 
 CHUNK = 2048  # tokens of prompts that one forward processes: 90 MiB of a 3B's widest activation
@@ -263,8 +264,6 @@ def use_grouped_attention(model: PreTrainedModel) -> None:
 def obstacle(model: PreTrainedModel) -> str | None:
     """Return why a model's step cannot be captured, None if it can."""
     config = model.config.get_text_config()
-    ropes = getattr(config, "rope_parameters", None) or {}
-    ropes = ropes.values() if all(isinstance(rope, dict) for rope in ropes.values()) else [ropes]
     if not model._can_compile_fullgraph or not set(attention_windows(config)) <= {
         "full_attention",
         "sliding_attention",
@@ -272,7 +271,7 @@ def obstacle(model: PreTrainedModel) -> str | None:
         return f"{type(model).__name__} looks at its data on the host, or keeps more than keys and values"
     if getattr(config, "attention_chunk_size", None):
         return "attention in chunks"
-    if any(rope.get("rope_type") in ("dynamic", "longrope") for rope in ropes):
+    if any(rope.get("rope_type") in ("dynamic", "longrope") for rope in rope_parameters(config)):
         return "rotary frequencies that follow the length"
     if config._attn_implementation not in ("sdpa", GROUPED, "eager"):
         return f"attn_implementation {config._attn_implementation}"

@@ -181,6 +181,7 @@ from memory_utils import cap_memory, free_bytes
 from quantization_utils import (
     SLOW_BF16,
     keep_packing,
+    known_positions,
     load_adapter,
     load_base,
     no_gpu_reason,
@@ -269,7 +270,7 @@ def create_engine(model: PeftModel | PreTrainedModel, tokenizer: PreTrainedToken
     base.generation_config = transformers.GenerationConfig()
     if not raw and tokenizer.chat_template is None:
         say("the tokenizer has no chat template: continuing plain text, as with --raw")
-    limit = getattr(base.config.get_text_config(), "max_position_embeddings", None) or float("inf")
+    limit = known_positions(base.config) or float("inf")
     return Engine(model.eval(), tokenizer, ends, limit, raw or tokenizer.chat_template is None, Generator(model, say))
 
 

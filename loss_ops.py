@@ -1,9 +1,15 @@
 """The summed cross entropy of a frozen head that never holds the logits whole."""
 
+import contextlib
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
 
 import training_kernels
 from training_kernels import Launch, multiprocessors
@@ -74,7 +80,10 @@ def chunked_cross_entropy(
     return _FrozenHeadCrossEntropy.apply(hidden, weight, bias, labels, chunk or chunk_rows(len(weight)), chunk_loss)
 
 
-compiled_chunk_loss = torch.compile(_chunk_loss, dynamic=False)  # compiles when first called, not here
+@functools.cache
+def compiled_chunk_loss() -> Callable:
+    """Return `_chunk_loss` to be compiled at its first call. Not at import: torch.compile imports Inductor, for seconds."""
+    return torch.compile(_chunk_loss, dynamic=False)
 
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, losses: torch.Tensor, with_gradient: bool) -> None:
@@ -101,3 +110,47 @@ def kernel_chunk_loss(rows, weight, bias, targets, with_gradient: bool):
 def shift_labels(labels: torch.Tensor) -> torch.Tensor:
     """Return the label of each position's next token, [batch, length]; the last position has none (-100)."""
     return F.pad(labels[:, 1:], (0, 1), value=-100)
+
+
+class SummedLoss:
+    """The summed cross entropy of a batch, fp32: decoder, then the frozen head chunk by chunk.
+
+    A head with an adapter, or a model that does something to its logits (soft-capping, scaling), takes the model's own.
+    """
+
+    def __init__(self, model: PeftModel | PreTrainedModel, dtype: torch.dtype):
+        self.base = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.device, self.dtype = next(model.parameters()).device, dtype
+        self.decoder, self.head = self.base.get_decoder(), self.base.get_output_embeddings()
+        self.options: dict[str, Any] = {}  # of chunked_cross_entropy
+        self.chunked = self._head_is_plain()
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32)
+
+    @torch.no_grad()
+    def _head_is_plain(self) -> bool:
+        """Return whether the logits are the frozen head's product and nothing else, tried on eight tokens."""
+        if type(self.head) is not nn.Linear or self.head.weight.requires_grad:
+            return False
+        training, probe = self.base.training, torch.arange(1, 9, device=self.device)[None]
+        self.base.eval()
+        with self.autocast():
+            hidden = self.decoder(input_ids=probe, use_cache=False).last_hidden_state
+            same = torch.equal(self.head(hidden), self.base(input_ids=probe, use_cache=False).logits)
+        self.base.train(training)
+        return same
+
+    def __call__(self, input_ids: torch.Tensor, labels: torch.Tensor, **packed: torch.Tensor) -> torch.Tensor:
+        """input_ids, labels: [batch, length] on the model's device; labels are not shifted, -100 where unsupervised.
+
+        packed: the position_ids of packed samples, which restart at each, so that attention stays within it.
+        """
+        targets = shift_labels(labels).flatten()
+        with self.autocast():
+            if self.chunked:
+                hidden = self.decoder(input_ids=input_ids, use_cache=False, **packed).last_hidden_state.flatten(0, 1)
+                weight, bias = self.head.weight, self.head.bias
+                return chunked_cross_entropy(hidden, weight, targets, bias, **self.options)
+            logits = self.base(input_ids=input_ids, use_cache=False, **packed).logits
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=-100, reduction="sum")

@@ -20,7 +20,7 @@ from config import Config, ConfigError
 from linear_ops import adapter_columns, operand_columns
 from loss_ops import chunk_rows
 from nf4_lookup import triton
-from quantization_utils import LOADING_ERRORS, cannot_load
+from quantization_utils import LOADING_ERRORS, beyond_positions, cannot_load, known_positions
 
 GIB = 2**30
 BLOCK, NESTED_BLOCK = 64, 256  # weights a quantisation constant, constants a second-level constant (QLoRA, section 3)
@@ -45,6 +45,7 @@ class ModelShape:
     vocabulary: int
     heads: int
     head_norms: bool  # q and k are normalised, as in Qwen3
+    positions: int | None  # that the model knows, where it says so
 
     @property
     def parameters(self) -> int:
@@ -101,6 +102,7 @@ def shape_of(model: nn.Module) -> ModelShape:
         vocabulary=text.vocab_size,
         heads=text.num_attention_heads,
         head_norms=any(name.endswith("q_norm") for name, _ in model.named_modules()),
+        positions=known_positions(model.config),
     )
 
 
@@ -393,8 +395,8 @@ def step_down(plan: MemoryPlan, sequences: int, compiled: bool) -> MemoryPlan | 
 
 
 def longest_length(shape: ModelShape, config: Config, limit: float) -> int:
-    """Return the longest max_length, a multiple of 128, that trains with one sequence at a time, all layers checkpointed
-    and, where they are compiled, their inputs in main memory.
+    """Return the longest max_length, a multiple of 128 or the model's last position, that trains with one sequence at a
+    time, all layers checkpointed and, where they are compiled, their inputs in main memory.
     """
     low, high, offload = 0, 2**14, expected_path(config) == COMPILED  # in units of 128 tokens
     while high - low > 1:
@@ -402,7 +404,7 @@ def longest_length(shape: ModelShape, config: Config, limit: float) -> int:
         other = dataclasses.replace(config, data=dataclasses.replace(config.data, max_length=middle * 128))
         fits = plan_memory(shape, other, 1, shape.layers, limit=limit, offload=offload).total <= limit
         low, high = (middle, high) if fits else (low, middle)
-    return low * 128
+    return min(low * 128, shape.positions or low * 128)
 
 
 # ------------------------------------------------------------------------------------------------ what is decided and said
@@ -467,7 +469,10 @@ def print_plan(config: Config, about_data: Callable[[Config, int], str]) -> int:
         return 0
     longest = longest_length(shape, config, limit)
     offload = ", their inputs in main memory" if expected_path(config) == COMPILED else ""
-    print(f"longest data.max_length that fits, one sequence at a time, all layers checkpointed{offload}: {longest:,}")
+    last = ", the model's last position" if longest == shape.positions else ""
+    print(
+        f"longest data.max_length that fits, one sequence at a time, all layers checkpointed{offload}: {longest:,}{last}"
+    )
     print(f"{'fits' if plan.total <= limit else 'does not fit'} in {limit / GIB:.2f} GiB")
     return 0 if plan.total <= limit else 3
 
@@ -499,6 +504,7 @@ def facts(shape: ModelShape, config: Config, plan: MemoryPlan, device: torch.dev
         f"parameters: {shape.parameters:,}; trainable {trainable:,}, adapter {trainable * 4 / 1e6:.1f} MB",
         f"download {2 * shape.parameters / 1e9:.2f} GB in 16 bit; main memory while loading about {loaded / 1e9 + 3:.1f} GB",
         f"computed with {card}: {tokens:,.0f} tokens/s, {1e6 / tokens / 3600:.2f} hours for a million tokens",
+        *beyond_positions(config.data.max_length, shape.positions),
     ]
 
 

@@ -261,6 +261,42 @@ def load_model_and_tokenizer(
     return model, tokenizer
 
 
+def rope_parameters(config: PretrainedConfig) -> list[dict[str, Any]]:
+    """Return the parameters of a model's rotary embeddings, one a kind of attention; empty without any."""
+    ropes = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    return [ropes] if any(not isinstance(rope, dict) for rope in ropes.values()) else list(ropes.values())
+
+
+def known_positions(config: PretrainedConfig) -> int | None:
+    """Return how many positions a model is for, None where its configuration has no such number.
+
+    YaRN's recipes leave max_position_embeddings as it was: the positions are then its factor times the original ones. Other
+    scalings are in that number already (Llama 3) or not (some linear ones); it is taken as it stands.
+    """
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    yarn = [rope for rope in rope_parameters(config) if rope.get("rope_type") == "yarn"]
+    stretched = [(rope.get("factor") or 1) * (rope.get("original_max_position_embeddings") or 0) for rope in yarn]
+    return positions and int(max(positions, *stretched, 0))
+
+
+def beyond_positions(max_length: int, positions: int | None) -> list[str]:
+    """Return a line to say where blocks are longer than the positions that a model is for."""
+    if not positions or max_length <= positions:
+        return []
+    return [f"data.max_length: {max_length:,} tokens are more than the {positions:,} positions that the model is for"]
+
+
+def check_length(max_length: int, config: PretrainedConfig) -> list[str]:
+    """Return beyond_positions; ConfigError where the positions are a table, which has no more rows.
+
+    Rotary embeddings go on, and of packed samples none may be as long as a block.
+    """
+    positions = known_positions(config)
+    if positions and max_length > positions and not rope_parameters(config):
+        raise ConfigError(f"data.max_length: expected at most the model's {positions:,} positions, got {max_length:,}")
+    return beyond_positions(max_length, positions)
+
+
 def keep_packing(model: nn.Module, keep: bool = True) -> None:
     """Have bitsandbytes leave its weights as they are packed, or repack them as it would by itself.
 

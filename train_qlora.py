@@ -72,7 +72,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import bitsandbytes as bnb
@@ -93,13 +93,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 import attention_ops
 import checkpoint_utils
 import data_utils
+import evaluation
 import fused_ops
 import loss_ops
 import memory_utils
 import quantization_utils
 from checkpoint_utils import Found
 from config import TrainingConfig, flatten
-from data_utils import IGNORED, Blocks, collate, load_rows, make_blocks, sample_counts, step_windows, tokenize_rows
+from data_utils import Blocks, batches, load_rows, make_blocks, sample_counts, step_windows, tokenize_rows
+from evaluation import block_losses, comparison, difference_line, mean_loss, perplexity
+from loss_ops import SummedLoss
 from memory_utils import GIB, MemoryPlan, peak_gib
 from quantization_utils import (
     compute_dtype_of,
@@ -118,71 +121,6 @@ def prepare_dataset(config: Config, tokenizer: PreTrainedTokenizerBase) -> Datas
     Put your own in its place; packing, labels and the held-out part come after it.
     """
     return tokenize_rows(load_rows(config.data), tokenizer, config.data)
-
-
-def batches(
-    blocks: Blocks, numbers: np.ndarray, size: int, pad: int, device: torch.device
-) -> Iterator[tuple[dict[str, torch.Tensor], int, np.ndarray]]:
-    """Yield (batch on the device, its supervised tokens, positions in `numbers`) for the blocks named by `numbers`."""
-    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-    for start in range(0, len(numbers), size):
-        part = numbers[start : start + size]
-        batch = collate([blocks[i] for i in part], pad)
-        tokens = int((batch["labels"][:, 1:] != IGNORED).sum())
-        if stream is not None:  # copied while the GPU still works on the batches before this one
-            with torch.cuda.stream(stream):
-                batch = {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in batch.items()}
-            torch.cuda.current_stream(device).wait_stream(stream)
-            for tensor in batch.values():
-                tensor.record_stream(torch.cuda.current_stream(device))
-        yield batch, tokens, np.arange(start, start + len(part))
-
-
-# ------------------------------------------------------------------------------------------------ loss
-
-
-class SummedLoss:
-    """The summed cross entropy of a batch, fp32: decoder, then the frozen head chunk by chunk.
-
-    A head with an adapter, or a model that does something to its logits (soft-capping, scaling), takes the model's own.
-    """
-
-    def __init__(self, model: PeftModel | PreTrainedModel, dtype: torch.dtype):
-        self.base = model.get_base_model() if isinstance(model, PeftModel) else model
-        self.device, self.dtype = next(model.parameters()).device, dtype
-        self.decoder, self.head = self.base.get_decoder(), self.base.get_output_embeddings()
-        self.options: dict[str, Any] = {}  # of loss_ops.chunked_cross_entropy
-        self.chunked = self._head_is_plain()
-
-    def autocast(self) -> contextlib.AbstractContextManager:
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32)
-
-    @torch.no_grad()
-    def _head_is_plain(self) -> bool:
-        """Return whether the logits are the frozen head's product and nothing else, tried on eight tokens."""
-        if type(self.head) is not nn.Linear or self.head.weight.requires_grad:
-            return False
-        training, probe = self.base.training, torch.arange(1, 9, device=self.device)[None]
-        self.base.eval()
-        with self.autocast():
-            hidden = self.decoder(input_ids=probe, use_cache=False).last_hidden_state
-            same = torch.equal(self.head(hidden), self.base(input_ids=probe, use_cache=False).logits)
-        self.base.train(training)
-        return same
-
-    def __call__(self, input_ids: torch.Tensor, labels: torch.Tensor, **packed: torch.Tensor) -> torch.Tensor:
-        """input_ids, labels: [batch, length] on the model's device; labels are not shifted, -100 where unsupervised.
-
-        packed: the position_ids of packed samples, which restart at each, so that attention stays within it.
-        """
-        targets = loss_ops.shift_labels(labels).flatten()
-        with self.autocast():
-            if self.chunked:
-                hidden = self.decoder(input_ids=input_ids, use_cache=False, **packed).last_hidden_state.flatten(0, 1)
-                weight, bias = self.head.weight, self.head.bias
-                return loss_ops.chunked_cross_entropy(hidden, weight, targets, bias, **self.options)
-            logits = self.base(input_ids=input_ids, use_cache=False, **packed).logits
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=IGNORED, reduction="sum")
 
 
 # ------------------------------------------------------------------------------------------------ one optimizer step
@@ -436,68 +374,6 @@ def training_step(run: Run, step: int, window: np.ndarray, stop: bool) -> StepRe
 # ------------------------------------------------------------------------------------------------ evaluation
 
 
-@torch.no_grad()
-def block_losses(loss: Callable, blocks: Blocks, accelerator: Accelerator, micro_batch: int, pad: int) -> torch.Tensor:
-    """Return the summed loss and the supervised tokens of every micro-batch, fp64 [blocks, 2], in the row of its first
-    block.
-
-    loss: a SummedLoss or a captured graph of it, of a model in eval mode.
-    """
-    sums = torch.zeros(len(blocks), 2, dtype=torch.float64, device=accelerator.device)
-    mine = np.arange(accelerator.process_index, len(blocks), accelerator.num_processes)
-    hidden = not (accelerator.is_main_process and sys.stderr.isatty())
-    count = math.ceil(len(mine) / micro_batch)
-    todo = batches(blocks, mine, micro_batch, pad, accelerator.device)
-    for batch, tokens, positions in tqdm(todo, "evaluating", count, leave=False, disable=hidden):
-        sums[mine[positions[0]], 0] = loss(**batch)
-        sums[mine[positions[0]], 1] = tokens
-    return accelerator.reduce(sums, "sum") if accelerator.num_processes > 1 else sums
-
-
-def mean_loss(sums: torch.Tensor) -> float:
-    """Return the mean loss of all supervised tokens. sums: block_losses."""
-    loss, tokens = sums.sum(0).tolist()
-    return loss / tokens
-
-
-def loss_difference(before: torch.Tensor, after: torch.Tensor) -> tuple[float, float | None]:
-    """Return how much the mean loss changed and the standard error of that, None of a single micro-batch.
-
-    before, after: block_losses of the same blocks; where memory ran out between them, in other micro-batches, which
-    leaves no standard error either. It is a ratio estimator's (Cochran, Sampling Techniques, 1977, section 2.11): what
-    blocks have in common, such as a hard text, cancels within each.
-    """
-    mean = mean_loss(after) - mean_loss(before)
-    tokens, change = before[:, 1], after[:, 0] - before[:, 0]
-    count = int((tokens > 0).sum())
-    if count < 2 or not torch.equal(tokens, after[:, 1]):
-        return mean, None
-    spread = (change - mean * tokens).square().sum() * count / (count - 1)
-    return mean, (spread.sqrt() / tokens.sum()).item()
-
-
-def comparison(dataset: str, blocks: Blocks, stride: int | None, sums: dict[str, torch.Tensor]) -> dict:
-    """Return what evaluation.json says: loss and perplexity of the base and, if it is there, of the adapter, and their
-    difference. sums: block_losses by name.
-    """
-    result = {"dataset": dataset, "tokens": blocks.supervised, "blocks": len(blocks), "stride": stride}
-    for name, found in sums.items():
-        result[name] = {"loss": mean_loss(found), "perplexity": perplexity(mean_loss(found))}
-    if len(sums) == 2:
-        change, error = loss_difference(sums["base"], sums["adapter"])
-        parts = int((sums["base"][:, 1] > 0).sum())  # micro-batches
-        result["difference"] = {"loss": change, "standard_error": error, "parts": parts}
-    return result
-
-
-def difference_line(result: dict) -> str:
-    """Return a comparison's difference as text."""
-    change, error, parts = result["difference"].values()
-    kind = "blocks" if parts == result["blocks"] else "micro-batches"
-    sure = "" if error is None else f" ± {error:.4f} (standard error over {parts:,} {kind})"
-    return f"adapter - base: {change:+.4f}{sure}"
-
-
 def evaluate_in_memory(run: Run, blocks: Blocks) -> torch.Tensor:
     """Return block_losses; where memory runs out, in half the micro-batch and without a graph. Training keeps its
     shape.
@@ -514,11 +390,6 @@ def evaluate_in_memory(run: Run, blocks: Blocks) -> torch.Tensor:
         run.log.say(f"out of GPU memory in an evaluation: {size} sequences at a time, without a graph")
         learner.captured_evaluation = None
         memory_utils.let_go()
-
-
-def perplexity(loss: float) -> float:
-    """Return exp(loss), held below infinity, which JSON cannot say."""
-    return math.exp(min(loss, 700.0))
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
@@ -809,7 +680,7 @@ def build_learner(
         fused_ops.fuse(peft_model, clock, p, fast.kernels)
     if fast.compile:
         fused_ops.compile_layers(peft_model)
-        loss.options["chunk_loss"] = loss_ops.compiled_chunk_loss
+        loss.options["chunk_loss"] = loss_ops.compiled_chunk_loss()
     if fast.fused_lora and fast.kernels:
         loss.options["chunk_loss"] = loss_ops.kernel_chunk_loss
     if device.type == "cuda":
@@ -838,7 +709,11 @@ def build_run(config: Config, accelerator: Accelerator, log: checkpoint_utils.Lo
     with accelerator.main_process_first():
         blocks = make_blocks(prepare_dataset(config, tokenizer), tokenizer, config.data, training.seed)
     model, _ = load_base(config, device)
-    say(memory_utils.memory_line(device))
+    for line in (
+        memory_utils.memory_line(device),
+        *quantization_utils.check_length(config.data.max_length, model.config),
+    ):
+        say(line)
     if isinstance(blocks["train"], data_utils.SampleBlocks):
         for line in data_utils.untrained_chat_tokens(model, tokenizer):
             say(line)
@@ -894,6 +769,9 @@ def evaluate_adapter(config: Config, adapter: str | None, stride: int | None) ->
     if quantization_utils.replaces_bf16(config) and accelerator.is_main_process:
         print(quantization_utils.SLOW_BF16)
     model, tokenizer = load_base(config, accelerator.device)
+    say = print if accelerator.is_main_process else (lambda line: None)
+    for line in quantization_utils.check_length(config.data.max_length, model.config):
+        say(line)
     rows = prepare_dataset(config, tokenizer)
     blocks = make_blocks(rows, tokenizer, config.data, config.training.seed, close=stride is None)["validation"]
     if blocks is None:
@@ -905,7 +783,6 @@ def evaluate_adapter(config: Config, adapter: str | None, stride: int | None) ->
     if samples := sample_counts(blocks)[:1]:
         attention_ops.keep_samples_apart(model, config.data.max_length, samples)
     loss = SummedLoss(model.eval(), compute_dtype_of(config))
-    say = print if accelerator.is_main_process else (lambda line: None)
     names, sums = ["base"] if adapter is None else ["base", "adapter"], {}
     for name in names:
         with contextlib.nullcontext() if name == names[-1] else model.disable_adapter():
@@ -972,7 +849,7 @@ def main(argv: list[str] | None = None) -> int:
         if options.evaluate:
             return evaluate_adapter(config, options.adapter, options.stride)
         if options.compare:
-            return checkpoint_utils.compare_runs(options.compare, options.output or "compare.png")
+            return evaluation.compare_runs(options.compare, options.output or "compare.png")
         checkpoint_utils.check_output(config.training, options.overwrite)
         accelerator = create_accelerator(config.training)
         device, dtype = accelerator.device, compute_dtype_of(config)

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -28,12 +28,30 @@ os.environ["HF_DATASETS_CACHE"] = str(Path(CACHE) / "datasets")
 os.environ["OMP_NUM_THREADS"] = "1"
 for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "PYTHONIOENCODING"):
     os.environ.pop(name, None)
-if hasattr(signal, "SIGHUP"):  # nohup's runs ignore it, and these are to be stopped by it
+# Tests are to be stopped by these; nohup's runs ignore the one, those that a script starts in the background the other.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_unconfigure() -> None:
     shutil.rmtree(CACHE, ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the tests that take a minute or more, so that none of them keeps one core busy at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("minutes") is None)
+
+
+@pytest.fixture(autouse=True)
+def forget_compiled_code() -> Iterator[None]:
+    """Have the next test compile anew: after eight models dynamo compiles no more, and what broke a graph stays known."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        import torch
+
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
 
 
 # ------------------------------------------------------------------------------------------------ models and texts

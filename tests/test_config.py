@@ -1,6 +1,8 @@
 """The schema, config.yaml and the flags say the same, and every mistake is named."""
 
 import dataclasses
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -549,3 +551,44 @@ def test_a_number_of_thousands_of_digits_is_one_short_line():
         load_config((), {"training.seed": "0x" + "f" * 5000})
     assert len(caught.value.problems) == 1 and len(caught.value.problems[0]) < 400
     assert "expected an integer" in caught.value.problems[0] and "5,002 characters" in caught.value.problems[0]
+
+
+# ------------------------------------------------------------------------------------------------ what is imported when
+
+
+def test_compiling_waits_for_the_first_call(monkeypatch):
+    import torch
+
+    compiled = []
+
+    def compile_now(function, **options):
+        compiled.append((function.__name__, options))
+        return lambda *arguments, **keywords: ("compiled", function(*arguments, **keywords))
+
+    monkeypatch.setattr(torch, "compile", compile_now)
+    with config.compiling_later():
+
+        @torch.compile(dynamic=False)
+        def double(x):
+            return 2 * x
+
+        @torch.compile
+        def triple(x):
+            return 3 * x
+
+    assert torch.compile is compile_now and compiled == [] and double.__name__ == "double"
+    assert [double(4), double(x=5), triple(1)] == [("compiled", 8), ("compiled", 10), ("compiled", 3)]
+    assert compiled == [("double", {"dynamic": False}), ("triple", {})]
+
+
+def test_scripts_import_no_inductor_and_leave_tritons_cache_where_it_is():
+    """Inductor's import takes 2 to 5 s, a third of the time to a first token."""
+    program = (
+        "import os, sys, config; config.before_heavy_imports(); import inference_example, train_qlora, torch;"
+        "print('torch._inductor.compile_fx' in sys.modules, torch.compile.__module__, os.environ['TRITON_CACHE_DIR'])"
+    )
+    set_by_inductor = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")  # in the processes of other tests
+    environment = {name: value for name, value in os.environ.items() if name not in set_by_inductor}
+    environment |= {"TRITON_HOME": "somewhere", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["False", "torch", os.path.join("somewhere", ".triton", "cache")], done.stderr[-2000:]

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import attention_ops
 import data_utils
+import evaluation
 import fused_ops
 import train_qlora
 from config import ConfigError, DataConfig
@@ -45,8 +46,9 @@ from data_utils import (
     untrained_chat_tokens,
     windows_of,
 )
+from loss_ops import SummedLoss
 from quantization_utils import load_tokenizer
-from train_qlora import SummedLoss, main
+from train_qlora import main
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT_END, TURN_END = 0, 2  # <|endoftext|> and <|im_end|> of the tiny tokenizer
@@ -1352,18 +1354,18 @@ def test_the_standard_error_of_a_difference_is_that_of_resampled_blocks():
     before = tokens * random.normal(3, 0.5, 400)  # blocks differ more from each other than by the change
     after = before + tokens * random.normal(-0.1, 0.2, 400)
     tables = [torch.tensor(np.stack([losses, tokens], 1)) for losses in (before, after)]
-    mean, error = train_qlora.loss_difference(*tables)
+    mean, error = evaluation.loss_difference(*tables)
     picks = [random.integers(0, 400, 400) for _ in range(4000)]
     resampled = [((after - before)[pick]).sum() / tokens[pick].sum() for pick in picks]
     assert mean == pytest.approx((after - before).sum() / tokens.sum())
     assert error == pytest.approx(np.std(resampled), rel=0.05)
-    assert train_qlora.loss_difference(tables[0][:1], tables[1][:1])[1] is None
+    assert evaluation.loss_difference(tables[0][:1], tables[1][:1])[1] is None
     # Micro-batches of two, in the row of the first: the same mean, and an error over half as many parts.
     pairs = [torch.zeros(400, 2, dtype=torch.float64).index_add_(0, torch.arange(400) // 2 * 2, t) for t in tables]
-    pair_mean, pair_error = train_qlora.loss_difference(*pairs)
-    dense = train_qlora.loss_difference(*(table[::2] for table in pairs))
+    pair_mean, pair_error = evaluation.loss_difference(*pairs)
+    dense = evaluation.loss_difference(*(table[::2] for table in pairs))
     assert pair_mean == pytest.approx(mean) and (pair_mean, pair_error) == pytest.approx(dense)
-    assert train_qlora.loss_difference(tables[0], pairs[1]) == (
+    assert evaluation.loss_difference(tables[0], pairs[1]) == (
         pytest.approx(mean),
         None,
     )  # memory ran out between them

@@ -22,7 +22,6 @@ import attention_ops
 import fused_ops
 import linear_ops
 import loss_ops
-import train_qlora
 import training_kernels
 from attention_ops import use_causal_attention
 from config import ConfigError, load_config
@@ -65,7 +64,7 @@ def prepared(
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)
-    return model.train(), clock, train_qlora.SummedLoss(model, getattr(torch, dtype))
+    return model.train(), clock, loss_ops.SummedLoss(model, getattr(torch, dtype))
 
 
 def gradients(model, clock, loss, length=24):
@@ -549,11 +548,14 @@ def interpret(checks: str) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.mark.minutes
 def test_kernels_in_tritons_interpreter():
     """Half precision: it rounds bfloat16 wrongly, and tl.dot takes its bits for numbers."""
-    interpret("check_kernels('cpu', torch.float16, 2e-3); check_swiglu_backward('cpu', torch.float16, 2e-3)")
-    interpret("check_cross_entropy('cpu', torch.float16, 2e-3)")
-    interpret("check_rotate('cpu', torch.float32, 1e-6); check_rotate('cpu', torch.float16, 1e-3)")
+    interpret(
+        "check_kernels('cpu', torch.float16, 2e-3); check_swiglu_backward('cpu', torch.float16, 2e-3); "
+        "check_cross_entropy('cpu', torch.float16, 2e-3); "
+        "check_rotate('cpu', torch.float32, 1e-6); check_rotate('cpu', torch.float16, 1e-3)"
+    )
 
 
 def test_layers_learn_the_same_from_kernels_in_tritons_interpreter(random_models):

@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 import attention_ops
+import evaluation
 import fused_ops
+import loss_ops
 import memory_utils
 import train_qlora
 from config import ConfigError, load_config
@@ -49,7 +51,7 @@ def saved_by_autograd(folder: str, path: str, p: float, layers: int) -> int:
     attention_ops.use_causal_attention(model.get_base_model())
     clock = fused_ops.DropoutClock(42, torch.device("cpu"))
     fused_ops.use_stateless_dropout(model, p, clock)
-    loss = train_qlora.SummedLoss(model, torch.bfloat16)
+    loss = loss_ops.SummedLoss(model, torch.bfloat16)
     if path != PLAIN:
         fused_ops.fuse(model, clock, p, kernels=False)
     if path == COMPILED:
@@ -204,11 +206,22 @@ def test_savings_are_differences_of_plans(qwen_3b):
 
 
 def test_the_longest_length_is_the_last_that_fits(qwen_3b):
-    shape, config = model_shape(str(qwen_3b)), settings()
+    shape, config = dataclasses.replace(model_shape(str(qwen_3b)), positions=None), settings()
     longest = memory_utils.longest_length(shape, config, 7.8 * GIB)
     for length, fits in ((longest, True), (longest + 128, False)):
         other = dataclasses.replace(config, data=dataclasses.replace(config.data, max_length=length))
         assert (plan_memory(shape, other, 1, 36, limit=7.8 * GIB, offload=True).total <= 7.8 * GIB) is fits
+
+
+def test_no_length_is_longer_than_the_models_positions(qwen_3b, capsys):
+    shape = model_shape(str(qwen_3b))
+    assert shape.positions == 32768 == memory_utils.longest_length(shape, settings(), 80 * GIB)
+    flags = ("--plan", "--model_name", str(qwen_3b), "--memory_limit_gib", "80")
+    assert train_qlora.main([*flags]) == 0 and "32,768, the model's last position\n" in (out := capsys.readouterr().out)
+    assert "data.max_length: " not in out
+    assert train_qlora.main([*flags, "--max_length", "32769"]) == 0
+    line = "data.max_length: 32,769 tokens are more than the 32,768 positions that the model is for\n"
+    assert line in capsys.readouterr().out
 
 
 def test_a_limit_below_the_context_is_refused():
@@ -306,7 +319,7 @@ def test_running_out_while_capturing_leaves_no_dropout_in_the_evaluation(train, 
     train(*flags, output_dir=tmp_path / "found")
     assert modes[0] and seen
     rows = [json.loads(line) for line in (want / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert train_qlora.mean_loss(seen[0]) == pytest.approx(rows[0]["eval_loss"], rel=1e-6)
+    assert evaluation.mean_loss(seen[0]) == pytest.approx(rows[0]["eval_loss"], rel=1e-6)
 
 
 def test_when_nothing_is_left_the_run_ends_with_three_and_its_checkpoint(train, monkeypatch, tmp_path):

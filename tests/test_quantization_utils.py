@@ -11,7 +11,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MambaConfig,
+    OPTConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
 
 import config as schema
 import quantization_utils
@@ -19,10 +29,12 @@ from config import ConfigError
 from memory_utils import PLAIN, model_shape, plan_memory
 from quantization_utils import (
     DEFAULT_TARGETS,
+    check_length,
     check_nf4,
     count_parameters,
     create_bnb_config,
     create_lora_config,
+    known_positions,
     load_adapter,
     load_model_and_tokenizer,
     load_tokenizer,
@@ -588,6 +600,31 @@ def test_installation_check_fails_where_bitsandbytes_does(monkeypatch, capsys):
     monkeypatch.setattr(bnb.functional, "quantize_4bit", fails)
     assert quantization_utils.main() == 1
     assert "NF4 on cpu: fails: no kernel image for this device" in capsys.readouterr().out.splitlines()
+
+
+def test_positions_are_those_of_the_configuration_or_of_yarn():
+    def scaled(kind, factor, positions, original=None, config=LlamaConfig, **rest):
+        rope = {"rope_type": kind, "factor": factor, "original_max_position_embeddings": original, **rest}
+        return known_positions(config(max_position_embeddings=positions, rope_scaling=rope))
+
+    assert known_positions(Qwen2Config(max_position_embeddings=32768)) == 32768
+    assert scaled("yarn", 4.0, 32768, 32768, Qwen2Config) == 131072  # as Qwen2.5's page has it
+    assert scaled("yarn", 40, 163840, 4096) == 163840  # DeepSeek-V3
+    assert scaled("yarn", None, 32768, 32768) == 32768
+    assert scaled("llama3", 32.0, 131072, 8192, low_freq_factor=1.0, high_freq_factor=4.0) == 131072  # Llama-3.2
+    assert scaled("linear", 4.0, 4096) == 4096
+    assert known_positions(Gemma3TextConfig(max_position_embeddings=8192)) == 8192  # two kinds of attention
+    assert known_positions(GPT2Config(n_positions=77)) == 77
+    assert known_positions(MambaConfig()) is None
+
+
+def test_blocks_longer_than_a_table_of_positions_are_refused():
+    assert check_length(2048, OPTConfig(max_position_embeddings=2048)) == []
+    with pytest.raises(ConfigError, match="data.max_length: expected at most the model's 2,048 positions, got 2,049"):
+        check_length(2049, OPTConfig(max_position_embeddings=2048))
+    assert (
+        len(check_length(2049, Qwen2Config(max_position_embeddings=2048))) == 1 and check_length(9, MambaConfig()) == []
+    )
 
 
 def test_no_gpu_is_told_apart(monkeypatch):

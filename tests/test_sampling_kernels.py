@@ -81,7 +81,7 @@ def check_small() -> None:
     sampling_kernels.BLOCK, sampling_kernels.ROW_BLOCK, sampling_kernels.PROGRAMS = 64, 128, 9
     assert layout(3, 500) == (3, 3) and layout(2, 331) == (2, 3)
     check_equal(3, 500, 2, "cpu")
-    check_equal(2, 331, 2, "cpu")
+    check_equal(2, 331, 1, "cpu")
 
 
 def check_choices() -> None:
@@ -149,9 +149,10 @@ def check_in_the_interpreter() -> None:
     check_choices()
     check_small()
     check_edges()
-    check_frequencies(20_000, 200, "cpu")
+    check_frequencies(20_000, 60, "cpu")
 
 
+@pytest.mark.minutes
 def test_in_tritons_interpreter():
     """In a process of its own: Triton's import chooses the interpreter."""
     pytest.importorskip("triton", reason="pip install triton: the kernels need it")

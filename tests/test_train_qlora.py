@@ -28,6 +28,8 @@ import train_qlora
 from checkpoint_utils import checkpoints, read_checkpoint
 from config import TrainingConfig
 from data_utils import IGNORED
+from evaluation import block_losses, mean_loss
+from loss_ops import SummedLoss
 from quantization_utils import (
     create_bnb_config,
     create_lora_config,
@@ -35,7 +37,7 @@ from quantization_utils import (
     load_model_and_tokenizer,
     prepare_model_for_training,
 )
-from train_qlora import SummedLoss, block_losses, create_scheduler, main, mean_loss, plot_training_curves
+from train_qlora import create_scheduler, main, plot_training_curves
 
 ROOT = Path(__file__).resolve().parent.parent
 STEP = train_qlora.training_step
@@ -951,25 +953,32 @@ def test_launch_that_announces_more_processes_than_there_are_is_refused(train, m
     assert code == 2 and "torchrun --nproc_per_node 2" in capsys.readouterr().err and not folder.exists()
 
 
+def test_blocks_longer_than_the_models_positions_are_said(train, tiny_model, corpus, tmp_path, capsys):
+    """By a run and by an evaluation; both go on."""
+    folder = tmp_path / "short"
+    shutil.copytree(tiny_model, folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 48}), encoding="utf-8")
+    line = "data.max_length: 64 tokens are more than the 48 positions that the model is for"
+    code, output = train("--model_name", folder, "--max_steps", 1)
+    assert code == 0 and line in capsys.readouterr().out.splitlines()
+    assert main(["--evaluate", "--adapter", str(output)]) == 0
+    assert line in capsys.readouterr().out.splitlines()
+
+
 # ------------------------------------------------------------------------------------------------ the embedded default
 
 
-@pytest.fixture(scope="module")
-def default_run(tmp_path_factory) -> Path:
-    """tiny/config.yaml as it stands, into another folder; half a minute, once."""
-    folder = tmp_path_factory.mktemp("default") / "output_tiny"
-    assert main(["--config", str(ROOT / "tiny" / "config.yaml"), "--output_dir", str(folder)]) == 0
-    return folder
-
-
-def test_embedded_default_takes_a_quarter_off_the_perplexity(default_run):
-    rows = evaluations_of(default_run)
+@pytest.mark.minutes
+def test_embedded_default_takes_a_quarter_off_the_perplexity_and_leaves_what_was_promised(tmp_path):
+    """A quarter of what tiny/config.yaml does, into another folder: 10 s to a minute, by the CPU."""
+    folder = tmp_path / "output_tiny"
+    flags = ["--output_dir", str(folder), "--num_epochs", "0.5"]
+    assert main(["--config", str(ROOT / "tiny" / "config.yaml"), *flags]) == 0
+    rows = evaluations_of(folder)
     best = min(row["perplexity"] for row in rows)
     assert rows[0]["step"] == 0 and best <= 0.75 * rows[0]["perplexity"]
-    losses = [row["loss"] for row in steps_of(default_run)]
+    losses = [row["loss"] for row in steps_of(folder)]
     assert losses[-1] < losses[0]
-
-
-def test_embedded_default_leaves_what_was_promised(default_run):
-    assert {path.name for path in default_run.iterdir() if not path.name.startswith("checkpoint-")} == LEFT
-    assert 1 <= len(checkpoints(default_run)) <= 2
+    assert {path.name for path in folder.iterdir() if not path.name.startswith("checkpoint-")} == LEFT
+    assert 1 <= len(checkpoints(folder)) <= 2

@@ -13,6 +13,7 @@ path and half the fused one; half of the kills aim at a checkpoint's write.
 import argparse
 import collections
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -277,10 +278,11 @@ def main() -> int:
         PATHS[path] = (*flags, *options.flags.split())
     lost = 0
     campaign = Campaign(folder, options.signal[0], options.steps, options.seed, options.most)
+    numbers = itertools.count()  # on through the signals, since every other run takes the fused path
     for kind in options.signal:
         begin = time.monotonic()
         campaign.kind, campaign.counts, campaign.problems = kind, collections.Counter(), []
-        for number in range(options.runs):
+        for number in itertools.islice(numbers, options.runs):
             campaign.run(number)
         seconds = round(time.monotonic() - begin, 1)
         counts = {"signal": kind, "runs": options.runs, "seconds": seconds, **dict(sorted(campaign.counts.items()))}
