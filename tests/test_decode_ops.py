@@ -148,8 +148,9 @@ def check_all(folders: dict[str, str], dtype: str, device: str) -> None:
     decode_ops.LAYOUT.batch_programs = 8  # of products that add up, and products of several steps
     for number, (family, options, starts, before) in enumerate(CASES):
         decode_ops.LAYOUT.light_warps = 8 * (number % 2)  # the adapters of q, k and v in their launch, or ahead of it
-        # A second step shows what a first one leaves behind; one of each way, since a step takes 5 to 25 s.
-        check_case(folders[family], options, starts, before, dtype, device, steps=2 if number in (0, 1, 6) else 1)
+        # A second step shows what a first one leaves behind; once for each way, since a step takes 5 to 25 s. In the cache
+        # of case 5 a sequence's errors in one position alone are up to 1.4 times the model's own.
+        check_case(folders[family], options, starts, before, dtype, device, steps=2 if number in (0, 1, 5) else 1)
 
 
 @pytest.mark.minutes
