@@ -1,4 +1,4 @@
-"""The summed cross entropy of a frozen head that never holds the logits whole."""
+"""The summed cross entropy of a batch, of a frozen head without ever holding the logits whole."""
 
 import contextlib
 import functools

@@ -766,10 +766,10 @@ def evaluate_adapter(config: Config, adapter: str | None, stride: int | None) ->
     """
     accelerator = create_accelerator(config.training)
     quantization_utils.refuse_without_gpu(config, accelerator.device)
-    if quantization_utils.replaces_bf16(config) and accelerator.is_main_process:
-        print(quantization_utils.SLOW_BF16)
-    model, tokenizer = load_base(config, accelerator.device)
     say = print if accelerator.is_main_process else (lambda line: None)
+    if quantization_utils.replaces_bf16(config):
+        say(quantization_utils.SLOW_BF16)
+    model, tokenizer = load_base(config, accelerator.device)
     for line in quantization_utils.check_length(config.data.max_length, model.config):
         say(line)
     rows = prepare_dataset(config, tokenizer)

@@ -1,6 +1,7 @@
 """The fast path equals the plain one: operators, kernels (in Triton's interpreter, and on a GPU where there is one), layers."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import linecache
@@ -573,28 +574,33 @@ def signature(kernel, pointers: dict[str, str]) -> dict[str, str]:
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 
 
-@pytest.mark.parametrize("capability", SHARED_LIMIT)
-def test_kernels_compile_within_the_shared_memory_of_each_card(capability):
-    triton = pytest.importorskip("triton", reason="pip install triton: the kernels need it")
+HALF, SINGLE, WHOLE = "*bf16", "*fp32", "*i32"  # pointers
+MASKS = {"step": WHOLE, "sequences": WHOLE, "salt": WHOLE}
+
+
+def compile_for(capability: int, kernel, pointers: dict[str, str], constants: dict, warps: int, **options) -> str:
+    """Return the PTX of a kernel compiled for a card, whose shared memory has room for it."""
+    import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    def compile_(kernel, pointers, constants, warps, **options):
-        types = {**signature(kernel, pointers), **dict.fromkeys(constants, "constexpr")}
-        positions = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-        source = ASTSource(kernel, {name: types[name] for name in kernel.arg_names}, positions)
-        compiled = triton.compile(
-            source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, **options}
-        )
-        assert compiled.metadata.shared <= SHARED_LIMIT[capability]
-        assert f"sm_{capability}" in compiled.asm["ptx"]
-        return compiled.asm["ptx"]
+    types = {**signature(kernel, pointers), **dict.fromkeys(constants, "constexpr")}
+    positions = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, {name: types[name] for name in kernel.arg_names}, positions)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, **options})
+    assert compiled.metadata.shared <= SHARED_LIMIT[capability]
+    assert f"sm_{capability}" in compiled.asm["ptx"]
+    return compiled.asm["ptx"]
 
-    half, single, whole = "*bf16", "*fp32", "*i32"
-    masks = {"step": whole, "sequences": whole, "salt": whole}
+
+@pytest.mark.parametrize("capability", SHARED_LIMIT)
+def test_kernels_compile_within_the_shared_memory_of_each_card(capability):
+    """Those of the forward, the loss and rotary."""
+    pytest.importorskip("triton", reason="pip install triton: the kernels need it")
+    compile_ = functools.partial(compile_for, capability)
     launch = linear_ops.DEQUANTIZE
-    weights = {"packed": whole, "absmax": "*u8", "out": half, "stacked": half}
-    weights |= dict.fromkeys(("absmax2", "offset", "code2", "lut", "A0", "A1", "A2", "B0", "B1", "B2"), single)
+    weights = {"packed": WHOLE, "absmax": "*u8", "out": HALF, "stacked": HALF}
+    weights |= dict.fromkeys(("absmax2", "offset", "code2", "lut", "A0", "A1", "A2", "B0", "B1", "B2"), SINGLE)
     constants = {
         "NESTED": True,
         "BLOCKSIZE": 64,
@@ -611,17 +617,31 @@ def test_kernels_compile_within_the_shared_memory_of_each_card(capability):
     for swiglu, dropout, (columns, zeros) in itertools.product((True, False), (True, False), kinds):
         switches = {"SWIGLU": swiglu, "NORM": not swiglu, "DROPOUT": dropout, "BLOCK_R": columns, "BLOCK_Z": zeros}
         tile = {"BLOCK_M": linear_ops.WIDEN.block_m, "BLOCK_K": linear_ops.WIDEN.block_k // max(1, columns // 16)}
-        activations = dict.fromkeys(("x", "wide", "dropped", "A", "u", "norm"), half)
-        activations |= {"sums": single, "inverse_rms": single, **masks}
+        activations = dict.fromkeys(("x", "wide", "dropped", "A", "u", "norm"), HALF)
+        activations |= {"sums": SINGLE, "inverse_rms": SINGLE, **MASKS}
         compile_(training_kernels.widen_kernel, activations, switches | tile, linear_ops.WIDEN.warps, num_stages=1)
     settle = {"SHARES": 6, "BLOCK_M": 64, "BLOCK_R": 16, "BLOCK_Z": 64}
-    compile_(training_kernels.settle_kernel, {"sums": single, "wide": half, "u": half}, settle, 4)
+    compile_(training_kernels.settle_kernel, {"sums": SINGLE, "wide": HALF, "u": HALF}, settle, 4)
+    for gradient in (False, True):
+        pointers = {"logits": HALF, "targets": "*i64", "losses": SINGLE}
+        constants = {"GRADIENT": gradient, "BLOCK": loss_ops.CROSS_ENTROPY.block_k}
+        compile_(training_kernels.cross_entropy_kernel, pointers, constants, loss_ops.CROSS_ENTROPY.warps)
+    heads = {"HEADS": 16, "KV_HEADS": 2, "HALF": 64, "BLOCK_M": attention_ops.ROTATE.block_m, "BLOCK_K": 64}
+    for back, angles in itertools.product((False, True), (HALF, SINGLE)):
+        activations = dict.fromkeys(("qkv", "q", "k", "v"), HALF) | {"cos": angles, "sin": angles}
+        compile_(training_kernels.rotate_kernel, activations, heads | {"BACK": back}, attention_ops.ROTATE.warps)
+
+
+@pytest.mark.parametrize("capability", SHARED_LIMIT)
+def test_kernels_of_the_backward_compile_within_the_shared_memory_of_each_card(capability):
+    pytest.importorskip("triton", reason="pip install triton: the kernels need it")
+    compile_ = functools.partial(compile_for, capability)
     for rank, dropout in ((16, False), (64, False), (16, True), (256, True)):
         backward = linear_ops.MASKED_BACKWARD if dropout else linear_ops.WIDEN_BACKWARD
         tile = {"BLOCK_M": backward.block_m, "BLOCK_K": backward.block_k, "BLOCK_R": rank}
         tile |= {"DROPOUT": dropout, "NORM": True}
-        activations = dict.fromkeys(("x", "wide", "out", "dropped", "A", "divided"), half)
-        activations |= {"inverse_rms": single, **masks}
+        activations = dict.fromkeys(("x", "wide", "out", "dropped", "A", "divided"), HALF)
+        activations |= {"inverse_rms": SINGLE, **MASKS}
         compile_(training_kernels.widen_backward_kernel, activations, tile, backward.warps)
     for here, before, dropout in (
         (16, 16, True),
@@ -633,20 +653,12 @@ def test_kernels_compile_within_the_shared_memory_of_each_card(capability):
     ):
         launch = linear_ops.swiglu_launch(max(here, before))
         tile = {"BLOCK_M": launch.block_m, "BLOCK_K": launch.block_k, "BLOCK_R": here, "BLOCK_U": before}
-        activations = dict.fromkeys(("x", "wide", "grads", "A", "u"), half) | {"sums": single, **masks}
+        activations = dict.fromkeys(("x", "wide", "grads", "A", "u"), HALF) | {"sums": SINGLE, **MASKS}
         kernel, switches = training_kernels.swiglu_backward_kernel, tile | {"DROPOUT": dropout}
         compile_(kernel, activations, switches, launch.warps, num_stages=1)
-    pointers = {"dA": single, "weight": half, "dB": single, "own": single}
+    pointers = {"dA": SINGLE, "weight": HALF, "dB": SINGLE, "own": SINGLE}
     settle = {"BLOCK": linear_ops.SETTLE_BLOCK}
     compile_(training_kernels.settle_gradients_kernel, pointers, settle, 4)
-    for gradient in (False, True):
-        pointers = {"logits": half, "targets": "*i64", "losses": single}
-        constants = {"GRADIENT": gradient, "BLOCK": loss_ops.CROSS_ENTROPY.block_k}
-        compile_(training_kernels.cross_entropy_kernel, pointers, constants, loss_ops.CROSS_ENTROPY.warps)
-    heads = {"HEADS": 16, "KV_HEADS": 2, "HALF": 64, "BLOCK_M": attention_ops.ROTATE.block_m, "BLOCK_K": 64}
-    for back, angles in itertools.product((False, True), (half, single)):
-        activations = dict.fromkeys(("qkv", "q", "k", "v"), half) | {"cos": angles, "sin": angles}
-        compile_(training_kernels.rotate_kernel, activations, heads | {"BACK": back}, attention_ops.ROTATE.warps)
 
 
 FEW = [
