@@ -1,13 +1,16 @@
-"""Rotary embedding as one pass, causal attention without a mask tensor, and packed samples that do not see each other."""
+"""Rotary embedding as one pass, causal attention without a mask tensor, packed samples that do not see each other, and
+attention of one position over a cache.
+"""
 
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -16,11 +19,12 @@ from config import ConfigError
 from nf4_lookup import triton
 from training_kernels import Launch
 
-CAUSAL = "sdpa_causal"
+CAUSAL = "sdpa_causal"  # in training
+GROUPED = "sdpa_grouped"  # in generation
 # Attention classes whose forward is that of fused_ops._fused_attention; what is not here keeps its own.
 ATTENTIONS = {"Qwen2Attention", "Qwen3Attention", "LlamaAttention", "MistralAttention"}
 # Both take fewer heads of k and v than of q; from torch 2.12 on the wrapper wants to be told, 2.11 has no such argument.
-GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+FEWER_HEADS = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 ROTATE = Launch(block_m=16, block_k=64, warps=4)  # of heads 128 wide: of others as many numbers
 
@@ -210,7 +214,7 @@ def attend(
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     (batch, _, length, _), starts = query.shape, attention_mask
     q, k, v = (x.transpose(1, 2).contiguous().flatten(0, 1) for x in (query, key, value))
-    mixed = varlen_attn(q, k, v, starts, starts, length, length, scale=scaling, window_size=(-1, 0), **GROUPED)
+    mixed = varlen_attn(q, k, v, starts, starts, length, length, scale=scaling, window_size=(-1, 0), **FEWER_HEADS)
     return mixed.unflatten(0, (batch, length)), None
 
 
@@ -285,3 +289,26 @@ def use_causal_attention(model: nn.Module) -> bool:
         AttentionMaskInterface.register(CAUSAL, _no_mask)
         model.set_attn_implementation(CAUSAL)
     return plain
+
+
+def grouped_attention(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, **kwargs
+) -> tuple[torch.Tensor, None]:
+    """SDPA, with the heads that share a key head as queries of it when there is one position, [batch, heads, 1, width].
+
+    transformers 5.17 copies keys and values for every head instead: eight times a 3B's cache, in each step.
+    """
+    (batch, heads, positions, width), groups = query.shape, query.shape[1] // key.shape[1]
+    if positions > 1 or groups == 1 or kwargs.get("softcap") is not None or kwargs.get("position_bias") is not None:
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+    packed = query.reshape(batch, heads // groups, groups, width)
+    mixed = F.scaled_dot_product_attention(packed, key, value, mask, scale=kwargs.get("scaling"))
+    return mixed.reshape(batch, 1, heads, -1), None
+
+
+def use_grouped_attention(model: PreTrainedModel) -> None:
+    """Switch a model that runs `sdpa` to grouped_attention."""
+    if model.config._attn_implementation == "sdpa":
+        AttentionInterface.register(GROUPED, grouped_attention)
+        AttentionMaskInterface.register(GROUPED, sdpa_mask)
+        model.set_attn_implementation(GROUPED)

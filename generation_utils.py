@@ -11,13 +11,12 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
-import torch.nn.functional as F
 import transformers
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache, StaticLayer
 from transformers.generation import (
     LogitsProcessorList,
@@ -27,9 +26,8 @@ from transformers.generation import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
+from attention_ops import GROUPED, use_grouped_attention
 from fused_ops import DropoutClock, fuse
 from memory_utils import peak_gib
 from nf4_lookup import runs_on, triton
@@ -235,32 +233,6 @@ def attention_windows(config: Any) -> dict[str, int | None]:
     return {kind: window if kind == "sliding_attention" else None for kind in sorted(set(kinds))}
 
 
-GROUPED = "sdpa_grouped"
-
-
-def grouped_attention(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, **kwargs
-) -> tuple[torch.Tensor, None]:
-    """SDPA, with the heads that share a key head as queries of it when there is one position, [batch, heads, 1, width].
-
-    transformers 5.17 copies keys and values for every head instead: eight times a 3B's cache, in each step.
-    """
-    (batch, heads, positions, width), groups = query.shape, query.shape[1] // key.shape[1]
-    if positions > 1 or groups == 1 or kwargs.get("softcap") is not None or kwargs.get("position_bias") is not None:
-        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
-    packed = query.reshape(batch, heads // groups, groups, width)
-    mixed = F.scaled_dot_product_attention(packed, key, value, mask, scale=kwargs.get("scaling"))
-    return mixed.reshape(batch, 1, heads, -1), None
-
-
-def use_grouped_attention(model: PreTrainedModel) -> None:
-    """Switch a model that runs `sdpa` to grouped_attention."""
-    if model.config._attn_implementation == "sdpa":
-        AttentionInterface.register(GROUPED, grouped_attention)
-        AttentionMaskInterface.register(GROUPED, sdpa_mask)
-        model.set_attn_implementation(GROUPED)
-
-
 def obstacle(model: PreTrainedModel) -> str | None:
     """Return why a model's step cannot be captured, None if it can."""
     config = model.config.get_text_config()
@@ -280,25 +252,29 @@ def obstacle(model: PreTrainedModel) -> str | None:
     return None
 
 
-def adapters_off(model: nn.Module) -> bool:
-    """Return whether the model's adapters are switched off, as within peft's `disable_adapter`."""
-    return any(module.disable_adapters for module in model.modules() if isinstance(module, LoraLayer))
+def lora_layers(model: nn.Module) -> list[LoraLayer]:
+    """Return the modules with adapters. To be kept: the way through a 3B's modules takes 6 ms."""
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+
+
+def adapters_off(layers: list[LoraLayer]) -> bool:
+    """Return whether adapters are switched off, as within peft's `disable_adapter`."""
+    return any(layer.disable_adapters for layer in layers)
 
 
 def use_own_precision(model: PeftModel) -> None:
     """Give the adapters the dtype that the model computes in, as training's fast path reads them: peft keeps them in
     fp32, 120 MB of a 3B at rank 16.
     """
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            for factors in (module.lora_A, module.lora_B):
-                factors.to(model.dtype)
+    for layer in lora_layers(model):
+        for factors in (layer.lora_A, layer.lora_B):
+            factors.to(model.dtype)
 
 
 @contextmanager
 def plain_linears(model: nn.Module) -> Iterator[None]:
-    """Give fused modules, norms too, the forward they had: one token through bitsandbytes' own matrix-vector product
-    reads packed weights only, where the fused operator unpacks them first.
+    """Give fused modules, attention and norms too, the forward they had: one token through bitsandbytes' own
+    matrix-vector product reads packed weights only, where the fused operator unpacks them first.
     """
     fused = [module for module in model.modules() if hasattr(type(module), "unfused")]
     kinds = [type(module) for module in fused]
@@ -345,6 +321,7 @@ class Decoder:
         self.base = model.get_base_model() if isinstance(model, PeftModel) else model
         self.device, self.vocabulary = self.base.device, self.base.get_output_embeddings().weight.shape[0]
         use_grouped_attention(self.base)
+        self.adapted = lora_layers(model)
         self.windows = attention_windows(self.base.config.get_text_config())
         self.batch = self.length = self.prompts = 0
         self.held: list[int] = []  # the tokens whose keys and values the cache has, of a single sequence
@@ -439,12 +416,11 @@ class Decoder:
 
     def _short_chunk(self) -> None:
         slots = self.position + torch.arange(SHORT_CHUNK, device=self.device)
-        with plain_linears(self.base):  # which unpack one matrix at a time: 45 MB of a 3B in place of 91
-            self._forward(self.piece, slots, self.length, self.last)
+        self._forward(self.piece, slots, self.length, self.last)
 
     def prefill(self, rows: list[list[int]]) -> None:
         """Compute the cache of the prompts, as far as it is not there, and the logits after each."""
-        longest, off = max(map(len, rows)), adapters_off(self.model)
+        longest, off = max(map(len, rows)), adapters_off(self.adapted)
         known = common_prefix(self.held, rows[0][:-1]) if self.batch == 1 and off == self.off else 0
         self.held, self.off = [], off
         # In place of padding stands the row's first token, which adds nothing to what the repetition penalty sees.
@@ -598,11 +574,12 @@ class Generator:
         gpu = base.device.type == "cuda"
         self.reason = obstacle(base) if gpu or fast else ""  # nothing is said of a CPU
         self.decoder = Decoder(model, kernels=gpu and triton is not None) if self.reason is None else None
-        self.cache, self.held, self.off = None, [], False
+        self.adapted, self.cache, self.held, self.off = lora_layers(model), None, [], False
         if self.decoder and gpu and isinstance(model, PeftModel):
             use_own_precision(model)
-            # For long prompts and batches: a layer's weights unpacked once and one product with the adapters in it.
-            fuse(model, DropoutClock(0, base.device), 0.0, triton is not None and base.dtype is not torch.float32)
+            # For prompts and batches: weights unpacked once and one product with the adapters in it.
+            kernels = triton is not None and base.dtype is not torch.float32
+            fuse(model, DropoutClock(0, base.device), 0.0, kernels, in_pieces=True)
             torch.cuda.empty_cache()  # the packed weights have moved
         self.weight_bytes, self.position_bytes = weight_bytes(base), position_bytes(base)
 
@@ -632,7 +609,7 @@ class Generator:
 
     def _prefix(self, ids: list[int]) -> DynamicCache:
         """Return the cache of the last prompt and answer, cut to what `ids` begins with too."""
-        off = adapters_off(self.model)
+        off = adapters_off(self.adapted)
         known = common_prefix(self.held, ids[:-1]) if off == self.off else 0
         if known and self.cache is not None:
             self.cache.crop(min(0, known - self.cache.get_seq_length()))

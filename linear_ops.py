@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+import math
 from typing import NamedTuple
 
 import bitsandbytes  # noqa: F401  (registers the operators that dequantise without Triton)
@@ -57,8 +58,8 @@ def drop_threshold(p: float) -> int:
 # ------------------------------------------------------------------------------------------------ layouts of the kernels
 
 
-WIDEN = Launch(block_m=16, block_k=128, warps=4)  # block_k: of up to 16 adapter columns, half of 32
-WIDEN_SHARE = 2048  # columns that a program sums u up over: 512 rows of SwiGLU's then make 192 programs
+# block_k 64 took 42.6 us in place of 34.2 (8,192 rows of 2,048, 32 adapter columns; H100).
+WIDEN = Launch(block_m=16, block_k=128, warps=4)
 # Adapter columns that ride in the pass over x: of 16, SwiGLU's at 16 x 512 tokens takes 210 us in place of 275 (355 to
 # 214 with dropout; H100), of 48 q, k and v's on 24 multiprocessors took 40 in place of 32.
 MOST_WIDEN_COLUMNS = 32
@@ -70,7 +71,16 @@ MASKED_BACKWARD = Launch(block_m=16, block_k=64, warps=2)
 MOST_COLUMNS = 256
 SETTLE_BLOCK = 1024
 SHARE_ROWS = 256  # at least: a share's sums, 192 bytes a column at rank 16, are then 8 % of what it reads and writes
-SHARE_PROGRAMS = 4  # a multiprocessor, as many as its registers hold at rank 16
+SHARE_PROGRAMS = 4  # a multiprocessor, as many as its registers hold of the kernel behind `swiglu_backward` at rank 16
+
+
+def widen_share(rows: int, columns: int, device: torch.device) -> int:
+    """Return over how many columns a program of the kernel behind `widen` sums u up: fewer where rows make few programs.
+
+    At 512 rows of 2,048 columns this took 10.9 us in place of 14.8 (16 adapter columns; H100), 13.7 in place of 23.2 (32).
+    """
+    shares = max(1, SHARE_PROGRAMS * multiprocessors(device) // triton.cdiv(rows, WIDEN.block_m))
+    return min(2048, triton.cdiv(columns, 512 * shares) * 512)
 
 
 def swiglu_launch(columns: int) -> Launch:
@@ -150,9 +160,13 @@ class Norm(NamedTuple):
     inverse: torch.Tensor
 
 
-def inverse_rms(x: torch.Tensor, epsilon: float) -> torch.Tensor:
+def inverse_rms(x: torch.Tensor, epsilon: float, kernels: bool) -> torch.Tensor:
     """Return 1 / rms of the rows of x, fp32 (Zhang & Sennrich, "Root Mean Square Layer Normalization", 2019)."""
-    return torch.rsqrt(x.float().square().mean(-1) + epsilon)
+    if not kernels or torch.compiler.is_compiling():  # a compiler puts it into the pass that makes x
+        return torch.rsqrt(x.float().square().mean(-1) + epsilon)
+    out = x.new_empty(len(x), dtype=torch.float32)
+    training_kernels.inverse_rms_kernel[(len(x),)](x, out, x.shape[1], epsilon, BLOCK=1024, num_warps=4)
+    return out
 
 
 def normed(x: torch.Tensor, norm: Norm | None, kernels: bool) -> torch.Tensor:
@@ -200,13 +214,15 @@ def widen(
         wide[:, columns : columns + extra] = dropped @ A.t()
         wide[:, columns + extra :] = 0
         return wide, wide[:, columns : columns + extra] * scale
-    u, shares = x.new_empty(len(x), extra), triton.cdiv(columns, WIDEN_SHARE)
+    u = x.new_empty(len(x), extra)
     if not extra:
         _widen_kernel(x, wide, wide, A, wide, None, masks, scale, swiglu, norm)
         return wide, u
     if extra <= MOST_WIDEN_COLUMNS:
+        share = widen_share(len(x), columns, x.device)
+        shares = triton.cdiv(columns, share)
         sums = x.new_empty(shares, len(x), extra, dtype=torch.float32) if shares > 1 else u
-        _widen_kernel(x, wide, wide, A, sums, u, masks, scale, swiglu, norm)
+        _widen_kernel(x, wide, wide, A, sums, u, masks, scale, swiglu, norm, share)
         if shares == 1:
             return wide, u
     else:
@@ -220,19 +236,19 @@ def widen(
     return wide, u
 
 
-def _widen_kernel(x, wide, dropped, A, sums, u, masks: Masks, scale: float, swiglu: bool, norm: Norm | None) -> None:
-    """Launch `widen_kernel`; u None: without the product."""
-    extra, columns = A.shape
+def _widen_kernel(
+    x, wide, dropped, A, sums, u, masks: Masks, scale: float, swiglu: bool, norm: Norm | None, share: int | None = None
+) -> None:
+    """Launch `widen_kernel`; u None: without the product. share: columns of a program, None a tile's."""
+    (extra, columns), share = A.shape, share or WIDEN.block_k
     block_r = 0 if u is None else _power(extra)
-    block_k = min(WIDEN.block_k, 16 * WIDEN.block_k // block_r) if block_r else WIDEN.block_k
-    share = WIDEN_SHARE if block_r else block_k
     grid = (triton.cdiv(len(x), WIDEN.block_m), triton.cdiv(columns, share))
     training_kernels.widen_kernel[grid](
         x, wide, dropped, A, sums, wide if u is None else u, *(norm or (x, x)), masks.step, masks.sequences, masks.salt,
         len(x), share, masks.length, columns, wide.shape[1], extra, drop_threshold(masks.p), 1 / (1 - masks.p), scale,
-        SWIGLU=swiglu, NORM=norm is not None, DROPOUT=masks.p > 0, BLOCK_M=WIDEN.block_m, BLOCK_K=block_k, BLOCK_R=block_r,
-        BLOCK_Z=_power(wide.shape[1] - columns) if block_r and columns <= share else 0, num_warps=WIDEN.warps,
-        num_stages=1,
+        SWIGLU=swiglu, NORM=norm is not None, DROPOUT=masks.p > 0, BLOCK_M=WIDEN.block_m, BLOCK_K=WIDEN.block_k,
+        BLOCK_R=block_r, BLOCK_Z=_power(wide.shape[1] - columns) if block_r and columns <= share else 0,
+        num_warps=WIDEN.warps, num_stages=1,
     )  # fmt: skip
 
 
@@ -362,12 +378,22 @@ class Packed(NamedTuple):
     blocksizes: list[int]
     quant_type: str
 
+    def divides_by(self, pieces: int) -> bool:
+        """Return whether blocks of weights and of constants end where each of so many equal pieces of the outputs does."""
+        block = self.blocksizes[0] * (self.blocksizes[1] if len(self.constants) > 1 else 1)
+        return self.codes.numel() * 2 % (pieces * math.lcm(block, self.columns)) == 0
+
+    def piece(self, number: int, pieces: int) -> "Packed":
+        """Return one of so many equal pieces of the outputs."""
+        codes, absmax, *second = (part.chunk(pieces)[number] for part in (self.codes, *self.constants[:3]))
+        return self._replace(codes=codes, constants=[absmax, *second, *self.constants[3:]])
+
 
 def operands(
     W: Packed, A: list[torch.Tensor], B: list[torch.Tensor], scale: float, dtype: torch.dtype, kernels: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return [W | scale B | 0], [out features, operand columns], the members' B on its diagonal, and `stack_adapters` of
-    A.
+    A. A may be empty where B is not.
     """
     rows, rank = W.codes.numel() * 2 // W.columns, B[0].shape[1] if B else 0
     extra = adapter_columns(rank, len(B))
@@ -375,14 +401,14 @@ def operands(
     out, behind = torch.empty(rows, stride, dtype=dtype, device=W.codes.device), stride - W.columns
     absmax, nested = W.constants[0], len(W.constants) > 1
     if kernels:
-        stacked, none = out.new_empty(extra, W.columns), [W.lut] * 3
+        stacked, none = out.new_empty(extra if A else 0, W.columns), [W.lut] * 3
         absmax2, offset, code2 = W.constants[1:] if nested else (absmax,) * 3
         row_blocks = W.columns // W.blocksizes[0]
         block_r = _power(behind or 1)
         b_rows = max(1, 1024 // block_r)  # of B for a program: more would take more registers than W does
         programs = [
             triton.cdiv(rows * row_blocks, DEQUANTIZE.block_m), triton.cdiv(rows, b_rows) if B else 0,
-            triton.cdiv(extra * W.columns, 1024),
+            triton.cdiv(stacked.numel(), 1024),
         ]  # fmt: skip
         training_kernels.dequantize_kernel[(sum(programs),)](
             W.codes.view(torch.int32), absmax, absmax2, offset, code2, W.lut, *[*A, *none][:3], *[*B, *none][:3], out,
@@ -416,21 +442,40 @@ def linear(
     norm: list[torch.Tensor], hands_B: bool, swiglu: bool, before_u: torch.Tensor | None, before_B: list[torch.Tensor],
     codes: torch.Tensor, constants: list[torch.Tensor], lut: torch.Tensor, columns: int, blocksizes: list[int],
     quant_type: str, step: torch.Tensor, sequences: torch.Tensor, salt: torch.Tensor, length: int, p: float,
-    kernels: bool,
+    kernels: bool, pieces: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Return (y, scale u), y: [rows, out features of all members]. x: [rows, columns], or [gate | up] of SwiGLU.
 
     norm: empty, or a `Norm`, whose 1 / rms is of x: nothing of the gradient flows through it. hands_B: the operator that
     reads y makes the gradient of B. before_u, before_B: where SwiGLU's does so, the u and B that came with [gate | up]; they
-    take no part in y.
+    take no part in y. pieces: 1, or the number of members, all of a size, whose weights are then unpacked one after the other.
     """
     packed, first = Packed(codes, constants, lut, columns, blocksizes, quant_type), Norm(*norm) if norm else None
-    W, stacked = operands(packed, A, B, scale, x.dtype, kernels)
-    if not A:
+
+    def unpack(i: int, A: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        if pieces == 1:
+            return operands(packed, A, B, scale, x.dtype, kernels)
+        own = [b if i == j else b[:0] for j, b in enumerate(B)]
+        return operands(packed.piece(i, pieces), A, own, scale, x.dtype, kernels)
+
+    W, stacked = unpack(0, A)
+    if A:
+        wide, u = widen(x, stacked, Masks(step, sequences, salt, length, p), scale, swiglu, kernels, first)
+    else:
         wide = widen(x, stacked, no_masks(x), 0.0, True, kernels)[0] if swiglu else normed(x, first, kernels)
-        return F.linear(wide, W, bias), x.new_empty(0)
-    wide, u = widen(x, stacked, Masks(step, sequences, salt, length, p), scale, swiglu, kernels, first)
-    return F.linear(wide, W, bias), u
+        u = x.new_empty(0)
+    if pieces == 1:
+        return F.linear(wide, W, bias), u
+    y = x.new_empty(len(x), codes.numel() * 2 // columns)
+    for i, part in enumerate(y.chunk(pieces, 1)):
+        if i:
+            del W  # its memory is the next one's
+            W, _ = unpack(i, [])
+        if bias is None:
+            torch.mm(wide, W.t(), out=part)
+        else:
+            torch.addmm(bias.chunk(pieces)[i], wide, W.t(), out=part)
+    return y, u
 
 
 LINEAR_ARGUMENTS = tuple(inspect.signature(linear._init_fn).parameters)
@@ -500,6 +545,7 @@ def _linear_setup(ctx, inputs, output):
         ctx.length,
         ctx.p,
         ctx.kernels,
+        _,
     ) = inputs
     ctx.sizes = len(norm), len(constants), len(A), len(B)
     ctx.before = [(b.shape[1], b.dtype) for b in before_B]

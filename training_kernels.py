@@ -110,6 +110,16 @@ if triton is not None:
             tl.store(stacked + e, a.to(dtype), mask=e < extra * (ROW_BLOCKS * BLOCKSIZE))
 
     @triton.jit
+    def inverse_rms_kernel(x, out, columns, epsilon, BLOCK: tl.constexpr):
+        """Write 1 / rms of a row of x."""
+        k, place = tl.arange(0, BLOCK), x + tl.program_id(0).to(tl.int64) * columns
+        total = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, columns, BLOCK):
+            tile = tl.load(place + start + k, mask=start + k < columns, other=0.0).to(tl.float32)
+            total += tile * tile
+        tl.store(out + tl.program_id(0), tl.rsqrt(tl.sum(total, 0) / columns + epsilon))
+
+    @triton.jit
     def _widen_columns(
         x, A, norm, m, k, rows, end, columns, extra, SWIGLU: tl.constexpr, NORM: tl.constexpr, BLOCK_R: tl.constexpr
     ):  # fmt: skip

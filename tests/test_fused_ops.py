@@ -113,16 +113,52 @@ def test_the_operator_is_what_it_tells_the_compiler(members, rank, behind_norm):
     weights = packed_weights((64,) * max(1, members), 64, "nf4", True, "cpu", torch.float32)
     x = torch.randn(6, 64, requires_grad=True)
     A, B = ([torch.randn(shape, requires_grad=True) for _ in range(members)] for shape in ((rank, 64), (64, rank)))
-    norm = [torch.rand(64), linear_ops.inverse_rms(x.detach(), 1e-6)] if behind_norm else []
+    norm = [torch.rand(64), linear_ops.inverse_rms(x.detach(), 1e-6, False)] if behind_norm else []
     masks = (*(torch.tensor(n, dtype=torch.int32) for n in ([3], [1, 2], [7])), 3, 0.1)
     before = norm, False, False, None, []
-    torch.library.opcheck(linear_ops.linear, (x, A, B, None, 0.5, *before, *weights, *masks, False))
+    torch.library.opcheck(linear_ops.linear, (x, A, B, None, 0.5, *before, *weights, *masks, False, 1))
     if members:
         grad, u = torch.randn(6, 64 * members), torch.randn(6, linear_ops.adapter_columns(rank, members))
         before = norm, False, False, None, 0
         tensors = [t.detach() for t in A], [t.detach() for t in B]
         arguments = (grad, x.detach(), u, *tensors, 0.5, *before, *weights, *masks, False)
         torch.library.opcheck(linear_ops.linear_backward, arguments)
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_members_unpacked_one_after_the_other_give_the_same(adapted, double):
+    weights = packed_weights((256, 256), 64, "nf4", double, "cpu", torch.float32)  # 256 x 64: a second-level block
+    assert weights.divides_by(2) and weights.divides_by(4) != double
+    x, bias = torch.randn(6, 64, requires_grad=True), torch.randn(512)
+    A, B = ([torch.randn(shape, requires_grad=True) for _ in range(2 * adapted)] for shape in ((8, 64), (256, 8)))
+    masks = *(torch.tensor(n, dtype=torch.int32) for n in ([3], [1, 2], [7])), 3, 0.1
+    sizes, results, operands = [], [], linear_ops.operands
+
+    def noted(*arguments):
+        W, stacked = operands(*arguments)
+        sizes.append(len(W))
+        return W, stacked
+
+    for pieces, bias_or_none in itertools.product((1, 2), (bias, None)):
+        with mock.patch.object(linear_ops, "operands", noted):
+            arguments = x, A, B, bias_or_none, 0.5, [], False, False, None, [], *weights, *masks, False, pieces
+            y, u = linear_ops.linear(*arguments)
+        grads = torch.autograd.grad(y.square().sum(), [x, *A, *B])
+        results.append([y, u, *grads])
+    torch.testing.assert_close(results[2:], results[:2], rtol=1e-5, atol=1e-4)
+    assert sizes == [512, 512, 256, 256, 256, 256]
+
+
+def test_few_rows_share_out_the_columns_of_a_pass():
+    for cards, expected in (
+        (132, {128: 512, 2048: 512, 4096: 1024, 8192: 2048}),
+        (24, {128: 512, 512: 1024, 2048: 2048}),
+    ):
+        with mock.patch.object(linear_ops, "multiprocessors", lambda device, cards=cards: cards):
+            assert {rows: linear_ops.widen_share(rows, 2048, torch.device("cpu")) for rows in expected} == expected
+            wide = [linear_ops.widen_share(rows, 11008, torch.device("cpu")) for rows in (1, 128, 512, 1024, 8192)]
+            assert wide == sorted(wide) and {share % 512 for share in wide} == {0} and wide[-1] == 2048
 
 
 @pytest.mark.parametrize("quant_type, double", [("fp4", True), ("nf4", False), ("fp4", False)])
@@ -381,7 +417,7 @@ def packed_weights(
 
 
 def check_kernels(device: str, dtype: torch.dtype, tolerance: float) -> None:
-    """Compare each kernel with the same operator's torch calls in fp32, on sizes that divide nothing."""
+    """Compare each kernel with the same operator's torch calls in fp32, on sizes that divide nothing; pieces of W with it."""
     torch.manual_seed(0)
     for double, quant_type, outputs in (
         (True, "nf4", (64, 32)),
@@ -398,6 +434,15 @@ def check_kernels(device: str, dtype: torch.dtype, tolerance: float) -> None:
         assert torch.equal(found[:, : weights.columns], want[:, : weights.columns])  # as bitsandbytes rounds
         behind = weights.columns + 8 * len(outputs)
         assert found.shape[1] % 64 == 0 and not any(side[:, behind:].any() for side in (found, want))
+    weights = packed_weights((256, 256), 64, "nf4", True, device, dtype)
+    A, B = ([torch.randn(shape, device=device) for _ in range(2)] for shape in ((8, 64), (256, 8)))
+    whole, _ = linear_ops.operands(weights, A, B, 0.5, dtype, True)
+    for i, own in enumerate(([B[0], B[1][:0]], [B[0][:0], B[1]])):
+        found, _ = linear_ops.operands(weights.piece(i, 2), [] if i else A, own, 0.5, dtype, True)
+        assert torch.equal(found, whole[256 * i : 256 * (i + 1)])
+    rows = torch.randn(5, 1500, device=device).to(dtype)
+    found, want = (linear_ops.inverse_rms(rows, 1e-6, kernels) for kernels in (True, False))
+    torch.testing.assert_close(found, want, rtol=1e-5, atol=0)
     step, salt = (torch.tensor(n, dtype=torch.int32, device=device) for n in (3, -12345))
     sequences = torch.tensor([5, 9], dtype=torch.int32, device=device)
     for swiglu, members, p in ((False, 1, 0.1), (False, 3, 0.1), (False, 2, 0.0), (True, 1, 0.1), (True, 1, 0.0)):
@@ -405,11 +450,11 @@ def check_kernels(device: str, dtype: torch.dtype, tolerance: float) -> None:
         masks = linear_ops.Masks(step, sequences, salt, length, p)
         x = torch.randn(2 * length, columns * (2 if swiglu else 1), device=device).to(dtype)
         A = linear_ops.stack_adapters([torch.randn(8, columns, device=device) * 0.1 for _ in range(members)], dtype)
-        norm = linear_ops.Norm(torch.rand(columns, device=device).to(dtype), linear_ops.inverse_rms(x, 1e-6))
+        norm = linear_ops.Norm(torch.rand(columns, device=device).to(dtype), linear_ops.inverse_rms(x, 1e-6, False))
         norms = (None,) if swiglu else (None, norm)
         for (most, share), norm in itertools.product(((64, 64), (64, 1024), (0, 64)), norms):
             # u in the same pass, by one program or more, and after it
-            with mock.patch.multiple(linear_ops, MOST_WIDEN_COLUMNS=most, WIDEN_SHARE=share):
+            with mock.patch.multiple(linear_ops, MOST_WIDEN_COLUMNS=most, widen_share=lambda *_, share=share: share):
                 found = linear_ops.widen(x, A, masks, 0.5, swiglu, True, norm)
             exact = norm and linear_ops.Norm(norm.weight.float(), norm.inverse)
             want = linear_ops.widen(x.float(), A.float(), masks, 0.5, swiglu, False, exact)
@@ -566,7 +611,7 @@ def test_layers_learn_the_same_from_kernels_in_tritons_interpreter(random_models
 def signature(kernel, pointers: dict[str, str]) -> dict[str, str]:
     """Return the types of a kernel's arguments: pointers as given, the rest 32-bit numbers."""
     names = [name for name in kernel.arg_names if name.upper() != name or name in pointers]
-    floats = ("scale", "inverse")
+    floats = ("scale", "inverse", "epsilon")
     return {name: pointers.get(name, "fp32" if name in floats else "i32") for name in names}
 
 
@@ -616,12 +661,14 @@ def test_kernels_compile_within_the_shared_memory_of_each_card(capability):
     kinds = ((0, 0), (16, 0), (32, 0), (16, 64), (32, 64))
     for swiglu, dropout, (columns, zeros) in itertools.product((True, False), (True, False), kinds):
         switches = {"SWIGLU": swiglu, "NORM": not swiglu, "DROPOUT": dropout, "BLOCK_R": columns, "BLOCK_Z": zeros}
-        tile = {"BLOCK_M": linear_ops.WIDEN.block_m, "BLOCK_K": linear_ops.WIDEN.block_k // max(1, columns // 16)}
+        tile = {"BLOCK_M": linear_ops.WIDEN.block_m, "BLOCK_K": linear_ops.WIDEN.block_k}
         activations = dict.fromkeys(("x", "wide", "dropped", "A", "u", "norm"), HALF)
         activations |= {"sums": SINGLE, "inverse_rms": SINGLE, **MASKS}
         compile_(training_kernels.widen_kernel, activations, switches | tile, linear_ops.WIDEN.warps, num_stages=1)
-    settle = {"SHARES": 6, "BLOCK_M": 64, "BLOCK_R": 16, "BLOCK_Z": 64}
-    compile_(training_kernels.settle_kernel, {"sums": SINGLE, "wide": HALF, "u": HALF}, settle, 4)
+    compile_(training_kernels.inverse_rms_kernel, {"x": HALF, "out": SINGLE}, {"BLOCK": 1024}, 4)
+    for shares in (1, 37):  # of 18,944 columns, a 7B's
+        settle = {"SHARES": shares, "BLOCK_M": 64, "BLOCK_R": 32, "BLOCK_Z": 64}
+        compile_(training_kernels.settle_kernel, {"sums": SINGLE, "wide": HALF, "u": HALF}, settle, 4)
     for gradient in (False, True):
         pointers = {"logits": HALF, "targets": "*i64", "losses": SINGLE}
         constants = {"GRADIENT": gradient, "BLOCK": loss_ops.CROSS_ENTROPY.block_k}

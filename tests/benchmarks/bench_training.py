@@ -301,7 +301,7 @@ def run_single(case: dict, alone: Callable[[], None]) -> dict:
 
 PHASES = {  # by a piece of the kernel's name, the first that fits
     "dequantisation": "dequantize",
-    "passes of adapters and norms": "widen|swiglu|settle",
+    "passes of adapters and norms": "widen|swiglu|settle|inverse_rms",
     "attention": "sdpa|flash|fmha|cudnn",
     "matrix products": "nvjet|cutlass|gemm|cublas|splitk",
     "gradients of norms, rotary, loss": "rotate|triton_|cross_entropy",

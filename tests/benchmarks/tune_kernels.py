@@ -68,7 +68,7 @@ def tune_rows(rows: int, swiglu: bool, members: int, p: float, peak: float) -> N
     masks = linear_ops.Masks(zero, sequences, zero, 512, p)
     label = f"rows={rows} swiglu={swiglu} members={members} p={p}"
     tile = rows * columns * 2
-    norm = None if swiglu else linear_ops.Norm(torch.rand_like(x[0]), linear_ops.inverse_rms(x, 1e-6))
+    norm = None if swiglu else linear_ops.Norm(torch.rand_like(x[0]), linear_ops.inverse_rms(x, 1e-6, False))
     tune(
         f"widen with u {label}",
         itertools.product((16, 32, 64), (64, 128, 256), (4, 8)),
