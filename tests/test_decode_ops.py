@@ -1,11 +1,7 @@
 """The decode kernels give what the model's own forward does: in Triton's interpreter, and on a GPU if there is one."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +12,9 @@ import decode_ops
 from decode_ops import DecodeStep, Tile, Unsupported
 from generation_utils import cache_argument
 from quantization_utils import create_bnb_config, load_model_and_tokenizer
+from tests.interpreter import interpret
 from tests.test_fused_ops import SHARED_LIMIT, prepared
 
-ROOT = Path(__file__).resolve().parents[1]
 LENGTH = 160  # of the cache: five tiles of 32 positions
 
 # family, options of `prepared` (None: the base without peft), each sequence's first slot, slots before the first step
@@ -155,13 +151,9 @@ def check_all(folders: dict[str, str], dtype: str, device: str) -> None:
 
 @pytest.mark.minutes
 def test_a_step_equals_the_models_own_in_tritons_interpreter(folders):
-    """In a process of its own: Triton's import chooses the interpreter. In float16: it rounds bfloat16 wrongly."""
-    pytest.importorskip("triton", reason="pip install triton: the kernels need it")
+    """In float16: the interpreter rounds bfloat16 wrongly."""
     paths = {name: str(folder) for name, folder in folders.items()}
-    program = f"from tests.test_decode_ops import check_all; check_all({paths!r}, 'float16', 'cpu')"
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    interpret("tests.test_decode_ops", f"check_all({paths!r}, 'float16', 'cpu')")
 
 
 class Captured:

@@ -6,8 +6,6 @@ import itertools
 import json
 import linecache
 import os
-import subprocess
-import sys
 import types
 from pathlib import Path
 from unittest import mock
@@ -42,8 +40,8 @@ from quantization_utils import (
     prepare_model_for_training,
     set_gradient_checkpointing,
 )
+from tests.interpreter import interpret
 
-ROOT = Path(__file__).resolve().parents[1]
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: the kernels as they run there")
 
 
@@ -585,27 +583,19 @@ def check_layers(folder: str) -> None:
     assert furthest(fused, reference) <= 1.05 * furthest(plain, reference)
 
 
-def interpret(checks: str) -> None:
-    """Run checks of this file in Triton's interpreter, in a process of its own: it is chosen when Triton is imported."""
-    pytest.importorskip("triton", reason="pip install triton: the kernels need it")
-    program = f"import torch; from tests.test_fused_ops import *; {checks}"
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-
-
 @pytest.mark.minutes
 def test_kernels_in_tritons_interpreter():
     """Half precision: it rounds bfloat16 wrongly, and tl.dot takes its bits for numbers."""
     interpret(
+        "tests.test_fused_ops",
         "check_kernels('cpu', torch.float16, 2e-3); check_swiglu_backward('cpu', torch.float16, 2e-3); "
         "check_cross_entropy('cpu', torch.float16, 2e-3); "
-        "check_rotate('cpu', torch.float32, 1e-6); check_rotate('cpu', torch.float16, 1e-3)"
+        "check_rotate('cpu', torch.float32, 1e-6); check_rotate('cpu', torch.float16, 1e-3)",
     )
 
 
 def test_layers_learn_the_same_from_kernels_in_tritons_interpreter(random_models):
-    interpret(f"check_layers({str(random_models('qwen2'))!r})")
+    interpret("tests.test_fused_ops", f"check_layers({str(random_models('qwen2'))!r})")
 
 
 def signature(kernel, pointers: dict[str, str]) -> dict[str, str]:

@@ -1,10 +1,5 @@
 """The sampling kernels draw what transformers' processors leave: in Triton's interpreter, and on a GPU if there is one."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from transformers import GenerationConfig
@@ -14,10 +9,10 @@ import sampling_kernels
 from generation_utils import choose_tokens, processors
 from nf4_lookup import tl, triton
 from sampling_kernels import layout, sample
+from tests.interpreter import interpret
 from tests.test_decode_ops import compiled
 from tests.test_fused_ops import SHARED_LIMIT
 
-ROOT = Path(__file__).resolve().parents[1]
 CASES = [(0.05, None), (0.3, None), (0.9, None), (1.0, None), (None, 0.1), (0.7, 0.2), (0.0, None)]  # top_p, min_p
 GROUPS = 4096  # of a program of the kernel below
 
@@ -154,14 +149,7 @@ def check_in_the_interpreter() -> None:
 
 @pytest.mark.minutes
 def test_in_tritons_interpreter():
-    """In a process of its own: Triton's import chooses the interpreter."""
-    pytest.importorskip("triton", reason="pip install triton: the kernels need it")
-    program = "from tests.test_sampling_kernels import check_in_the_interpreter as check; check()"
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    interpret("tests.test_sampling_kernels", "check_in_the_interpreter()")
 
 
 @pytest.mark.parametrize("rows", [1, 32])
