@@ -585,3 +585,13 @@ def report(error: ConfigError) -> int:
         with contextlib.suppress(OSError):  # a file on a full disk; nor must a cp950 console hide an error
             print(line.encode(encoding, "replace").decode(encoding), file=sys.stderr)
     return 2
+
+
+def reader_gone(last: str = "") -> bool:
+    """Write out what stdout holds, and a last text; return whether its reader has gone, as in `... | head`."""
+    try:
+        print(end=last, flush=True)
+        return False
+    except OSError as error:  # a full disk too; Python would try and complain once more as it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return isinstance(error, BrokenPipeError)

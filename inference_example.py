@@ -15,7 +15,16 @@ import os
 import sys
 from pathlib import Path
 
-from config import Config, ConfigError, before_heavy_imports, build_parser, load_config, parse_arguments, report
+from config import (
+    Config,
+    ConfigError,
+    before_heavy_imports,
+    build_parser,
+    load_config,
+    parse_arguments,
+    reader_gone,
+    report,
+)
 
 Prompt = str | list[dict[str, str]]  # a text, or the messages of a chat, the last one the user's
 
@@ -654,8 +663,11 @@ def main(argv: list[str] | None = None) -> int:
         say(f"error: out of GPU memory: {str(error).splitlines()[0]}")
         return 3
     except (OSError, SafetensorError) as error:
-        say(f"error: {' '.join(str(error).split())}")
+        if not (isinstance(error, BrokenPipeError) and reader_gone("\n")):
+            say(f"error: {' '.join(str(error).split())}")
         return 1
+    finally:
+        reader_gone()
 
 
 if __name__ == "__main__":

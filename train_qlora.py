@@ -21,6 +21,7 @@ from config import (
     load_config,
     missing_data,
     parse_arguments,
+    reader_gone,
     report,
 )
 
@@ -875,11 +876,14 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         return report(error)
     except (OSError, SafetensorError, torch.AcceleratorError) as error:  # a full disk, a driver that was reset
+        if isinstance(error, BrokenPipeError) and reader_gone("\n"):
+            return 1
         reason = str(error).splitlines()[0]
         report(ConfigError(f"{type(error).__name__}: {reason}; the same command goes on from the last checkpoint"))
         return 1
     finally:
         held.close()
+        reader_gone()
 
 
 if __name__ == "__main__":

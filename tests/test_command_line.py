@@ -1,5 +1,7 @@
 """A user's mistakes through the real entry point: exit code 2, a line a problem on stderr, and nothing written."""
 
+import importlib
+import io
 import json
 import os
 import re
@@ -544,3 +546,18 @@ def test_a_console_in_cp950_does_not_crash(run_cli, tmp_path):
     assert result.returncode == 0, result.stderr
     log = (tmp_path / "output" / "training_log.txt").read_text(encoding="utf-8")
     assert "größer, 說中文 and 😀" in log
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+@pytest.mark.parametrize("script", ["train_qlora", "inference_example"])
+def test_output_that_nobody_reads_ends_without_a_word(script, buffered, monkeypatch, capfd):
+    """As in `... | head`."""
+    main = importlib.import_module(script).main
+    read, write = os.pipe()
+    os.close(read)
+    answer = ["--adapter", "none", "--max_new_tokens", "2", "--mode", "text", "--prompt", "Hello"]
+    with io.TextIOWrapper(os.fdopen(write, "wb", 4096 if buffered else 0), write_through=not buffered) as stdout:
+        monkeypatch.setattr("sys.stdout", stdout)
+        code = main(["--config", str(TINY), *(["--plan"] if script == "train_qlora" else answer)])
+    said = capfd.readouterr().err
+    assert code in (0, 1) and "rror" not in said and "Broken" not in said

@@ -605,8 +605,10 @@ def signature(kernel, pointers: dict[str, str]) -> dict[str, str]:
     return {name: pointers.get(name, "fp32" if name in floats else "i32") for name in names}
 
 
-# Bytes of shared memory that a block may have (CUDA C++ Programming Guide, compute capabilities). An RTX 4060 is sm_89.
-SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
+# Bytes of shared memory that a block may have (CUDA C++ Programming Guide, compute capabilities). An RTX 4060 is sm_89. For
+# sm_86, with as much, Triton 3.9 wrote the same code in all 71 compilations of the tests, and for sm_80, with 163 KiB, code that
+# takes as much: compiling for them too cost CI 3 min of its cores.
+SHARED_LIMIT = {89: 99 * 1024, 90: 227 * 1024}
 
 
 HALF, SINGLE, WHOLE = "*bf16", "*fp32", "*i32"  # pointers
