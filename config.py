@@ -591,7 +591,9 @@ def reader_gone(last: str = "") -> bool:
     """Write out what stdout holds, and a last text; return whether its reader has gone, as in `... | head`."""
     try:
         print(end=last, flush=True)
-        return False
-    except OSError as error:  # a full disk too; Python would try and complain once more as it ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return isinstance(error, BrokenPipeError)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains once more as it ends
+        return True
+    except OSError:  # a full disk, say, of which Python tells as it ends
+        pass
+    return False

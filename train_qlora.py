@@ -840,7 +840,7 @@ def quiet_datasets() -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit code: parse → load → data → train → save → plot."""
-    held = contextlib.ExitStack()  # the lock on the output folder
+    held, rest = contextlib.ExitStack(), ""  # the lock on the output folder; what helps after an error
     try:
         options, config = parse(argv)
         quantization_utils.quiet_libraries()
@@ -851,6 +851,7 @@ def main(argv: list[str] | None = None) -> int:
             return evaluate_adapter(config, options.adapter, options.stride)
         if options.compare:
             return evaluation.compare_runs(options.compare, options.output or "compare.png")
+        rest = "; the same command goes on from the last checkpoint"
         checkpoint_utils.check_output(config.training, options.overwrite)
         accelerator = create_accelerator(config.training)
         device, dtype = accelerator.device, compute_dtype_of(config)
@@ -878,8 +879,7 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, SafetensorError, torch.AcceleratorError) as error:  # a full disk, a driver that was reset
         if isinstance(error, BrokenPipeError) and reader_gone("\n"):
             return 1
-        reason = str(error).splitlines()[0]
-        report(ConfigError(f"{type(error).__name__}: {reason}; the same command goes on from the last checkpoint"))
+        report(ConfigError(f"{type(error).__name__}: {str(error).splitlines()[0]}{rest}"))
         return 1
     finally:
         held.close()

@@ -13,7 +13,7 @@ from decode_ops import DecodeStep, Tile, Unsupported
 from generation_utils import cache_argument
 from quantization_utils import create_bnb_config, load_model_and_tokenizer
 from tests.interpreter import interpret
-from tests.test_fused_ops import SHARED_LIMIT, prepared
+from tests.test_fused_ops import CAPABILITIES, SHARED_LIMIT, prepared
 
 LENGTH = 160  # of the cache: five tiles of 32 positions
 
@@ -283,7 +283,7 @@ def check_compiled(capability: int, done: list) -> None:
         assert ("griddepcontrol.wait" in kernel.asm["ptx"]) == (capability >= 90)
 
 
-@pytest.mark.parametrize("capability", SHARED_LIMIT)
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_kernels_compile_within_the_shared_memory_of_each_card(capability):
     """With the constants of Qwen2.5-3B."""
     pytest.importorskip("triton", reason="pip install triton: the kernels need it")
@@ -313,7 +313,7 @@ def test_kernels_compile_within_the_shared_memory_of_each_card(capability):
 
 
 @pytest.mark.parametrize("m", [32, 64])
-@pytest.mark.parametrize("capability", SHARED_LIMIT)
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_a_batchs_kernels_compile_within_the_shared_memory_of_each_card(capability, m):
     """With the constants of Qwen2.5-3B; words of weights are loaded 16 bytes at a time."""
     pytest.importorskip("triton", reason="pip install triton: the kernels need it")

@@ -11,7 +11,7 @@ from nf4_lookup import tl, triton
 from sampling_kernels import layout, sample
 from tests.interpreter import interpret
 from tests.test_decode_ops import compiled
-from tests.test_fused_ops import SHARED_LIMIT
+from tests.test_fused_ops import CAPABILITIES, SHARED_LIMIT
 
 CASES = [(0.05, None), (0.3, None), (0.9, None), (1.0, None), (None, 0.1), (0.7, 0.2), (0.0, None)]  # top_p, min_p
 GROUPS = 4096  # of a program of the kernel below
@@ -153,7 +153,7 @@ def test_in_tritons_interpreter():
 
 
 @pytest.mark.parametrize("rows", [1, 32])
-@pytest.mark.parametrize("capability", SHARED_LIMIT)
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_kernels_compile_for_each_card(capability, rows):
     """With Qwen2.5's vocabulary; scores are loaded 16 bytes at a time."""
     pytest.importorskip("triton", reason="pip install triton: the kernels need it")
