@@ -24,7 +24,7 @@ from transformers.cache_utils import StaticLayer
 import decode_kernels as kernels
 from attention_ops import ATTENTIONS
 from fused_ops import MLPS
-from nf4_lookup import INTERPRETED, SHUFFLE, runs_on, tl, triton
+from nf4_lookup import HAS_TRITON, INTERPRETED, SHUFFLE, runs_on, tl, triton
 
 
 class Unsupported(ValueError):
@@ -420,7 +420,7 @@ class DecodeStep:
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel, cache: StaticCache):
-        _check(triton is not None, "Triton is not installed (Windows: pip install triton-windows)")
+        _check(HAS_TRITON, "Triton is not installed (Windows: pip install triton-windows)")
         if isinstance(model, PeftModel):
             _check(not model.active_peft_config.is_prompt_learning, "the adapter is a learned prompt")
             model = model.get_base_model()

@@ -28,7 +28,7 @@ import linear_ops
 from attention_ops import ATTENTIONS, CAUSAL, GROUPED, attend, grouped_attention, rotate
 from config import ConfigError, PerformanceConfig
 from linear_ops import LINEAR_ARGUMENTS, Packed, dropout_mask, int32, inverse_rms, linear
-from nf4_lookup import triton
+from nf4_lookup import HAS_TRITON
 
 # ------------------------------------------------------------------------------------------------ stateless dropout
 
@@ -567,11 +567,11 @@ def choose_fast_path(
         return runs[name]
 
     fused = decide("fused_lora", None if fusables else "no plain LoRA adapter on a 4-bit linear")
-    no_triton = gpu and triton is None and "Triton is not installed (Windows: pip install triton-windows)"
+    no_triton = gpu and not HAS_TRITON and "Triton is not installed (Windows: pip install triton-windows)"
     compiled = decide("compile", no_triton or (None if fused else "it needs fused_lora"))
     copies = "no graph can hold the copies to main memory" if offload else None
     graphs = decide("cuda_graphs", copies if gpu else "there is no CUDA GPU")
-    kernels = gpu and triton is not None and dtype is not torch.float32  # tl.dot would round fp32 to tf32
+    kernels = gpu and HAS_TRITON and dtype is not torch.float32  # tl.dot would round fp32 to tf32
     line = "fast path: " + (", ".join(name for name, on in runs.items() if on) or "none")
     line += "".join(f" | without {name}: {reason}" for name, reason in reasons.items())
     return FastPath(fused, compiled, graphs, kernels, line)

@@ -30,7 +30,7 @@ from transformers.generation import (
 from attention_ops import GROUPED, use_grouped_attention
 from fused_ops import DropoutClock, fuse
 from memory_utils import peak_gib
-from nf4_lookup import runs_on, triton
+from nf4_lookup import HAS_TRITON, runs_on
 from quantization_utils import rope_parameters
 from sampling_kernels import sample
 
@@ -573,12 +573,12 @@ class Generator:
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         gpu = base.device.type == "cuda"
         self.reason = obstacle(base) if gpu or fast else ""  # nothing is said of a CPU
-        self.decoder = Decoder(model, kernels=gpu and triton is not None) if self.reason is None else None
+        self.decoder = Decoder(model, kernels=gpu and HAS_TRITON) if self.reason is None else None
         self.adapted, self.cache, self.held, self.off = lora_layers(model), None, [], False
         if self.decoder and gpu and isinstance(model, PeftModel):
             use_own_precision(model)
             # For prompts and batches: weights unpacked once and one product with the adapters in it.
-            kernels = triton is not None and base.dtype is not torch.float32
+            kernels = HAS_TRITON and base.dtype is not torch.float32
             fuse(model, DropoutClock(0, base.device), 0.0, kernels, in_pieces=True)
             torch.cuda.empty_cache()  # the packed weights have moved
         self.weight_bytes, self.position_bytes = weight_bytes(base), position_bytes(base)

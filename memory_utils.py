@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from config import Config, ConfigError
 from linear_ops import adapter_columns, operand_columns
 from loss_ops import chunk_rows
-from nf4_lookup import triton
+from nf4_lookup import HAS_TRITON
 from quantization_utils import LOADING_ERRORS, beyond_positions, cannot_load, known_positions
 
 GIB = 2**30
@@ -134,7 +134,7 @@ def expected_path(config: Config) -> str:
 
 def lacks_triton() -> bool:
     """Return whether the kernels cannot run; without a card one with Triton is meant."""
-    return torch.cuda.is_available() and triton is None
+    return torch.cuda.is_available() and not HAS_TRITON
 
 
 def saved_bytes(shape: ModelShape, config: Config, path: str) -> int:

@@ -16,13 +16,12 @@ from tests.test_fused_ops import CAPABILITIES, SHARED_LIMIT
 CASES = [(0.05, None), (0.3, None), (0.9, None), (1.0, None), (None, 0.1), (0.7, 0.2), (0.0, None)]  # top_p, min_p
 GROUPS = 4096  # of a program of the kernel below
 
-if triton is not None:
 
-    @triton.jit
-    def _noise_kernel(seed, out, GROUPS: tl.constexpr):
-        group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
-        numbers = sampling_kernels.exponentials(tl.load(seed), group)
-        tl.store(out + group[:, None] * 4 + tl.arange(0, 4)[None], numbers)
+@triton.jit
+def _noise_kernel(seed, out, GROUPS: tl.constexpr):
+    group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
+    numbers = sampling_kernels.exponentials(tl.load(seed), group)
+    tl.store(out + group[:, None] * 4 + tl.arange(0, 4)[None], numbers)
 
 
 def noise(seed: torch.Tensor, rows: int, vocabulary: int) -> torch.Tensor:
