@@ -1,6 +1,7 @@
 """What the tests share: a quiet, offline environment, small models and texts, and the two ways to run a script."""
 
 import functools
+import importlib.util
 import itertools
 import json
 import os
@@ -11,8 +12,11 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from tests.forked import Forker
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -39,7 +43,16 @@ def pytest_unconfigure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the tests that take a minute or more, so that none of them keeps one core busy at the end."""
+    """Mark the tests whose parameter says that they compile, skip what needs Triton where it is not installed, and begin with
+    the tests that take a minute or more, so that none of them keeps one core busy at the end.
+    """
+    for item in items:
+        if "compiled" in getattr(item, "callspec", SimpleNamespace(params={})).params.values():
+            item.add_marker(pytest.mark.compiled)
+    if importlib.util.find_spec("triton") is None:
+        for item in items:
+            if item.get_closest_marker("triton"):
+                item.add_marker(pytest.mark.skip(reason="pip install triton: the kernels need it"))
     items.sort(key=lambda item: item.get_closest_marker("minutes") is None)
 
 
@@ -218,11 +231,20 @@ def train(corpus: Path, tmp_path: Path) -> Callable[..., tuple[int, Path]]:
     return run
 
 
+@pytest.fixture(scope="session")
+def forker() -> Iterator[Forker]:
+    """The process that has imported the scripts and forks children of itself."""
+    forker = Forker()
+    yield forker
+    forker.close()
+
+
 @pytest.fixture
-def run_cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+def run_cli(tmp_path: Path, forker: Forker) -> Callable[..., subprocess.CompletedProcess[str]]:
     """A function that runs a script of the toolkit as a child: run_cli("train_qlora.py", *flags, env=, input=, cwd=).
 
-    The child's folder is `tmp_path`, so that nothing it leaves by mistake lands in the repository.
+    The child's folder is `tmp_path`, so that nothing it leaves by mistake lands in the repository. fresh: a new Python, as a
+    user starts it, instead of a child of a process that has imported the scripts (tests/forked.py).
     """
 
     def run(
@@ -231,11 +253,15 @@ def run_cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         env: dict[str, str] | None = None,
         input: str | None = None,
         cwd: Path | None = None,
+        fresh: bool = False,
     ) -> subprocess.CompletedProcess[str]:
+        arguments, environment = list(map(str, flags)), {**os.environ, **(env or {})}
+        if not fresh and hasattr(os, "fork"):
+            return forker.run(Path(script).stem, arguments, cwd or tmp_path, environment, input, 300)
         return subprocess.run(
-            [sys.executable, str(ROOT / script), *map(str, flags)],
+            [sys.executable, str(ROOT / script), *arguments],
             cwd=cwd or tmp_path,
-            env={**os.environ, **(env or {})},
+            env=environment,
             input=input,
             stdin=subprocess.DEVNULL if input is None else None,
             capture_output=True,

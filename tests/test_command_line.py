@@ -473,12 +473,14 @@ def test_product_of_batch_sizes_that_does_not_divide(monkeypatch):
 
 
 def child(
-    run_cli, tmp_path: Path, *flags: object, env: dict[str, str] | None = None
+    run_cli, tmp_path: Path, *flags: object, env: dict[str, str] | None = None, fresh: bool = False
 ) -> subprocess.CompletedProcess[str]:
     """Train in a child process that must be refused; nothing may appear in its folder."""
     here = tmp_path / "here"
     here.mkdir()
-    result = run_cli("train_qlora.py", "--config", TINY, "--output_dir", "output", *flags, cwd=here, env=env)
+    result = run_cli(
+        "train_qlora.py", "--config", TINY, "--output_dir", "output", *flags, cwd=here, env=env, fresh=fresh
+    )
     assert result.returncode == 2, result.stderr
     assert listing(here) == {}
     return result
@@ -511,6 +513,7 @@ def test_what_a_run_cannot_find_is_said_before_torch_is_imported(run_cli, tmp_pa
         tmp_path,
         *("--dataset", "none/of/these", "--output_dir", tmp_path / "file"),
         env={"PYTHONPATH": str(tmp_path)},
+        fresh=True,
     )
     assert said(result.stderr) == [
         "data.dataset: no such file or folder: none/of/these",

@@ -495,7 +495,7 @@ def test_importing_config_imports_no_torch(run_cli, tmp_path):
         "print({'torch', 'transformers', 'numpy', 'datasets'} & set(sys.modules))\n",
         encoding="utf-8",
     )
-    assert run_cli(tmp_path / "ask.py").stdout == "set()\n"
+    assert run_cli(tmp_path / "ask.py", fresh=True).stdout == "set()\n"
 
 
 def best_time(run_cli, script: str, *flags: str) -> tuple[float, object]:
@@ -503,7 +503,7 @@ def best_time(run_cli, script: str, *flags: str) -> tuple[float, object]:
     times = []
     for _ in range(3):
         start = time.perf_counter()
-        result = run_cli(script, *flags)
+        result = run_cli(script, *flags, fresh=True)
         times.append(time.perf_counter() - start)
     return min(times), result
 
@@ -532,8 +532,8 @@ def test_a_wrong_flag_answers_at_once(run_cli, script):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_any_console_can_show_help_and_errors(run_cli, script, encoding):
     env = {"PYTHONIOENCODING": f"{encoding}:strict", "PYTHONUTF8": "0"}
-    assert run_cli(script, "--help", env=env).returncode == 0
-    result = run_cli(script, "--config", "größer/說.yaml", env=env)
+    assert run_cli(script, "--help", env=env, fresh=True).returncode == 0
+    result = run_cli(script, "--config", "größer/說.yaml", env=env, fresh=True)
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1
     assert "Traceback" not in result.stderr

@@ -1301,8 +1301,11 @@ def test_a_run_on_chats_says_what_it_reads(train, chats, capsys):
     assert "--stride: expected running text, got chat" in capsys.readouterr().err
 
 
+COMPILED = pytest.param(("--fused_lora", "on", "--compile", "on"), marks=pytest.mark.compiled)
+
+
 @pytest.mark.parametrize("varlen", [False, True])
-@pytest.mark.parametrize("path", [(), ("--fused_lora", "on"), ("--fused_lora", "on", "--compile", "on")])
+@pytest.mark.parametrize("path", [(), ("--fused_lora", "on"), COMPILED])
 def test_packed_and_unpacked_runs_learn_the_same(
     train, tmp_path, chats, tokenizer, monkeypatch, varlen_on_cpu, path, varlen
 ):

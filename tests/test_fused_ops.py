@@ -212,6 +212,7 @@ def test_error_in_bfloat16_is_no_larger_than_pefts(random_models):
     assert error(fused) <= 1.05 * error(plain), worst
 
 
+@pytest.mark.compiled
 def test_torchs_cache_of_compiled_layers_knows_the_operators_version(random_models, tmp_path):
     """A layer with another version's strides in it would end a run."""
     changed = types.ModuleType("changed")
@@ -228,6 +229,7 @@ def test_torchs_cache_of_compiled_layers_knows_the_operators_version(random_mode
     assert torch.compiler.config.cache_key_tag == fused_ops.operators_tag()
 
 
+@pytest.mark.compiled
 def test_layers_are_compiled_once_and_never_again(random_models):
     from torch._dynamo.utils import counters
 
@@ -247,6 +249,7 @@ def test_layers_are_compiled_once_and_never_again(random_models):
     assert fused_ops.compiled_in_pieces() is None
 
 
+@pytest.mark.compiled
 def test_a_layer_compiled_in_pieces_is_said(train, monkeypatch, tmp_path):
     """It learns the same, so that nothing else would tell."""
     whole, flags = fused_ops._fused_mlp, ("--max_steps", 1, "--fused_lora", "on", "--compile", "on")
@@ -264,6 +267,7 @@ def test_a_layer_compiled_in_pieces_is_said(train, monkeypatch, tmp_path):
         assert code == 0 and ("fast path: the layers are compiled in pieces" in log) == (name == "pieces")
 
 
+@pytest.mark.compiled
 def test_inputs_in_main_memory_change_nothing(random_models):
     from torch._dynamo.utils import counters
 
@@ -282,6 +286,7 @@ def test_inputs_in_main_memory_change_nothing(random_models):
     assert counters["stats"]["unique_graphs"] == graphs
 
 
+@pytest.mark.compiled
 def test_first_n_layers_recompute_when_compiled(random_models):
     model, clock, loss = prepared(random_models("qwen2"), checkpointing=False)
     _, plain = gradients(model, clock, loss)
@@ -583,6 +588,7 @@ def check_layers(folder: str) -> None:
     assert furthest(fused, reference) <= 1.05 * furthest(plain, reference)
 
 
+@pytest.mark.triton
 @pytest.mark.minutes
 def test_kernels_in_tritons_interpreter():
     """Half precision: it rounds bfloat16 wrongly, and tl.dot takes its bits for numbers."""
@@ -594,6 +600,7 @@ def test_kernels_in_tritons_interpreter():
     )
 
 
+@pytest.mark.triton
 def test_layers_learn_the_same_from_kernels_in_tritons_interpreter(random_models):
     interpret("tests.test_fused_ops", f"check_layers({str(random_models('qwen2'))!r})")
 
@@ -631,10 +638,10 @@ def compile_for(capability: int, kernel, pointers: dict[str, str], constants: di
     return compiled.asm["ptx"]
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_kernels_compile_within_the_shared_memory_of_each_card(capability):
     """Those of the forward, the loss and rotary."""
-    pytest.importorskip("triton", reason="pip install triton: the kernels need it")
     compile_ = functools.partial(compile_for, capability)
     launch = linear_ops.DEQUANTIZE
     weights = {"packed": WHOLE, "absmax": "*u8", "out": HALF, "stacked": HALF}
@@ -672,9 +679,9 @@ def test_kernels_compile_within_the_shared_memory_of_each_card(capability):
         compile_(training_kernels.rotate_kernel, activations, heads | {"BACK": back}, attention_ops.ROTATE.warps)
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_kernels_of_the_backward_compile_within_the_shared_memory_of_each_card(capability):
-    pytest.importorskip("triton", reason="pip install triton: the kernels need it")
     compile_ = functools.partial(compile_for, capability)
     for rank, dropout in ((16, False), (64, False), (16, True), (256, True)):
         backward = linear_ops.MASKED_BACKWARD if dropout else linear_ops.WIDEN_BACKWARD
@@ -701,8 +708,8 @@ def test_kernels_of_the_backward_compile_within_the_shared_memory_of_each_card(c
     compile_(training_kernels.settle_gradients_kernel, pointers, settle, 4)
 
 
+@pytest.mark.triton
 def test_sm_86_takes_the_code_of_sm_89_and_sm_80_takes_it_too():
-    pytest.importorskip("triton", reason="pip install triton: the kernels need it")
     activations = dict.fromkeys(("x", "wide", "dropped", "A", "u", "norm", "grads"), HALF)
     activations |= {"sums": SINGLE, "inverse_rms": SINGLE, **MASKS}
     widen = {"SWIGLU": False, "NORM": True, "DROPOUT": True, "BLOCK_M": 16, "BLOCK_K": 128, "BLOCK_R": 32, "BLOCK_Z": 0}

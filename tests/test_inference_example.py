@@ -580,10 +580,10 @@ def test_what_is_wrong_is_one_line(
 
 def test_help_and_errors_answer_before_torch_is_imported(run_cli: Callable) -> None:
     start = time.perf_counter()
-    child = run_cli("inference_example.py", "--help", env={"PYTHONPROFILEIMPORTTIME": "1"})
+    child = run_cli("inference_example.py", "--help", env={"PYTHONPROFILEIMPORTTIME": "1"}, fresh=True)
     assert time.perf_counter() - start < 1
     assert child.returncode == 0 and "--merge_base" in child.stdout and "| torch\n" not in child.stderr
-    child = run_cli("inference_example.py", "--adapter", "nowhere", env={"PYTHONPROFILEIMPORTTIME": "1"})
+    child = run_cli("inference_example.py", "--adapter", "nowhere", env={"PYTHONPROFILEIMPORTTIME": "1"}, fresh=True)
     assert child.returncode == 2 and "| torch\n" not in child.stderr and "Traceback" not in child.stderr
 
 

@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -42,3 +44,22 @@ def test_every_file_named_exists():
     left_by_a_run = {"training_log.txt", "my_texts.txt", "questions.txt"}
     assert names - left_by_a_run
     assert [name for name in sorted(names - left_by_a_run) if not (ROOT / name).exists()] == []
+
+
+def test_the_set_up_commands_are_those_that_ci_runs():
+    """Two of them, on plain PyPI; the first installs nothing beyond requirements.txt and torch, and so no Triton."""
+    first, second = (
+        subprocess.run(
+            [sys.executable, ROOT / ".ci" / "readme_command.py", number], capture_output=True, text=True
+        ).stdout
+        for number in ("1", "2")
+    )
+    installed = re.findall(r"pip install (.*?)(?:&&|$)", first, flags=re.M)
+    assert [words.split() for words in installed] == [["torch==2.13.0"], ["-r", "requirements.txt"]]
+    assert "python train_qlora.py --config tiny/config.yaml" in first and "triton" not in first
+    assert "triton" in second and "python -m pytest" in second and "index-url" not in first + second
+
+
+def test_every_other_index_of_torch_is_one_that_pytorch_has():
+    found = re.findall(r"--index-url (\S+)", README)
+    assert found and all(re.fullmatch(r"https://download\.pytorch\.org/whl/(cpu|cu\d{3})", index) for index in found)

@@ -146,16 +146,17 @@ def check_in_the_interpreter() -> None:
     check_frequencies(20_000, 60, "cpu")
 
 
+@pytest.mark.triton
 @pytest.mark.minutes
 def test_in_tritons_interpreter():
     interpret("tests.test_sampling_kernels", "check_in_the_interpreter()")
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("rows", [1, 32])
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_kernels_compile_for_each_card(capability, rows):
     """With Qwen2.5's vocabulary; scores are loaded 16 bytes at a time."""
-    pytest.importorskip("triton", reason="pip install triton: the kernels need it")
     types = {"scores": "*fp32", "peaks": "*fp32", "masses": "*fp32", "tokens": "*i32", "seed": "*i64", "chosen": "*i64"}
     types |= {"top_p": "fp32", "min_p": "fp32"}
     steps, splits = layout(rows, 151936)

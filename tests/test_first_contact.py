@@ -1,0 +1,99 @@
+"""What a user meets first: every module imports, wherever Triton is not installed too, and each script runs from any folder."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SKIPPED = {"tests", ".venv", ".git"}
+FILES = sorted(p for p in ROOT.rglob("*.py") if not SKIPPED & set(p.relative_to(ROOT).parts) and p.parent.name != ".ci")
+SOURCES = [path for path in FILES if path.parent != ROOT / "tiny"]
+MODULES = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in SOURCES]
+
+# One process for each module, forked from one that has imported the libraries and nothing of the project.
+IMPORTER = """
+import os, sys, traceback
+sys.path.insert(0, {root!r})
+if {hidden!r}:
+    sys.modules["triton"] = sys.modules["triton.language"] = None  # their import fails, as where they are not installed
+from config import before_heavy_imports
+before_heavy_imports()
+import accelerate, datasets, peft, torch, transformers
+for name in {modules!r}:
+    if not (child := os.fork()):
+        code = 0
+        try:
+            __import__(name)
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        sys.stderr.flush()
+        os._exit(code)
+    if os.waitpid(child, 0)[1]:
+        print(name)
+"""
+
+
+@pytest.mark.both
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("hidden", [False, True], ids=["as installed", "without Triton"])
+def test_every_module_imports_by_itself(hidden, tmp_path):
+    assert len(MODULES) > 15
+    program = IMPORTER.format(root=str(ROOT), hidden=hidden, modules=MODULES)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr[-3000:]
+
+
+def bound(statements: list[ast.stmt]) -> set[str]:
+    """Return the names that these statements bind whichever way they go: what one branch alone binds does not count."""
+    names: set[str] = set()
+    for node in statements:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            names |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+        elif isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)}
+        elif isinstance(node, ast.If):
+            names |= bound(node.body) & bound(node.orelse)
+        elif isinstance(node, ast.Try):
+            ways = [bound(node.body + node.orelse), *(bound(handler.body) for handler in node.handlers)]
+            names |= set.intersection(*ways) | bound(node.finalbody)
+        elif isinstance(node, ast.With):
+            names |= bound(node.body)
+        elif isinstance(node, ast.For):
+            names |= {part.id for part in ast.walk(node.target) if isinstance(part, ast.Name)}
+    return names
+
+
+def test_no_name_is_imported_that_exists_only_where_a_package_is_installed():
+    """`lane_level` was one, and every script died where Triton was not installed."""
+    trees = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in zip(MODULES, SOURCES, strict=True)}
+    missing = []
+    for importer, tree in trees.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module in trees:
+                always = bound(trees[node.module].body)
+                missing += [
+                    f"{importer}: {alias.name} of {node.module}" for alias in node.names if alias.name not in always
+                ]
+    assert missing == []
+
+
+def test_the_analysis_of_names_tells_them_apart():
+    source = "import a\nif a:\n    x = 1\n    y = 1\nelse:\n    x = 2\ntry:\n    import b\n    z = 1\nexcept ImportError:\n    b = None\n"
+    assert bound(ast.parse(source).body) == {"a", "x", "b"}
+
+
+@pytest.mark.both
+@pytest.mark.parametrize("script, flag", [("train_qlora.py", "--rank"), ("inference_example.py", "--max_new_tokens")])
+def test_a_script_runs_from_another_folder(run_cli, script, flag, tmp_path):
+    """Its modules are found beside it, whatever the folder holds."""
+    (tmp_path / "config.py").write_text("raise SystemExit('this is not the toolkit')", encoding="utf-8")
+    done = run_cli(script, "--config", ROOT / "tiny" / "config.yaml", flag, "0", fresh=True)
+    assert done.returncode == 2 and "expected an integer >= 1, got 0" in done.stderr, done.stderr
