@@ -13,6 +13,7 @@ from typing import Any
 from config import DATA_FILES, LEAVES, Config, ConfigError, TrainingConfig, flatten, is_hub_id, load_config, shown
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+NAMES = ("model.name", "data.dataset")  # what has these may move: its content counts
 WINDOW = "training.batch_size x training.gradient_accumulation_steps"  # what counts is their product
 
 
@@ -53,22 +54,23 @@ def changed_settings(before: dict[str, Any], config: Config, windows: tuple[int,
     """Return a text for each setting that is not what the checkpoint `name` was trained with, and must be to go on.
 
     before: that checkpoint's settings; a key that it lacks had what is the default today. windows: sequences per
-    optimizer step, before and now. A model or data set may have moved: its content is compared once it is loaded.
+    optimizer step, before and now.
     """
     now, default = settings(config), settings(Config())
-    fixed = [key for key in now if not LEAVES[key].field.metadata["resumable"]]
-    fixed = [key for key in fixed if key not in ("model.name", "data.dataset")]
-    fixed += [key for key in ("model.name", "data.dataset") if not may_have_moved(before.get(key), now[key])]
+    fixed = [key for key in now if not LEAVES[key].field.metadata["resumable"] and key not in NAMES]
     pairs = {key: (before.get(key, default[key]), now[key]) for key in fixed} | {WINDOW: windows}
     return {key: changed_line(key, *pair, name) for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def may_have_moved(before: Any, now: Any) -> bool:
-    """Return whether two names of a model or a data set can mean the same content, as far as the disk tells at once."""
+    """Return whether two names of a model or a data set can mean the same content, as far as the disk tells at once.
+
+    Where they can, the content is compared once it is loaded.
+    """
     if before == now or not (isinstance(before, str) and isinstance(now, str)):
         return before == now
-    if is_hub_id(before) and is_hub_id(now):
-        return False
+    if is_hub_id(before) and is_hub_id(now):  # the hub renames, as wikitext to Salesforce/wikitext
+        return before.split("/")[-1].lower() == now.split("/")[-1].lower()
     return not os.path.exists(before) or not os.path.exists(now) or _sizes(before) == _sizes(now)
 
 
@@ -83,9 +85,9 @@ def other_run(changes: list[str], training: TrainingConfig) -> ConfigError:
     """Return the one line that refuses to go on from a checkpoint: what changed, and what works instead."""
     output_dir = Path(training.output_dir)
     finished = os.path.isfile(output_dir / "adapter_model.safetensors")
-    kind = "a finished run" if finished else "an unfinished run" if checkpoints(output_dir) else ""
-    if not kind:  # the checkpoint is another folder's
+    if training.resume != "auto" and not finished and not checkpoints(output_dir):  # the checkpoint is another folder's
         return ConfigError(f"{'; '.join(changes)}; leave training.resume at auto to start at step 0")
+    kind = "a finished run" if finished else "an unfinished run"
     remedy = "give another --output_dir, or --overwrite to replace it"
     if training.resume != "auto":  # another folder alone would go on from the same checkpoint
         remedy = "give --overwrite to replace it, or another --output_dir and leave training.resume at auto"
@@ -111,7 +113,11 @@ def refuse_other_run(config: Config, overwrite: bool) -> None:
     window = training.batch_size * training.gradient_accumulation_steps
     for checkpoint in {"auto": found, "never": []}.get(resume, [folder]):
         if (read := read_settings(checkpoint)) is not None:  # a damaged one is skipped when it is loaded, too
-            if changes := changed_settings(read[0], config, (read[1], window), checkpoint.name):
+            before, now = read[0], settings(config)
+            names = [key for key in NAMES if not may_have_moved(before.get(key), now[key])]
+            changes = changed_settings(before, config, (read[1], window), checkpoint.name)
+            changes |= {key: changed_line(key, before.get(key), now[key], checkpoint.name) for key in names}
+            if changes:
                 raise other_run(list(changes.values()), training)
             return
 

@@ -510,6 +510,18 @@ def test_resume_from_a_folder_that_is_no_checkpoint(refused, train, tmp_path):
     assert "does not match its checksum" in problem
 
 
+def test_one_of_a_thing_is_in_the_singular(train, tmp_path, capfd):
+    (tmp_path / "one.jsonl").write_text(json.dumps({"text": "the words of a row " * 12}) + "\n", encoding="utf-8")
+    flags = ("--max_steps", 1, "--batch_size", 1, "--gradient_accumulation_steps", 1, "--validation_fraction", 0)
+    assert train(*flags, "--dataset", tmp_path / "one.jsonl", "--max_length", 256)[0] == 0
+    out = capfd.readouterr().out
+    assert "data: 1 row, 1 document, " in out and " tokens in 1 block of 256; " in out
+    assert "steps: 1 optimizer step of 1 sequence (" in out
+    assert not re.search(r"\b1 (rows|documents|blocks|sequences|optimizer steps|steps|tokens)\b", out)
+    card = (tmp_path / "output" / "README.md").read_text(encoding="utf-8")
+    assert "| training | 1 optimizer step of 1 sequence, " in card
+
+
 # --------------------------------------------------------------------------------------------------- out of memory
 
 
