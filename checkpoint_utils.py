@@ -13,7 +13,6 @@ import importlib
 import io
 import json
 import os
-import re
 import shutil
 import signal
 import tempfile
@@ -33,8 +32,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import CHAT_TEMPLATE_FILE
 
-from config import LEAVES, Config, ConfigError, TrainingConfig, flatten, redact, save_config
+from config import Config, ConfigError, TrainingConfig, counted, redact, save_config
 from data_utils import Blocks
+from earlier_run import changed_line, changed_settings, checkpoints, other_run, settings, step_of
 
 try:
     import fcntl
@@ -42,7 +42,6 @@ except ImportError:  # Windows has its twin
     fcntl = None
 msvcrt = importlib.import_module("msvcrt") if os.name == "nt" else None
 
-CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 TEMPORARY, REPLACED, LOCK = ".writing-", ".replaced-", ".lock"
 FILES = ("adapter_model.safetensors", "adapter_config.json", "training_state.safetensors", "training_state.json")
 STATE = {"progress", "optimizer", "scheduler", "scaler", "best_adapter", "config", "fingerprint", "shape"}
@@ -138,11 +137,6 @@ def adapter_settings(model: PeftModel, model_name: str) -> dict[str, Any]:
     found = model.peft_config["default"].to_dict()
     plain = {key: sorted(v) if isinstance(v, set) else getattr(v, "value", v) for key, v in found.items()}
     return plain | {"inference_mode": True, "base_model_name_or_path": model_name}
-
-
-def settings(config: Config) -> dict[str, Any]:
-    """Return every leaf of the configuration as JSON gives it back."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in flatten(config).items()}
 
 
 def fingerprint(
@@ -243,17 +237,6 @@ def _delete_old(output_dir: Path, step: int, keep: int) -> None:
         shutil.rmtree(doomed)
 
 
-def step_of(folder: Path) -> int:
-    """Return the optimizer step in a checkpoint folder's name."""
-    return int(CHECKPOINT.fullmatch(folder.name)[1])
-
-
-def checkpoints(output_dir: Path) -> list[Path]:
-    """Return the checkpoint folders in output_dir, newest first."""
-    found = [path for path in output_dir.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name)]
-    return sorted(found, key=step_of, reverse=True)
-
-
 def last_good(output_dir: Path) -> str:
     """Return what a message says of the checkpoint that a run which failed can go on from."""
     found = checkpoints(output_dir)
@@ -299,49 +282,44 @@ def find_checkpoint(training: TrainingConfig, overwrite: bool, say: Callable[[st
         with refusing(f"training.resume: cannot go on from {folder}", ValueError):
             found = (folder, *read_checkpoint(folder))
     if found is not None and (missing := STATE - found[2].keys()):
-        raise ConfigError(f"training.resume: {found[0]} is of another version: it has no {', '.join(sorted(missing))}")
+        lacks = f"{found[0]} is of another version: it has no {', '.join(sorted(missing))}"
+        raise ConfigError(f"training.resume: {lacks}; --overwrite starts over")
     return found
 
 
+# What a run learns from, its part in `fingerprint`, and the settings that change it.
+CONTENTS = (
+    ("model.name", "model", ("model.", "quantization.", "lora.")),  # an adapter renames the weights that it is on
+    ("data.dataset", "data", ("data.", "training.seed", "model.")),  # its tokens are the tokenizer's
+    ("the tokenizer", "tokenizer", ("model.",)),
+)
+
+
 def check_resumable(state: dict, config: Config, prints: dict[str, str], window: int, name: str) -> None:
-    """Raise a ConfigError that names what a resumed run may not change, with the value in checkpoint `name` and now."""
+    """Raise a ConfigError that names what a resumed run may not change, with the value in checkpoint `name` and now.
+
+    A content that differs is named where no setting that explains it does.
+    """
     before, now = state["config"], settings(config)
-    contents = {"model.name": "model", "data.dataset": "data", "the tokenizer": "tokenizer"}  # whatever their paths
-    fixed = [key for key in now if not LEAVES[key].field.metadata["resumable"] and key not in contents]
-    problems = [
-        f"{key}: was {before.get(key)!r} in {name}, is {now[key]!r} now; change it back or use --resume never"
-        for key in fixed
-        if before.get(key) != now[key]
-    ]
-    problems += [
-        f"{key}: its content is not what {name} was trained on; use --resume never"
-        for key, part in contents.items()
-        if state["fingerprint"][part] != prints[part]
-    ]
-    if state["shape"]["window"] != window:
-        problems.append(
-            f"training.batch_size x training.gradient_accumulation_steps: was {state['shape']['window']} in {name}, "
-            f"is {window} now; keep the product or use --resume never"
-        )
-    if problems:
-        raise ConfigError(*problems)
+    changes = changed_settings(before, config, (state["shape"]["window"], window), name)
+    contents = {}
+    for key, part, causes in CONTENTS:
+        if state["fingerprint"][part] == prints[part] or any(changed.startswith(causes) for changed in changes):
+            continue
+        if key in now and before.get(key) != now[key]:
+            changes[key] = changed_line(key, before.get(key), now[key], name)
+        else:
+            contents[key] = f"{key}: its content is not what {name} was trained on"
+    if changes or contents:
+        raise other_run([*changes.values(), *contents.values()], config.training)
 
 
 # ------------------------------------------------------------------------------------------------ the output folder
 
 
-def check_output(training: TrainingConfig, overwrite: bool) -> None:
-    """Refuse an output folder where a run is at work, one that holds a run which nobody said to overwrite, or none.
-
-    A checkpoint of another folder does not go on over a run that has checkpoints of its own.
-    """
-    output_dir, resume = Path(training.output_dir), training.resume
-    finished = os.path.isfile(output_dir / "adapter_model.safetensors")  # unlike Path's, no error for a name too long
-    found = checkpoints(output_dir) if os.path.isdir(output_dir) else []
-    own = resume == "auto" or os.path.abspath(output_dir) == os.path.dirname(os.path.abspath(resume))
-    if not overwrite and (finished and not (own and found) or (found and not own and resume != "never")):
-        kind = "a finished run" if finished else "another run"
-        raise ConfigError(f"training.output_dir: {output_dir} holds {kind}; choose another folder or give --overwrite")
+def check_output(training: TrainingConfig) -> None:
+    """Refuse an output folder where a run is at work, and one that cannot be written."""
+    output_dir = Path(training.output_dir)
     parent = next(p for p in (output_dir, *output_dir.parents) if os.path.exists(p))
     with refusing(f"training.output_dir: cannot write in {parent}", OSError):
         if os.path.exists(output_dir / LOCK):
@@ -403,13 +381,13 @@ def check_space(training: TrainingConfig, sizes: list[int]) -> None:
     """
     moments = sum(n * 33 // 16 if n >= 4096 and "8bit" in training.optim else n * 8 for n in sizes)
     checkpoint = sum(sizes) * 8 + moments + len(sizes) * 3072 + 2**20  # 2**20: the metrics so far, and headers
-    output_dir, count = Path(training.output_dir), training.save_total_limit + 1
+    output_dir, kept = Path(training.output_dir), training.save_total_limit + 1
     there = sum(file.stat().st_size for file in output_dir.glob("checkpoint-*/*"))
-    needed = count * checkpoint + sum(sizes) * 4 - there
+    needed = kept * checkpoint + sum(sizes) * 4 - there
     parent = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
     if (free := shutil.disk_usage(parent).free) < needed:
         raise ConfigError(
-            f"training.output_dir: expected {needed / 1e6:,.0f} MB free in {parent} for {count} checkpoints (training."
+            f"training.output_dir: expected {needed / 1e6:,.0f} MB free in {parent} for {kept} checkpoints (training."
             f"save_total_limit and one being written) and the adapter, got {free / 1e6:,.0f} MB"
         )
 
@@ -492,7 +470,7 @@ CARD = """{header}
 its licence holds for this adapter too |
 | data | `{data.dataset}`: {tokens:,} tokens in blocks of {data.max_length} |
 | adapter | rank {lora.rank}, alpha {lora.alpha}, dropout {lora.dropout}, on {targets} |
-| training | {steps} optimizer steps of {sequences} sequences, learning rate {training.learning_rate} ({training.lr_scheduler}), \
+| training | {steps} of {sequences}, learning rate {training.learning_rate} ({training.lr_scheduler}), \
 {training.optim} |
 | validation perplexity | {results} |
 | made with | `train_qlora.py`, {packages} |
@@ -544,8 +522,8 @@ def model_card(card: str, model: PeftModel, config: Config, progress: Progress, 
         header=card[: card.index("\n---", 3) + 4] if card.startswith("---") else "",
         targets=", ".join(sorted(model.peft_config["default"].target_modules)),
         tokens=tokens,
-        steps=progress.step,
-        sequences=config.training.batch_size * config.training.gradient_accumulation_steps,
+        steps=counted(progress.step, "optimizer step"),
+        sequences=counted(config.training.batch_size * config.training.gradient_accumulation_steps, "sequence"),
         results=results,
         packages=", ".join(f"{package} {version(package)}" for package in ("peft", "transformers", "torch")),
     )

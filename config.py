@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import difflib
 import functools
@@ -48,8 +49,9 @@ class Section:
 def knob(default: Any, help: str, *, resumable: bool = False, path: bool = False, **limits: Any) -> Any:
     """Declare one leaf.
 
-    limits: at_least, above, below, at_most (numbers), choices and may_be_empty (strings). `path` marks what may name a
-    local file (looked up in the current folder, then in the config file's); `words` are no paths.
+    limits: at_least, above, below, at_most (numbers), choices and may_be_empty (strings), example (how a list is
+    written). `path` marks what may name a local file (looked up in the current folder, then in the config file's);
+    `words` are no paths.
     """
     return dataclasses.field(default=default, metadata={"help": help, "resumable": resumable, "path": path, **limits})
 
@@ -65,7 +67,7 @@ SWITCH = ("auto", "on", "off")
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(Section):
     name: str = knob("Qwen/Qwen2.5-3B-Instruct", "hub id or local folder of a causal language model", path=True)
-    revision: str | None = knob(None, "branch, tag or commit on the hub")
+    revision: str | None = knob(None, "branch, tag or commit on the hub; null: the newest")
     attn_implementation: str = knob(
         "sdpa", "attention of transformers; sdpa needs no extra package", choices=("sdpa", "eager", "flash_attention_2")
     )
@@ -93,6 +95,7 @@ class LoraSettings(Section):
         ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
         "names of the linear layers that get an adapter, or the word all-linear",
         choices=("all-linear",),
+        example="[q_proj, v_proj]",
     )
     use_rslora: bool = knob(False, "scale by alpha / sqrt(rank) (rank-stabilised LoRA)")
     use_dora: bool = knob(False, "weight-decomposed LoRA; slower: it keeps peft's own layers")
@@ -103,9 +106,11 @@ class DataConfig(Section):
     dataset: str = knob(
         "Salesforce/wikitext", "hub id, or a local .txt .csv .json .jsonl .parquet or folder", path=True
     )
-    dataset_config: str | None = knob("wikitext-2-raw-v1", "configuration of a hub data set; ignored for local files")
+    dataset_config: str | None = knob(
+        "wikitext-2-raw-v1", "configuration of a hub data set, ignored for local files; null: it has only one"
+    )
     train_split: str = knob("train", "split to train on")
-    validation_split: str | None = knob("validation", "split to evaluate on; where absent, rows are held out")
+    validation_split: str | None = knob("validation", "split to evaluate on; where absent, or null: rows are held out")
     validation_fraction: float = knob(
         0.05, "share of the rows held out by seed where there is no validation split", at_least=0, below=1
     )
@@ -119,14 +124,14 @@ class DataConfig(Section):
     completion_only: bool = knob(True, "chat and prompt data: learn the answers only")
     max_length: int = knob(512, "tokens a sequence", at_least=8)
     packing: bool = knob(True, "join rows and cut blocks of max_length; false: one padded row a sequence")
-    max_train_samples: int | None = knob(None, "use this many rows at most", at_least=1)
-    max_eval_samples: int | None = knob(None, "evaluate on this many rows at most", at_least=1)
+    max_train_samples: int | None = knob(None, "train on at most this many rows; null: on all", at_least=1)
+    max_eval_samples: int | None = knob(None, "evaluate on at most this many rows; null: on all", at_least=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig(Section):
     num_epochs: float = free_knob(3.0, "passes over the data", above=0)
-    max_steps: int | None = free_knob(None, "optimizer steps; replaces num_epochs", at_least=1)
+    max_steps: int | None = free_knob(None, "optimizer steps; replaces num_epochs; null: num_epochs counts", at_least=1)
     batch_size: int = free_knob(1, "sequences a micro-batch; auto_fit may reshape it", at_least=1)
     gradient_accumulation_steps: int = free_knob(
         16, "micro-batches an optimizer step; auto_fit keeps the product", at_least=1
@@ -151,11 +156,13 @@ class TrainingConfig(Section):
     seed: int = knob(42, "order of the data, initial adapter, dropout", at_least=0, at_most=2**32 - 1)  # numpy's range
     logging_steps: int = free_knob(10, "optimizer steps between two logged rows", at_least=1)
     eval_steps: int | None = free_knob(None, "steps between two evaluations; null: once an epoch", at_least=1)
-    save_steps: int | None = free_knob(None, "steps between two checkpoints, beside save_minutes", at_least=1)
-    save_minutes: float | None = free_knob(15.0, "minutes between two checkpoints", above=0)
+    save_steps: int | None = free_knob(
+        None, "steps between two checkpoints, beside save_minutes; null: save_minutes alone", at_least=1
+    )
+    save_minutes: float | None = free_knob(15.0, "minutes between two checkpoints; null: no clock", above=0)
     save_total_limit: int = free_knob(2, "checkpoints kept", at_least=1)
     early_stopping_patience: int | None = free_knob(
-        None, "stop after this many evaluations without a better loss", at_least=1
+        None, "stop after this many evaluations without a better loss; null: never early", at_least=1
     )
     resume: str = free_knob(
         "auto",
@@ -184,7 +191,7 @@ class GenerationConfig(Section):
     max_new_tokens: int = free_knob(128, "tokens an answer may have", at_least=1)
     temperature: float = free_knob(0.7, "0 takes the likeliest token", at_least=0)
     top_p: float = free_knob(0.9, "sample from the smallest set of tokens with this probability", above=0, at_most=1)
-    top_k: int | None = free_knob(None, "sample from the k likeliest tokens", at_least=1)
+    top_k: int | None = free_knob(None, "sample from the k likeliest tokens; null: from all", at_least=1)
     repetition_penalty: float = free_knob(1.0, "above 1 discourages repetition", above=0)
     system_prompt: str | None = free_knob(
         None, "system message of a chat, may be empty; null: the template's own", may_be_empty=True
@@ -234,6 +241,11 @@ class Leaf:
         return types.NoneType in self.kinds
 
     @property
+    def example(self) -> str:
+        """How a list is written, in YAML; in a shell it needs quotes around it."""
+        return self.field.metadata.get("example", "[a, b]")
+
+    @property
     def expected(self) -> str:
         """What a value must be, in words, for errors and --help."""
         limits, words = self.field.metadata, []
@@ -243,14 +255,14 @@ class Leaf:
             bounds = [f"{sign} {limits[key]}" for key, (sign, _) in BOUNDS.items() if key in limits]
             words.append(" ".join(["an integer" if int in self.kinds else "a number", " and ".join(bounds)]).strip())
         if tuple in self.kinds:
-            words.append("a list of names, not empty")
+            words.append(f"a list of names such as {self.example}")
         if "choices" in limits:
             words.append(("one of " if len(limits["choices"]) > 1 else "the word ") + ", ".join(limits["choices"]))
         elif str in self.kinds:
-            words.append("a text" if "may_be_empty" in limits else "a text, not empty")
+            words.append("text, perhaps empty" if "may_be_empty" in limits else "non-empty text")
         if self.optional:
             words.append("null")
-        return " or ".join(words)
+        return ", or ".join(words)
 
 
 def leaves() -> Iterator[Leaf]:
@@ -267,6 +279,51 @@ LEAVES: dict[str, Leaf] = {leaf.name: leaf for leaf in leaves()}
 _KEYS = [leaf.key for leaf in LEAVES.values()]
 SHORT: dict[str, str] = {leaf.key: leaf.name for leaf in LEAVES.values() if _KEYS.count(leaf.key) == 1}
 SHORT["model_name"] = "model.name"
+
+
+# What other tools and papers call a key, where no key is spelt alike.
+USUAL_NAMES = {
+    "model_name": ("model", "base_model", "model_id", "model_name_or_path", "pretrained_model_name_or_path"),
+    "load_in_4bit": ("use_4bit", "4bit", "bits"),
+    "quant_type": ("bnb_4bit_quant_type",),
+    "compute_dtype": ("dtype", "torch_dtype", "bnb_4bit_compute_dtype", "bf16", "fp16"),
+    "use_double_quant": ("double_quant", "bnb_4bit_use_double_quant"),
+    "rank": ("r", "lora_r", "lora_rank"),
+    "alpha": ("lora_alpha",),
+    "dropout": ("lora_dropout",),
+    "target_modules": ("targets", "lora_target", "lora_targets", "lora_target_modules"),
+    "dataset": ("data", "dataset_name", "dataset_path", "train_file", "data_path"),
+    "max_length": ("seq_len", "seq_length", "seqlen", "sequence_length", "sequence_len", "max_seq_length")
+    + ("max_seq_len", "model_max_length", "block_size", "context_length", "cutoff_len"),
+    "packing": ("sample_packing",),
+    "max_train_samples": ("num_samples", "max_samples"),
+    "num_epochs": ("epochs", "epoch", "num_train_epochs"),
+    "max_steps": ("steps", "num_steps", "max_iters"),
+    "batch_size": ("micro_batch_size", "train_batch_size", "per_device_train_batch_size", "per_device_batch_size"),
+    "gradient_accumulation_steps": ("grad_accum", "accumulation_steps", "gradient_accumulation", "grad_acc"),
+    "learning_rate": ("lr", "max_lr", "peak_lr"),
+    "lr_scheduler": ("scheduler", "lr_scheduler_type", "schedule"),
+    "warmup_ratio": ("warmup", "warmup_steps"),
+    "max_grad_norm": ("grad_clip", "clip", "gradient_clipping"),
+    "optim": ("optimizer",),
+    "eval_steps": ("eval_every", "eval_interval"),
+    "save_steps": ("save_every", "save_interval"),
+    "early_stopping_patience": ("patience", "early_stopping"),
+    "resume": ("resume_from_checkpoint",),
+    "output_dir": ("out", "out_dir", "output_folder"),
+    "report_to": ("wandb", "log_with", "tracker"),
+    "max_new_tokens": ("max_tokens", "new_tokens", "num_predict"),
+    "temperature": ("temp",),
+    "system_prompt": ("system",),
+    "adapter": ("output_dir", "peft_model", "lora_path", "adapter_path"),  # a flag of the scripts
+}
+
+
+def shown(value: Any) -> str:
+    """Return a value as config.yaml has it, for a message: null, true, [q_proj, v_proj]."""
+    if isinstance(value, (tuple, list)):
+        return f"[{', '.join(map(shown, value))}]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def coerce(leaf: Leaf, value: Any) -> Any:
@@ -318,8 +375,30 @@ def coerce_flag(leaf: Leaf, text: str) -> Any:
     try:
         value = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError):
-        raise ConfigError(f"{leaf.name}: expected {leaf.expected}, got {text!r}") from None
-    return coerce(leaf, value)
+        raise ConfigError(f"{leaf.name}: expected {leaf.expected}, got {text!r}{_list_hint(leaf)}") from None
+    try:
+        return coerce(leaf, _plain_names(leaf, value))
+    except ConfigError as error:
+        raise ConfigError(f"{error}{_list_hint(leaf)}") from None
+
+
+def _plain_names(leaf: Leaf, value: Any) -> Any:
+    """Return the list that `q_proj,v_proj`, or one name, means as a flag; anything else as it is.
+
+    A word that is nearly one of the leaf's own, all_linear for all-linear, is a slip and no name.
+    """
+    if tuple not in leaf.kinds or not isinstance(value, str):
+        return value
+    names = [name.strip() for name in value.split(",")]
+    slip = len(names) == 1 and difflib.get_close_matches(value, leaf.field.metadata.get("choices", ()), cutoff=0.8)
+    return value if slip or not all(re.fullmatch(r"[A-Za-z_][\w.]*", name) for name in names) else names
+
+
+def _list_hint(leaf: Leaf) -> str:
+    """Return how a shell takes a list, for the error of a flag that is one."""
+    if tuple not in leaf.kinds:
+        return ""
+    return f"; as a flag: --{leaf.key} '{leaf.example}' or --{leaf.key} {leaf.example[1:-1].replace(' ', '')}"
 
 
 class _Loader(yaml.SafeLoader):
@@ -360,8 +439,20 @@ def read_yaml(path: Path) -> dict:
     return tree
 
 
+def _usual(word: str) -> str | None:
+    """Return the key that others call `word`, or whose initials it is, as `bs` of batch_size; None if no single one."""
+    word = word.replace("-", "_").lower().rpartition(".")[2]
+    initials = [key for key in SHORT if "_" in key and "".join(part[0] for part in key.split("_")) == word]
+    called = [key for key, names in USUAL_NAMES.items() if word in names] or initials
+    return called[0] if len(called) == 1 else None
+
+
 def _nearest(word: str, known: Sequence[str]) -> str:
-    match = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
+    """Return `; did you mean …?` with the one of `known` that `word` most likely stands for, or nothing."""
+    dashes = "--" if str(word).startswith("--") else ""
+    usual = dashes + (_usual(str(word)[len(dashes) :]) or "")
+    written = str(word).replace("-", "_") if not dashes else dashes + str(word)[2:].replace("-", "_")
+    match = [usual] if usual in known else difflib.get_close_matches(written, known, n=1, cutoff=0.5)
     return f"; did you mean {match[0]}?" if match else ""
 
 
@@ -391,7 +482,9 @@ def _values(tree: dict, problems: list[str]) -> dict[str, Any]:
                         values[name] = coerce(LEAVES[name], value)
                 else:
                     own = [leaf.key for leaf in LEAVES.values() if leaf.section == section]
-                    hint = f"; did you mean {SHORT[key]}?" if key in SHORT else _nearest(key, own)
+                    usual = key if key in SHORT else _usual(str(key))
+                    elsewhere = usual in SHORT and usual not in own
+                    hint = f"; did you mean {SHORT[usual]}?" if elsewhere else _nearest(key, own)
                     problems.append(f"{name}: unknown key{hint}")
     return values
 
@@ -482,30 +575,105 @@ def save_config(config: Config, path: Path) -> None:
     path.write_text(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=math.inf), encoding="utf-8")
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """A flag in its shortest form, its value named once."""
+
+    def __init__(self, prog: str, **options: Any):
+        super().__init__(prog, max_help_position=34, **options)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if action.nargs == 0:
+            return ", ".join(action.option_strings)
+        return (
+            f"{action.option_strings[-1]} {self._format_args(action, self._get_default_metavar_for_optional(action))}"
+        )
+
+
 class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are ConfigErrors, whose flags may be written with dashes, and whose help begins with what
+    the script does.
+    """
+
+    everyday: Sequence[str] = ()  # the flags that --help shows first, in this order
+
     def error(self, message: str) -> typing.NoReturn:
         raise ConfigError(message)
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        args = sys.argv[1:] if args is None else args
+        return super().parse_known_args([self._underscored(word) for word in args], namespace)
 
-def build_parser(description: str) -> argparse.ArgumentParser:
-    """Return a parser that knows --config and one flag (long, and short where unique) for every leaf of the schema."""
-    parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    def _underscored(self, word: str) -> str:
+        """Return `--batch-size=4` as `--batch_size=4`; a word that is no flag of this parser then stays as it is."""
+        flag, equals, value = word.partition("=")
+        flag = "--" + flag[2:].replace("-", "_")
+        return flag + equals + value if word.startswith("--") and flag in self._option_string_actions else word
+
+    def format_help(self) -> str:
+        formatter = self._get_formatter()
+        formatter.add_text(self.description)
+        daily = [self._option_string_actions[flag] for flag in self.everyday]
+        groups = [("the flags of a normal day", [_short(action) for action in daily])]
+        groups += [(group.title, [a for a in group._group_actions if a not in daily]) for group in self._action_groups]
+        for title, actions in groups:
+            formatter.start_section(title)
+            formatter.add_arguments(actions)
+            formatter.end_section()
+        return formatter.format_help()
+
+
+def _short(action: argparse.Action) -> argparse.Action:
+    """Return a leaf's flag with the beginning of its help, a flag of the script's own as it is."""
+    if action.dest not in LEAVES:
+        return action
+    field, action = LEAVES[action.dest].field, copy.copy(action)
+    text = field.metadata["help"]
+    text = text if field.default is None else text.split(";")[0]  # which says what null means
+    action.help = f"{text} (default: {shown(field.default)})".replace("%", "%%")
+    return action
+
+
+def build_parser(
+    description: str, takes: Sequence[str] = tuple(SECTIONS), everyday: Sequence[str] = ()
+) -> argparse.ArgumentParser:
+    """Return a parser that knows --config and one flag (long, and short where unique) for each leaf that a script takes.
+
+    takes: sections, or single leaves by their dotted names. everyday: the flags that --help shows first.
+    """
+    parser = _Parser(description=description, allow_abbrev=False, formatter_class=_Help)
+    parser.everyday, parser._optionals.title = everyday, "further flags of this script"
     parser.add_argument("--config", metavar="PATH", help="file that replaces the config.yaml beside the script")
-    groups = {name: parser.add_argument_group(name) for name in SECTIONS}
-    names = {leaf.name: [f"--{leaf.name}"] for leaf in LEAVES.values()}
+    taken = [leaf for leaf in LEAVES.values() if leaf.section in takes or leaf.name in takes]
+    names = {leaf.name: [f"--{leaf.name}"] for leaf in taken}
     for short, name in SHORT.items():
-        names[name].append(f"--{short}")
-    for leaf in LEAVES.values():
-        default = leaf.field.default
-        shown = ", ".join(default) if isinstance(default, tuple) else "null" if default is None else str(default)
+        if name in names:
+            names[name].append(f"--{short}")
+    groups = {
+        section: parser.add_argument_group(f"{section} (--{section}.KEY is the same flag)")
+        for section in dict.fromkeys(leaf.section for leaf in taken)
+    }
+    for leaf in taken:
         groups[leaf.section].add_argument(
             *names[leaf.name],
             dest=leaf.name,
             default=argparse.SUPPRESS,
             metavar="VALUE",
-            help=f"{leaf.field.metadata['help']} ({leaf.expected}; default: {shown})".replace("%", "%%"),
+            help=f"{leaf.field.metadata['help']} ({leaf.expected}; default: {shown(leaf.field.default)})".replace(
+                "%", "%%"
+            ),
         )
     return parser
+
+
+def _unknown(flag: str, known: Sequence[str]) -> str:
+    """Return what is said of a flag that a script has not: that it is training's, or its nearest neighbour."""
+    word = flag.lstrip("-").replace("-", "_")
+    usual = word if word in SHORT else _usual(word)
+    name = word if word in LEAVES else SHORT.get(usual or "")
+    if name is not None and f"--{name}" not in known:
+        here = [f"; here it is --{key}" for key, names in USUAL_NAMES.items() if word in names and f"--{key}" in known]
+        return f"{flag}: belongs to train_qlora.py{'' if word in (usual, name) else f', as --{usual}'}{''.join(here)}"
+    return f"{flag}: unknown flag{_nearest(flag, known)}"
 
 
 def parse_arguments(
@@ -517,7 +685,7 @@ def parse_arguments(
     namespace, unknown = parser.parse_known_args(argv)
     flags = [word.split("=")[0] for word in unknown if word.startswith("-")]
     known = [option for action in parser._actions for option in action.option_strings]
-    problems = [f"{flag}: unknown flag{_nearest(flag, known)}" for flag in flags]
+    problems = [_unknown(flag, known) for flag in flags]
     if unknown and not flags:
         problems = [f"unexpected argument{'s' if len(unknown) > 1 else ''}: {' '.join(unknown)}"]
     if problems:
@@ -566,6 +734,11 @@ def before_heavy_imports() -> None:
     sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]  # None makes `import kernels` fail
     with compiling_later():
         import bitsandbytes  # noqa: F401  (compiles four fallbacks that are rarely called)
+
+
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """Return `1 sequence`, `2 sequences`, `1,000 sequences`."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
 def redact(text: str) -> str:

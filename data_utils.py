@@ -37,7 +37,7 @@ from datasets.fingerprint import Hasher
 from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from config import ConfigError, DataConfig, missing_data
+from config import ConfigError, DataConfig, counted, missing_data
 
 BUILDERS = {".txt": "text", ".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 # Wikitext marks an article by " = Title = " and its sections by " = = Title = = ".
@@ -659,7 +659,7 @@ def _split_tail(blocks: Blocks, fraction: float) -> tuple[Blocks, Blocks]:
     """Return the blocks as (train, held out): the last part, at least one block."""
     if len(blocks) < 2:
         raise ConfigError(
-            f"data.dataset: {blocks.tokens} tokens are too short to hold out a block; "
+            f"data.dataset: {counted(blocks.tokens, 'token')} of text: too short to hold out a block; "
             "give a validation split, a smaller data.max_length, or data.validation_fraction 0"
         )
     count = min(max(1, round(len(blocks) * fraction)), len(blocks) - 1)
@@ -708,7 +708,7 @@ def make_text_blocks(
     for name, part in blocks.items():
         if part.supervised < 1:
             raise ConfigError(
-                f"data.dataset: the {name} part of {data.dataset} has {part.tokens} tokens: nothing to predict"
+                f"data.dataset: the {name} part of {data.dataset} has {counted(part.tokens, 'token')}: nothing to predict"
             )
     return blocks
 

@@ -732,7 +732,7 @@ def _batch_product(
         next_words2, next_constant2 = words2, constant2
         if TWO:
             next_words2, next_constant2 = _words(codes2, absmax2, row, rows, next, end, WORDS, BLOCKSIZE, STEP)
-        _wait(OVERLAP)  # every time, as in `_product`
+        _wait(OVERLAP)  # every time: it keeps the compiler from putting those loads off to where they are used
         word = first + tl.arange(0, STEP)
         inside = (word < end)[:, None]
         tile = x + word[:, None] * M + tl.arange(0, M)[None]

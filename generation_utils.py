@@ -28,6 +28,7 @@ from transformers.generation import (
 )
 
 from attention_ops import GROUPED, use_grouped_attention
+from config import counted
 from fused_ops import DropoutClock, fuse
 from memory_utils import peak_gib
 from nf4_lookup import HAS_TRITON, runs_on
@@ -95,7 +96,7 @@ class Watch(transformers.StoppingCriteria):
         why = ", stopped" if self.stop else ", cut at max_new_tokens" if cut else ""
         rate = (self.tokens - 1) / (self.last - self.first) if self.tokens > 1 else 1 / (self.last - self.start)
         first = f"first token after {self.first - self.start:.2f} s"
-        return f"[{self.tokens} tokens{why} | {rate:.1f} tokens/s | {first} | {limits}]"
+        return f"[{counted(self.tokens, 'token')}{why} | {rate:.1f} tokens/s | {first} | {limits}]"
 
 
 @dataclasses.dataclass

@@ -20,11 +20,18 @@ from config import (
     ConfigError,
     before_heavy_imports,
     build_parser,
+    counted,
     load_config,
     parse_arguments,
     reader_gone,
     report,
 )
+from earlier_run import config_with_adapter, left_by_run
+
+TAKES = ("model", "quantization", "performance", "generation")  # the rest of config.yaml is training's
+# What --help shows first.
+EVERYDAY = ("mode", "adapter", "prompt", "prompts", "output", "raw", "max_new_tokens", "temperature", "top_p")
+EVERYDAY += ("system_prompt",)
 
 Prompt = str | list[dict[str, str]]  # a text, or the messages of a chat, the last one the user's
 
@@ -127,32 +134,33 @@ def find_adapter(given: str | None, paths: list[Path], overrides: dict[str, str]
     return folder
 
 
-def left_by_run(adapter: Path, name: str) -> list[Path]:
-    """Return the file that a run left with its adapter, for a checkpoint in the folder above; perhaps none."""
-    folder = adapter.resolve()
-    places = [folder, folder.parent] if folder.name.startswith("checkpoint-") else [folder]
-    return [place / name for place in places if (place / name).is_file()][:1]
-
-
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
-    """Return the script's own options and the configuration: schema < the run's config.yaml < --config < flags."""
-    parser = build_parser(__doc__)
+    """Return the script's own options and the configuration, as `config_with_adapter` puts it together."""
+    parser = build_parser(__doc__, TAKES, [f"--{name}" for name in EVERYDAY])
     add = parser.add_argument
-    add("--mode", choices=("interactive", "demo", "text", "merge"), default="interactive", help="default: interactive")
+    add(
+        "--mode",
+        choices=("interactive", "demo", "text", "merge"),
+        default="interactive",
+        help="what to do (default: interactive)",
+    )
     add("--adapter", metavar="DIR|none", help="the adapter's folder (default: training.output_dir), or the base alone")
     add("--prompt", metavar="TEXT", help="with --mode text: what to answer; - reads it from stdin")
     add("--prompts", metavar="FILE", help="with --mode text: .txt (a prompt a line) or .jsonl (`prompt` or `messages`)")
     add("--output", metavar="PATH", help=".jsonl for the answers to --prompts, or the folder of the merged model")
     add("--raw", action="store_true", help="continue plain text: no chat template, no history")
+    add("--seed", metavar="N", help="sampling draws from this seed (default: the run's training.seed)")
     add("--merge_base", choices=("dequantized", "original"), help="what the adapter is added to (default: dequantized)")
     options, overrides = parse_arguments(parser, argv)
     check_options(options)
     options.rows = read_prompts(Path(options.prompts)) if options.prompts else []
     options.finished = finished_rows(Path(options.output), options.rows) if options.rows else (0, 0)
-    given, beside = [Path(options.config)] if options.config else [], [Path(__file__).with_name("config.yaml")]
-    options.adapter = find_adapter(options.adapter, given or beside, overrides)
-    own = left_by_run(options.adapter, "config.yaml") if options.adapter else []
-    return options, load_config(own + given or beside, overrides)
+    given, beside = [Path(options.config)] if options.config else [], Path(__file__).with_name("config.yaml")
+    options.adapter = find_adapter(options.adapter, given or [beside], overrides)
+    if options.seed is not None:
+        overrides["training.seed"] = options.seed
+    config, options.notes = config_with_adapter(options.adapter, given, beside, overrides)
+    return options, config
 
 
 if __name__ == "__main__":  # --help and every error in options and configuration answer before torch is imported
@@ -301,7 +309,7 @@ def encode(engine: Engine, prompt: Prompt, system_prompt: str | None) -> list[in
 def room_after(engine: Engine, length: int, settings: GenerationConfig) -> int:
     """Return how many tokens may follow a prompt of `length`: max_new_tokens, or the positions that are left."""
     if length >= engine.limit:
-        raise ConfigError(f"a prompt has {length:,} tokens; the model knows {engine.limit:,} positions")
+        raise ConfigError(f"a prompt has {counted(length, 'token')}; the model knows {engine.limit:,} positions")
     return min(settings.max_new_tokens, engine.limit - length)
 
 
@@ -389,7 +397,7 @@ def answer_file(engine: Engine, config: Config, prompts: list[Prompt], output: P
             transformers.set_seed(config.training.seed + batch[0])  # going on samples what one call would have
             answers = generate_ids(engine, [rows[i] for i in batch], settings, watch := Watch(), batch=size)
             if watch.stop:
-                say(f"stopped: {output} has {written} of {len(prompts)} answers; the same command goes on")
+                say(f"stopped: {output} has {written} of {counted(len(prompts), 'answer')}; the same command goes on")
                 return 130
             texts = engine.tokenizer.batch_decode(answers, skip_special_tokens=True)
             waiting |= {i: text for i, text in zip(batch, texts, strict=True) if i >= first}
@@ -402,7 +410,8 @@ def answer_file(engine: Engine, config: Config, prompts: list[Prompt], output: P
             traffic.add(watch, len(batch), max(len(rows[i]) for i in batch))
             bar.update(written + len(waiting) - bar.n)
     speed = tokens / (time.perf_counter() - start)
-    say(f"{len(prompts) - first} answers in {output} [{tokens} tokens | {speed:.1f} tokens/s | {traffic.line()}]")
+    made = f"{counted(tokens, 'token')} | {speed:.1f} tokens/s | {traffic.line()}"
+    say(f"{counted(len(prompts) - first, 'answer')} in {output} [{made}]")
     return 0
 
 
@@ -468,7 +477,7 @@ def save(talk: Conversation, path: str) -> None:
             file.write(json.dumps({"messages": system + talk.messages}, ensure_ascii=False) + "\n")
     except OSError as error:
         raise ConfigError(f"/save: {error}") from None
-    print(f"added the conversation ({len(talk.messages)} messages) to {path}")
+    print(f"added the conversation ({counted(len(talk.messages), 'message')}) to {path}")
 
 
 def command(line: str, talk: Conversation) -> bool:
@@ -503,7 +512,8 @@ def fitted(engine: Engine, messages: list[dict[str, str]], settings: GenerationC
     room_after(engine, len(ids), settings)
     if first:
         del messages[:first]
-        print(f"[forgot the oldest turns, {first // 2} of them: the model knows {engine.limit:,} positions]")
+        dropped = counted(first // 2, "oldest turn")
+        print(f"[dropped the {dropped}: the chat no longer fits the {engine.limit:,}-token context]")
     return ids
 
 
@@ -615,7 +625,7 @@ def merge(config: Config, adapter: Path, folder: Path, base: str) -> int:
     write_folder(merged, tokenizer, folder)
     print(
         f"{base} base and {adapter} merged in bfloat16: {folder}\n"
-        f"largest logit difference to the live adapter on {len(ids)} tokens of text: {difference.max():.4f} "
+        f"largest logit difference to the live adapter on {counted(len(ids), 'token')} of text: {difference.max():.4f} "
         f"(mean {difference.mean():.4f}, logits up to {expected.abs().max():.1f}, the same likeliest token at "
         f"{100 * (found.argmax(-1) == expected.argmax(-1)).float().mean():.1f} % of positions)"
     )
@@ -628,7 +638,7 @@ def merge(config: Config, adapter: Path, folder: Path, base: str) -> int:
 def run(options: argparse.Namespace, config: Config) -> int:
     """Do what the mode says and return the exit code."""
     if options.rows and options.finished[0] == len(options.rows):
-        say(f"nothing left to do: {options.output} answers all {len(options.rows)} prompts")
+        say(f"nothing left to do: {options.output} answers all of {counted(len(options.rows), 'prompt')}")
         return 0
     prompt = clean(sys.stdin.read().removesuffix("\n") if options.prompt == "-" else options.prompt or "")
     if options.prompt and not prompt.strip():
@@ -652,6 +662,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit code: parse → load → answer or merge."""
     try:
         options, config = parse(argv)
+        for line in options.notes:
+            say(line)
         quiet_libraries()
         signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on it stops an answer, or the session
         return run(options, config)

@@ -18,17 +18,23 @@ from config import (
     ConfigError,
     before_heavy_imports,
     build_parser,
+    counted,
     load_config,
     missing_data,
     parse_arguments,
     reader_gone,
     report,
 )
+from earlier_run import config_with_adapter, refuse_other_run
+
+# What --help shows first.
+EVERYDAY = ("config", "model_name", "dataset", "output_dir", "num_epochs", "learning_rate", "rank", "max_length")
+EVERYDAY += ("plan", "overwrite")
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     """Return the script's own options and the configuration: schema < config.yaml < flags. Raises ConfigError."""
-    parser = build_parser(__doc__)
+    parser = build_parser(__doc__, everyday=[f"--{name}" for name in EVERYDAY])
     add = parser.add_argument
     add("--plan", action="store_true", help="print the memory plan and exit: 0 fits, 3 does not")
     add("--evaluate", action="store_true", help="evaluate instead of training")
@@ -36,8 +42,9 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     add("--stride", type=int, metavar="N", help="with --evaluate: windows of max_length over the text, N tokens apart")
     add("--compare", nargs="+", metavar="DIR", help="print a table of finished runs and draw their curves")
     add("--output", metavar="FILE", help="with --compare: the picture (default: compare.png)")
-    add("--overwrite", action="store_true", help="start over in an output_dir that holds a finished run")
+    add("--overwrite", action="store_true", help="start over in an output_dir that holds a run, and replace it")
     options, overrides = parse_arguments(parser, argv)
+    options.notes = []
     for name, owner in (("adapter", "evaluate"), ("stride", "evaluate"), ("output", "compare")):
         if getattr(options, name) and not getattr(options, owner):
             raise ConfigError(f"--{name}: goes with --{owner}")
@@ -45,12 +52,11 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
         return options, Config()
     if options.adapter and not (Path(options.adapter) / "adapter_config.json").is_file():
         raise ConfigError(f"--adapter: no adapter_config.json in {options.adapter}")
-    paths = [options.config] if options.config else []
-    if options.adapter and (Path(options.adapter) / "config.yaml").is_file():
-        paths.insert(0, Path(options.adapter) / "config.yaml")
-    elif not paths:
-        paths = [Path(__file__).with_name("config.yaml")]
-    config = load_config(paths, overrides)
+    given, beside = [Path(options.config)] if options.config else [], Path(__file__).with_name("config.yaml")
+    if options.adapter:
+        config, options.notes = config_with_adapter(Path(options.adapter), given, beside, overrides)
+    else:
+        config = load_config(given or [beside], overrides)
     if options.stride is not None and not 1 <= options.stride <= config.data.max_length:
         raise ConfigError(f"--stride: expected 1 to data.max_length ({config.data.max_length}), got {options.stride}")
     problems = [] if options.plan else missing_data(config.data.dataset)
@@ -58,6 +64,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
         problems.append(f"training.output_dir: expected a folder, got the file {config.training.output_dir}")
     if problems:
         raise ConfigError(*problems)
+    if not (options.plan or options.evaluate):
+        refuse_other_run(config, options.overwrite)
     return options, config
 
 
@@ -388,7 +396,7 @@ def evaluate_in_memory(run: Run, blocks: Blocks) -> torch.Tensor:
             if size == 1 and loss is learner.loss:
                 raise
         size, loss = max(1, size // 2), learner.loss
-        run.log.say(f"out of GPU memory in an evaluation: {size} sequences at a time, without a graph")
+        run.log.say(f"out of GPU memory in an evaluation: {counted(size, 'sequence')} at a time, without a graph")
         learner.captured_evaluation = None
         memory_utils.let_go()
 
@@ -464,7 +472,7 @@ def start_run(run: Run, found: Found | None) -> None:
         log.say(f"resuming from {folder} at step {run.progress.step} of {run.total_steps}")
         now = checkpoint_utils.settings(run.config)
         if any(state["config"][key] != now[key] for key in ("training.num_epochs", "training.max_steps")):
-            log.say(f"the learning rate follows the schedule of {run.total_steps} steps from here on")
+            log.say(f"the learning rate follows the schedule of {counted(run.total_steps, 'step')} from here on")
 
 
 # ------------------------------------------------------------------------------------------------ the loop
@@ -568,7 +576,7 @@ def train(run: Run, request: checkpoint_utils.StopRequest) -> bool:
                 return False
     if stale(run):
         patience, best = training.early_stopping_patience, progress.best_step
-        run.log.say(f"stopping early: {patience} evaluations without a better loss than that of step {best}")
+        run.log.say(f"stopping early: {counted(patience, 'evaluation')} without a better loss than that of step {best}")
     return True
 
 
@@ -731,13 +739,13 @@ def build_run(config: Config, accelerator: Accelerator, log: checkpoint_utils.Lo
 def describe_data(run: Run) -> None:
     """Say how many blocks there are and how many optimizer steps that makes, packed and unpacked."""
     part, held, say = run.blocks["train"], run.blocks["validation"], run.log.say
-    held_out = f"{held.tokens:,} tokens in {len(held):,} blocks" if held else "nothing"
+    held_out = f"{counted(held.tokens, 'token')} in {counted(len(held), 'block')}" if held else "nothing"
     say(
-        f"data: {part.rows:,} rows, {part.documents:,} documents, {part.tokens:,} tokens in {len(part):,} blocks of "
-        f"{part.length}; held out: {held_out}"
+        f"data: {counted(part.rows, 'row')}, {counted(part.documents, 'document')}, {counted(part.tokens, 'token')} in "
+        f"{counted(len(part), 'block')} of {part.length}; held out: {held_out}"
     )
     say(
-        f"steps: {run.total_steps:,} optimizer steps of {run.window} sequences ({run.steps_per_epoch:,} an epoch; "
+        f"steps: {counted(run.total_steps, 'optimizer step')} of {counted(run.window, 'sequence')} ({run.steps_per_epoch:,} an epoch; "
         f"one row a sequence would make {math.ceil(part.rows / run.window):,})"
     )
     for line in (f"read as {part.source}", *part.notes, *(held.notes if held else ())):
@@ -755,7 +763,8 @@ def corpus_line(config: Config, sequences: int) -> str:
         blocks = make_blocks(prepare_dataset(config, tokenizer), tokenizer, config.data, config.training.seed)["train"]
     except ConfigError:
         return "an epoch: unknown, the tokenizer or data.dataset is out of reach"
-    return f"an epoch: {blocks.tokens:,} tokens, {math.ceil(len(blocks) / sequences):,} optimizer steps of {sequences} sequences"
+    steps = counted(math.ceil(len(blocks) / sequences), "optimizer step")
+    return f"an epoch: {counted(blocks.tokens, 'token')}, {steps} of {counted(sequences, 'sequence')}"
 
 
 def evaluate_adapter(config: Config, adapter: str | None, stride: int | None) -> int:
@@ -789,7 +798,7 @@ def evaluate_adapter(config: Config, adapter: str | None, stride: int | None) ->
         with contextlib.nullcontext() if name == names[-1] else model.disable_adapter():
             sums[name] = block_losses(loss, blocks, accelerator, 1, tokenizer.pad_token_id).cpu()
         value = mean_loss(sums[name])
-        say(f"{name:<8} loss {value:.4f} | perplexity {perplexity(value):.3f} | {blocks.supervised:,} tokens")
+        say(f"{name:<8} loss {value:.4f} | perplexity {perplexity(value):.3f} | {counted(blocks.supervised, 'token')}")
     result = comparison(config.data.dataset, blocks, stride, sums)
     if adapter is not None:
         say(difference_line(result))
@@ -814,7 +823,8 @@ def execute(run: Run, request: checkpoint_utils.StopRequest) -> int:
         return 1
     except torch.OutOfMemoryError as error:
         peak = f"a peak of {peak_gib(accelerator.device):.2f} GiB with {run.plan.shape}"
-        say(f"error: out of GPU memory at {peak}; the last checkpoint is intact: {str(error).splitlines()[0]}")
+        good = checkpoint_utils.last_good(run.output_dir)
+        say(f"error: out of GPU memory at {peak}; {good}: {str(error).splitlines()[0]}")
         for line in memory_utils.ran_out(run.config, run.plan, accelerator.device):
             say(line)
         return 3
@@ -841,18 +851,22 @@ def quiet_datasets() -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit code: parse → load → data → train → save → plot."""
     held, rest = contextlib.ExitStack(), ""  # the lock on the output folder; what helps after an error
+    doing = "loading"  # when memory runs out; training and its evaluations say so themselves, with their shape
     try:
         options, config = parse(argv)
         quantization_utils.quiet_libraries()
         quiet_datasets()
         if options.plan:
             return memory_utils.print_plan(config, corpus_line)
+        for line in options.notes:
+            print(line, file=sys.stderr)
         if options.evaluate:
+            doing = "evaluating"
             return evaluate_adapter(config, options.adapter, options.stride)
         if options.compare:
             return evaluation.compare_runs(options.compare, options.output or "compare.png")
         rest = "; the same command goes on from the last checkpoint"
-        checkpoint_utils.check_output(config.training, options.overwrite)
+        checkpoint_utils.check_output(config.training)
         accelerator = create_accelerator(config.training)
         device, dtype = accelerator.device, compute_dtype_of(config)
         log = checkpoint_utils.Log(silent=not accelerator.is_main_process)
@@ -872,7 +886,7 @@ def main(argv: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 3
     except torch.OutOfMemoryError as error:
-        report(ConfigError(f"out of GPU memory while loading: {str(error).splitlines()[0]}"))
+        report(ConfigError(f"out of GPU memory while {doing}: {str(error).splitlines()[0]}"))
         return 3
     except ConfigError as error:
         return report(error)

@@ -1,5 +1,6 @@
 """Checkpoints: nothing is lost in a round trip, damage is noticed, and a crash never leaves a false checkpoint."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -454,7 +455,7 @@ def test_resume_refuses_every_change_of_what_is_learned_and_no_other():
             with pytest.raises(ConfigError) as caught:
                 check_resumable(state, Config(), prints, 16, "checkpoint-2")
             (problem,) = caught.value.problems
-            assert problem.startswith(f"{name}: was 'another' in checkpoint-2, is ") and "--resume never" in problem
+            assert problem.startswith(f"{name}: was another in checkpoint-2, is ") and "--overwrite" in problem
 
 
 def test_resume_refuses_other_contents_and_another_window():
@@ -463,12 +464,40 @@ def test_resume_refuses_other_contents_and_another_window():
     with pytest.raises(ConfigError) as caught:
         check_resumable(json.loads(json.dumps(state)), Config(), other, 16, "checkpoint-2")
     names = [
+        "training.batch_size x training.gradient_accumulation_steps",
         "model.name",
         "data.dataset",
         "the tokenizer",
-        "training.batch_size x training.gradient_accumulation_steps",
     ]
-    assert [problem.split(":")[0] for problem in caught.value.problems] == names
+    (problem,) = caught.value.problems
+    *parts, _ = problem.split("; ")
+    assert [part.split(":")[0] for part in parts] == names
+    assert all("its content is not what checkpoint-2 was trained on" in part for part in parts[1:])
+
+
+@pytest.mark.parametrize(
+    ("changes", "now", "named"),
+    [
+        ({"lora.target_modules": ["q_proj"]}, {"weight": 1.0}, ["lora.target_modules"]),
+        ({"quantization.quant_type": "fp4"}, {"weight": 1.0}, ["quantization.quant_type"]),
+        ({"data.max_length": 64}, {"token": 8}, ["data.max_length"]),
+        ({"data.max_eval_samples": 5}, {"token": 8}, ["data.max_eval_samples"]),
+        ({"training.seed": 1}, {"token": 8}, ["training.seed"]),
+        ({"data.dataset": "moved"}, {}, []),
+        ({"data.dataset": "moved"}, {"token": 8}, ["data.dataset"]),
+        ({"model.name": "./moved"}, {"weight": 1.0, "word": "b", "token": 8}, ["model.name"]),
+        ({"lora.rank": 8}, {"token": 8}, ["lora.rank", "data.dataset"]),  # which explains nothing of the data
+    ],
+)
+def test_changed_content_is_named_by_the_setting_that_explains_it(changes, now, named):
+    before = settings(Config()) | {"data.dataset": "./gone"} | changes
+    state = {"config": before, "fingerprint": prints_of(), "shape": {"window": 16}}
+    config = load_config((), {"data.dataset": "./gone"} if "data.dataset" not in changes else {})
+    with pytest.raises(ConfigError) if named else contextlib.nullcontext() as caught:
+        check_resumable(state, config, prints_of(**now), 16, "checkpoint-2")
+    if named:
+        *parts, _ = caught.value.problems[0].split("; ")
+        assert [part.split(":")[0] for part in parts] == named and ": was " in parts[0]
 
 
 def test_checkpoint_to_go_on_from(tmp_path):
@@ -528,13 +557,13 @@ def test_lock_is_one_runs_alone_and_leaves_nothing(tmp_path):
             pytest.fail("two runs in one folder")
         training = dataclasses.replace(Config().training, output_dir=str(folder))
         with pytest.raises(ConfigError, match="another run is writing in"):
-            check_output(training, False)
+            check_output(training)
         assert (folder / LOCK).exists()
     assert not list(tmp_path.iterdir())  # nothing was written in it
     with locked(folder):
         (folder / "metrics.jsonl").touch()
     assert [path.name for path in folder.iterdir()] == ["metrics.jsonl"]
-    check_output(training, False)
+    check_output(training)
 
 
 HOLDER = "import fcntl, sys, time; file = open(sys.argv[1], 'ab'); fcntl.flock(file, fcntl.LOCK_EX); print(1, flush=True); time.sleep(60)"

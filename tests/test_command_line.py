@@ -409,7 +409,8 @@ def test_output_dir_in_an_unwritable_place(refused, tmp_path):
 def test_finished_run(refused, train, tmp_path, capfd):
     code, finished = train(output_dir=tmp_path / "finished")
     assert code == 0
-    expected = f"training.output_dir: {finished} holds a finished run; choose another folder or give --overwrite"
+    rest = "give another --output_dir, or --overwrite to replace it"
+    expected = f"training.output_dir: {finished} holds a finished run; {rest}"
     assert refused("--resume", "never", output_dir=finished) == [expected]
     for checkpoint in finished.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
@@ -417,26 +418,87 @@ def test_finished_run(refused, train, tmp_path, capfd):
     assert train("--overwrite", output_dir=finished) == (0, finished)
 
 
-def test_resume_that_would_not_be_the_same_run(refused, train, tmp_path, corpus):
+CHANGES = {
+    "lora.rank: was 16 in checkpoint-2, is 8 now": ("--rank", 8),
+    "lora.target_modules: was [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj] in checkpoint-2, "
+    "is [q_proj] now": ("--target_modules", "q_proj"),
+    "training.learning_rate: was 0.004 in checkpoint-2, is 0.001 now": ("--learning_rate", "1e-3"),
+    "training.seed: was 42 in checkpoint-2, is 1 now": ("--seed", 1),
+    "data.max_length: was 64 in checkpoint-2, is 32 now": ("--max_length", 32),
+    "data.max_eval_samples: was null in checkpoint-2, is 5 now": ("--max_eval_samples", 5),
+    "data.packing: was true in checkpoint-2, is false now": ("--packing", "false"),
+    "training.batch_size x training.gradient_accumulation_steps: was 4 in checkpoint-2, is 8 now": ("--batch-size", 4),
+}
+
+
+@pytest.mark.parametrize("state", ["finished", "unfinished"])
+def test_edited_and_run_again(refused, train, tmp_path, corpus, state):
+    """One line, which names what was changed as itself and a remedy that works there: each is followed."""
     code, output = train("--max_steps", 2, output_dir=tmp_path / "run")
     assert code == 0
+    if state == "unfinished":
+        (output / "adapter_model.safetensors").unlink()
+    rest = f"{output} holds {'a' if state == 'finished' else 'an'} {state} run: "
+    rest += "give another --output_dir, or --overwrite to replace it"
+    for line, flags in CHANGES.items():
+        assert refused(*flags, output_dir=output) == [f"{line}; {rest}"]
     other = tmp_path / "other.txt"
-    other.write_text(corpus.read_text(encoding="utf-8").upper(), encoding="utf-8")
-    for flags, start in {
-        ("--rank", 8): "lora.rank: was 16 in checkpoint-2, is 8 now",
-        ("--learning_rate", "1e-3"): "training.learning_rate: was 0.004 in checkpoint-2, is 0.001 now",
-        ("--seed", 1): "training.seed: was 42",
-        ("--dataset", other): "data.dataset: its content is not what checkpoint-2 was trained on",
-        (
-            "--batch_size",
-            4,
-        ): "training.batch_size x training.gradient_accumulation_steps: was 4 in checkpoint-2, is 8 now",
-    }.items():
-        problems = refused(*flags, "--max_steps", 4, output_dir=output)
-        assert any(problem.startswith(start) for problem in problems)
-        assert all("--resume never" in problem for problem in problems)
-    problems = refused("--rank", 8, "--alpha", 16, "--max_steps", 4, output_dir=output)
-    assert [problem.split(":")[0] for problem in problems] == ["lora.rank", "lora.alpha"]
+    other.write_text(corpus.read_text(encoding="utf-8").upper() + "more", encoding="utf-8")
+    line = f"data.dataset: was {corpus} in checkpoint-2, is {other} now"
+    assert refused("--dataset", other, output_dir=output) == [f"{line}; {rest}"]
+    two = [line for line in CHANGES if line.startswith("lora")]
+    flags = [word for line in two for word in CHANGES[line]]
+    assert refused(*flags, "--max_steps", 4, output_dir=output) == [f"{'; '.join(two)}; {rest}"]
+    assert train(*flags, "--max_steps", 1, output_dir=tmp_path / "another")[0] == 0
+    assert train(*flags, "--max_steps", 1, "--overwrite", output_dir=output)[0] == 0
+    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-1"]
+    assert train(*flags, "--max_steps", 1, output_dir=output)[0] == 0  # and the same again is no other run
+
+
+def test_edited_data_is_named_after_it_is_read(refused, train, tmp_path, corpus):
+    """A file of the same name and size, whose content only the fingerprint tells apart."""
+    data = tmp_path / "data.txt"
+    data.write_text(corpus.read_text(encoding="utf-8"), encoding="utf-8")
+    assert train("--dataset", data, "--max_steps", 1, output_dir=tmp_path / "run")[0] == 0
+    data.write_text(data.read_text(encoding="utf-8").upper(), encoding="utf-8")
+    rest = "holds a finished run: give another --output_dir, or --overwrite to replace it"
+    expected = f"data.dataset: its content is not what checkpoint-1 was trained on; {tmp_path / 'run'} {rest}"
+    assert refused("--dataset", data, output_dir=tmp_path / "run") == [expected]
+
+
+def test_edited_and_resumed_from_a_checkpoint_by_name(refused, train, tmp_path):
+    """Another --output_dir alone would go on from the same checkpoint: the remedies say what to do with --resume."""
+    _, output = train("--max_steps", 2, output_dir=tmp_path / "run")
+    flags = ("--rank", 8, "--max_steps", 1)
+    changed = "lora.rank: was 16 in checkpoint-2, is 8 now; "
+    (problem,) = refused(*flags, "--resume", output / "checkpoint-2", output_dir=output)
+    rest = "give --overwrite to replace it, or another --output_dir and leave training.resume at auto"
+    assert problem == f"{changed}{output} holds a finished run: {rest}"
+    (problem,) = refused(*flags, "--resume", output / "checkpoint-2", output_dir=tmp_path / "new")
+    assert problem == f"{changed}leave training.resume at auto to start at step 0"
+    assert train(*flags, output_dir=tmp_path / "new")[0] == 0
+    expected = f"training.output_dir: {tmp_path / 'new'} holds a finished run; give another --output_dir"
+    assert refused("--resume", output / "checkpoint-2", output_dir=tmp_path / "new") == [expected]
+    assert train(*flags, "--overwrite", "--resume", output / "checkpoint-2", output_dir=output)[0] == 0
+
+
+def test_never_in_the_current_folder_does_not_replace_a_finished_run(refused, train, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert train("--max_steps", 1, output_dir=tmp_path / "here")[0] == 0
+    (problem,) = refused("--resume", "never", output_dir=Path("."))
+    assert problem.startswith("training.output_dir: . holds a finished run")
+
+
+def test_an_edit_is_refused_before_torch_is_imported(run_cli, train, tmp_path, corpus):
+    """The tutorial's way: the same command, config.yaml edited in between."""
+    assert train("--max_steps", 1, output_dir=tmp_path / "run")[0] == 0
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch is imported')", encoding="utf-8")
+    edited = (tmp_path / "run" / "config.yaml").read_text(encoding="utf-8").replace("rank: 16", "rank: 32")
+    (tmp_path / "edited.yaml").write_text(edited, encoding="utf-8")
+    result = run_cli("train_qlora.py", "--config", tmp_path / "edited.yaml", env={"PYTHONPATH": str(tmp_path)})
+    assert result.returncode == 2 and result.stdout == ""
+    (problem,) = said(result.stderr)
+    assert problem.startswith("lora.rank: was 16 in checkpoint-1, is 32 now; ")
 
 
 def test_resume_from_a_folder_that_is_no_checkpoint(refused, train, tmp_path):
@@ -446,6 +508,49 @@ def test_resume_from_a_folder_that_is_no_checkpoint(refused, train, tmp_path):
     cut(output / "checkpoint-1" / "training_state.safetensors")
     (problem,) = refused("--resume", output / "checkpoint-1")
     assert "does not match its checksum" in problem
+
+
+def test_one_of_a_thing_is_in_the_singular(train, tmp_path, capfd):
+    (tmp_path / "one.jsonl").write_text(json.dumps({"text": "the words of a row " * 12}) + "\n", encoding="utf-8")
+    flags = ("--max_steps", 1, "--batch_size", 1, "--gradient_accumulation_steps", 1, "--validation_fraction", 0)
+    assert train(*flags, "--dataset", tmp_path / "one.jsonl", "--max_length", 256)[0] == 0
+    out = capfd.readouterr().out
+    assert "data: 1 row, 1 document, " in out and " tokens in 1 block of 256; " in out
+    assert "steps: 1 optimizer step of 1 sequence (" in out
+    assert not re.search(r"\b1 (rows|documents|blocks|sequences|optimizer steps|steps|tokens)\b", out)
+    card = (tmp_path / "output" / "README.md").read_text(encoding="utf-8")
+    assert "| training | 1 optimizer step of 1 sequence, " in card
+
+
+# --------------------------------------------------------------------------------------------------- out of memory
+
+
+def test_out_of_memory_says_what_was_being_done_and_what_is_left(train, monkeypatch, capfd):
+    import train_qlora
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nand more")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_qlora, "block_losses", full)
+        assert train("--evaluate")[0] == 3
+    assert said(capfd.readouterr().err) == [
+        "out of GPU memory while evaluating: CUDA out of memory. Tried to allocate 2 GiB"
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr(train_qlora, "load_base", full)
+        assert train()[0] == 3
+    assert said(capfd.readouterr().err)[0].startswith("out of GPU memory while loading: ")
+    plain = train_qlora.training_step
+
+    def full_at(number: int) -> Callable:
+        return lambda run, step, *rest: full() if step == number else plain(run, step, *rest)
+
+    for number, left in ((0, "there is no checkpoint yet"), (1, "checkpoint-1 is intact")):
+        monkeypatch.setattr(train_qlora, "training_step", full_at(number))
+        assert train("--save_steps", 1, "--overwrite")[0] == 3
+        (line,) = [line for line in capfd.readouterr().out.splitlines() if line.startswith("error: ")]
+        assert f"; {left}: CUDA out of memory" in line
 
 
 # ----------------------------------------------------------------------------------------------- launchers and trackers

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 import time
@@ -36,6 +37,11 @@ generation:   {max_new_tokens: 128, temperature: 0.7, top_p: 0.9, top_k: null, r
                system_prompt: null}
 """
 SCRIPTS = ["train_qlora.py", "inference_example.py"]
+TAKEN = {
+    "train_qlora.py": ("model", "quantization", "lora", "data", "training", "performance", "generation"),
+    "inference_example.py": ("model", "quantization", "performance", "generation"),
+}
+LAST = {name: short for short, name in SHORT.items()}  # the flag that --help shows
 
 
 def tree(loaded: Config) -> dict:
@@ -169,7 +175,7 @@ def test_the_system_prompt_alone_may_be_empty(tmp_path):
         assert loaded.generation.system_prompt == ""
         save_config(loaded, tmp_path / "saved.yaml")
         assert load_config(tmp_path / "saved.yaml") == loaded
-    assert [name for name, leaf in LEAVES.items() if leaf.expected.startswith("a text or")] == [
+    assert [name for name, leaf in LEAVES.items() if leaf.expected.startswith("text, perhaps empty")] == [
         "generation.system_prompt"
     ]
 
@@ -201,7 +207,6 @@ WRONG = [
     ("lora.target_modules", "[]"),
     ("lora.target_modules", "[q_proj, 3]"),
     ("lora.target_modules", "['']"),
-    ("lora.target_modules", "q_proj"),
     ("lora.target_modules", "null"),
     ("quantization.quant_type", "int4"),
     ("quantization.compute_dtype", "fp16"),
@@ -304,7 +309,7 @@ def test_an_unknown_name_in_a_file_names_the_nearest(tmp_path, text, said):
     [
         (["--rnak", "8"], "--rnak: unknown flag; did you mean --rank?"),
         (["--lora.rnk=8"], "--lora.rnk: unknown flag; did you mean --lora.rank?"),
-        (["--learning-rate", "1e-4"], "--learning-rate: unknown flag; did you mean --learning_rate?"),
+        (["--learning-rte", "1e-4"], "--learning-rte: unknown flag; did you mean --learning_rate?"),
         (["--lear", "1e-4"], "--lear: unknown flag"),  # no abbreviations: what is unique today may not be tomorrow
         (["8"], "unexpected argument: 8"),
     ],
@@ -312,6 +317,135 @@ def test_an_unknown_name_in_a_file_names_the_nearest(tmp_path, text, said):
 def test_an_unknown_flag_names_the_nearest(argv, said):
     (problem,) = problems(from_flags, *argv)
     assert problem.startswith(said)
+
+
+# What people type who come from other tools, papers or the shell.
+USUAL = {
+    "--lr": "--learning_rate",
+    "--epochs": "--num_epochs",
+    "--num-train-epochs": "--num_epochs",
+    "--bs": "--batch_size",
+    "--per_device_train_batch_size": "--batch_size",
+    "--seq_len": "--max_length",
+    "--max_seq_length": "--max_length",
+    "--max-seq-length": "--max_length",
+    "--r": "--rank",
+    "--lora_r": "--rank",
+    "--lora_alpha": "--alpha",
+    "--lora-dropout": "--dropout",
+    "--wd": "--weight_decay",  # by its initials
+    "--gas": "--gradient_accumulation_steps",
+    "--model": "--model_name",
+    "--model_name_or_path": "--model_name",
+    "--training.lr": "--learning_rate",
+    "--LR": "--learning_rate",
+}
+
+
+@pytest.mark.parametrize("flag", USUAL)
+def test_a_flag_by_the_name_that_others_give_it(flag):
+    assert problems(from_flags, flag, "1") == (f"{flag}: unknown flag; did you mean {USUAL[flag]}?",)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("training: {lr: 1.0e-4}", "training.lr: unknown key; did you mean learning_rate?"),
+        ("lora: {r: 8}", "lora.r: unknown key; did you mean rank?"),
+        ("training: {lora_alpha: 8}", "training.lora_alpha: unknown key; did you mean lora.alpha?"),
+        ("data: {max_seq_length: 8}", "data.max_seq_length: unknown key; did you mean max_length?"),
+    ],
+)
+def test_a_key_by_the_name_that_others_give_it(tmp_path, text, said):
+    assert problems(from_yaml, tmp_path, text) == (said,)
+
+
+def test_usual_names_lead_to_one_key_each_and_are_no_keys():
+    names = [name for names in config.USUAL_NAMES.values() for name in names]
+    assert len(names) == len(set(names))
+    assert set(config.USUAL_NAMES) - set(SHORT) == {"adapter"}
+    assert set(names) & set(SHORT) == {"output_dir"}  # which inference has not
+
+
+@pytest.mark.parametrize(
+    ("argv", "leaf", "value"),
+    [
+        (["--batch-size", "4"], "training.batch_size", 4),
+        (["--batch-size=4"], "training.batch_size", 4),
+        (["--training.batch-size", "4"], "training.batch_size", 4),
+        (["--output-dir", "a-b"], "training.output_dir", "a-b"),
+        (["--output-dir=--a-b=c-d"], "training.output_dir", "--a-b=c-d"),
+        (["--model-name", "some-body/a-model"], "model.name", "some-body/a-model"),
+        (["--system_prompt", "--max-length is a flag"], "generation.system_prompt", "--max-length is a flag"),
+        (["--lora.use-dora", "true"], "lora.use_dora", True),
+    ],
+)
+def test_dashes_are_underscores_in_flags_and_stay_in_values(argv, leaf, value):
+    section, key = leaf.split(".")
+    assert from_flags(*argv)[section][key] == value
+
+
+def test_the_scripts_own_flags_take_dashes_too():
+    parser = build_parser("test")
+    parser.add_argument("--merge_base")
+    parser.add_argument("--prompt")
+    options, _ = parse_arguments(parser, ["--merge-base", "a-b", "--prompt=--merge-base"])
+    assert (options.merge_base, options.prompt) == ("a-b", "--merge-base")
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("q_proj,v_proj", ("q_proj", "v_proj")),
+        ("q_proj, v_proj", ("q_proj", "v_proj")),
+        ("q_proj", ("q_proj",)),
+        ("self_attn.q_proj,o_proj", ("self_attn.q_proj", "o_proj")),
+        ("all-linear", "all-linear"),
+    ],
+)
+def test_plain_names_with_commas_are_a_list_in_a_flag(text, names):
+    assert from_flags("--target_modules", text).lora.target_modules == names
+
+
+@pytest.mark.parametrize(
+    "text", ["q_proj v_proj", "q_proj,", "q_proj,,v_proj", "all_linear", "q_proj;v_proj", "null", "3"]
+)
+def test_a_list_is_explained_by_example(tmp_path, text):
+    (said,) = problems(from_flags, "--target_modules", text)
+    assert said.startswith(
+        "lora.target_modules: expected a list of names such as [q_proj, v_proj], or the word all-linear, "
+    )
+    assert said.endswith("; as a flag: --target_modules '[q_proj, v_proj]' or --target_modules q_proj,v_proj")
+    (said,) = problems(from_yaml, tmp_path, f"lora: {{target_modules: '{text}'}}")
+    assert "such as [q_proj, v_proj]" in said and "as a flag" not in said
+
+
+def test_a_script_refuses_the_flags_of_the_other():
+    def inference(*argv):
+        parser = build_parser("test", ("model", "generation"))
+        parser.add_argument("--adapter")
+        return parse_arguments(parser, argv)
+
+    assert inference("--model_name", "a", "--temperature", "0")[1] == {"model.name": "a", "generation.temperature": "0"}
+    assert problems(
+        inference, "--rank", "99", "--lora.alpha=3", "--batch-size", "2", "--lr", "1", "--output_dir", "x"
+    ) == (
+        "--rank: belongs to train_qlora.py",
+        "--lora.alpha: belongs to train_qlora.py",
+        "--batch-size: belongs to train_qlora.py",
+        "--lr: belongs to train_qlora.py, as --learning_rate",
+        "--output_dir: belongs to train_qlora.py; here it is --adapter",
+    )
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(0, "0 sequences"), (1, "1 sequence"), (2, "2 sequences"), (1234, "1,234 sequences")]
+)
+def test_counts_are_in_the_singular_or_plural(number, text):
+    assert config.counted(number, "sequence") == text
+    assert config.counted(number, "process", "processes") == text.replace("sequences", "processes").replace(
+        "sequence", "process"
+    )
 
 
 def test_a_flag_without_its_value_is_one_problem():
@@ -513,18 +647,40 @@ def test_help_answers_at_once(run_cli, script):
     seconds, result = best_time(run_cli, script, "--help")
     assert (result.returncode, result.stderr) == (0, "")
     assert seconds < 1.0
-    for name in LEAVES:
-        assert f"--{name}" in result.stdout
+    takes = TAKEN[script]
+    for name, leaf in LEAVES.items():
+        assert (f"\n  --{LAST[name]} VALUE" in result.stdout) == (leaf.section in takes), name
+    sections = [section for section in config.SECTIONS if section in takes]
+    assert re.findall(r"^(\w+) \(--\1\.KEY", result.stdout, re.MULTILINE) == sections
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_begins_with_what_the_script_does_and_ten_flags_of_a_normal_day(run_cli, script):
+    lines = run_cli(script, "--help", env={"COLUMNS": "100"}).stdout.splitlines()
+    assert re.match(r"(Fine-tune|Talk to) a .*\.$", lines[0])
+    start, end = lines.index("the flags of a normal day:"), lines.index("further flags of this script:")
+    assert start < 12 and end < 40
+    flags = [line.split()[0] for line in lines[start:end] if line.startswith("  --")]
+    assert len(flags) == len(set(flags)) == 10
+    assert not any("expected" in line or ">=" in line for line in lines[:end])
+    rest = [line.split()[0] for line in lines[end:] if line.startswith("  --")]
+    assert rest and not set(rest) & set(flags)
+
+
+def test_help_says_what_null_means_where_a_value_may_be_null():
+    for name, leaf in LEAVES.items():
+        if leaf.optional:
+            assert "null" in leaf.field.metadata["help"], name
+            assert leaf.expected.endswith(", or null")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_wrong_flag_answers_at_once(run_cli, script):
-    seconds, result = best_time(run_cli, script, "--rank", "0", "--temperature", "-1")
+    seconds, result = best_time(run_cli, script, "--top_p", "0", "--temperature", "-1", "--adapter", "none")
     assert (result.returncode, result.stdout) == (2, "")
-    assert [line.split(":")[:2] for line in result.stderr.splitlines()] == [
-        ["error", " lora.rank"],
-        ["error", " generation.temperature"],
-    ]
+    said = [line.split(":")[:2] for line in result.stderr.splitlines()]
+    problems = [["error", " generation.top_p"], ["error", " generation.temperature"]]
+    assert said == problems if script == "inference_example.py" else said == [["error", " --adapter"]]
     assert seconds < 1.0
 
 

@@ -82,7 +82,7 @@ def run(adapter: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     def call(*flags: object, stdin: str = "", adapter: object = adapter) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
         capsys.readouterr()
-        code = inference_example.main([str(word) for word in ("--adapter", adapter, *flags)])
+        code = inference_example.main([str(word) for word in ("--adapter", adapter, "--max_new_tokens", 10, *flags)])
         return (code, *capsys.readouterr())
 
     return call
@@ -265,7 +265,7 @@ def test_an_empty_system_prompt_replaces_the_templates_own(engine: Engine, monke
 
 
 def test_text_mode_as_a_user_runs_it(run_cli: Callable, run: Callable, adapter: Path) -> None:
-    flags = ("--mode", "text", "--temperature", 0, "--compute_dtype", "bfloat16")
+    flags = ("--mode", "text", "--temperature", 0, "--compute_dtype", "bfloat16", "--max_new_tokens", 10)
     child = run_cli("inference_example.py", "--adapter", adapter, *flags, "--prompt", "-", input="Grüße, 你好\n")
     assert child.returncode == 0
     assert child.stderr.startswith("[") and child.stderr.count("\n") == 1 and "tokens/s" in child.stderr
@@ -440,7 +440,7 @@ def test_the_oldest_turns_go_when_the_positions_are_full(engine: Engine, capsys:
     last = encode(engine, turns[-1:], "Be brief.")
     kept = list(turns)
     assert fitted(dataclasses.replace(engine, limit=len(last) + 10), kept, settings) == last
-    assert kept == turns[-1:] and "2 of them" in capsys.readouterr().out
+    assert kept == turns[-1:] and "[dropped the 2 oldest turns: " in capsys.readouterr().out
     whole = encode(engine, turns, "Be brief.")
     limit = len(whole) + 9
     assert len(fitted(dataclasses.replace(engine, limit=limit), list(turns), settings)) + 10 <= 0.75 * limit
@@ -540,7 +540,10 @@ def test_a_merge_that_fails_leaves_nothing(run: Callable, tmp_path: Path, monkey
 ERRORS = {
     "no such adapter": (["--adapter", "nowhere"], "--adapter: no such folder: nowhere"),
     "folder without adapter": (["--adapter", "."], "--adapter: no adapter_config.json in ."),
-    "output_dir without adapter": (["--output_dir", "fresh"], "--adapter none"),
+    "output_dir without adapter": (["--config", "fresh.yaml"], "no such folder: fresh: train_qlora.py makes one"),
+    "a flag of training": (["--adapter", "none", "--rank", "99"], "--rank: belongs to train_qlora.py"),
+    "output_dir": (["--output_dir", "out"], "--output_dir: belongs to train_qlora.py; here it is --adapter"),
+    "bad seed": (["--adapter", "none", "--seed", "x"], "training.seed: expected an integer"),
     "unknown flag": (["--temprature", "1"], "--temprature: unknown flag; did you mean --temperature?"),
     "unknown mode": (["--mode", "chat"], "--mode: invalid choice"),
     "bad value": (["--temperature", "-1"], "generation.temperature: expected a number >= 0, got -1"),
@@ -569,6 +572,7 @@ def test_what_is_wrong_is_one_line(
     (tmp_path / "q.txt").write_text("hi\n", encoding="utf-8")
     (tmp_path / "q.jsonl").write_text('{"prompt": "hi"}\n{"messages": []}\n', encoding="utf-8")
     (tmp_path / "empty.txt").write_text("\n\n", encoding="utf-8")
+    (tmp_path / "fresh.yaml").write_text("training: {output_dir: fresh}\n", encoding="utf-8")
     before = sorted(tmp_path.iterdir())
     monkeypatch.chdir(tmp_path)
     flags, expected = ERRORS[case]
@@ -633,10 +637,89 @@ def test_flags_go_before_the_given_config_before_the_runs_own(adapter: Path, tmp
         ["--adapter", str(adapter), "--config", str(given), "--top_p", "0.5", "--raw"]
     )
     generation = config.generation
-    assert (generation.top_p, generation.temperature, generation.max_new_tokens) == (0.5, 0.3, 10)
+    assert (generation.top_p, generation.temperature, generation.max_new_tokens) == (0.5, 0.3, 128)  # not the run's 10
     assert options.mode == "interactive" and options.raw
     _, config = inference_example.parse(["--adapter", "none", "--config", str(given)])
     assert config.generation.max_new_tokens == 128  # nothing of a run
+
+
+@pytest.fixture
+def beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The config.yaml beside the script, which a test may write."""
+    (tmp_path / "script").mkdir()
+    monkeypatch.setattr(inference_example, "__file__", str(tmp_path / "script" / "inference_example.py"))
+    return tmp_path / "script" / "config.yaml"
+
+
+def test_generation_is_read_from_the_config_yaml_beside_the_script(
+    adapter: Path, beside: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tutorial's way: the run's own copy says 10 tokens, sampled."""
+    beside.write_text("generation: {max_new_tokens: 3, temperature: 0}\nlora: {rank: 3}\n", encoding="utf-8")
+    said = []
+    for _ in range(2):
+        assert inference_example.main(["--adapter", str(adapter), "--mode", "text", "--prompt", TEXT]) == 0
+        said.append(capsys.readouterr())
+    assert said[0].out == said[1].out and all(one.err.startswith("[3 tokens, cut") for one in said)
+    given = beside.with_name("given.yaml")
+    given.write_text("generation: {temperature: 0.5}\n", encoding="utf-8")
+    for flags, expected in (
+        ((), (3, 0.0)),
+        (("--config", str(given)), (3, 0.5)),
+        (("--config", str(given), "--max_new_tokens", "7"), (7, 0.5)),
+    ):
+        found = inference_example.parse(["--adapter", str(adapter), *flags])[1]
+        assert (found.generation.max_new_tokens, found.generation.temperature) == expected
+        assert found.lora.rank == 16 and found.model == load_config(adapter / "config.yaml").model
+
+
+def test_edits_that_cannot_count_are_said_in_one_line(
+    copy: Path, beside: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(text: str, *flags: str, folder: Path = copy) -> list[str]:
+        beside.write_text(text, encoding="utf-8")
+        return inference_example.parse(["--adapter", str(folder), *flags])[0].notes
+
+    same = f"model: {{name: {tiny_model}}}\ntraining: {{output_dir: {copy}, num_epochs: 9}}\n"
+    edits = "lora: {rank: 4}\ndata: {max_length: 64}\nquantization: {quant_type: fp4}\n"
+    differing = "quantization.quant_type nf4 (not fp4), lora.rank 16 (not 4), data.max_length 512 (not 64)"
+    line = f"the adapter is used with the settings of its run, {copy / 'config.yaml'}: {differing}; "
+    line += "your edits in config.yaml count when you train again"
+    assert said(same + edits) == [line]
+    (copy / "checkpoint-1").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(copy / name, copy / "checkpoint-1")
+    assert said(same + edits, folder=copy / "checkpoint-1") == [line]
+    assert said(same) == said(same + "generation: {top_k: 3}\n") == []
+    assert said(same + "quantization: {quant_type: fp4}\n", "--quant_type", "nf4") == []  # a flag counts
+    assert said(same.replace(str(copy), "elsewhere") + edits) == []  # another run's
+    assert said(same.replace(str(tiny_model), "some/other") + edits) == []
+    (copy / "given.yaml").write_text(same + edits, encoding="utf-8")
+    assert said(same + edits, "--config", str(copy / "given.yaml")) == []
+    said(same + edits)
+    flags = ["--mode", "text", "--prompt", TEXT, "--max_new_tokens", "2"]
+    assert inference_example.main(["--adapter", str(copy), *flags]) == 0
+    assert capsys.readouterr().err.splitlines()[0] == line
+
+
+def test_an_evaluation_takes_the_runs_settings_and_says_so(
+    train: Callable, beside: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import train_qlora
+
+    code, folder = train("--max_steps", 1, "--max_eval_samples", 3)
+    assert code == 0
+    monkeypatch.setattr(train_qlora, "__file__", str(beside))
+    text = (folder / "config.yaml").read_text(encoding="utf-8").replace("max_length: 64", "max_length: 32")
+    beside.write_text(text.replace("max_new_tokens: 128", "max_new_tokens: 5"), encoding="utf-8")
+    for adapter in (folder, folder / "checkpoint-1"):
+        _, config = train_qlora.parse(["--evaluate", "--adapter", str(adapter)])
+        assert (config.data.max_length, config.generation.max_new_tokens) == (64, 5)
+    capsys.readouterr()
+    assert train_qlora.main(["--evaluate", "--adapter", str(folder)]) == 0
+    found = capsys.readouterr()
+    assert found.err.splitlines()[0].startswith("the adapter is used with the settings of its run, ")
+    assert "data.max_length 64 (not 32);" in found.err and "adapter - base" in found.out
 
 
 def test_the_adapter_is_found_in_output_dir_and_in_checkpoints(
@@ -646,14 +729,15 @@ def test_the_adapter_is_found_in_output_dir_and_in_checkpoints(
     run_folder = tmp_path / "out"
     shutil.copytree(adapter, run_folder / "checkpoint-5")
     (run_folder / "checkpoint-5" / "config.yaml").rename(run_folder / "config.yaml")
+    (tmp_path / "own.yaml").write_text("training: {output_dir: out}\n", encoding="utf-8")
     with pytest.raises(ConfigError, match="--adapter out/checkpoint-5"):
-        inference_example.parse(["--output_dir", "out"])
+        inference_example.parse(["--config", "own.yaml"])
     _, config = inference_example.parse(["--adapter", "out/checkpoint-5"])
-    assert config.generation.max_new_tokens == 10
+    assert config.model.name == load_config(adapter / "config.yaml").model.name
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(adapter / name, run_folder)
-    options, config = inference_example.parse(["--output_dir", "out"])
-    assert options.adapter == Path("out") and config.generation.max_new_tokens == 10
+    options, config = inference_example.parse(["--config", "own.yaml"])
+    assert options.adapter == Path("out") and config.model.name == load_config(adapter / "config.yaml").model.name
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU is told")

@@ -575,7 +575,7 @@ def test_resume_that_would_learn_something_else_is_refused_and_writes_nothing(tr
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     capsys.readouterr()
     assert train("--dataset", few, "--max_length", 32, "--max_steps", 2, *flags)[0] == 2
-    assert "--resume never" in capsys.readouterr().err
+    assert "give another --output_dir, or --overwrite to replace it" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     assert train("--dataset", few, "--max_length", 32, "--max_steps", 1, *flags, "--overwrite")[0] == 0
 
