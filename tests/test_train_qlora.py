@@ -358,27 +358,56 @@ def test_float16_overflow_skips_the_step_and_lowers_the_scale(train, watch):
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine", "constant"])
-@pytest.mark.parametrize("warmup_ratio", [0.0, 0.03, 0.5])
-@pytest.mark.parametrize("total", [1, 7, 100])
-def test_schedule_is_transformers_own(name, warmup_ratio, total):
+@pytest.mark.parametrize(("total", "warmup_ratio", "warmup"), [(1, 0.03, 1), (7, 0.0, 0), (100, 0.03, 3), (6, 0.5, 3)])
+def test_schedule_warms_up_from_the_first_step(name, total, warmup_ratio, warmup):
+    """Step k of W takes k / W; the steps after it take what transformers' own schedule gives them."""
+
     def rates(make) -> list[float]:
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2e-4)
         scheduler, found = make(optimizer), []
         for _ in range(total):
-            found.append(scheduler.get_last_lr()[0])
+            assert scheduler.get_last_lr() == [optimizer.param_groups[0]["lr"]]
+            found.append(optimizer.param_groups[0]["lr"])
             optimizer.step()
             scheduler.step()
         return found
 
     settings = TrainingConfig(lr_scheduler=name, warmup_ratio=warmup_ratio)
     mine = rates(lambda optimizer: create_scheduler(optimizer, settings, total))
-    warmup = math.ceil(warmup_ratio * total)
     theirs = "constant_with_warmup" if name == "constant" else name
-    assert mine == rates(lambda optimizer: get_scheduler(theirs, optimizer, warmup, total))
-    for step, rate in enumerate(mine):
-        done = (step - warmup) / max(1, total - warmup)
+    after = rates(lambda optimizer: get_scheduler(theirs, optimizer, warmup, total))[warmup:]
+    assert len(mine) == total and mine[warmup:] == after
+    for k, rate in enumerate(mine, 1):
+        done = (k - 1 - warmup) / max(1, total - warmup)
         shape = {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2, "constant": 1.0}[name]
-        assert rate == pytest.approx(2e-4 * (step / warmup if step < warmup else shape), abs=1e-12)
+        assert rate == pytest.approx(2e-4 * (k / warmup if k <= warmup else shape), abs=1e-12) and rate > 0
+
+
+def test_a_run_of_one_step_learns(train):
+    code, folder = train("--max_steps", 1)
+    assert code == 0 and steps_of(folder)[0]["learning_rate"] == 4e-3
+    moved = [t.abs().max() for name, t in adapter_of(folder).items() if "lora_B" in name]
+    assert all(size > 0 for size in moved)  # B begins at zero
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_resumed_run_goes_on_with_the_schedule(train, watch, monkeypatch, before):
+    """Also one that transformers' warm-up began: the steps that are left take this run's rates, which are logged."""
+    flags = ("--warmup_ratio", 0.5, "--lr_scheduler", "linear", "--logging_steps", 1, "--learning_rate", "4e-3")
+    with monkeypatch.context() as patch:
+        Watch(patch, after=stop_after(2, signal.SIGTERM))
+        if before:
+            patch.setattr(
+                train_qlora, "create_scheduler", lambda optimizer, *_: get_scheduler("linear", optimizer, 4, 8)
+            )
+        code, folder = train(*flags, "--max_steps", 8)
+    assert code == 143 and [row["step"] for row in steps_of(folder)] == [1, 2]
+    seen = watch()
+    code, folder = train(*flags, "--max_steps", 8)
+    expected = [1e-3, 2e-3, 3e-3, 4e-3, 4e-3, 3e-3, 2e-3, 1e-3]
+    assert code == 0 and seen.rates == pytest.approx(expected[2:])
+    started = [0.0, 1e-3] if before else expected[:2]
+    assert [row["learning_rate"] for row in steps_of(folder)] == pytest.approx(started + expected[2:])
 
 
 def test_logged_rate_is_the_one_of_the_step(train, watch):
@@ -386,7 +415,7 @@ def test_logged_rate_is_the_one_of_the_step(train, watch):
     flags = ("--max_steps", 5, "--logging_steps", 1, "--warmup_ratio", 0.4, "--lr_scheduler", "linear")
     code, folder = train(*flags, "--learning_rate", "3e-3")
     assert code == 0
-    expected = [0, 1.5e-3, 3e-3, 2e-3, 1e-3]
+    expected = [1.5e-3, 3e-3, 3e-3, 2e-3, 1e-3]
     assert [row["learning_rate"] for row in steps_of(folder)] == pytest.approx(expected)
     assert seen.rates == pytest.approx(expected)
 
@@ -721,6 +750,8 @@ LEFT = {
     "config.yaml",
     "metrics.jsonl",
     "README.md",
+    "tokenizer.json",
+    "tokenizer_config.json",
 }
 
 
@@ -870,6 +901,120 @@ def test_tutorials_own_prepare_dataset_trains(train, watch, few, monkeypatch, pa
         rows = [line for line in few.read_text(encoding="utf-8").splitlines() if line.strip()]
         expected = sum(min(32, len(i)) for i in tokenizer(rows)["input_ids"])
         assert expected < len(ids) <= expected + len(rows)
+
+
+PASTED = """
+def prepare_dataset(config, tokenizer):
+    dataset = load_dataset({kind!r}, data_files={files!r})
+
+    def tokenize(examples):
+        out = tokenizer(examples["text"], truncation=True, max_length=config["data"]["max_length"], padding="max_length")
+        {labels}
+        return out
+
+    return dataset.map(tokenize, batched=True)
+"""
+# As people write it: the first five tokens are the prompt, and pads are masked too.
+MASKED = "out['labels'] = [[t if i >= 5 and m else -100 for i, (t, m) in enumerate(zip(*row))] for row in zip(out['input_ids'], out['attention_mask'])]"
+COPIED = "out['labels'] = [list(row) for row in out['input_ids']]"
+
+
+@pytest.fixture
+def paste(monkeypatch, few, tmp_path) -> Callable[..., Callable]:
+    """A function that puts the tutorial's text in the place of train_qlora.prepare_dataset and returns what it makes."""
+    lines = [line for line in few.read_text(encoding="utf-8").splitlines() if line.strip()]
+    frame = datasets.Dataset.from_dict({"text": lines, "title": ["a play"] * len(lines)})
+
+    def put(kind: str = "csv", splits: tuple[str, ...] = ("train",), labels: str = "pass") -> Callable:
+        files = {}
+        for split in splits:
+            files[split] = str(tmp_path / f"{split}.{kind}")
+            if kind == "text":
+                Path(files[split]).write_text("\n".join(lines), encoding="utf-8")
+            else:
+                getattr(frame, f"to_{kind}")(files[split])
+        monkeypatch.setattr(train_qlora, "prepare_dataset", None)  # put back at the end
+        exec(PASTED.format(kind=kind, files=files, labels=labels), vars(train_qlora))
+        return train_qlora.prepare_dataset
+
+    return put
+
+
+def blocks_as_samples(blocks) -> list[tuple[list[int], list[int]]]:
+    """The tokens and labels of each sample in blocks, found by the positions that begin anew."""
+    found = []
+    for number in range(len(blocks)):
+        ids, labels, *positions = blocks[number].tolist()
+        starts = [i for i, p in enumerate(positions[0]) if p == 0] if positions else [0]
+        found += [(ids[a:b], labels[a:b]) for a, b in itertools.pairwise([*starts, len(ids)])]
+    return found
+
+
+@pytest.mark.parametrize("labels", ["pass", COPIED])
+@pytest.mark.parametrize(
+    "kind, splits, packing",
+    [("csv", ("train",), "true"), ("text", ("train", "validation", "test"), "false"), ("json", ("train",), "false")],
+)
+def test_pasted_function_makes_documents(train, watch, paste, capsys, kind, splits, packing, labels):
+    """config.yaml names Wikitext, whose rows are lines; that was not read. Labels that mask nothing change nothing."""
+    function, seen = paste(kind, splits, labels), watch()
+    code, folder = train("--dataset", "Salesforce/wikitext", "--packing", packing, "--max_length", 32)
+    assert code == 0
+    blocks, tokenizer, printed = seen.session.blocks, seen.session.tokenizer, capsys.readouterr().out
+    rows = [
+        [t for t, m in zip(r["input_ids"], r["attention_mask"], strict=True) if m]
+        for r in function(seen.session.config, tokenizer)["train"]
+    ]
+    end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    parts = [blocks["train"]] if "validation" in splits else list(blocks.values())
+    documents = []
+    for part in parts:
+        stream = list(itertools.chain(*(part[i].tolist() for i in range(len(part)))))
+        stream += [end] * (stream[-1] != end)  # a lonely last one predicts nothing
+        cuts = [i + 1 for i, token in enumerate(stream) if token == end]
+        documents += [stream[a : b - 1] for a, b in itertools.pairwise([0, *cuts])]
+        assert part.documents == part.rows == len(cuts)
+    assert sorted(documents) == sorted(rows) and len(rows) > 20
+    assert "read as rows of prepare_dataset of train_qlora.py, each a document" in printed
+    assert ("not used: the split test of prepare_dataset" in printed) is ("test" in splits)
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "| data | prepare_dataset of train_qlora.py: " in card and "wikitext" not in card.lower()
+    assert main(["--evaluate", "--adapter", str(folder)]) == 0
+    result = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    assert result["dataset"] == "prepare_dataset of train_qlora.py"
+
+
+@pytest.mark.parametrize("packing", ["true", "false"])
+@pytest.mark.parametrize("rows", ["auto", "lines"])
+def test_pasted_functions_labels_are_learned(train, watch, paste, capsys, packing, rows):
+    function, seen = paste("csv", ("train", "validation"), MASKED), watch()
+    flags = ("--dataset", "Salesforce/wikitext", "--packing", packing, "--rows", rows, "--max_length", 32)
+    code, folder = train(*flags, *EPOCHS, 1)
+    assert code == 0
+    expected, learned = [], 0
+    for row in function(seen.session.config, seen.session.tokenizer)["train"]:
+        real = [i for i, m in enumerate(row["attention_mask"]) if m]
+        if len(real) > 5:  # else nothing in it is learned
+            expected.append(([row["input_ids"][i] for i in real], [row["labels"][i] for i in real]))
+            learned += len(real) - 5
+    assert sorted(blocks_as_samples(seen.session.blocks["train"])) == sorted(expected) and len(expected) > 20
+    assert steps_of(folder)[-1]["tokens"] == learned
+    assert (
+        "prepare_dataset of train_qlora.py, each a sample whose labels say what is learned" in capsys.readouterr().out
+    )
+
+
+def test_places_of_pasted_rows_name_no_file_that_was_not_read(train, watch, paste, few, capsys):
+    paste()
+
+    def break_it(session, number):
+        session.learner.parameters[1].data.fill_(math.inf)
+
+    watch(before=break_it)
+    assert train("--dataset", few, "--max_length", 32)[0] == 1
+    printed = capsys.readouterr().out
+    assert re.search(r"look at its blocks: \d+ \(prepare_dataset of train_qlora.py rows? \d+", printed)
+    assert few.name not in printed[printed.index("look at its blocks") :]
 
 
 def test_prepare_dataset_without_a_train_split_is_one_line(train, few, monkeypatch, capsys):
