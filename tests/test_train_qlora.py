@@ -24,10 +24,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, get_scheduler
 
 import config as schema
+import quantization_utils
 import train_qlora
 from checkpoint_utils import checkpoints, read_checkpoint
 from config import TrainingConfig
-from data_utils import IGNORED
+from data_utils import IGNORED, PLAIN_TEMPLATE
 from evaluation import block_losses, mean_loss
 from loss_ops import SummedLoss
 from quantization_utils import (
@@ -806,6 +807,204 @@ def test_adapter_config_is_what_was_asked(train, tiny_model):
     assert saved["base_model_name_or_path"] == str(tiny_model)
 
 
+def edit_functions(monkeypatch, quantization: dict | None = None, lora: dict | None = None) -> None:
+    """Have create_bnb_config and create_lora_config return these values whatever they are asked for."""
+    bnb_config, lora_config = quantization_utils.create_bnb_config, quantization_utils.create_lora_config
+    if quantization:
+        monkeypatch.setattr(
+            quantization_utils, "create_bnb_config", lambda **asked: bnb_config(**(asked | quantization))
+        )
+    for module in (quantization_utils, train_qlora) if lora else ():
+        monkeypatch.setattr(module, "create_lora_config", lambda **asked: lora_config(**(asked | lora)))
+
+
+QUANTIZATION = {"load_in_4bit": True, "quant_type": "nf4", "compute_dtype": "bfloat16", "use_double_quant": True}
+
+
+@pytest.mark.parametrize(
+    ("quantization", "lora"),
+    [
+        ({"quant_type": "fp4", "use_double_quant": False}, {}),
+        ({"load_in_4bit": False}, {"rank": 4, "alpha": 8, "use_rslora": True}),
+        ({"compute_dtype": "float32"}, {"dropout": 0.5, "target_modules": ["v_proj", "q_proj"]}),
+        ({}, {"target_modules": "all-linear", "rank": 8}),
+        ({}, {"target_modules": r".*layers\.[01]\.mlp\.up_proj"}),
+    ],
+)
+def test_what_the_model_really_has_is_recorded(train, watch, monkeypatch, few, capsys, quantization, lora):
+    """The tutorial tells people to edit create_bnb_config and create_lora_config; config.yaml says otherwise."""
+    edit_functions(monkeypatch, quantization, lora)
+    seen = watch()
+    flags = ("--dataset", few, "--max_length", 32, "--fused_lora", "on" if not lora else "auto")
+    flags = flags if quantization.get("load_in_4bit", True) else flags[:4]
+    code, folder = train(*flags, "--max_steps", 1)
+    assert code == 0
+    printed = capsys.readouterr().out
+    assert printed.count("not as configured: ") == 1
+    found = schema.load_config(folder / "config.yaml")  # what inference reads
+    kinds = {
+        m.weight.quant_state.quant_type
+        for m in seen.session.model.modules()
+        if hasattr(m, "quant_state") and m.quant_state
+    }
+    doubles = {
+        m.weight.quant_state.nested for m in seen.session.model.modules() if hasattr(m, "quant_state") and m.quant_state
+    }
+    saved = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    assert found.quantization.load_in_4bit is bool(kinds)
+    if kinds:
+        assert (kinds, doubles) == ({found.quantization.quant_type}, {found.quantization.use_double_quant})
+    assert vars(found.quantization) == QUANTIZATION | quantization
+    assert (found.lora.rank, found.lora.alpha, found.lora.dropout) == (
+        saved["r"],
+        saved["lora_alpha"],
+        saved["lora_dropout"],
+    )
+    assert found.lora.use_rslora is saved["use_rslora"] is lora.get("use_rslora", False)
+    ranks = {p.shape[0] for name, p in seen.session.model.named_parameters() if "lora_A" in name}
+    assert ranks == {found.lora.rank} == {lora.get("rank", 16)}
+    adapted = {
+        name.split(".lora_A")[0].removeprefix("base_model.model.") for name in adapter_of(folder) if "lora_A" in name
+    }
+    named = {name for name in adapted if any(name == t or name.endswith("." + t) for t in found.lora.target_modules)}
+    assert named == adapted
+    if "mlp" in str(lora):
+        assert len(adapted) == 2
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    kind = found.quantization.quant_type
+    assert (f"in 4 bit ({kind}, " in card and f"bnb_4bit_quant_type={kind!r}" in card) is bool(kinds)
+    assert f"rank {found.lora.rank}, alpha {found.lora.alpha}, dropout {found.lora.dropout}, on " in card
+    state = read_checkpoint(folder / "checkpoint-1")[1]
+    assert state["effective"]["lora.rank"] == found.lora.rank and state["config"]["lora.rank"] == 16
+    # The same command goes on with the same edit, and says what differs without it.
+    assert train(*flags, "--max_steps", 2)[0] == 0
+    monkeypatch.undo()
+    capsys.readouterr()
+    assert train(*flags, "--max_steps", 3)[0] == 2
+    name = "quantization." + next(iter(quantization)) if quantization else "lora." + min(lora)
+    assert f"{name}: was " in capsys.readouterr().err
+
+
+def test_dropout_of_an_edited_create_lora_config_is_the_one_that_acts(train, watch, monkeypatch, few, tmp_path):
+    """As the flag of the same value: the stateless mask must not take config.yaml's."""
+    flags, first = (*FP32, "--dataset", few, "--max_length", 32, "--max_steps", 1), []
+    for edited, asked in ((0.5, 0.05), (None, 0.5), (None, 0.05)):
+        with monkeypatch.context() as patch:
+            edit_functions(patch, lora={"dropout": edited} if edited else None)
+            seen = Watch(patch)
+            assert train(*flags, "--lora.dropout", asked, output_dir=tmp_path / f"{edited}{asked}")[0] == 0
+            first.append(seen.gradients[0])
+    assert distance(first[0], first[1]) == 0 < distance(first[0], first[2])
+
+
+def test_compute_type_of_an_edited_create_bnb_config_is_the_runs(train, watch, monkeypatch, few):
+    edit_functions(monkeypatch, {"compute_dtype": "float16"})
+    seen = watch()
+    code, folder = train("--dataset", few, "--max_length", 16, "--max_steps", 1)
+    assert code == 0 and seen.session.learner.loss.dtype is torch.float16 and seen.session.learner.scaler.is_enabled()
+    assert schema.load_config(folder / "config.yaml").quantization.compute_dtype == "float16"
+
+
+def test_a_type_that_the_machine_replaced_is_recorded_as_configured(train, monkeypatch, few, capsys):
+    monkeypatch.setattr(quantization_utils, "slow_bf16", lambda: True)
+    code, folder = train("--dataset", few, "--max_length", 32, "--max_steps", 1)
+    assert code == 0 and "not as configured" not in capsys.readouterr().out
+    assert schema.load_config(folder / "config.yaml").quantization.compute_dtype == "bfloat16"
+
+
+def test_a_base_stored_in_4_bit_is_recorded_as_it_is_stored(train, tiny_model, few, tmp_path, capsys):
+    base, tokenizer = load_model_and_tokenizer(
+        str(tiny_model),
+        create_bnb_config(quant_type="fp4", use_double_quant=False, compute_dtype="float16"),
+        device="cpu",
+    )
+    base.save_pretrained(tmp_path / "stored")
+    tokenizer.save_pretrained(tmp_path / "stored")
+    flags = ("--model_name", tmp_path / "stored", "--dataset", few, "--max_length", 32, "--load_in_4bit", "false")
+    code, folder = train(*flags, *FP32, "--max_steps", 1)
+    assert code == 0 and "quantization.quant_type is fp4 (configured: nf4)" in capsys.readouterr().out
+    found = schema.load_config(folder / "config.yaml").quantization
+    assert (found.load_in_4bit, found.quant_type, found.use_double_quant) == (True, "fp4", False)
+    assert found.compute_dtype == "float32"  # the run's: only the quantisation is the stored model's own
+    assert train(*flags, *FP32, "--max_steps", 2)[0] == 0
+
+
+def test_checkpoint_from_before_the_record_goes_on(train, few, monkeypatch):
+    """It kept what was configured alone, so that an edited function must not be taken for a change."""
+    edit_functions(monkeypatch, {"quant_type": "fp4"})
+    real = train_qlora.checkpoint_utils.write_checkpoint
+
+    def write(output_dir, step, adapter, peft_config, state, keep):
+        return real(output_dir, step, adapter, peft_config, {k: v for k, v in state.items() if k != "effective"}, keep)
+
+    monkeypatch.setattr(train_qlora.checkpoint_utils, "write_checkpoint", write)
+    flags = ("--dataset", few, "--max_length", 32)
+    assert train(*flags, "--max_steps", 1)[0] == 0
+    assert train(*flags, "--max_steps", 2)[0] == 0
+
+
+TEXTS = [
+    "3 apples, 1234567 items",
+    "量化是 4 位元 12 個",
+    "<|im_start|>user\nhi<|im_end|>\n<|endoftext|>",
+    "  a\n\n b's 7don't",
+]
+
+
+def with_split(source: Path, target: Path) -> None:
+    """Write a tokenizer.json whose pre-tokenizer cuts at each letter e, as no class of transformers has it."""
+    content = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
+    split = {"type": "Split", "pattern": {"String": "e"}, "behavior": "Isolated", "invert": False}
+    content["pre_tokenizer"]["pretokenizers"].insert(0, split)
+    (target / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+@pytest.mark.parametrize("named", ["PreTrainedTokenizerFast", "GPT2Tokenizer", "Qwen2Tokenizer"])
+@pytest.mark.parametrize("template", [True, False])
+def test_tokenizer_lies_beside_the_adapter(train, watch, tiny_model, chats, tmp_path, named, template):
+    """AutoTokenizer loads what was trained with, to the id, and with the chat template that was taught."""
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    with_split(tiny_model, model)
+    settings = json.loads((model / "tokenizer_config.json").read_text(encoding="utf-8")) | {"tokenizer_class": named}
+    if not template:
+        del settings["chat_template"]
+    (model / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    seen = watch()
+    code, folder = train("--model_name", model, "--dataset", chats, "--max_steps", 1)
+    assert code == 0
+    assert {p.name for p in folder.iterdir()} == LEFT | {"checkpoint-1"} | (
+        set() if template else {"chat_template.jinja"}
+    )
+    ours, found = seen.session.tokenizer, AutoTokenizer.from_pretrained(folder)
+    for text in TEXTS:
+        assert found(text)["input_ids"] == ours(text)["input_ids"] and found.decode(ours(text)["input_ids"]) == text
+    assert (found.pad_token_id, found.eos_token_id) == (ours.pad_token_id, ours.eos_token_id)
+    assert sorted(found.all_special_ids) == sorted(ours.all_special_ids) and len(found) == len(ours)
+    chat = [{"role": "user", "content": "To be"}, {"role": "assistant", "content": "or not"}]
+    expected = ours.apply_chat_template(chat, chat_template=None if template else PLAIN_TEMPLATE)["input_ids"]
+    assert found.apply_chat_template(chat)["input_ids"] == expected
+    assert (
+        json.loads((folder / "tokenizer_config.json").read_text("utf-8"))["tokenizer_class"]
+        == "PreTrainedTokenizerFast"
+    )
+    content = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    assert content["truncation"] is None and content["padding"] is None
+
+
+def test_named_class_would_lose_the_pre_tokenizer(tiny_model, tmp_path):
+    """What the test above guards against is real: a copy of the files does not load as the same tokenizer."""
+    with_split(tiny_model, tmp_path)
+    settings = json.loads((tiny_model / "tokenizer_config.json").read_text(encoding="utf-8"))
+    lost = []
+    for named in ("GPT2Tokenizer", "Qwen2Tokenizer"):
+        (tmp_path / "tokenizer_config.json").write_text(
+            json.dumps(settings | {"tokenizer_class": named}), encoding="utf-8"
+        )
+        exact, copied = quantization_utils.load_tokenizer(str(tmp_path)), AutoTokenizer.from_pretrained(tmp_path)
+        lost.append([exact(text)["input_ids"] != copied(text)["input_ids"] for text in TEXTS])
+    assert any(map(any, lost))
+
+
 def test_flags_of_the_tutorial(few, tmp_path, capsys, monkeypatch):
     """python train_qlora.py --num_epochs 5 --rank 8 --alpha 16 --output_dir output_r8, beside the tiny model's file."""
     monkeypatch.chdir(tmp_path)
@@ -1024,9 +1223,9 @@ def test_prepare_dataset_without_a_train_split_is_one_line(train, few, monkeypat
 
 
 @pytest.mark.parametrize("targets", ["all-linear", "[lm_head, q_proj]"])
-def test_other_targets_train_and_come_back(train, tiny_model, targets):
+def test_other_targets_train_and_come_back(train, tiny_model, targets, capsys):
     code, folder = train(*FP32, "--target_modules", targets)
-    assert code == 0
+    assert code == 0 and "not as configured" not in capsys.readouterr().out
     model = load_adapter(load(tiny_model, adapter=False), folder)
     last = evaluations_of(folder)[-1]["eval_loss"]
     assert main(["--evaluate", "--adapter", str(folder)]) == 0
