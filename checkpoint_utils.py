@@ -6,6 +6,7 @@ A checkpoint folder holds `adapter_model.safetensors`, `adapter_config.json` (so
 """
 
 import contextlib
+import copy
 import dataclasses
 import errno
 import hashlib
@@ -33,7 +34,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import CHAT_TEMPLATE_FILE
 
 from config import Config, ConfigError, TrainingConfig, counted, redact, save_config
-from data_utils import Blocks
+from data_utils import FUNCTION, Blocks
 from earlier_run import changed_line, changed_settings, checkpoints, other_run, settings, step_of
 
 try:
@@ -46,7 +47,7 @@ TEMPORARY, REPLACED, LOCK = ".writing-", ".replaced-", ".lock"
 FILES = ("adapter_model.safetensors", "adapter_config.json", "training_state.safetensors", "training_state.json")
 STATE = {"progress", "optimizer", "scheduler", "scaler", "best_adapter", "config", "fingerprint", "shape"}
 RESULTS = ("metrics.jsonl", "training_log.txt", "training_curves.png", "adapter_model.safetensors", "evaluation.json")
-RESULTS += (CHAT_TEMPLATE_FILE,)
+RESULTS += (CHAT_TEMPLATE_FILE, "tokenizer.json", "tokenizer_config.json")
 Found = tuple[Path, dict[str, torch.Tensor], dict]  # a checkpoint: its folder, adapter and state
 
 
@@ -398,6 +399,8 @@ def open_output(config: Config, history: list[dict], fresh: bool, template: str 
     template: the chat template of a model that has none, which inference must take too.
     """
     output_dir = Path(config.training.output_dir)
+    if os.path.realpath(config.model.name) == os.path.realpath(output_dir):  # a tokenizer of the same name would go
+        raise ConfigError(f"training.output_dir: {output_dir} is the folder of model.name; choose another folder")
     saved = dataclasses.replace(config.training, resume="auto", output_dir=os.path.abspath(output_dir))
     with refusing(f"training.output_dir: cannot write in {output_dir}", OSError):
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -466,9 +469,8 @@ CARD = """{header}
 
 | | |
 |---|---|
-| base | `{model.name}`, 4 bit: {quantization.load_in_4bit} ({quantization.quant_type}); \
-its licence holds for this adapter too |
-| data | `{data.dataset}`: {tokens:,} tokens in blocks of {data.max_length} |
+| base | `{model.name}`, {precision}; its licence holds for this adapter too |
+| data | {dataset}: {tokens:,} tokens in blocks of {data.max_length} |
 | adapter | rank {lora.rank}, alpha {lora.alpha}, dropout {lora.dropout}, on {targets} |
 | training | {steps} of {sequences}, learning rate {training.learning_rate} ({training.lr_scheduler}), \
 {training.optim} |
@@ -479,30 +481,46 @@ Every setting is in `config.yaml`, every logged step in `metrics.jsonl`. To use 
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-base = AutoModelForCausalLM.from_pretrained({model.name!r}, quantization_config=BitsAndBytesConfig(load_in_4bit=True,
-    bnb_4bit_quant_type={quantization.quant_type!r}, bnb_4bit_use_double_quant={quantization.use_double_quant}))
+base = AutoModelForCausalLM.from_pretrained({model.name!r}, {how})
 model = PeftModel.from_pretrained(base, "this folder")
+tokenizer = AutoTokenizer.from_pretrained("this folder")
 ```
 """
 
 
-def save_adapter(output_dir: Path, model: PeftModel, config: Config, progress: Progress, tokens: int) -> None:
-    """Write the adapter as peft does, with its model card; the files take their places once all are on the disk.
+IN_4_BIT = """dtype={compute_dtype!r}, quantization_config=BitsAndBytesConfig(
+    load_in_4bit=True, bnb_4bit_quant_type={quant_type!r}, bnb_4bit_compute_dtype={compute_dtype!r},
+    bnb_4bit_use_double_quant={use_double_quant})"""
 
-    The card keeps the header of peft's and says what this run did instead of asking. tokens: of the training part.
+
+def save_adapter(
+    output_dir: Path,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
+    progress: Progress,
+    blocks: Blocks,
+) -> None:
+    """Write the adapter as peft does, with its model card and the tokenizer; the files take their places once all are on
+    the disk.
+
+    The card keeps the header of peft's and says what this run did instead of asking. blocks: of the training part.
     """
     folder = output_dir / f"{TEMPORARY}adapter"
     try:
         model.save_pretrained(folder, save_embedding_layers=False)
-        card = model_card((folder / "README.md").read_text(encoding="utf-8"), model, config, progress, tokens)
+        card = model_card((folder / "README.md").read_text(encoding="utf-8"), model, config, progress, blocks)
         (folder / "README.md").write_text(card, encoding="utf-8")
         # peft's own file differs by the order of a set from run to run, and safetensors' is for its owner's eyes only
         described = json.dumps(adapter_settings(model, config.model.name), indent=2, sort_keys=True)
         (folder / "adapter_config.json").write_text(described, encoding="utf-8")
         shutil.copymode(folder / "adapter_config.json", folder / "adapter_model.safetensors")
-        for path in sorted(folder.iterdir()):  # the weights last
+        save_tokenizer(folder, tokenizer, blocks.template)
+        for path in sorted(
+            folder.iterdir(), key=lambda path: (path.suffix == ".safetensors", path)
+        ):  # the weights last
             with open(path, "r+b") as file:
                 os.fsync(file.fileno())
             os.replace(path, output_dir / path.name)
@@ -510,18 +528,54 @@ def save_adapter(output_dir: Path, model: PeftModel, config: Config, progress: P
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def model_card(card: str, model: PeftModel, config: Config, progress: Progress, tokens: int) -> str:
+def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, template: str | None) -> None:
+    """Write the tokenizer so that AutoTokenizer loads the same one, with the chat template that was taught.
+
+    template: the one in place of the tokenizer's own, if it has none. It stands in tokenizer_config.json: a
+    chat_template.jinja in an output folder belongs to a model without one.
+    """
+    exact = copy.deepcopy(tokenizer)
+    exact.chat_template = tokenizer.chat_template or template
+    if not exact.is_fast:
+        exact.save_pretrained(folder, save_jinja_files=False)
+        return
+    exact.backend_tokenizer.no_truncation()  # what a call left in it would be in the file
+    exact.backend_tokenizer.no_padding()
+    exact.save_pretrained(folder, save_jinja_files=False)
+    path = folder / "tokenizer_config.json"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if found.get("tokenizer_class") == "TokenizersBackend":
+        # The name, and the key for special tokens, that transformers 4 reads too: tokenizer.json as it is. Any other
+        # class (GPT2Tokenizer, Qwen2Tokenizer) would put a pre-tokenizer of its own in the place of that file's.
+        found["tokenizer_class"] = "PreTrainedTokenizerFast"
+        if isinstance(special := found.pop("extra_special_tokens", None), list):
+            found["additional_special_tokens"] = special
+        for key in ("backend", "is_local", "local_files_only"):
+            found.pop(key, None)
+        path.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def model_card(card: str, model: PeftModel, config: Config, progress: Progress, blocks: Blocks) -> str:
     """Return the card of this run under the YAML header of peft's `card`."""
     results = "not evaluated (no held-out part)"
     if evaluations := progress.evaluations:
         best = min(evaluations, key=lambda row: row["eval_loss"])
         before, after = evaluations[0]["perplexity"], best["perplexity"]
         results = f"{before:.3f} before, {after:.3f} with this adapter (step {best['step']})"
+    quantization, targets = config.quantization, model.peft_config["default"].target_modules
+    precision, how = f"unquantised, in {quantization.compute_dtype}", f"dtype={quantization.compute_dtype!r}"
+    if quantization.load_in_4bit:
+        double = "with" if quantization.use_double_quant else "without"
+        precision = f"in 4 bit ({quantization.quant_type}, {double} double quantisation)"
+        how = IN_4_BIT.format(**vars(quantization))
     return CARD.format(
         **vars(config),
         header=card[: card.index("\n---", 3) + 4] if card.startswith("---") else "",
-        targets=", ".join(sorted(model.peft_config["default"].target_modules)),
-        tokens=tokens,
+        precision=precision,
+        how=how,
+        dataset=blocks.dataset if blocks.dataset == FUNCTION else f"`{blocks.dataset}`",
+        targets=targets if isinstance(targets, str) else ", ".join(sorted(targets)),
+        tokens=blocks.tokens,
         steps=counted(progress.step, "optimizer step"),
         sequences=counted(config.training.batch_size * config.training.gradient_accumulation_steps, "sequence"),
         results=results,

@@ -137,8 +137,12 @@ class TrainingConfig(Section):
         16, "micro-batches an optimizer step; auto_fit keeps the product", at_least=1
     )
     learning_rate: float = knob(2e-4, "peak learning rate", above=0)
-    lr_scheduler: str = knob("cosine", "shape after the warm-up", choices=("cosine", "linear", "constant"))
-    warmup_ratio: float = knob(0.03, "share of the steps that warm up", at_least=0, below=1)
+    lr_scheduler: str = knob(
+        "cosine", "shape after the warm-up, from the peak on", choices=("cosine", "linear", "constant")
+    )
+    warmup_ratio: float = knob(
+        0.03, "share of the steps that warm up: step k of W takes k / W of learning_rate", at_least=0, below=1
+    )
     weight_decay: float = knob(0.0, "decoupled weight decay on the adapter", at_least=0)
     max_grad_norm: float = knob(0.3, "gradients are clipped to this norm", above=0)
     optim: str = knob(

@@ -8,7 +8,8 @@ Running text has tokens only, and becomes one stream that is cut in blocks. Chat
 labels beside their tokens, are cut at data.max_length each, and share a block without seeing each other.
 
 `train_qlora.prepare_dataset` is the first line; what stands in the second takes any DatasetDict with input_ids, so
-that the tutorial's own prepare_dataset can be put in its place.
+that the tutorial's own prepare_dataset can be put in its place. What such a function returns decides how it is read:
+`data.dataset` and the other settings of `load_rows` say nothing about rows that did not come from there.
 """
 
 import copy
@@ -258,13 +259,14 @@ def answer_labels(encoding: Any, text: str, spans: list[tuple[int, int]], specia
     return labels
 
 
-ROW = "row_number"  # the column with a row's number in its split, from 0
+ROW = "row_number"  # the column with a row's number in its split, from 0; only our own reader makes it
+FUNCTION = "prepare_dataset of train_qlora.py"  # the name of data that came from a user's function
 
 
 class Tokenized(DatasetDict):
     """Tokenised rows that know how they were read."""
 
-    source = "rows of another prepare_dataset"
+    source = f"rows of {FUNCTION}"
     template: str | None = None  # PLAIN_TEMPLATE where they went through it
 
 
@@ -415,6 +417,27 @@ def flat_column(dataset: Dataset, name: str) -> tuple[np.ndarray, ...]:
     return tuple(chunk.astype(np.int32, copy=False) for chunk in chunks)
 
 
+def check_rows(dataset: Dataset, split: str) -> None:
+    """Raise a ConfigError where a split of prepare_dataset has no lists of token ids, or labels of another length."""
+    if "input_ids" not in dataset.column_names:
+        found = ", ".join(dataset.column_names)
+        raise ConfigError(f"prepare_dataset: expected a column input_ids in the split {split!r}, got {found}")
+    names = [name for name in ("input_ids", "labels", "attention_mask") if name in dataset.column_names]
+    for name in names:
+        kind = dataset.features[name]
+        held = getattr(getattr(kind, "feature", None), "dtype", "")
+        if "int" not in held and (name != "attention_mask" or not held):  # a mask may be of bool or float
+            raise ConfigError(f"prepare_dataset: expected a list of integers in each row of {name}, got {kind}")
+    counts = {name: pc.fill_null(pc.list_value_length(_column(dataset, name)), -1).to_numpy() for name in names}
+    for name, found in counts.items():
+        bad = np.flatnonzero((found != counts["input_ids"]) | (found < 0))
+        if len(bad):
+            row = bad[0]
+            expected = f"{counts['input_ids'][row]:,} {name}, one per token" if name != "input_ids" else "a list of ids"
+            got = f"{found[row]:,}" if found[row] >= 0 else "null"
+            raise ConfigError(f"prepare_dataset: row {row + 1} of {split}: expected {expected}, got {got}")
+
+
 def without_pads(dataset: Dataset) -> Dataset:
     """Return the rows without their pads, which an attention mask tells from tokens: by position, never by id."""
     if "attention_mask" not in dataset.column_names:
@@ -433,6 +456,12 @@ def without_pads(dataset: Dataset) -> Dataset:
     return dataset.map(
         strip, batched=True, features=datasets.Features(features), remove_columns="attention_mask", desc="unpad"
     )
+
+
+def numbered(dataset: Dataset) -> Dataset:
+    """Return the rows with their numbers, from 0."""
+    dataset = dataset.remove_columns(ROW) if ROW in dataset.column_names else dataset
+    return dataset.add_column(ROW, np.arange(len(dataset)))
 
 
 def _flags(column: pa.ChunkedArray, test: Callable[[pa.Array], pa.Array]) -> np.ndarray:
@@ -516,8 +545,8 @@ class Blocks:
     """A flat stream of tokens cut in blocks of `length`; the last one keeps the tail. Indexing reads memory-mapped
     Arrow data.
 
-    pieces: int32 arrays whose concatenation is the stream. rows, documents: how many went in. source: what the rows
-    were read as. template: the chat template that they went through, if it is not the tokenizer's. notes: what the user
+    pieces: int32 arrays whose concatenation is the stream. rows, documents: how many went in. dataset: the name of what
+    they are from: data.dataset, or FUNCTION. source: what they were read as. template: the chat template that they went through, if it is not the tokenizer's. notes: what the user
     should know of them, a line each. origin: the rows whose tokens make the stream.
     """
 
@@ -526,6 +555,7 @@ class Blocks:
     cuts: np.ndarray  # int64 [blocks + 1]: block i is stream[cuts[i]:cuts[i + 1]]
     rows: int
     documents: int
+    dataset: str = ""
     source: str = ""
     template: str | None = None
     notes: tuple[str, ...] = ()
@@ -820,32 +850,61 @@ def make_sample_blocks(splits: dict[str, Dataset], data: DataConfig, seed: int) 
     }
 
 
+def samples_of_ours(splits: dict[str, Dataset]) -> bool:
+    """Return whether our own reader made these rows of chats or pairs, all of which may be learned (completion_only)."""
+    return all(set(split.column_names) == {"input_ids", "labels", ROW} for split in splits.values())
+
+
+def masks_labels(splits: dict[str, Dataset]) -> bool:
+    """Return whether some label of rows without pads differs from its token: then labels say what is learned.
+
+    Raises ConfigError where only some of the splits have labels, so that the others would be learned or measured whole.
+    """
+    labelled = [name for name, split in splits.items() if "labels" in split.column_names]
+    streams = [(flat_column(splits[name], "labels"), flat_column(splits[name], "input_ids")) for name in labelled]
+    if not any(pa.chunked_array(labels) != pa.chunked_array(ids) for labels, ids in streams if ids):
+        return False
+    for name in splits.keys() - set(labelled):
+        raise ConfigError(f"prepare_dataset: expected a column labels in the split {name!r}, as {labelled[0]!r} has it")
+    return True
+
+
 def make_blocks(
     tokenized: DatasetDict, tokenizer: PreTrainedTokenizerBase, data: DataConfig, seed: int, close: bool = True
 ) -> dict[str, Blocks | None]:
     """Return the blocks of {"train", "validation"}: rows without use dropped, documents closed, rows held out where
     needed, cut.
 
-    tokenized: a DatasetDict with input_ids, with or without the text column, attention_mask or a validation split;
-    rows with labels are samples, but for those of running text. close: False leaves running text without document
-    ends.
+    tokenized: a DatasetDict with input_ids, with or without the text column, attention_mask or a validation split.
+    Rows with labels are samples; labels that equal the tokens say nothing, so that without a mask rows are text. Rows
+    of our own reader are lines or documents as data.rows says; others are documents, but for data.rows: lines.
+    close: False leaves running text without document ends.
     """
     if not isinstance(tokenized, DatasetDict) or "train" not in tokenized:
         found = ", ".join(tokenized) if isinstance(tokenized, DatasetDict) else type(tokenized).__name__
         raise ConfigError(f"prepare_dataset: expected a DatasetDict with a split 'train', got {found}")
-    columns = tokenized["train"].column_names
-    if "input_ids" not in columns:
-        raise ConfigError(f"prepare_dataset: expected a column input_ids, got {', '.join(columns)}")
-    splits = {name: without_pads(split) for name, split in tokenized.items() if name in ("train", "validation")}
+    splits = {name: split.with_format(None) for name, split in tokenized.items() if name in ("train", "validation")}
     for name, split in splits.items():
-        splits[name] = split if ROW in split.column_names else split.add_column(ROW, np.arange(len(split)))
-    if "labels" in columns and (isinstance(tokenized, Tokenized) or not rows_are_lines(data)):
+        check_rows(split, name)
+        splits[name] = without_pads(split)
+    ours = all(ROW in split.column_names for split in splits.values())  # and not what somebody made instead
+    if not ours:
+        data = dataclasses.replace(data, dataset=FUNCTION, rows="lines" if data.rows == "lines" else "documents")
+        splits = {name: numbered(split) for name, split in splits.items()}
+    if (ours and samples_of_ours(splits)) or masks_labels(splits):
+        how = "" if isinstance(tokenized, Tokenized) else ", each a sample whose labels say what is learned"
         blocks = make_sample_blocks(splits, data, seed)
     else:
         marks = (first_token(tokenizer), [document_end(tokenizer)]) if close else ([], [])
+        how = ", each a line of a running text" if rows_are_lines(data) else ", each a document"
         blocks = make_text_blocks(splits, marks, data, seed)
     read = tokenized if isinstance(tokenized, Tokenized) else Tokenized
-    blocks = {n: dataclasses.replace(part, source=read.source, template=read.template) for n, part in blocks.items()}
+    named = {"dataset": data.dataset, "source": read.source + how, "template": read.template}
+    blocks = {name: dataclasses.replace(part, **named) for name, part in blocks.items()}
+    if unused := sorted(tokenized.keys() - splits.keys()):
+        names = f"split{'s'[: len(unused) > 1]} {', '.join(unused)}"
+        line = f"not used: the {names} of {FUNCTION}; only train and validation are"
+        blocks["train"] = dataclasses.replace(blocks["train"], notes=(*blocks["train"].notes, line))
     return {"train": blocks["train"], "validation": blocks.get("validation")}
 
 
@@ -919,8 +978,11 @@ def _training_files(data: DataConfig) -> dict[str, int | None]:
 
 
 def places_of(numbers: Iterable[int], blocks: Blocks, data: DataConfig) -> list[str]:
-    """Return for each training block the files and rows, from 1, that it is made of; of a text file a row is a line."""
-    files, places = _training_files(data), []
+    """Return for each training block the files and rows, from 1, that it is made of; of a text file a row is a line.
+
+    Of a user's own function the files are not known, only the rows that it returned.
+    """
+    files, places = {FUNCTION: None} if blocks.dataset == FUNCTION else _training_files(data), []
     for rows in blocks.rows_of(numbers):
         place, start = [], 0
         for name, size in files.items():

@@ -197,6 +197,8 @@ from generation_utils import Generator, Watch, by_length
 from memory_utils import cap_memory, free_bytes
 from quantization_utils import (
     SLOW_BF16,
+    edited_line,
+    effective,
     keep_packing,
     known_positions,
     load_adapter,
@@ -238,6 +240,8 @@ def load(config: Config, adapter: Path | None = None, quantized: bool = True) ->
         say(f"{config.model.name} will be slow on this CPU: {no_gpu_reason()}")
     cap_memory(device, config.performance.memory_limit_gib)
     model, tokenizer = load_base(config, device, quantized)
+    for line in edited_line(config, effective(config, model)) if quantized else ():
+        say(line)  # an adapter fits best on the base that it was trained on
     if adapter is not None and tokenizer.chat_template is None:
         for path in left_by_run(adapter, CHAT_TEMPLATE_FILE):
             tokenizer.chat_template = path.read_text(encoding="utf-8")

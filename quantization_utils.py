@@ -5,6 +5,7 @@ Shared by training and inference.
 python quantization_utils.py     checks the installation: a line for each thing that training needs; exit 1 if one fails
 """
 
+import dataclasses
 import functools
 import json
 import logging
@@ -19,7 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from config import LEAVES, Config, ConfigError, LoraSettings, before_heavy_imports, is_hub_id
+from config import LEAVES, Config, ConfigError, LoraSettings, before_heavy_imports, flatten, is_hub_id
 
 if __name__ == "__main__":
     before_heavy_imports()
@@ -258,7 +259,57 @@ def load_model_and_tokenizer(
     if ids > rows:
         raise ConfigError(f"model.name: the tokenizer of {model_name} has {ids:,} ids, its embedding {rows:,} rows")
     keep_packing(model)
+    for module in model.modules():  # of a model stored in 4 bit: its quantisation is kept, not its compute type
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.compute_dtype = dtype
     return model, tokenizer
+
+
+def effective(config: Config, model: nn.Module) -> Config:
+    """Return the configuration with the quantisation, and the adapter if there is one, that the model really has.
+
+    They differ where somebody edited create_bnb_config or create_lora_config, and where a base is stored in 4 bit.
+    """
+    quantized = next((module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)), None)
+    found, flags = {"load_in_4bit": quantized is not None}, config.flags
+    if quantized is not None:
+        state = quantized.weight.quant_state
+        found |= {"quant_type": state.quant_type, "use_double_quant": state.nested}
+        # A type that this machine replaced, such as bfloat16 on a CPU without AVX-512, stays recorded as configured.
+        if quantized.compute_dtype is not compute_dtype_of(config):
+            found["compute_dtype"] = str(quantized.compute_dtype).removeprefix("torch.")
+            flags |= {"quantization.compute_dtype"}  # asked for as by a flag: compute_dtype_of does not replace it
+    quantization, lora = dataclasses.replace(config.quantization, **found), config.lora
+    if isinstance(model, PeftModel):
+        lora = _effective_lora(config.lora, model)
+    return dataclasses.replace(config, quantization=quantization, lora=lora, flags=flags)
+
+
+def _effective_lora(asked: LoraSettings, model: PeftModel) -> LoraSettings:
+    """Return what an adapter's own configuration says of the settings in config.yaml."""
+    found = model.peft_config["default"]
+    targets = found.target_modules
+    created = create_lora_config(**vars(asked)).target_modules
+    if isinstance(targets, str):  # a regex, which config.yaml cannot hold: the modules that it chose
+        targets = model.base_model.targeted_module_names
+    as_asked = created == asked.target_modules == "all-linear" or set(targets) == set(asked.target_modules)
+    return dataclasses.replace(
+        asked,
+        rank=found.r,
+        alpha=float(found.lora_alpha),
+        dropout=float(found.lora_dropout),
+        target_modules=asked.target_modules if as_asked else tuple(sorted(targets)),
+        use_rslora=found.use_rslora,
+        use_dora=found.use_dora,
+    )
+
+
+def edited_line(config: Config, found: Config) -> list[str]:
+    """Return a line that names what a model has otherwise than configured, or none. found: `effective`."""
+    asked, has = flatten(config), flatten(found)
+    odd = [f"{name} is {has[name]} (configured: {asked[name]})" for name in asked if asked[name] != has[name]]
+    who = "create_bnb_config, create_lora_config or a base stored in 4 bit decided"
+    return [f"not as configured: {', '.join(odd)}; {who}"] if odd else []
 
 
 def rope_parameters(config: PretrainedConfig) -> list[dict[str, Any]]:

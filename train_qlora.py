@@ -92,10 +92,11 @@ import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import LoggerType
-from datasets import DatasetDict
+from datasets import DatasetDict, load_dataset  # noqa: F401  (load_dataset: for a prepare_dataset of your own)
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors import SafetensorError
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
@@ -127,7 +128,8 @@ from quantization_utils import (
 def prepare_dataset(config: Config, tokenizer: PreTrainedTokenizerBase) -> DatasetDict:
     """Return the tokenised rows: a DatasetDict with the split train, maybe validation, and in them a column input_ids.
 
-    Put your own in its place; packing, labels and the held-out part come after it.
+    Put your own in its place; packing and the held-out part come after it. Its rows are documents, or samples where it
+    returns a column labels with -100 for the tokens that are read and not learned. `load_dataset` is imported for it.
     """
     return tokenize_rows(load_rows(config.data), tokenizer, config.data)
 
@@ -158,9 +160,15 @@ def create_optimizer(
 
 
 def create_scheduler(optimizer: Any, training: TrainingConfig, total_steps: int) -> Any:
-    """Return transformers' schedule: a linear warm-up, then cosine, linear or constant over the steps that are left."""
+    """Return the schedule: step k of a warm-up of W steps takes k / W of learning_rate, those after it transformers' own
+    cosine, linear or constant.
+
+    transformers' warm-up begins at 0, so that its first step would teach nothing, and a run of one step neither.
+    """
     name = "constant_with_warmup" if training.lr_scheduler == "constant" else training.lr_scheduler
-    return get_scheduler(name, optimizer, math.ceil(training.warmup_ratio * total_steps), total_steps)
+    warmup = math.ceil(training.warmup_ratio * total_steps)
+    theirs = get_scheduler(name, optimizer, warmup, total_steps).lr_lambdas[0]
+    return LambdaLR(optimizer, lambda done: (done + 1) / warmup if done < warmup else theirs(done))
 
 
 @dataclasses.dataclass
@@ -254,6 +262,7 @@ class Run:
     """A run in its output folder: what it learns with, and how far it is."""
 
     config: Config
+    effective: Config  # with the quantisation and the adapter that the model really has: what is recorded
     accelerator: Accelerator
     log: checkpoint_utils.Log
     tokenizer: PreTrainedTokenizerBase
@@ -418,6 +427,7 @@ def save_state(run: Run) -> None:
         "best_adapter": run.best_adapter or {},
         "held_out": run.held_out,
         "config": checkpoint_utils.settings(run.config),
+        "effective": checkpoint_utils.settings(run.effective),
         "fingerprint": run.fingerprint,
         "shape": {
             "micro_batch": run.plan.micro_batch,
@@ -461,13 +471,16 @@ def start_run(run: Run, found: Found | None) -> None:
         folder, adapter, state = found
         errors = (KeyError, TypeError, ValueError, AttributeError, RuntimeError)
         with checkpoint_utils.refusing(f"training.resume: {folder} is of another model or version", *errors):
-            checkpoint_utils.check_resumable(state, run.config, run.fingerprint, run.window, folder.name)
+            # A checkpoint of before 2026-11-29 kept what was configured alone.
+            before, now = (state["effective"], run.effective) if "effective" in state else (state["config"], run.config)
+            known = {**state, "config": before}
+            checkpoint_utils.check_resumable(known, now, run.fingerprint, run.window, folder.name)
             restore(run, adapter, state)
     checkpoint_utils.check_space(run.config.training, [p.numel() for p in run.learner.parameters])
     run.accelerator.wait_for_everyone()
     if run.accelerator.is_main_process:
         history, template = run.progress.history, run.blocks["train"].template
-        log.open(checkpoint_utils.open_output(run.config, history, found is None, template))
+        log.open(checkpoint_utils.open_output(run.effective, history, found is None, template))
     if found is not None:
         log.say(f"resuming from {folder} at step {run.progress.step} of {run.total_steps}")
         now = checkpoint_utils.settings(run.config)
@@ -553,7 +566,7 @@ def train(run: Run, request: checkpoint_utils.StopRequest) -> bool:
     hidden = run.log.silent or not sys.stderr.isatty()
     with tqdm(total=run.total_steps, initial=progress.step, unit="step", disable=hidden) as bar:
         while progress.step < run.total_steps and not stale(run):
-            start, rate = time.perf_counter(), run.scheduler.get_last_lr()[0]
+            start, rate = time.perf_counter(), run.optimizer.param_groups[0]["lr"]
             _, window = next(windows)
             result = training_step(run, progress.step, window, request.signum is not None)
             seconds = time.perf_counter() - start
@@ -613,13 +626,15 @@ def finish(run: Run) -> None:
     if run.best_adapter is not None:
         set_peft_model_state_dict(run.model, run.best_adapter)
     if run.accelerator.is_main_process:
-        checkpoint_utils.save_adapter(run.output_dir, run.model, run.config, progress, run.blocks["train"].tokens)
+        part = run.blocks["train"]
+        checkpoint_utils.save_adapter(run.output_dir, run.model, run.tokenizer, run.effective, progress, part)
     if progress.evaluations:
         before, after = progress.evaluations[0]["perplexity"], perplexity(progress.best_loss)
         best = f"the adapter of step {progress.best_step}, the best by validation loss"
         say(f"perplexity {before:.2f} before, {after:.2f} after ({best})")
     if len(run.held_out) == 2:
-        say(difference_line(comparison(run.config.data.dataset, run.blocks["validation"], None, run.held_out)))
+        held = run.blocks["validation"]
+        say(difference_line(comparison(held.dataset, held, None, run.held_out)))
     planned = f" | planned {run.plan.reserved / GIB:.2f} for {run.plan.shape}" if run.plan.parts else ""
     say(f"peak memory {peak_gib(device):.2f} GiB{planned}")
     say(f"adapter, curves and log are in {run.output_dir}")
@@ -672,10 +687,11 @@ def build_learner(
 
     plan: their shape. samples: how many the fullest blocks hold that must not see each other, in descending order.
     """
-    seed, p = config.training.seed, config.lora.dropout
-    device, dtype = model.device, compute_dtype_of(config)
+    seed, device = config.training.seed, model.device
     transformers.set_seed(seed)  # of the fresh adapter
     peft_model = prepare_model_for_training(model, create_lora_config(**vars(config.lora)), plan.checkpointed)
+    config = quantization_utils.effective(config, peft_model)  # of functions that somebody may have edited
+    p, dtype = config.lora.dropout, compute_dtype_of(config)
     say(quantization_utils.parameter_line(peft_model))
     attention_ops.use_causal_attention(model)
     apart = [attention_ops.keep_samples_apart(model, config.data.max_length, samples)] if samples else []
@@ -730,10 +746,14 @@ def build_run(config: Config, accelerator: Accelerator, log: checkpoint_utils.Lo
     samples = sample_counts(*blocks.values())[:window]
     learner = build_learner(config, model, plan, say, samples)
     optimizer = create_optimizer(learner.parameters, training, device, say)
+    found_config = quantization_utils.effective(config, learner.model)
+    for line in quantization_utils.edited_line(config, found_config):
+        say(f"{line}; the run's config.yaml and model card record what the model has")
     steps = training.max_steps or max(1, math.ceil(training.num_epochs * math.ceil(len(blocks["train"]) / window)))
     scheduler = create_scheduler(optimizer, training, steps)
     prints = checkpoint_utils.fingerprint(learner.model, tokenizer, blocks)
-    return Run(config, accelerator, log, tokenizer, blocks, learner, optimizer, scheduler, plan, window, steps, prints)
+    parts = accelerator, log, tokenizer, blocks, learner, optimizer, scheduler, plan, window, steps, prints
+    return Run(config, found_config, *parts)
 
 
 def describe_data(run: Run) -> None:
@@ -780,26 +800,28 @@ def evaluate_adapter(config: Config, adapter: str | None, stride: int | None) ->
     if quantization_utils.replaces_bf16(config):
         say(quantization_utils.SLOW_BF16)
     model, tokenizer = load_base(config, accelerator.device)
-    for line in quantization_utils.check_length(config.data.max_length, model.config):
+    found_config = quantization_utils.effective(config, model)
+    lines = quantization_utils.edited_line(config, found_config)
+    for line in (*lines, *quantization_utils.check_length(config.data.max_length, model.config)):
         say(line)
     rows = prepare_dataset(config, tokenizer)
     blocks = make_blocks(rows, tokenizer, config.data, config.training.seed, close=stride is None)["validation"]
     if blocks is None:
         raise ConfigError("data.validation_fraction: nothing is held out to evaluate on")
-    blocks = blocks if stride is None else data_utils.windows_of(blocks, stride)
+    dataset, blocks = blocks.dataset, blocks if stride is None else data_utils.windows_of(blocks, stride)
     if adapter is not None:
         model = quantization_utils.load_adapter(model, adapter)
     attention_ops.use_causal_attention(model)
     if samples := sample_counts(blocks)[:1]:
         attention_ops.keep_samples_apart(model, config.data.max_length, samples)
-    loss = SummedLoss(model.eval(), compute_dtype_of(config))
+    loss = SummedLoss(model.eval(), compute_dtype_of(found_config))
     names, sums = ["base"] if adapter is None else ["base", "adapter"], {}
     for name in names:
         with contextlib.nullcontext() if name == names[-1] else model.disable_adapter():
             sums[name] = block_losses(loss, blocks, accelerator, 1, tokenizer.pad_token_id).cpu()
         value = mean_loss(sums[name])
         say(f"{name:<8} loss {value:.4f} | perplexity {perplexity(value):.3f} | {counted(blocks.supervised, 'token')}")
-    result = comparison(config.data.dataset, blocks, stride, sums)
+    result = comparison(dataset, blocks, stride, sums)
     if adapter is not None:
         say(difference_line(result))
         if accelerator.is_main_process:
@@ -813,7 +835,7 @@ def execute(run: Run, request: checkpoint_utils.StopRequest) -> int:
     say, accelerator, progress = run.log.say, run.accelerator, run.progress
     if progress.step >= run.total_steps:
         say(f"nothing left to train: {run.output_dir} is at step {progress.step} of {run.total_steps}")
-    accelerator.init_trackers("qlora", config={key: str(value) for key, value in flatten(run.config).items()})
+    accelerator.init_trackers("qlora", config={key: str(value) for key, value in flatten(run.effective).items()})
     try:
         done = train(run, request)
         if done:

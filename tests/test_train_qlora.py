@@ -24,10 +24,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, get_scheduler
 
 import config as schema
+import quantization_utils
 import train_qlora
 from checkpoint_utils import checkpoints, read_checkpoint
 from config import TrainingConfig
-from data_utils import IGNORED
+from data_utils import IGNORED, PLAIN_TEMPLATE
 from evaluation import block_losses, mean_loss
 from loss_ops import SummedLoss
 from quantization_utils import (
@@ -358,27 +359,56 @@ def test_float16_overflow_skips_the_step_and_lowers_the_scale(train, watch):
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine", "constant"])
-@pytest.mark.parametrize("warmup_ratio", [0.0, 0.03, 0.5])
-@pytest.mark.parametrize("total", [1, 7, 100])
-def test_schedule_is_transformers_own(name, warmup_ratio, total):
+@pytest.mark.parametrize(("total", "warmup_ratio", "warmup"), [(1, 0.03, 1), (7, 0.0, 0), (100, 0.03, 3), (6, 0.5, 3)])
+def test_schedule_warms_up_from_the_first_step(name, total, warmup_ratio, warmup):
+    """Step k of W takes k / W; the steps after it take what transformers' own schedule gives them."""
+
     def rates(make) -> list[float]:
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2e-4)
         scheduler, found = make(optimizer), []
         for _ in range(total):
-            found.append(scheduler.get_last_lr()[0])
+            assert scheduler.get_last_lr() == [optimizer.param_groups[0]["lr"]]
+            found.append(optimizer.param_groups[0]["lr"])
             optimizer.step()
             scheduler.step()
         return found
 
     settings = TrainingConfig(lr_scheduler=name, warmup_ratio=warmup_ratio)
     mine = rates(lambda optimizer: create_scheduler(optimizer, settings, total))
-    warmup = math.ceil(warmup_ratio * total)
     theirs = "constant_with_warmup" if name == "constant" else name
-    assert mine == rates(lambda optimizer: get_scheduler(theirs, optimizer, warmup, total))
-    for step, rate in enumerate(mine):
-        done = (step - warmup) / max(1, total - warmup)
+    after = rates(lambda optimizer: get_scheduler(theirs, optimizer, warmup, total))[warmup:]
+    assert len(mine) == total and mine[warmup:] == after
+    for k, rate in enumerate(mine, 1):
+        done = (k - 1 - warmup) / max(1, total - warmup)
         shape = {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2, "constant": 1.0}[name]
-        assert rate == pytest.approx(2e-4 * (step / warmup if step < warmup else shape), abs=1e-12)
+        assert rate == pytest.approx(2e-4 * (k / warmup if k <= warmup else shape), abs=1e-12) and rate > 0
+
+
+def test_a_run_of_one_step_learns(train):
+    code, folder = train("--max_steps", 1)
+    assert code == 0 and steps_of(folder)[0]["learning_rate"] == 4e-3
+    moved = [t.abs().max() for name, t in adapter_of(folder).items() if "lora_B" in name]
+    assert all(size > 0 for size in moved)  # B begins at zero
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_resumed_run_goes_on_with_the_schedule(train, watch, monkeypatch, before):
+    """Also one that transformers' warm-up began: the steps that are left take this run's rates, which are logged."""
+    flags = ("--warmup_ratio", 0.5, "--lr_scheduler", "linear", "--logging_steps", 1, "--learning_rate", "4e-3")
+    with monkeypatch.context() as patch:
+        Watch(patch, after=stop_after(2, signal.SIGTERM))
+        if before:
+            patch.setattr(
+                train_qlora, "create_scheduler", lambda optimizer, *_: get_scheduler("linear", optimizer, 4, 8)
+            )
+        code, folder = train(*flags, "--max_steps", 8)
+    assert code == 143 and [row["step"] for row in steps_of(folder)] == [1, 2]
+    seen = watch()
+    code, folder = train(*flags, "--max_steps", 8)
+    expected = [1e-3, 2e-3, 3e-3, 4e-3, 4e-3, 3e-3, 2e-3, 1e-3]
+    assert code == 0 and seen.rates == pytest.approx(expected[2:])
+    started = [0.0, 1e-3] if before else expected[:2]
+    assert [row["learning_rate"] for row in steps_of(folder)] == pytest.approx(started + expected[2:])
 
 
 def test_logged_rate_is_the_one_of_the_step(train, watch):
@@ -386,7 +416,7 @@ def test_logged_rate_is_the_one_of_the_step(train, watch):
     flags = ("--max_steps", 5, "--logging_steps", 1, "--warmup_ratio", 0.4, "--lr_scheduler", "linear")
     code, folder = train(*flags, "--learning_rate", "3e-3")
     assert code == 0
-    expected = [0, 1.5e-3, 3e-3, 2e-3, 1e-3]
+    expected = [1.5e-3, 3e-3, 3e-3, 2e-3, 1e-3]
     assert [row["learning_rate"] for row in steps_of(folder)] == pytest.approx(expected)
     assert seen.rates == pytest.approx(expected)
 
@@ -721,6 +751,8 @@ LEFT = {
     "config.yaml",
     "metrics.jsonl",
     "README.md",
+    "tokenizer.json",
+    "tokenizer_config.json",
 }
 
 
@@ -773,6 +805,204 @@ def test_adapter_config_is_what_was_asked(train, tiny_model):
     assert (saved["r"], saved["lora_alpha"], saved["lora_dropout"]) == (8, 16.0, 0.05)
     assert set(saved["target_modules"]) == {"q_proj", "v_proj"} and saved["task_type"] == "CAUSAL_LM"
     assert saved["base_model_name_or_path"] == str(tiny_model)
+
+
+def edit_functions(monkeypatch, quantization: dict | None = None, lora: dict | None = None) -> None:
+    """Have create_bnb_config and create_lora_config return these values whatever they are asked for."""
+    bnb_config, lora_config = quantization_utils.create_bnb_config, quantization_utils.create_lora_config
+    if quantization:
+        monkeypatch.setattr(
+            quantization_utils, "create_bnb_config", lambda **asked: bnb_config(**(asked | quantization))
+        )
+    for module in (quantization_utils, train_qlora) if lora else ():
+        monkeypatch.setattr(module, "create_lora_config", lambda **asked: lora_config(**(asked | lora)))
+
+
+QUANTIZATION = {"load_in_4bit": True, "quant_type": "nf4", "compute_dtype": "bfloat16", "use_double_quant": True}
+
+
+@pytest.mark.parametrize(
+    ("quantization", "lora"),
+    [
+        ({"quant_type": "fp4", "use_double_quant": False}, {}),
+        ({"load_in_4bit": False}, {"rank": 4, "alpha": 8, "use_rslora": True}),
+        ({"compute_dtype": "float32"}, {"dropout": 0.5, "target_modules": ["v_proj", "q_proj"]}),
+        ({}, {"target_modules": "all-linear", "rank": 8}),
+        ({}, {"target_modules": r".*layers\.[01]\.mlp\.up_proj"}),
+    ],
+)
+def test_what_the_model_really_has_is_recorded(train, watch, monkeypatch, few, capsys, quantization, lora):
+    """The tutorial tells people to edit create_bnb_config and create_lora_config; config.yaml says otherwise."""
+    edit_functions(monkeypatch, quantization, lora)
+    seen = watch()
+    flags = ("--dataset", few, "--max_length", 32, "--fused_lora", "on" if not lora else "auto")
+    flags = flags if quantization.get("load_in_4bit", True) else flags[:4]
+    code, folder = train(*flags, "--max_steps", 1)
+    assert code == 0
+    printed = capsys.readouterr().out
+    assert printed.count("not as configured: ") == 1
+    found = schema.load_config(folder / "config.yaml")  # what inference reads
+    kinds = {
+        m.weight.quant_state.quant_type
+        for m in seen.session.model.modules()
+        if hasattr(m, "quant_state") and m.quant_state
+    }
+    doubles = {
+        m.weight.quant_state.nested for m in seen.session.model.modules() if hasattr(m, "quant_state") and m.quant_state
+    }
+    saved = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    assert found.quantization.load_in_4bit is bool(kinds)
+    if kinds:
+        assert (kinds, doubles) == ({found.quantization.quant_type}, {found.quantization.use_double_quant})
+    assert vars(found.quantization) == QUANTIZATION | quantization
+    assert (found.lora.rank, found.lora.alpha, found.lora.dropout) == (
+        saved["r"],
+        saved["lora_alpha"],
+        saved["lora_dropout"],
+    )
+    assert found.lora.use_rslora is saved["use_rslora"] is lora.get("use_rslora", False)
+    ranks = {p.shape[0] for name, p in seen.session.model.named_parameters() if "lora_A" in name}
+    assert ranks == {found.lora.rank} == {lora.get("rank", 16)}
+    adapted = {
+        name.split(".lora_A")[0].removeprefix("base_model.model.") for name in adapter_of(folder) if "lora_A" in name
+    }
+    named = {name for name in adapted if any(name == t or name.endswith("." + t) for t in found.lora.target_modules)}
+    assert named == adapted
+    if "mlp" in str(lora):
+        assert len(adapted) == 2
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    kind = found.quantization.quant_type
+    assert (f"in 4 bit ({kind}, " in card and f"bnb_4bit_quant_type={kind!r}" in card) is bool(kinds)
+    assert f"rank {found.lora.rank}, alpha {found.lora.alpha}, dropout {found.lora.dropout}, on " in card
+    state = read_checkpoint(folder / "checkpoint-1")[1]
+    assert state["effective"]["lora.rank"] == found.lora.rank and state["config"]["lora.rank"] == 16
+    # The same command goes on with the same edit, and says what differs without it.
+    assert train(*flags, "--max_steps", 2)[0] == 0
+    monkeypatch.undo()
+    capsys.readouterr()
+    assert train(*flags, "--max_steps", 3)[0] == 2
+    name = "quantization." + next(iter(quantization)) if quantization else "lora." + min(lora)
+    assert f"{name}: was " in capsys.readouterr().err
+
+
+def test_dropout_of_an_edited_create_lora_config_is_the_one_that_acts(train, watch, monkeypatch, few, tmp_path):
+    """As the flag of the same value: the stateless mask must not take config.yaml's."""
+    flags, first = (*FP32, "--dataset", few, "--max_length", 32, "--max_steps", 1), []
+    for edited, asked in ((0.5, 0.05), (None, 0.5), (None, 0.05)):
+        with monkeypatch.context() as patch:
+            edit_functions(patch, lora={"dropout": edited} if edited else None)
+            seen = Watch(patch)
+            assert train(*flags, "--lora.dropout", asked, output_dir=tmp_path / f"{edited}{asked}")[0] == 0
+            first.append(seen.gradients[0])
+    assert distance(first[0], first[1]) == 0 < distance(first[0], first[2])
+
+
+def test_compute_type_of_an_edited_create_bnb_config_is_the_runs(train, watch, monkeypatch, few):
+    edit_functions(monkeypatch, {"compute_dtype": "float16"})
+    seen = watch()
+    code, folder = train("--dataset", few, "--max_length", 16, "--max_steps", 1)
+    assert code == 0 and seen.session.learner.loss.dtype is torch.float16 and seen.session.learner.scaler.is_enabled()
+    assert schema.load_config(folder / "config.yaml").quantization.compute_dtype == "float16"
+
+
+def test_a_type_that_the_machine_replaced_is_recorded_as_configured(train, monkeypatch, few, capsys):
+    monkeypatch.setattr(quantization_utils, "slow_bf16", lambda: True)
+    code, folder = train("--dataset", few, "--max_length", 32, "--max_steps", 1)
+    assert code == 0 and "not as configured" not in capsys.readouterr().out
+    assert schema.load_config(folder / "config.yaml").quantization.compute_dtype == "bfloat16"
+
+
+def test_a_base_stored_in_4_bit_is_recorded_as_it_is_stored(train, tiny_model, few, tmp_path, capsys):
+    base, tokenizer = load_model_and_tokenizer(
+        str(tiny_model),
+        create_bnb_config(quant_type="fp4", use_double_quant=False, compute_dtype="float16"),
+        device="cpu",
+    )
+    base.save_pretrained(tmp_path / "stored")
+    tokenizer.save_pretrained(tmp_path / "stored")
+    flags = ("--model_name", tmp_path / "stored", "--dataset", few, "--max_length", 32, "--load_in_4bit", "false")
+    code, folder = train(*flags, *FP32, "--max_steps", 1)
+    assert code == 0 and "quantization.quant_type is fp4 (configured: nf4)" in capsys.readouterr().out
+    found = schema.load_config(folder / "config.yaml").quantization
+    assert (found.load_in_4bit, found.quant_type, found.use_double_quant) == (True, "fp4", False)
+    assert found.compute_dtype == "float32"  # the run's: only the quantisation is the stored model's own
+    assert train(*flags, *FP32, "--max_steps", 2)[0] == 0
+
+
+def test_checkpoint_from_before_the_record_goes_on(train, few, monkeypatch):
+    """It kept what was configured alone, so that an edited function must not be taken for a change."""
+    edit_functions(monkeypatch, {"quant_type": "fp4"})
+    real = train_qlora.checkpoint_utils.write_checkpoint
+
+    def write(output_dir, step, adapter, peft_config, state, keep):
+        return real(output_dir, step, adapter, peft_config, {k: v for k, v in state.items() if k != "effective"}, keep)
+
+    monkeypatch.setattr(train_qlora.checkpoint_utils, "write_checkpoint", write)
+    flags = ("--dataset", few, "--max_length", 32)
+    assert train(*flags, "--max_steps", 1)[0] == 0
+    assert train(*flags, "--max_steps", 2)[0] == 0
+
+
+TEXTS = [
+    "3 apples, 1234567 items",
+    "量化是 4 位元 12 個",
+    "<|im_start|>user\nhi<|im_end|>\n<|endoftext|>",
+    "  a\n\n b's 7don't",
+]
+
+
+def with_split(source: Path, target: Path) -> None:
+    """Write a tokenizer.json whose pre-tokenizer cuts at each letter e, as no class of transformers has it."""
+    content = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
+    split = {"type": "Split", "pattern": {"String": "e"}, "behavior": "Isolated", "invert": False}
+    content["pre_tokenizer"]["pretokenizers"].insert(0, split)
+    (target / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+@pytest.mark.parametrize("named", ["PreTrainedTokenizerFast", "GPT2Tokenizer", "Qwen2Tokenizer"])
+@pytest.mark.parametrize("template", [True, False])
+def test_tokenizer_lies_beside_the_adapter(train, watch, tiny_model, chats, tmp_path, named, template):
+    """AutoTokenizer loads what was trained with, to the id, and with the chat template that was taught."""
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    with_split(tiny_model, model)
+    settings = json.loads((model / "tokenizer_config.json").read_text(encoding="utf-8")) | {"tokenizer_class": named}
+    if not template:
+        del settings["chat_template"]
+    (model / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    seen = watch()
+    code, folder = train("--model_name", model, "--dataset", chats, "--max_steps", 1)
+    assert code == 0
+    assert {p.name for p in folder.iterdir()} == LEFT | {"checkpoint-1"} | (
+        set() if template else {"chat_template.jinja"}
+    )
+    ours, found = seen.session.tokenizer, AutoTokenizer.from_pretrained(folder)
+    for text in TEXTS:
+        assert found(text)["input_ids"] == ours(text)["input_ids"] and found.decode(ours(text)["input_ids"]) == text
+    assert (found.pad_token_id, found.eos_token_id) == (ours.pad_token_id, ours.eos_token_id)
+    assert sorted(found.all_special_ids) == sorted(ours.all_special_ids) and len(found) == len(ours)
+    chat = [{"role": "user", "content": "To be"}, {"role": "assistant", "content": "or not"}]
+    expected = ours.apply_chat_template(chat, chat_template=None if template else PLAIN_TEMPLATE)["input_ids"]
+    assert found.apply_chat_template(chat)["input_ids"] == expected
+    assert (
+        json.loads((folder / "tokenizer_config.json").read_text("utf-8"))["tokenizer_class"]
+        == "PreTrainedTokenizerFast"
+    )
+    content = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    assert content["truncation"] is None and content["padding"] is None
+
+
+def test_named_class_would_lose_the_pre_tokenizer(tiny_model, tmp_path):
+    """What the test above guards against is real: a copy of the files does not load as the same tokenizer."""
+    with_split(tiny_model, tmp_path)
+    settings = json.loads((tiny_model / "tokenizer_config.json").read_text(encoding="utf-8"))
+    lost = []
+    for named in ("GPT2Tokenizer", "Qwen2Tokenizer"):
+        (tmp_path / "tokenizer_config.json").write_text(
+            json.dumps(settings | {"tokenizer_class": named}), encoding="utf-8"
+        )
+        exact, copied = quantization_utils.load_tokenizer(str(tmp_path)), AutoTokenizer.from_pretrained(tmp_path)
+        lost.append([exact(text)["input_ids"] != copied(text)["input_ids"] for text in TEXTS])
+    assert any(map(any, lost))
 
 
 def test_flags_of_the_tutorial(few, tmp_path, capsys, monkeypatch):
@@ -872,6 +1102,120 @@ def test_tutorials_own_prepare_dataset_trains(train, watch, few, monkeypatch, pa
         assert expected < len(ids) <= expected + len(rows)
 
 
+PASTED = """
+def prepare_dataset(config, tokenizer):
+    dataset = load_dataset({kind!r}, data_files={files!r})
+
+    def tokenize(examples):
+        out = tokenizer(examples["text"], truncation=True, max_length=config["data"]["max_length"], padding="max_length")
+        {labels}
+        return out
+
+    return dataset.map(tokenize, batched=True)
+"""
+# As people write it: the first five tokens are the prompt, and pads are masked too.
+MASKED = "out['labels'] = [[t if i >= 5 and m else -100 for i, (t, m) in enumerate(zip(*row))] for row in zip(out['input_ids'], out['attention_mask'])]"
+COPIED = "out['labels'] = [list(row) for row in out['input_ids']]"
+
+
+@pytest.fixture
+def paste(monkeypatch, few, tmp_path) -> Callable[..., Callable]:
+    """A function that puts the tutorial's text in the place of train_qlora.prepare_dataset and returns what it makes."""
+    lines = [line for line in few.read_text(encoding="utf-8").splitlines() if line.strip()]
+    frame = datasets.Dataset.from_dict({"text": lines, "title": ["a play"] * len(lines)})
+
+    def put(kind: str = "csv", splits: tuple[str, ...] = ("train",), labels: str = "pass") -> Callable:
+        files = {}
+        for split in splits:
+            files[split] = str(tmp_path / f"{split}.{kind}")
+            if kind == "text":
+                Path(files[split]).write_text("\n".join(lines), encoding="utf-8")
+            else:
+                getattr(frame, f"to_{kind}")(files[split])
+        monkeypatch.setattr(train_qlora, "prepare_dataset", None)  # put back at the end
+        exec(PASTED.format(kind=kind, files=files, labels=labels), vars(train_qlora))
+        return train_qlora.prepare_dataset
+
+    return put
+
+
+def blocks_as_samples(blocks) -> list[tuple[list[int], list[int]]]:
+    """The tokens and labels of each sample in blocks, found by the positions that begin anew."""
+    found = []
+    for number in range(len(blocks)):
+        ids, labels, *positions = blocks[number].tolist()
+        starts = [i for i, p in enumerate(positions[0]) if p == 0] if positions else [0]
+        found += [(ids[a:b], labels[a:b]) for a, b in itertools.pairwise([*starts, len(ids)])]
+    return found
+
+
+@pytest.mark.parametrize("labels", ["pass", COPIED])
+@pytest.mark.parametrize(
+    "kind, splits, packing",
+    [("csv", ("train",), "true"), ("text", ("train", "validation", "test"), "false"), ("json", ("train",), "false")],
+)
+def test_pasted_function_makes_documents(train, watch, paste, capsys, kind, splits, packing, labels):
+    """config.yaml names Wikitext, whose rows are lines; that was not read. Labels that mask nothing change nothing."""
+    function, seen = paste(kind, splits, labels), watch()
+    code, folder = train("--dataset", "Salesforce/wikitext", "--packing", packing, "--max_length", 32)
+    assert code == 0
+    blocks, tokenizer, printed = seen.session.blocks, seen.session.tokenizer, capsys.readouterr().out
+    rows = [
+        [t for t, m in zip(r["input_ids"], r["attention_mask"], strict=True) if m]
+        for r in function(seen.session.config, tokenizer)["train"]
+    ]
+    end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    parts = [blocks["train"]] if "validation" in splits else list(blocks.values())
+    documents = []
+    for part in parts:
+        stream = list(itertools.chain(*(part[i].tolist() for i in range(len(part)))))
+        stream += [end] * (stream[-1] != end)  # a lonely last one predicts nothing
+        cuts = [i + 1 for i, token in enumerate(stream) if token == end]
+        documents += [stream[a : b - 1] for a, b in itertools.pairwise([0, *cuts])]
+        assert part.documents == part.rows == len(cuts)
+    assert sorted(documents) == sorted(rows) and len(rows) > 20
+    assert "read as rows of prepare_dataset of train_qlora.py, each a document" in printed
+    assert ("not used: the split test of prepare_dataset" in printed) is ("test" in splits)
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "| data | prepare_dataset of train_qlora.py: " in card and "wikitext" not in card.lower()
+    assert main(["--evaluate", "--adapter", str(folder)]) == 0
+    result = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    assert result["dataset"] == "prepare_dataset of train_qlora.py"
+
+
+@pytest.mark.parametrize("packing", ["true", "false"])
+@pytest.mark.parametrize("rows", ["auto", "lines"])
+def test_pasted_functions_labels_are_learned(train, watch, paste, capsys, packing, rows):
+    function, seen = paste("csv", ("train", "validation"), MASKED), watch()
+    flags = ("--dataset", "Salesforce/wikitext", "--packing", packing, "--rows", rows, "--max_length", 32)
+    code, folder = train(*flags, *EPOCHS, 1)
+    assert code == 0
+    expected, learned = [], 0
+    for row in function(seen.session.config, seen.session.tokenizer)["train"]:
+        real = [i for i, m in enumerate(row["attention_mask"]) if m]
+        if len(real) > 5:  # else nothing in it is learned
+            expected.append(([row["input_ids"][i] for i in real], [row["labels"][i] for i in real]))
+            learned += len(real) - 5
+    assert sorted(blocks_as_samples(seen.session.blocks["train"])) == sorted(expected) and len(expected) > 20
+    assert steps_of(folder)[-1]["tokens"] == learned
+    assert (
+        "prepare_dataset of train_qlora.py, each a sample whose labels say what is learned" in capsys.readouterr().out
+    )
+
+
+def test_places_of_pasted_rows_name_no_file_that_was_not_read(train, watch, paste, few, capsys):
+    paste()
+
+    def break_it(session, number):
+        session.learner.parameters[1].data.fill_(math.inf)
+
+    watch(before=break_it)
+    assert train("--dataset", few, "--max_length", 32)[0] == 1
+    printed = capsys.readouterr().out
+    assert re.search(r"look at its blocks: \d+ \(prepare_dataset of train_qlora.py rows? \d+", printed)
+    assert few.name not in printed[printed.index("look at its blocks") :]
+
+
 def test_prepare_dataset_without_a_train_split_is_one_line(train, few, monkeypatch, capsys):
     monkeypatch.setattr(train_qlora, "prepare_dataset", tutorials_prepare_dataset({"test": str(few)}))
     assert train()[0] == 2
@@ -879,9 +1223,9 @@ def test_prepare_dataset_without_a_train_split_is_one_line(train, few, monkeypat
 
 
 @pytest.mark.parametrize("targets", ["all-linear", "[lm_head, q_proj]"])
-def test_other_targets_train_and_come_back(train, tiny_model, targets):
+def test_other_targets_train_and_come_back(train, tiny_model, targets, capsys):
     code, folder = train(*FP32, "--target_modules", targets)
-    assert code == 0
+    assert code == 0 and "not as configured" not in capsys.readouterr().out
     model = load_adapter(load(tiny_model, adapter=False), folder)
     last = evaluations_of(folder)[-1]["eval_loss"]
     assert main(["--evaluate", "--adapter", str(folder)]) == 0
