@@ -21,6 +21,8 @@ from config import (
     before_heavy_imports,
     build_parser,
     load_config,
+    missing_model,
+    not_utf8,
     parse_arguments,
     reader_gone,
     report,
@@ -62,10 +64,15 @@ def read_prompts(path: Path) -> list[Prompt]:
     if read is None:
         raise ConfigError(f"--prompts: expected a .txt or .jsonl file, got {path}")
     where, prompts = str(path), []
-    try:  # utf-8-sig: Windows' editors begin a file with a byte order mark
+    try:
+        if problem := not_utf8(path):
+            raise ConfigError(f"--prompts: cannot read {path}: {problem}")
+        # utf-8-sig: Windows' editors begin a file with a byte order mark
         for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
             where = f"{path}, line {number}"
             prompts += [read(line)] if line.strip() else []
+    except ConfigError:
+        raise
     except (OSError, ValueError) as error:
         raise ConfigError(f"--prompts: {where}: {error}") from None
     if not prompts:
@@ -152,7 +159,10 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     given, beside = [Path(options.config)] if options.config else [], [Path(__file__).with_name("config.yaml")]
     options.adapter = find_adapter(options.adapter, given or beside, overrides)
     own = left_by_run(options.adapter, "config.yaml") if options.adapter else []
-    return options, load_config(own + given or beside, overrides)
+    config = load_config(own + given or beside, overrides)
+    if problems := missing_model(config.model.name):
+        raise ConfigError(*problems)
+    return options, config
 
 
 if __name__ == "__main__":  # --help and every error in options and configuration answer before torch is imported
