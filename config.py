@@ -8,11 +8,13 @@ A value travels  schema default < config file(s) < flag,  through one strict coe
 from __future__ import annotations
 
 import argparse
+import codecs
 import contextlib
 import copy
 import dataclasses
 import difflib
 import functools
+import json
 import logging
 import math
 import operator
@@ -427,7 +429,9 @@ def read_yaml(path: Path) -> dict:
         tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a SafeLoader: nothing in the file is executed
     except FileNotFoundError:
         raise ConfigError(f"--config: no such file: {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError:
+        raise ConfigError(f"--config: cannot read {path}: {not_utf8(path)}") from None
+    except OSError as error:
         raise ConfigError(f"--config: cannot read {path} as UTF-8 text: {error}".replace("\n", " ")) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
@@ -774,3 +778,132 @@ def reader_gone(last: str = "") -> bool:
     except OSError:  # a full disk, say, of which Python tells as it ends
         pass
     return False
+
+
+# ------------------------------------------------------------------------------------------------ what files hold
+
+MODEL_PARTS = ("config.json", "tokenizer.json", "safetensors weights")
+# Any of these can be made into a tokenizer; tokenizer_config.json alone cannot.
+TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json", "tokenization_*.py")
+
+
+def missing_model(name: str, parts: Sequence[str] = MODEL_PARTS) -> list[str]:
+    """Return the problem of a model.name that is a file, or a folder without these parts of a model, in a list, or none.
+
+    It looks at names of files alone, so that it can answer before torch is imported. A hub id has no problem here.
+    """
+    path = Path(name)
+    if path.suffix.lower() == ".gguf":
+        return [
+            f"model.name: GGUF files are not read, got {name}; give the original model in safetensors (its hub id or folder)"
+        ]
+    if path.is_file():
+        return [f"model.name: expected a hub id or a model's folder, got the file {name}; its folder is {path.parent}"]
+    if not path.is_dir():
+        return []
+    if (path / "adapter_config.json").is_file():
+        return [
+            f"model.name: {name} holds an adapter, not a model: give it as --adapter, and its base {_base_of(path)}as model.name"
+        ]
+    found = {
+        "config.json": (path / "config.json").is_file(),
+        "tokenizer.json": any(any(path.glob(pattern)) for pattern in TOKENIZER_FILES),
+        "safetensors weights": any(path.glob("*.safetensors")) or (path / "model.safetensors.index.json").is_file(),
+    }
+    lacking = [part for part in parts if not found[part]]
+    if not lacking:
+        return []
+    listed = " and ".join(filter(None, [", ".join(lacking[:-1]), lacking[-1]]))
+    return [f"model.name: {name} has no {listed}{_found_instead(path, found)}"]
+
+
+def _base_of(adapter: Path) -> str:
+    """Return the base that an adapter's folder names, and a space; nothing where it names none."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        base = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+        return f"({base}) " if base else ""
+    return ""
+
+
+def _found_instead(path: Path, found: dict[str, bool]) -> str:
+    """Return what a folder that lacks a part of a model seems to be, or nothing."""
+    inside = [child.parent for pattern in ("*/config.json", "snapshots/*/config.json") for child in path.glob(pattern)]
+    files = [file.suffix.lower() for file in path.iterdir()]
+    if ".gguf" in files:
+        return "; GGUF files are not read: give the original model in safetensors (its hub id or folder)"
+    if not any(found.values()) and inside:
+        return f"; did you mean {inside[0]}?"
+    if not any(found.values()) and set(files) & set(DATA_FILES):
+        return "; it looks like data, which belongs to data.dataset"
+    if not found["safetensors weights"] and {".bin", ".pt", ".pth"} & set(files):
+        return " (pickled weights are not loaded)"
+    return "" if files else " (the folder is empty)"
+
+
+# What a legacy encoding's most frequent characters begin with: (its name, Python's codec, first bytes, least second byte).
+# They are the punctuation, the kana and the more frequent half of the ideographs, as each standard orders them.
+LEGACY = (
+    ("Big5", "cp950", (*range(0xA1, 0xC7),), 0x40),
+    ("GBK", "gbk", (*range(0xA1, 0xA4), *range(0xB0, 0xD8)), 0xA1),
+    ("Shift-JIS", "cp932", (*range(0x81, 0x84), *range(0x88, 0x98)), 0x40),
+    ("EUC-JP", "euc_jp", (0xA1, 0xA4, 0xA5, *range(0xB0, 0xD0)), 0xA1),
+    ("EUC-KR", "cp949", (0xA1, *range(0xB0, 0xC9)), 0xA1),
+)
+
+
+def looks_like(sample: bytes) -> str | None:
+    """Return the encoding that a text which is not UTF-8 seems to be saved in, or None."""
+    if sample.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or _is_utf16(sample):
+        return "UTF-16"
+    if b"\0" in sample:
+        return "binary data, not text"
+    high = re.findall(rb"[\x80-\xff]", sample)
+    alone = re.findall(rb"(?<![\x80-\xff])[\x80-\xff](?![\x80-\xff])", sample)
+    shares = {name: _frequent_share(sample, *how) for name, *how in LEGACY}
+    # Hangul begins with the same bytes as Chinese, but with fewer of them: where both fit a longer text, it is Hangul.
+    best = max(shares, key=lambda name: (round(shares[name], 2), name == "EUC-KR" and len(high) >= 16))
+    # Accented letters of a Western text stand alone among ASCII ones, or are letters without a doubt.
+    if len(alone) > max(0.5, shares[best]) * len(high) or (shares[best] < 0.7 and min(high) >= b"\xc0"):
+        return "Latin-1 or cp1252 (Western)"
+    return best if shares[best] >= 0.7 else None
+
+
+def _frequent_share(sample: bytes, codec: str, leads: Sequence[int], least: int) -> float:
+    """Return which share of the characters beyond ASCII are a legacy encoding's frequent ones; 0 where it cannot be."""
+    try:
+        text = codecs.getincrementaldecoder(codec)().decode(sample)
+    except UnicodeDecodeError:
+        return 0.0
+    pairs = [char.encode(codec) for char in text if ord(char) > 127]
+    return sum(len(pair) == 2 and pair[0] in leads and pair[1] >= least for pair in pairs) / max(len(pairs), 1)
+
+
+def _is_utf16(sample: bytes) -> bool:
+    """Return whether bytes without a mark are UTF-16: read so, they are ASCII, ideographs, kana and Hangul."""
+    for codec in ("utf-16-le", "utf-16-be") if b"\0" in sample else ():
+        text = sample[: len(sample) // 2 * 2].decode(codec, "replace")
+        usual = re.findall("[\t\n\r -~\u00a0-\u017f\u2010-\u2027\u3000-\u9fff\uac00-\ud7a3\uff01-\uff5e]", text)
+        if len(usual) > 0.9 * len(text):
+            return True
+    return False
+
+
+def not_utf8(path: str | Path) -> str | None:
+    """Return in which line a text file is not UTF-8, what it looks like and what to do; None if all of it is UTF-8."""
+    with open(path, "rb") as file:
+        done, sample = 0, file.read(2**16)
+        if not _is_utf16(sample):  # ASCII in UTF-16 without a mark would pass for UTF-8 with zeros in it
+            file.seek(0)
+            while True:
+                block = b"".join(file.readlines(2**22))  # whole lines: none of them ends inside a character
+                try:
+                    block.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    start = block.rfind(b"\n", 0, error.start) + 1
+                    done, sample = done + block.count(b"\n", 0, error.start), block[start : start + 2**16]
+                    break
+                if not block:
+                    return None
+                done += block.count(b"\n")
+    guess = looks_like(sample)
+    return f"line {done + 1} is not UTF-8{f': it looks like {guess}' if guess else ''}; save the file as UTF-8"

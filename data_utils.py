@@ -38,7 +38,8 @@ from datasets.fingerprint import Hasher
 from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from config import ConfigError, DataConfig, counted, missing_data
+from config import ConfigError, DataConfig, counted, missing_data, not_utf8
+from quantization_utils import cache_problem, hub_problem
 
 BUILDERS = {".txt": "text", ".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 # Wikitext marks an article by " = Title = " and its sections by " = = Title = = ".
@@ -96,16 +97,20 @@ def content_digest(files: dict[str, list[str]]) -> str:
     return digest.hexdigest()[:32]
 
 
+def check_encoding(files: dict[str, list[str]]) -> None:
+    """Refuse files of text that are not UTF-8; Parquet has no encoding of its own to choose."""
+    for name in itertools.chain(*files.values()):
+        if BUILDERS[Path(name).suffix.lower()] != "parquet" and (problem := not_utf8(name)):
+            raise ConfigError(f"data.dataset: cannot read {name}: {problem}")
+
+
 def unreadable(error: Exception, dataset: str, local: bool) -> ConfigError:
     """Return the error that says in one line why datasets could not load a data set."""
+    if known := cache_problem(error) or (None if local else hub_problem("data.dataset", dataset, error)):
+        return known
     cause = error.__cause__ or error
     if isinstance(cause, StopIteration) or any(words in str(cause) for words in NO_ROWS):
         return ConfigError(f"data.dataset: {dataset} has no rows")
-    if not local and not isinstance(error, ValueError):
-        return ConfigError(
-            f"data.dataset: cannot get {dataset} from the hub ({type(cause).__name__}); give a local file or folder, "
-            "point HF_HOME at a cache that has it, or try --config tiny/config.yaml"
-        )
     kind, lines = type(cause).__name__, str(cause).strip().splitlines()
     return ConfigError(f"data.dataset: cannot read {dataset}: {kind}: {lines[0][:300] if lines else kind}")
 
@@ -121,10 +126,13 @@ def load_rows(data: DataConfig) -> DatasetDict:
             loaded = datasets.load_dataset(data.dataset, data.dataset_config)
         else:
             builder, files = local
+            check_encoding(files)
             patterns = {split: [glob.escape(name) for name in names] for split, names in files.items()}
             loaded = datasets.load_dataset(
                 builder, content_digest(files), data_files=patterns, **OPTIONS.get(builder, {})
             )
+    except ConfigError:
+        raise
     except (DatasetsError, OSError, ValueError, RecursionError, StopIteration, pa.ArrowException) as error:
         raise unreadable(error, data.dataset, local is not None) from None
     only = next(iter(loaded)) if local is not None and len(loaded) == 1 else data.train_split
@@ -944,17 +952,43 @@ def untrained_chat_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizer
     ]
 
 
+HALF = "\ufffd"  # what a tokenizer makes of tokens that hold only a part of a character
+
+
+def whole_characters(
+    ids: np.ndarray, learned: np.ndarray, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[bool, str]]:
+    """Yield (learned, text) for each run of tokens that are learned, or are not; a character whose tokens are of two
+    runs belongs to the first.
+    """
+    start = 0
+    while start < len(ids):
+        stop = start + 1
+        while stop < len(ids) and learned[stop] == learned[start]:
+            stop += 1
+        text = tokenizer.decode(ids[start:stop])
+        whole = text.rstrip(HALF)
+        for longer in range(stop + 1, min(stop + 4, len(ids) + 1)) if whole != text else ():  # of at most 4 bytes
+            more = tokenizer.decode(ids[start:longer])
+            if len(more) == len(whole) + 1 and not more.endswith(HALF):
+                stop, whole = longer, more
+                break
+        yield bool(learned[start]), whole
+        start = stop
+
+
 def show_block(block: np.ndarray, tokenizer: PreTrainedTokenizerBase, most: int = 80) -> str:
     """Return a block's start decoded in one line, what is learned between [[ and ]], each part cut to `most`
-    characters.
+    characters; what is left of a character that a block cuts is not shown.
     """
-    if block.ndim == 1:
-        return tokenizer.decode(block[:40]).replace("\n", "\\n") + " …"
+    ids, learned = (block[:40], np.zeros(40, bool)) if block.ndim == 1 else (block[0], block[1] != IGNORED)
     shown = ""
-    for learned, places in itertools.groupby(range(block.shape[1]), key=lambda i: block[1, i] != IGNORED):
-        text = tokenizer.decode(block[0, list(places)]).replace("\n", "\\n")
+    for marked, text in whole_characters(ids, learned, tokenizer):
+        text = text.replace("\n", "\\n") if shown else text.lstrip(HALF).replace("\n", "\\n")
+        if block.ndim == 1:
+            return text + " …"
         text = text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 2 :]}"
-        shown += f"[[{text}]]" if learned else text
+        shown += f"[[{text}]]" if marked else text
         if len(shown) > 5 * most:
             return shown + " …"
     return shown

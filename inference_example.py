@@ -22,6 +22,8 @@ from config import (
     build_parser,
     counted,
     load_config,
+    missing_model,
+    not_utf8,
     parse_arguments,
     reader_gone,
     report,
@@ -69,10 +71,15 @@ def read_prompts(path: Path) -> list[Prompt]:
     if read is None:
         raise ConfigError(f"--prompts: expected a .txt or .jsonl file, got {path}")
     where, prompts = str(path), []
-    try:  # utf-8-sig: Windows' editors begin a file with a byte order mark
+    try:
+        if problem := not_utf8(path):
+            raise ConfigError(f"--prompts: cannot read {path}: {problem}")
+        # utf-8-sig: Windows' editors begin a file with a byte order mark
         for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
             where = f"{path}, line {number}"
             prompts += [read(line)] if line.strip() else []
+    except ConfigError:
+        raise
     except (OSError, ValueError) as error:
         raise ConfigError(f"--prompts: {where}: {error}") from None
     if not prompts:
@@ -160,6 +167,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     if options.seed is not None:
         overrides["training.seed"] = options.seed
     config, options.notes = config_with_adapter(options.adapter, given, beside, overrides)
+    if problems := missing_model(config.model.name):
+        raise ConfigError(*problems)
     return options, config
 
 

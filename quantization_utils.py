@@ -2,35 +2,80 @@
 
 Shared by training and inference.
 
-python quantization_utils.py     checks the installation: a line for each thing that training needs; exit 1 if one fails
+python quantization_utils.py     checks the installation: it imports what a run imports and trains two layers for a step;
+                                 a line for each thing, exit 1 if training cannot run
 """
 
+import contextlib
 import dataclasses
+import errno
 import functools
+import importlib
 import json
 import logging
+import math
 import os
 import platform
 import re
 import shutil
 import sys
+import tempfile
 import time
 import warnings
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
-from config import LEAVES, Config, ConfigError, LoraSettings, before_heavy_imports, flatten, is_hub_id
+# What a run imports; the scripts import all of the project.
+MODULES = ("yaml", "config", "torch", "bitsandbytes", "transformers", "peft", "datasets", "accelerate")
+MODULES += ("matplotlib.pyplot", "train_qlora", "inference_example")
 
-if __name__ == "__main__":
-    before_heavy_imports()
+
+def import_failures(modules: tuple[str, ...] = MODULES) -> list[str]:
+    """Return a line for each module that cannot be imported, with the reason, each reason once."""
+    lines, reasons = [], set()
+    for name in modules:
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # a broken package raises anything: ImportError, OSError of a library, SyntaxError
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            if reason not in reasons:
+                lines.append(f"import {name}: fails: {reason}")
+            reasons.add(reason)
+    return lines
+
+
+CANNOT_RUN = "training cannot run here: see the lines above"
+
+if __name__ == "__main__":  # before this file's own imports, of which any may be what is broken
+    failures = import_failures(MODULES[:2])
+    if not failures:
+        with contextlib.suppress(Exception):  # what fails in it fails again below, where it has a name
+            importlib.import_module("config").before_heavy_imports()
+        failures = import_failures()
+    if failures:
+        print(*failures, CANNOT_RUN, sep="\n")
+        sys.exit(1)
 
 import bitsandbytes as bnb
+import numpy as np
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    StrictDataclassError,
+)
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer, models
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -44,6 +89,20 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.utils import cached_file
+
+from config import (
+    LEAVES,
+    Config,
+    ConfigError,
+    DataConfig,
+    LoraSettings,
+    ModelConfig,
+    PerformanceConfig,
+    TrainingConfig,
+    flatten,
+    is_hub_id,
+    missing_model,
+)
 
 DEFAULT_TARGETS = LoraSettings().target_modules
 
@@ -141,16 +200,106 @@ def create_lora_config(
 # ------------------------------------------------------------------------------------------------ loading
 
 
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and, one after the other, those that it was raised from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def cache_problem(error: BaseException) -> ConfigError | None:
+    """Return the line on a cache of Hugging Face's that cannot be written, or None where the error is another."""
+    folders = {"HF_HOME": constants.HF_HOME, "HF_HUB_CACHE": constants.HF_HUB_CACHE}
+    folders["HF_DATASETS_CACHE"] = os.environ.get("HF_DATASETS_CACHE", os.path.join(constants.HF_HOME, "datasets"))
+    for cause in causes(error):
+        if not isinstance(cause, OSError) or cause.errno not in UNWRITABLE:
+            continue
+        place = os.path.abspath(os.fsdecode(cause.filename or constants.HF_HOME))
+        for name, folder in sorted(folders.items(), key=lambda item: -len(item[1])):  # the innermost one
+            folder = os.path.abspath(os.path.expanduser(folder))
+            # makedirs names the first folder that it cannot make, which may lie above the cache.
+            if os.path.commonpath([place, folder]) in (place, folder):
+                name = name if name in os.environ else "HF_HOME"
+                return ConfigError(
+                    f"{name}: cannot write in {folder}: {cause.strerror}; set {name} to a folder that you can write"
+                )
+    return None
+
+
+def hub_problem(setting: str, name: str, error: BaseException) -> ConfigError | None:
+    """Return the line on what the hub does not give: gated, missing, without that revision or out of reach; or None.
+
+    setting: model.name or data.dataset, whose value `name` is.
+    """
+    kind, path = ("data set", "datasets/") if setting == "data.dataset" else ("model", "")
+    if type(error).__name__ == "DatasetNotFoundError":  # datasets drops what it came from: the same request again
+        try:
+            get_hf_file_metadata(hf_hub_url(name, "README.md", repo_type="dataset"), timeout=10)
+        except (OSError, ValueError) as reason:
+            error = reason if isinstance(reason, HfHubHTTPError) else error
+    found = list(causes(error))
+
+    def first(*types: type[BaseException]) -> Any:
+        return next((cause for cause in found if isinstance(cause, types)), None)
+
+    if first(GatedRepoError):
+        page = f"{constants.ENDPOINT}/{path}{name}"
+        return ConfigError(
+            f"{setting}: {name} is gated on the hub: ask for access on {page}, then log in with `hf auth login` or set "
+            "HF_TOKEN to a token of that account"
+        )
+    if revision := first(RevisionNotFoundError):
+        asked = re.search(r"/resolve/([^/]+)/", str(revision.response.url))
+        asked = f" {unquote(asked[1])!r}" if asked else ""
+        return ConfigError(f"model.revision: the hub has {name}, but no branch, tag or commit{asked} of it")
+    if first(RepositoryNotFoundError) or type(error).__name__ == "DatasetNotFoundError":
+        return ConfigError(
+            f"{setting}: the hub has no {kind} {name}, or a private one: check the spelling (owner/name); for a private "
+            "one log in with `hf auth login` or set HF_TOKEN"
+        )
+    answer, entry = first(HfHubHTTPError), first(EntryNotFoundError)
+    unreachable = first(ConnectionError, TimeoutError, LocalEntryNotFoundError)
+    if entry and not unreachable:
+        return ConfigError(f"{setting}: {name} on the hub lacks a file: {' '.join(str(entry).split())[:200]}")
+    if not (answer or unreachable):
+        return None
+    why = f"no connection to {constants.ENDPOINT} ({type(found[-1]).__name__})"
+    if answer:
+        why = f"{constants.ENDPOINT} answers {answer.response.status_code} {answer.response.reason_phrase}"
+    if constants.HF_HUB_OFFLINE:
+        why = f"HF_HUB_OFFLINE is set and the cache in {constants.HF_HOME} does not have it"
+    local = "a local file or folder" if path else "a local folder"
+    return ConfigError(
+        f"{setting}: cannot get {name} from the hub: {why}; give {local}, point HF_HOME at a cache that has it, or try "
+        "--config tiny/config.yaml"
+    )
+
+
+def check_repository(model_name: str, revision: str | None) -> None:
+    """Refuse a model of the hub that is out of reach, or is none that transformers reads; a local folder is fine here.
+
+    One request, since every other file would wait as long for a hub that does not answer.
+    """
+    if os.path.isdir(model_name) or not is_hub_id(model_name):
+        return
+    if cached_file(model_name, "config.json", revision=revision) is None:
+        adapter = cached_file(model_name, "adapter_config.json", revision=revision, **QUIETLY)
+        what = "it holds an adapter, whose base belongs here" if adapter else "is it in another format, such as GGUF?"
+        raise ConfigError(f"model.name: {model_name} on the hub has no config.json: {what}")
+
+
 def cannot_load(model_name: str, error: Exception) -> ConfigError:
     """Return the one line that says why a model or tokenizer did not load and what to do."""
     text = " ".join(str(error).split())
+    if known := cache_problem(error):
+        return known
     if not Path(model_name).exists():
         if not is_hub_id(model_name):
             return ConfigError(f"model.name: no such folder: {model_name}")
-        return ConfigError(
-            f"model.name: cannot get {model_name} from the hub ({type(error).__name__}); check the name and the "
-            "network, give a local folder, point HF_HOME at a cache that has it, or try --config tiny/config.yaml"
-        )
+        if known := hub_problem("model.name", model_name, error):
+            return known
+    if problems := missing_model(model_name, ("config.json",)):
+        return ConfigError(*problems)
     if match := re.match(r"(\w+) does not support an attention implementation", text):
         return ConfigError(f"model.attn_implementation: {match[1]} has no sdpa or flash attention here; use eager")
     if "safetensors" in text and "no file named" in text:
@@ -160,6 +309,8 @@ def cannot_load(model_name: str, error: Exception) -> ConfigError:
     return ConfigError(f"model.name: cannot load {model_name}: {type(error).__name__}: {text[:300]}")
 
 
+QUIETLY = {"_raise_exceptions_for_missing_entries": False}  # None for a file that a model has not
+UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOSPC}
 # What transformers, safetensors and huggingface_hub raise for a name, a file or a network that is not as it should be.
 LOADING_ERRORS = (OSError, ValueError, KeyError, AttributeError, ImportError, RuntimeError, TypeError)
 LOADING_ERRORS += (StrictDataclassError, SafetensorError, IndexError, ArithmeticError)
@@ -173,13 +324,16 @@ def load_tokenizer(
     Where there is a tokenizer.json it is taken as it is: tokenizer_class GPT2Tokenizer loses a pre-tokenizer (the
     digits of SmolLM2).
     """
+    if problems := missing_model(model_name, ("tokenizer.json",)):
+        raise ConfigError(*problems)
     try:
-        exact = cached_file(
-            model_name, "tokenizer.json", revision=revision, _raise_exceptions_for_missing_entries=False
-        )
+        check_repository(model_name, revision)
+        exact = cached_file(model_name, "tokenizer.json", revision=revision, **QUIETLY)
         cls = AutoTokenizer if exact is None or trust_remote_code else PreTrainedTokenizerFast
         arguments = {"trust_remote_code": trust_remote_code} if cls is AutoTokenizer else {}
         tokenizer = cls.from_pretrained(model_name, revision=revision, **arguments)
+    except ConfigError:
+        raise
     except LOADING_ERRORS as error:
         raise cannot_load(model_name, error) from None
     except Exception as error:  # the tokenizers library raises a plain Exception for a corrupt tokenizer.json
@@ -207,7 +361,7 @@ def stored_in_4bit(model_config: PretrainedConfig, model_name: str) -> bool:
 def check_index(model_name: str, revision: str | None) -> None:
     """Refuse an index of weights that names files outside of the model's folder, which transformers would open."""
     name = "model.safetensors.index.json"
-    path = cached_file(model_name, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+    path = cached_file(model_name, name, revision=revision, **QUIETLY)
     shards = json.loads(Path(path).read_text(encoding="utf-8"))["weight_map"].values() if path is not None else ()
     for shard in shards:
         if Path(shard).name != shard or "\\" in shard:
@@ -232,6 +386,8 @@ def load_model_and_tokenizer(
     device = torch.device(device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
     dtype = bnb_config.bnb_4bit_compute_dtype if bnb_config else usable_dtype(compute_dtype)
     source = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if problems := missing_model(model_name):
+        raise ConfigError(*problems)
     tokenizer = load_tokenizer(model_name, **source)
     try:
         check_index(model_name, revision)
@@ -553,9 +709,72 @@ def check_nf4(device: torch.device) -> float:
     return ((product - reference).norm() / reference.norm()).item()
 
 
-def _hub_line() -> str:
-    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+def write_random_model(folder: Path) -> None:
+    """Write a random Qwen2 of two layers and its tokenizer, of 512 words, into a folder."""
+    words = {f"w{i}": i for i in range(512)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w1", pad_token="w2").save_pretrained(folder)
+    # At 256 x rank 16 an adapter matrix is just large enough for bitsandbytes' 8-bit states.
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.Qwen2Config(vocab_size=len(words), num_key_value_heads=2, **sizes)
+    transformers.Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
 
+
+def check_step(device: torch.device, performance: PerformanceConfig) -> tuple[float, float, str]:
+    """Train two 4-bit layers for one optimizer step, by the functions of a run; return the loss before and after it,
+    and the line on the fast path.
+    """
+    train, memory, data = map(importlib.import_module, ("train_qlora", "memory_utils", "data_utils"))
+    training = TrainingConfig(batch_size=2, gradient_accumulation_steps=1, learning_rate=1e-2)
+    lines: list[str] = []
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Windows keeps mapped weights open
+        write_random_model(Path(folder))
+        config = Config(
+            ModelConfig(name=folder), data=DataConfig(max_length=64), training=training, performance=performance
+        )
+        model, tokenizer = load_base(config, device)
+        learner = train.build_learner(config, model, memory.unplanned(config, 2, layers=2), lines.append)
+        optimizer = train.create_optimizer(learner.parameters, training, device, lines.append)
+        blocks = list(torch.randint(512, (2, 64), generator=torch.Generator().manual_seed(0)).numpy())
+        batch, tokens, places = next(data.batches(blocks, np.arange(2), 2, tokenizer.pad_token_id, device))
+        losses = []
+        for step in range(2):
+            learner.model.train()
+            learner.zero_gradients()
+            losses.append(learner.micro_step(step, torch.from_numpy(places), batch).item() / tokens)
+            learner.scaler.unscale_(optimizer)
+            torch._foreach_mul_([parameter.grad for parameter in learner.parameters], 1 / tokens)
+            learner.scaler.step(optimizer)
+            learner.scaler.update()
+        del model, learner, optimizer
+    memory.let_go()
+    return *losses, next(line for line in lines if line.startswith("fast path: "))
+
+
+def step_lines(device: torch.device) -> tuple[list[str], bool]:
+    """Return the lines on training two layers, plainly and on the fast path, and whether both learn."""
+    off = PerformanceConfig(fused_lora="off", compile="off", cuda_graphs="off")
+    # A GPU takes what a run would; a CPU is not made to wait for a compiler, which its runs don't use either.
+    fast = PerformanceConfig() if device.type == "cuda" else dataclasses.replace(off, fused_lora="on")
+    lines, good = [], True
+    for performance in (off, fast):
+        name = "plain" if performance is off else "fast path"
+        start = time.perf_counter()
+        try:
+            before, after, path = check_step(device, performance)
+            fine = math.isfinite(before) and after < before
+            said = path.split(" | ")[0] if performance is fast else "plain"
+            verdict = f"{said}, loss {before:.3f} -> {after:.3f} in {time.perf_counter() - start:.1f} s"
+            verdict = verdict if fine else f"WRONG: {verdict}, which should fall"
+        except Exception as problem:  # whatever a driver, a compiler or a package raises: the line names it
+            fine, reason = False, " ".join(str(problem).split())[:300]
+            verdict = f"{name} fails: {type(problem).__name__}: {reason}"
+        lines.append(f"training step on {device.type}: {verdict}")
+        good &= fine
+    return lines, good
+
+
+def _hub_line() -> str:
     if constants.HF_HUB_OFFLINE:
         return "hub: not asked (HF_HUB_OFFLINE is set): models and data come from folders or the cache"
     try:
@@ -567,6 +786,10 @@ def _hub_line() -> str:
 
 def main() -> int:
     """Print a line for each thing that training needs; return 0 if training can run here, else 1."""
+    if failures := import_failures():
+        print(*failures, CANNOT_RUN, sep="\n")
+        return 1
+    quiet_libraries()
     packages = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate")
     print("versions: " + ", ".join(installed(*packages)))
     devices = [torch.device("cpu")]
@@ -590,10 +813,12 @@ def main() -> int:
         except (RuntimeError, OSError, NotImplementedError) as problem:
             fine = False
             print(f"NF4 on {device.type}: fails: {' '.join(str(problem).split())[:200]}")
-        good &= fine
+        lines, learns = step_lines(device)
+        print(*lines, sep="\n")
+        good &= fine and learns
     print(f"disk: {shutil.disk_usage(Path.cwd()).free / 2**30:.0f} GiB free in {os.getcwd()}")
     print(_hub_line())
-    print("training can run here" if good else "training cannot run here: see the lines above")
+    print("training can run here" if good else CANNOT_RUN)
     return 0 if good else 1
 
 

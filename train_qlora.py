@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from config import (
+    MODEL_PARTS,
     Config,
     ConfigError,
     before_heavy_imports,
@@ -21,6 +22,7 @@ from config import (
     counted,
     load_config,
     missing_data,
+    missing_model,
     parse_arguments,
     reader_gone,
     report,
@@ -60,6 +62,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     if options.stride is not None and not 1 <= options.stride <= config.data.max_length:
         raise ConfigError(f"--stride: expected 1 to data.max_length ({config.data.max_length}), got {options.stride}")
     problems = [] if options.plan else missing_data(config.data.dataset)
+    problems += missing_model(config.model.name, MODEL_PARTS[:1] if options.plan else MODEL_PARTS)
     if not (options.plan or options.evaluate) and os.path.isfile(config.training.output_dir):
         problems.append(f"training.output_dir: expected a folder, got the file {config.training.output_dir}")
     if problems:

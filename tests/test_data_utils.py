@@ -892,6 +892,44 @@ def test_the_line_on_a_chat_marks_what_is_learned(tmp_path, tokenizer):
     assert show_block(text[0], tokenizer).startswith("Now is the winter")
 
 
+WIDE = "量化是把權重存成較少的位元，表情🙂也算一個字；naïve café。" * 3
+
+
+def test_a_text_is_shown_in_whole_characters(tokenizer):
+    """Wherever a block begins and ends: the tiny vocabulary has three tokens for most of these characters."""
+    ids = np.array(tokenizer(WIDE, add_special_tokens=False)["input_ids"])
+    assert len(ids) > 1.5 * len(WIDE)
+    for start in range(12):
+        for stop in range(start + 1, start + 45):
+            shown = show_block(ids[start:stop], tokenizer)
+            assert shown.endswith(" …") and shown.removesuffix(" …") in WIDE
+    assert show_block(ids[:40], tokenizer).startswith("量化是把權重")
+
+
+@pytest.mark.parametrize("cut", range(6))
+def test_marks_of_what_is_learned_stand_between_whole_characters(tokenizer, cut):
+    """A character of which a part is learned belongs to the side where it begins."""
+    ids = np.array(tokenizer(WIDE[:20], add_special_tokens=False)["input_ids"])
+    for first in range(1, len(ids)):
+        learned = np.where((np.arange(len(ids)) >= first) & (np.arange(len(ids)) < first + 7), ids, data_utils.IGNORED)
+        block = np.stack([ids, learned])[:, : len(ids) - cut]
+        shown = show_block(block, tokenizer)
+        plain = shown.replace("[[", "").replace("]]", "")
+        assert WIDE.startswith(plain) and len(plain) >= 18 - cut
+        before = tokenizer.decode(ids[:first])
+        if first < len(ids) - cut and not before.endswith("\ufffd"):
+            assert shown.startswith(f"{before}[[")
+
+
+def test_a_sample_that_ends_inside_a_character_leaves_the_next_one_alone(tokenizer):
+    ids = tokenizer("位元", add_special_tokens=False)["input_ids"]
+    begin = tokenizer("<|im_start|>user", add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(ids[:-1]).startswith("位\ufffd")
+    labels = [*ids[:-1], *[data_utils.IGNORED] * len(begin)]
+    block = np.array([[*ids[:-1], *begin], labels])
+    assert show_block(block, tokenizer) == "[[位]]<|im_start|>user"
+
+
 # ------------------------------------------------------------------------------------------------ rows without a lesson
 
 

@@ -4,6 +4,9 @@ import json
 import math
 import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -24,7 +27,9 @@ from transformers import (
 )
 
 import config as schema
+import fused_ops
 import quantization_utils
+import train_qlora
 from config import ConfigError
 from memory_utils import PLAIN, model_shape, plan_memory
 from quantization_utils import (
@@ -575,15 +580,60 @@ def test_installation_check_is_a_line_each_and_exits_0(run_cli):
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
     lines = done.stdout.splitlines()
-    starts = ["versions: ", "GPU: ", "Triton: ", "NF4 on cpu: right", "disk: ", "hub: "]
+    starts = ["versions: ", "GPU: ", "Triton: "]
+    for device in ("cpu", "cuda")[: 1 + torch.cuda.is_available()]:
+        step = f"training step on {device}: "
+        starts += [f"NF4 on {device}: right", f"{step}plain, loss 6.", f"{step}fast path: fused_lora"]
+    starts += ["disk: ", "hub: "]
     if torch.cuda.is_available():
         starts[2:2] = ["bfloat16: "]
-        starts.insert(-2, "NF4 on cuda: right")
     assert len(lines) == len(starts) + 1 and lines[-1] == "training can run here"
     for line, start in zip(lines, starts, strict=False):
         assert line.startswith(start)
     for name in ("Python", "torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate"):
         assert re.search(rf"\b{name} \d", lines[0])
+
+
+@pytest.mark.parametrize(
+    ("module", "named"),
+    [
+        ("peft.py", "import peft: fails: ImportError: broken on purpose"),
+        ("loss_ops.py", "import train_qlora: fails: ImportError: broken on purpose"),
+        ("yaml.py", "import yaml: fails: ImportError: broken on purpose"),
+    ],
+)
+def test_installation_check_names_a_module_that_a_run_could_not_import(tmp_path, module, named):
+    """In a copy of the project, since the folder of the script comes first on sys.path."""
+    for path in Path(quantization_utils.__file__).parent.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    (tmp_path / module).write_text("raise ImportError('broken on purpose')", encoding="utf-8")
+    done = subprocess.run([sys.executable, tmp_path / "quantization_utils.py"], capture_output=True, encoding="utf-8")
+    assert done.returncode == 1 and done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert named in lines and lines[-1] == "training cannot run here: see the lines above"
+    assert all(line.startswith("import ") for line in lines[:-1])
+
+
+def test_installation_check_fails_where_a_step_does(monkeypatch, capsys):
+    def fails(*arguments, **keywords):
+        raise RuntimeError("no compiler\nfound")
+
+    monkeypatch.setattr(fused_ops, "fuse", fails)
+    assert quantization_utils.main() == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert "training step on cpu: fast path fails: RuntimeError: no compiler found" in lines
+    assert any(line.startswith("training step on cpu: plain, loss ") for line in lines)
+    assert lines[-1] == "training cannot run here: see the lines above"
+
+
+def test_installation_check_fails_where_nothing_is_learned(monkeypatch):
+    monkeypatch.setattr(train_qlora, "create_optimizer", lambda parameters, *rest: torch.optim.SGD(parameters, lr=0.0))
+    lines, good = quantization_utils.step_lines(torch.device("cpu"))
+    assert not good and len(lines) == 2
+    assert all(
+        re.match(r"training step on cpu: WRONG: .*, loss (\d\.\d+) -> \1 in .*, which should fall", line)
+        for line in lines
+    )
 
 
 def test_installation_check_fails_where_the_product_is_wrong(monkeypatch, capsys):

@@ -1,11 +1,15 @@
 """Bad inputs through the real entry point: a line each, exit code 2, nothing written and nothing lost."""
 
 import datetime
+import http.server
 import json
 import os
 import shutil
 import struct
-from collections.abc import Callable
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,7 +19,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import checkpoint_utils
+import inference_example
 import train_qlora
+from config import DataConfig
+from data_utils import load_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -203,6 +210,86 @@ def test_data_file(refused, tmp_path, name):
     assert refused("--dataset", path).startswith("data.")
 
 
+SPOKEN = {  # language: a text, and how Windows and Unix programs may save it: encoding: what it looks like
+    "Traditional Chinese": (
+        "今天天氣很好，我們去公園散步。量化是把權重存成較少的位元。",
+        {"cp950": "Big5", "big5": "Big5", "utf-16": "UTF-16", "utf-16-le": "UTF-16", "utf-16-be": "UTF-16"},
+    ),
+    "Simplified Chinese": (
+        "今天天气很好，我们去公园散步。量化是把权重存成较少的位。",
+        {"gbk": "GBK", "gb18030": "GBK", "gb2312": "GBK", "utf-16": "UTF-16"},
+    ),
+    "Japanese": (
+        "今日はいい天気ですね。量子化とは、重みを少ないビットで保存することです。",
+        {"cp932": "Shift-JIS", "shift_jis": "Shift-JIS", "euc_jp": "EUC-JP", "utf-16": "UTF-16"},
+    ),
+    "Korean": ("양자화는 가중치를 더 적은 비트로 저장하는 것입니다.", {"cp949": "EUC-KR", "euc_kr": "EUC-KR"}),
+    "French": ("Le café près de l'école, où j'étudie, m'a plu à Noël.", {"cp1252": "Western", "latin-1": "Western"}),
+    "German": ("größer", {"cp1252": "Western", "utf-16": "UTF-16", "utf-16-le": "UTF-16"}),
+    "Spanish": ("¿Dónde está el niño? ¡Mañana será otro día!", {"latin-1": "Western", "utf-16": "UTF-16"}),
+}
+SAVED = [(name, codec, looks) for name, (_, codecs) in SPOKEN.items() for codec, looks in codecs.items()]
+FORMATS = {
+    "a.txt": "some words\n{}\n",
+    "a.csv": "text,n\nsome words,1\n{},2\n",
+    "a.jsonl": '{{"text": "some words"}}\n{{"text": "{}"}}\n',
+    "a.json": '[{{"text": "some words"}},\n{{"text": "{}"}}]\n',
+}
+
+
+@pytest.mark.parametrize(("language", "codec", "looks"), SAVED)
+@pytest.mark.parametrize("name", FORMATS)
+def test_text_in_another_encoding(tmp_path, name, language, codec, looks):
+    path = tmp_path / name
+    path.write_bytes(FORMATS[name].format(SPOKEN[language][0]).encode(codec))
+    with pytest.raises(train_qlora.ConfigError) as caught:
+        load_rows(DataConfig(dataset=str(path)))
+    line = 1 if "16" in codec else FORMATS[name].count("\n", 0, FORMATS[name].index("{}")) + 1
+    guess = "Latin-1 or cp1252 (Western)" if looks == "Western" else looks
+    said = f"cannot read {path}: line {line} is not UTF-8: it looks like {guess}; save the file as UTF-8"
+    assert caught.value.problems == (f"data.dataset: {said}",)
+    if path.suffix in (".txt", ".jsonl"):
+        with pytest.raises(train_qlora.ConfigError) as caught:
+            inference_example.read_prompts(path)
+        assert caught.value.problems == (f"--prompts: {said}",)
+
+
+def test_short_text_in_another_encoding(refused, tmp_path):
+    """Through the script, and as short as a cell of a table."""
+    path = tmp_path / "站名.csv"
+    for text, codec, looks in (("臺灣", "cp950", "Big5"), ("台北車站", "big5", "Big5"), ("火车站", "gbk", "GBK")):
+        path.write_bytes(f"text,n\n{text},1\n".encode(codec))
+        said = f"line 2 is not UTF-8: it looks like {looks}; save the file as UTF-8"
+        assert refused("--dataset", path) == f"data.dataset: cannot read {path}: {said}"
+
+
+def test_the_one_line_of_many_that_is_not_utf8(refused, tmp_path):
+    path = tmp_path / "mixed.txt"
+    path.write_bytes("一行文字\n".encode() * 500_000 + "最後一行\n".encode("big5"))  # of more than one block
+    assert "line 500001 is not UTF-8: it looks like Big5" in refused("--dataset", path)
+
+
+def test_config_in_another_encoding(refused, tmp_path):
+    path = tmp_path / "own.yaml"
+    for codec, looks in (("utf-16", "UTF-16"), ("big5", "Big5")):
+        path.write_bytes("data:\n  dataset: 資料/我的文章.txt\n".encode(codec))
+        expected = f"--config: cannot read {path}: line {1 if codec == 'utf-16' else 2} is not UTF-8: it looks like "
+        assert refused("--config", path) == f"{expected}{looks}; save the file as UTF-8"
+
+
+@pytest.mark.parametrize("name", [*FORMATS, "a.yaml"])
+def test_a_byte_order_mark_is_accepted(tmp_path, name):
+    path, text = tmp_path / name, SPOKEN["Traditional Chinese"][0]
+    path.write_text(FORMATS.get(name, "generation: {{system_prompt: {}}}").format(text), encoding="utf-8-sig")
+    if name == "a.yaml":
+        assert train_qlora.load_config(path).generation.system_prompt == text
+        return
+    rows = load_rows(DataConfig(dataset=str(path)))["train"]
+    assert [row.strip() for row in rows["text"]] == ["some words", text]
+    if path.suffix == ".txt":
+        assert inference_example.read_prompts(path) == ["some words", text]
+
+
 def loop(path: Path) -> None:
     path.symlink_to(path)
 
@@ -357,6 +444,234 @@ def test_model(refused, model, name):
 def test_model_that_links_to_itself(refused, tmp_path):
     loop(tmp_path / "model")
     assert refused("--model_name", tmp_path / "model").startswith("model.name: ")
+
+
+def nothing(model: Path) -> None:
+    shutil.rmtree(model)
+    model.mkdir()
+
+
+def only(*names: str) -> Callable[[Path], None]:
+    """Leave these files of a model's folder, and make those that it has not."""
+
+    def keep(model: Path) -> None:
+        for path in model.iterdir():
+            if path.name not in names:
+                path.unlink()
+        for name in names:
+            (model / name).touch()
+
+    return keep
+
+
+def hub_cache(model: Path) -> None:
+    for path in list(model.iterdir()):
+        (model / "snapshots" / "0123").mkdir(parents=True, exist_ok=True)
+        path.rename(model / "snapshots" / "0123" / path.name)
+
+
+def adapter_alone(model: Path) -> None:
+    only()(model)
+    (model / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base"}', encoding="utf-8")
+
+
+ALL = "has no config.json, tokenizer.json and safetensors weights"
+GGUF = "GGUF files are not read"
+NO_MODELS = {  # what is in the folder: (how it is made, what is said, what --plan says, if that is another)
+    "nothing": (nothing, f"{ALL} (the folder is empty)", "has no config.json (the folder is empty)"),
+    "config alone": (only("config.json"), "has no tokenizer.json and safetensors weights", None),
+    "no config": (lambda m: (m / "config.json").unlink(), "has no config.json", "has no config.json"),
+    "no tokenizer": (lambda m: (m / "tokenizer.json").unlink(), "has no tokenizer.json", None),
+    "no weights": (lambda m: (m / "model.safetensors").unlink(), "has no safetensors weights", None),
+    "pickles": (pickled, "has no safetensors weights (pickled weights are not loaded)", None),
+    "gguf": (only("qwen2.5-3b-q4_k_m.gguf"), f"{ALL}; {GGUF}", f"has no config.json; {GGUF}"),
+    "data": (only("train.jsonl"), f"{ALL}; it looks like data, which belongs to data.dataset", "looks like data"),
+    "hub's cache": (hub_cache, "; did you mean ", "; did you mean "),
+    "adapter": (
+        adapter_alone,
+        "holds an adapter, not a model: give it as --adapter, and its base (some/base)",
+        "--adapter",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NO_MODELS)
+def test_folder_that_is_no_model(refused, model, capfd, name):
+    make, said, planned = NO_MODELS[name]
+    make(model)
+    line = refused("--model_name", model)
+    assert line.startswith(f"model.name: {model} ") and said in line
+    assert refused("--evaluate", "--model_name", model) == line
+    assert inference_example.main(["--adapter", "none", "--model_name", str(model)]) == 2
+    assert capfd.readouterr().err == f"error: {line}\n"
+    if planned:
+        assert planned in refused("--plan", "--model_name", model)
+
+
+@pytest.mark.parametrize("name", ["a.gguf", "nobody/Model-Q4.GGUF"])
+def test_gguf_file(refused, model, name):
+    (model / "a.gguf").touch()
+    for flags in ((), ("--plan",)):
+        assert refused("--model_name", model / name if name == "a.gguf" else name, *flags).startswith(
+            f"model.name: {GGUF}"
+        )
+
+
+def test_no_model_is_said_before_torch_is_imported(model, tmp_path):
+    """By both scripts, of which a Python in which importing torch is fatal runs the first lines."""
+    only("train.jsonl")(model)
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch is imported')", encoding="utf-8")
+    for script, *flags in (("train_qlora.py", "--plan"), ("inference_example.py", "--adapter", "none")):
+        command = [sys.executable, ROOT / script, *flags, "--model_name", model]
+        done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.startswith(f"error: model.name: {model} has no config.json")
+        assert "it looks like data" in done.stderr and done.stderr.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------------ the hub
+
+ANSWERS = {  # name of the repository: the hub's answer
+    "gated": (401, "GatedRepo"),
+    "forbidden": (403, "GatedRepo"),
+    "missing": (404, "RepoNotFound"),
+    "private": (401, "RepoNotFound"),
+    "no-revision": (404, "RevisionNotFound"),
+    "no-config": (404, "EntryNotFound"),
+    "disabled": (403, None),
+}
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Answers as the hub does, by the name of the repository."""
+
+    def do_HEAD(self) -> None:
+        code, name = next(answer for repository, answer in ANSWERS.items() if f"/{repository}" in self.path)
+        self.send_response(code)
+        if name:
+            self.send_header("X-Error-Code", name)
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_GET = do_HEAD
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub() -> Iterator[str]:
+    """The address of a hub on this machine."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+CALLS = """
+import contextlib, io, json, sys, time
+time.sleep = lambda seconds: None  # between the tries of a hub that does not answer
+sys.path.insert(0, sys.argv[1])
+import inference_example, train_qlora
+for script, *argv in json.loads(sys.argv[2]):
+    with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()):
+        code = {"train": train_qlora, "inference": inference_example}[script].main(argv)
+    print(json.dumps([code, err.getvalue()]))
+"""
+
+
+def called(tmp_path: Path, calls: list[list], **env: object) -> list[str]:
+    """Run commands one after another in one child with this environment; return the line that refuses each."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_HOME": tmp_path / "home", **env}
+    for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE"):
+        if name not in env:
+            environment.pop(name, None)
+    words = [[str(word) for word in call] for call in calls]
+    done = subprocess.run(
+        [sys.executable, "-c", CALLS, ROOT, json.dumps(words)],
+        env={name: str(value) for name, value in environment.items()},
+        cwd=tmp_path,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=300,
+    )
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(answers) == len(calls), done.stderr
+    for code, err in answers:
+        assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and len(err) < 700, (code, err)
+    return [err.removeprefix("error: ").rstrip() for _, err in answers]
+
+
+TINY = ("--config", ROOT / "tiny" / "config.yaml", "--output_dir", "output")
+
+
+def test_what_the_hub_does_not_give(tmp_path, hub):
+    """Gated, missing, without the revision: each its line, of models, tokenizers and data sets alike."""
+    models = ["gated", "forbidden", "missing", "private", "no-revision", "no-config", "disabled"]
+    calls = [["train", *TINY, "--model_name", f"nobody/{name}", "--revision", "v1/ä"] for name in models]
+    calls += [["train", *TINY, "--plan", "--model_name", "nobody/gated"]]
+    calls += [["inference", "--adapter", "none", "--model_name", f"nobody/{name}"] for name in ("gated", "missing")]
+    data = ["gated", "forbidden", "missing", "private", "disabled"]
+    calls += [["train", *TINY, "--dataset", f"nobody/{name}"] for name in data]
+    lines = called(tmp_path, calls, HF_ENDPOINT=hub)
+
+    def gated(setting: str, name: str, path: str = "") -> str:
+        page = f"{hub}/{path}nobody/{name}"
+        log_in = "then log in with `hf auth login` or set HF_TOKEN to a token of that account"
+        return f"{setting}: nobody/{name} is gated on the hub: ask for access on {page}, {log_in}"
+
+    def missing(setting: str, kind: str, name: str) -> str:
+        hint = "check the spelling (owner/name); for a private one log in with `hf auth login` or set HF_TOKEN"
+        return f"{setting}: the hub has no {kind} nobody/{name}, or a private one: {hint}"
+
+    def forbidden(setting: str, local: str) -> str:
+        rest = f"give {local}, point HF_HOME at a cache that has it, or try --config tiny/config.yaml"
+        return f"{setting}: cannot get nobody/disabled from the hub: {hub} answers 403 Forbidden; {rest}"
+
+    assert lines == [
+        gated("model.name", "gated"),
+        gated("model.name", "forbidden"),
+        missing("model.name", "model", "missing"),
+        missing("model.name", "model", "private"),
+        "model.revision: the hub has nobody/no-revision, but no branch, tag or commit 'v1/ä' of it",
+        "model.name: nobody/no-config on the hub has no config.json: is it in another format, such as GGUF?",
+        forbidden("model.name", "a local folder"),
+        gated("model.name", "gated"),
+        gated("model.name", "gated"),
+        missing("model.name", "model", "missing"),
+        gated("data.dataset", "gated", "datasets/"),
+        gated("data.dataset", "forbidden", "datasets/"),
+        missing("data.dataset", "data set", "missing"),
+        missing("data.dataset", "data set", "private"),
+        forbidden("data.dataset", "a local file or folder"),
+    ]
+
+
+def test_a_hub_that_is_out_of_reach(tmp_path):
+    calls = [["train", *TINY, "--model_name", "nobody/some"], ["train", *TINY, "--dataset", "nobody/some"]]
+    calls += [["inference", "--adapter", "none", "--model_name", "nobody/some"]]
+    nobody = "http://127.0.0.1:1"
+    for line, setting in zip(
+        called(tmp_path, calls, HF_ENDPOINT=nobody), ("model.name", "data.dataset", "model.name"), strict=True
+    ):
+        assert line.startswith(f"{setting}: cannot get nobody/some from the hub: no connection to {nobody} (")
+        assert all(way in line for way in ("give a local ", "HF_HOME", "tiny/config.yaml"))
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, hub):
+    """Not the data file, whose rows would be kept there, nor the network."""
+    (tmp_path / "file").touch()
+    home, rows = tmp_path / "file" / "home", tmp_path / "rows.txt"
+    rows.write_text("some words of a text\n" * 50, encoding="utf-8")
+    local, remote = ["train", *TINY, "--dataset", rows], ["train", *TINY, "--model_name", "nobody/gated"]
+    expected = f"HF_HOME: cannot write in {home}: Not a directory; set HF_HOME to a folder that you can write"
+    datasets = (
+        f"HF_HOME: cannot write in {home / 'datasets'}: Not a directory; set HF_HOME to a folder that you can write"
+    )
+    assert called(tmp_path, [local, remote], HF_HOME=home, HF_ENDPOINT=hub) == [datasets, expected]
+    named = expected.replace("HF_HOME", "HF_DATASETS_CACHE")
+    assert called(tmp_path, [local], HF_DATASETS_CACHE=home) == [named]
 
 
 # ------------------------------------------------------------------------------------------------ adapters
