@@ -205,7 +205,9 @@ class MemoryPlan:
     layers: int
     paged: int = 0
     offload: bool = False  # whether the inputs of checkpointed layers wait for the backward in main memory
-    logit_chunk: int | None = None  # positions whose logits the loss holds at once; None: what chunk_rows says by itself
+    logit_chunk: int | None = (
+        None  # positions whose logits the loss holds at once; None: what chunk_rows says by itself
+    )
 
     @property
     def total(self) -> int:

@@ -893,6 +893,15 @@ def main(argv: list[str] | None = None) -> int:
             return 1
         report(ConfigError(f"{type(error).__name__}: {str(error).splitlines()[0]}{rest}"))
         return 1
+    except RuntimeError as error:
+        if "does not have a deterministic implementation" not in str(error):
+            raise
+        operator = str(error).split()[0]
+        return report(
+            ConfigError(
+                f"performance.deterministic: {operator} has no form that gives the same bits each time; use false"
+            )
+        )
     finally:
         held.close()
         reader_gone()
