@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import gc
 import itertools
+import math
 import sys
 from collections.abc import Callable, Iterator
 
@@ -204,6 +205,9 @@ class MemoryPlan:
     layers: int
     paged: int = 0
     offload: bool = False  # whether the inputs of checkpointed layers wait for the backward in main memory
+    logit_chunk: int | None = (
+        None  # positions whose logits the loss holds at once; None: what chunk_rows says by itself
+    )
 
     @property
     def total(self) -> int:
@@ -257,11 +261,13 @@ def plan_memory(
     path: str | None = None,
     limit: float | None = None,
     offload: bool = False,
+    logit_chunk: int | None = None,
 ) -> MemoryPlan:
     """Return what training takes of GPU memory with the first `checkpointed` layers recomputing their activations.
 
     offload: from inputs in main memory; the GPU has the one in use and the next.
     limit: bytes that the process may take, which the chunk of logits is chosen by; None: a card with more than enough.
+    logit_chunk: the chunk of a run that continues, whose sums must be added in the same order.
     """
     path = path or expected_path(config)
     parts, paged = static_parts(shape, config, path)
@@ -271,7 +277,7 @@ def plan_memory(
     if path == PLAIN and free_layers:
         saved += 2 * adapter_parameters(shape, config) // shape.layers  # the adapters' copies in the compute type
     hidden = tokens * shape.hidden * 2
-    chunk = chunk_rows(shape.vocabulary, int(limit - CONTEXT_BYTES - fixed) if limit else 2**36)
+    chunk = logit_chunk or chunk_rows(shape.vocabulary, int(limit - CONTEXT_BYTES - fixed) if limit else 2**36)
     loss = loss_bytes(shape, config, path, tokens, chunk)
     # The backward starts at the last layer. Checkpointed layers come after the others, whose activations are gone by
     # then.
@@ -288,7 +294,7 @@ def plan_memory(
     }
     parts["allocator slack"] = SLACK_BYTES + int(SLACK_SHARE * (sum(parts.values()) - fixed))
     parts["CUDA context"] = CONTEXT_BYTES
-    return MemoryPlan(parts, micro_batch, checkpointed, shape.layers, paged, offload)
+    return MemoryPlan(parts, micro_batch, checkpointed, shape.layers, paged, offload, chunk)
 
 
 SHAPE_KNOBS = ("training.batch_size", "training.gradient_accumulation_steps", "training.gradient_checkpointing")
@@ -425,12 +431,16 @@ def choose_plan(
     auto_fit = config.performance.auto_fit
     if saved and auto_fit and not config.flags & set(SHAPE_KNOBS):
         offload = saved.get("offload", False)
-        return plan_memory(shape, config, saved["micro_batch"], saved["checkpointed"], limit=limit, offload=offload)
+        taken = saved["micro_batch"], saved["checkpointed"]
+        return plan_memory(shape, config, *taken, limit=limit, offload=offload, logit_chunk=saved.get("logit_chunk"))
     if auto_fit and limit is not None:
-        return fit(shape, config, sequences, limit, measure_rates(device))
+        # A stopwatch would choose another shape on another day.
+        rates = Rates() if config.performance.deterministic else measure_rates(device)
+        return fit(shape, config, sequences, limit, rates)
     micro_batch = min(config.training.batch_size, sequences)
     checkpointed, offload = pinned_layers(shape.layers, config), wants_offload(config)
-    return plan_memory(shape, config, micro_batch, checkpointed, limit=limit, offload=offload)
+    chunk = saved.get("logit_chunk")
+    return plan_memory(shape, config, micro_batch, checkpointed, limit=limit, offload=offload, logit_chunk=chunk)
 
 
 def plan_run(
@@ -442,7 +452,7 @@ def plan_run(
     sequences, saved: as in choose_plan; what another number of processes saved does not count.
     """
     shape, device = configured_shape(config), accelerator.device
-    limit = memory_limit(device, config.performance.memory_limit_gib)
+    limit = memory_limit(device, config.performance.memory_limit_gib, config.performance.deterministic)
     saved = saved if saved.get("processes") == accelerator.num_processes else {}
     plan = broadcast_object_list([choose_plan(shape, config, sequences, device, limit, saved)])[0]
     for line in chosen_lines(config, plan, limit):
@@ -599,11 +609,11 @@ def peak_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (GIB if sys.platform == "darwin" else 2**20)
 
 
-def memory_limit(device: torch.device | None, limit_gib: float | None) -> float | None:
+def memory_limit(device: torch.device | None, limit_gib: float | None, fixed: bool = False) -> float | None:
     """Return the bytes that this process may take, its CUDA context included; None where there is neither card nor
     limit.
 
-    Raises ConfigError for a limit below the context.
+    fixed: of all of the card's memory, not of what is free at the moment. Raises ConfigError for a limit below the context.
     """
     limit = None if limit_gib is None else limit_gib * GIB
     if limit is not None and limit <= CONTEXT_BYTES:
@@ -612,6 +622,8 @@ def memory_limit(device: torch.device | None, limit_gib: float | None) -> float 
         )
     if device is None or device.type != "cuda":
         return limit
+    if fixed:
+        return min(torch.cuda.get_device_properties(device).total_memory, limit or math.inf)
     # Our own context is open by now.
     free = torch.cuda.mem_get_info(device)[0] + CONTEXT_BYTES + torch.cuda.memory_reserved(device)
     return free if limit is None else min(free, limit)

@@ -436,6 +436,7 @@ def save_state(run: Run) -> None:
             "micro_batch": run.plan.micro_batch,
             "checkpointed": run.plan.checkpointed,
             "offload": run.plan.offload,
+            "logit_chunk": run.plan.logit_chunk,
             "window": run.window,
             "processes": run.accelerator.num_processes,
         },
@@ -712,8 +713,7 @@ def build_learner(
     if fast.fused_lora and fast.kernels:
         loss.options["chunk_loss"] = loss_ops.kernel_chunk_loss
     if device.type == "cuda":
-        free = memory_utils.free_bytes(device, config.performance.memory_limit_gib)
-        loss.options["chunk"] = loss_ops.chunk_rows(len(loss.head.weight), free)
+        loss.options["chunk"] = plan.logit_chunk
     for line in (fast.line, *apart):
         say(line)
     # Losses are sums over tokens, so gradients are large already: 2**16, torch's start, would overflow fp16 at once.
@@ -723,16 +723,28 @@ def build_learner(
     return Learner(peft_model, trained, loss, clock, scaler, fast, shape, plan.offload)
 
 
+def be_deterministic() -> None:
+    """Have torch take only algorithms that give the same bits each time, and raise where an operator has none.
+
+    warn_only would leave FlashAttention's backward as it is: it asks for an error, not for a warning.
+    """
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when the first product makes cuBLAS's handle
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads memory that was not written
+    import torch._inductor.config as inductor  # seconds to import, for this setting alone
+
+    inductor.deterministic = True  # no kernel is chosen by a stopwatch
+
+
 def build_run(config: Config, accelerator: Accelerator, log: checkpoint_utils.Log, found: Found | None) -> Run:
     """Load the model, prepare the adapter and the data, and return the run at step 0."""
     device, training, say = accelerator.device, config.training, log.say
+    if config.performance.deterministic:
+        be_deterministic()
     window = sequences_a_step(training, accelerator.num_processes)
     sequences, plan = window // accelerator.num_processes, None
     if device.type == "cuda":  # before the weights are fetched; a CPU takes the shape that is configured
         plan = memory_utils.plan_run(config, accelerator, sequences, found[2]["shape"] if found else {}, say)
-    if config.performance.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
     tokenizer = load_tokenizer(config.model.name, config.model.revision, config.model.trust_remote_code)
     with accelerator.main_process_first():
         blocks = make_blocks(prepare_dataset(config, tokenizer), tokenizer, config.data, training.seed)
@@ -920,6 +932,15 @@ def main(argv: list[str] | None = None) -> int:
             return 1
         report(ConfigError(f"{type(error).__name__}: {str(error).splitlines()[0]}{rest}"))
         return 1
+    except RuntimeError as error:
+        if "does not have a deterministic implementation" not in str(error):
+            raise
+        operator = str(error).split()[0]
+        return report(
+            ConfigError(
+                f"performance.deterministic: {operator} has no form that gives the same bits each time; use false"
+            )
+        )
     finally:
         held.close()
         reader_gone()

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, get_scheduler
 
 import config as schema
+import memory_utils
 import quantization_utils
 import train_qlora
 from checkpoint_utils import checkpoints, read_checkpoint
@@ -1326,3 +1327,43 @@ def test_embedded_default_takes_a_quarter_off_the_perplexity_and_leaves_what_was
     assert losses[-1] < losses[0]
     assert {path.name for path in folder.iterdir() if not path.name.startswith("checkpoint-")} == LEFT
     assert 1 <= len(checkpoints(folder)) <= 2
+
+
+# ------------------------------------------------------------------------------------------------ the same bits
+
+
+def test_a_deterministic_run_refuses_an_operator_without_such_a_form(train, monkeypatch, capsys):
+    """By its name and in one line: a warning, after which it would go on, is what nobody reads."""
+
+    def step(*arguments):
+        torch.ones(4).put_(torch.tensor([0]), torch.ones(1))
+
+    monkeypatch.setattr(train_qlora, "training_step", step)
+    code, _ = train("--deterministic", "true")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert code == 2 and line.startswith("error: performance.deterministic: put_ has no form that gives the same bits")
+
+
+def test_a_deterministic_run_learns_what_the_default_does_on_a_cpu(train, tmp_path):
+    found = [train(*flags, output_dir=tmp_path / str(len(flags)))[1] for flags in ((), ("--deterministic", "true"))]
+    a, b = ((folder / "adapter_model.safetensors").read_bytes() for folder in found)
+    assert a == b
+
+
+def test_a_deterministic_plan_does_not_depend_on_free_memory_or_a_stopwatch(qwen_3b, monkeypatch):
+    """The same shape and chunk of logits whatever is free; a run that continues keeps its own chunk."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=8 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    monkeypatch.setattr(memory_utils, "measure_rates", lambda device: pytest.fail("a stopwatch"))
+    device, config = (
+        torch.device("cuda"),
+        schema.load_config([], {"model.name": str(qwen_3b), "performance.deterministic": True}),
+    )
+    shape, plans = memory_utils.configured_shape(config), []
+    for free in (3, 7):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free * 2**30, 8 * 2**30))
+        limit = memory_utils.memory_limit(device, None, fixed=True)
+        plans.append(memory_utils.choose_plan(shape, config, 16, device, limit, saved={}))
+    assert plans[0] == plans[1] and plans[0].logit_chunk
+    saved = {"micro_batch": 2, "checkpointed": 36, "logit_chunk": 128}
+    assert memory_utils.choose_plan(shape, config, 16, device, 8 * 2**30, saved).logit_chunk == 128
