@@ -550,6 +550,15 @@ def test_output_folder_is_as_of_the_step(tmp_path, fresh):
     assert load_config(output_dir / "config.yaml").training.resume == "auto"  # started again as it stands, it goes on
 
 
+def test_the_models_own_folder_is_no_output_folder(tmp_path):
+    """Its tokenizer has the names of the one that a run leaves, which a fresh run removes first."""
+    (tmp_path / "tokenizer.json").write_text("the model's", encoding="utf-8")
+    config = load_config((), {"training.output_dir": f"{tmp_path}/", "model.name": str(tmp_path)})
+    with pytest.raises(ConfigError, match="^training.output_dir: .* is the folder of model.name"):
+        open_output(config, [], fresh=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.json"]
+
+
 def test_lock_is_one_runs_alone_and_leaves_nothing(tmp_path):
     folder = tmp_path / "a" / "b"
     with locked(folder):

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 import inference_example
+import quantization_utils
 from config import ConfigError, load_config, save_config
 from data_utils import IGNORED, PLAIN_TEMPLATE, load_rows, tokenize_rows
 from generation_utils import Generator
@@ -246,6 +247,27 @@ def test_the_template_goes_with_the_chats(train: Callable, without_template: Pat
         assert code == 0
         left.append((folder / "chat_template.jinja").is_file())
     assert left == [True, False, False]
+
+
+def test_a_base_other_than_the_adapters_is_told(
+    run: Callable, train: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run with an edited create_bnb_config is answered on the same base; without the edit too, since it is recorded."""
+    made = quantization_utils.create_bnb_config
+    flags = ("--mode", "text", "--prompt", "To be", "--temperature", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(quantization_utils, "create_bnb_config", lambda **asked: made(**asked | {"quant_type": "fp4"}))
+        code, folder = train("--max_steps", 1)
+        _, edited, err = run(*flags, adapter=folder)
+        assert code == 0 and "not as configured" not in err
+    _, plain, err = run(*flags, adapter=folder)
+    assert plain == edited and "not as configured" not in err
+    _, _, err = run(*flags, "--quant_type", "nf4", adapter=folder)
+    assert "not as configured" not in err  # asked for by a flag
+    with monkeypatch.context() as patch:
+        patch.setattr(quantization_utils, "create_bnb_config", lambda **asked: made(**asked | {"quant_type": "nf4"}))
+        _, _, err = run(*flags, adapter=folder)
+    assert "not as configured: quantization.quant_type is nf4 (configured: fp4)" in err
 
 
 def test_an_empty_system_prompt_replaces_the_templates_own(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
