@@ -13,14 +13,11 @@ import contextlib
 import copy
 import dataclasses
 import difflib
-import functools
 import json
-import logging
 import math
 import operator
 import os
 import re
-import signal
 import sys
 import types
 import typing
@@ -702,82 +699,9 @@ def parse_arguments(
     return namespace, overrides
 
 
-@contextlib.contextmanager
-def compiling_later() -> Iterator[None]:
-    """Have torch.compile wait until what it returns is called: it imports Inductor, which takes seconds."""
-    import torch  # not at the top, where every error in the configuration would wait for it
-
-    compile_now = torch.compile
-
-    def compile_later(function: Any = None, **options: Any) -> Any:
-        if function is None:
-            return functools.partial(compile_later, **options)
-        compiled = functools.cache(lambda: compile_now(function, **options))
-        return functools.wraps(function)(lambda *arguments, **keywords: compiled()(*arguments, **keywords))
-
-    torch.compile = compile_later
-    try:
-        yield
-    finally:
-        torch.compile = compile_now
-
-
-def before_heavy_imports() -> None:
-    """Keep the libraries that are imported next quiet, quick and from running code of the hub; called by the scripts, not
-    by imports.
-
-    bitsandbytes would fetch a kernel from the hub while it is imported, where the package `kernels` is installed,
-    and say so where not. The allocator of torch grows its segments where the system lets it: 0.36 GiB less reserved
-    at 16 x 512 tokens of Qwen2.5-3B.
-    """
-    if sys.platform != "win32" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    # Triton's own choice, or beside Inductor's. By itself Inductor moves it when it first compiles a kernel: a first run
-    # would leave our kernels where a second one does not look.
-    home = os.path.join(os.environ.get("TRITON_HOME", os.path.expanduser("~")), ".triton", "cache")
-    beside = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    os.environ.setdefault("TRITON_CACHE_DIR", os.path.join(beside, "triton") if beside else home)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while libraries load ends the process without a traceback
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]  # None makes `import kernels` fail
-    with compiling_later():
-        import bitsandbytes  # noqa: F401  (compiles four fallbacks that are rarely called)
-
-
 def counted(number: int, noun: str, plural: str | None = None) -> str:
     """Return `1 sequence`, `2 sequences`, `1,000 sequences`."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
-
-
-def redact(text: str) -> str:
-    """Return a text without access tokens: the environment's, Hugging Face's by their form, and those in addresses."""
-    for name, value in os.environ.items():
-        if re.search(r"(TOKEN|API_KEY|SECRET|PASSWORD)$", name) and len(value) >= 8:
-            text = text.replace(value, "***")
-    return re.sub(r"\bhf_\w{16,}|(?<=://)[^\s/@]+(?=@)", "***", text)
-
-
-def report(error: ConfigError) -> int:
-    """Print one line a problem on stderr and return exit code 2."""
-    for problem in error.problems:
-        line = "error: " + redact(" ".join(problem.splitlines()))
-        line = line if len(line) < 600 else f"{line[:400]} ... {line[-150:]}"  # a value may be a whole file
-        encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
-        with contextlib.suppress(OSError):  # a file on a full disk; nor must a cp950 console hide an error
-            print(line.encode(encoding, "replace").decode(encoding), file=sys.stderr)
-    return 2
-
-
-def reader_gone(last: str = "") -> bool:
-    """Write out what stdout holds, and a last text; return whether its reader has gone, as in `... | head`."""
-    try:
-        print(end=last, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains once more as it ends
-        return True
-    except OSError:  # a full disk, say, of which Python tells as it ends
-        pass
-    return False
 
 
 # ------------------------------------------------------------------------------------------------ what files hold

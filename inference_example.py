@@ -15,20 +15,9 @@ import os
 import sys
 from pathlib import Path
 
-from config import (
-    Config,
-    ConfigError,
-    before_heavy_imports,
-    build_parser,
-    counted,
-    load_config,
-    missing_model,
-    not_utf8,
-    parse_arguments,
-    reader_gone,
-    report,
-)
-from earlier_run import config_with_adapter, left_by_run
+from config import Config, ConfigError, build_parser, counted, load_config, missing_model, not_utf8, parse_arguments
+from toolkit.earlier_run import config_with_adapter, left_by_run
+from toolkit.startup import before_heavy_imports, reader_gone, report
 
 TAKES = ("model", "quantization", "performance", "generation")  # the rest of config.yaml is training's
 # What --help shows first.
@@ -181,41 +170,37 @@ if __name__ == "__main__":  # --help and every error in options and configuratio
         say(f"loading {name} ...")
     before_heavy_imports()
 
-import copy
 import dataclasses
-import shutil
 import signal
 import time
 from collections.abc import Callable
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
 import transformers
-from accelerate import init_empty_weights
 from jinja2 import TemplateError
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from transformers.utils import CHAT_TEMPLATE_FILE
 
 from config import LEAVES, GenerationConfig, coerce_flag
-from generation_utils import Generator, Watch, by_length
-from memory_utils import cap_memory, free_bytes
+from fast_path.decoder import Watch
 from quantization_utils import (
     SLOW_BF16,
-    edited_line,
-    effective,
     keep_packing,
     known_positions,
     load_adapter,
     load_base,
-    no_gpu_reason,
     quiet_libraries,
     replaces_bf16,
 )
+from toolkit.checkpoints import edited_line, effective
+from toolkit.generation import Generator, by_length
+from toolkit.machine import no_gpu_reason
+from toolkit.memory import cap_memory, free_bytes
+from toolkit.merge import logits_on, merge_adapter, plain_copy, write_folder
 
 # Of a batch of --prompts. Past 32 rows a step's products, no longer its weights, take the time.
 GPU_ROWS, FREE_SHARE = 32, 0.5  # half of the free memory for the cache, the rest for activations and graphs
@@ -565,64 +550,6 @@ def interactive(engine: Engine, config: Config, adapter: Path | None) -> int:
 
 
 # ------------------------------------------------------------------------------------------------ merge
-
-
-def plain_copy(model: PreTrainedModel, remote: bool) -> PreTrainedModel:
-    """Return the model unquantised, on the CPU, each 4-bit weight as the model itself dequantises it to multiply.
-
-    It is made from the model in memory: no 16-bit file is read, and a base stored in 4 bit works too. What is on
-    the CPU and not packed is shared with it.
-    """
-    model_config = copy.deepcopy(model.config)
-    vars(model_config).pop("quantization_config", None)
-    with init_empty_weights():  # parameters take no memory yet; buffers (rotary frequencies) are real
-        plain = AutoModelForCausalLM.from_config(model_config, dtype=model.dtype, trust_remote_code=remote)
-    weights = {}
-    for name, p in model.named_parameters():
-        packed = isinstance(p, bnb.nn.Params4bit)
-        weights[name] = (bnb.functional.dequantize_4bit(p.data, p.quant_state) if packed else p.data).cpu()
-    plain.load_state_dict(weights, strict=False, assign=True)  # not strict: tied weights come under one name
-    plain.tie_weights()
-    plain.generation_config = model.generation_config
-    return plain.eval()
-
-
-def merge_adapter(peft_model: PeftModel, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
-    """Return the base with the adapter added by peft's own merge, in fp32, each weight rounded once to `dtype`."""
-    base = peft_model.get_base_model()
-    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
-    if isinstance(head, LoraLayer) and head.get_base_layer().weight is embedding.weight:
-        raise ConfigError("--mode merge: the adapter changes the output head, whose weight is the embedding's too")
-    for module in [m for m in peft_model.modules() if isinstance(m, LoraLayer)]:
-        weight = module.get_base_layer().weight
-        weight.data = weight.data.float()
-        module.merge(safe_merge=True)
-        weight.data = weight.data.to(dtype)
-    plain = peft_model.unload()
-    for parameter in plain.parameters():  # not plain.to(dtype), which would round the rotary frequencies too
-        parameter.data = parameter.data.to(dtype)
-    return plain
-
-
-@torch.inference_mode()
-def logits_on(model: PeftModel | PreTrainedModel, ids: list[int]) -> torch.Tensor:
-    """Return the model's logits, fp32 on the CPU [tokens, vocabulary]."""
-    return model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0].float().cpu()
-
-
-def write_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a model that plain transformers loads; the folder appears under its name only when all is there."""
-    folder = Path(os.path.abspath(folder))
-    temporary = folder.with_name(".writing-" + folder.name)
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        model.save_pretrained(temporary, max_shard_size="2GB")
-        tokenizer.save_pretrained(temporary)
-        if folder.is_dir():
-            folder.rmdir()  # empty, as parse saw; it raises if it no longer is
-        os.rename(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def merge(config: Config, adapter: Path, folder: Path, base: str) -> int:

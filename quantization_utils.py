@@ -1,4 +1,4 @@
-"""4-bit bases and LoRA adapters: the two configurations, loading, preparation, counting; and what the machine can do.
+"""4-bit bases and LoRA adapters: the two configurations, loading, preparation, counting.
 
 Shared by training and inference.
 
@@ -6,61 +6,25 @@ python quantization_utils.py     checks the installation: it imports what a run 
                                  a line for each thing, exit 1 if training cannot run
 """
 
-import contextlib
-import dataclasses
 import errno
 import functools
-import importlib
 import json
 import logging
-import math
 import os
-import platform
 import re
-import shutil
 import sys
-import tempfile
-import time
 import warnings
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-# What a run imports; the scripts import all of the project.
-MODULES = ("yaml", "config", "torch", "bitsandbytes", "transformers", "peft", "datasets", "accelerate")
-MODULES += ("matplotlib.pyplot", "train_qlora", "inference_example")
-
-
-def import_failures(modules: tuple[str, ...] = MODULES) -> list[str]:
-    """Return a line for each module that cannot be imported, with the reason, each reason once."""
-    lines, reasons = [], set()
-    for name in modules:
-        try:
-            importlib.import_module(name)
-        except Exception as error:  # a broken package raises anything: ImportError, OSError of a library, SyntaxError
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            if reason not in reasons:
-                lines.append(f"import {name}: fails: {reason}")
-            reasons.add(reason)
-    return lines
-
-
-CANNOT_RUN = "training cannot run here: see the lines above"
-
 if __name__ == "__main__":  # before this file's own imports, of which any may be what is broken
-    failures = import_failures(MODULES[:2])
-    if not failures:
-        with contextlib.suppress(Exception):  # what fails in it fails again below, where it has a name
-            importlib.import_module("config").before_heavy_imports()
-        failures = import_failures()
-    if failures:
-        print(*failures, CANNOT_RUN, sep="\n")
-        sys.exit(1)
+    from toolkit.startup import stop_where_imports_fail
+
+    stop_where_imports_fail()
 
 import bitsandbytes as bnb
-import numpy as np
 import torch
 import transformers
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
@@ -75,7 +39,6 @@ from huggingface_hub.errors import (
 )
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from tokenizers import Tokenizer, models
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -91,15 +54,9 @@ from transformers import (
 from transformers.utils import cached_file
 
 from config import (
-    LEAVES,
     Config,
     ConfigError,
-    DataConfig,
     LoraSettings,
-    ModelConfig,
-    PerformanceConfig,
-    TrainingConfig,
-    flatten,
     is_hub_id,
     missing_model,
 )
@@ -421,53 +378,6 @@ def load_model_and_tokenizer(
     return model, tokenizer
 
 
-def effective(config: Config, model: nn.Module) -> Config:
-    """Return the configuration with the quantisation, and the adapter if there is one, that the model really has.
-
-    They differ where somebody edited create_bnb_config or create_lora_config, and where a base is stored in 4 bit.
-    """
-    quantized = next((module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)), None)
-    found, flags = {"load_in_4bit": quantized is not None}, config.flags
-    if quantized is not None:
-        state = quantized.weight.quant_state
-        found |= {"quant_type": state.quant_type, "use_double_quant": state.nested}
-        # A type that this machine replaced, such as bfloat16 on a CPU without AVX-512, stays recorded as configured.
-        if quantized.compute_dtype is not compute_dtype_of(config):
-            found["compute_dtype"] = str(quantized.compute_dtype).removeprefix("torch.")
-            flags |= {"quantization.compute_dtype"}  # asked for as by a flag: compute_dtype_of does not replace it
-    quantization, lora = dataclasses.replace(config.quantization, **found), config.lora
-    if isinstance(model, PeftModel):
-        lora = _effective_lora(config.lora, model)
-    return dataclasses.replace(config, quantization=quantization, lora=lora, flags=flags)
-
-
-def _effective_lora(asked: LoraSettings, model: PeftModel) -> LoraSettings:
-    """Return what an adapter's own configuration says of the settings in config.yaml."""
-    found = model.peft_config["default"]
-    targets = found.target_modules
-    created = create_lora_config(**vars(asked)).target_modules
-    if isinstance(targets, str):  # a regex, which config.yaml cannot hold: the modules that it chose
-        targets = model.base_model.targeted_module_names
-    as_asked = created == asked.target_modules == "all-linear" or set(targets) == set(asked.target_modules)
-    return dataclasses.replace(
-        asked,
-        rank=found.r,
-        alpha=float(found.lora_alpha),
-        dropout=float(found.lora_dropout),
-        target_modules=asked.target_modules if as_asked else tuple(sorted(targets)),
-        use_rslora=found.use_rslora,
-        use_dora=found.use_dora,
-    )
-
-
-def edited_line(config: Config, found: Config) -> list[str]:
-    """Return a line that names what a model has otherwise than configured, or none. found: `effective`."""
-    asked, has = flatten(config), flatten(found)
-    odd = [f"{name} is {has[name]} (configured: {asked[name]})" for name in asked if asked[name] != has[name]]
-    who = "create_bnb_config, create_lora_config or a base stored in 4 bit decided"
-    return [f"not as configured: {', '.join(odd)}; {who}"] if odd else []
-
-
 def rope_parameters(config: PretrainedConfig) -> list[dict[str, Any]]:
     """Return the parameters of a model's rotary embeddings, one a kind of attention; empty without any."""
     ropes = getattr(config.get_text_config(), "rope_parameters", None) or {}
@@ -649,177 +559,14 @@ def parameter_line(model: nn.Module) -> str:
     return f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}"
 
 
-# ------------------------------------------------------------------------------------------------ the machine
-
-
-def no_gpu_reason() -> str:
-    """Return why torch sees no GPU: built without CUDA, or built with it and finding no usable card or driver."""
-    if torch.version.cuda is None and torch.version.hip is None:
-        install = "pip install torch --index-url https://download.pytorch.org/whl/cu130"
-        return f"this torch ({torch.__version__}) is CPU-only; for an NVIDIA card: {install}"
-    built = f"torch {torch.__version__} is built for CUDA {torch.version.cuda}"
-    return f"{built} but finds no usable GPU; see nvidia-smi and the driver"
-
-
-def refuse_without_gpu(config: Config, device: torch.device) -> None:
-    """Refuse the 3B default where there is no GPU, saying why there is none and how long it would take."""
-    if device.type == "cuda" or config.model.name != LEAVES["model.name"].field.default:
-        return
-    a = torch.randn(1024, 1024)
-    start = time.perf_counter()
-    for _ in range(8):
-        a @ a
-    rate = 8 * 2 * 1024**3 / (time.perf_counter() - start)
-    tokens = config.training.batch_size * config.training.gradient_accumulation_steps * config.data.max_length
-    # 6 FLOP a weight and token: forward, recompute, and the backward through frozen weights; 2.77e9 weights in linears.
-    hours = 6 * 2.77e9 * tokens / rate / 3600
-    raise ConfigError(
-        f"model.name: {config.model.name} needs a GPU: {no_gpu_reason()}. On this CPU one optimizer step would take "
-        f"about {hours:.1f} hours; try --config tiny/config.yaml"
-    )
-
-
-def device_block(device: torch.device, dtype: torch.dtype, processes: int) -> str:
-    """Return the lines that say what a run computes on."""
-    gpu = f"GPU: none | CPU threads: {torch.get_num_threads()}"
-    if device.type == "cuda":
-        found = torch.cuda.get_device_properties(device)
-        gpu = f"GPU: {found.name} | {found.total_memory / 2**30:.1f} GiB | {found.multi_processor_count} SMs"
-    versions = " | ".join(installed("torch", "transformers", "peft", "bitsandbytes"))
-    compute = f"Compute type: {dtype} | processes: {processes}"
-    return "\n".join(["=" * 60, f"Device: {device}", gpu, versions, compute, "=" * 60])
-
-
-def installed(*packages: str) -> list[str]:
-    """Return the versions of Python and of packages, a text each."""
-    return [f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in packages)]
-
-
 # ------------------------------------------------------------------------------------------------ installation check
 
 
-def check_nf4(device: torch.device) -> float:
-    """Return the relative error of an NF4 product in bfloat16 (or float16) against fp32 on the same packed weights."""
-    generator = torch.Generator().manual_seed(0)
-    dtype = usable_dtype("bfloat16") if device.type == "cuda" else torch.bfloat16
-    weight, x = (torch.randn(256, 256, generator=generator) for _ in range(2))
-    packed, state = bnb.functional.quantize_4bit(weight.to(device, dtype), quant_type="nf4", compress_statistics=True)
-    reference = x @ bnb.functional.dequantize_4bit(packed, state).float().cpu().t()
-    product = bnb.matmul_4bit(x.to(device, dtype), packed.t(), quant_state=state).float().cpu()
-    return ((product - reference).norm() / reference.norm()).item()
-
-
-def write_random_model(folder: Path) -> None:
-    """Write a random Qwen2 of two layers and its tokenizer, of 512 words, into a folder."""
-    words = {f"w{i}": i for i in range(512)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w1", pad_token="w2").save_pretrained(folder)
-    # At 256 x rank 16 an adapter matrix is just large enough for bitsandbytes' 8-bit states.
-    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = transformers.Qwen2Config(vocab_size=len(words), num_key_value_heads=2, **sizes)
-    transformers.Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-
-
-def check_step(device: torch.device, performance: PerformanceConfig) -> tuple[float, float, str]:
-    """Train two 4-bit layers for one optimizer step, by the functions of a run; return the loss before and after it,
-    and the line on the fast path.
-    """
-    train, memory, data = map(importlib.import_module, ("train_qlora", "memory_utils", "data_utils"))
-    training = TrainingConfig(batch_size=2, gradient_accumulation_steps=1, learning_rate=1e-2)
-    lines: list[str] = []
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Windows keeps mapped weights open
-        write_random_model(Path(folder))
-        config = Config(
-            ModelConfig(name=folder), data=DataConfig(max_length=64), training=training, performance=performance
-        )
-        model, tokenizer = load_base(config, device)
-        learner = train.build_learner(config, model, memory.unplanned(config, 2, layers=2), lines.append)
-        optimizer = train.create_optimizer(learner.parameters, training, device, lines.append)
-        blocks = list(torch.randint(512, (2, 64), generator=torch.Generator().manual_seed(0)).numpy())
-        batch, tokens, places = next(data.batches(blocks, np.arange(2), 2, tokenizer.pad_token_id, device))
-        losses = []
-        for step in range(2):
-            learner.model.train()
-            learner.zero_gradients()
-            losses.append(learner.micro_step(step, torch.from_numpy(places), batch).item() / tokens)
-            learner.scaler.unscale_(optimizer)
-            torch._foreach_mul_([parameter.grad for parameter in learner.parameters], 1 / tokens)
-            learner.scaler.step(optimizer)
-            learner.scaler.update()
-        del model, learner, optimizer
-    memory.let_go()
-    return *losses, next(line for line in lines if line.startswith("fast path: "))
-
-
-def step_lines(device: torch.device) -> tuple[list[str], bool]:
-    """Return the lines on training two layers, plainly and on the fast path, and whether both learn."""
-    off = PerformanceConfig(fused_lora="off", compile="off", cuda_graphs="off")
-    # A GPU takes what a run would; a CPU is not made to wait for a compiler, which its runs don't use either.
-    fast = PerformanceConfig() if device.type == "cuda" else dataclasses.replace(off, fused_lora="on")
-    lines, good = [], True
-    for performance in (off, fast):
-        name = "plain" if performance is off else "fast path"
-        start = time.perf_counter()
-        try:
-            before, after, path = check_step(device, performance)
-            fine = math.isfinite(before) and after < before
-            said = path.split(" | ")[0] if performance is fast else "plain"
-            verdict = f"{said}, loss {before:.3f} -> {after:.3f} in {time.perf_counter() - start:.1f} s"
-            verdict = verdict if fine else f"WRONG: {verdict}, which should fall"
-        except Exception as problem:  # whatever a driver, a compiler or a package raises: the line names it
-            fine, reason = False, " ".join(str(problem).split())[:300]
-            verdict = f"{name} fails: {type(problem).__name__}: {reason}"
-        lines.append(f"training step on {device.type}: {verdict}")
-        good &= fine
-    return lines, good
-
-
-def _hub_line() -> str:
-    if constants.HF_HUB_OFFLINE:
-        return "hub: not asked (HF_HUB_OFFLINE is set): models and data come from folders or the cache"
-    try:
-        get_hf_file_metadata(hf_hub_url("Qwen/Qwen2.5-3B-Instruct", "config.json"), timeout=5)
-    except Exception as error:  # any failure has the same meaning here, and the line names it
-        return f"hub: not reachable ({type(error).__name__}): models and data come from folders or the cache"
-    return "hub: reachable"
-
-
 def main() -> int:
-    """Print a line for each thing that training needs; return 0 if training can run here, else 1."""
-    if failures := import_failures():
-        print(*failures, CANNOT_RUN, sep="\n")
-        return 1
-    quiet_libraries()
-    packages = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate")
-    print("versions: " + ", ".join(installed(*packages)))
-    devices = [torch.device("cpu")]
-    if torch.cuda.is_available():
-        devices.append(torch.device("cuda"))
-        free, total = torch.cuda.mem_get_info()
-        print(f"GPU: {torch.cuda.get_device_name()}, {total / 2**30:.1f} GiB, {free / 2**30:.1f} free")
-        print("bfloat16: " + ("no: float16 with a loss scaler is used" if bf16_missing() else "yes"))
-    else:
-        print(f"GPU: none: {no_gpu_reason()}")
-    try:
-        print(f"Triton: {version('triton')}")
-    except ModuleNotFoundError:
-        print("Triton: not installed: layers are not compiled (Windows: pip install triton-windows)")
-    good = True
-    for device in devices:
-        try:
-            error = check_nf4(device)
-            fine = error < 0.02  # bfloat16 keeps 8 bits: products of 256 terms measured 0.003
-            print(f"NF4 on {device.type}: {'right' if fine else 'WRONG'}, relative error {error:.4f} against fp32")
-        except (RuntimeError, OSError, NotImplementedError) as problem:
-            fine = False
-            print(f"NF4 on {device.type}: fails: {' '.join(str(problem).split())[:200]}")
-        lines, learns = step_lines(device)
-        print(*lines, sep="\n")
-        good &= fine and learns
-    print(f"disk: {shutil.disk_usage(Path.cwd()).free / 2**30:.0f} GiB free in {os.getcwd()}")
-    print(_hub_line())
-    print("training can run here" if good else CANNOT_RUN)
-    return 0 if good else 1
+    """Check the installation, a line for each thing that training needs; return 0 if training can run, else 1."""
+    from toolkit.machine import check_installation  # not at the top: toolkit stands above this module
+
+    return check_installation()
 
 
 if __name__ == "__main__":

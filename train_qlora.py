@@ -17,17 +17,15 @@ from config import (
     MODEL_PARTS,
     Config,
     ConfigError,
-    before_heavy_imports,
     build_parser,
     counted,
     load_config,
     missing_data,
     missing_model,
     parse_arguments,
-    reader_gone,
-    report,
 )
-from earlier_run import config_with_adapter, refuse_other_run
+from toolkit.earlier_run import config_with_adapter, refuse_other_run
+from toolkit.startup import before_heavy_imports, reader_gone, report
 
 # What --help shows first.
 EVERYDAY = ("config", "model_name", "dataset", "output_dir", "num_epochs", "learning_rate", "rank", "max_length")
@@ -84,14 +82,12 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import bitsandbytes as bnb
 import datasets
 import numpy as np
 import torch
-import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import LoggerType
@@ -103,20 +99,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
-import attention_ops
-import checkpoint_utils
-import data_utils
-import evaluation
-import fused_ops
-import loss_ops
-import memory_utils
 import quantization_utils
-from checkpoint_utils import Found
 from config import TrainingConfig, flatten
-from data_utils import Blocks, batches, load_rows, make_blocks, sample_counts, step_windows, tokenize_rows
-from evaluation import block_losses, comparison, difference_line, mean_loss, perplexity
-from loss_ops import SummedLoss
-from memory_utils import GIB, MemoryPlan, peak_gib
+from fast_path import attention, choice, compiled, dropout, layers
+from fast_path.loss import SummedLoss, compiled_chunk_loss, kernel_chunk_loss
+from fast_path.micro_step import Learner, let_go
+from fast_path.optimizers import create_optimizer
 from quantization_utils import (
     compute_dtype_of,
     create_lora_config,
@@ -124,6 +112,13 @@ from quantization_utils import (
     load_tokenizer,
     prepare_model_for_training,
 )
+from toolkit import checkpoints, data_blocks, data_formats, earlier_run, evaluation, machine, memory, memory_plan
+from toolkit.checkpoints import Found
+from toolkit.data_blocks import Blocks, batches, make_blocks, sample_counts, step_windows
+from toolkit.data_formats import load_rows, tokenize_rows
+from toolkit.evaluation import block_losses, comparison, difference_line, mean_loss, perplexity, plot_training_curves
+from toolkit.memory import peak_gib
+from toolkit.memory_plan import GIB, MemoryPlan
 
 # ------------------------------------------------------------------------------------------------ data
 
@@ -144,24 +139,6 @@ class NumbersWentWrong(RuntimeError):
     """A loss or gradient that is not finite: the run stops there, exit code 1."""
 
 
-def create_optimizer(
-    parameters: list[nn.Parameter], training: TrainingConfig, device: torch.device, say: Callable[[str], None]
-) -> Any:
-    """Return AdamW over the adapter; without a GPU to page from, a paged one takes its plain form, with a line."""
-    name = training.optim
-    if name.startswith("paged") and device.type != "cuda":
-        say(f"training.optim: {name} needs a GPU to page from; its states stay in memory here")
-        name = name.removeprefix("paged_")
-    kinds = {
-        "paged_adamw_8bit": bnb.optim.PagedAdamW8bit,
-        "adamw_8bit": bnb.optim.AdamW8bit,
-        "paged_adamw_32bit": bnb.optim.PagedAdamW32bit,
-        "adamw_32bit": bnb.optim.AdamW32bit,
-    }
-    kind = torch.optim.AdamW if name == "adamw_torch" else fused_ops.without_waits(kinds[name])
-    return kind(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
-
-
 def create_scheduler(optimizer: Any, training: TrainingConfig, total_steps: int) -> Any:
     """Return the schedule: step k of a warm-up of W steps takes k / W of learning_rate, those after it transformers' own
     cosine, linear or constant.
@@ -175,99 +152,13 @@ def create_scheduler(optimizer: Any, training: TrainingConfig, total_steps: int)
 
 
 @dataclasses.dataclass
-class Learner:
-    """The model with its adapter, and how a micro-batch runs forward and backward through it."""
-
-    model: PeftModel
-    parameters: list[nn.Parameter]  # those of the adapter
-    loss: SummedLoss
-    clock: fused_ops.DropoutClock
-    scaler: torch.amp.GradScaler
-    fast: fused_ops.FastPath
-    shape: tuple[int, int]  # a full micro-batch: (sequences, tokens)
-    offload: bool = False  # the inputs of checkpointed layers wait in main memory
-    captured: fused_ops.Captured | None = None
-    captured_evaluation: fused_ops.Captured | None = None
-
-    def __post_init__(self):
-        self.sums = fused_ops.GradientSums(self.parameters)
-
-    def forward_backward(self, **batch: torch.Tensor) -> torch.Tensor:
-        """Add the gradients of a batch's summed loss to the parameters', return the loss; no host synchronisation."""
-        hidden = (*batch["input_ids"].shape, self.model.config.hidden_size)
-        with fused_ops.inputs_in_main_memory(hidden) if self.offload else contextlib.nullcontext():
-            loss = self.loss(**batch)
-        with self.sums.of_backward():
-            self.scaler.scale(loss).backward()
-        return loss.detach()
-
-    @torch.no_grad()
-    def _loss_alone(self, **batch: torch.Tensor) -> torch.Tensor:
-        return self.loss(**batch)
-
-    @torch.enable_grad()
-    def _capture(self, names: Iterable[str]) -> None:
-        """Capture the micro-step and the evaluation's; gradients must not matter, they are zero afterwards.
-
-        Both warm-ups come first: what they took is given back before the graphs, which share one pool, take theirs.
-        """
-        self.zero_gradients()  # made where they are not there yet
-        mode, pool = self.loss.base.training, torch.cuda.graph_pool_handle()
-        self.clock.set(0, torch.arange(self.shape[0]))
-        graphs = []
-        try:
-            for training, step in ((True, self.forward_backward), (False, self._loss_alone)):
-                self.model.train(training)
-                graphs.append(fused_ops.Captured(step, self.clock.step.device, *self.shape, names))
-            for training, graph in zip((True, False), graphs, strict=True):
-                self.model.train(training)
-                graph.capture(pool)
-        finally:  # an evaluation that ran out of memory here goes on without a graph, and must not do so with dropout
-            self.model.train(mode)
-        self.captured, self.captured_evaluation = graphs
-        self.zero_gradients()
-
-    def micro_step(self, step: int, sequences: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Run one micro-batch: as the captured graph where there is one, with the same numbers either way."""
-        if self.fast.cuda_graphs and self.captured is None:  # at a window's first: nothing is accumulated yet
-            self._capture(batch)
-        if self.captured is not None:
-            sequences = F.pad(sequences, (0, self.shape[0] - len(sequences)))
-        self.clock.set(step, sequences)
-        return (self.captured or self.forward_backward)(**batch)
-
-    def evaluation_loss(self, **batch: torch.Tensor) -> torch.Tensor:
-        """Return a batch's summed loss, captured too; the model must be in eval mode."""
-        if self.fast.cuda_graphs and self.captured is None:
-            self._capture(batch)
-        return (self.captured_evaluation or self._loss_alone)(**batch)
-
-    def reshape(self, plan: MemoryPlan) -> None:
-        """Take a plan's micro-batch and checkpointed layers from here on, and let go of the graphs' memory."""
-        self.captured = self.captured_evaluation = None
-        self.shape, self.offload = (plan.micro_batch, self.shape[1]), plan.offload
-        # No graph can hold copies to main memory.
-        self.fast = dataclasses.replace(self.fast, cuda_graphs=self.fast.cuda_graphs and not plan.offload)
-        for number, layer in enumerate(self.loss.decoder.layers):
-            setattr(layer, "recompute" if self.fast.compile else "gradient_checkpointing", number < plan.checkpointed)
-        memory_utils.let_go()
-
-    def zero_gradients(self) -> None:
-        """Set all gradients to zero, in place: a captured graph adds to this memory."""
-        if self.parameters[0].grad is None:
-            for parameter in self.parameters:
-                parameter.grad = torch.zeros_like(parameter)
-        torch._foreach_zero_([p.grad for p in self.parameters])
-
-
-@dataclasses.dataclass
 class Run:
     """A run in its output folder: what it learns with, and how far it is."""
 
     config: Config
     effective: Config  # with the quantisation and the adapter that the model really has: what is recorded
     accelerator: Accelerator
-    log: checkpoint_utils.Log
+    log: checkpoints.Log
     tokenizer: PreTrainedTokenizerBase
     blocks: dict[str, Blocks | None]
     learner: Learner
@@ -277,7 +168,7 @@ class Run:
     window: int  # sequences an optimizer step, over all micro-batches and processes
     total_steps: int
     fingerprint: dict[str, str]
-    progress: checkpoint_utils.Progress = dataclasses.field(default_factory=checkpoint_utils.Progress)
+    progress: checkpoints.Progress = dataclasses.field(default_factory=checkpoints.Progress)
     best_adapter: dict[str, torch.Tensor] | None = None
     held_out: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)  # block_losses of base and best adapter
     saved_time: float = dataclasses.field(default_factory=time.monotonic)
@@ -344,22 +235,20 @@ def accumulate_in_memory(run: Run, step: int, window: np.ndarray) -> tuple[torch
             return accumulate(run, step, window)
         except torch.OutOfMemoryError as error:
             problem = error.with_traceback(None)  # its frames hold the tensors of the micro-batch that failed
-        smaller = memory_utils.step_down(
-            run.plan, run.window // run.accelerator.num_processes, run.learner.fast.compile
-        )
+        smaller = memory_plan.step_down(run.plan, run.window // run.accelerator.num_processes, run.learner.fast.compile)
         if smaller is None:
             raise problem
         run.log.say(f"out of GPU memory with {run.plan.shape}: on with {smaller.shape}, which learns the same")
         run.plan = smaller
-        run.learner.reshape(smaller)
+        run.learner.reshape(smaller.micro_batch, smaller.checkpointed, smaller.offload)
 
 
 def show_blocks(run: Run, numbers: np.ndarray) -> str:
     """Return training blocks by number, each with its files and rows and the start of its text."""
     blocks = run.blocks["train"]
-    shown = (data_utils.show_block(blocks[i], run.tokenizer, 40) for i in numbers)
+    shown = (data_blocks.show_block(blocks[i], run.tokenizer, 40) for i in numbers)
     try:
-        places = data_utils.places_of(numbers, blocks, run.config.data)
+        places = data_blocks.places_of(numbers, blocks, run.config.data)
     except (ConfigError, OSError, ValueError) as error:  # files that are gone must not hide what went wrong
         places = [f"its rows are out of reach, {error}" for _ in numbers]
     return ", ".join(f"{i} ({place}: {text})" for i, place, text in zip(numbers, places, shown, strict=True))
@@ -410,7 +299,7 @@ def evaluate_in_memory(run: Run, blocks: Blocks) -> torch.Tensor:
         size, loss = max(1, size // 2), learner.loss
         run.log.say(f"out of GPU memory in an evaluation: {counted(size, 'sequence')} at a time, without a graph")
         learner.captured_evaluation = None
-        memory_utils.let_go()
+        let_go()
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
@@ -429,8 +318,8 @@ def save_state(run: Run) -> None:
         "scaler": run.learner.scaler.state_dict(),
         "best_adapter": run.best_adapter or {},
         "held_out": run.held_out,
-        "config": checkpoint_utils.settings(run.config),
-        "effective": checkpoint_utils.settings(run.effective),
+        "config": earlier_run.settings(run.config),
+        "effective": earlier_run.settings(run.effective),
         "fingerprint": run.fingerprint,
         "shape": {
             "micro_batch": run.plan.micro_batch,
@@ -441,21 +330,21 @@ def save_state(run: Run) -> None:
             "processes": run.accelerator.num_processes,
         },
     }
-    adapter = checkpoint_utils.adapter_tensors(run.model)
-    peft_config = checkpoint_utils.adapter_settings(run.model, run.config.model.name)
+    adapter = checkpoints.adapter_tensors(run.model)
+    peft_config = checkpoints.adapter_settings(run.model, run.config.model.name)
     step, keep = run.progress.step, run.config.training.save_total_limit
     run.saved_time = time.monotonic()
     try:
-        folder = checkpoint_utils.write_checkpoint(run.output_dir, step, adapter, peft_config, state, keep)
+        folder = checkpoints.write_checkpoint(run.output_dir, step, adapter, peft_config, state, keep)
         run.unsaved, line = "", f"checkpoint written to {folder}"
     except OSError as error:  # stopping here would save nothing more, and the disk may have room by the next one
-        run.unsaved = line = f"checkpoint not written ({error}); {checkpoint_utils.last_good(run.output_dir)}"
+        run.unsaved = line = f"checkpoint not written ({error}); {checkpoints.last_good(run.output_dir)}"
     run.log.say(f"step {step}: {line}")
 
 
 def restore(run: Run, adapter: dict[str, torch.Tensor], state: dict) -> None:
     """Put the run where the checkpoint left it."""
-    run.progress = checkpoint_utils.Progress(**state["progress"])
+    run.progress = checkpoints.Progress(**state["progress"])
     run.best_adapter = state["best_adapter"] or None
     run.held_out = state.get("held_out", {})  # a checkpoint of before 2026-11-24 has none
     set_peft_model_state_dict(run.model, adapter)
@@ -474,20 +363,20 @@ def start_run(run: Run, found: Found | None) -> None:
     if found is not None:
         folder, adapter, state = found
         errors = (KeyError, TypeError, ValueError, AttributeError, RuntimeError)
-        with checkpoint_utils.refusing(f"training.resume: {folder} is of another model or version", *errors):
+        with checkpoints.refusing(f"training.resume: {folder} is of another model or version", *errors):
             # A checkpoint of before 2026-11-29 kept what was configured alone.
             before, now = (state["effective"], run.effective) if "effective" in state else (state["config"], run.config)
             known = {**state, "config": before}
-            checkpoint_utils.check_resumable(known, now, run.fingerprint, run.window, folder.name)
+            checkpoints.check_resumable(known, now, run.fingerprint, run.window, folder.name)
             restore(run, adapter, state)
-    checkpoint_utils.check_space(run.config.training, [p.numel() for p in run.learner.parameters])
+    checkpoints.check_space(run.config.training, [p.numel() for p in run.learner.parameters])
     run.accelerator.wait_for_everyone()
     if run.accelerator.is_main_process:
         history, template = run.progress.history, run.blocks["train"].template
-        log.open(checkpoint_utils.open_output(run.effective, history, found is None, template))
+        log.open(checkpoints.open_output(run.effective, history, found is None, template))
     if found is not None:
         log.say(f"resuming from {folder} at step {run.progress.step} of {run.total_steps}")
-        now = checkpoint_utils.settings(run.config)
+        now = earlier_run.settings(run.config)
         if any(state["config"][key] != now[key] for key in ("training.num_epochs", "training.max_steps")):
             log.say(f"the learning rate follows the schedule of {counted(run.total_steps, 'step')} from here on")
 
@@ -533,7 +422,7 @@ def evaluate_and_keep_best(run: Run) -> None:
     line = f"step {progress.step}: validation loss {loss:.4f} | perplexity {perplexity(loss):.2f}"
     if progress.best_loss is None or loss < progress.best_loss:
         progress.best_loss, progress.best_step, progress.worse = loss, progress.step, 0
-        run.best_adapter, run.held_out["adapter"] = checkpoint_utils.adapter_tensors(run.model), sums
+        run.best_adapter, run.held_out["adapter"] = checkpoints.adapter_tensors(run.model), sums
         line += " | best"
     run.log.say(line)
 
@@ -558,7 +447,7 @@ def stale(run: Run) -> bool:
     return patience is not None and run.progress.worse >= patience
 
 
-def train(run: Run, request: checkpoint_utils.StopRequest) -> bool:
+def train(run: Run, request: checkpoints.StopRequest) -> bool:
     """Train until the last step or early stopping's patience ends; return False if a signal stopped it before.
 
     Each turn: step → log → evaluate → save.
@@ -575,7 +464,7 @@ def train(run: Run, request: checkpoint_utils.StopRequest) -> bool:
             result = training_step(run, progress.step, window, request.signum is not None)
             seconds = time.perf_counter() - start
             progress.count(result.loss_sum, result.tokens, seconds)
-            if progress.step == first + 1 and (reason := fused_ops.compiled_in_pieces()):
+            if progress.step == first + 1 and (reason := compiled.compiled_in_pieces()):
                 run.log.say(f"fast path: the layers are compiled in pieces, which costs speed and memory: {reason}")
             loss, speed = result.loss_sum / max(result.tokens, 1), result.tokens / seconds
             bar.set_postfix(loss=f"{loss:.4f}", tokens_s=f"{speed:,.0f}", refresh=False)
@@ -600,30 +489,6 @@ def train(run: Run, request: checkpoint_utils.StopRequest) -> bool:
 # ------------------------------------------------------------------------------------------------ what a run leaves
 
 
-def plot_training_curves(history: list[dict], path: str | Path) -> None:
-    """Write a picture of the run: training and validation loss on the left, the learning rate on the right.
-
-    history: rows of metrics.jsonl.
-    """
-    from matplotlib.figure import Figure  # no window, no global state; 1 s to import
-
-    figure = Figure(figsize=(12, 4.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for axes, key, style in (
-        (left, "loss", {"label": "training", "linewidth": 1.2}),
-        (left, "eval_loss", {"label": "validation", "marker": "o", "markersize": 4}),
-        (right, "learning_rate", {"color": "tab:green", "linewidth": 1.2}),
-    ):
-        rows = [row for row in history if key in row]
-        axes.plot([row["step"] for row in rows], [row[key] for row in rows], **style)
-        axes.grid(visible=True, alpha=0.3)
-    left.set(xlabel="optimizer step", ylabel="loss per token (nats)", title="Loss")
-    left.legend()
-    right.set(xlabel="optimizer step", ylabel="learning rate", title="Learning rate")
-    right.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    checkpoint_utils.write_picture(figure, Path(path))
-
-
 def finish(run: Run) -> None:
     """Leave the best adapter with its model card in the output folder and say what came out."""
     progress, say, device = run.progress, run.log.say, run.accelerator.device
@@ -631,7 +496,7 @@ def finish(run: Run) -> None:
         set_peft_model_state_dict(run.model, run.best_adapter)
     if run.accelerator.is_main_process:
         part = run.blocks["train"]
-        checkpoint_utils.save_adapter(run.output_dir, run.model, run.tokenizer, run.effective, progress, part)
+        checkpoints.save_adapter(run.output_dir, run.model, run.tokenizer, run.effective, progress, part)
     if progress.evaluations:
         before, after = progress.evaluations[0]["perplexity"], perplexity(progress.best_loss)
         best = f"the adapter of step {progress.best_step}, the best by validation loss"
@@ -694,24 +559,24 @@ def build_learner(
     seed, device = config.training.seed, model.device
     transformers.set_seed(seed)  # of the fresh adapter
     peft_model = prepare_model_for_training(model, create_lora_config(**vars(config.lora)), plan.checkpointed)
-    config = quantization_utils.effective(config, peft_model)  # of functions that somebody may have edited
+    config = checkpoints.effective(config, peft_model)  # of functions that somebody may have edited
     p, dtype = config.lora.dropout, compute_dtype_of(config)
     say(quantization_utils.parameter_line(peft_model))
-    attention_ops.use_causal_attention(model)
-    apart = [attention_ops.keep_samples_apart(model, config.data.max_length, samples)] if samples else []
-    clock = fused_ops.DropoutClock(seed, device)
-    fused_ops.use_stateless_dropout(peft_model, p, clock)
+    attention.use_causal_attention(model)
+    apart = [attention.keep_samples_apart(model, config.data.max_length, samples)] if samples else []
+    clock = dropout.DropoutClock(seed, device)
+    dropout.use_stateless_dropout(peft_model, p, clock)
     loss = SummedLoss(peft_model, dtype)
-    fast = fused_ops.choose_fast_path(config.performance, peft_model, dtype, device, plan.offload)
+    fast = choice.choose_fast_path(config.performance, peft_model, dtype, device, plan.offload)
     if plan.offload and not fast.compile:
         raise ConfigError(f"training.gradient_checkpointing: offload needs compiled layers; {fast.line}")
     if fast.fused_lora:
-        fused_ops.fuse(peft_model, clock, p, fast.kernels)
+        layers.fuse(peft_model, clock, p, fast.kernels)
     if fast.compile:
-        fused_ops.compile_layers(peft_model)
-        loss.options["chunk_loss"] = loss_ops.compiled_chunk_loss()
+        compiled.compile_layers(peft_model)
+        loss.options["chunk_loss"] = compiled_chunk_loss()
     if fast.fused_lora and fast.kernels:
-        loss.options["chunk_loss"] = loss_ops.kernel_chunk_loss
+        loss.options["chunk_loss"] = kernel_chunk_loss
     if device.type == "cuda":
         loss.options["chunk"] = plan.logit_chunk
     for line in (fast.line, *apart):
@@ -736,7 +601,7 @@ def be_deterministic() -> None:
     inductor.deterministic = True  # no kernel is chosen by a stopwatch
 
 
-def build_run(config: Config, accelerator: Accelerator, log: checkpoint_utils.Log, found: Found | None) -> Run:
+def build_run(config: Config, accelerator: Accelerator, log: checkpoints.Log, found: Found | None) -> Run:
     """Load the model, prepare the adapter and the data, and return the run at step 0."""
     device, training, say = accelerator.device, config.training, log.say
     if config.performance.deterministic:
@@ -744,29 +609,29 @@ def build_run(config: Config, accelerator: Accelerator, log: checkpoint_utils.Lo
     window = sequences_a_step(training, accelerator.num_processes)
     sequences, plan = window // accelerator.num_processes, None
     if device.type == "cuda":  # before the weights are fetched; a CPU takes the shape that is configured
-        plan = memory_utils.plan_run(config, accelerator, sequences, found[2]["shape"] if found else {}, say)
+        plan = memory.plan_run(config, accelerator, sequences, found[2]["shape"] if found else {}, say)
     tokenizer = load_tokenizer(config.model.name, config.model.revision, config.model.trust_remote_code)
     with accelerator.main_process_first():
         blocks = make_blocks(prepare_dataset(config, tokenizer), tokenizer, config.data, training.seed)
     model, _ = load_base(config, device)
     for line in (
-        memory_utils.memory_line(device),
+        memory.memory_line(device),
         *quantization_utils.check_length(config.data.max_length, model.config),
     ):
         say(line)
-    if isinstance(blocks["train"], data_utils.SampleBlocks):
-        for line in data_utils.untrained_chat_tokens(model, tokenizer):
+    if isinstance(blocks["train"], data_blocks.SampleBlocks):
+        for line in data_formats.untrained_chat_tokens(model, tokenizer):
             say(line)
-    plan = plan or memory_utils.unplanned(config, sequences, len(model.get_decoder().layers))
+    plan = plan or memory_plan.unplanned(config, sequences, len(model.get_decoder().layers))
     samples = sample_counts(*blocks.values())[:window]
     learner = build_learner(config, model, plan, say, samples)
     optimizer = create_optimizer(learner.parameters, training, device, say)
-    found_config = quantization_utils.effective(config, learner.model)
-    for line in quantization_utils.edited_line(config, found_config):
+    found_config = checkpoints.effective(config, learner.model)
+    for line in checkpoints.edited_line(config, found_config):
         say(f"{line}; the run's config.yaml and model card record what the model has")
     steps = training.max_steps or max(1, math.ceil(training.num_epochs * math.ceil(len(blocks["train"]) / window)))
     scheduler = create_scheduler(optimizer, training, steps)
-    prints = checkpoint_utils.fingerprint(learner.model, tokenizer, blocks)
+    prints = checkpoints.fingerprint(learner.model, tokenizer, blocks)
     parts = accelerator, log, tokenizer, blocks, learner, optimizer, scheduler, plan, window, steps, prints
     return Run(config, found_config, *parts)
 
@@ -785,7 +650,7 @@ def describe_data(run: Run) -> None:
     )
     for line in (f"read as {part.source}", *part.notes, *(held.notes if held else ())):
         say(f"data: {line}")
-    say(f"first block: {data_utils.show_block(part[0], run.tokenizer)}")
+    say(f"first block: {data_blocks.show_block(part[0], run.tokenizer)}")
 
 
 # ------------------------------------------------------------------------------------------------ commands
@@ -810,25 +675,25 @@ def evaluate_adapter(config: Config, adapter: str | None, stride: int | None) ->
     blocks.
     """
     accelerator = create_accelerator(config.training)
-    quantization_utils.refuse_without_gpu(config, accelerator.device)
+    machine.refuse_without_gpu(config, accelerator.device)
     say = print if accelerator.is_main_process else (lambda line: None)
     if quantization_utils.replaces_bf16(config):
         say(quantization_utils.SLOW_BF16)
     model, tokenizer = load_base(config, accelerator.device)
-    found_config = quantization_utils.effective(config, model)
-    lines = quantization_utils.edited_line(config, found_config)
+    found_config = checkpoints.effective(config, model)
+    lines = checkpoints.edited_line(config, found_config)
     for line in (*lines, *quantization_utils.check_length(config.data.max_length, model.config)):
         say(line)
     rows = prepare_dataset(config, tokenizer)
     blocks = make_blocks(rows, tokenizer, config.data, config.training.seed, close=stride is None)["validation"]
     if blocks is None:
         raise ConfigError("data.validation_fraction: nothing is held out to evaluate on")
-    dataset, blocks = blocks.dataset, blocks if stride is None else data_utils.windows_of(blocks, stride)
+    dataset, blocks = blocks.dataset, blocks if stride is None else data_blocks.windows_of(blocks, stride)
     if adapter is not None:
         model = quantization_utils.load_adapter(model, adapter)
-    attention_ops.use_causal_attention(model)
+    attention.use_causal_attention(model)
     if samples := sample_counts(blocks)[:1]:
-        attention_ops.keep_samples_apart(model, config.data.max_length, samples)
+        attention.keep_samples_apart(model, config.data.max_length, samples)
     loss = SummedLoss(model.eval(), compute_dtype_of(found_config))
     names, sums = ["base"] if adapter is None else ["base", "adapter"], {}
     for name in names:
@@ -841,11 +706,11 @@ def evaluate_adapter(config: Config, adapter: str | None, stride: int | None) ->
         say(difference_line(result))
         if accelerator.is_main_process:
             content = json.dumps(result, indent=2) + "\n"
-            checkpoint_utils.write_atomically(Path(adapter) / "evaluation.json", content.encode())
+            checkpoints.write_atomically(Path(adapter) / "evaluation.json", content.encode())
     return 0
 
 
-def execute(run: Run, request: checkpoint_utils.StopRequest) -> int:
+def execute(run: Run, request: checkpoints.StopRequest) -> int:
     """Train, leave the results, and return the exit code."""
     say, accelerator, progress = run.log.say, run.accelerator, run.progress
     if progress.step >= run.total_steps:
@@ -856,13 +721,13 @@ def execute(run: Run, request: checkpoint_utils.StopRequest) -> int:
         if done:
             finish(run)
     except NumbersWentWrong as error:
-        say(f"error: {error}; {checkpoint_utils.last_good(run.output_dir)}")
+        say(f"error: {error}; {checkpoints.last_good(run.output_dir)}")
         return 1
     except torch.OutOfMemoryError as error:
         peak = f"a peak of {peak_gib(accelerator.device):.2f} GiB with {run.plan.shape}"
-        good = checkpoint_utils.last_good(run.output_dir)
+        good = checkpoints.last_good(run.output_dir)
         say(f"error: out of GPU memory at {peak}; {good}: {str(error).splitlines()[0]}")
-        for line in memory_utils.ran_out(run.config, run.plan, accelerator.device):
+        for line in memory.ran_out(run.config, run.plan, accelerator.device):
             say(line)
         return 3
     finally:
@@ -894,7 +759,7 @@ def main(argv: list[str] | None = None) -> int:
         quantization_utils.quiet_libraries()
         quiet_datasets()
         if options.plan:
-            return memory_utils.print_plan(config, corpus_line)
+            return memory.print_plan(config, corpus_line)
         for line in options.notes:
             print(line, file=sys.stderr)
         if options.evaluate:
@@ -903,23 +768,23 @@ def main(argv: list[str] | None = None) -> int:
         if options.compare:
             return evaluation.compare_runs(options.compare, options.output or "compare.png")
         rest = "; the same command goes on from the last checkpoint"
-        checkpoint_utils.check_output(config.training)
+        checkpoints.check_output(config.training)
         accelerator = create_accelerator(config.training)
         device, dtype = accelerator.device, compute_dtype_of(config)
-        log = checkpoint_utils.Log(silent=not accelerator.is_main_process)
-        quantization_utils.refuse_without_gpu(config, device)
+        log = checkpoints.Log(silent=not accelerator.is_main_process)
+        machine.refuse_without_gpu(config, device)
         if accelerator.is_main_process:
-            held.enter_context(checkpoint_utils.locked(Path(config.training.output_dir)))
-        log.say(quantization_utils.device_block(device, dtype, accelerator.num_processes))
+            held.enter_context(checkpoints.locked(Path(config.training.output_dir)))
+        log.say(machine.device_block(device, dtype, accelerator.num_processes))
         if quantization_utils.replaces_bf16(config):
             log.say(quantization_utils.SLOW_BF16)
-        memory_utils.cap_memory(device, config.performance.memory_limit_gib)
-        found = checkpoint_utils.find_checkpoint(config.training, options.overwrite, log.say)
+        memory.cap_memory(device, config.performance.memory_limit_gib)
+        found = checkpoints.find_checkpoint(config.training, options.overwrite, log.say)
         run = build_run(config, accelerator, log, found)
         describe_data(run)
         start_run(run, found)
-        return execute(run, held.enter_context(checkpoint_utils.stop_on_signal(log.say)))
-    except memory_utils.NoFit as error:
+        return execute(run, held.enter_context(checkpoints.stop_on_signal(log.say)))
+    except memory.NoFit as error:
         print(error, file=sys.stderr)
         return 3
     except torch.OutOfMemoryError as error:

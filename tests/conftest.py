@@ -175,7 +175,7 @@ def varlen_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list]:
     import torch
     import torch.nn.functional as F
 
-    import attention_ops
+    from fast_path import attention as attention_module
 
     calls = []
 
@@ -198,8 +198,8 @@ def varlen_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list]:
         return torch.cat(parts, 2)[0].transpose(0, 1)
 
     def switch() -> list:
-        monkeypatch.setattr(attention_ops, "varlen_obstacle", lambda model, length: None)
-        monkeypatch.setattr(attention_ops, "varlen_attn", attend)
+        monkeypatch.setattr(attention_module, "varlen_obstacle", lambda model, length: None)
+        monkeypatch.setattr(attention_module, "varlen_attn", attend)
         return calls
 
     return switch

@@ -21,7 +21,8 @@ SCRIPTS = ("train_qlora", "inference_example", "quantization_utils")
 
 def run_script(script: str, arguments: list[str]) -> int:
     """Return the exit code of a script's own last lines: arguments are checked first, then `main` runs."""
-    from config import ConfigError, report
+    from config import ConfigError
+    from toolkit.startup import report
 
     module = sys.modules[script]
     if script == "quantization_utils":
@@ -51,7 +52,7 @@ def become(request: dict[str, Any]) -> None:
 
 def serve() -> None:
     """Fork a child for every line of JSON on stdin, and answer with its exit code."""
-    from config import before_heavy_imports
+    from toolkit.startup import before_heavy_imports
 
     before_heavy_imports()
     for name in SCRIPTS:

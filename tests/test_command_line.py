@@ -172,7 +172,7 @@ def test_missing_data(refused, name):
 def test_missing_data_is_said_alike_by_who_loads_it(name):
     """From a notebook prepare_dataset may be called without the command line."""
     from config import ConfigError, DataConfig
-    from data_utils import BUILDERS, load_rows
+    from toolkit.data_formats import BUILDERS, load_rows
 
     with pytest.raises(ConfigError) as caught:
         load_rows(DataConfig(dataset=name))

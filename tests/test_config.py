@@ -13,6 +13,7 @@ import yaml
 
 import config
 from config import LEAVES, SHORT, Config, ConfigError, build_parser, load_config, parse_arguments, save_config
+from toolkit import startup
 
 ROOT = Path(config.__file__).resolve().parent
 
@@ -722,7 +723,7 @@ def test_compiling_waits_for_the_first_call(monkeypatch):
         return lambda *arguments, **keywords: ("compiled", function(*arguments, **keywords))
 
     monkeypatch.setattr(torch, "compile", compile_now)
-    with config.compiling_later():
+    with startup.compiling_later():
 
         @torch.compile(dynamic=False)
         def double(x):
@@ -740,7 +741,7 @@ def test_compiling_waits_for_the_first_call(monkeypatch):
 def test_scripts_import_no_inductor_and_leave_tritons_cache_where_it_is():
     """Inductor's import takes 2 to 5 s, a third of the time to a first token."""
     program = (
-        "import os, sys, config; config.before_heavy_imports(); import inference_example, train_qlora, torch;"
+        "import os, sys; from toolkit.startup import before_heavy_imports; before_heavy_imports(); import inference_example, train_qlora, torch;"
         "print('torch._inductor.compile_fx' in sys.modules, torch.compile.__module__, os.environ['TRITON_CACHE_DIR'])"
     )
     set_by_inductor = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")  # in the processes of other tests

@@ -20,7 +20,7 @@ import os, sys, traceback
 sys.path.insert(0, {root!r})
 if {hidden!r}:
     sys.modules["triton"] = sys.modules["triton.language"] = None  # their import fails, as where they are not installed
-from config import before_heavy_imports
+from toolkit.startup import before_heavy_imports
 before_heavy_imports()
 import accelerate, datasets, peft, torch, transformers
 for name in {modules!r}:

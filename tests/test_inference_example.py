@@ -22,21 +22,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 import inference_example
 import quantization_utils
 from config import ConfigError, load_config, save_config
-from data_utils import IGNORED, PLAIN_TEMPLATE, load_rows, tokenize_rows
-from generation_utils import Generator
-from inference_example import (
-    Conversation,
-    Engine,
-    Watch,
-    attach,
-    create_engine,
-    encode,
-    fitted,
-    generate_ids,
-    load,
-    take_turn,
-)
+from fast_path.decoder import Watch
+from inference_example import Conversation, Engine, attach, create_engine, encode, fitted, generate_ids, load, take_turn
 from quantization_utils import create_lora_config, keep_packing, load_model_and_tokenizer
+from toolkit import merge
+from toolkit.data_formats import IGNORED, PLAIN_TEMPLATE, load_rows, tokenize_rows
+from toolkit.generation import Generator
 
 TEXT = "A lighthouse is a tower that shows sailors where they are. In 1822 Fresnel built a lens."
 PROMPTS = ["Hello there.", "Who are you?", "Tell me about a town in the north of France.", "Is it late?"]
@@ -496,21 +487,21 @@ def test_merged_in_fp32_the_logits_are_the_live_ones(lora: dict, tiny_model: Pat
     adapter = make_adapter(tiny_model, tmp_path / "adapter", **lora)
     config = load_config(adapter / "config.yaml", {"quantization.compute_dtype": "float32"})
     live, tokenizer = load(config)
-    plain = inference_example.plain_copy(live, False)
+    plain = merge.plain_copy(live, False)
     ids = tokenizer(TEXT)["input_ids"]
-    base = inference_example.logits_on(live, ids)
-    assert (inference_example.logits_on(plain, ids) - base).norm() < 1e-5 * base.norm()
-    expected = inference_example.logits_on(attach(live, adapter, config.model.name), ids)
-    merged = inference_example.merge_adapter(attach(plain, adapter, config.model.name), torch.float32)
-    found = inference_example.logits_on(merged, ids)
+    base = merge.logits_on(live, ids)
+    assert (merge.logits_on(plain, ids) - base).norm() < 1e-5 * base.norm()
+    expected = merge.logits_on(attach(live, adapter, config.model.name), ids)
+    merged = merge.merge_adapter(attach(plain, adapter, config.model.name), torch.float32)
+    found = merge.logits_on(merged, ids)
     assert (found - expected).norm() < 1e-4 * expected.norm() < (expected - base).norm()
 
 
 def test_each_merged_weight_is_rounded_once(tiny_model: Path, adapter: Path) -> None:
     live, _ = load(load_config(adapter / "config.yaml"))
-    plain = inference_example.plain_copy(live, False)
+    plain = merge.plain_copy(live, False)
     before = plain.model.layers[1].mlp.up_proj.weight.detach().clone()
-    merged = inference_example.merge_adapter(attach(plain, adapter, str(tiny_model)))
+    merged = merge.merge_adapter(attach(plain, adapter, str(tiny_model)))
     tensors, name = (
         load_file(adapter / "adapter_model.safetensors"),
         "base_model.model.model.layers.1.mlp.up_proj.lora_",
@@ -534,14 +525,14 @@ def test_a_merged_folder_is_a_plain_model(run: Callable, tiny_model: Path, adapt
     assert model.generation_config.eos_token_id == [2, 0]
     ids = tokenizer(TEXT)["input_ids"]
     assert ids == AutoTokenizer.from_pretrained(tiny_model)(TEXT)["input_ids"]
-    expected = inference_example.logits_on(plain_model(tiny_model, adapter), ids)
-    difference = (inference_example.logits_on(model, ids) - expected).abs().max()
+    expected = merge.logits_on(plain_model(tiny_model, adapter), ids)
+    difference = (merge.logits_on(model, ids) - expected).abs().max()
     assert difference < 0.02 * expected.abs().max()  # 0.0075 measured: bfloat16 keeps 8 bits
 
     code, out, _ = run("--mode", "merge", "--output", tmp_path / "original", "--merge_base", "original")
     assert code == 0 and "original base" in out
     original = AutoModelForCausalLM.from_pretrained(tmp_path / "original")
-    assert (inference_example.logits_on(original, ids) - expected).abs().max() > 4 * difference  # NF4's own error
+    assert (merge.logits_on(original, ids) - expected).abs().max() > 4 * difference  # NF4's own error
     before = sorted(folder.iterdir())
     assert run("--mode", "merge", "--output", folder)[0] == 2 and sorted(folder.iterdir()) == before
 

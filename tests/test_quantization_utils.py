@@ -27,15 +27,13 @@ from transformers import (
 )
 
 import config as schema
-import fused_ops
 import quantization_utils
 import train_qlora
 from config import ConfigError
-from memory_utils import PLAIN, model_shape, plan_memory
+from fast_path import layers as layers_module
 from quantization_utils import (
     DEFAULT_TARGETS,
     check_length,
-    check_nf4,
     count_parameters,
     create_bnb_config,
     create_lora_config,
@@ -47,6 +45,9 @@ from quantization_utils import (
     prepare_model_for_training,
     set_gradient_checkpointing,
 )
+from toolkit import machine
+from toolkit.machine import check_nf4
+from toolkit.memory_plan import PLAIN, model_shape, plan_memory
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
@@ -598,7 +599,7 @@ def test_installation_check_is_a_line_each_and_exits_0(run_cli):
     ("module", "named"),
     [
         ("peft.py", "import peft: fails: ImportError: broken on purpose"),
-        ("loss_ops.py", "import train_qlora: fails: ImportError: broken on purpose"),
+        ("loss.py", "import train_qlora: fails: ImportError: broken on purpose"),
         ("yaml.py", "import yaml: fails: ImportError: broken on purpose"),
     ],
 )
@@ -618,7 +619,7 @@ def test_installation_check_fails_where_a_step_does(monkeypatch, capsys):
     def fails(*arguments, **keywords):
         raise RuntimeError("no compiler\nfound")
 
-    monkeypatch.setattr(fused_ops, "fuse", fails)
+    monkeypatch.setattr(layers_module, "fuse", fails)
     assert quantization_utils.main() == 1
     lines = capsys.readouterr().out.splitlines()
     assert "training step on cpu: fast path fails: RuntimeError: no compiler found" in lines
@@ -628,7 +629,7 @@ def test_installation_check_fails_where_a_step_does(monkeypatch, capsys):
 
 def test_installation_check_fails_where_nothing_is_learned(monkeypatch):
     monkeypatch.setattr(train_qlora, "create_optimizer", lambda parameters, *rest: torch.optim.SGD(parameters, lr=0.0))
-    lines, good = quantization_utils.step_lines(torch.device("cpu"))
+    lines, good = machine.step_lines(torch.device("cpu"))
     assert not good and len(lines) == 2
     assert all(
         re.match(r"training step on cpu: WRONG: .*, loss (\d\.\d+) -> \1 in .*, which should fall", line)
@@ -637,7 +638,7 @@ def test_installation_check_fails_where_nothing_is_learned(monkeypatch):
 
 
 def test_installation_check_fails_where_the_product_is_wrong(monkeypatch, capsys):
-    monkeypatch.setattr(quantization_utils, "check_nf4", lambda device: 0.5)
+    monkeypatch.setattr(machine, "check_nf4", lambda device: 0.5)
     assert quantization_utils.main() == 1
     out = capsys.readouterr().out
     assert "NF4 on cpu: WRONG" in out and "cannot run" in out.splitlines()[-1]
@@ -679,9 +680,9 @@ def test_blocks_longer_than_a_table_of_positions_are_refused():
 
 def test_no_gpu_is_told_apart(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert "CPU-only" in quantization_utils.no_gpu_reason() and "--index-url" in quantization_utils.no_gpu_reason()
+    assert "CPU-only" in machine.no_gpu_reason() and "--index-url" in machine.no_gpu_reason()
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert "driver" in quantization_utils.no_gpu_reason() and "CPU-only" not in quantization_utils.no_gpu_reason()
+    assert "driver" in machine.no_gpu_reason() and "CPU-only" not in machine.no_gpu_reason()
 
 
 def test_nf4_product_is_near_fp32_and_not_by_chance():

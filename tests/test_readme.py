@@ -40,7 +40,9 @@ def test_inference_commands_parse(command, monkeypatch, tmp_path):
 
 
 def test_every_file_named_exists():
-    names = set(re.findall(r"(?<![\w/])((?:tests/benchmarks/|tiny/)?[a-z_]+\.(?:py|yaml|txt))\b", README))
+    names = set(
+        re.findall(r"(?<![\w/])((?:tests/benchmarks/|tiny/|toolkit/|fast_path/)?[a-z_]+\.(?:py|yaml|txt))\b", README)
+    )
     left_by_a_run = {"training_log.txt", "my_texts.txt", "questions.txt"}
     assert names - left_by_a_run
     assert [name for name in sorted(names - left_by_a_run) if not (ROOT / name).exists()] == []

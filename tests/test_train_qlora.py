@@ -24,14 +24,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, get_scheduler
 
 import config as schema
-import memory_utils
 import quantization_utils
 import train_qlora
-from checkpoint_utils import checkpoints, read_checkpoint
 from config import TrainingConfig
-from data_utils import IGNORED, PLAIN_TEMPLATE
-from evaluation import block_losses, mean_loss
-from loss_ops import SummedLoss
+from fast_path.loss import SummedLoss
 from quantization_utils import (
     create_bnb_config,
     create_lora_config,
@@ -39,6 +35,11 @@ from quantization_utils import (
     load_model_and_tokenizer,
     prepare_model_for_training,
 )
+from toolkit import memory, memory_plan
+from toolkit.checkpoints import read_checkpoint
+from toolkit.data_formats import IGNORED, PLAIN_TEMPLATE
+from toolkit.earlier_run import checkpoints
+from toolkit.evaluation import block_losses, mean_loss
 from train_qlora import create_scheduler, main, plot_training_curves
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -1354,16 +1355,16 @@ def test_a_deterministic_plan_does_not_depend_on_free_memory_or_a_stopwatch(qwen
     """The same shape and chunk of logits whatever is free; a run that continues keeps its own chunk."""
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=8 * 2**30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
-    monkeypatch.setattr(memory_utils, "measure_rates", lambda device: pytest.fail("a stopwatch"))
+    monkeypatch.setattr(memory, "measure_rates", lambda device: pytest.fail("a stopwatch"))
     device, config = (
         torch.device("cuda"),
         schema.load_config([], {"model.name": str(qwen_3b), "performance.deterministic": True}),
     )
-    shape, plans = memory_utils.configured_shape(config), []
+    shape, plans = memory_plan.configured_shape(config), []
     for free in (3, 7):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free * 2**30, 8 * 2**30))
-        limit = memory_utils.memory_limit(device, None, fixed=True)
-        plans.append(memory_utils.choose_plan(shape, config, 16, device, limit, saved={}))
+        limit = memory.memory_limit(device, None, fixed=True)
+        plans.append(memory.choose_plan(shape, config, 16, device, limit, saved={}))
     assert plans[0] == plans[1] and plans[0].logit_chunk
     saved = {"micro_batch": 2, "checkpointed": 36, "logit_chunk": 128}
-    assert memory_utils.choose_plan(shape, config, 16, device, 8 * 2**30, saved).logit_chunk == 128
+    assert memory.choose_plan(shape, config, 16, device, 8 * 2**30, saved).logit_chunk == 128

@@ -130,7 +130,7 @@ def answer_with(case: dict, model):
 
     sampling = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 0, "pad_token_id": 0}
     if case["peer"] == "ours":
-        from generation_utils import Generator
+        from toolkit.generation import Generator
 
         model.get_base_model().generation_config = GenerationConfig()
         generator = Generator(model, lambda line: print(line, file=sys.stderr))
@@ -166,7 +166,7 @@ def run_single(case: dict, alone: Callable[[], None]) -> dict:
         import unsloth  # noqa: F401  (must be imported before transformers)
     sys.path.insert(0, str(ROOT))
     if case["peer"] == "ours":
-        from config import before_heavy_imports
+        from toolkit.startup import before_heavy_imports
 
         before_heavy_imports()
     import torch
@@ -203,7 +203,7 @@ def run_single(case: dict, alone: Callable[[], None]) -> dict:
         case["step_ms"] = round(statistics.median(steps) * 1e3, 3)
         if generator and case["check"]:
             case["greedy_agree"] = greedy_agreement(model, generator, ids)
-        from generation_utils import position_bytes, weight_bytes
+        from toolkit.generation import position_bytes, weight_bytes
 
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         read = weight_bytes(base) + case["batch"] * position_bytes(base) * (case["prompt"] + case["new"] / 2)

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/bench_memory.py [--only 3b-1x512] [--jobs 6]
 
-The plan is that of memory_utils.plan_memory without the CUDA context, the measurement torch.cuda.max_memory_reserved after two
+The plan is that of memory_plan.plan_memory without the CUDA context, the measurement torch.cuda.max_memory_reserved after two
 optimizer steps of two micro-batches and an evaluation. Each case has a process of its own, some at a time, as many as the
 GPU has room for: what a process reserves does not depend on its neighbours. A JSON line a case as it ends, the table and the
 errors last.
@@ -21,7 +21,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from config import Config, before_heavy_imports, load_config
+from config import Config, load_config
+from toolkit.startup import before_heavy_imports
 
 before_heavy_imports()
 
@@ -30,8 +31,9 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config
 
-import memory_utils
 import train_qlora
+from fast_path import micro_step, optimizers
+from toolkit import memory_plan
 
 GIB = 2**30
 ATTENTION = "[q_proj, k_proj, v_proj, o_proj]"
@@ -114,14 +116,14 @@ def random_model(name: str, double: bool) -> PreTrainedModel:
     return model
 
 
-def measure(name: str, config: Config, plan: memory_utils.MemoryPlan) -> float:
+def measure(name: str, config: Config, plan: memory_plan.MemoryPlan) -> float:
     """Return the GiB that an evaluation and two optimizer steps of two micro-batches reserve at most."""
     model = random_model(name, config.quantization.use_double_quant)
-    memory_utils.let_go()
+    micro_step.let_go()
     torch.cuda.reset_peak_memory_stats()  # making random weights takes more than loading them
     learner = train_qlora.build_learner(config, model, plan, lambda line: None)
     device = torch.device("cuda", 0)
-    optimizer = train_qlora.create_optimizer(learner.parameters, config.training, device, print)
+    optimizer = optimizers.create_optimizer(learner.parameters, config.training, device, print)
     ids = torch.randint(0, 30000, (plan.micro_batch, config.data.max_length), device=device)
     learner.loss.base.eval()
     learner.evaluation_loss(input_ids=ids, labels=ids)
@@ -141,13 +143,13 @@ def label_of(case: tuple) -> str:
     return f"{name}-{micro_batch}x{length}-ck{checkpointed}" + "".join(f"-{k}={v}" for k, v in settings.items())
 
 
-def plan_of(case: tuple) -> tuple[Config, memory_utils.MemoryPlan]:
+def plan_of(case: tuple) -> tuple[Config, memory_plan.MemoryPlan]:
     """Return a case's settings and plan."""
     name, micro_batch, length, checkpointed, settings = case
     config = load_config((), {"lora.dropout": "0", "data.max_length": str(length), **settings})
     with torch.device("meta"):
-        shape = memory_utils.shape_of(AutoModelForCausalLM.from_config(MODELS[name]))
-    return config, memory_utils.plan_memory(shape, config, micro_batch, checkpointed)
+        shape = memory_plan.shape_of(AutoModelForCausalLM.from_config(MODELS[name]))
+    return config, memory_plan.plan_memory(shape, config, micro_batch, checkpointed)
 
 
 def run_case(case: tuple) -> dict:

@@ -136,9 +136,11 @@ def load_ours(case: dict):
     """Return a function that runs one micro-batch of this toolkit and the learner behind it."""
     import torch
 
-    import memory_utils
+    import quantization_utils
     import train_qlora
     from config import load_config
+    from fast_path import optimizers
+    from toolkit import memory_plan
 
     overrides = {
         "model.name": case["model"],
@@ -151,21 +153,21 @@ def load_ours(case: dict):
         **dict(pair.split("=", 1) for pair in case["set"]),
     }
     config = load_config((), overrides)
-    model, _ = train_qlora.load_base(config, torch.device("cuda:0"))
+    model, _ = quantization_utils.load_base(config, torch.device("cuda:0"))
     length, packed = case["length"], case["packed"]
     samples = [-(-length // packed)] * case["batch"] if packed else []
 
     def say(line: str) -> None:
         print(line, file=sys.stderr)
 
-    plan = memory_utils.unplanned(config, case["batch"], len(model.get_decoder().layers))
+    plan = memory_plan.unplanned(config, case["batch"], len(model.get_decoder().layers))
     learner = train_qlora.build_learner(config, model, plan, say, samples)
     if case["attention"] == "mask":
         model.config.varlen_samples = None
     positions = (torch.arange(length, device="cuda") % (packed or length)).repeat(case["batch"], 1)
     learner.model.train()
     learner.zero_gradients()
-    optimizer = train_qlora.create_optimizer(learner.parameters, config.training, torch.device("cuda:0"), print)
+    optimizer = optimizers.create_optimizer(learner.parameters, config.training, torch.device("cuda:0"), print)
     sequences = torch.arange(case["batch"])
 
     def micro_batch(step: int, ids: torch.Tensor) -> torch.Tensor:
@@ -249,7 +251,7 @@ def run_single(case: dict, alone: Callable[[], None]) -> dict:
         import unsloth  # noqa: F401  (must be imported before transformers)
     if case["peer"] == "ours":
         sys.path.insert(0, str(ROOT))
-        from config import before_heavy_imports
+        from toolkit.startup import before_heavy_imports
 
         before_heavy_imports()
     import torch
@@ -280,7 +282,7 @@ def run_single(case: dict, alone: Callable[[], None]) -> dict:
         if case.get("profile"):
             profile(case, micro_batch, ids)
         if case["peer"] == "ours":
-            from fused_ops import compiled_in_pieces
+            from fast_path.compiled import compiled_in_pieces
 
             case["pieces"] = compiled_in_pieces()  # a graph break costs speed and memory, and nothing else tells
         median = statistics.median(times)

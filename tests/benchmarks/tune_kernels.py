@@ -18,10 +18,10 @@ import torch
 from bench_training import confine
 from triton.testing import do_bench
 
-import attention_ops
-import linear_ops
-import loss_ops
-from tests.test_fused_ops import packed_weights
+from fast_path import attention, fused_linear, loss, nf4
+from fast_path import packed_weights as packed_weights_module
+from fast_path.packed_weights import operands, stack_adapters
+from tests.fast_path.test_layers import packed_weights
 
 HIDDEN, MLP, RANK, VOCABULARY = 2048, 11008, 16, 151936
 HEADS, KV_HEADS, WIDTH = 16, 2, 128
@@ -47,7 +47,7 @@ def tune(label: str, layouts, use: Callable, call: Callable, moved: float, peak:
     """Print the layouts of one kernel on one shape, the fastest first; use(launch) makes the toolkit take a layout."""
     times = []
     for layout in layouts:
-        use(linear_ops.Launch(*layout))
+        use(nf4.Launch(*layout))
         try:
             times.append((microseconds(call), layout))
         except Exception as error:  # too much shared memory for this card, say
@@ -62,29 +62,29 @@ def tune_rows(rows: int, swiglu: bool, members: int, p: float, peak: float) -> N
     """Tune the kernels that pass over activations."""
     columns = MLP if swiglu else HIDDEN
     x = torch.randn(rows, columns * (2 if swiglu else 1), device="cuda", dtype=torch.bfloat16)
-    A = linear_ops.stack_adapters([torch.randn(RANK, columns, device="cuda") for _ in range(members)], torch.bfloat16)
+    A = stack_adapters([torch.randn(RANK, columns, device="cuda") for _ in range(members)], torch.bfloat16)
     zero = torch.zeros((), dtype=torch.int32, device="cuda")
     sequences = torch.arange(max(1, rows // 512), dtype=torch.int32, device="cuda")
-    masks = linear_ops.Masks(zero, sequences, zero, 512, p)
+    masks = fused_linear.Masks(zero, sequences, zero, 512, p)
     label = f"rows={rows} swiglu={swiglu} members={members} p={p}"
     tile = rows * columns * 2
-    norm = None if swiglu else linear_ops.Norm(torch.rand_like(x[0]), linear_ops.inverse_rms(x, 1e-6, False))
+    norm = None if swiglu else fused_linear.Norm(torch.rand_like(x[0]), fused_linear.inverse_rms(x, 1e-6, False))
     tune(
         f"widen with u {label}",
         itertools.product((16, 32, 64), (64, 128, 256), (4, 8)),
-        lambda launch: setattr(linear_ops, "WIDEN", launch),
-        functools.partial(linear_ops.widen, x, A, masks, 2.0, swiglu, True, norm),
+        lambda launch: setattr(fused_linear, "WIDEN", launch),
+        functools.partial(fused_linear.widen, x, A, masks, 2.0, swiglu, True, norm),
         tile * (3 if swiglu else 2),
         peak,
     )
-    wide = linear_ops.widen(x, A, masks, 2.0, swiglu, True)[0]
+    wide = fused_linear.widen(x, A, masks, 2.0, swiglu, True)[0]
     if swiglu:
         return tune_swiglu_backward(label, wide, x, A, masks, peak)
     tune(
         f"backward with dA {label}",
         itertools.product((16, 32, 64), (64, 128), (1, 2, 4)),
-        lambda launch: setattr(linear_ops, "MASKED_BACKWARD" if p > 0 else "WIDEN_BACKWARD", launch),
-        functools.partial(linear_ops.widen_backward, wide, x, A, masks, True, norm),
+        lambda launch: setattr(fused_linear, "MASKED_BACKWARD" if p > 0 else "WIDEN_BACKWARD", launch),
+        functools.partial(fused_linear.widen_backward, wide, x, A, masks, True, norm),
         tile * (3 + 2 * (p > 0)),
         peak,
     )
@@ -93,20 +93,20 @@ def tune_rows(rows: int, swiglu: bool, members: int, p: float, peak: float) -> N
 def tune_swiglu_backward(label: str, wide, x, A, masks, peak: float) -> None:
     """Tune the kernel behind `swiglu_backward` and over how many rows its programs sum up; the sums' sum is counted."""
     rows, columns = len(x), A.shape[1]
-    u, default = torch.randn(rows, 2 * RANK, device="cuda", dtype=x.dtype), linear_ops.share_rows
-    call = functools.partial(linear_ops.swiglu_backward, wide, x, A, masks, u, RANK, True)
+    u, default = torch.randn(rows, 2 * RANK, device="cuda", dtype=x.dtype), fused_linear.share_rows
+    call = functools.partial(fused_linear.swiglu_backward, wide, x, A, masks, u, RANK, True)
     for shares in (None, 1, 2, 3, 4, 6, 8):
         if shares:
-            linear_ops.share_rows = lambda *_, shares=shares: -(-rows // shares)
+            fused_linear.share_rows = lambda *_, shares=shares: -(-rows // shares)
         tune(
             f"backward {label} shares={shares or 'as chosen'}",
             [*itertools.product((16,), (32, 64, 128), (4, 8)), *itertools.product((32,), (64,), (4, 8))],
-            lambda launch: setattr(linear_ops, "swiglu_launch", lambda _: launch),
+            lambda launch: setattr(fused_linear, "swiglu_launch", lambda _: launch),
             call,
             rows * columns * 2 * 5,
             peak,
         )
-    linear_ops.share_rows = default
+    fused_linear.share_rows = default
 
 
 def tune_rotate(rows: int, peak: float) -> None:
@@ -114,15 +114,15 @@ def tune_rotate(rows: int, peak: float) -> None:
     batch, length = max(1, rows // 512), min(rows, 512)
     qkv = torch.randn(batch, length, (HEADS + 2 * KV_HEADS) * WIDTH, device="cuda", dtype=torch.bfloat16)
     angles = torch.randn(1, length, WIDTH, device="cuda", dtype=torch.bfloat16)
-    parts = attention_ops.rotate(qkv, angles, angles, HEADS, KV_HEADS)
+    parts = attention.rotate(qkv, angles, angles, HEADS, KV_HEADS)
     for label, call in (
-        ("rotate", functools.partial(attention_ops.rotate, qkv, angles, angles, HEADS, KV_HEADS)),
-        ("rotate back", functools.partial(attention_ops.rotate_backward, *parts, angles, angles)),
+        ("rotate", functools.partial(attention.rotate, qkv, angles, angles, HEADS, KV_HEADS)),
+        ("rotate back", functools.partial(attention.rotate_backward, *parts, angles, angles)),
     ):
         tune(
             f"{label} rows={rows}",
             itertools.product((8, 16, 32, 64), (64,), (2, 4, 8)),
-            lambda launch: setattr(attention_ops, "ROTATE", launch),
+            lambda launch: setattr(attention, "ROTATE", launch),
             call,
             2 * qkv.nbytes,
             peak,
@@ -136,8 +136,8 @@ def tune_cross_entropy(rows: int, peak: float) -> None:
     tune(
         f"cross entropy rows={rows}",
         itertools.product((1,), (2048, 4096, 8192, 16384), (4, 8, 16, 32)),
-        lambda launch: setattr(loss_ops, "CROSS_ENTROPY", launch),
-        functools.partial(loss_ops.cross_entropy, logits, targets, losses, True),
+        lambda launch: setattr(loss, "CROSS_ENTROPY", launch),
+        functools.partial(loss.cross_entropy, logits, targets, losses, True),
         3 * logits.nbytes,
         peak,
     )
@@ -157,8 +157,8 @@ def main() -> None:
     tune(
         "dequantise gate and up",
         itertools.product((64, 128, 256), (64,), (1, 2, 4, 8)),
-        lambda launch: setattr(linear_ops, "DEQUANTIZE", launch),
-        functools.partial(linear_ops.operands, weights, A, B, 2.0, torch.bfloat16, True),
+        lambda launch: setattr(packed_weights_module, "DEQUANTIZE", launch),
+        functools.partial(operands, weights, A, B, 2.0, torch.bfloat16, True),
         2 * MLP * HIDDEN * 2.516,
         peak,
     )

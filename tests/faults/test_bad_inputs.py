@@ -18,11 +18,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import checkpoint_utils
+import config
 import inference_example
 import train_qlora
 from config import DataConfig
-from data_utils import load_rows
+from toolkit import checkpoints, earlier_run
+from toolkit.data_formats import load_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -242,14 +243,14 @@ FORMATS = {
 def test_text_in_another_encoding(tmp_path, name, language, codec, looks):
     path = tmp_path / name
     path.write_bytes(FORMATS[name].format(SPOKEN[language][0]).encode(codec))
-    with pytest.raises(train_qlora.ConfigError) as caught:
+    with pytest.raises(config.ConfigError) as caught:
         load_rows(DataConfig(dataset=str(path)))
     line = 1 if "16" in codec else FORMATS[name].count("\n", 0, FORMATS[name].index("{}")) + 1
     guess = "Latin-1 or cp1252 (Western)" if looks == "Western" else looks
     said = f"cannot read {path}: line {line} is not UTF-8: it looks like {guess}; save the file as UTF-8"
     assert caught.value.problems == (f"data.dataset: {said}",)
     if path.suffix in (".txt", ".jsonl"):
-        with pytest.raises(train_qlora.ConfigError) as caught:
+        with pytest.raises(config.ConfigError) as caught:
             inference_example.read_prompts(path)
         assert caught.value.problems == (f"--prompts: {said}",)
 
@@ -282,7 +283,7 @@ def test_a_byte_order_mark_is_accepted(tmp_path, name):
     path, text = tmp_path / name, SPOKEN["Traditional Chinese"][0]
     path.write_text(FORMATS.get(name, "generation: {{system_prompt: {}}}").format(text), encoding="utf-8-sig")
     if name == "a.yaml":
-        assert train_qlora.load_config(path).generation.system_prompt == text
+        assert config.load_config(path).generation.system_prompt == text
         return
     rows = load_rows(DataConfig(dataset=str(path)))["train"]
     assert [row.strip() for row in rows["text"]] == ["some words", text]
@@ -763,18 +764,18 @@ def test_adapter_of_another_base(refused, adapter, random_models):
 
 def rewritten(folder: Path, **changes: object) -> None:
     """Change the state of a checkpoint and its checksums with it, as an attacker or another version would."""
-    adapter, state = checkpoint_utils.read_checkpoint(folder)
+    adapter, state = checkpoints.read_checkpoint(folder)
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     state = {key: value for key, value in (state | changes).items() if value is not None}
-    checkpoint_utils.write_checkpoint(folder.parent, checkpoint_utils.step_of(folder), adapter, config, state, 9)
+    checkpoints.write_checkpoint(folder.parent, earlier_run.step_of(folder), adapter, config, state, 9)
 
 
 def swapped(folder: Path) -> None:
     """An adapter of other shapes, checksums and all."""
-    adapter, state = checkpoint_utils.read_checkpoint(folder)
+    adapter, state = checkpoints.read_checkpoint(folder)
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     other = {name: tensor[:1, :1].clone() for name, tensor in adapter.items()}
-    checkpoint_utils.write_checkpoint(folder.parent, 2, other, config, state, 9)
+    checkpoints.write_checkpoint(folder.parent, 2, other, config, state, 9)
 
 
 CHECKPOINTS = {
@@ -796,7 +797,7 @@ def test_checkpoint(refused, adapter, corpus, name):
 
 
 def test_no_checkpoint_is_sound(refused, adapter, capfd):
-    for folder in checkpoint_utils.checkpoints(adapter):
+    for folder in earlier_run.checkpoints(adapter):
         (folder / "training_state.json").write_text("{}", encoding="utf-8")
     assert refused(output_dir=adapter).startswith(f"training.resume: no checkpoint in {adapter} is sound")
 

@@ -15,10 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import checkpoint_utils
 import config
 import train_qlora
-from checkpoint_utils import Log, checkpoints, locked, read_checkpoint
+from toolkit import checkpoints as checkpoints_module
+from toolkit import startup
+from toolkit.checkpoints import LOCK, Log, locked, read_checkpoint, save_adapter
+from toolkit.earlier_run import checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
 STEP = train_qlora.training_step
@@ -71,7 +73,7 @@ def test_second_run_in_a_folder_is_refused_and_the_first_goes_on(train, capsys, 
     code, folder = train(*SHORT)
     assert code == 0 and codes[0] == 2
     assert codes[1] == [f"error: training.output_dir: another run is writing in {folder}; wait for its end or stop it"]
-    assert not (folder / checkpoint_utils.LOCK).exists()
+    assert not (folder / LOCK).exists()
 
 
 def test_refused_run_lets_go_of_the_folder(train, tmp_path):
@@ -160,7 +162,7 @@ def test_finished_run_without_room_for_a_checkpoint_has_its_adapter(train, tmp_p
         raise OSError(28, "No space left on device")
 
     assert train(*SHORT, output_dir=tmp_path / "whole")[0] == 0
-    monkeypatch.setattr(checkpoint_utils, "write_checkpoint", full)
+    monkeypatch.setattr(checkpoints_module, "write_checkpoint", full)
     code, folder = train(*SHORT)
     assert code == 1 and said(capsys).endswith("there is no checkpoint yet; the adapter is whole")
     name = "adapter_model.safetensors"
@@ -171,17 +173,17 @@ def test_adapter_of_before_stays_until_the_new_one_is_whole(train, monkeypatch, 
     """A longer run over a finished one, and no room for its adapter."""
     code, folder = train(*SHORT)
     before = (folder / "adapter_model.safetensors").read_bytes()
-    real = checkpoint_utils.save_adapter
+    real = save_adapter
 
     def save(*arguments):
         limited(200_000)
         real(*arguments)
 
-    monkeypatch.setattr(checkpoint_utils, "save_adapter", save)
+    monkeypatch.setattr(checkpoints_module, "save_adapter", save)
     assert code == 0 and train(*SHORT, "--max_steps", 4)[0] == 1
     assert (folder / "adapter_model.safetensors").read_bytes() == before
     limited(0)
-    monkeypatch.setattr(checkpoint_utils, "save_adapter", real)
+    monkeypatch.setattr(checkpoints_module, "save_adapter", real)
     assert train(*SHORT, "--max_steps", 4)[0] == 0
     assert (folder / "adapter_model.safetensors").read_bytes() != before
 
@@ -249,7 +251,7 @@ def test_float16_that_overflows_at_every_scale_stops(train, monkeypatch, capsys)
 
 def test_nothing_in_the_toolkit_reads_a_pickle_or_unsafe_yaml():
     """No module imports pickle or its like, calls torch.load, eval or exec, or reads YAML by an unsafe loader."""
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("tiny/*.py")]:
+    for path in [path for folder in (".", "toolkit", "fast_path", "tiny") for path in ROOT.glob(f"{folder}/*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
@@ -294,7 +296,7 @@ def test_tokens_are_in_no_line_and_no_file(train, tmp_path, monkeypatch, capsys)
     log = Log(silent=False)
     log.open(tmp_path)
     log.say(text)
-    config.report(config.ConfigError(text))
+    startup.report(config.ConfigError(text))
     found = capsys.readouterr()
     for place in (found.out, found.err, (tmp_path / "training_log.txt").read_text(encoding="utf-8")):
         assert "https://***@example.org/data" in place
@@ -307,4 +309,4 @@ def test_tokens_are_in_no_line_and_no_file(train, tmp_path, monkeypatch, capsys)
 
 def test_redacting_leaves_other_words_alone():
     for text in ("hf_hub", "step 4/4 | loss 5.95", "/home/me/hf_cache/models", "https://huggingface.co/a@b", "a@b.c"):
-        assert config.redact(text) == text
+        assert startup.redact(text) == text

@@ -1,0 +1,52 @@
+"""Which parts of the fast path run here, and why the others do not."""
+
+import dataclasses
+
+import torch
+from peft import PeftModel
+
+from config import ConfigError, PerformanceConfig
+from fast_path.nf4 import HAS_TRITON
+from fast_path.packed_weights import fusable
+
+
+@dataclasses.dataclass(frozen=True)
+class FastPath:
+    """Which parts of the fast path run, and the line that says so and why the others do not."""
+
+    fused_lora: bool
+    compile: bool
+    cuda_graphs: bool
+    kernels: bool  # the operators' Triton kernels
+    line: str
+
+
+def choose_fast_path(
+    performance: PerformanceConfig, model: PeftModel, dtype: torch.dtype, device: torch.device, offload: bool = False
+) -> FastPath:
+    """Return what of fused_lora, compile and cuda_graphs runs here; ConfigError where `on` asks what cannot.
+
+    offload: the inputs of checkpointed layers are to wait in main memory.
+    """
+    gpu, runs, reasons = device.type == "cuda", {}, {}
+    layers = model.get_base_model().get_decoder().layers
+    fusables = any(fusable(module) and hasattr(module, "lora_A") for layer in layers for module in layer.modules())
+
+    def decide(name: str, obstacle: str | None) -> bool:
+        wanted = getattr(performance, name)
+        if wanted == "on" and obstacle:
+            raise ConfigError(f"performance.{name}: cannot be on here: {obstacle}")
+        runs[name] = wanted == "on" or (wanted == "auto" and not obstacle and gpu)
+        if not runs[name]:
+            reasons[name] = "off" if wanted == "off" else obstacle or "gains nothing on a CPU"
+        return runs[name]
+
+    fused = decide("fused_lora", None if fusables else "no plain LoRA adapter on a 4-bit linear")
+    no_triton = gpu and not HAS_TRITON and "Triton is not installed (Windows: pip install triton-windows)"
+    compiled = decide("compile", no_triton or (None if fused else "it needs fused_lora"))
+    copies = "no graph can hold the copies to main memory" if offload else None
+    graphs = decide("cuda_graphs", copies if gpu else "there is no CUDA GPU")
+    kernels = gpu and HAS_TRITON and dtype is not torch.float32  # tl.dot would round fp32 to tf32
+    line = "fast path: " + (", ".join(name for name, on in runs.items() if on) or "none")
+    line += "".join(f" | without {name}: {reason}" for name, reason in reasons.items())
+    return FastPath(fused, compiled, graphs, kernels, line)

@@ -1,0 +1,470 @@
+"""The decode step, a token of each sequence in and their logits out, as seven kernels a layer that a CUDA graph can hold.
+
+A step reads every weight once, so it is bound by memory: 4-bit weights are dequantised in registers on their way into
+the product, and norms, adapters, biases, SwiGLU and residuals ride in the kernels that are there anyway (but the
+adapters of q, k and v, and the first and last norm). One sequence takes products of a vector, a batch those of the
+tensor cores and nine kernels a layer.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import bitsandbytes as bnb
+import torch
+from peft import PeftModel
+from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PreTrainedModel, StaticCache
+from transformers.activations import SiLUActivation
+from transformers.cache_utils import StaticLayer
+
+from fast_path import decode_batch_kernels
+from fast_path import decode_kernels as kernels
+from fast_path.families import ATTENTIONS, MLPS, MODELS
+from fast_path.nf4 import HAS_TRITON, INTERPRETED, SHUFFLE, runs_on, tl, triton
+
+
+class Unsupported(ValueError):
+    """Says in one line why a model's decode step has no kernels."""
+
+
+class Tile(NamedTuple):
+    """What a program of a batch's product takes at a time."""
+
+    rows: int  # outputs, of gate and of up with SwiGLU
+    words: int  # of eight weights of each row
+    warps: int
+
+
+@dataclasses.dataclass
+class Layout:
+    """How the kernels are laid on a GPU."""
+
+    # Outputs that a program of a product takes side by side (with SwiGLU of gate and of up), each in the same threads: 2
+    # took 1.2x as long, 4 1.5x.
+    rows: int = 1
+    runs: int = 64  # of 64 weights that it takes of a row at a time, each a thread's: 2 warps
+    # Warps of a multiprocessor, which share out the outputs: with 128 registers a thread it has room for 16.
+    warps: int = 16
+    light_warps: int = 24  # the same where each then has a single output, which takes 80 registers
+    positions: int = 32  # of a tile of the cache
+    # A kernel starts, and loads weights, before the one before has ended (sm_90 and later): 1,801 us a step of a 3B on an
+    # H100 in place of 1,907.
+    overlap: bool = True
+    programs: int = 128  # that attention is split into, about one for each of the 132 multiprocessors of an H100
+    tile: Tile = Tile(64, 32, 4)
+    swiglu_tile: Tile = Tile(16, 32, 2)  # of two matrices: 41 us on an H100 at 32 sequences, the other eight 44 to 81
+    batch_programs: int = 512  # that a batch's products, by their inputs, and its attention are split into
+
+
+LAYOUT = Layout()
+RUN = 64  # weights of a row that a thread takes at a time; constants of quantisation change at its ends only
+CHUNK = 2048  # inputs of a program of the adapter's first product in down_proj
+ADAPTERS = 48  # warps that such products of a launch take, more only where each program would have over TAKE rows of A
+TAKE = 8
+BATCH_CHUNK = 256  # the same for a batch, whose program takes all rows of A and all sequences
+BATCH = 64  # sequences at most: more would want their weights dequantised once for several tiles
+
+# ------------------------------------------------------------------------------------------------ what a model has
+
+
+def _check(condition: bool, reason: str) -> None:
+    if not condition:
+        raise Unsupported(f"no decode kernels: {reason}")
+
+
+class Member:
+    """A 4-bit linear and its adapter as the kernels read them, in the modules' own memory. A, B: None without one."""
+
+    def __init__(self, module: nn.Module, name: str):
+        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        state = getattr(getattr(base, "weight", None), "quant_state", None)
+        _check(type(base) is bnb.nn.Linear4bit and state is not None, f"{name} is not a 4-bit linear of bitsandbytes")
+        nested, self.columns, self.rows = state.nested, base.in_features, base.out_features
+        _check(self.columns % RUN == 0, f"{name} has {self.columns} inputs, no multiple of {RUN}")
+        _check(state.blocksize % RUN == 0, f"{name} has quantisation blocks of {state.blocksize} weights")
+        self.codes = base.weight.data.view(torch.uint8).flatten().view(torch.int32)
+        self.absmax, self.lut, self.bias = state.absmax, state.code, base.bias
+        self.second = state.state2.absmax if nested else self.absmax
+        self.offset = state.offset if nested else self.absmax
+        self.code2 = state.state2.code if nested else self.absmax
+        self.kind = nested, state.blocksize, state.state2.blocksize if nested else 1, state.quant_type
+        self.A = self.B = None
+        self.rank, self.scale = 0, 0.0
+        if module is not base:
+            self._adapter(module, name)
+
+    def _adapter(self, module: nn.Module, name: str) -> None:
+        plain = isinstance(module, LoraLinear4bit) and not module.lora_variant and not any(module.lora_bias.values())
+        _check(plain, f"the adapter of {name} is no plain LoRA")
+        _check(not module.merged, f"the adapter of {name} is merged")
+        active = [] if module.disable_adapters else [a for a in module.active_adapters if a in module.lora_A]
+        _check(len(active) < 2, f"{name} has {len(active)} active adapters: {', '.join(active)}")
+        for adapter in active:
+            self.A, self.B = (part[adapter].weight.detach().contiguous() for part in (module.lora_A, module.lora_B))
+            self.rank, self.scale = len(self.A), float(module.scaling[adapter])
+
+
+class Norm:
+    """An RMS norm as the kernels read it. Its weight is `scale` times `factor`, which times hidden stays in range."""
+
+    def __init__(self, module: nn.Module):
+        # Gemma's norms add 1 to the weight, and have no variance_epsilon.
+        known = type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
+        _check(known, f"{type(module).__name__} is unknown")
+        self.weight, self.eps, self.scale = module.weight.detach(), module.variance_epsilon, 1.0
+        if self.weight.dtype is torch.float16:
+            self.scale = 2.0 ** max(0, math.ceil(math.log2(max(self.weight.abs().max().item(), 1.0))))
+        self.factor = self.weight / self.scale if self.scale > 1 else self.weight
+
+
+def _options() -> dict[str, bool]:
+    """Return the options of every launch. From Triton 3.10 on it no longer fuses a product with a sum unasked."""
+    overlap = LAYOUT.overlap and not INTERPRETED and torch.cuda.is_available()
+    overlap = overlap and torch.cuda.get_device_capability() >= (9, 0)
+    return {"OVERLAP": overlap, "enable_fp_fusion": True, **({"launch_pdl": True} if overlap else {})}
+
+
+class Linears:
+    """Up to three linears that read one x, as one launch.
+
+    mode: see `_linear_kernel`. norm: what x still lacks, if it is hidden times this norm's factor. parts: sums that
+    u = A x is split into; alone: u comes with x, else this computes it. x: what the launch before writes and this one
+    reads, in the order of `_place`. m: the M of the kernels.
+    """
+
+    def __init__(
+        self, modules: dict[str, nn.Module], mode: str, dtype: torch.dtype, norm: Norm | None = None, parts: int = 1,
+        alone: bool = False, m: int = 1,
+    ):  # fmt: skip
+        self.members = [Member(module, name) for name, module in modules.items()]
+        first, adapted = self.members[0], [member for member in self.members if member.rank]
+        for what in ("kind", "columns"):
+            same = len({getattr(member, what) for member in self.members}) == 1
+            _check(same, f"{', '.join(modules)} differ in their {'quantisation' if what == 'kind' else 'inputs'}")
+        biases = {None if member.bias is None else member.bias.dtype for member in self.members}
+        types = {factor.dtype for member in adapted for factor in (member.A, member.B)}
+        _check(len(biases) == 1 and len(types) < 2, f"{', '.join(modules)} differ in their biases or adapters' dtypes")
+        self.mode, self.norm, self.parts, self.alone, self.m = mode, norm, parts, alone, m
+        self.ranks = [member.rank for member in self.members]
+        smallest = 16 if m > 1 else 1  # of tl.dot
+        self.rank = max(smallest, triton.next_power_of_2(max(self.ranks))) if adapted else 0
+        self.columns, self.rows = first.columns, [member.rows for member in self.members]
+        self.x = torch.zeros(self.columns * m, dtype=dtype, device=first.codes.device)
+        self.u = torch.zeros(parts, m, len(modules), max(self.rank, 1), dtype=torch.float32, device=self.x.device)
+        self.inverse, self.count = self.u.new_zeros(1), self.u.new_zeros(1, dtype=torch.int32)
+        nothing = adapted[0].A if adapted else self.x
+        self.A = [member.A if member.rank else nothing for member in self.members]
+        arguments = [
+            (
+                member.codes, member.absmax, member.second, member.offset,
+                self.x if member.bias is None else member.bias, member.B if member.rank else nothing,
+                member.rows, member.rank, member.scale,
+            )
+            for member in self.members
+        ]  # fmt: skip
+        arguments += [(*arguments[0][:6], 0, 0, 0.0)] * (3 - len(arguments))
+        self.arguments = [first.lut, first.code2, *sum(arguments, ())]
+        gpu = self.x.is_cuda and torch.cuda.get_device_properties(self.x.device)
+        self.multiprocessors = gpu.multi_processor_count if gpu else 1
+        nested, blocksize, blocksize2, _ = first.kind
+        self.constants = dict(
+            MEMBERS=len(modules), K=self.columns, RANK=self.rank, PARTS=parts, BIAS=None not in biases, NESTED=nested,
+            BLOCKSIZE=blocksize, BLOCKSIZE2=blocksize2, SHUFFLE=SHUFFLE,
+            HALF=tl.bfloat16 if dtype is torch.bfloat16 else tl.float16, **_options(),
+        )  # fmt: skip
+
+    def adapters(self, warps: int, most: float) -> dict[str, int]:
+        """Return how the programs are laid that compute the adapters' u and what x lacks: in `most` warps, if they can."""
+        chunk = triton.cdiv(self.columns, self.parts)
+        rows, take = max(self.rank, 1) * len(self.members) * self.parts, 1
+        while rows * warps > take * most and take < min(TAKE, self.rank):
+            take *= 2
+        block = min(triton.next_power_of_2(chunk), 2048 * warps // take)  # 64 numbers a thread
+        return dict(ADAPTERS=rows // take, TAKE=take, BLOCK=block, CHUNK=triton.cdiv(chunk, block) * block)
+
+    def layout(self) -> tuple[int, bool, dict[str, Any]]:
+        """Return the number of programs, whether the adapters' are a launch of their own, and how all are laid.
+
+        Programs that end at once would all ask for u before it is there: q, k and v took 7.4 us in one launch where a norm
+        ahead of them, which made u, and their product had taken 3.8 (H100).
+        """
+        swiglu, runs = self.mode == "swiglu", self.columns // RUN
+        blocks = min(LAYOUT.runs, max(32, triton.next_power_of_2(runs)))
+        warps = max(1, blocks // 32)
+        two = swiglu or (self.mode == "residual" and runs > blocks)  # outputs in pieces share loads of x
+        rows = self.rows if self.mode == "stack" else self.rows[:1]
+        each = LAYOUT.rows if swiglu or not two else 2 * LAYOUT.rows
+        shares, adapters = sum(triton.cdiv(n, each) for n in rows), self.adapters(warps, ADAPTERS)
+        light = not two and shares <= self.multiprocessors * LAYOUT.light_warps // warps
+        resident = LAYOUT.light_warps if light else LAYOUT.warps
+        some = not self.alone and bool(self.norm or self.rank)
+        apart = adapters["ADAPTERS"] if some and not light else 0
+        loop = 1 if light else triton.cdiv(shares, max(1, self.multiprocessors * resident // warps - apart))
+        # ptxas would take 167 for gate and up, which leaves room for 12 warps.
+        registers = {} if INTERPRETED else {"maxnreg": 65536 // (32 * resident) // 8 * 8}
+        options = dict(LOOP=loop, ROWS=LAYOUT.rows, BLOCKS=blocks, TWO=two, num_warps=warps, num_stages=1, **registers)
+        programs = apart + sum(triton.cdiv(n, each * loop) for n in rows)
+        return programs, some and light, adapters | options | {"ADAPTERS": apart}
+
+    def __call__(
+        self, hidden: torch.Tensor, out: torch.Tensor, before: "Linears", follow: "Linears | None" = None
+    ) -> None:
+        """Launch. before: the product of a launch before this one, whose count is set back. follow: what reads hidden."""
+        norm, A = self.norm, self.A * 3
+        programs, ahead, options = self.layout()
+        reads = self.x, hidden, *((norm.weight, norm.eps, norm.scale) if norm else (self.x, 0.0, 1.0))
+        reads += self.u, self.inverse, self.count, before.count
+        if ahead:
+            adapters, ranks = self.adapters(4, math.inf), (self.ranks + [0, 0])[:3]
+            kernels._adapter_kernel[(adapters.pop("ADAPTERS"),)](
+                *reads, *A[:3], *ranks, **adapters, NORM=norm is not None, num_warps=4, **_options(),
+                **{name: self.constants[name] for name in ("K", "MEMBERS", "RANK")},
+            )  # fmt: skip
+        kernels._linear_kernel[(programs,)](
+            *reads, out, follow.norm.factor if follow else self.x, *self.arguments[:2], *A[:3], *self.arguments[2:],
+            **self.constants, **options, MODE=self.mode, NORM=norm is not None, NEXT=follow is not None,
+            OUTPUTS=self.rows[0], PARTS_2=triton.next_power_of_2(self.parts),
+        )  # fmt: skip
+
+
+class BatchLinears(Linears):
+    """The same for a batch; unless SwiGLU follows it leaves `splits` parts of its sums, [splits, m, outputs]."""
+
+    def __init__(self, *arguments: Any, **keywords: Any):
+        super().__init__(*arguments, **keywords)
+        swiglu = self.mode == "swiglu"
+        self.tile, self.outputs = (LAYOUT.swiglu_tile, self.rows[0]) if swiglu else (LAYOUT.tile, sum(self.rows))
+        self.tiles = sum(triton.cdiv(n, self.tile.rows) for n in (self.rows[:1] if swiglu else self.rows))
+        steps = triton.cdiv(self.columns, 8 * self.tile.words)
+        splits = 1 if swiglu else min(steps, max(1, LAYOUT.batch_programs // self.tiles))
+        self.splits = triton.cdiv(steps, triton.cdiv(steps, splits))  # none of them empty
+
+    def __call__(self, out: torch.Tensor) -> None:
+        rows, words, warps = self.tile
+        decode_batch_kernels._batch_linear_kernel[(self.tiles, self.splits)](
+            self.x, self.u, out, *self.arguments, **self.constants, SWIGLU=self.mode == "swiglu", OUTPUTS=self.outputs,
+            M=self.m, SPLITS=self.splits, ROWS=rows, STEP=words, num_warps=warps,
+            num_stages=1,  # Triton's own would load x before the kernel waits for it
+        )  # fmt: skip
+
+
+def _norm(x: torch.Tensor, norm: Norm, out: torch.Tensor, first: bool = False) -> None:
+    """Write norm(x) to out; first: x times the norm's factor, as the first product reads it."""
+    kernels._norm_kernel[(1,)](
+        x, norm.factor if first else norm.weight, out, norm.eps, K=x.numel(), FIRST=first,
+        BLOCK=triton.next_power_of_2(x.numel()), num_warps=4 if x.numel() <= 4096 else 8, **_options(),
+    )  # fmt: skip
+
+
+def _batch_norm(
+    x: torch.Tensor, parts: torch.Tensor, total: torch.Tensor, norm: Norm, out: torch.Tensor,
+    linears: Linears | None = None,
+) -> None:  # fmt: skip
+    """Write total = x + parts, and its norm to out as it is or to where `linears` read it, with their adapters' u.
+
+    x, total: [sequences, width]; parts: [parts, m, width].
+    """
+    sequences, width = x.shape
+    adapters, rank, members = (x, *[x] * 3, 0, 0, 0), 0, 1
+    if linears is not None and linears.rank:
+        A, ranks, rank, members = linears.A * 3, linears.ranks + [0, 0], linears.rank, len(linears.A)
+        adapters = linears.u, *A[:3], *ranks[:3]
+    block = triton.next_power_of_2(width)
+    tile = min(max(rank, 1), max(1, 16384 // block))  # rows of A at a time: 64 numbers a thread
+    decode_batch_kernels._batch_norm_kernel[(sequences, members)](
+        x, parts, norm.weight, total, out, *adapters, norm.eps, K=width, M=parts.shape[1],
+        PARTS=len(parts), MEMBERS=members, RANK=rank, ORDERED=linears is not None, BLOCK=block, TILE=tile,
+        num_warps=8, **_options(),
+    )  # fmt: skip
+
+
+def _check_layer(layer: nn.Module, cache: Any) -> None:
+    attention, mlp = layer.self_attn, layer.mlp
+    _check(type(attention).__name__ in ATTENTIONS, f"{type(attention).__name__} is unknown")
+    _check(type(mlp).__name__ in MLPS, f"{type(mlp).__name__} is unknown")
+    _check(isinstance(mlp.act_fn, (nn.SiLU, SiLUActivation)), f"an MLP with {type(mlp.act_fn).__name__}")
+    # Qwen's attention says itself whether it slides, Mistral's reads its config.
+    window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
+    _check(window is None and type(cache) is StaticLayer, "attention in a sliding window, or no plain static cache")
+    _check(cache.is_initialized, "the cache has no tensors yet; see its early_initialization")
+    _check(cache.keys.shape[0] <= BATCH, f"a cache of {cache.keys.shape[0]} sequences, more than {BATCH}")
+    _check(cache.keys.shape[3] == attention.head_dim, "the cache has other heads than the model")
+    _check(attention.head_dim in (32, 64, 128, 256), f"heads of {attention.head_dim}")
+
+
+class Scratch(NamedTuple):
+    """What layers leave to their own next kernel; one after the other they share it."""
+
+    qkv: torch.Tensor  # fp32 [splits, m, outputs of q, k and v]
+    mixed: torch.Tensor  # fp32 [sequences, heads, splits, head size]
+    logs: torch.Tensor  # fp32 [sequences, heads, splits]
+    parts: torch.Tensor  # fp32 [splits, m, width], of a batch
+
+
+class Layer:
+    """A decoder layer: its weights, its part of the cache, and its seven launches."""
+
+    kind, chunk = Linears, CHUNK
+
+    def __init__(self, layer: nn.Module, cache: Any, dtype: torch.dtype):
+        _check_layer(layer, cache)
+        attention, mlp = layer.self_attn, layer.mlp
+        sequences, kv_heads, length, size = cache.keys.shape
+        self.m = m = 1 if sequences == 1 else max(16, triton.next_power_of_2(sequences))
+
+        def linears(owner: nn.Module, names: str, mode: str, *arguments: Any, **keywords: Any) -> Linears:
+            modules = {name: getattr(owner, name) for name in names.split()}
+            return self.kind(modules, mode, dtype, *arguments, m=m, **keywords)
+
+        self.norms = Norm(layer.input_layernorm), Norm(layer.post_attention_layernorm)
+        self.keys, self.values = cache.keys, cache.values
+        self.qkv = linears(attention, "q_proj k_proj v_proj", "stack", self.norms[0])
+        heads = self.qkv.rows[0] // size
+        self.out = linears(attention, "o_proj", "residual", parts=heads, alone=True)
+        self.gate_up = linears(mlp, "gate_proj up_proj", "swiglu", self.norms[1])
+        self.down = linears(mlp, "down_proj", "residual", parts=triton.cdiv(self.gate_up.rows[0], self.chunk))
+        programs = LAYOUT.programs if m == 1 else LAYOUT.batch_programs // sequences
+        splits = min(
+            triton.next_power_of_2(max(4, programs // kv_heads)),
+            triton.next_power_of_2(triton.cdiv(length, LAYOUT.positions)),
+        )
+        q_norm, k_norm = (getattr(attention, name, layer.input_layernorm) for name in ("q_norm", "k_norm"))
+        self.head_norms = q_norm.weight, k_norm.weight
+        self.numbers = q_norm.variance_epsilon, attention.scaling, length
+        self.shape = dict(
+            HEADS=heads, KV_HEADS=kv_heads, HALF=size // 2, GROUP=max(16, triton.next_power_of_2(heads // kv_heads)),
+            SPLITS=splits, POSITIONS=LAYOUT.positions, NORM=hasattr(attention, "q_norm"), M=m,
+            PARTS=getattr(self.qkv, "splits", 1),
+        )  # fmt: skip
+
+    def scratch(self) -> Scratch:
+        new = functools.partial(torch.zeros, device=self.keys.device, dtype=torch.float32)
+        sequences, shares = len(self.keys), (self.shape["HEADS"], self.shape["SPLITS"])
+        splits = max(getattr(linears, "splits", 1) for linears in (self.out, self.down))
+        return Scratch(
+            qkv=new(self.shape["PARTS"], self.m, sum(self.qkv.rows)),
+            mixed=new(sequences, *shares, self.keys.shape[3]),
+            logs=new(sequences, *shares),
+            parts=new(splits, self.m, self.out.rows[0]),
+        )
+
+    def attend(self, position: torch.Tensor, starts: torch.Tensor, rotary: list, scratch: Scratch) -> None:
+        """From the sums of q, k and v to what o_proj reads, by way of the cache."""
+        out, shape, sequences = self.out, self.shape, len(self.keys)
+        kernels._attention_kernel[(shape["KV_HEADS"], shape["SPLITS"], sequences)](
+            scratch.qkv, self.keys, self.values, position, starts, *rotary, *self.head_norms, scratch.mixed,
+            scratch.logs, *self.numbers, **shape, num_warps=4, **_options(),
+        )  # fmt: skip
+        kernels._combine_kernel[(shape["HEADS"], sequences)](
+            scratch.mixed, scratch.logs, position, starts, out.x, out.A[0], out.u, out.ranks[0], K=out.columns, M=self.m,
+            SIZE=self.keys.shape[3], SPLITS=shape["SPLITS"], POSITIONS=shape["POSITIONS"], RANK=out.rank,
+            TILE=min(max(out.rank, 1), 16), num_warps=4, **_options(),
+        )  # fmt: skip
+
+    def __call__(
+        self, hidden: torch.Tensor, position: torch.Tensor, rotary: list, scratch: Scratch, before: Linears,
+        follow: Linears | None,
+    ) -> None:  # fmt: skip
+        """Add the layer to hidden, [width], in place. rotary: cos and sin, [positions, head size]; before, follow: the
+        products before and after the layer.
+        """
+        self.qkv(hidden, scratch.qkv, before)
+        self.attend(position, position, rotary, scratch)
+        self.out(hidden, self.gate_up.x, self.qkv, self.gate_up)
+        self.gate_up(hidden, self.down.x, self.out)
+        self.down(hidden, follow.x if follow else hidden, self.gate_up, follow)
+
+
+class BatchLayer(Layer):
+    """The same for a batch."""
+
+    kind, chunk = BatchLinears, BATCH_CHUNK
+
+    def __call__(
+        self, hidden: torch.Tensor, other: torch.Tensor, known: torch.Tensor, position: torch.Tensor,
+        starts: torch.Tensor, rotary: list, scratch: Scratch,
+    ) -> torch.Tensor:  # fmt: skip
+        """Take in hidden + known and leave the layer's output in hidden and, still to be added, what it returns.
+
+        hidden, other: [sequences, width]; known and returned: fp32 [parts, m, width]; starts: int64 [sequences, 1].
+        """
+        down, parts = self.down, scratch.parts
+        _batch_norm(hidden, known, other, self.norms[0], self.qkv.x, self.qkv)
+        self.qkv(scratch.qkv)
+        self.attend(position, starts, rotary, scratch)
+        self.out(parts)
+        _batch_norm(other, parts[: self.out.splits], hidden, self.norms[1], self.gate_up.x, self.gate_up)
+        self.gate_up(down.x)
+        if down.rank:
+            decode_batch_kernels._batch_inner_kernel[(down.parts,)](
+                down.x, down.A[0], down.u, down.ranks[0], K=down.columns, M=self.m, RANK=down.rank, BLOCK=BATCH_CHUNK,
+                num_warps=4, **_options(),
+            )  # fmt: skip
+        down(parts)
+        return parts[: down.splits]
+
+
+class DecodeStep:
+    """A token of each sequence through a 4-bit Qwen2, Qwen3, Llama or Mistral with at most one active LoRA adapter.
+
+    ids: int64 [sequences, 1]; position: int64 [1] on the model's device, the slot of the cache that all write to;
+    starts: int64 [sequences, 1], the slots of their first tokens, before which there is padding (None: 0, as always of
+    one sequence) -> logits [sequences, vocabulary], fp32. Attends to slots starts to `position` of the cache, where it
+    writes the new keys and values; the cache's own count of tokens is left alone. Nothing is read on the host, so a CUDA graph can hold a call once a first one has
+    compiled. Weights are read where the modules have them; which adapter is active is settled here. Raises Unsupported.
+    """
+
+    def __init__(self, model: PreTrainedModel | PeftModel, cache: StaticCache):
+        _check(HAS_TRITON, "Triton is not installed (Windows: pip install triton-windows)")
+        if isinstance(model, PeftModel):
+            _check(not model.active_peft_config.is_prompt_learning, "the adapter is a learned prompt")
+            model = model.get_base_model()
+        _check(type(model).__name__ in MODELS, f"{type(model).__name__} is unknown")
+        decoder, dtype, device = model.get_decoder(), model.dtype, model.device
+        _check(dtype in (torch.bfloat16, torch.float16), f"the model computes in {dtype}")
+        rope = decoder.rotary_emb.rope_type
+        _check(rope not in ("dynamic", "longrope"), f"rotary embedding {rope} depends on the length")
+        self.embedding, self.head = model.get_input_embeddings(), model.get_output_embeddings()
+        self.norm = Norm(decoder.norm)
+        _check(len(decoder.layers) == len(cache.layers), "the cache has another number of layers than the model")
+        _check(cache.layers[0].is_initialized, "the cache has no tensors yet; see its early_initialization")
+        sequences = len(cache.layers[0].keys)
+        kind = Layer if sequences == 1 else BatchLayer
+        self.layers = [kind(*pair, dtype) for pair in zip(decoder.layers, cache.layers, strict=True)]
+        kinds = {(layer.keys.shape, layer.keys.dtype, layer.keys.device, layer.qkv.x.device) for layer in self.layers}
+        _check(
+            kinds == {(self.layers[0].keys.shape, dtype, device, device)},
+            "layers or the cache differ in shape, dtype or device",
+        )
+        self.last = torch.zeros(sequences, 1, model.config.hidden_size, dtype=dtype, device=device)
+        self.starts = torch.zeros(sequences, 1, dtype=torch.long, device=device)
+        with torch.no_grad():
+            positions = torch.arange(self.layers[0].keys.shape[2], device=device)[None]
+            self.rotary = [part[0].contiguous() for part in decoder.rotary_emb(self.last, positions)]
+        _check(self.rotary[0].shape[1] == self.layers[0].keys.shape[3], "rotary embedding of a part of each head")
+        _check(runs_on(device), f"the model is on {device}")
+        self.scratch = self.layers[0].scratch()
+
+    @torch.no_grad()
+    def __call__(self, ids: torch.Tensor, position: torch.Tensor, starts: torch.Tensor | None = None) -> torch.Tensor:
+        hidden = self.embedding(ids)[:, 0]
+        if len(self.last) == 1:
+            first = self.layers[0].qkv
+            _norm(hidden, first.norm, first.x, first=True)
+            before = self.layers[-1].down
+            for layer, follow in zip(self.layers, [*self.layers[1:], None], strict=True):
+                layer(hidden[0], position, self.rotary, self.scratch, before, follow and follow.qkv)
+                before = layer.down
+            _norm(hidden, self.norm, self.last)
+        else:
+            other, parts = torch.empty_like(hidden), self.scratch.parts[:0]
+            for layer in self.layers:
+                parts = layer(
+                    hidden, other, parts, position, self.starts if starts is None else starts, self.rotary, self.scratch
+                )
+            _batch_norm(hidden, parts, other, self.norm, self.last)
+        return self.head(self.last)[:, 0].float()

@@ -1,0 +1,446 @@
+"""From prompts to tokens through a static cache: the step and the choice of a token as CUDA graphs that the GPU
+runs without waiting for Python.
+"""
+
+import inspect
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.cache_utils import Cache, StaticLayer
+from transformers.generation import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from config import counted
+from fast_path.attention import use_grouped_attention
+from fast_path.layers import plain_linears
+from fast_path.nf4 import runs_on
+from fast_path.sampling import sample
+
+CHUNK = 2048  # tokens of prompts that one forward processes: 90 MiB of a 3B's widest activation
+SHORT_CHUNK = 128  # what is left of a prompt, padded to this, is one graph: a forward in Python takes 40-70 ms
+PAGE = 256  # cache lengths are multiples of it, so that a prompt a little longer needs no new graphs
+SHORTEST = 1024  # positions that one sequence's cache has at least: 37 MB of a 3B's, 2 % of what a step reads
+# Not cuDNN's: it builds a plan for every length of a prompt.
+BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+# ------------------------------------------------------------------------------------------------ what limits
+
+
+class Watch(transformers.StoppingCriteria):
+    """Counts the tokens of an answer, notes when the first and the last came, and stops where asked."""
+
+    def __init__(self) -> None:
+        self.start, self.first, self.last = time.perf_counter(), 0.0, 0.0
+        self.tokens, self.stop = 0, False
+
+    def count(self) -> None:
+        """Note that a token came, of each sequence of a batch."""
+        self.last = time.perf_counter()
+        self.first = self.first or self.last
+        self.tokens += 1
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self.count()
+        return torch.full((len(input_ids),), self.stop, dtype=torch.bool, device=input_ids.device)
+
+    def line(self, cut: bool, limits: str) -> str:
+        """Return how many tokens came, why no more, tokens/s after the first one, the seconds until that one, and
+        what limits.
+        """
+        why = ", stopped" if self.stop else ", cut at max_new_tokens" if cut else ""
+        rate = (self.tokens - 1) / (self.last - self.first) if self.tokens > 1 else 1 / (self.last - self.start)
+        first = f"first token after {self.first - self.start:.2f} s"
+        return f"[{counted(self.tokens, 'token')}{why} | {rate:.1f} tokens/s | {first} | {limits}]"
+
+
+# ------------------------------------------------------------------------------------------------ sampling
+
+NEAREST = 256  # scores
+
+
+def processors(config: GenerationConfig) -> LogitsProcessorList:
+    """Return what turns logits into scores, in the order of transformers' `generate`."""
+    found: list = []
+    if (config.repetition_penalty or 1.0) != 1.0:
+        found.append(RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
+    if config.do_sample:
+        if (config.temperature or 1.0) != 1.0:
+            found.append(TemperatureLogitsWarper(config.temperature))
+        top_k = 50 if config.top_k is None else config.top_k  # as in `generate`, where 0 is off
+        found += [TopKLogitsWarper(top_k)] if top_k else []
+        if config.top_p is not None and config.top_p < 1.0:
+            found.append(TopPLogitsWarper(config.top_p))
+        if config.min_p is not None:
+            found.append(MinPLogitsWarper(config.min_p))
+    return LogitsProcessorList(found)
+
+
+def end_tokens(config: GenerationConfig) -> list[int]:
+    """Return the tokens that end an answer."""
+    ends = config.eos_token_id
+    return list(ends) if isinstance(ends, (list, tuple)) else [] if ends is None else [ends]
+
+
+def draw(scores: torch.Tensor, sample: bool) -> torch.Tensor:
+    """Return the likeliest token of each row, or one drawn from the softmax. scores: fp32 [batch, vocabulary].
+
+    p / e with e drawn from Exp(1) is largest at i with probability p_i; torch.multinomial does the same, after a check
+    that waits for the GPU and cannot be captured.
+    """
+    if not sample:
+        return scores.argmax(-1)
+    probabilities = scores.softmax(-1)
+    return (probabilities / torch.empty_like(probabilities).exponential_()).argmax(-1)
+
+
+def choose_tokens(config: GenerationConfig, history: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Return the next token of each row, [batch]. history: what the repetition penalty sees; logits: fp32 [batch,
+    vocabulary].
+
+    top_p would sort the whole vocabulary: 200 us of a 3B's 2,070 us a token on an H100, of 32 sequences 930 us of 6,000.
+    Without top_k kernels draw from what it keeps without sorting. A top_k that leaves at most half of NEAREST is looked
+    for among the NEAREST largest; the other half is for what ties with the last one, which top_k keeps.
+    """
+    known = processors(config)
+    top_k = next((p.top_k for p in known if isinstance(p, TopKLogitsWarper)), None)
+    if config.do_sample and top_k is None and runs_on(logits.device):
+        alone = (RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper)  # they change each score by itself
+        scores = LogitsProcessorList(p for p in known if isinstance(p, alone))(history, logits)
+        # From torch's generator, on the device: manual_seed fixes the answer, and each replay of a graph draws anew.
+        seed = torch.randint(2**62, (1,), device=logits.device)
+        return sample(scores, seed, config.top_p, config.min_p)
+    nearest = top_k is not None and top_k <= NEAREST // 2
+    if not nearest or logits.shape[-1] <= NEAREST:
+        return draw(known(history, logits), config.do_sample)
+    # The penalty counts by token; the others look at the scores only, in any order.
+    penalties = [p for p in known if isinstance(p, RepetitionPenaltyLogitsProcessor)]
+    values, tokens = LogitsProcessorList(penalties)(history, logits).topk(NEAREST)
+    scores = LogitsProcessorList(p for p in known if p not in penalties)(history, values)
+    return tokens.gather(-1, draw(scores, config.do_sample)[:, None])[:, 0]
+
+
+# ------------------------------------------------------------------------------------------------ cache and attention
+
+
+class SlotCache(Cache):
+    """Keys and values at fixed addresses, [batch, heads, length, head_dim] a layer, written to `slots` [positions].
+
+    Every layer has the whole length, one with a sliding window too: it gets its window by its mask, and a cache that
+    has everything can go back to any prefix. Attention sees the first `end` slots.
+    """
+
+    def __init__(self, layers: int, length: int):
+        super().__init__(layers=[StaticLayer(max_cache_len=length) for _ in range(layers)])
+        self.slots, self.end = None, length
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple:
+        layer = self.layers[layer_idx]
+        if not layer.is_initialized:
+            layer.lazy_initialization(keys, values)
+        layer.keys.index_copy_(2, self.slots, keys)
+        layer.values.index_copy_(2, self.slots, values)
+        return layer.keys[:, :, : self.end], layer.values[:, :, : self.end]
+
+    def take_prefix(self, other: "SlotCache", positions: int) -> None:
+        """Copy the first positions of a shorter cache."""
+        for layer, old in zip(self.layers, other.layers, strict=True):
+            layer.lazy_initialization(old.keys, old.values)
+            layer.keys[:, :, :positions] = old.keys[:, :, :positions]
+            layer.values[:, :, :positions] = old.values[:, :, :positions]
+
+
+def cache_argument(model: PeftModel | PreTrainedModel, cache: Cache) -> dict[str, Cache]:
+    """Return the cache under the name that the model's forward gives it, another from transformers 5.24 on."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return {"cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values": cache}
+
+
+def attention_windows(config: Any) -> dict[str, int | None]:
+    """Return the kinds of attention that a model's layers have, each with its window, None for all positions."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"]
+    return {kind: window if kind == "sliding_attention" else None for kind in sorted(set(kinds))}
+
+
+def lora_layers(model: nn.Module) -> list[LoraLayer]:
+    """Return the modules with adapters. To be kept: the way through a 3B's modules takes 6 ms."""
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+
+
+def adapters_off(layers: list[LoraLayer]) -> bool:
+    """Return whether adapters are switched off, as within peft's `disable_adapter`."""
+    return any(layer.disable_adapters for layer in layers)
+
+
+def common_prefix(one: list[int], other: list[int]) -> int:
+    """Return how many tokens the lists begin with in common."""
+    pairs = zip(one, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
+# ------------------------------------------------------------------------------------------------ the decoder
+
+
+class Decoder:
+    """Prompts to tokens through a static cache; everything of a token is on the device, in graphs where it is CUDA.
+
+    After an answer the cache of a single sequence stays: the next prompt computes only what differs. Sampling takes
+    torch's default generator, so `torch.manual_seed` before a call fixes the answer. `kernels`: the step by decode_step,
+    where it knows the model and the batch is not too large.
+    """
+
+    def __init__(self, model: PeftModel | PreTrainedModel, kernels: bool):
+        self.model, self.kernels = model, kernels
+        self.base = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.device, self.vocabulary = self.base.device, self.base.get_output_embeddings().weight.shape[0]
+        use_grouped_attention(self.base)
+        self.adapted = lora_layers(model)
+        self.windows = attention_windows(self.base.config.get_text_config())
+        self.batch = self.length = self.prompts = 0
+        self.held: list[int] = []  # the tokens whose keys and values the cache has, of a single sequence
+        self.off = False  # whether `held` was computed without the adapters
+        self.note = ""  # why the step is not decode_step's
+
+    # -------------------------------------------------------------------------------------------- buffers
+
+    def reserve(self, batch: int, length: int) -> None:
+        """Have room for `length` positions of `batch` sequences; what the cache holds stays."""
+        if batch == self.batch and length <= self.length:
+            return
+        grown = 2 * self.length if batch == self.batch else SHORTEST if batch == 1 else 0
+        length = -(-max(length, min(grown, length + 16 * PAGE)) // PAGE) * PAGE
+        old, kept = getattr(self, "cache", None), len(self.held) if batch == self.batch == 1 else 0
+        self.batch = 0  # should memory run out below, the next call begins anew
+        self.graphs: dict[Any, Callable] = {}  # they write to the old buffers
+        self.steps: dict[bool, Callable] = {}
+        self.captured: list[Callable] = []  # a graph reads what its function holds, which must not be freed
+        self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+        self.cache = SlotCache(self.base.config.get_text_config().num_hidden_layers, length)
+        if kept:
+            self.cache.take_prefix(old, kept)
+        zeros = {"dtype": torch.long, "device": self.device}
+        self.token = torch.zeros(batch, 1, **zeros)  # fed to the next step
+        self.position = torch.zeros(1, **zeros)  # and the slot where it goes: rows are padded on the left
+        self.starts = torch.zeros(batch, 1, **zeros)  # each row's first slot that is not padding
+        self.history = torch.zeros(batch, length, **zeros)  # what the repetition penalty sees
+        self.finished = torch.zeros(batch, dtype=torch.bool, device=self.device)
+        self.logits = torch.zeros(batch, self.vocabulary, device=self.device)
+        self.piece = torch.zeros(batch, SHORT_CHUNK, **zeros)
+        self.last = torch.zeros(1, **zeros)  # the column of `piece` whose logits count
+        pinned = self.device.type == "cuda"
+        self.posted = [torch.zeros(batch, dtype=torch.long, pin_memory=pinned) for _ in range(2)]
+        self.events = [torch.cuda.Event() if pinned else None for _ in range(2)]
+        self.held, self.batch, self.length = self.held[:kept], batch, length
+
+    def run(self, key: tuple, build: Callable[[], Callable[[], None]]) -> None:
+        """Run a function of the buffers, which is built at the first call, on CUDA as a graph."""
+        if key not in self.graphs:
+            self.graphs[key] = self._capture(build()) if self.device.type == "cuda" else build()
+        self.graphs[key]()
+
+    def _capture(self, function: Callable[[], None]) -> Callable[[], None]:
+        state = [self.token, self.position, self.history, self.finished, self.logits]
+        before = [tensor.clone() for tensor in state]
+        torch.cuda.empty_cache()  # blocks belong to a stream: the warm-up cannot use what earlier forwards reserved
+        with torch.random.fork_rng([self.device]):  # what the warm-up draws must not change an answer
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                function()  # compiles, and lets every library allocate its workspace outside of the graph
+            torch.cuda.current_stream().wait_stream(stream)
+            torch._C._cuda_clearCublasWorkspaces()  # 32 MiB a stream on an H100; what a graph needs is in its pool
+            torch.cuda.empty_cache()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool):  # graphs share memory: what outlives one is in the buffers
+                function()
+        for tensor, value in zip(state, before, strict=True):
+            tensor.copy_(value)
+        self.captured.append(function)
+        return graph.replay
+
+    # -------------------------------------------------------------------------------------------- forward
+
+    def _mask(self, slots: torch.Tensor, end: int, window: int | None) -> torch.Tensor:
+        """Return 0 where a row's position sees one of the first `end` slots, else a minimum: [batch, 1, positions, end]."""
+        key, query = torch.arange(end, device=self.device), slots[:, None]
+        seen = key <= query
+        if window:
+            seen = seen & (key > query - window)
+        # Padding sees itself: a row of nothing but minus infinity would be NaN, and stay so in the cache.
+        seen = (seen & (key >= self.starts[:, :, None]) | (key == query))[:, None]
+        # As numbers to add: of a bool every layer would make these for itself.
+        zero = torch.zeros((), dtype=self.base.dtype, device=self.device)
+        return zero.where(seen, torch.finfo(self.base.dtype).min)
+
+    def _forward(self, ids: torch.Tensor, slots: torch.Tensor, end: int, last: torch.Tensor) -> None:
+        """Process ids [batch, positions] at slots [positions]; the logits of column `last` go to the buffer."""
+        masks = {kind: self._mask(slots, end, window) for kind, window in self.windows.items()}
+        self.cache.slots, self.cache.end = slots, end
+        with sdpa_kernel(BACKENDS):
+            output = self.base(
+                input_ids=ids,
+                attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
+                position_ids=(slots - self.starts).clamp_min(0),
+                use_cache=True,
+                logits_to_keep=last,
+                **cache_argument(self.base, self.cache),
+            )
+        self.logits.copy_(output.logits[:, 0])
+
+    def _short_chunk(self) -> None:
+        slots = self.position + torch.arange(SHORT_CHUNK, device=self.device)
+        self._forward(self.piece, slots, self.length, self.last)
+
+    def prefill(self, rows: list[list[int]]) -> None:
+        """Compute the cache of the prompts, as far as it is not there, and the logits after each."""
+        longest, off = max(map(len, rows)), adapters_off(self.adapted)
+        known = common_prefix(self.held, rows[0][:-1]) if self.batch == 1 and off == self.off else 0
+        self.held, self.off = [], off
+        # In place of padding stands the row's first token, which adds nothing to what the repetition penalty sees.
+        padded = torch.tensor([[row[0]] * (longest - len(row)) + row for row in rows])
+        self.starts.copy_(torch.tensor([[longest - len(row)] for row in rows]))
+        self.history.copy_(padded[:, :1].expand(-1, self.length))
+        self.history[:, :longest] = ids = padded.to(self.device)
+        while known < longest:
+            size = min(max(1, CHUNK // self.batch), longest - known)
+            slots = torch.arange(known, known + size, device=self.device)
+            # The process's first prompt is quicker as it is: capturing takes a few forwards.
+            if self.batch == 1 and size <= SHORT_CHUNK and self.prompts:
+                self.position.fill_(known)
+                self.piece[:, :size] = ids[:, known:]
+                self.last.fill_(size - 1)
+                self.run(("chunk", off), lambda: self._short_chunk)
+            else:
+                last = torch.tensor([size - 1], device=self.device)
+                # bitsandbytes' own kernels are loaded at once, where Triton's may have to be compiled.
+                with nullcontext() if self.prompts else plain_linears(self.base):
+                    self._forward(ids[:, known : known + size], slots, known + size, last)
+            known += size
+        self.position.fill_(longest)
+        self.prompts += 1
+
+    def _step_function(self) -> Callable[[], None]:
+        """Return the step of one token a sequence: from `token` at `position` to `logits`."""
+        if self.kernels and not self.off:
+            from fast_path import decode_step  # not at the top: it needs Triton, and only this path needs it
+
+            try:
+                with plain_linears(self.base):
+                    step = decode_step.DecodeStep(self.model, self.cache)
+                return lambda: self.logits.copy_(step(self.token, self.position, self.starts))
+            except decode_step.Unsupported as error:
+                self.note = str(error)
+        last = torch.zeros(1, dtype=torch.long, device=self.device)
+
+        def forward() -> None:
+            with plain_linears(self.base) if self.batch == 1 else nullcontext():
+                self._forward(self.token, self.position, self.length, last)
+
+        return forward
+
+    # -------------------------------------------------------------------------------------------- tokens
+
+    def _choice(self, config: GenerationConfig) -> Callable[[], None]:
+        """Return what takes the next token of each row from the logits; rows that ended get padding."""
+        ends = torch.tensor(end_tokens(config), dtype=torch.long, device=self.device)
+        pad = config.pad_token_id or 0
+
+        def function() -> None:
+            tokens = choose_tokens(config, self.history, self.logits)
+            tokens = torch.where(self.finished, pad, tokens)
+            self.finished |= (tokens[:, None] == ends).any(-1)
+            self.token.copy_(tokens[:, None])
+            self.history.index_copy_(1, self.position, self.token)
+
+        return function
+
+    def choose(self, config: GenerationConfig, key: str) -> None:
+        """Choose the tokens after a prompt. key: what the choice depends on."""
+        if self.prompts == 1:  # the process's first prompt, as in `prefill`
+            return self._choice(config)()
+        self.run(("choose", key), lambda: self._choice(config))
+
+    def step(self, config: GenerationConfig, key: str) -> None:
+        """Compute the logits after `token`, move on and choose again: one graph, since each costs the GPU a pause."""
+
+        def build() -> Callable[[], None]:
+            if self.off not in self.steps:
+                self.steps[self.off] = self._step_function()
+            logits, choice = self.steps[self.off], self._choice(config)
+
+            def function() -> None:
+                logits()
+                self.position.add_(1)
+                choice()
+
+            return function
+
+        self.run(("step", self.off, key), build)
+
+    def post(self, number: int) -> None:
+        """Start to copy the tokens just chosen to the host."""
+        self.posted[number % 2].copy_(self.token[:, 0], non_blocking=True)
+        if self.events[0]:
+            self.events[number % 2].record()
+
+    def fetch(self, number: int) -> list[int]:
+        """Wait for the posted tokens, the only wait in a token."""
+        if self.events[0]:
+            self.events[number % 2].synchronize()
+        return self.posted[number % 2].tolist()
+
+    @torch.no_grad()
+    def generate(
+        self, rows: list[list[int]], config: GenerationConfig, watch: Watch, streamer: Any = None, batch: int = 1
+    ) -> list[list[int]]:
+        """Return the tokens after each prompt, up to an end token and with it, at most config.max_new_tokens.
+
+        rows: the tokens of the prompts. batch: sequences that the buffers are for, if more than rows: with the same
+        number a last, smaller batch draws what it would draw in a larger one, and needs no new graphs.
+        """
+        count, longest = len(rows), max(map(len, rows))
+        self.reserve(max(batch, count), longest + max(config.max_new_tokens, SHORT_CHUNK))
+        self.prefill(rows + rows[-1:] * (self.batch - count))
+        self.finished.copy_(torch.arange(self.batch) >= count)
+        if streamer is not None:
+            streamer.put(torch.tensor(rows[:1]))
+        choice = {name: value for name, value in config.to_diff_dict().items() if name != "max_new_tokens"}
+        ends, key = end_tokens(config), str(sorted(choice.items()))
+        answers: list[list[int]] = [[] for _ in rows]
+        launched = read = 0
+        while not read or not (
+            read == config.max_new_tokens or watch.stop or all(answer[-1] in ends for answer in answers)
+        ):
+            # One token ahead of the reader, so that the GPU never waits for Python; a token past the end is thrown
+            # away. Not before the first one: its step may have to be captured.
+            while launched < min(config.max_new_tokens, read + 2 if read else 1):
+                (self.step if launched else self.choose)(config, key)
+                self.post(launched)
+                launched += 1
+            tokens = self.fetch(read)
+            read += 1
+            for answer, token in zip(answers, tokens, strict=False):
+                if not answer or answer[-1] not in ends:
+                    answer.append(token)
+            watch.count()
+            if streamer is not None:
+                streamer.put(torch.tensor(tokens[:1]))
+        if streamer is not None:
+            streamer.end()
+        self.held = rows[0] + answers[0][:-1] if self.batch == 1 else []
+        return answers

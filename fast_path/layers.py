@@ -1,0 +1,212 @@
+"""The operators of fused_linear.py in a model's layers, in training and in generation: attention, MLP and norms
+around them.
+"""
+
+import functools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers.activations import SiLUActivation
+
+from fast_path.attention import CAUSAL, GROUPED, attend, grouped_attention, rotate
+from fast_path.dropout import DropoutClock, salt_of
+from fast_path.families import ATTENTIONS, LAYERS, MLPS, NORMS
+from fast_path.fused_linear import inverse_rms, linear
+from fast_path.packed_weights import fusable, stack_weights
+
+# ------------------------------------------------------------------------------------------------ fused layers
+
+
+class Group:
+    """Linears that read one x, as one operator: x [..., columns] (or [..., 2 columns], swiglu) -> [..., outputs].
+
+    norm: the RMS norm that x has yet to go through. in_pieces: where they can be, members are unpacked one
+    after the other.
+    """
+
+    def __init__(
+        self, modules: list[nn.Module], salt: int, clock: DropoutClock, p: float, kernels: bool,
+        norm: nn.Module | None = None, in_pieces: bool = False,
+    ):  # fmt: skip
+        bases = [getattr(module, "base_layer", module) for module in modules]
+        adapted = [module for module in modules if hasattr(module, "lora_A")]
+        self.leader, self.clock, self.p, self.norm = modules[0], clock, p, norm
+        self.weight = stack_weights(bases)
+        self.kernels = kernels and self.weight.columns % self.weight.blocksizes[0] == 0
+        self.outputs = [base.out_features for base in bases]
+        can = len(set(self.outputs)) == 1 and self.weight.divides_by(len(modules))
+        self.pieces = len(modules) if in_pieces and can else 1
+        self.salt = torch.tensor(clock.salted(salt), dtype=torch.int32, device=bases[0].weight.device)
+        biases = [base.bias for base in bases]
+        self.bias = torch.cat([bias.detach() for bias in biases]) if all(bias is not None for bias in biases) else None
+        self.A = [next(iter(module.lora_A.values())).weight for module in adapted]
+        self.B = [next(iter(module.lora_B.values())).weight for module in adapted]
+        self.scale = float(next(iter(adapted[0].scaling.values()))) if adapted else 0.0
+
+    def adapters(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Return A and B of the members, empty where they have none or are to run without."""
+        return ([], []) if self.A and self.leader.disable_adapters else (self.A, self.B)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.run(x)[0]
+
+    def run(
+        self, x: torch.Tensor, hands_B: bool = False, swiglu: bool = False, before_u: torch.Tensor | None = None,
+        before_B: Sequence[torch.Tensor] = (),
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """Return `linear`'s y and u."""
+        *shape, width = x.shape
+        A, B = self.adapters()
+        p = self.p if self.leader.training else 0.0
+        bias = self.bias.to(x.dtype) if self.bias is not None else None
+        masks = self.clock.step, self.clock.sequences, self.salt, shape[-1], p
+        before, rows = (hands_B, swiglu, before_u, before_B), x.reshape(-1, width)
+        norm = []
+        if self.norm is not None:
+            norm = [self.norm.weight, inverse_rms(rows.detach(), self.norm.variance_epsilon, self.kernels)]
+        y, u = linear(rows, A, B, bias, self.scale, norm, *before, *self.weight, *masks, self.kernels, self.pieces)
+        return y.view(*shape, -1), u
+
+
+def _groupable(modules: list[nn.Module]) -> bool:
+    """Return whether the modules can share a Group: all 4-bit, of one kind, all or none with adapter and bias."""
+    if not all(fusable(module) for module in modules):
+        return False
+    bases = [getattr(module, "base_layer", module) for module in modules]
+    kinds = {
+        (
+            hasattr(module, "lora_A"), base.bias is None, base.weight.quant_state.nested,
+            base.weight.quant_state.quant_type, base.in_features, base.weight.quant_state.blocksize,
+        )
+        for module, base in zip(modules, bases, strict=True)
+    }  # fmt: skip
+    return len(kinds) == 1
+
+
+def _rotated_heads(self, hidden_states, position_embeddings):
+    """Return q, k and v, [batch, heads, length, width], from one operator. hidden_states: [batch, length, width]."""
+    shape, qkv = hidden_states.shape[:-1], self.fused_qkv
+    if qkv.kernels and not hasattr(self, "q_norm"):
+        heads, kv_heads = (size // self.head_dim for size in qkv.outputs[:2])
+        parts = rotate(qkv(hidden_states), *position_embeddings, heads, kv_heads)
+        return tuple(part.transpose(1, 2) for part in parts)
+    parts = qkv(hidden_states).split(qkv.outputs, -1)
+    q, k, v = (part.view(*shape, -1, self.head_dim) for part in parts)
+    if hasattr(self, "q_norm"):
+        q, k = self.q_norm(q), self.k_norm(k)
+    apply_rotary = sys.modules[type(self).__module__].apply_rotary_pos_emb
+    q, k = apply_rotary(q.transpose(1, 2), k.transpose(1, 2), *position_embeddings)
+    return q, k, v.contiguous().transpose(1, 2)  # else the backward would keep all of q, k and v for the sake of v
+
+
+MIXERS = {CAUSAL: attend, GROUPED: grouped_attention}  # by the name that transformers has for them
+
+
+def _fused_attention(
+    self, hidden_states, position_embeddings, attention_mask=None, cache=None, past_key_values=None, **kwargs
+):
+    """The attention of Qwen2, Qwen3, Llama and Mistral; past_key_values: the cache, up to transformers 5.23."""
+    q, k, v = _rotated_heads(self, hidden_states, position_embeddings)
+    cache = past_key_values if cache is None else cache
+    if cache is not None:
+        k, v = cache.update(k, v, self.layer_idx)
+    mix = MIXERS[self.config._attn_implementation]
+    mixed, weights = mix(self, q, k, v, attention_mask, scaling=self.scaling)
+    return self.fused_out(mixed.reshape(*hidden_states.shape[:-1], -1)), weights
+
+
+def _fused_mlp(self, x):
+    """down(silu(gate) * up) with gate and up in one operator and SwiGLU at the head of the other.
+
+    With adapters on both, the backward of the other makes gate's and up's dB while it has their gradients at hand: a
+    product of its own read them all once more, and made twice what was wanted.
+    """
+    first, second = self.fused_gate_up, self.fused_down
+    handed = first.adapters()[1] if second.adapters()[1] else []
+    handing = len(handed) > 0  # of bool() of a list Dynamo of torch 2.11 knows nothing: it would compile no layer whole
+    gate_up, u = first.run(x, hands_B=handing)
+    return second.run(gate_up, swiglu=True, before_u=u if handing else None, before_B=handed)[0]
+
+
+def _fused_linear(self, x, *args, **kwargs):
+    return self.fused_alone(x)
+
+
+def _left_to_the_reader(self, hidden):
+    return hidden
+
+
+@functools.cache
+def _with_forward(kind: type, forward: Callable) -> type:
+    """Return a subclass with another forward: one class for all layers, so that one compilation serves them."""
+    members = {"forward": forward, "unfused": kind, "__module__": kind.__module__}
+    return type("Fused" + kind.__name__, (kind,), members)
+
+
+def _switch(module: nn.Module, forward: Callable, **groups: Group) -> None:
+    module.__class__ = _with_forward(type(module), forward)
+    for name, group in groups.items():
+        setattr(module, "fused_" + name, group)  # no nn.Module: the parameters stay where peft put and saves them
+
+
+def fuse(model: PeftModel, clock: DropoutClock, p: float, kernels: bool, in_pieces: bool = False) -> int:
+    """Give every 4-bit linear of the decoder layers its operator and return how many; peft keeps the parameters.
+
+    Norms that such an operator does on its way hand on what they get; a fused module's class has its own as `unfused`.
+    in_pieces: gate and up are unpacked one after the other, 47 MB of a 3B at a time in place of 93.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    fused: set[nn.Module] = set()
+
+    def group(*modules: nn.Module, norm: nn.Module | None = None, in_pieces: bool = False) -> Group:
+        fused.update(modules)
+        return Group(list(modules), salt_of(names[modules[0]]), clock, p, kernels, norm, in_pieces)
+
+    def take_norm(layer: nn.Module, name: str) -> nn.Module | None:
+        """Return a norm of the layer for its reader's operator, which saves its output's way to memory and back."""
+        norm = getattr(layer, name, None)
+        if type(layer).__name__ not in LAYERS or type(norm).__name__ not in NORMS or norm.weight.requires_grad:
+            return None
+        _switch(norm, _left_to_the_reader)
+        return norm
+
+    for layer in model.get_base_model().get_decoder().layers:
+        for module in list(layer.modules()):
+            kind = type(module).__name__
+            if kind in ATTENTIONS and module.config._attn_implementation in MIXERS:
+                qkv = [module.q_proj, module.k_proj, module.v_proj]
+                if _groupable(qkv) and fusable(module.o_proj):
+                    norm = take_norm(layer, "input_layernorm")
+                    _switch(module, _fused_attention, qkv=group(*qkv, norm=norm), out=group(module.o_proj))
+            elif kind in MLPS and isinstance(module.act_fn, (nn.SiLU, SiLUActivation)):
+                gate_up = [module.gate_proj, module.up_proj]
+                if _groupable(gate_up) and fusable(module.down_proj):
+                    both = group(*gate_up, norm=take_norm(layer, "post_attention_layernorm"), in_pieces=in_pieces)
+                    _switch(module, _fused_mlp, gate_up=both, down=group(module.down_proj))
+        for module in list(layer.modules()):
+            if module not in fused and hasattr(module, "lora_A") and fusable(module):
+                _switch(module, _fused_linear, alone=group(module))
+    return len(fused)
+
+
+# ------------------------------------------------------------------------------------------------ without them for a while
+
+
+@contextmanager
+def plain_linears(model: nn.Module) -> Iterator[None]:
+    """Give fused modules, attention and norms too, the forward they had: one token through bitsandbytes' own
+    matrix-vector product reads packed weights only, where the fused operator unpacks them first.
+    """
+    fused = [module for module in model.modules() if hasattr(type(module), "unfused")]
+    kinds = [type(module) for module in fused]
+    for module in fused:
+        module.__class__ = type(module).unfused
+    try:
+        yield
+    finally:
+        for module, kind in zip(fused, kinds, strict=True):
+            module.__class__ = kind

@@ -1,0 +1,111 @@
+"""From 4-bit codes to their levels within Triton's kernels, whether Triton is there at all, and how a kernel is laid
+on a GPU.
+"""
+
+import dataclasses
+from inspect import isfunction
+from typing import Any
+
+import torch
+
+
+class _Absent:
+    """Stands in for Triton where it is not installed, so that every module imports and every name exists there.
+
+    Kernels stay plain Python functions that nothing calls: whoever would launch one asks HAS_TRITON first.
+    """
+
+    def __getattr__(self, name: str) -> "_Absent":
+        if name.startswith("__"):  # Python's own questions, such as __wrapped__ or __file__
+            raise AttributeError(name)
+        return self
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        return next((value for value in arguments if isfunction(value)), self)  # a decorator returns its function
+
+
+try:
+    import triton
+    import triton.language as tl
+
+    HAS_TRITON = True
+except ImportError:  # a CPU build of torch, macOS, Windows without triton-windows
+    triton = tl = _Absent()
+    HAS_TRITON = False
+
+
+@triton.jit
+def lane_level(lut, SHUFFLE: tl.constexpr):
+    """Return the level that a lane holds for its warp: that of code lane % 16. A scalar, which differs by lane."""
+    if SHUFFLE:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .u32 lane; .reg .u64 place;
+            mov.u32 lane, %laneid;
+            and.b32 lane, lane, 15;
+            mad.wide.u32 place, lane, 4, $1;
+            ld.global.nc.f32 $0, [place];
+            }""",
+            "=f,l", [lut.to(tl.int64)], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        return 0.0
+
+
+@triton.jit
+def levels(words, lut, level, SHUFFLE: tl.constexpr):
+    """Return the levels of the eight codes of each word, in the order of the weights: high half of a byte first.
+
+    A shuffle looks a code up in 2 instructions (it reads 5 bits of its index, so nothing is masked: lanes 16 to 31
+    hold the levels once more); a load from the table takes 4 and its address.
+    """
+    if SHUFFLE:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 t;
+            shr.u32 t, $8, 4;  shfl.sync.idx.b32 $0, $9, t, 31, -1;
+            shfl.sync.idx.b32 $1, $9, $8, 31, -1;
+            shr.u32 t, $8, 12; shfl.sync.idx.b32 $2, $9, t, 31, -1;
+            shr.u32 t, $8, 8;  shfl.sync.idx.b32 $3, $9, t, 31, -1;
+            shr.u32 t, $8, 20; shfl.sync.idx.b32 $4, $9, t, 31, -1;
+            shr.u32 t, $8, 16; shfl.sync.idx.b32 $5, $9, t, 31, -1;
+            shr.u32 t, $8, 28; shfl.sync.idx.b32 $6, $9, t, 31, -1;
+            shr.u32 t, $8, 24; shfl.sync.idx.b32 $7, $9, t, 31, -1;
+            }""",
+            "=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,r,f", [words, level],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32),
+            is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        return (
+            tl.load(lut + ((words >> 4) & 15)), tl.load(lut + (words & 15)),
+            tl.load(lut + ((words >> 12) & 15)), tl.load(lut + ((words >> 8) & 15)),
+            tl.load(lut + ((words >> 20) & 15)), tl.load(lut + ((words >> 16) & 15)),
+            tl.load(lut + ((words >> 28) & 15)), tl.load(lut + ((words >> 24) & 15)),
+        )  # fmt: skip
+
+
+INTERPRETED = HAS_TRITON and not isinstance(levels, triton.JITFunction)  # on the CPU, with TRITON_INTERPRET
+SHUFFLE = not INTERPRETED and not torch.version.hip  # of `levels`: NVIDIA's instructions
+
+
+def runs_on(device: torch.device) -> bool:
+    """Return whether Triton's kernels, some with NVIDIA's instructions, run on a device."""
+    return INTERPRETED or (HAS_TRITON and device.type == "cuda" and not torch.version.hip)
+
+
+# ------------------------------------------------------------------------------------------------ launches
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """How a kernel is laid on a GPU; chosen by measurement, see tests/benchmarks/tune_kernels.py."""
+
+    block_m: int  # rows of a tile; quantisation blocks, for the dequantisation
+    block_k: int
+    warps: int
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Return how many multiprocessors a GPU has; 1 elsewhere."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

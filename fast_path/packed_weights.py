@@ -1,0 +1,155 @@
+"""4-bit weights as the operators read them: which modules have them, stacked, dequantised beside the adapters."""
+
+import math
+from typing import NamedTuple
+
+import bitsandbytes as bnb  # (also registers the operators that dequantise without Triton)
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
+from torch import nn
+
+from fast_path import training_kernels
+from fast_path.nf4 import SHUFFLE, Launch, triton
+
+# ------------------------------------------------------------------------------------------------ as operands
+
+
+DEQUANTIZE = Launch(block_m=128, block_k=64, warps=2)
+
+
+def dot_size(n: int) -> int:
+    return max(16, 1 << (n - 1).bit_length())  # tl.dot takes powers of two from 16 on
+
+
+def adapter_columns(rank: int, members: int) -> int:
+    """Return the adapters' columns in the wide operands: a multiple of 16, for aligned rows."""
+    return -(-rank * members // 16) * 16
+
+
+# Zeros fill the wide operands' rows up to whole lines of 128 bytes: of 2,048 + 32 columns gate's and up's product took
+# 1,290 us, of 2,048 + 64 1,100, without an adapter 1,070 to 1,130 (8,192 rows, H100, by itself). In the model, where cuBLAS
+# had taken another kernel, it was 1,021 and 1,014.
+LINE = 64
+
+
+def operand_columns(columns: int, extra: int) -> int:
+    """Return the columns of the wide operands of so many columns and adapter columns."""
+    return -(-(columns + extra) // LINE) * LINE if extra else columns
+
+
+def stack_adapters(A: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """Return A of one or more members, one below the other, then zeros, [adapter columns, columns]."""
+    stacked = (torch.cat(A) if len(A) > 1 else A[0]).to(dtype)
+    missing = adapter_columns(len(A[0]), len(A)) - len(stacked)
+    return F.pad(stacked, (0, 0, 0, missing)) if missing else stacked
+
+
+class Packed(NamedTuple):
+    """The 4-bit weights of one or more linears, stacked on their outputs. codes: uint8, two weights a byte; lut: fp32
+    [16].
+
+    constants: absmax (fp32), or absmax (uint8), second-level absmax and offset (a value each for `blocksizes[1]`
+    first ones), and code.
+    """
+
+    codes: torch.Tensor
+    constants: list[torch.Tensor]
+    lut: torch.Tensor
+    columns: int
+    blocksizes: list[int]
+    quant_type: str
+
+    def divides_by(self, pieces: int) -> bool:
+        """Return whether blocks of weights and of constants end where each of so many equal pieces of the outputs does."""
+        block = self.blocksizes[0] * (self.blocksizes[1] if len(self.constants) > 1 else 1)
+        return self.codes.numel() * 2 % (pieces * math.lcm(block, self.columns)) == 0
+
+    def piece(self, number: int, pieces: int) -> "Packed":
+        """Return one of so many equal pieces of the outputs."""
+        codes, absmax, *second = (part.chunk(pieces)[number] for part in (self.codes, *self.constants[:3]))
+        return self._replace(codes=codes, constants=[absmax, *second, *self.constants[3:]])
+
+
+def operands(
+    W: Packed, A: list[torch.Tensor], B: list[torch.Tensor], scale: float, dtype: torch.dtype, kernels: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return [W | scale B | 0], [out features, operand columns], the members' B on its diagonal, and `stack_adapters` of
+    A. A may be empty where B is not.
+    """
+    rows, rank = W.codes.numel() * 2 // W.columns, B[0].shape[1] if B else 0
+    extra = adapter_columns(rank, len(B))
+    stride = operand_columns(W.columns, extra)
+    out, behind = torch.empty(rows, stride, dtype=dtype, device=W.codes.device), stride - W.columns
+    absmax, nested = W.constants[0], len(W.constants) > 1
+    if kernels:
+        stacked, none = out.new_empty(extra if A else 0, W.columns), [W.lut] * 3
+        absmax2, offset, code2 = W.constants[1:] if nested else (absmax,) * 3
+        row_blocks = W.columns // W.blocksizes[0]
+        block_r = dot_size(behind or 1)
+        b_rows = max(1, 1024 // block_r)  # of B for a program: more would take more registers than W does
+        programs = [
+            triton.cdiv(rows * row_blocks, DEQUANTIZE.block_m), triton.cdiv(rows, b_rows) if B else 0,
+            triton.cdiv(stacked.numel(), 1024),
+        ]  # fmt: skip
+        training_kernels.dequantize_kernel[(sum(programs),)](
+            W.codes.view(torch.int32), absmax, absmax2, offset, code2, W.lut, *[*A, *none][:3], *[*B, *none][:3], out,
+            stacked, rows * row_blocks, rows, len(B[0]) if B else 0, len(B[1]) if len(B) > 1 else rows, stride,
+            rank, len(A), rank * W.columns, extra, behind, scale, programs[0], programs[0] + programs[1], NESTED=nested,
+            BLOCKSIZE=W.blocksizes[0], BLOCKSIZE2=W.blocksizes[1], ROW_BLOCKS=row_blocks, BLOCKS=DEQUANTIZE.block_m,
+            ROWS=b_rows, BLOCK_R=block_r, BLOCK_A=1024, SHUFFLE=SHUFFLE, num_warps=DEQUANTIZE.warps,
+        )  # fmt: skip
+        return out, stacked
+    if nested:
+        codes, absmax2, offset, code2 = W.constants
+        absmax = torch.ops.bitsandbytes.dequantize_blockwise(codes, absmax2, code2, W.blocksizes[1], torch.float32)
+        absmax += offset.repeat_interleave(W.blocksizes[1])[: len(absmax)]
+    out[:, : W.columns] = torch.ops.bitsandbytes.dequantize_4bit(
+        W.codes, absmax, W.blocksizes[0], W.quant_type, [rows, W.columns], dtype
+    )
+    out[:, W.columns :] = F.pad(torch.block_diag(*B) * scale, (0, behind - rank * len(B))) if B else 0
+    return out, stack_adapters(A, dtype) if A else out.new_empty(0, W.columns)
+
+
+# ------------------------------------------------------------------------------------------------ in a model's modules
+
+
+def fusable(module: nn.Module) -> bool:
+    """Return whether a module is a 4-bit linear, bare or with one plain LoRA adapter; DoRA and the rest stay peft's."""
+    base = getattr(module, "base_layer", module)
+    if not isinstance(base, bnb.nn.Linear4bit) or getattr(base.weight, "quant_state", None) is None:
+        return False
+    if module is base:
+        return True
+    plain = isinstance(module, LoraLinear4bit) and not module.lora_variant and not any(module.lora_bias.values())
+    return plain and module.active_adapters == list(module.lora_A) and len(module.lora_A) == 1
+
+
+def stack_weights(bases: list[bnb.nn.Linear4bit]) -> Packed:
+    """Move the packed weights of linears that read one x behind one another, so that one launch dequantises them all.
+
+    The modules keep views of their parts and nothing is held twice.
+    """
+    states = [base.weight.quant_state for base in bases]
+    codes = torch.cat([base.weight.data.view(torch.uint8).flatten() for base in bases])
+    absmax, nested, start = torch.cat([state.absmax for state in states]), states[0].nested, 0
+    blocksizes = [states[0].blocksize, states[0].state2.blocksize if nested else 1]
+    whole = nested and all(len(state.absmax) % blocksizes[1] == 0 for state in states[:-1])
+    if whole:
+        absmax2 = torch.cat([state.state2.absmax for state in states])
+        offset = torch.cat([state.offset.expand_as(state.state2.absmax) for state in states])
+        constants = [absmax, absmax2, offset, states[0].state2.code]
+    elif nested:  # of tiny layers: second-level blocks would not start where a member starts
+        constants = [torch.cat([_first_level(state) for state in states])]
+    else:
+        constants = [absmax]
+    for base, state, part in zip(bases, states, absmax.split([len(s.absmax) for s in states]), strict=True):
+        size = base.weight.data.nbytes
+        base.weight.data = codes[start : start + size].view(base.weight.dtype).view_as(base.weight)
+        start += size
+        state.absmax = part
+    return Packed(codes, constants, states[0].code, bases[0].in_features, blocksizes, states[0].quant_type)
+
+
+def _first_level(state: bnb.functional.QuantState) -> torch.Tensor:
+    return bnb.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset

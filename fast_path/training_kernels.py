@@ -1,0 +1,433 @@
+"""The Triton kernels behind fused_linear.py and `rotate`; the former has the same in a few torch calls for where there is no Triton."""
+
+from fast_path.nf4 import lane_level, levels, tl, triton
+
+
+@triton.jit
+def _mix(x):
+    """`mix` on uint32, whose shifts are logical."""
+    x ^= x >> 16
+    x *= 0x7FEB352D
+    x ^= x >> 15
+    x *= 0x846CA68B
+    x ^= x >> 16
+    return x
+
+
+@triton.jit
+def _key(step, salt):
+    """What all masks of a module have in common in a step, uint32."""
+    return _mix((tl.load(step) ^ tl.load(salt)).to(tl.uint32, bitcast=True))
+
+
+@triton.jit
+def _keep(key, sequences, rows, pairs, length, threshold):
+    """The mask of dropout_mask for a tile, bool [rows, 2 pairs]."""
+    sequence = tl.load(sequences + rows // length).to(tl.uint32, bitcast=True)
+    key = _mix(_mix(key ^ sequence) ^ _mix((rows % length).to(tl.uint32)))
+    bits = _mix(key[:, None] ^ (pairs.to(tl.uint32) * 0x9E3779B1)[None])
+    return tl.interleave((bits & 0xFFFF) >= threshold, (bits >> 16) >= threshold)
+
+
+@triton.jit
+def _sigmoid(x):
+    """1 / (1 + exp(-x)) by a reciprocal square root: exact division takes a scaling and a branch more."""
+    root = tl.rsqrt(1.0 + tl.exp2(x * -1.4426950408889634))
+    return root * root
+
+
+# Not told that `packed` is aligned, a thread loads one word of eight codes, whose weights it writes as 16 bytes; told,
+# it would load four, and exchange what comes of them through shared memory.
+@triton.jit(do_not_specialize_on_alignment=["packed"])
+def dequantize_kernel(
+    packed, absmax, absmax2, offset, code2, lut, A0, A1, A2, B0, B1, B2, out, stacked, blocks, rows, rows0, rows1,
+    stride, rank, members, size, extra, behind, scale, programs, b_programs, NESTED: tl.constexpr,
+    BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr, ROW_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_A: tl.constexpr, SHUFFLE: tl.constexpr,
+):  # fmt: skip
+    """Write a run of W's quantisation blocks into [W | scale B]; the programs past the last write B's columns, and
+    those past b_programs A of all members, each of so many numbers, one below the other. extra, behind: rows of
+    that, and columns behind W's.
+
+    6 instructions a weight: with a gather through shared memory in place of shuffles it was 10.
+    """
+    program = tl.program_id(0)
+    dtype = out.dtype.element_ty
+    if program < programs:
+        first = program * BLOCKS
+        block = first + tl.arange(0, BLOCKS)
+        inside = block < blocks
+        word = tl.arange(0, BLOCKS)[:, None] * (BLOCKSIZE // 8) + tl.arange(0, BLOCKSIZE // 8)[None]
+        codes = tl.load(packed + first.to(tl.int64) * (BLOCKSIZE // 8) + word, mask=inside[:, None], other=0)
+        level = lane_level(lut, SHUFFLE)
+        if NESTED:  # one constant a block of 64 weights, itself a code of 8 bits
+            constant = tl.load(code2 + tl.load(absmax + block, mask=inside, other=0).to(tl.int32))
+            second = block // BLOCKSIZE2
+            constant = constant * tl.load(absmax2 + second, mask=inside, other=0.0)
+            constant += tl.load(offset + second, mask=inside, other=0.0)
+        else:
+            constant = tl.load(absmax + block, mask=inside, other=0.0)
+        w0, w1, w2, w3, w4, w5, w6, w7 = levels(codes, lut, level, SHUFFLE)
+        even = tl.interleave(tl.interleave(w0, w4), tl.interleave(w2, w6))
+        odd = tl.interleave(tl.interleave(w1, w5), tl.interleave(w3, w7))
+        values = (tl.interleave(even, odd) * constant[:, None]).to(dtype)
+        column = first % ROW_BLOCKS + tl.arange(0, BLOCKS)  # of blocks, from the first one's row on
+        place = out + (first // ROW_BLOCKS).to(tl.int64) * stride + tl.arange(0, BLOCKSIZE)[None]
+        place += (column * BLOCKSIZE + column // ROW_BLOCKS * (stride - ROW_BLOCKS * BLOCKSIZE))[:, None]
+        tl.store(place, values, mask=inside[:, None])
+    elif program < b_programs:  # member i's rows have its B in columns i rank to (i + 1) rank, and zeros
+        row = ((program - programs) * ROWS + tl.arange(0, ROWS))[:, None]
+        j = tl.arange(0, BLOCK_R)[None]
+        in0 = (row < rows0) & (j < rank)
+        in1 = (row >= rows0) & (row < rows0 + rows1) & (j >= rank) & (j < 2 * rank)
+        in2 = (row >= rows0 + rows1) & (row < rows) & (j >= 2 * rank) & (j < 3 * rank)
+        b = tl.load(B0 + row * rank + j, mask=in0, other=0.0)
+        b += tl.load(B1 + (row - rows0) * rank + j - rank, mask=in1, other=0.0)
+        b += tl.load(B2 + (row - rows0 - rows1) * rank + j - 2 * rank, mask=in2, other=0.0)
+        target = out + row.to(tl.int64) * stride + ROW_BLOCKS * BLOCKSIZE + j
+        tl.store(target, (b * scale).to(dtype), mask=(j < behind) & (row < rows))
+    else:
+        e = (program - b_programs) * BLOCK_A + tl.arange(0, BLOCK_A)
+        a = tl.load(A0 + e, mask=e < size, other=0.0)
+        a += tl.load(A1 + e - size, mask=(e >= size) & (e < 2 * size) & (e < members * size), other=0.0)
+        a += tl.load(A2 + e - 2 * size, mask=(e >= 2 * size) & (e < members * size), other=0.0)
+        tl.store(stacked + e, a.to(dtype), mask=e < extra * (ROW_BLOCKS * BLOCKSIZE))
+
+
+@triton.jit
+def inverse_rms_kernel(x, out, columns, epsilon, BLOCK: tl.constexpr):
+    """Write 1 / rms of a row of x."""
+    k, place = tl.arange(0, BLOCK), x + tl.program_id(0).to(tl.int64) * columns
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, columns, BLOCK):
+        tile = tl.load(place + start + k, mask=start + k < columns, other=0.0).to(tl.float32)
+        total += tile * tile
+    tl.store(out + tl.program_id(0), tl.rsqrt(tl.sum(total, 0) / columns + epsilon))
+
+
+@triton.jit
+def _widen_columns(
+    x, A, norm, m, k, rows, end, columns, extra, SWIGLU: tl.constexpr, NORM: tl.constexpr, BLOCK_R: tl.constexpr
+):  # fmt: skip
+    """Return what `widen_kernel` reads of columns k < end: x, or gate and up, the norm's weight and A."""
+    inside = (m < rows)[:, None] & (k < end)[None]
+    place = x + m.to(tl.int64)[:, None] * ((2 if SWIGLU else 1) * columns) + k[None]
+    tile = tl.load(place, mask=inside, other=0.0)
+    up, weight, a = tile, tile, tile  # where there are none nothing reads them
+    if SWIGLU:
+        up = tl.load(place + columns, mask=inside, other=0.0)
+    if NORM:
+        weight = tl.load(norm + k, mask=k < end, other=0.0)[None]
+    if BLOCK_R:
+        j = tl.arange(0, BLOCK_R)[:, None]
+        a = tl.load(A + j * columns + k[None], mask=(j < extra) & (k < end)[None], other=0.0)
+    return tile, up, weight, a
+
+
+@triton.jit
+def _settle(total, wide, u, m, rows, columns, stride, extra, scale, BLOCK_R: tl.constexpr, BLOCK_Z: tl.constexpr):
+    """Write u behind x in the wide operand, zeros after it, and, scaled, by itself."""
+    row, below = m.to(tl.int64)[:, None], (m < rows)[:, None]
+    j, zero = tl.arange(0, BLOCK_R)[None], tl.arange(0, BLOCK_Z)[None]
+    rounded, place = total.to(wide.dtype.element_ty), wide + row * stride + columns
+    tl.store(place + j, rounded, mask=below & (j < extra))
+    tl.store(place + zero, 0.0, mask=below & (zero >= extra) & (zero < stride - columns))
+    tl.store(u + row * extra + j, (rounded.to(tl.float32) * scale).to(rounded.dtype), mask=below & (j < extra))
+
+
+@triton.jit
+def widen_kernel(
+    x, wide, dropped, A, sums, u, norm, inverse_rms, step, sequences, salt, rows, share, length, columns, stride,
+    extra, threshold, inverse, scale, SWIGLU: tl.constexpr, NORM: tl.constexpr, DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_Z: tl.constexpr,
+):  # fmt: skip
+    """Copy x (or its norm, or SwiGLU of [gate | up]) into the wide operand, with what a share of its columns adds to
+    u = dropout(x) A^T into sums [shares, rows, extra], or u where one share has all of them (BLOCK_Z); BLOCK_R 0:
+    dropout(x) itself, where there is any.
+    """
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = tl.program_id(1) * share
+    end = tl.minimum(first + share, columns)
+    k = first + tl.arange(0, BLOCK_K)
+    row = m.to(tl.int64)[:, None]
+    if DROPOUT:
+        key = _key(step, salt)
+    if NORM:
+        rms = tl.load(inverse_rms + m, mask=m < rows, other=0.0)[:, None]
+    if BLOCK_R:
+        total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    after = _widen_columns(x, A, norm, m, k, rows, end, columns, extra, SWIGLU, NORM, BLOCK_R)
+    for start in range(first, end, BLOCK_K):
+        tile, up, weight, a = after
+        after = _widen_columns(x, A, norm, m, k + BLOCK_K, rows, end, columns, extra, SWIGLU, NORM, BLOCK_R)
+        if NORM:
+            tile = (tile.to(tl.float32) * rms).to(tile.dtype).to(tl.float32) * weight.to(tl.float32)
+            tile = tile.to(wide.dtype.element_ty)
+        if SWIGLU:
+            gate = tile.to(tl.float32)
+            tile = (gate * _sigmoid(gate) * up.to(tl.float32)).to(wide.dtype.element_ty)
+        inside = (m < rows)[:, None] & (k < end)[None]
+        tl.store(wide + row * stride + k[None], tile, mask=inside)
+        if DROPOUT:
+            pairs = start // 2 + tl.arange(0, BLOCK_K // 2)
+            keep = _keep(key, sequences, m, pairs, length, threshold)
+            tile = tl.where(keep, tile.to(tl.float32) * inverse, 0.0).to(tile.dtype)
+        if BLOCK_R:
+            total = tl.dot(tile, tl.trans(a), total)
+        elif DROPOUT:
+            tl.store(dropped + row * columns + k[None], tile, mask=inside)
+        k += BLOCK_K
+    if BLOCK_Z:
+        _settle(total, wide, u, m, rows, columns, stride, extra, scale, BLOCK_R, BLOCK_Z)
+    elif BLOCK_R:
+        j = tl.arange(0, BLOCK_R)[None]
+        target = sums + (tl.program_id(1) * rows + row) * extra + j
+        tl.store(target, total, mask=(m < rows)[:, None] & (j < extra))
+
+
+@triton.jit
+def settle_kernel(
+    sums, wide, u, rows, columns, stride, extra, scale, SHARES: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_Z: tl.constexpr,
+):  # fmt: skip
+    """Add up the shares of u and write it."""
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row, j = m.to(tl.int64)[:, None], tl.arange(0, BLOCK_R)[None]
+    total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for share in tl.static_range(SHARES):
+        total += tl.load(sums + (share * rows + row) * extra + j, mask=(m < rows)[:, None] & (j < extra), other=0.0)
+    _settle(total, wide, u, m, rows, columns, stride, extra, scale, BLOCK_R, BLOCK_Z)
+
+
+@triton.jit
+def widen_backward_kernel(
+    wide, x, out, dropped, A, inverse_rms, divided, step, sequences, salt, rows, length, columns, stride, extra,
+    threshold, inverse, NORM: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Complete dx of [dx | du] by mask (du A) in out and write what dA needs: with a mask dropout(x), with a norm
+    du / rms.
+    """
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    j = tl.arange(0, BLOCK_R)
+    row = m.to(tl.int64)[:, None]
+    inside = (m < rows)[:, None] & (k < columns)[None]
+    dtype = wide.dtype.element_ty
+    target = row * columns + k[None]
+    # All loads stand before the product, whose barriers no load crosses.
+    grad = tl.load(wide + row * stride + k[None], mask=inside, other=0.0).to(tl.float32)
+    if DROPOUT:
+        tile = tl.load(x + target, mask=inside, other=0.0).to(tl.float32)
+    a = tl.load(A + j[:, None] * columns + k[None], mask=(j < extra)[:, None] & (k < columns)[None], other=0.0)
+    du = tl.load(wide + row * stride + columns + j[None], mask=(m < rows)[:, None] & (j < extra)[None], other=0.0)
+    if NORM:
+        once = m < tl.where(tl.program_id(1) == 0, rows, 0)
+        rms = tl.load(inverse_rms + m, mask=once, other=0.0)[:, None]
+        place = divided + row * extra + j[None]
+        tl.store(place, (du.to(tl.float32) * rms).to(dtype), mask=once[:, None] & (j < extra)[None])
+    back = tl.dot(du, a)
+    if DROPOUT:
+        pairs = tl.program_id(1) * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
+        keep = _keep(_key(step, salt), sequences, m, pairs, length, threshold)
+        back = tl.where(keep, back * inverse, 0.0)
+        tl.store(dropped + target, tl.where(keep, tile * inverse, 0.0).to(dtype), mask=inside)
+    tl.store(out + target, (grad + back).to(dtype), mask=inside)
+
+
+@triton.jit
+def _swiglu_rows(
+    wide, x, u, m, end, k, columns, stride, extra, u_stride, rank, BLOCK_R: tl.constexpr, BLOCK_U: tl.constexpr
+):  # fmt: skip
+    """Return what `swiglu_backward_kernel` reads of rows m < end: dx, gate, up, du and u of gate and of up."""
+    row, below = m.to(tl.int64)[:, None], (m < end)[:, None]
+    inside = below & (k < columns)[None]
+    place = x + row * (2 * columns) + k[None]
+    grad = tl.load(wide + row * stride + k[None], mask=inside, other=0.0)
+    gate, up = tl.load(place, mask=inside, other=0.0), tl.load(place + columns, mask=inside, other=0.0)
+    du, u_gate, u_up = grad, grad, grad  # where there are none nothing reads them
+    if BLOCK_R:
+        j = tl.arange(0, BLOCK_R)[None]
+        du = tl.load(wide + row * stride + columns + j, mask=below & (j < extra), other=0.0)
+    if BLOCK_U:
+        i = tl.arange(0, BLOCK_U)[None]
+        u_gate = tl.load(u + row * u_stride + i, mask=below & (i < rank), other=0.0)
+        u_up = tl.load(u + row * u_stride + rank + i, mask=below & (i < rank), other=0.0)
+    return grad, gate, up, du, u_gate, u_up
+
+
+@triton.jit
+def swiglu_backward_kernel(
+    wide, x, grads, A, u, sums, step, sequences, salt, rows, share, length, columns, stride, extra, u_stride,
+    rank, threshold, inverse, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_U: tl.constexpr,
+):  # fmt: skip
+    """Write the gradients of [gate | up] from [dx | du], and what a share of the rows adds to dA and to gate's and
+    up's dB.
+
+    BLOCK_R, BLOCK_U: of `extra` and `rank`, the adapters' columns here and of gate and up; 0 where there are none.
+    """
+    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    first = tl.program_id(1) * share
+    within = (k < columns)[None]
+    dtype = wide.dtype.element_ty
+    if DROPOUT:
+        key = _key(step, salt)
+        pairs = tl.program_id(0) * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
+    if BLOCK_R:
+        j = tl.arange(0, BLOCK_R)
+        a = tl.load(A + j[:, None] * columns + k[None], mask=(j < extra)[:, None] & within, other=0.0)
+        sum_a = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
+    if BLOCK_U:
+        i = tl.arange(0, BLOCK_U)
+        sum_gate = tl.zeros((BLOCK_U, BLOCK_K), tl.float32)
+        sum_up = tl.zeros((BLOCK_U, BLOCK_K), tl.float32)
+    end = tl.minimum(first + share, rows)
+    m = first + tl.arange(0, BLOCK_M)
+    after = _swiglu_rows(wide, x, u, m, end, k, columns, stride, extra, u_stride, rank, BLOCK_R, BLOCK_U)
+    for _ in range(first, end, BLOCK_M):
+        grad, gate, up, du, u_gate, u_up = after
+        after = _swiglu_rows(
+            wide, x, u, m + BLOCK_M, end, k, columns, stride, extra, u_stride, rank, BLOCK_R, BLOCK_U
+        )  # fmt: skip
+        grad, gate, up = grad.to(tl.float32), gate.to(tl.float32), up.to(tl.float32)
+        sigmoid = _sigmoid(gate)
+        silu = gate * sigmoid
+        if BLOCK_R:
+            tile, back = silu * up, tl.dot(du, a)
+            if DROPOUT:
+                keep = _keep(key, sequences, m, pairs, length, threshold)
+                tile = tl.where(keep, tile * inverse, 0.0)
+                back = tl.where(keep, back * inverse, 0.0)
+            grad += back
+            sum_a = tl.dot(tl.trans(du), tile.to(dtype), sum_a)
+        d_gate = (grad * up * (sigmoid + silu * (1 - sigmoid))).to(dtype)
+        d_up = (grad * silu).to(dtype)
+        inside = (m < end)[:, None] & within
+        place = m.to(tl.int64)[:, None] * (2 * columns) + k[None]
+        tl.store(grads + place, d_gate, mask=inside)
+        tl.store(grads + place + columns, d_up, mask=inside)
+        if BLOCK_U:
+            sum_gate = tl.dot(tl.trans(u_gate), d_gate, sum_gate)
+            sum_up = tl.dot(tl.trans(u_up), d_up, sum_up)
+        m += BLOCK_M
+    sums += tl.program_id(1) * (extra + 2 * rank) * columns
+    if BLOCK_R:
+        tl.store(sums + j[:, None] * columns + k[None], sum_a, mask=(j < extra)[:, None] & within)
+    if BLOCK_U:
+        target = sums + extra * columns + k[None] * rank + i[:, None]
+        tl.store(target, sum_gate, mask=(i < rank)[:, None] & within)
+        tl.store(target + columns * rank, sum_up, mask=(i < rank)[:, None] & within)
+
+
+@triton.jit
+def settle_gradients_kernel(
+    dA, weight, dB, own, scaled, columns, size, rows0, rows1, extra, rank, programs, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Multiply the columns of dA, `scaled` numbers, by weight; the programs past the first `programs` write the own
+    columns of dB's members, which end at rows0, rows1 and the last row, `size` numbers.
+    """
+    program = tl.program_id(0)
+    if program < programs:
+        e = program * BLOCK + tl.arange(0, BLOCK)
+        factor = tl.load(weight + e % columns, mask=e < scaled, other=0.0).to(tl.float32)
+        tl.store(dA + e, tl.load(dA + e, mask=e < scaled, other=0.0) * factor, mask=e < scaled)
+    else:
+        e = (program - programs) * BLOCK + tl.arange(0, BLOCK)
+        row = e // rank
+        member = (row >= rows0).to(tl.int32) + (row >= rows1).to(tl.int32)
+        place = row * extra + member * rank + e % rank
+        tl.store(own + e, tl.load(dB + place, mask=e < size, other=0.0), mask=e < size)
+
+
+@triton.jit
+def _row_cross_entropy(logits, target, loss, columns, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
+    """`cross_entropy_kernel` of one row. Eight neighbouring logits have a sum of their own, so that nothing is exchanged
+    between threads before the end; the second pass runs backwards: what was read last is still close by.
+    """
+    LOG2E: tl.constexpr = 1.4426950408889634
+    kept = target >= 0
+    at_target = tl.load(logits + tl.maximum(target, 0)).to(tl.float32)  # here: the second pass writes over it
+    k = tl.arange(0, BLOCK)
+    top = tl.full((BLOCK // 8,), -1e38, tl.float32)  # finite: a difference of infinities is no number
+    total = tl.zeros((BLOCK // 8,), tl.float32)
+    for start in range(0, columns, BLOCK):
+        x = tl.load(logits + start + k, mask=start + k < columns, other=float("-inf")).to(tl.float32)
+        x = tl.reshape(x, (BLOCK // 8, 8))
+        above = tl.maximum(top, tl.max(x, 1))
+        total = total * tl.exp2((top - above) * LOG2E) + tl.sum(tl.exp2((x - above[:, None]) * LOG2E), 1)
+        top = above
+    largest = tl.max(top, 0)
+    log_sum = largest + tl.log(tl.sum(total * tl.exp2((top - largest) * LOG2E), 0))
+    tl.store(loss, tl.where(kept, log_sum - at_target, 0.0))
+    if GRADIENT:
+        for back in range(0, columns, BLOCK):
+            column = (columns - 1) // BLOCK * BLOCK - back + k
+            x = tl.load(logits + column, mask=column < columns, other=0.0).to(tl.float32)
+            share = tl.exp2((x - log_sum) * LOG2E) - (column == target).to(tl.float32)
+            tl.store(logits + column, tl.where(kept, share, 0.0).to(logits.dtype.element_ty), mask=column < columns)
+
+
+@triton.jit
+def cross_entropy_kernel(logits, targets, losses, rows, columns, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
+    """Write the losses of rows of logits, 0 where a target is -100, and their gradient over them.
+
+    A program a multiprocessor takes one row after another: the rows under way, 300 kB each of a vocabulary of
+    151,936, then fit the L2 cache, from which the second pass reads.
+    """
+    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+        place = logits + columns.to(tl.int64) * row
+        _row_cross_entropy(place, tl.load(targets + row), losses + row, columns, GRADIENT, BLOCK)
+
+
+@triton.jit
+def rotate_kernel(
+    qkv, q, k, v, cos, sin, rows, positions, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BACK: tl.constexpr,
+):  # fmt: skip
+    """Write rotated q, rotated k and v from qkv, or their gradients back into that of qkv.
+
+    A row is a head of a token, in two halves. Whole lines of memory are read and written on either side.
+    """
+    r = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    token, head = r // (HEADS + 2 * KV_HEADS), r % (HEADS + 2 * KV_HEADS)
+    i = tl.arange(0, BLOCK_K)[None]
+    inside = (r < rows)[:, None] & (i < HALF)
+    in_q = inside & (head < HEADS)[:, None]
+    in_k = inside & ((head >= HEADS) & (head < HEADS + KV_HEADS))[:, None]
+    in_v = inside & (head >= HEADS + KV_HEADS)[:, None]
+    together = qkv + r.to(tl.int64)[:, None] * (2 * HALF) + i
+    long = token.to(tl.int64)
+    to_q = q + (long * HEADS + head)[:, None] * (2 * HALF) + i
+    to_k = k + (long * KV_HEADS + head - HEADS)[:, None] * (2 * HALF) + i
+    to_v = v + (long * KV_HEADS + head - HEADS - KV_HEADS)[:, None] * (2 * HALF) + i
+    if BACK:
+        low = tl.load(to_q, mask=in_q, other=0.0) + tl.load(to_k, mask=in_k, other=0.0)
+        low = (low + tl.load(to_v, mask=in_v, other=0.0)).to(tl.float32)
+        high = tl.load(to_q + HALF, mask=in_q, other=0.0) + tl.load(to_k + HALF, mask=in_k, other=0.0)
+        high = (high + tl.load(to_v + HALF, mask=in_v, other=0.0)).to(tl.float32)
+    else:
+        low = tl.load(together, mask=inside, other=0.0).to(tl.float32)
+        high = tl.load(together + HALF, mask=inside, other=0.0).to(tl.float32)
+    turned = in_q | in_k
+    angle = (token % positions)[:, None] * (2 * HALF) + i
+    cos_low = tl.load(cos + angle, mask=turned, other=1.0).to(tl.float32)
+    cos_high = tl.load(cos + angle + HALF, mask=turned, other=1.0).to(tl.float32)
+    sin_low = tl.load(sin + angle, mask=turned, other=0.0).to(tl.float32)
+    sin_high = tl.load(sin + angle + HALF, mask=turned, other=0.0).to(tl.float32)
+    if BACK:
+        new_low, new_high = low * cos_low + high * sin_high, high * cos_high - low * sin_low
+    else:
+        new_low, new_high = low * cos_low - high * sin_low, high * cos_high + low * sin_high
+    dtype = qkv.dtype.element_ty
+    low, high = tl.where(turned, new_low, low).to(dtype), tl.where(turned, new_high, high).to(dtype)
+    if BACK:
+        tl.store(together, low, mask=inside)
+        tl.store(together + HALF, high, mask=inside)
+    else:
+        tl.store(to_q, low, mask=in_q)
+        tl.store(to_q + HALF, high, mask=in_q)
+        tl.store(to_k, low, mask=in_k)
+        tl.store(to_k + HALF, high, mask=in_k)
+        tl.store(to_v, low, mask=in_v)
+        tl.store(to_v + HALF, high, mask=in_v)

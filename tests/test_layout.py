@@ -1,0 +1,108 @@
+"""The layout's rules: which way imports point, who imports Triton, what stands at the top level, what answers at once."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TOP = {"train_qlora.py", "inference_example.py", "quantization_utils.py", "config.py"}
+PACKAGES = ("toolkit", "fast_path")
+FILES = [*ROOT.glob("*.py"), *(path for package in PACKAGES for path in ROOT.glob(f"{package}/**/*.py"))]
+MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in FILES}
+# What a module may import of these: arrows run scripts -> toolkit -> quantization_utils -> fast_path -> config.
+LEVELS = {"config": 0, "fast_path": 1, "quantization_utils": 2, "toolkit": 3, "train_qlora": 4, "inference_example": 4}
+
+
+def imports(node: ast.AST) -> set[str]:
+    """Return the full names of what an import statement may import: modules, and names that could be modules."""
+    if isinstance(node, ast.Import):
+        return {alias.name for alias in node.names}
+    if isinstance(node, ast.ImportFrom):
+        assert node.level == 0, "absolute imports only: scripts are run from anywhere"
+        return {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return set()
+
+
+def imported(path: Path) -> set[str]:
+    """Return all that a file imports, within functions too."""
+    return set().union(*map(imports, ast.walk(ast.parse(path.read_text(encoding="utf-8")))))
+
+
+def as_a_module(path: Path) -> set[str]:
+    """Return what importing a file imports: not what its functions import, nor what it imports as a script."""
+    found, todo = set(), [ast.parse(path.read_text(encoding="utf-8"))]
+    while todo:
+        node = todo.pop()
+        script = isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
+        if not (script or isinstance(node, (ast.FunctionDef, ast.Lambda))):
+            found |= imports(node)
+            todo += ast.iter_child_nodes(node)
+    return found
+
+
+def test_only_the_scripts_and_the_schema_stand_at_the_top_level():
+    assert {path.name for path in ROOT.glob("*.py")} == TOP
+    assert not (ROOT / "kernels").exists(), "toolkit.startup blocks a package of this name"
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_imports_point_downwards(name):
+    own = LEVELS[name.split(".")[0]]
+    # As a script quantization_utils is the installation check, which stands in toolkit.
+    names = as_a_module(MODULES[name]) if name == "quantization_utils" else imported(MODULES[name])
+    for other in names:
+        level = LEVELS.get(other.split(".")[0], -1)
+        same = other.split(".")[0] == name.split(".")[0]
+        assert level < own or (same and name.split(".")[0] in PACKAGES), f"{name} imports {other}"
+
+
+def test_no_module_imports_itself_in_a_circle():
+    graph = {name: as_a_module(path) & MODULES.keys() for name, path in MODULES.items()}
+    while leaves := {name for name, needs in graph.items() if not needs}:
+        graph = {name: needs - leaves for name, needs in graph.items() if name not in leaves}
+    assert not graph
+
+
+def test_only_fast_path_imports_triton():
+    users = {name for name, path in MODULES.items() if {"triton", "triton.language"} & imported(path)}
+    assert users and {name.split(".")[0] for name in users} == {"fast_path"}
+
+
+def test_packages_are_empty():
+    """Importing toolkit.startup, for --help, must import nothing else."""
+    assert [(ROOT / package / "__init__.py").read_text(encoding="utf-8") for package in PACKAGES] == ["", ""]
+
+
+@pytest.mark.parametrize("name", ["config", "toolkit.startup", "fast_path.families"])
+def test_what_runs_first_imports_no_heavy_library(name):
+    program = f"import sys, {name}; print({{'torch', 'transformers', 'numpy', 'datasets'}} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr
+
+
+def test_functions_of_the_tutorial_are_where_it_has_them():
+    import quantization_utils
+    import train_qlora
+
+    names = (
+        "create_bnb_config",
+        "create_lora_config",
+        "load_model_and_tokenizer",
+        "prepare_model_for_training",
+        "main",
+    )
+    assert all(callable(getattr(quantization_utils, name)) for name in names)
+    assert all(callable(getattr(train_qlora, name)) for name in ("prepare_dataset", "plot_training_curves", "main"))
+
+
+def test_the_key_of_compiled_layers_is_made_of_every_file_of_the_operators():
+    """Each file that defines an operator of ours, or makes the operands whose strides are compiled in."""
+    from fast_path import compiled
+
+    holders = {name for name, path in MODULES.items() if 'custom_op("qlora::' in path.read_text(encoding="utf-8")}
+    holders |= {"fast_path.packed_weights", "fast_path.dropout"}
+    listed = compiled.operators_tag.__wrapped__.__defaults__[0]
+    assert {module.__name__ for module in listed} == holders

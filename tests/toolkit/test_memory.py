@@ -1,0 +1,321 @@
+"""The plan against what autograd keeps and what the weights take, the fit, and runs that run out of memory."""
+
+import dataclasses
+import itertools
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train_qlora
+from config import ConfigError, load_config
+from fast_path import attention, choice, compiled, dropout, micro_step
+from fast_path.layers import fuse
+from fast_path.loss import SummedLoss
+from quantization_utils import (
+    create_bnb_config,
+    create_lora_config,
+    load_model_and_tokenizer,
+    prepare_model_for_training,
+)
+from toolkit import evaluation, memory, memory_plan
+from toolkit.memory import savings
+from toolkit.memory_plan import COMPILED, FUSED, GIB, PLAIN, MemoryPlan, Rates, fit, model_shape, plan_memory, step_down
+
+
+def settings(**flags: object):
+    return load_config((), {name.replace("__", "."): str(value) for name, value in flags.items()})
+
+
+# ------------------------------------------------------------------------------------------------ the plan
+
+
+def saved_by_autograd(folder: str, path: str, p: float, layers: int) -> int:
+    """Return the bytes that the first layers keep for the backward of 2 x 200 tokens, as autograd's hooks see them."""
+    model, _ = load_model_and_tokenizer(folder, create_bnb_config())
+    model = prepare_model_for_training(model, create_lora_config(dropout=p), False)
+    attention.use_causal_attention(model.get_base_model())
+    clock = dropout.DropoutClock(42, torch.device("cpu"))
+    dropout.use_stateless_dropout(model, p, clock)
+    loss = SummedLoss(model, torch.bfloat16)
+    if path != PLAIN:
+        fuse(model, clock, p, kernels=False)
+    if path == COMPILED:
+        torch._dynamo.reset()
+        compiled.compile_layers(model)
+    model.train()
+    loss.decoder.layers = loss.decoder.layers[:layers]
+    seen: dict[int, int] = {}
+    alive = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if {200, 400} & set(tensor.shape):  # the rest, weights and their copies, does not grow with tokens
+            alive.append(tensor)
+            seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    ids = torch.randint(0, 4000, (2, 200))
+    clock.set(0, torch.tensor([0, 1]))
+    torch.set_autocast_enabled("cuda", True)  # what peft asks before it casts an adapter's input to fp32: as on a GPU
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss(input_ids=ids, labels=ids)
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    return sum(seen.values())
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama", "qwen3"])
+@pytest.mark.parametrize("path, p", [(path, p) for path in (PLAIN, FUSED, COMPILED) for p in (0.0, 0.05)])
+def test_saved_activations_are_what_autograd_keeps(random_models, kind, path, p):
+    folder = str(random_models(kind))
+    found = (saved_by_autograd(folder, path, p, 2) - saved_by_autograd(folder, path, p, 1)) / 400
+    planned = memory_plan.saved_bytes(model_shape(folder), settings(lora__dropout=p), path)
+    assert planned == pytest.approx(found, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    "flags, weights, trainable",
+    [
+        ({}, 2.054, 29_933_568),
+        ({"quantization__use_double_quant": False}, 2.183, 29_933_568),
+        ({"quantization__load_in_4bit": False}, 6.172, 29_933_568),
+        ({"lora__target_modules": "[q_proj, k_proj, v_proj, o_proj]"}, 2.054, 7_372_800),
+        ({"lora__rank": 8}, 2.054, 14_966_784),
+    ],
+)
+def test_plan_has_the_figures_of_the_3b_model(qwen_3b, flags, weights, trainable):
+    shape, config = model_shape(str(qwen_3b)), settings(**flags)
+    parts = plan_memory(shape, config, 1, 36).parts
+    found = sum(size for name, size in parts.items() if name in WEIGHTS)
+    assert found / 1e9 == pytest.approx(weights, abs=0.002)
+    assert memory_plan.adapter_parameters(shape, config) == trainable == parts["adapters (fp32)"] // 4
+
+
+WEIGHTS = ("packed weights", "quantisation constants", "embedding and head", "norms and biases")
+
+
+@pytest.mark.parametrize("path", [COMPILED, FUSED, PLAIN])
+def test_more_takes_more(qwen_3b, path):
+    """Each further checkpointed layer saves, each longer or wider step costs, on every path."""
+    shape, config = model_shape(str(qwen_3b)), settings()
+    by_layers = [plan_memory(shape, config, 4, n, path).total for n in range(1, 37)]
+    assert by_layers == sorted(by_layers, reverse=True)
+    by_batch = [plan_memory(shape, config, n, 36, path).total for n in (1, 2, 4, 8, 16)]
+    assert by_batch == sorted(by_batch)
+    lengths = (128, 512, 2048, 8192)
+    by_length = [plan_memory(shape, settings(data__max_length=n), 1, 36, path).total for n in lengths]
+    assert by_length == sorted(by_length)
+
+
+def test_plan_is_what_was_measured_on_a_gpu(qwen_3b):
+    """Allocated, GiB, on one H100 (tests/benchmarks/bench_memory.py measures anew); slack and context apart."""
+    shape, config = model_shape(str(qwen_3b)), settings(lora__dropout=0)
+    for (micro_batch, checkpointed), allocated in {(1, 0): 3.51, (16, 0): 19.83}.items():
+        parts = plan_memory(shape, config, micro_batch, checkpointed).parts
+        planned = sum(parts.values()) - parts["allocator slack"] - parts["CUDA context"]
+        assert planned / GIB == pytest.approx(allocated, rel=0.02)
+
+
+# ------------------------------------------------------------------------------------------------ the fit
+
+
+@pytest.mark.parametrize("limit", [4.0, 6.0, 7.8, 24.0])
+def test_fit_is_the_best_of_all_shapes_that_fit(qwen_3b, limit):
+    shape, config, rates = model_shape(str(qwen_3b)), settings(), Rates()
+    plan = fit(shape, config, 16, limit * GIB, rates)
+    assert plan.total <= limit * GIB and 16 % plan.micro_batch == 0
+
+    def speed(micro_batch, checkpointed):
+        return micro_batch / memory_plan.step_seconds(shape, config, rates, micro_batch, checkpointed)
+
+    every = itertools.product((1, 2, 4, 8, 16), range(37))
+    best = max(speed(*s) for s in every if plan_memory(shape, config, *s, limit=limit * GIB).total <= limit * GIB)
+    assert speed(plan.micro_batch, plan.checkpointed) == best
+
+
+def test_fit_keeps_what_a_flag_says(qwen_3b):
+    shape = model_shape(str(qwen_3b))
+    config = settings(training__batch_size=2)
+    assert fit(shape, config, 32, 24 * GIB, Rates()).micro_batch == 2
+    config = settings(training__gradient_checkpointing=36)
+    assert fit(shape, config, 16, 24 * GIB, Rates()).checkpointed == 36
+
+
+def test_a_resumed_run_keeps_its_shape_but_for_a_flag(qwen_3b):
+    shape, limit, saved = model_shape(str(qwen_3b)), 24 * GIB, {"micro_batch": 2, "checkpointed": 30}
+
+    def chosen(config, saved):
+        plan = memory.choose_plan(shape, config, 16, None, limit, saved)
+        return plan.micro_batch, plan.checkpointed
+
+    best = fit(shape, settings(), 16, limit, Rates())
+    assert chosen(settings(), saved) == (2, 30) != chosen(settings(), {}) == (best.micro_batch, best.checkpointed)
+    assert chosen(settings(training__batch_size=4), saved)[0] == 4
+    assert chosen(settings(performance__auto_fit=False), saved) == (1, 36)
+
+
+def test_stepping_down_ends_at_the_smallest_shape():
+    plan, seen = MemoryPlan({}, 4, 0, 8), []
+    while plan is not None:
+        seen.append((plan.micro_batch, plan.checkpointed))
+        plan = step_down(plan, 12, compiled=False)
+    assert seen == [(4, 0), (4, 2), (4, 4), (4, 6), (4, 8), (3, 8), (2, 8), (1, 8)]
+    last = step_down(MemoryPlan({}, 1, 8, 8), 12, compiled=True)
+    assert (last.micro_batch, last.checkpointed, last.offload) == (1, 8, True)
+    assert step_down(last, 12, compiled=True) is None
+
+
+def test_main_memory_is_for_what_fits_in_no_other_way(qwen_3b):
+    shape, config = model_shape(str(qwen_3b)), settings(data__max_length=8192)
+    inside, offloaded = plan_memory(shape, config, 1, 36), plan_memory(shape, config, 1, 36, offload=True)
+    states = 34 * 8192 * 2048 * 2  # of 36, two stay
+    assert inside.parts["checkpointed hidden states"] - offloaded.parts["checkpointed hidden states"] == states
+    between = offloaded.total + GIB // 10
+    assert fit(shape, config, 1, between, Rates()).offload
+    assert not fit(shape, config, 1, inside.total + GIB / 10, Rates()).offload
+    assert not fit(shape, settings(data__max_length=8192, performance__compile="off"), 1, between, Rates()).offload
+    assert fit(shape, settings(training__gradient_checkpointing="offload"), 16, 24 * GIB, Rates()).offload
+    saved = {"micro_batch": 1, "checkpointed": 36, "offload": True}
+    assert memory.choose_plan(shape, config, 16, None, 24 * GIB, saved).offload
+
+
+def test_savings_are_differences_of_plans(qwen_3b):
+    shape, config = model_shape(str(qwen_3b)), settings()
+    plan = plan_memory(shape, config, 1, 36)
+    found = {name: saved for saved, name in savings(shape, config, plan)}
+    half = plan_memory(shape, settings(data__max_length=256), 1, 36)
+    assert found["data.max_length 256"] == plan.total - half.total > 0
+    assert found["lora.target_modules [q_proj, k_proj, v_proj, o_proj]"] / GIB == pytest.approx(0.168, abs=0.01)
+    # spec.md's 0.21 counts 45 MiB of optimizer states too, which are paged here
+    assert found["lora.rank 8"] / GIB == pytest.approx(0.112, abs=0.01)  # spec.md: 0.14, likewise
+
+
+def test_the_longest_length_is_the_last_that_fits(qwen_3b):
+    shape, config = dataclasses.replace(model_shape(str(qwen_3b)), positions=None), settings()
+    longest = memory_plan.longest_length(shape, config, 7.8 * GIB)
+    for length, fits in ((longest, True), (longest + 128, False)):
+        other = dataclasses.replace(config, data=dataclasses.replace(config.data, max_length=length))
+        assert (plan_memory(shape, other, 1, 36, limit=7.8 * GIB, offload=True).total <= 7.8 * GIB) is fits
+
+
+def test_no_length_is_longer_than_the_models_positions(qwen_3b, capsys):
+    shape = model_shape(str(qwen_3b))
+    assert shape.positions == 32768 == memory_plan.longest_length(shape, settings(), 80 * GIB)
+    flags = ("--plan", "--model_name", str(qwen_3b), "--memory_limit_gib", "80")
+    assert train_qlora.main([*flags]) == 0 and "32,768, the model's last position\n" in (out := capsys.readouterr().out)
+    assert "data.max_length: " not in out
+    assert train_qlora.main([*flags, "--max_length", "32769"]) == 0
+    line = "data.max_length: 32,769 tokens are more than the 32,768 positions that the model is for\n"
+    assert line in capsys.readouterr().out
+
+
+def test_a_limit_below_the_context_is_refused():
+    with pytest.raises(ConfigError, match="memory_limit_gib: expected more than"):
+        memory.memory_limit(None, 0.3)
+
+
+@pytest.mark.parametrize("limit, code", [("8", 0), ("2", 3)])
+def test_plan_command_needs_no_weights_and_no_gpu(qwen_3b, capsys, limit, code):
+    assert train_qlora.main(["--plan", "--model_name", str(qwen_3b), "--memory_limit_gib", limit]) == code
+    out = capsys.readouterr().out
+    assert ("does not fit" if code else "fits") in out and "trainable 29,933,568" in out and "119.7 MB" in out
+    assert "longest data.max_length that fits" in out
+    assert "an epoch: unknown" in out and "would save" in out and "computed" in out
+
+
+# ------------------------------------------------------------------------------------------------ out of memory
+
+
+def run_out(monkeypatch, when):
+    """Make forward and backward of a micro-batch run out of memory where when(call number, learner) says so."""
+    real, calls = micro_step.Learner.forward_backward, itertools.count()
+
+    def forward_backward(learner, **batch):
+        loss = real(learner, **batch)  # late: half of the gradients are there already
+        if when(next(calls), learner):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. (injected)")
+        return loss
+
+    monkeypatch.setattr(micro_step.Learner, "forward_backward", forward_backward)
+
+
+FP32 = ("--compute_dtype", "float32", "--optim", "adamw_torch")
+
+
+@pytest.mark.parametrize("call", [0, 1, 3])
+def test_more_checkpointing_after_running_out_learns_the_same_bit_for_bit(train, monkeypatch, tmp_path, call):
+    code, want = train(*FP32, "--gradient_checkpointing", 1, output_dir=tmp_path / "told")
+    assert code == 0
+    run_out(monkeypatch, lambda n, learner: n == call)
+    code, found = train(*FP32, "--gradient_checkpointing", 0, output_dir=tmp_path / "found")
+    assert code == 0
+    log = (found / "training_log.txt").read_text(encoding="utf-8")
+    assert "out of GPU memory with micro-batch 2, 0 of 4 layers" in log and "on with micro-batch 2, 1 of 4" in log
+    a, b = (load_file(folder / "adapter_model.safetensors") for folder in (want, found))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_smaller_micro_batch_after_running_out_learns_the_same(train, monkeypatch, tmp_path):
+    code, want = train(*FP32, "--batch_size", 1, "--gradient_accumulation_steps", 4, output_dir=tmp_path / "told")
+    assert code == 0
+    run_out(monkeypatch, lambda n, learner: learner.shape[0] > 1)
+    code, found = train(*FP32, output_dir=tmp_path / "found")
+    assert code == 0
+    a, b = (load_file(folder / "adapter_model.safetensors") for folder in (want, found))
+    gap = math.sqrt(sum((a[n] - b[n]).square().sum().item() for n in a) / sum(a[n].square().sum().item() for n in a))
+    assert gap < 1e-4
+
+
+def test_an_evaluation_that_runs_out_changes_the_evaluation_only(train, monkeypatch, tmp_path):
+    code, want = train(*FP32, output_dir=tmp_path / "told")
+    real = micro_step.Learner.evaluation_loss
+
+    def evaluation_loss(learner, **batch):
+        if len(batch["input_ids"]) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. (injected)")
+        return real(learner, **batch)
+
+    monkeypatch.setattr(micro_step.Learner, "evaluation_loss", evaluation_loss)
+    code, found = train(*FP32, output_dir=tmp_path / "found")
+    assert code == 0
+    log = (found / "training_log.txt").read_text(encoding="utf-8")
+    assert "out of GPU memory in an evaluation: 1 sequences" in log
+    a, b = (load_file(folder / "adapter_model.safetensors") for folder in (want, found))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_running_out_while_capturing_leaves_no_dropout_in_the_evaluation(train, monkeypatch, tmp_path):
+    """The graphs are captured in the first evaluation; their warm-up trains, and may run out of memory half-way."""
+    flags = (*FP32, "--lora.dropout", 0.5, "--max_steps", 1)
+    code, want = train(*flags, output_dir=tmp_path / "told")
+    choose = choice.choose_fast_path
+    monkeypatch.setattr(choice, "choose_fast_path", lambda *a: dataclasses.replace(choose(*a), cuda_graphs=True))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    modes = []
+
+    def captured(step, *rest):
+        modes.append(step.__self__.model.training)
+        raise torch.OutOfMemoryError("CUDA out of memory. (injected)")
+
+    monkeypatch.setattr(micro_step, "Captured", captured)
+    seen = []
+    real = evaluation.block_losses
+    monkeypatch.setattr(train_qlora, "block_losses", lambda *a: seen.append(real(*a)) or seen[-1])
+    train(*flags, output_dir=tmp_path / "found")
+    assert modes[0] and seen
+    rows = [json.loads(line) for line in (want / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert evaluation.mean_loss(seen[0]) == pytest.approx(rows[0]["eval_loss"], rel=1e-6)
+
+
+def test_when_nothing_is_left_the_run_ends_with_three_and_its_checkpoint(train, monkeypatch, tmp_path):
+    run_out(monkeypatch, lambda n, learner: n >= 4)  # after two steps of two micro-batches
+    code, folder = train(*FP32, "--save_steps", 1, output_dir=tmp_path / "run")
+    assert code == 3
+    log = (folder / "training_log.txt").read_text(encoding="utf-8")
+    assert "error: out of GPU memory at a peak of" in log and log.count("would save") == 3
+    assert (folder / "checkpoint-2").is_dir()
+    monkeypatch.undo()
+    assert train(*FP32, output_dir=folder)[0] == 0  # and it goes on from there

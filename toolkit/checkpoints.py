@@ -1,0 +1,673 @@
+"""What a run leaves on disk and how it goes on from there: checkpoints, resume, log and model card, signals.
+
+A checkpoint folder holds `adapter_model.safetensors`, `adapter_config.json` (so it is a peft adapter),
+`training_state.safetensors` (optimizer states, best adapter), `training_state.json` (everything else) and, last,
+`checksums.json`. Nothing is pickled.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import errno
+import hashlib
+import importlib
+import io
+import json
+import os
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import bitsandbytes as bnb
+import numpy as np
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import CHAT_TEMPLATE_FILE
+
+from config import Config, ConfigError, LoraSettings, TrainingConfig, counted, flatten, save_config
+from quantization_utils import compute_dtype_of, create_lora_config
+from toolkit.data_blocks import Blocks
+from toolkit.data_formats import FUNCTION
+from toolkit.earlier_run import changed_line, changed_settings, checkpoints, other_run, settings, step_of
+from toolkit.startup import redact
+
+try:
+    import fcntl
+except ImportError:  # Windows has its twin
+    fcntl = None
+msvcrt = importlib.import_module("msvcrt") if os.name == "nt" else None
+
+TEMPORARY, REPLACED, LOCK = ".writing-", ".replaced-", ".lock"
+FILES = ("adapter_model.safetensors", "adapter_config.json", "training_state.safetensors", "training_state.json")
+STATE = {"progress", "optimizer", "scheduler", "scaler", "best_adapter", "config", "fingerprint", "shape"}
+RESULTS = ("metrics.jsonl", "training_log.txt", "training_curves.png", "adapter_model.safetensors", "evaluation.json")
+RESULTS += (CHAT_TEMPLATE_FILE, "tokenizer.json", "tokenizer_config.json")
+Found = tuple[Path, dict[str, torch.Tensor], dict]  # a checkpoint: its folder, adapter and state
+
+
+@contextlib.contextmanager
+def refusing(problem: str, *errors: type[Exception]) -> Iterator[None]:
+    """Turn errors of these types into the one line that begins with `problem`."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except errors as error:
+        reason = getattr(error, "strerror", None) or " ".join(f"{type(error).__name__}: {error}".split())[:250]
+        raise ConfigError(f"{problem}: {reason}") from None
+
+
+# ------------------------------------------------------------------------------------------------ atomic files
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file under another name, flush it to the disk and rename it, so that it is the old one or the new one."""
+    temporary = path.with_name(TEMPORARY + path.name)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):  # on a full disk the half that was written takes room from others
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_picture(figure: Any, path: Path) -> None:
+    """Write a figure of matplotlib as PNG."""
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
+    write_atomically(path, picture.getvalue())
+
+
+def clean_up(output_dir: Path) -> None:
+    """Remove what a killed run left half written, and put back a checkpoint that it was about to replace."""
+    for leftover in output_dir.glob(REPLACED + "*"):
+        original = output_dir / leftover.name.removeprefix(REPLACED)
+        shutil.rmtree(leftover) if original.exists() else os.rename(leftover, original)
+    for leftover in output_dir.glob(TEMPORARY + "*"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+# ------------------------------------------------------------------------------------------------ run state
+
+
+@dataclasses.dataclass
+class Progress:
+    """What the loop counts."""
+
+    step: int = 0
+    tokens: int = 0
+    loss_sum: float = 0.0  # since the last logged row, as the next two
+    loss_tokens: int = 0
+    seconds: float = 0.0
+    best_loss: float | None = None
+    best_step: int = 0
+    worse: int = 0  # evaluations since the best
+    history: list[dict] = dataclasses.field(default_factory=list)
+
+    def count(self, loss_sum: float, tokens: int, seconds: float) -> None:
+        """Add an optimizer step."""
+        self.step += 1
+        self.tokens += tokens
+        self.loss_sum += loss_sum
+        self.loss_tokens += tokens
+        self.seconds += seconds
+
+    @property
+    def evaluations(self) -> list[dict]:
+        return [row for row in self.history if "eval_loss" in row]
+
+
+def adapter_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
+    """Return the adapter's weights on the CPU, fp32, under the names that peft gives them in its file."""
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {name: tensor.detach().float().cpu().clone().contiguous() for name, tensor in state.items()}
+
+
+def adapter_settings(model: PeftModel, model_name: str) -> dict[str, Any]:
+    """Return what peft writes into adapter_config.json, for a base of this name."""
+    found = model.peft_config["default"].to_dict()
+    plain = {key: sorted(v) if isinstance(v, set) else getattr(v, "value", v) for key, v in found.items()}
+    return plain | {"inference_mode": True, "base_model_name_or_path": model_name}
+
+
+def fingerprint(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, blocks: dict[str, Blocks | None]
+) -> dict[str, str]:
+    """Return hashes of what a run learns from: the base's weights (a sample of each), the tokenizer and the blocks."""
+    weights, tokens = hashlib.sha256(), hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            sample = parameter.detach().flatten()[:256].cpu().contiguous().view(torch.uint8).numpy()
+            weights.update(name.encode() + sample.tobytes())
+    for part in blocks.values():
+        for array in (*part.pieces, part.cuts) if part is not None else ():
+            tokens.update(np.ascontiguousarray(array))
+    vocabulary = hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode())
+    return {"model": weights.hexdigest(), "data": tokens.hexdigest(), "tokenizer": vocabulary.hexdigest()}
+
+
+def flatten_state(state: Any, prefix: str, tensors: dict[str, torch.Tensor]) -> Any:
+    """Return `state` as JSON can hold it, with each tensor moved to `tensors` and replaced by {"tensor": its name}."""
+    if isinstance(state, torch.Tensor):
+        name = f"{len(tensors)} {prefix}"  # numbered, since the keys 1 and "1", or "a.b" and b of a, read alike
+        tensors[name] = state.detach().cpu().clone().contiguous()  # safetensors refuses two views of one storage
+        return {"tensor": name}
+    if isinstance(state, dict):
+        return {"items": [[key, flatten_state(value, f"{prefix}.{key}", tensors)] for key, value in state.items()]}
+    if isinstance(state, (list, tuple)):
+        return [flatten_state(value, f"{prefix}.{i}", tensors) for i, value in enumerate(state)]
+    return state
+
+
+def restore_state(state: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """Undo flatten_state; dictionaries keep the types of their keys, tuples come back as lists."""
+    if isinstance(state, dict):
+        if "tensor" in state:
+            return tensors[state["tensor"]]
+        return {key: restore_state(value, tensors) for key, value in state["items"]}
+    if isinstance(state, list):
+        return [restore_state(value, tensors) for value in state]
+    return state
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+
+def write_checkpoint(
+    output_dir: Path, step: int, adapter: dict[str, torch.Tensor], adapter_config: dict, state: dict, keep: int
+) -> Path:
+    """Write output_dir/checkpoint-<step> and delete all but the newest `keep` complete ones; return its folder.
+
+    state: nested dicts, lists, numbers, texts and tensors. The folder appears under its name only when all is on disk.
+    """
+    final, temporary, replaced = (output_dir / f"{mark}checkpoint-{step}" for mark in ("", TEMPORARY, REPLACED))
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    tensors: dict[str, torch.Tensor] = {}
+    tree = flatten_state(state, "state", tensors)
+    files = {
+        "adapter_model.safetensors": save(adapter, metadata={"format": "pt"}),
+        "adapter_config.json": json.dumps(adapter_config, indent=2, sort_keys=True).encode(),
+        "training_state.safetensors": save(tensors),
+        "training_state.json": json.dumps(tree).encode(),
+    }
+    sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    files["checksums.json"] = json.dumps(sums).encode()
+    try:
+        for name, content in files.items():
+            write_atomically(temporary / name, content)
+        if final.exists():  # an earlier attempt at this step; not every file system replaces a folder in one call
+            os.rename(final, replaced)
+        os.rename(temporary, final)
+        _flush_folder(output_dir)
+    except OSError:  # a full disk, a quota, a drive that is gone: what was there before stays
+        with contextlib.suppress(OSError):
+            clean_up(output_dir)
+        raise
+    with contextlib.suppress(OSError):  # one that cannot be deleted now (Windows: somebody reads it) is no lost one
+        shutil.rmtree(replaced, ignore_errors=True)
+        _delete_old(output_dir, step, keep)
+    return final
+
+
+def _flush_folder(folder: Path) -> None:
+    if os.name == "posix":  # the rename itself is on the disk only then; Windows has no call for it
+        descriptor = os.open(folder, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def _delete_old(output_dir: Path, step: int, keep: int) -> None:
+    """Delete the checkpoints after `step`, whose course going back to it abandoned, and all but the newest `keep`."""
+    found = checkpoints(output_dir)
+    future = [folder for folder in found if step_of(folder) > step]
+    for old in future + found[len(future) :][keep:]:
+        doomed = old.with_name(TEMPORARY + old.name)
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.rename(old, doomed)  # a half-deleted checkpoint must not look like one
+        shutil.rmtree(doomed)
+
+
+def last_good(output_dir: Path) -> str:
+    """Return what a message says of the checkpoint that a run which failed can go on from."""
+    found = checkpoints(output_dir)
+    return f"{found[0].name} is intact" if found else "there is no checkpoint yet"
+
+
+def read_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """Return (adapter, state) of a checkpoint; ValueError says what is damaged or missing."""
+    try:
+        sums = json.loads((folder / "checksums.json").read_text(encoding="utf-8"))
+        for name in FILES:
+            if hashlib.sha256((folder / name).read_bytes()).hexdigest() != sums[name]:
+                raise ValueError(f"{name} does not match its checksum")
+        tree = json.loads((folder / "training_state.json").read_text(encoding="utf-8"))
+        state = restore_state(tree, load_file(folder / "training_state.safetensors"))
+        return load_file(folder / "adapter_model.safetensors"), state
+    except (OSError, SafetensorError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}".replace("\n", " ")) from None
+
+
+def latest_checkpoint(output_dir: Path, say: Callable[[str], None]) -> Found | None:
+    """Return the newest undamaged checkpoint as (folder, adapter, state); `say` gets a line for each one skipped."""
+    for folder in checkpoints(output_dir):
+        try:
+            return (folder, *read_checkpoint(folder))
+        except ValueError as error:
+            say(f"{folder.name} is damaged ({error}): skipped")
+    return None
+
+
+# ------------------------------------------------------------------------------------------------ resume
+
+
+def find_checkpoint(training: TrainingConfig, overwrite: bool, say: Callable[[str], None]) -> Found | None:
+    """Return the checkpoint to go on from as (folder, adapter, state), or None to start at step 0."""
+    if overwrite or training.resume == "never":
+        return None
+    output_dir, folder = Path(training.output_dir), Path(training.resume)
+    if training.resume == "auto":
+        if (found := latest_checkpoint(output_dir, say)) is None and checkpoints(output_dir):
+            raise ConfigError(f"training.resume: no checkpoint in {output_dir} is sound; --overwrite starts over")
+    else:
+        with refusing(f"training.resume: cannot go on from {folder}", ValueError):
+            found = (folder, *read_checkpoint(folder))
+    if found is not None and (missing := STATE - found[2].keys()):
+        lacks = f"{found[0]} is of another version: it has no {', '.join(sorted(missing))}"
+        raise ConfigError(f"training.resume: {lacks}; --overwrite starts over")
+    return found
+
+
+# What a run learns from, its part in `fingerprint`, and the settings that change it.
+CONTENTS = (
+    ("model.name", "model", ("model.", "quantization.", "lora.")),  # an adapter renames the weights that it is on
+    ("data.dataset", "data", ("data.", "training.seed", "model.")),  # its tokens are the tokenizer's
+    ("the tokenizer", "tokenizer", ("model.",)),
+)
+
+
+def check_resumable(state: dict, config: Config, prints: dict[str, str], window: int, name: str) -> None:
+    """Raise a ConfigError that names what a resumed run may not change, with the value in checkpoint `name` and now.
+
+    A content that differs is named where no setting that explains it does.
+    """
+    before, now = state["config"], settings(config)
+    changes = changed_settings(before, config, (state["shape"]["window"], window), name)
+    contents = {}
+    for key, part, causes in CONTENTS:
+        if state["fingerprint"][part] == prints[part] or any(changed.startswith(causes) for changed in changes):
+            continue
+        if key in now and before.get(key) != now[key]:
+            changes[key] = changed_line(key, before.get(key), now[key], name)
+        else:
+            contents[key] = f"{key}: its content is not what {name} was trained on"
+    if changes or contents:
+        raise other_run([*changes.values(), *contents.values()], config.training)
+
+
+# ------------------------------------------------------------------------------------------------ the output folder
+
+
+def check_output(training: TrainingConfig) -> None:
+    """Refuse an output folder where a run is at work, and one that cannot be written."""
+    output_dir = Path(training.output_dir)
+    parent = next(p for p in (output_dir, *output_dir.parents) if os.path.exists(p))
+    with refusing(f"training.output_dir: cannot write in {parent}", OSError):
+        if os.path.exists(output_dir / LOCK):
+            _open_locked(output_dir / LOCK).close()  # before anything is loaded; `locked` is what holds it
+        # os.access knows neither Windows' rights nor a read-only file system
+        with tempfile.TemporaryDirectory(dir=parent, prefix=TEMPORARY) as trial:
+            (Path(trial) / output_dir.name).mkdir(exist_ok=True)  # the name may be too long, or empty (`.`)
+
+
+def _open_locked(path: Path) -> BinaryIO:
+    """Return the lock file, locked; ConfigError where a live run holds it."""
+    for _ in range(10):  # another process of this launch may hold it for the moment of its own check
+        file = open(path, "ab")  # noqa: SIM115  # closed by whoever ends the lock
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            elif msvcrt is not None:
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                return file
+        except OSError as error:
+            if not isinstance(error, (BlockingIOError, PermissionError, FileNotFoundError)):
+                return file  # a file system without locks, as some network ones are: better unguarded than not at all
+        file.close()  # held, or its holder has just removed it: a lock on a file without a name guards nothing
+        time.sleep(0.05)
+    raise ConfigError(f"training.output_dir: another run is writing in {path.parent}; wait for its end or stop it")
+
+
+@contextlib.contextmanager
+def locked(output_dir: Path) -> Iterator[None]:
+    """Hold the output folder, made where absent, against other runs; ConfigError where one is at work there.
+
+    The lock is the system's, so that it ends with the process, however that ends; its file is removed at the end, and
+    with it a folder that stayed empty.
+    """
+    made = [path for path in (output_dir, *output_dir.parents) if not path.exists()]
+    with refusing(f"training.output_dir: cannot write in {output_dir}", OSError):
+        output_dir.mkdir(parents=True, exist_ok=True)
+        file = _open_locked(output_dir / LOCK)
+        clean_up(output_dir)  # now: what is put back is a checkpoint to go on from
+    try:
+        yield
+    finally:
+        if os.name == "nt":  # which removes no open file; elsewhere nobody may take it between the two
+            file.close()
+        with contextlib.suppress(OSError):
+            (output_dir / LOCK).unlink()
+        file.close()
+        with contextlib.suppress(OSError):
+            for folder in made:
+                folder.rmdir()
+
+
+def check_space(training: TrainingConfig, sizes: list[int]) -> None:
+    """Refuse an output folder on a disk without room for the checkpoints, one more than are kept, and the adapter.
+
+    sizes: elements of each tensor of the adapter. A checkpoint holds it twice in fp32 (the best one too) and AdamW's
+    two moments; in 8 bit these are a byte an element, a scale for 256, and two tables of 1 KiB a tensor.
+    """
+    moments = sum(n * 33 // 16 if n >= 4096 and "8bit" in training.optim else n * 8 for n in sizes)
+    checkpoint = sum(sizes) * 8 + moments + len(sizes) * 3072 + 2**20  # 2**20: the metrics so far, and headers
+    output_dir, kept = Path(training.output_dir), training.save_total_limit + 1
+    there = sum(file.stat().st_size for file in output_dir.glob("checkpoint-*/*"))
+    needed = kept * checkpoint + sum(sizes) * 4 - there
+    parent = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
+    if (free := shutil.disk_usage(parent).free) < needed:
+        raise ConfigError(
+            f"training.output_dir: expected {needed / 1e6:,.0f} MB free in {parent} for {kept} checkpoints (training."
+            f"save_total_limit and one being written) and the adapter, got {free / 1e6:,.0f} MB"
+        )
+
+
+def open_output(config: Config, history: list[dict], fresh: bool, template: str | None = None) -> Path:
+    """Return the output folder, its metrics.jsonl cut back to `history`; fresh: without the results of a run before.
+
+    template: the chat template of a model that has none, which inference must take too.
+    """
+    output_dir = Path(config.training.output_dir)
+    if os.path.realpath(config.model.name) == os.path.realpath(output_dir):  # a tokenizer of the same name would go
+        raise ConfigError(f"training.output_dir: {output_dir} is the folder of model.name; choose another folder")
+    saved = dataclasses.replace(config.training, resume="auto", output_dir=os.path.abspath(output_dir))
+    with refusing(f"training.output_dir: cannot write in {output_dir}", OSError):
+        output_dir.mkdir(parents=True, exist_ok=True)
+        for name in RESULTS if fresh else ():
+            (output_dir / name).unlink(missing_ok=True)
+        for folder in checkpoints(output_dir) if fresh else ():
+            os.rename(folder, folder.with_name(TEMPORARY + folder.name))
+        clean_up(output_dir)
+        write_atomically(output_dir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history).encode())
+        if template is not None:
+            write_atomically(output_dir / CHAT_TEMPLATE_FILE, template.encode())
+        save_config(dataclasses.replace(config, training=saved), output_dir / f"{TEMPORARY}config.yaml")
+        os.replace(output_dir / f"{TEMPORARY}config.yaml", output_dir / "config.yaml")
+    return output_dir
+
+
+class Log:
+    """Lines for the console and training_log.txt, rows for metrics.jsonl; the files open once the run is sound.
+
+    What a full disk does not take waits and is tried again with the next line; `flush` raises where it stays so.
+    """
+
+    def __init__(self, silent: bool):
+        self.silent, self.waiting, self.folder = silent, {"training_log.txt": "", "metrics.jsonl": ""}, None
+
+    def say(self, line: str) -> None:
+        if self.silent:
+            return
+        line = redact(line)
+        with contextlib.suppress(OSError), tqdm.external_write_mode():  # a console that is gone costs no run
+            print(line, flush=True)
+        self._add("training_log.txt", line + "\n")
+
+    def open(self, folder: Path) -> None:
+        self.folder = folder
+        self._add("training_log.txt", "")
+
+    def row(self, row: dict) -> None:
+        if self.folder is not None:
+            self._add("metrics.jsonl", json.dumps(row) + "\n")
+
+    def _add(self, name: str, text: str) -> None:
+        self.waiting[name] += text
+        with contextlib.suppress(OSError):
+            self.flush()
+
+    def flush(self) -> None:
+        for name in self.waiting if self.folder is not None else ():
+            text, self.waiting[name] = self.waiting[name], ""  # first, since a signal's handler may say something
+            if not text:
+                continue
+            try:
+                with open(self.folder / name, "ab", buffering=0) as file:
+                    end, content = file.tell(), text.encode()
+                    if file.write(content) < len(content):  # a full disk takes what fits, raises at the next write
+                        file.truncate(end)
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                self.waiting[name] = text + self.waiting[name]
+                raise
+
+
+CARD = """{header}
+
+# LoRA adapter for {model.name}
+
+| | |
+|---|---|
+| base | `{model.name}`, {precision}; its licence holds for this adapter too |
+| data | {dataset}: {tokens:,} tokens in blocks of {data.max_length} |
+| adapter | rank {lora.rank}, alpha {lora.alpha}, dropout {lora.dropout}, on {targets} |
+| training | {steps} of {sequences}, learning rate {training.learning_rate} ({training.lr_scheduler}), \
+{training.optim} |
+| validation perplexity | {results} |
+| made with | `train_qlora.py`, {packages} |
+
+Every setting is in `config.yaml`, every logged step in `metrics.jsonl`. To use it:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+base = AutoModelForCausalLM.from_pretrained({model.name!r}, {how})
+model = PeftModel.from_pretrained(base, "this folder")
+tokenizer = AutoTokenizer.from_pretrained("this folder")
+```
+"""
+
+
+IN_4_BIT = """dtype={compute_dtype!r}, quantization_config=BitsAndBytesConfig(
+    load_in_4bit=True, bnb_4bit_quant_type={quant_type!r}, bnb_4bit_compute_dtype={compute_dtype!r},
+    bnb_4bit_use_double_quant={use_double_quant})"""
+
+
+def save_adapter(
+    output_dir: Path,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
+    progress: Progress,
+    blocks: Blocks,
+) -> None:
+    """Write the adapter as peft does, with its model card and the tokenizer; the files take their places once all are on
+    the disk.
+
+    The card keeps the header of peft's and says what this run did instead of asking. blocks: of the training part.
+    """
+    folder = output_dir / f"{TEMPORARY}adapter"
+    try:
+        model.save_pretrained(folder, save_embedding_layers=False)
+        card = model_card((folder / "README.md").read_text(encoding="utf-8"), model, config, progress, blocks)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        # peft's own file differs by the order of a set from run to run, and safetensors' is for its owner's eyes only
+        described = json.dumps(adapter_settings(model, config.model.name), indent=2, sort_keys=True)
+        (folder / "adapter_config.json").write_text(described, encoding="utf-8")
+        shutil.copymode(folder / "adapter_config.json", folder / "adapter_model.safetensors")
+        save_tokenizer(folder, tokenizer, blocks.template)
+        for path in sorted(
+            folder.iterdir(), key=lambda path: (path.suffix == ".safetensors", path)
+        ):  # the weights last
+            with open(path, "r+b") as file:
+                os.fsync(file.fileno())
+            os.replace(path, output_dir / path.name)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, template: str | None) -> None:
+    """Write the tokenizer so that AutoTokenizer loads the same one, with the chat template that was taught.
+
+    template: the one in place of the tokenizer's own, if it has none. It stands in tokenizer_config.json: a
+    chat_template.jinja in an output folder belongs to a model without one.
+    """
+    exact = copy.deepcopy(tokenizer)
+    exact.chat_template = tokenizer.chat_template or template
+    if not exact.is_fast:
+        exact.save_pretrained(folder, save_jinja_files=False)
+        return
+    exact.backend_tokenizer.no_truncation()  # what a call left in it would be in the file
+    exact.backend_tokenizer.no_padding()
+    exact.save_pretrained(folder, save_jinja_files=False)
+    path = folder / "tokenizer_config.json"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if found.get("tokenizer_class") == "TokenizersBackend":
+        # The name, and the key for special tokens, that transformers 4 reads too: tokenizer.json as it is. Any other
+        # class (GPT2Tokenizer, Qwen2Tokenizer) would put a pre-tokenizer of its own in the place of that file's.
+        found["tokenizer_class"] = "PreTrainedTokenizerFast"
+        if isinstance(special := found.pop("extra_special_tokens", None), list):
+            found["additional_special_tokens"] = special
+        for key in ("backend", "is_local", "local_files_only"):
+            found.pop(key, None)
+        path.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def model_card(card: str, model: PeftModel, config: Config, progress: Progress, blocks: Blocks) -> str:
+    """Return the card of this run under the YAML header of peft's `card`."""
+    results = "not evaluated (no held-out part)"
+    if evaluations := progress.evaluations:
+        best = min(evaluations, key=lambda row: row["eval_loss"])
+        before, after = evaluations[0]["perplexity"], best["perplexity"]
+        results = f"{before:.3f} before, {after:.3f} with this adapter (step {best['step']})"
+    quantization, targets = config.quantization, model.peft_config["default"].target_modules
+    precision, how = f"unquantised, in {quantization.compute_dtype}", f"dtype={quantization.compute_dtype!r}"
+    if quantization.load_in_4bit:
+        double = "with" if quantization.use_double_quant else "without"
+        precision = f"in 4 bit ({quantization.quant_type}, {double} double quantisation)"
+        how = IN_4_BIT.format(**vars(quantization))
+    return CARD.format(
+        **vars(config),
+        header=card[: card.index("\n---", 3) + 4] if card.startswith("---") else "",
+        precision=precision,
+        how=how,
+        dataset=blocks.dataset if blocks.dataset == FUNCTION else f"`{blocks.dataset}`",
+        targets=targets if isinstance(targets, str) else ", ".join(sorted(targets)),
+        tokens=blocks.tokens,
+        steps=counted(progress.step, "optimizer step"),
+        sequences=counted(config.training.batch_size * config.training.gradient_accumulation_steps, "sequence"),
+        results=results,
+        packages=", ".join(f"{package} {version(package)}" for package in ("peft", "transformers", "torch")),
+    )
+
+
+# ------------------------------------------------------------------------------------------------ signals
+
+
+class StopRequest:
+    """Whether somebody asked the run to stop, and by which signal."""
+
+    signum: int | None = None
+
+
+@contextlib.contextmanager
+def stop_on_signal(say: Callable[[str], None]) -> Iterator[StopRequest]:
+    """Turn the first SIGINT, SIGTERM, SIGHUP or Ctrl-Break into a request that the loop reads at a step boundary.
+
+    A second one exits at once, but for SIGHUP: a terminal that closes sends it by the kernel and by the shell. What is
+    ignored at the start, SIGHUP under nohup, stays ignored.
+    """
+    request, hangup = StopRequest(), getattr(signal, "SIGHUP", None)
+
+    def handle(signum: int, frame: Any) -> None:
+        if request.signum is not None:
+            if signum == hangup:
+                return
+            os._exit(128 + signum)  # what was written is complete: files are renamed into place
+        request.signum = signum
+        with contextlib.suppress(RuntimeError):  # the console's buffer cannot be entered twice
+            say("stopping after this step; once more to exit at once")
+
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if threading.current_thread() is threading.main_thread() else ()
+    signals = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    signals = [number for number in signals if signal.getsignal(number) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, handle) for number in signals}
+    try:
+        yield request
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def effective(config: Config, model: nn.Module) -> Config:
+    """Return the configuration with the quantisation, and the adapter if there is one, that the model really has.
+
+    They differ where somebody edited create_bnb_config or create_lora_config, and where a base is stored in 4 bit.
+    """
+    quantized = next((module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)), None)
+    found, flags = {"load_in_4bit": quantized is not None}, config.flags
+    if quantized is not None:
+        state = quantized.weight.quant_state
+        found |= {"quant_type": state.quant_type, "use_double_quant": state.nested}
+        # A type that this machine replaced, such as bfloat16 on a CPU without AVX-512, stays recorded as configured.
+        if quantized.compute_dtype is not compute_dtype_of(config):
+            found["compute_dtype"] = str(quantized.compute_dtype).removeprefix("torch.")
+            flags |= {"quantization.compute_dtype"}  # asked for as by a flag: compute_dtype_of does not replace it
+    quantization, lora = dataclasses.replace(config.quantization, **found), config.lora
+    if isinstance(model, PeftModel):
+        lora = _effective_lora(config.lora, model)
+    return dataclasses.replace(config, quantization=quantization, lora=lora, flags=flags)
+
+
+def _effective_lora(asked: LoraSettings, model: PeftModel) -> LoraSettings:
+    """Return what an adapter's own configuration says of the settings in config.yaml."""
+    found = model.peft_config["default"]
+    targets = found.target_modules
+    created = create_lora_config(**vars(asked)).target_modules
+    if isinstance(targets, str):  # a regex, which config.yaml cannot hold: the modules that it chose
+        targets = model.base_model.targeted_module_names
+    as_asked = created == asked.target_modules == "all-linear" or set(targets) == set(asked.target_modules)
+    return dataclasses.replace(
+        asked,
+        rank=found.r,
+        alpha=float(found.lora_alpha),
+        dropout=float(found.lora_dropout),
+        target_modules=asked.target_modules if as_asked else tuple(sorted(targets)),
+        use_rslora=found.use_rslora,
+        use_dora=found.use_dora,
+    )
+
+
+def edited_line(config: Config, found: Config) -> list[str]:
+    """Return a line that names what a model has otherwise than configured, or none. found: `effective`."""
+    asked, has = flatten(config), flatten(found)
+    odd = [f"{name} is {has[name]} (configured: {asked[name]})" for name in asked if asked[name] != has[name]]
+    who = "create_bnb_config, create_lora_config or a base stored in 4 bit decided"
+    return [f"not as configured: {', '.join(odd)}; {who}"] if odd else []

@@ -1,0 +1,418 @@
+"""From files to tokens: rows and their columns, chat templates and masks.
+
+    load_rows(data) -> DatasetDict of rows            tokenize_rows(rows, tokenizer, data) -> the same with input_ids
+
+Running text has tokens only. Chats and pairs are samples: they have labels beside their tokens.
+`train_qlora.prepare_dataset` is the line above; data_blocks.py makes blocks of what it returns.
+"""
+
+import copy
+import glob
+import hashlib
+import itertools
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch.nn.functional as F
+from datasets import Dataset, DatasetDict
+from datasets.data_files import DataFilesDict, get_data_patterns
+from datasets.exceptions import DatasetsError
+from datasets.fingerprint import Hasher
+from jinja2 import TemplateError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from config import ConfigError, DataConfig, missing_data, not_utf8
+from quantization_utils import cache_problem, hub_problem
+
+BUILDERS = {".txt": "text", ".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+# What datasets says of files that hold no rows, each format in its own way.
+NO_ROWS = ("at least one example", "corresponds to no data", "BatchSize must be greater than 0", "No columns to parse")
+# Rows of a .txt that run on are joined as they are; in a .csv the words NA and None are words.
+OPTIONS = {"text": {"keep_linebreaks": True, "encoding": "utf-8-sig"}, "csv": {"keep_default_na": False}}
+DEEPEST = 4000  # levels of JSON: pyarrow refuses more than 64, and dies of 10,000 (version 26)
+AS_SQUARE, NO_BRACKETS = bytes.maketrans(b"{}", b"[]"), bytes(set(range(256)) - set(b"[]{}"))
+IGNORED = -100  # the label of a position that is not supervised, PyTorch's default ignore_index
+
+# ------------------------------------------------------------------------------------------------ rows
+
+
+def local_files(dataset: str) -> tuple[str, dict[str, list[str]]] | None:
+    """Return (builder, files by split) of a local file or folder, or None where `dataset` is a hub id."""
+    path = Path(dataset)
+    if path.is_file():
+        if path.suffix.lower() not in BUILDERS:
+            raise ConfigError(f"data.dataset: expected one of {', '.join(BUILDERS)}, got {path}")
+        return BUILDERS[path.suffix.lower()], {"train": [str(path)]}
+    if path.is_dir():
+        kinds = sorted({p.suffix.lower() for p in path.rglob("*") if p.suffix.lower() in BUILDERS})
+        if len({BUILDERS[kind] for kind in kinds}) != 1:
+            found = f"a mixture of {', '.join(kinds)}" if kinds else "none"
+            raise ConfigError(
+                f"data.dataset: expected files of one kind ({', '.join(BUILDERS)}) in {path}, got {found}"
+            )
+        base = glob.escape(str(path))  # splits by the names of files and folders, as datasets reads them
+        found = DataFilesDict.from_patterns(get_data_patterns(base), base_path=base)
+        files = {split: [f for f in names if Path(f).suffix.lower() in BUILDERS] for split, names in found.items()}
+        return BUILDERS[kinds[0]], {split: names for split, names in files.items() if names}
+    if problems := missing_data(dataset):
+        raise ConfigError(*problems)
+    return None
+
+
+def content_digest(files: dict[str, list[str]]) -> str:
+    """Return a hash of the files' bytes for datasets' cache, which itself goes by their paths and times alone.
+
+    ValueError where the brackets of a JSON file open DEEPEST times in a row, none closing in between.
+    """
+    digest = hashlib.sha256()
+    for name in itertools.chain(*files.values()):
+        brackets = b""
+        with open(name, "rb") as file:
+            while block := file.read(2**22):
+                digest.update(block)
+                if BUILDERS[Path(name).suffix.lower()] == "json":
+                    brackets = brackets[-DEEPEST:] + block.translate(AS_SQUARE, NO_BRACKETS)
+                if b"[" * DEEPEST in brackets:
+                    raise ValueError(f"nested more than {DEEPEST:,} levels deep")
+    return digest.hexdigest()[:32]
+
+
+def check_encoding(files: dict[str, list[str]]) -> None:
+    """Refuse files of text that are not UTF-8; Parquet has no encoding of its own to choose."""
+    for name in itertools.chain(*files.values()):
+        if BUILDERS[Path(name).suffix.lower()] != "parquet" and (problem := not_utf8(name)):
+            raise ConfigError(f"data.dataset: cannot read {name}: {problem}")
+
+
+def unreadable(error: Exception, dataset: str, local: bool) -> ConfigError:
+    """Return the error that says in one line why datasets could not load a data set."""
+    if known := cache_problem(error) or (None if local else hub_problem("data.dataset", dataset, error)):
+        return known
+    cause = error.__cause__ or error
+    if isinstance(cause, StopIteration) or any(words in str(cause) for words in NO_ROWS):
+        return ConfigError(f"data.dataset: {dataset} has no rows")
+    kind, lines = type(cause).__name__, str(cause).strip().splitlines()
+    return ConfigError(f"data.dataset: cannot read {dataset}: {kind}: {lines[0][:300] if lines else kind}")
+
+
+def load_rows(data: DataConfig) -> DatasetDict:
+    """Return the rows of the splits that data names, from the hub or from local files.
+
+    Where the validation split does not exist, only the training split is returned. Raises ConfigError.
+    """
+    local = local_files(data.dataset)
+    try:
+        if local is None:
+            loaded = datasets.load_dataset(data.dataset, data.dataset_config)
+        else:
+            builder, files = local
+            check_encoding(files)
+            patterns = {split: [glob.escape(name) for name in names] for split, names in files.items()}
+            loaded = datasets.load_dataset(
+                builder, content_digest(files), data_files=patterns, **OPTIONS.get(builder, {})
+            )
+    except ConfigError:
+        raise
+    except (DatasetsError, OSError, ValueError, RecursionError, StopIteration, pa.ArrowException) as error:
+        raise unreadable(error, data.dataset, local is not None) from None
+    only = next(iter(loaded)) if local is not None and len(loaded) == 1 else data.train_split
+    if only not in loaded:
+        raise ConfigError(
+            f"data.train_split: {data.dataset} has no split {data.train_split!r}; it has {', '.join(loaded)}"
+        )
+    rows = DatasetDict(train=loaded[only])
+    if data.validation_split in loaded and data.validation_split != only:
+        rows["validation"] = loaded[data.validation_split]
+    for split in rows.values():
+        if not len(split):
+            raise ConfigError(f"data.dataset: {data.dataset} has no rows")
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------ formats
+
+
+CHATS = (("messages",), ("conversations",))
+PAIRS = (("prompt", "completion"), ("instruction", "input", "output"), ("instruction", "output"))
+SAMPLES = {"chat": CHATS, "prompt": PAIRS}
+# Names of ShareGPT and its kin.
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
+# For a tokenizer without a chat template; a turn of the assistant ends as a document does.
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}{{ message.role | capitalize }}: {{ message.content }}"
+    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+MARKS = "\ufdd0", "\ufdd1"  # noncharacters, which Unicode keeps for a program's own use: no text has them
+
+
+def recognise(columns: Sequence[str], data: DataConfig) -> tuple[str, tuple[str, ...]]:
+    """Return what rows with these columns are (text, chat or prompt) and the columns that are read; ConfigError if
+    nothing.
+
+    data.format decides; auto takes chats, then pairs, then text, but a text_column of another name than the default
+    first.
+    """
+    known = SAMPLES | {"text": ((data.text_column,),)}
+    order = list(known) if data.format == "auto" else [data.format]
+    if data.format == "auto" and data.text_column in columns and data.text_column != DataConfig().text_column:
+        order = ["text"]
+    for name in order:
+        for names in known[name]:
+            if set(names) <= set(columns):
+                return name, names
+    if data.format in SAMPLES:
+        wanted = " or ".join(" + ".join(names) for names in SAMPLES[data.format])
+        raise ConfigError(
+            f"data.format: {data.format} needs the columns {wanted}; {data.dataset} has {', '.join(columns)}"
+        )
+    hint = "" if data.format == "text" else "; a chat has messages or conversations, a pair prompt + completion"
+    raise ConfigError(
+        f"data.text_column: no column {data.text_column!r} in {data.dataset}; it has {', '.join(columns)}{hint}"
+    )
+
+
+def to_messages(row: dict[str, Any], columns: tuple[str, ...]) -> list[dict[str, str]]:
+    """Return a row's turns as role and content; ValueError says what is not as it should be.
+
+    A pair is a turn of the user and one of the assistant; a text in `input` goes below the instruction.
+    """
+    if columns in CHATS:
+        turns = row[columns[0]] or []
+    else:
+        *asked, answer = (row[name] for name in columns)
+        asked = [text for i, text in enumerate(asked) if text or i == 0]
+        question = "\n\n".join(asked) if all(isinstance(text, str) for text in asked) else asked
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError(f"expected a list of turns in column {columns[0]!r}, got {str(turns)[:60]!r}")
+    messages = []
+    for number, turn in enumerate(turns, 1):
+        role = turn.get("role") or turn.get("from")
+        role = ROLES.get(role, role) if isinstance(role, str) else role
+        content = turn.get("value") if turn.get("content") is None else turn["content"]
+        if role not in ("system", "user", "assistant", "tool"):
+            raise ValueError(f"turn {number}: expected a role system, user, assistant or tool, got {role!r}")
+        if not isinstance(content, str) or turn.get("tool_calls"):
+            got = "tool calls" if turn.get("tool_calls") else repr(content)[:60]
+            raise ValueError(f"turn {number}: expected a text, got {got}")
+        messages.append({"role": role, "content": content})
+    return messages
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> tuple[str, list[tuple[int, int]]]:
+    """Return the chat as the template writes it, and where in it the assistant's words stand: [start, stop) in
+    characters.
+
+    The places come from a second rendering, with a mark before and after the assistant's words, that is equal but
+    for the marks. ValueError where it is not: the template then rewrites an answer (a `<think>` part, say) and its
+    place is not known.
+    """
+    template = None if tokenizer.chat_template else PLAIN_TEMPLATE
+
+    def apply(before: str, after: str, trim: bool) -> str:
+        marked = [dict(message) for message in messages]
+        for message in marked:
+            if message["role"] == "assistant":
+                words = message["content"].strip() if trim else message["content"]
+                message["content"] = before + words + after
+        return tokenizer.apply_chat_template(marked, tokenize=False, chat_template=template)
+
+    text = apply("", "", trim=False)
+    answers = sum(message["role"] == "assistant" for message in messages)
+    for trim in (False, True):  # many templates trim an answer, which the marks would keep them from
+        pieces = re.split(f"([{''.join(MARKS)}])", apply(*MARKS, trim=trim))
+        parts, marks = pieces[::2], pieces[1::2]
+        if "".join(parts) == text and marks == [*MARKS] * answers:
+            ends = list(itertools.accumulate(map(len, parts)))
+            return text, list(zip(ends[0:-1:2], ends[1::2], strict=True))
+    raise ValueError("the chat template rewrites a turn of the assistant, so that it cannot be told what to learn")
+
+
+def answer_labels(encoding: Any, text: str, spans: list[tuple[int, int]], specials: set[int]) -> np.ndarray:
+    """Return the labels of a rendered chat's tokens, int32 [tokens]: the assistant's words and the token that ends a
+    turn.
+
+    encoding: of the tokenizers library, offsets in characters of `text`. Everything else is -100.
+    """
+    ids = np.array(encoding.ids, np.int32)
+    offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+    labels = np.full(len(ids), IGNORED, np.int32)
+    for start, stop in spans:
+        first = np.searchsorted(offsets[:, 1], start, side="right")
+        last = end = np.searchsorted(offsets[:, 0], stop, side="left")
+        while end < len(ids) and ids[end] not in specials and not text[slice(*offsets[end])].strip():
+            end += 1  # some templates put a space before the end token
+        last = end + 1 if end < len(ids) and ids[end] in specials else last
+        labels[first:last] = ids[first:last]
+    return labels
+
+
+ROW = "row_number"  # the column with a row's number in its split, from 0; only our own reader makes it
+FUNCTION = "prepare_dataset of train_qlora.py"  # the name of data that came from a user's function
+
+
+class Tokenized(DatasetDict):
+    """Tokenised rows that know how they were read."""
+
+    source = f"rows of {FUNCTION}"
+    template: str | None = None  # PLAIN_TEMPLATE where they went through it
+
+
+def text_encoder(tokenizer: PreTrainedTokenizerBase, column: str) -> Callable[[pa.Table, list[int]], pa.Table]:
+    """Return what adds the tokens to a batch of texts."""
+
+    def encode(batch: pa.Table, indices: list[int]) -> pa.Table:
+        texts = pc.fill_null(batch[column].cast(pa.string()), "").to_pylist()
+        if tokenizer.is_fast:  # the wrapper around this call costs a third of the tokenizer's speed
+            encodings = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            ids = [encoding.ids for encoding in encodings]
+        else:
+            ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        batch = batch.select([column]).append_column("input_ids", pa.array(ids, pa.list_(pa.int32())))
+        return batch.append_column(ROW, pa.array(indices, pa.int64()))
+
+    return encode
+
+
+def sample_encoder(
+    tokenizer: PreTrainedTokenizerBase, columns: tuple[str, ...], completion_only: bool
+) -> Callable[[pa.Table, list[int]], pa.Table]:
+    """Return what makes a batch of chats or pairs a batch of tokens and labels."""
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            "model.name: chats and pairs need a tokenizer.json, which tells the place of a token in a text"
+        )
+    backend, specials = copy.deepcopy(tokenizer.backend_tokenizer), set(tokenizer.added_tokens_decoder)
+    backend.post_processor = None  # it would take the spaces at its edges from a token's place
+
+    def read(row: dict, index: int) -> tuple[str, list[tuple[int, int]]]:
+        try:
+            messages = to_messages(row, columns)
+            return render(tokenizer, messages) if messages else ("", [])
+        except (ValueError, TemplateError) as error:
+            raise ConfigError(f"data.dataset: row {index + 1}: {error}") from None
+
+    def encode(batch: dict, indices: list[int]) -> dict:
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*map(batch.get, columns), strict=True)]
+        chats = list(map(read, rows, indices))
+        encodings = backend.encode_batch([text for text, _ in chats], add_special_tokens=False)
+        ids = [np.array(encoding.ids, np.int32) for encoding in encodings]
+        places, labels = zip(encodings, chats, strict=True), ids
+        if completion_only:
+            labels = [answer_labels(e, text, spans, specials) for e, (text, spans) in places]
+        return {"input_ids": ids, "labels": labels, ROW: indices}
+
+    return encode
+
+
+def _check_text(split: Dataset, data: DataConfig) -> None:
+    kind = split.features[data.text_column]
+    if getattr(kind, "dtype", None) not in ("string", "large_string", "null"):
+        raise ConfigError(
+            f"data.text_column: expected text in column {data.text_column!r}, got {getattr(kind, 'dtype', kind)}"
+        )
+
+
+def tokenize_rows(rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> Tokenized:
+    """Return the rows with input_ids and their numbers in the split, nothing cut: of a text no special tokens are added;
+    chats and pairs go through the chat template and have labels too, -100 where nothing is learned.
+
+    What was tokenised before is found in datasets' cache under a key of rows, tokenizer, template, settings and this
+    file.
+    """
+    out, identity = Tokenized(), tokenizer
+    if tokenizer.is_fast:
+        tokenizer.backend_tokenizer.no_truncation()  # what an earlier call left in it
+        tokenizer.backend_tokenizer.no_padding()
+        identity = tokenizer.backend_tokenizer.to_str()
+    for name, split in rows.items():
+        form, columns = recognise(split.column_names, data)
+        settings = (columns, data.completion_only, tokenizer.chat_template, tokenizer.special_tokens_map)
+        key = Hasher.hash((split._fingerprint, identity, settings, Path(__file__).read_bytes()))
+        out.source = f"{form}, from column{'s'[: len(columns) > 1]} {', '.join(columns)}"
+        if form == "text":
+            _check_text(split, data)
+            split, encode = split.with_format("arrow"), text_encoder(tokenizer, data.text_column)
+        else:
+            encode = sample_encoder(tokenizer, columns, data.completion_only)
+            own = "the tokenizer's chat template"
+            out.source += f", through {own if tokenizer.chat_template else 'User: … Assistant: …, having no template'}"
+            out.template = None if tokenizer.chat_template else PLAIN_TEMPLATE
+        try:
+            out[name] = split.map(
+                encode,
+                batched=True,
+                with_indices=True,
+                remove_columns=split.column_names,
+                new_fingerprint=key,
+                desc=f"tokenise {name}",
+            ).with_format(None)
+        except UnicodeDecodeError as error:  # Arrow reads JSON and Parquet without looking at the bytes of a text
+            read = ", ".join(columns)
+            raise ConfigError(f"data.text_column: column {read!r} in {data.dataset} is not UTF-8: {error}") from None
+    return out
+
+
+# ------------------------------------------------------------------------------------------------ what the base never learned
+
+
+def untrained_chat_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return a warning that names the tokens of the chat template whose embedding was never trained, or no line.
+
+    Never trained: a row that is zero, that another token shares to the bit, or that points where the rows beyond the
+    tokenizer's vocabulary point, which no text can train (the idea of Land and Bartolo, "Fishing for Magikarp", 2024).
+    """
+    if not tokenizer.chat_template:
+        return []
+    text, _ = render(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    added = tokenizer.added_tokens_decoder
+    chat = sorted(set(tokenizer(text, add_special_tokens=False)["input_ids"]) & set(added))
+    rows = model.get_input_embeddings().weight.detach()
+    own = rows[chat].float()
+    untrained = (own == 0).all(1)
+    for i, token in enumerate(chat):  # 64 columns tell any two trained rows apart; all would take 0.3 GiB of Qwen2.5's
+        untrained[i] |= (rows[:, :64] == rows[token, :64]).all(1).sum() > 1
+    unused = F.normalize(rows[len(tokenizer) :].float(), dim=1)
+    if len(unused) > 1:
+        center = F.normalize(unused.mean(0), dim=0)
+        usual = (unused @ center).mean()
+        untrained |= (usual > 0.8) & (F.normalize(own, dim=1) @ center > 0.9 * usual)
+    names = [str(added[token]) for token, bad in zip(chat, untrained.tolist(), strict=True) if bad]
+    if not names:
+        return []
+    return [
+        f"warning: {', '.join(names)}: the base model never learned these tokens of its chat template; "
+        "take the Instruct model, or text without a chat template"
+    ]
+
+
+HALF = "\ufffd"  # what a tokenizer makes of tokens that hold only a part of a character
+
+
+def whole_characters(
+    ids: np.ndarray, learned: np.ndarray, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[bool, str]]:
+    """Yield (learned, text) for each run of tokens that are learned, or are not; a character whose tokens are of two
+    runs belongs to the first.
+    """
+    start = 0
+    while start < len(ids):
+        stop = start + 1
+        while stop < len(ids) and learned[stop] == learned[start]:
+            stop += 1
+        text = tokenizer.decode(ids[start:stop])
+        whole = text.rstrip(HALF)
+        for longer in range(stop + 1, min(stop + 4, len(ids) + 1)) if whole != text else ():  # of at most 4 bytes
+            more = tokenizer.decode(ids[start:longer])
+            if len(more) == len(whole) + 1 and not more.endswith(HALF):
+                stop, whole = longer, more
+                break
+        yield bool(learned[start]), whole
+        start = stop

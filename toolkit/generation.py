@@ -1,0 +1,205 @@
+"""From prompts to tokens the fastest way that runs here, and what limits the speed."""
+
+import dataclasses
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+
+from fast_path.attention import GROUPED
+from fast_path.decoder import (
+    Decoder,
+    Watch,
+    adapters_off,
+    attention_windows,
+    cache_argument,
+    common_prefix,
+    end_tokens,
+    lora_layers,
+)
+from fast_path.dropout import DropoutClock
+from fast_path.layers import fuse, plain_linears
+from fast_path.nf4 import HAS_TRITON
+from quantization_utils import rope_parameters
+from toolkit.memory import peak_gib
+
+# ------------------------------------------------------------------------------------------------ what limits
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Return the bytes of weights that a step reads: all, 4-bit constants too, the embedding only if it is the head."""
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    total = sum(p.nbytes for p in model.parameters() if p is not embedding or p is head)
+    for p in model.parameters():
+        if isinstance(p, bnb.nn.Params4bit) and p.quant_state is not None:
+            total += p.quant_state.absmax.nbytes + (p.quant_state.state2.absmax.nbytes if p.quant_state.nested else 0)
+    return total
+
+
+def position_bytes(model: PreTrainedModel) -> int:
+    """Return the bytes of keys and values that a sequence keeps for each of its positions."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
+
+
+def card_bandwidth(device: torch.device) -> float | None:
+    """Return the bytes a second that the card's memory is made for, None where torch does not say."""
+    if device.type != "cuda":
+        return None
+    card = torch.cuda.get_device_properties(device)
+    # kHz, and two transfers a clock
+    return 2e3 * getattr(card, "memory_clock_rate", 0) * getattr(card, "memory_bus_width", 0) / 8 or None
+
+
+@dataclasses.dataclass
+class Traffic:
+    """What decoding steps read of the memory: bytes, and the seconds they took."""
+
+    weights: int  # bytes a step
+    position: int  # bytes a position of a sequence
+    device: torch.device
+    read: float = 0.0
+    seconds: float = 0.0
+
+    def add(self, watch: Watch, rows: int, prompt: int) -> None:
+        """Add the steps after the first token of `rows` sequences, whose prompts have `prompt` tokens."""
+        steps = watch.tokens - 1
+        self.read += steps * (self.weights + rows * self.position * (prompt + steps / 2))
+        self.seconds += watch.last - watch.first
+
+    def line(self) -> str:
+        """Return GB/s reached, the share of the card's bandwidth where it is known, and the peak of memory."""
+        rate = self.read / self.seconds if self.seconds else 0.0
+        card = card_bandwidth(self.device)
+        share = f", {rate / card:.0%} of the card's {card / 1e9:,.0f}" if card else ""
+        return f"{rate / 1e9:,.1f} GB/s read{share} | peak {peak_gib(self.device):.2f} GiB"
+
+
+COVERED = {"do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens"}
+COVERED |= {"eos_token_id", "pad_token_id", "bos_token_id", "use_cache", "transformers_version"}
+
+# ------------------------------------------------------------------------------------------------ which way
+
+
+def obstacle(model: PreTrainedModel) -> str | None:
+    """Return why a model's step cannot be captured, None if it can."""
+    config = model.config.get_text_config()
+    if not model._can_compile_fullgraph or not set(attention_windows(config)) <= {
+        "full_attention",
+        "sliding_attention",
+    }:
+        return f"{type(model).__name__} looks at its data on the host, or keeps more than keys and values"
+    if getattr(config, "attention_chunk_size", None):
+        return "attention in chunks"
+    if any(rope.get("rope_type") in ("dynamic", "longrope") for rope in rope_parameters(config)):
+        return "rotary frequencies that follow the length"
+    if config._attn_implementation not in ("sdpa", GROUPED, "eager"):
+        return f"attn_implementation {config._attn_implementation}"
+    if len({p.device for p in model.parameters()}) > 1:
+        return "more than one device"
+    return None
+
+
+def use_own_precision(model: PeftModel) -> None:
+    """Give the adapters the dtype that the model computes in, as training's fast path reads them: peft keeps them in
+    fp32, 120 MB of a 3B at rank 16.
+    """
+    for layer in lora_layers(model):
+        for factors in (layer.lora_A, layer.lora_B):
+            factors.to(model.dtype)
+
+
+def by_length(rows: list[list[int]], size: int, window: int) -> list[list[int]]:
+    """Return the numbers of rows in batches of `size`: within each window of rows, in order, the longest first.
+
+    The longest come first because their cache serves all that follow.
+    """
+    batches = []
+    for start in range(0, len(rows), window):
+        order = sorted(range(start, min(start + window, len(rows))), key=lambda i: (-len(rows[i]), i))
+        batches += [order[i : i + size] for i in range(0, len(order), size)]
+    return batches
+
+
+class Generator:
+    """Answers prompts the fastest way that runs here: by the Decoder, else by transformers' `generate`.
+
+    Either way the next prompt computes only what differs from the last one and its answer. `fast`: None takes the
+    Decoder on CUDA; on a CPU, whose attention over a static cache costs its whole length, `generate` is as fast.
+    """
+
+    def __init__(self, model: PeftModel | PreTrainedModel, say: Callable[[str], None], fast: bool | None = None):
+        self.model, self.say, self.said = model, say, set()
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        gpu = base.device.type == "cuda"
+        self.reason = obstacle(base) if gpu or fast else ""  # nothing is said of a CPU
+        self.decoder = Decoder(model, kernels=gpu and HAS_TRITON) if self.reason is None else None
+        self.adapted, self.cache, self.held, self.off = lora_layers(model), None, [], False
+        if self.decoder and gpu and isinstance(model, PeftModel):
+            use_own_precision(model)
+            # For prompts and batches: weights unpacked once and one product with the adapters in it.
+            kernels = HAS_TRITON and base.dtype is not torch.float32
+            fuse(model, DropoutClock(0, base.device), 0.0, kernels, in_pieces=True)
+            torch.cuda.empty_cache()  # the packed weights have moved
+        self.weight_bytes, self.position_bytes = weight_bytes(base), position_bytes(base)
+
+    def traffic(self) -> Traffic:
+        """Return a count of what is read, at zero."""
+        return Traffic(self.weight_bytes, self.position_bytes, self.model.device)
+
+    def _say_once(self, line: str) -> None:
+        if line not in self.said:
+            self.said.add(line)
+            self.say(line)
+
+    def generate(
+        self, rows: list[list[int]], config: GenerationConfig, watch: Watch, streamer: Any = None, batch: int = 1
+    ) -> list[list[int]]:
+        """Return the tokens after each prompt, up to an end token and with it; arguments as `Decoder.generate`."""
+        unknown = sorted(set(config.to_diff_dict()) - COVERED)
+        reason = f"generation setting {unknown[0]}" if self.decoder and unknown else self.reason
+        if reason:
+            self._say_once(f"transformers' generate decodes: {reason}")
+        if self.decoder and not unknown:
+            answers = self.decoder.generate(rows, config, watch, streamer, batch)
+            if self.decoder.note:
+                self._say_once(f"decoding without decode_step: {self.decoder.note}")
+            return answers
+        return self._plain(rows, config, watch, streamer)
+
+    def _prefix(self, ids: list[int]) -> DynamicCache:
+        """Return the cache of the last prompt and answer, cut to what `ids` begins with too."""
+        off = adapters_off(self.adapted)
+        known = common_prefix(self.held, ids[:-1]) if off == self.off else 0
+        if known and self.cache is not None:
+            self.cache.crop(min(0, known - self.cache.get_seq_length()))
+        else:
+            self.cache = DynamicCache()  # without a config every layer keeps all, and can be cut
+        self.held, self.off = [], off
+        return self.cache
+
+    def _plain(self, rows: list[list[int]], config: GenerationConfig, watch: Watch, streamer: Any) -> list[list[int]]:
+        longest, device, pad = max(map(len, rows)), self.model.device, config.pad_token_id or 0
+        one = len(rows) == 1 and (config.num_beams or 1) == 1
+        mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+        with plain_linears(self.model) if one else nullcontext():
+            output = self.model.generate(
+                input_ids=torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=device),
+                attention_mask=torch.tensor(mask, device=device),
+                generation_config=config,
+                stopping_criteria=[watch],
+                streamer=streamer,
+                **(cache_argument(self.model, self._prefix(rows[0])) if one else {}),
+            )
+        ends = end_tokens(config)
+        answers = output[:, longest:].tolist()  # [batch, new]: rows that end before the longest are padded
+        answers = [row[: next((i + 1 for i, token in enumerate(row) if token in ends), len(row))] for row in answers]
+        self.held = rows[0] + answers[0][:-1] if one else []
+        return answers

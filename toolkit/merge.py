@@ -1,0 +1,73 @@
+"""Base and adapter as one plain model."""
+
+import copy
+import os
+import shutil
+from pathlib import Path
+
+import bitsandbytes as bnb
+import torch
+from accelerate import init_empty_weights
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from config import ConfigError
+
+
+def plain_copy(model: PreTrainedModel, remote: bool) -> PreTrainedModel:
+    """Return the model unquantised, on the CPU, each 4-bit weight as the model itself dequantises it to multiply.
+
+    It is made from the model in memory: no 16-bit file is read, and a base stored in 4 bit works too. What is on
+    the CPU and not packed is shared with it.
+    """
+    model_config = copy.deepcopy(model.config)
+    vars(model_config).pop("quantization_config", None)
+    with init_empty_weights():  # parameters take no memory yet; buffers (rotary frequencies) are real
+        plain = AutoModelForCausalLM.from_config(model_config, dtype=model.dtype, trust_remote_code=remote)
+    weights = {}
+    for name, p in model.named_parameters():
+        packed = isinstance(p, bnb.nn.Params4bit)
+        weights[name] = (bnb.functional.dequantize_4bit(p.data, p.quant_state) if packed else p.data).cpu()
+    plain.load_state_dict(weights, strict=False, assign=True)  # not strict: tied weights come under one name
+    plain.tie_weights()
+    plain.generation_config = model.generation_config
+    return plain.eval()
+
+
+def merge_adapter(peft_model: PeftModel, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
+    """Return the base with the adapter added by peft's own merge, in fp32, each weight rounded once to `dtype`."""
+    base = peft_model.get_base_model()
+    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
+    if isinstance(head, LoraLayer) and head.get_base_layer().weight is embedding.weight:
+        raise ConfigError("--mode merge: the adapter changes the output head, whose weight is the embedding's too")
+    for module in [m for m in peft_model.modules() if isinstance(m, LoraLayer)]:
+        weight = module.get_base_layer().weight
+        weight.data = weight.data.float()
+        module.merge(safe_merge=True)
+        weight.data = weight.data.to(dtype)
+    plain = peft_model.unload()
+    for parameter in plain.parameters():  # not plain.to(dtype), which would round the rotary frequencies too
+        parameter.data = parameter.data.to(dtype)
+    return plain
+
+
+@torch.inference_mode()
+def logits_on(model: PeftModel | PreTrainedModel, ids: list[int]) -> torch.Tensor:
+    """Return the model's logits, fp32 on the CPU [tokens, vocabulary]."""
+    return model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0].float().cpu()
+
+
+def write_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a model that plain transformers loads; the folder appears under its name only when all is there."""
+    folder = Path(os.path.abspath(folder))
+    temporary = folder.with_name(".writing-" + folder.name)
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        model.save_pretrained(temporary, max_shard_size="2GB")
+        tokenizer.save_pretrained(temporary)
+        if folder.is_dir():
+            folder.rmdir()  # empty, as parse saw; it raises if it no longer is
+        os.rename(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
