@@ -102,7 +102,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 import quantization_utils
 from config import TrainingConfig, flatten
 from fast_path import attention, choice, compiled, dropout, layers
-from fast_path.loss import SummedLoss, compiled_chunk_loss, kernel_chunk_loss
+from fast_path.loss import SummedLoss, chunk_rows, compiled_chunk_loss, kernel_chunk_loss
 from fast_path.micro_step import Learner, let_go
 from fast_path.optimizers import create_optimizer
 from quantization_utils import (
@@ -578,7 +578,8 @@ def build_learner(
     if fast.fused_lora and fast.kernels:
         loss.options["chunk_loss"] = kernel_chunk_loss
     if device.type == "cuda":
-        loss.options["chunk"] = plan.logit_chunk
+        free = memory.free_bytes(device, config.performance.memory_limit_gib)  # for a shape that nobody planned
+        loss.options["chunk"] = plan.logit_chunk or chunk_rows(len(loss.head.weight), free)
     for line in (fast.line, *apart):
         say(line)
     # Losses are sums over tokens, so gradients are large already: 2**16, torch's start, would overflow fp16 at once.

@@ -599,14 +599,17 @@ def test_installation_check_is_a_line_each_and_exits_0(run_cli):
     ("module", "named"),
     [
         ("peft.py", "import peft: fails: ImportError: broken on purpose"),
-        ("loss.py", "import train_qlora: fails: ImportError: broken on purpose"),
+        ("fast_path/loss.py", "import train_qlora: fails: ImportError: broken on purpose"),
         ("yaml.py", "import yaml: fails: ImportError: broken on purpose"),
     ],
 )
 def test_installation_check_names_a_module_that_a_run_could_not_import(tmp_path, module, named):
     """In a copy of the project, since the folder of the script comes first on sys.path."""
-    for path in Path(quantization_utils.__file__).parent.glob("*.py"):
-        shutil.copy(path, tmp_path)
+    project = Path(quantization_utils.__file__).parent
+    for path in [*project.glob("*.py"), *project.glob("toolkit/*.py"), *project.glob("fast_path/*.py")]:
+        copy = tmp_path / path.relative_to(project)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copy(path, copy)
     (tmp_path / module).write_text("raise ImportError('broken on purpose')", encoding="utf-8")
     done = subprocess.run([sys.executable, tmp_path / "quantization_utils.py"], capture_output=True, encoding="utf-8")
     assert done.returncode == 1 and done.stderr == ""
