@@ -497,7 +497,7 @@ def test_a_file_that_is_no_configuration(tmp_path, text, said):
 def test_a_file_that_is_not_utf8(tmp_path, content):
     path = tmp_path / "own.yaml"
     path.write_bytes(content)
-    assert "as UTF-8 text" in problems(load_config, path)[0]
+    assert "is not UTF-8" in problems(load_config, path)[0]
 
 
 def test_a_file_that_is_not_there(tmp_path):

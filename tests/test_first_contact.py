@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SKIPPED = {"tests", ".venv", ".git"}
-FILES = sorted(p for p in ROOT.rglob("*.py") if not SKIPPED & set(p.relative_to(ROOT).parts) and p.parent.name != ".ci")
-SOURCES = [path for path in FILES if path.parent != ROOT / "tiny"]
+FILES = [path for path in sorted(ROOT.rglob("*.py")) if not path.relative_to(ROOT).parts[0].startswith((".", "output"))]
+SOURCES = [path for path in FILES if path.relative_to(ROOT).parts[0] not in ("tests", "tiny")]
 MODULES = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in SOURCES]
 
 # One process for each module, forked from one that has imported the libraries and nothing of the project.

@@ -934,12 +934,12 @@ def test_a_base_stored_in_4_bit_is_recorded_as_it_is_stored(train, tiny_model, f
 def test_checkpoint_from_before_the_record_goes_on(train, few, monkeypatch):
     """It kept what was configured alone, so that an edited function must not be taken for a change."""
     edit_functions(monkeypatch, {"quant_type": "fp4"})
-    real = train_qlora.checkpoint_utils.write_checkpoint
+    real = train_qlora.checkpoints.write_checkpoint
 
     def write(output_dir, step, adapter, peft_config, state, keep):
         return real(output_dir, step, adapter, peft_config, {k: v for k, v in state.items() if k != "effective"}, keep)
 
-    monkeypatch.setattr(train_qlora.checkpoint_utils, "write_checkpoint", write)
+    monkeypatch.setattr(train_qlora.checkpoints, "write_checkpoint", write)
     flags = ("--dataset", few, "--max_length", 32)
     assert train(*flags, "--max_steps", 1)[0] == 0
     assert train(*flags, "--max_steps", 2)[0] == 0

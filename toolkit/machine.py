@@ -20,7 +20,10 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from config import LEAVES, Config, ConfigError, DataConfig, ModelConfig, PerformanceConfig, TrainingConfig
+from fast_path.micro_step import let_go
 from quantization_utils import bf16_missing, load_base, quiet_libraries, usable_dtype
+from toolkit.data_blocks import batches
+from toolkit.memory_plan import unplanned
 from toolkit.startup import CANNOT_RUN, import_failures
 
 # ------------------------------------------------------------------------------------------------ the machine
@@ -98,7 +101,7 @@ def check_step(device: torch.device, performance: PerformanceConfig) -> tuple[fl
     """Train two 4-bit layers for one optimizer step, by the functions of a run; return the loss before and after it,
     and the line on the fast path.
     """
-    train, memory, data = map(importlib.import_module, ("train_qlora", "toolkit.memory_plan", "toolkit.data_blocks"))
+    train = importlib.import_module("train_qlora")  # not above: the check imports what a run imports, as a run does
     training = TrainingConfig(batch_size=2, gradient_accumulation_steps=1, learning_rate=1e-2)
     lines: list[str] = []
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Windows keeps mapped weights open
@@ -107,10 +110,10 @@ def check_step(device: torch.device, performance: PerformanceConfig) -> tuple[fl
             ModelConfig(name=folder), data=DataConfig(max_length=64), training=training, performance=performance
         )
         model, tokenizer = load_base(config, device)
-        learner = train.build_learner(config, model, memory.unplanned(config, 2, layers=2), lines.append)
+        learner = train.build_learner(config, model, unplanned(config, 2, layers=2), lines.append)
         optimizer = train.create_optimizer(learner.parameters, training, device, lines.append)
         blocks = list(torch.randint(512, (2, 64), generator=torch.Generator().manual_seed(0)).numpy())
-        batch, tokens, places = next(data.batches(blocks, np.arange(2), 2, tokenizer.pad_token_id, device))
+        batch, tokens, places = next(batches(blocks, np.arange(2), 2, tokenizer.pad_token_id, device))
         losses = []
         for step in range(2):
             learner.model.train()
@@ -121,7 +124,7 @@ def check_step(device: torch.device, performance: PerformanceConfig) -> tuple[fl
             learner.scaler.step(optimizer)
             learner.scaler.update()
         del model, learner, optimizer
-    memory.let_go()
+    let_go()
     return *losses, next(line for line in lines if line.startswith("fast path: "))
 
 

@@ -148,6 +148,7 @@ def test_members_unpacked_one_after_the_other_give_the_same(adapted, double):
     assert sizes == [512, 512, 256, 256, 256, 256]
 
 
+@pytest.mark.triton
 def test_few_rows_share_out_the_columns_of_a_pass():
     for cards, expected in (
         (132, {128: 512, 2048: 512, 4096: 1024, 8192: 2048}),
@@ -383,7 +384,8 @@ def test_a_captured_run_learns_what_an_uncaptured_one_does(train, chats, varlen_
         1,
     )
     flags = (*flags, "--max_steps", "null", "--num_epochs", 1, "--max_train_samples", 300)
-    flags = (*flags, "--dataset", chats, "--learning_rate", 1e-3) if packed else flags
+    if packed:  # a long warm-up: Adam's first full step makes a whole learning rate of a gradient that is all rounding
+        flags = (*flags, "--dataset", chats, "--learning_rate", 1e-3, "--warmup_ratio", 0.9)
     _, want = train(*flags, output_dir=tmp_path / "uncaptured")
     choose = choice.choose_fast_path
     monkeypatch.setattr(micro_step, "Captured", Replayed)
