@@ -337,7 +337,7 @@ def test_a_second_call_goes_on_within_a_window(run: Callable, tmp_path: Path, mo
     for done in (1, 3, 6, 9):
         output.write_bytes(b"".join(whole.splitlines(keepends=True)[:done]))
         code, _, err = run(*flags)
-        assert code == 0 and f"{10 - done} answers" in err and output.read_bytes() == whole
+        assert code == 0 and f"{10 - done} answer" in err and output.read_bytes() == whole
 
 
 def test_the_decoder_answers_as_generate_does(run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
