@@ -803,7 +803,7 @@ def test_no_checkpoint_is_sound(refused, adapter, capfd):
 
 
 def test_checkpoint_of_another_folder_does_not_go_on_over_a_run(refused, adapter, made):
-    expected = f"training.output_dir: {adapter} holds a finished run; give another --output_dir"
+    expected = f"training.output_dir: {adapter} holds a finished run; choose another --output_dir"
     assert refused("--resume", made / "checkpoint-1", output_dir=adapter) == expected
     (adapter / "adapter_model.safetensors").unlink()
     assert "holds another run" in refused("--resume", made / "checkpoint-1", output_dir=adapter)
