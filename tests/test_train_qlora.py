@@ -1201,7 +1201,8 @@ def test_pasted_functions_labels_are_learned(train, watch, paste, capsys, packin
     assert sorted(blocks_as_samples(seen.session.blocks["train"])) == sorted(expected) and len(expected) > 20
     assert steps_of(folder)[-1]["tokens"] == learned
     assert (
-        "prepare_dataset of train_qlora.py, each a sample whose labels say which tokens are supervised" in capsys.readouterr().out
+        "prepare_dataset of train_qlora.py, each a sample whose labels say which tokens are supervised"
+        in capsys.readouterr().out
     )
 
 

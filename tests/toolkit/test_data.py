@@ -1109,8 +1109,16 @@ def test_rows_of_our_own_reader_stay_what_they_are_when_somebody_filters_them(tm
         ({"input_ids": [[5, 6], None]}, None, "row 2 of train: expected a list of ids, got null"),
         ({"input_ids": [[[5, 6]], [[7, 8]]]}, None, "expected a list of integers in each row of input_ids, got List"),
         ({"input_ids": ["a", "b"]}, None, "expected a list of integers in each row of input_ids, got Value"),
-        ({"labels": [[-100, 6], [6, 7]]}, {}, "expected a column labels in the split 'validation', like that in 'train'"),
-        ({}, {"labels": [[-100, 6], [6, 7]]}, "expected a column labels in the split 'train', like that in 'validation'"),
+        (
+            {"labels": [[-100, 6], [6, 7]]},
+            {},
+            "expected a column labels in the split 'validation', like that in 'train'",
+        ),
+        (
+            {},
+            {"labels": [[-100, 6], [6, 7]]},
+            "expected a column labels in the split 'train', like that in 'validation'",
+        ),
         ({}, {"input_ids": None}, "expected a column input_ids in the split 'validation', got text"),
     ],
 )

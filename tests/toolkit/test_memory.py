@@ -205,7 +205,9 @@ def test_no_length_is_longer_than_the_models_positions(qwen_3b, capsys):
     shape = model_shape(str(qwen_3b))
     assert shape.positions == 32768 == memory_plan.longest_length(shape, settings(), 80 * GIB)
     flags = ("--plan", "--model_name", str(qwen_3b), "--memory_limit_gib", "80")
-    assert train_qlora.main([*flags]) == 0 and "32,768, the model's last position\n" in (out := capsys.readouterr().out)
+    assert train_qlora.main([*flags]) == 0 and "32,768, all positions that the model supports\n" in (
+        out := capsys.readouterr().out
+    )
     assert "data.max_length: " not in out
     assert train_qlora.main([*flags, "--max_length", "32769"]) == 0
     line = "data.max_length: 32,769 tokens are more than the 32,768 positions that the model is for\n"
