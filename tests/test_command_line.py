@@ -462,7 +462,7 @@ def test_edited_data_is_named_after_it_is_read(refused, train, tmp_path, corpus)
     assert train("--dataset", data, "--max_steps", 1, output_dir=tmp_path / "run")[0] == 0
     data.write_text(data.read_text(encoding="utf-8").upper(), encoding="utf-8")
     rest = "holds a finished run: choose another --output_dir, or use --overwrite to replace it"
-    expected = f"data.dataset: its content is not what checkpoint-1 was trained on; {tmp_path / 'run'} {rest}"
+    expected = f"data.dataset: its content has changed since checkpoint-1 was written; {tmp_path / 'run'} {rest}"
     assert refused("--dataset", data, output_dir=tmp_path / "run") == [expected]
 
 
@@ -503,7 +503,7 @@ def test_an_edit_is_refused_before_torch_is_imported(run_cli, train, tmp_path, c
 
 def test_resume_from_a_folder_that_is_no_checkpoint(refused, train, tmp_path):
     (problem,) = refused("--resume", tmp_path / "none")
-    assert problem.startswith(f"training.resume: cannot go on from {tmp_path / 'none'}")
+    assert problem.startswith(f"training.resume: cannot continue from {tmp_path / 'none'}")
     _, output = train("--max_steps", 1, output_dir=tmp_path / "run")
     cut(output / "checkpoint-1" / "training_state.safetensors")
     (problem,) = refused("--resume", output / "checkpoint-1")

@@ -799,7 +799,7 @@ def test_checkpoint(refused, adapter, corpus, name):
 def test_no_checkpoint_is_sound(refused, adapter, capfd):
     for folder in earlier_run.checkpoints(adapter):
         (folder / "training_state.json").write_text("{}", encoding="utf-8")
-    assert refused(output_dir=adapter).startswith(f"training.resume: no checkpoint in {adapter} is sound")
+    assert refused(output_dir=adapter).startswith(f"training.resume: all checkpoints in {adapter} are damaged")
 
 
 def test_checkpoint_of_another_folder_does_not_go_on_over_a_run(refused, adapter, made):
@@ -817,4 +817,4 @@ def test_output_dir_that_is_no_folder(refused, tmp_path, make):
 
 def test_resume_from_what_is_no_checkpoint(refused, tmp_path, adapter):
     for path in (adapter / "config.yaml", adapter, "a\x00b", "x" * 5000):
-        assert refused("--resume", path, output_dir=tmp_path / "new").startswith("training.resume: cannot go on from")
+        assert refused("--resume", path, output_dir=tmp_path / "new").startswith("training.resume: cannot continue from")

@@ -225,7 +225,7 @@ def test_plan_command_needs_no_weights_and_no_gpu(qwen_3b, capsys, limit, code):
     out = capsys.readouterr().out
     assert ("does not fit" if code else "fits") in out and "trainable 29,933,568" in out and "119.7 MB" in out
     assert "longest data.max_length that fits" in out
-    assert "an epoch: unknown" in out and "would save" in out and "computed" in out
+    assert "an epoch: unknown" in out and "would save" in out and "estimated with" in out
 
 
 # ------------------------------------------------------------------------------------------------ out of memory
