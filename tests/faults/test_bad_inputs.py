@@ -624,7 +624,7 @@ def test_what_the_hub_does_not_give(tmp_path, hub):
 
     def missing(setting: str, kind: str, name: str) -> str:
         hint = "check the spelling (owner/name); for a private one log in with `hf auth login` or set HF_TOKEN"
-        return f"{setting}: the hub has no {kind} nobody/{name}, or a private one: {hint}"
+        return f"{setting}: the hub has no {kind} nobody/{name}, or it is private: {hint}"
 
     def forbidden(setting: str, local: str) -> str:
         rest = f"give {local}, point HF_HOME at a cache that has it, or try --config tiny/config.yaml"
@@ -817,4 +817,6 @@ def test_output_dir_that_is_no_folder(refused, tmp_path, make):
 
 def test_resume_from_what_is_no_checkpoint(refused, tmp_path, adapter):
     for path in (adapter / "config.yaml", adapter, "a\x00b", "x" * 5000):
-        assert refused("--resume", path, output_dir=tmp_path / "new").startswith("training.resume: cannot continue from")
+        assert refused("--resume", path, output_dir=tmp_path / "new").startswith(
+            "training.resume: cannot continue from"
+        )
