@@ -1,7 +1,7 @@
-"""The schema: every knob of config.yaml and of the command line, declared once. Imports no torch, so it answers at
-once.
+"""The schema: every setting of config.yaml and of the command line, declared once.
 
-A value travels  schema default < config file(s) < flag,  through one strict coercion, into frozen dataclasses.
+This module imports no torch, so --help and errors appear at once. A flag overrides a config file, and a config file
+overrides the schema's default. Every value is checked and converted to its type, then kept in frozen dataclasses.
     load_config(["config.yaml"], {"lora.rank": "8"}) -> Config        config.lora.rank, or config['lora']['rank']
 """
 
@@ -29,7 +29,7 @@ import yaml
 
 
 class ConfigError(ValueError):
-    """What a user can mend: wrong config, flag, data or adapter. Exit code 2, one line a problem."""
+    """An error that the user can fix: wrong config, flag, data or adapter. Exit code 2, one line per problem."""
 
     def __init__(self, *problems: str):
         super().__init__("\n".join(problems))
@@ -37,7 +37,7 @@ class ConfigError(ValueError):
 
 
 class Section:
-    """Base of the sections: the tutorial's `config['data']['max_length']` reads the same value as the attribute."""
+    """Base class of the sections. `config['data']['max_length']`, as the tutorial writes it, reads the attribute."""
 
     def __getitem__(self, key: str) -> Any:
         if key not in {field.name for field in dataclasses.fields(self)}:
@@ -46,17 +46,17 @@ class Section:
 
 
 def knob(default: Any, help: str, *, resumable: bool = False, path: bool = False, **limits: Any) -> Any:
-    """Declare one leaf.
+    """Declare one setting of a section.
 
     limits: at_least, above, below, at_most (numbers), choices and may_be_empty (strings), example (how a list is
-    written). `path` marks what may name a local file (looked up in the current folder, then in the config file's);
-    `words` are no paths.
+    written). `path` marks a setting that may name a local file. Such a file is looked up in the current folder, then
+    in the folder of the config file. `words` are values of such a setting that are not paths.
     """
     return dataclasses.field(default=default, metadata={"help": help, "resumable": resumable, "path": path, **limits})
 
 
 def free_knob(default: Any, help: str, **limits: Any) -> Any:
-    """Declare a leaf that a resumed run may change."""
+    """Declare a setting that a resumed run may change."""
     return knob(default, help, resumable=True, **limits)
 
 
@@ -66,11 +66,15 @@ SWITCH = ("auto", "on", "off")
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(Section):
     name: str = knob("Qwen/Qwen2.5-3B-Instruct", "hub id or local folder of a causal language model", path=True)
-    revision: str | None = knob(None, "branch, tag or commit on the hub; null: the newest")
+    revision: str | None = knob(None, "branch, tag or commit on the hub; null means the newest version")
     attn_implementation: str = knob(
-        "sdpa", "attention of transformers; sdpa needs no extra package", choices=("sdpa", "eager", "flash_attention_2")
+        "sdpa",
+        "attention implementation of transformers; sdpa needs no extra package",
+        choices=("sdpa", "eager", "flash_attention_2"),
     )
-    trust_remote_code: bool = knob(False, "run Python code that comes with the model: only for sources you trust")
+    trust_remote_code: bool = knob(
+        False, "run Python code that comes with the model; use it only for sources that you trust"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,131 +83,176 @@ class QuantizationConfig(Section):
     quant_type: str = knob("nf4", "4-bit data type", choices=("nf4", "fp4"))
     compute_dtype: str = knob(
         "bfloat16",
-        "type of the matrix products; a GPU without bfloat16 gets float16, a CPU without AVX-512 float32",
+        "data type of the matrix products; float16 is used on a GPU without bfloat16, float32 on a CPU without AVX-512",
         choices=("bfloat16", "float16", "float32"),
     )
-    use_double_quant: bool = knob(True, "quantise the quantisation constants too: 0.373 bit a weight less")
+    use_double_quant: bool = knob(True, "quantise the quantisation constants too, which saves 0.373 bits per weight")
 
 
 @dataclasses.dataclass(frozen=True)
 class LoraSettings(Section):
-    rank: int = knob(16, "rank r of the update B A", at_least=1)
-    alpha: float = knob(32.0, "the update is scaled by alpha / rank", above=0)
-    dropout: float = knob(0.05, "dropout on the adapter's input", at_least=0, below=1)
+    rank: int = knob(16, "rank r of the adapter's matrices A and B; the update of a weight is B A", at_least=1)
+    alpha: float = knob(32.0, "the update B A is multiplied by alpha / rank", above=0)
+    dropout: float = knob(
+        0.05, "share of the adapter's inputs that dropout sets to zero during training", at_least=0, below=1
+    )
     target_modules: tuple[str, ...] | str = knob(
         ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-        "names of the linear layers that get an adapter, or the word all-linear",
+        "names of the linear layers that get an adapter, or the word all-linear for all of them",
         choices=("all-linear",),
         example="[q_proj, v_proj]",
     )
-    use_rslora: bool = knob(False, "scale by alpha / sqrt(rank) (rank-stabilised LoRA)")
-    use_dora: bool = knob(False, "weight-decomposed LoRA; slower: it keeps peft's own layers")
+    use_rslora: bool = knob(False, "rank-stabilised LoRA: multiply the update by alpha / sqrt(rank) instead")
+    use_dora: bool = knob(
+        False, "weight-decomposed LoRA; slower, since it uses peft's own layers without the fast path"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig(Section):
     dataset: str = knob(
-        "Salesforce/wikitext", "hub id, or a local .txt .csv .json .jsonl .parquet or folder", path=True
+        "Salesforce/wikitext",
+        "hub id, or a local .txt, .csv, .json, .jsonl or .parquet file, or a folder of them",
+        path=True,
     )
     dataset_config: str | None = knob(
-        "wikitext-2-raw-v1", "configuration of a hub data set, ignored for local files; null: it has only one"
+        "wikitext-2-raw-v1",
+        "configuration of a hub data set, ignored for local files; null means that the data set has only one",
     )
     train_split: str = knob("train", "split to train on")
-    validation_split: str | None = knob("validation", "split to evaluate on; where absent, or null: rows are held out")
+    validation_split: str | None = knob(
+        "validation",
+        "split to evaluate on; if it is null or does not exist, rows of the training split are held out",
+    )
     validation_fraction: float = knob(
-        0.05, "share of the rows held out by seed where there is no validation split", at_least=0, below=1
+        0.05,
+        "share of the rows to hold out if there is no validation split; the seed chooses them",
+        at_least=0,
+        below=1,
     )
     text_column: str = knob("text", "column that holds the text")
-    format: str = knob("auto", "what a row is", choices=("auto", "text", "chat", "prompt"))
+    format: str = knob(
+        "auto", "kind of the rows; auto decides by the names of the columns", choices=("auto", "text", "chat", "prompt")
+    )
     rows: str = knob(
         "auto",
-        "documents: each row stands alone; lines: rows run on as one text",
+        "documents: each row is a text of its own; lines: the rows are the lines of one running text",
         choices=("auto", "documents", "lines"),
     )
-    completion_only: bool = knob(True, "chat and prompt data: learn the answers only")
-    max_length: int = knob(512, "tokens a sequence", at_least=8)
-    packing: bool = knob(True, "join rows and cut blocks of max_length; false: one padded row a sequence")
-    max_train_samples: int | None = knob(None, "train on at most this many rows; null: on all", at_least=1)
-    max_eval_samples: int | None = knob(None, "evaluate on at most this many rows; null: on all", at_least=1)
+    completion_only: bool = knob(True, "chat and prompt data: train on the answers only")
+    max_length: int = knob(512, "tokens per sequence", at_least=8)
+    packing: bool = knob(
+        True, "join rows into full blocks of max_length tokens; false: one row per sequence, with padding"
+    )
+    max_train_samples: int | None = knob(None, "train on at most this many rows; null means all rows", at_least=1)
+    max_eval_samples: int | None = knob(None, "evaluate on at most this many rows; null means all rows", at_least=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig(Section):
     num_epochs: float = free_knob(3.0, "passes over the data", above=0)
-    max_steps: int | None = free_knob(None, "optimizer steps; replaces num_epochs; null: num_epochs counts", at_least=1)
-    batch_size: int = free_knob(1, "sequences a micro-batch; auto_fit may reshape it", at_least=1)
+    max_steps: int | None = free_knob(
+        None,
+        "stop after this many optimizer steps instead of num_epochs; null means that num_epochs decides",
+        at_least=1,
+    )
+    batch_size: int = free_knob(1, "sequences per micro-batch; auto_fit may choose another number", at_least=1)
     gradient_accumulation_steps: int = free_knob(
-        16, "micro-batches an optimizer step; auto_fit keeps the product", at_least=1
+        16,
+        "micro-batches per optimizer step; auto_fit may change it, but keeps its product with batch_size",
+        at_least=1,
     )
     learning_rate: float = knob(2e-4, "peak learning rate", above=0)
     lr_scheduler: str = knob(
-        "cosine", "shape after the warm-up, from the peak on", choices=("cosine", "linear", "constant")
+        "cosine", "how the learning rate changes after the warm-up", choices=("cosine", "linear", "constant")
     )
     warmup_ratio: float = knob(
-        0.03, "share of the steps that warm up: step k of W takes k / W of learning_rate", at_least=0, below=1
+        0.03,
+        "share of the steps in which the learning rate rises; step k of these W steps uses k / W of learning_rate",
+        at_least=0,
+        below=1,
     )
-    weight_decay: float = knob(0.0, "decoupled weight decay on the adapter", at_least=0)
-    max_grad_norm: float = knob(0.3, "gradients are clipped to this norm", above=0)
+    weight_decay: float = knob(0.0, "decoupled weight decay (AdamW) of the adapter's weights", at_least=0)
+    max_grad_norm: float = knob(0.3, "a gradient with a larger norm is scaled down to this norm", above=0)
     optim: str = knob(
         "paged_adamw_8bit",
-        "paged ones move their states to host memory when the GPU is full",
+        "optimizer; the paged ones move their states to main memory when the GPU's memory is full",
         choices=("paged_adamw_8bit", "adamw_8bit", "paged_adamw_32bit", "adamw_torch"),
     )
     gradient_checkpointing: bool | int | str = free_knob(
         True,
-        "recompute activations: true, false, N (first N layers), auto, or offload (all, what they start from in main memory); "
-        "auto_fit may lower it",
+        "recompute activations in the backward pass to save memory: true (all layers), false, N (the first N layers), "
+        "auto, or offload (all layers, with their inputs kept in main memory); auto_fit may choose fewer layers",
         at_least=0,
         choices=("auto", "offload"),
     )
-    seed: int = knob(42, "order of the data, initial adapter, dropout", at_least=0, at_most=2**32 - 1)  # numpy's range
-    logging_steps: int = free_knob(10, "optimizer steps between two logged rows", at_least=1)
-    eval_steps: int | None = free_knob(None, "steps between two evaluations; null: once an epoch", at_least=1)
-    save_steps: int | None = free_knob(
-        None, "steps between two checkpoints, beside save_minutes; null: save_minutes alone", at_least=1
+    seed: int = knob(
+        42,
+        "random seed of the data's order, the initial adapter, dropout and the rows held out",
+        at_least=0,
+        at_most=2**32 - 1,
+    )  # numpy's range
+    logging_steps: int = free_knob(10, "optimizer steps between two lines of the log", at_least=1)
+    eval_steps: int | None = free_knob(
+        None, "optimizer steps between two evaluations; null means once per epoch", at_least=1
     )
-    save_minutes: float | None = free_knob(15.0, "minutes between two checkpoints; null: no clock", above=0)
-    save_total_limit: int = free_knob(2, "checkpoints kept", at_least=1)
+    save_steps: int | None = free_knob(
+        None,
+        "optimizer steps between two checkpoints, in addition to save_minutes; null means no checkpoints by step count",
+        at_least=1,
+    )
+    save_minutes: float | None = free_knob(
+        15.0, "minutes between two checkpoints; null means no checkpoints by time", above=0
+    )
+    save_total_limit: int = free_knob(2, "number of checkpoints to keep", at_least=1)
     early_stopping_patience: int | None = free_knob(
-        None, "stop after this many evaluations without a better loss; null: never early", at_least=1
+        None, "stop after this many evaluations in a row without a better loss; null means never", at_least=1
     )
     resume: str = free_knob(
         "auto",
-        "auto: go on from the last checkpoint; never; or a checkpoint folder",
+        "auto: continue from the last checkpoint in output_dir; never: start over; or the path of a checkpoint folder",
         path=True,
         words=("auto", "never"),
     )
-    output_dir: str = free_knob("output_qlora_qwen_3b", "folder that gets everything a run leaves")
-    report_to: str = free_knob("none", "tracker of accelerate: tensorboard, wandb, ..., or none")
+    output_dir: str = free_knob("output_qlora_qwen_3b", "folder for everything that a run writes")
+    report_to: str = free_knob(
+        "none", "experiment tracker that accelerate supports, such as tensorboard or wandb; or none"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class PerformanceConfig(Section):
-    auto_fit: bool = free_knob(True, "pick the fastest shape that fits the GPU; never changes what is learned")
-    memory_limit_gib: float | None = free_knob(
-        None, "GPU memory this process may take; null: all that is free", above=0
+    auto_fit: bool = free_knob(
+        True, "choose the fastest micro-batch and checkpointing that fit the GPU; the training result does not change"
     )
-    fused_lora: str = free_knob("auto", "one operator for the 4-bit product and its adapter", choices=SWITCH)
+    memory_limit_gib: float | None = free_knob(
+        None, "GiB of GPU memory that this process may use; null means all that is free", above=0
+    )
+    fused_lora: str = free_knob("auto", "compute a 4-bit linear layer and its adapter in one operator", choices=SWITCH)
     compile: str = free_knob("auto", "compile the layers with torch.compile", choices=SWITCH)
-    cuda_graphs: str = free_knob("auto", "replay a micro-batch as one CUDA graph", choices=SWITCH)
-    deterministic: bool = free_knob(False, "bit-identical runs on a GPU; slower")
+    cuda_graphs: str = free_knob("auto", "replay each micro-batch as one CUDA graph", choices=SWITCH)
+    deterministic: bool = free_knob(False, "make runs on a GPU repeatable bit for bit; slower")
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerationConfig(Section):
-    max_new_tokens: int = free_knob(128, "tokens an answer may have", at_least=1)
-    temperature: float = free_knob(0.7, "0 takes the likeliest token", at_least=0)
-    top_p: float = free_knob(0.9, "sample from the smallest set of tokens with this probability", above=0, at_most=1)
-    top_k: int | None = free_knob(None, "sample from the k likeliest tokens; null: from all", at_least=1)
-    repetition_penalty: float = free_knob(1.0, "above 1 discourages repetition", above=0)
+    max_new_tokens: int = free_knob(128, "longest answer, in tokens", at_least=1)
+    temperature: float = free_knob(
+        0.7, "how random the choice of tokens is; 0 always chooses the most likely token", at_least=0
+    )
+    top_p: float = free_knob(
+        0.9, "sample from the smallest set of most likely tokens whose probabilities add up to this", above=0, at_most=1
+    )
+    top_k: int | None = free_knob(None, "sample from the k most likely tokens only; null means all tokens", at_least=1)
+    repetition_penalty: float = free_knob(1.0, "a number above 1 makes repetition less likely", above=0)
     system_prompt: str | None = free_knob(
-        None, "system message of a chat, may be empty; null: the template's own", may_be_empty=True
+        None, "system message of a chat; null means the one in the chat template, if it has one", may_be_empty=True
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(Section):
-    """All sections. `flags` holds the dotted names that came from the command line: auto_fit keeps those as they are."""
+    """All sections. `flags` holds the names of the settings given as flags: auto_fit does not change those."""
 
     model: ModelConfig = ModelConfig()
     quantization: QuantizationConfig = QuantizationConfig()
@@ -228,7 +277,7 @@ BOUNDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One knob as the reading side sees it: its dotted name, its admitted types and its declaration."""
+    """One setting: its name (section and key), the types that it allows and its declaration."""
 
     section: str
     key: str
@@ -245,12 +294,12 @@ class Leaf:
 
     @property
     def example(self) -> str:
-        """How a list is written, in YAML; in a shell it needs quotes around it."""
+        """Return how a list is written in YAML; a shell needs quotes around it."""
         return self.field.metadata.get("example", "[a, b]")
 
     @property
     def expected(self) -> str:
-        """What a value must be, in words, for errors and --help."""
+        """Return in words which values are allowed, for errors and --help."""
         limits, words = self.field.metadata, []
         if bool in self.kinds:
             words.append("true or false")
@@ -262,14 +311,14 @@ class Leaf:
         if "choices" in limits:
             words.append(("one of " if len(limits["choices"]) > 1 else "the word ") + ", ".join(limits["choices"]))
         elif str in self.kinds:
-            words.append("text, perhaps empty" if "may_be_empty" in limits else "non-empty text")
+            words.append("text, which may be empty" if "may_be_empty" in limits else "non-empty text")
         if self.optional:
             words.append("null")
         return ", or ".join(words)
 
 
 def leaves() -> Iterator[Leaf]:
-    """Yield every knob of the schema, in the order of config.yaml."""
+    """Yield every setting of the schema, in the order of config.yaml."""
     for section, cls in SECTIONS.items():
         hints = typing.get_type_hints(cls)
         for field in dataclasses.fields(cls):
@@ -284,7 +333,7 @@ SHORT: dict[str, str] = {leaf.key: leaf.name for leaf in LEAVES.values() if _KEY
 SHORT["model_name"] = "model.name"
 
 
-# What other tools and papers call a key, where no key is spelt alike.
+# Names that other tools and papers use for a key, if they are not spelt like the key.
 USUAL_NAMES = {
     "model_name": ("model", "base_model", "model_id", "model_name_or_path", "pretrained_model_name_or_path"),
     "load_in_4bit": ("use_4bit", "4bit", "bits"),
@@ -323,25 +372,28 @@ USUAL_NAMES = {
 
 
 def shown(value: Any) -> str:
-    """Return a value as config.yaml has it, for a message: null, true, [q_proj, v_proj]."""
+    """Return a value as it is written in config.yaml, for a message: null, true, [q_proj, v_proj]."""
     if isinstance(value, (tuple, list)):
         return f"[{', '.join(map(shown, value))}]"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def coerce(leaf: Leaf, value: Any) -> Any:
-    """Return `value`, as YAML reads it, as the leaf's type; a ConfigError names the leaf, what it takes and what came."""
+    """Return `value`, as YAML reads it, as the leaf's type.
+
+    A ConfigError names the setting, which values are allowed and which value was given.
+    """
     try:
         return _convert(leaf, value)
     except (ValueError, OverflowError):
-        # Python prints no integer of more than 4,300 digits in decimal.
+        # Python refuses to print an integer of more than 4,300 digits in decimal.
         shown = hex(value) if isinstance(value, int) and abs(value) >= 2**64 else repr(value)
         shown = shown if len(shown) <= 200 else f"{shown[:200]}… ({len(shown):,} characters)"
         raise ConfigError(f"{leaf.name}: expected {leaf.expected}, got {shown}") from None
 
 
 def _convert(leaf: Leaf, value: Any) -> Any:
-    """Return `value` as the leaf's type; ValueError or OverflowError where it is nothing that the leaf takes."""
+    """Return `value` as the leaf's type; raise ValueError or OverflowError if the leaf does not allow it."""
     kinds, limits = leaf.kinds, leaf.field.metadata
     choices = limits.get("choices", ())
     if value is None and leaf.optional:
@@ -361,7 +413,7 @@ def _convert(leaf: Leaf, value: Any) -> Any:
             return tuple(value)
         raise ValueError
     if isinstance(value, (int, float, str)) and float in kinds:
-        value = float(value)  # of a text too: YAML 1.1 reads 2e-4, without a point, as one
+        value = float(value)  # also for a str: YAML 1.1 reads 2e-4, which has no decimal point, as a str
         if not math.isfinite(value):
             raise ValueError
     elif not (isinstance(value, int) and int in kinds):
@@ -372,7 +424,7 @@ def _convert(leaf: Leaf, value: Any) -> Any:
 
 
 def coerce_flag(leaf: Leaf, text: str) -> Any:
-    """Read a flag's text as YAML would, but leave texts texts: `--output_dir 2024` is a folder's name."""
+    """Read a flag's text as YAML would, but keep the value of a text setting: `--output_dir 2024` names a folder."""
     if leaf.kinds in ((str,), (str, types.NoneType)) and leaf.field.metadata.get("choices") != SWITCH:
         return coerce(leaf, None if leaf.optional and text in ("null", "~") else text)
     try:
@@ -386,9 +438,9 @@ def coerce_flag(leaf: Leaf, text: str) -> Any:
 
 
 def _plain_names(leaf: Leaf, value: Any) -> Any:
-    """Return the list that `q_proj,v_proj`, or one name, means as a flag; anything else as it is.
+    """Return the list of names that a flag such as `q_proj,v_proj` means; return any other value unchanged.
 
-    A word that is nearly one of the leaf's own, all_linear for all-linear, is a slip and no name.
+    A word that is almost one of the leaf's choices, such as all_linear for all-linear, is a typing error and no name.
     """
     if tuple not in leaf.kinds or not isinstance(value, str):
         return value
@@ -398,14 +450,14 @@ def _plain_names(leaf: Leaf, value: Any) -> Any:
 
 
 def _list_hint(leaf: Leaf) -> str:
-    """Return how a shell takes a list, for the error of a flag that is one."""
+    """Return how to write a list in a shell, for the error about a flag that is a list."""
     if tuple not in leaf.kinds:
         return ""
     return f"; as a flag: --{leaf.key} '{leaf.example}' or --{leaf.key} {leaf.example[1:-1].replace(' ', '')}"
 
 
 class _Loader(yaml.SafeLoader):
-    """yaml.safe_load that refuses a key written twice, which YAML forbids and PyYAML drops in silence."""
+    """Like yaml.safe_load, but refuse a key that is written twice: YAML forbids it, PyYAML silently keeps the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
@@ -423,7 +475,7 @@ class _Loader(yaml.SafeLoader):
 def read_yaml(path: Path) -> dict:
     """Return the mapping in a YAML file; an empty file is an empty mapping."""
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a SafeLoader: nothing in the file is executed
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a SafeLoader executes nothing in the file
     except FileNotFoundError:
         raise ConfigError(f"--config: no such file: {path}") from None
     except UnicodeDecodeError:
@@ -445,7 +497,7 @@ def read_yaml(path: Path) -> dict:
 
 
 def _usual(word: str) -> str | None:
-    """Return the key that others call `word`, or whose initials it is, as `bs` of batch_size; None if no single one."""
+    """Return the one key that other tools call `word`, or whose initials `word` is (`bs`: batch_size); else None."""
     word = word.replace("-", "_").lower().rpartition(".")[2]
     initials = [key for key in SHORT if "_" in key and "".join(part[0] for part in key.split("_")) == word]
     called = [key for key, names in USUAL_NAMES.items() if word in names] or initials
@@ -453,7 +505,7 @@ def _usual(word: str) -> str | None:
 
 
 def _nearest(word: str, known: Sequence[str]) -> str:
-    """Return `; did you mean …?` with the one of `known` that `word` most likely stands for, or nothing."""
+    """Return `; did you mean …?` with the name in `known` that `word` most likely means, or an empty text."""
     dashes = "--" if str(word).startswith("--") else ""
     usual = dashes + (_usual(str(word)[len(dashes) :]) or "")
     written = str(word).replace("-", "_") if not dashes else dashes + str(word)[2:].replace("-", "_")
@@ -463,7 +515,7 @@ def _nearest(word: str, known: Sequence[str]) -> str:
 
 @contextlib.contextmanager
 def _collecting(problems: list[str]) -> Iterator[None]:
-    """Add what is wrong to `problems`, so that all of it is reported at once."""
+    """Collect the problems of a ConfigError in `problems`, so that all of them are reported together."""
     try:
         yield
     except ConfigError as error:
@@ -471,7 +523,7 @@ def _collecting(problems: list[str]) -> Iterator[None]:
 
 
 def _values(tree: dict, problems: list[str]) -> dict[str, Any]:
-    """Return the coerced leaves of a config file's tree by dotted name, and add what is wrong to `problems`."""
+    """Return the checked values of a config file's tree by their names; add whatever is wrong to `problems`."""
     values = {}
     for section, body in tree.items():
         if section not in SECTIONS:
@@ -495,18 +547,20 @@ def _values(tree: dict, problems: list[str]) -> dict[str, Any]:
 
 
 def _contradictions(config: Config) -> Iterator[str]:
-    """Yield what cannot be meant together."""
+    """Yield a message for each pair of settings that contradict each other."""
     if config.lora.use_dora and config.performance.fused_lora == "on":
-        yield "performance.fused_lora: on cannot go with lora.use_dora: true, whose layers stay peft's; use auto or off"
+        yield (
+            "performance.fused_lora: on cannot be combined with lora.use_dora: true, which needs peft's own layers; "
+            "use auto or off"
+        )
     if config.performance.memory_limit_gib is not None and config.performance.memory_limit_gib > 4096:
         yield f"performance.memory_limit_gib: expected GiB, got {config.performance.memory_limit_gib}; is that MiB?"
 
 
 def _locate(leaf: Leaf, value: Any, files: Sequence[Path]) -> Any:
-    """Return the absolute path of a local file or folder, looked up in the current folder, then in those of config
-    files.
+    """Return the absolute path of a local file or folder; return any other value, such as a hub id, unchanged.
 
-    Anything else (a hub id) is returned as it is.
+    It is looked up in the current folder, then in the folders of the config files.
     """
     if not leaf.field.metadata["path"] or value in leaf.field.metadata.get("words", ()):
         return value
@@ -515,15 +569,20 @@ def _locate(leaf: Leaf, value: Any, files: Sequence[Path]) -> Any:
             candidate = folder / Path(value).expanduser()
             if candidate.exists():
                 return os.path.abspath(candidate)
-        except (OSError, ValueError, RuntimeError):  # a name too long, a null in it, no such user: not a local path
+        except (
+            OSError,
+            ValueError,
+            RuntimeError,
+        ):  # too long, with a null byte, or of an unknown user: not a local path
             continue
     return value
 
 
 def load_config(paths: Sequence[str | Path] | str | Path = (), overrides: dict[str, Any] | None = None) -> Config:
-    """Return the configuration: schema defaults, then each file in turn, then `overrides` by dotted name.
+    """Return the configuration: the schema's defaults, replaced by each file in turn, then by `overrides`.
 
-    An override that is a str is read like a flag's text. Every problem found is reported in one ConfigError.
+    The keys of `overrides` are names such as lora.rank. A value that is a str is read like the text of a flag. All
+    problems are reported together in one ConfigError.
     """
     paths = [Path(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
     values, problems, overrides = {}, [], overrides or {}
@@ -553,26 +612,26 @@ DATA_FILES = (".txt", ".csv", ".json", ".jsonl", ".parquet")
 
 
 def is_hub_id(name: str) -> bool:
-    """Return whether a name can be one on the hub, `name` or `owner/name`; anything else is a local path."""
+    """Return whether a name has the form of a hub id, `name` or `owner/name`; otherwise it is a local path."""
     return len(name) < 200 and re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) is not None
 
 
 def missing_data(dataset: str) -> list[str]:
-    """Return the problem of a data.dataset that names a local file or folder which is not there, in a list, or none.
+    """Return a list with one message if data.dataset names a local file or folder that does not exist, else [].
 
-    An address (s3://...) is left to whoever put a prepare_dataset of their own in place.
+    An address such as s3://... is not checked: a user's own prepare_dataset may read it.
     """
     local = (not is_hub_id(dataset) and "://" not in dataset) or dataset.lower().endswith(DATA_FILES)
     return [f"data.dataset: no such file or folder: {dataset}"] if local and not os.path.exists(dataset) else []
 
 
 def flatten(config: Config) -> dict[str, Any]:
-    """Return every leaf by its dotted name."""
+    """Return the value of every setting by its name, such as lora.rank."""
     return {leaf.name: config[leaf.section][leaf.key] for leaf in LEAVES.values()}
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Write every effective value, so that `load_config(path)` gives the same configuration back from any folder."""
+    """Write every value that is in effect, so that `load_config(path)` gives the same configuration in any folder."""
     tree: dict[str, dict] = {}
     for name, value in flatten(config).items():
         section, key = name.split(".")
@@ -581,7 +640,7 @@ def save_config(config: Config, path: Path) -> None:
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
-    """A flag in its shortest form, its value named once."""
+    """Show each flag in its shortest form, and name its value once."""
 
     def __init__(self, prog: str, **options: Any):
         super().__init__(prog, max_help_position=34, **options)
@@ -595,9 +654,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are ConfigErrors, whose flags may be written with dashes, and whose help begins with what
-    the script does.
-    """
+    """A parser that raises ConfigErrors, accepts dashes in flags, and whose help begins with what the script does."""
 
     everyday: Sequence[str] = ()  # the flags that --help shows first, in this order
 
@@ -609,7 +666,7 @@ class _Parser(argparse.ArgumentParser):
         return super().parse_known_args([self._underscored(word) for word in args], namespace)
 
     def _underscored(self, word: str) -> str:
-        """Return `--batch-size=4` as `--batch_size=4`; a word that is no flag of this parser then stays as it is."""
+        """Return `--batch-size=4` as `--batch_size=4`; return a word that is then no flag of this parser unchanged."""
         flag, equals, value = word.partition("=")
         flag = "--" + flag[2:].replace("-", "_")
         return flag + equals + value if word.startswith("--") and flag in self._option_string_actions else word
@@ -618,7 +675,7 @@ class _Parser(argparse.ArgumentParser):
         formatter = self._get_formatter()
         formatter.add_text(self.description)
         daily = [self._option_string_actions[flag] for flag in self.everyday]
-        groups = [("the flags of a normal day", [_short(action) for action in daily])]
+        groups = [("flags that you need most often", [_short(action) for action in daily])]
         groups += [(group.title, [a for a in group._group_actions if a not in daily]) for group in self._action_groups]
         for title, actions in groups:
             formatter.start_section(title)
@@ -628,12 +685,12 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _short(action: argparse.Action) -> argparse.Action:
-    """Return a leaf's flag with the beginning of its help, a flag of the script's own as it is."""
+    """Return the flag of a setting with only the beginning of its help; return the script's own flags unchanged."""
     if action.dest not in LEAVES:
         return action
     field, action = LEAVES[action.dest].field, copy.copy(action)
     text = field.metadata["help"]
-    text = text if field.default is None else text.split(";")[0]  # which says what null means
+    text = text if field.default is None else text.split(";")[0]  # of a null default keep all: it says what null means
     action.help = f"{text} (default: {shown(field.default)})".replace("%", "%%")
     return action
 
@@ -641,37 +698,38 @@ def _short(action: argparse.Action) -> argparse.Action:
 def build_parser(
     description: str, takes: Sequence[str] = tuple(SECTIONS), everyday: Sequence[str] = ()
 ) -> argparse.ArgumentParser:
-    """Return a parser that knows --config and one flag (long, and short where unique) for each leaf that a script takes.
+    """Return a parser with --config and a flag for each setting that a script uses: --section.key, and --key if unique.
 
-    takes: sections, or single leaves by their dotted names. everyday: the flags that --help shows first.
+    takes: the sections that the script uses, or names of single settings. everyday: the flags that --help shows first.
     """
     parser = _Parser(description=description, allow_abbrev=False, formatter_class=_Help)
-    parser.everyday, parser._optionals.title = everyday, "further flags of this script"
-    parser.add_argument("--config", metavar="PATH", help="file that replaces the config.yaml beside the script")
+    parser.everyday, parser._optionals.title = everyday, "other flags of this script"
+    parser.add_argument(
+        "--config", metavar="PATH", help="config file to use instead of the config.yaml beside the script"
+    )
     taken = [leaf for leaf in LEAVES.values() if leaf.section in takes or leaf.name in takes]
     names = {leaf.name: [f"--{leaf.name}"] for leaf in taken}
     for short, name in SHORT.items():
         if name in names:
             names[name].append(f"--{short}")
     groups = {
-        section: parser.add_argument_group(f"{section} (--{section}.KEY is the same flag)")
+        section: parser.add_argument_group(f"{section} (--{section}.KEY works as well)")
         for section in dict.fromkeys(leaf.section for leaf in taken)
     }
     for leaf in taken:
+        text = f"{leaf.field.metadata['help']} (allowed: {leaf.expected}; default: {shown(leaf.field.default)})"
         groups[leaf.section].add_argument(
             *names[leaf.name],
             dest=leaf.name,
             default=argparse.SUPPRESS,
             metavar="VALUE",
-            help=f"{leaf.field.metadata['help']} ({leaf.expected}; default: {shown(leaf.field.default)})".replace(
-                "%", "%%"
-            ),
+            help=text.replace("%", "%%"),
         )
     return parser
 
 
 def _unknown(flag: str, known: Sequence[str]) -> str:
-    """Return what is said of a flag that a script has not: that it is training's, or its nearest neighbour."""
+    """Return the message about an unknown flag: that it belongs to train_qlora.py, or which flag has a similar name."""
     word = flag.lstrip("-").replace("-", "_")
     usual = word if word in SHORT else _usual(word)
     name = word if word in LEAVES else SHORT.get(usual or "")
@@ -684,8 +742,9 @@ def _unknown(flag: str, known: Sequence[str]) -> str:
 def parse_arguments(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None
 ) -> tuple[argparse.Namespace, dict[str, str]]:
-    """Return the script's own options and the overrides {dotted name: text}; an unknown flag names its nearest
-    neighbour.
+    """Return the script's own options and the settings given as flags, {name: text}.
+
+    The ConfigError about an unknown flag names the flag that is most like it.
     """
     namespace, unknown = parser.parse_known_args(argv)
     flags = [word.split("=")[0] for word in unknown if word.startswith("-")]
@@ -704,7 +763,7 @@ def counted(number: int, noun: str, plural: str | None = None) -> str:
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
-# ------------------------------------------------------------------------------------------------ what files hold
+# ------------------------------------------------------------------------------------------------ content of files
 
 MODEL_PARTS = ("config.json", "tokenizer.json", "safetensors weights")
 # Any of these can be made into a tokenizer; tokenizer_config.json alone cannot.
@@ -712,14 +771,15 @@ TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken
 
 
 def missing_model(name: str, parts: Sequence[str] = MODEL_PARTS) -> list[str]:
-    """Return the problem of a model.name that is a file, or a folder without these parts of a model, in a list, or none.
+    """Return a list with one message if model.name is a file or a folder that lacks one of `parts`, else [].
 
-    It looks at names of files alone, so that it can answer before torch is imported. A hub id has no problem here.
+    Only names of files are looked at, so that the answer needs no torch. A hub id is not checked here.
     """
     path = Path(name)
     if path.suffix.lower() == ".gguf":
         return [
-            f"model.name: GGUF files are not read, got {name}; give the original model in safetensors (its hub id or folder)"
+            f"model.name: GGUF files cannot be loaded, got {name}; give the original model in safetensors (its hub id "
+            "or folder)"
         ]
     if path.is_file():
         return [f"model.name: expected a hub id or a model's folder, got the file {name}; its folder is {path.parent}"]
@@ -727,7 +787,8 @@ def missing_model(name: str, parts: Sequence[str] = MODEL_PARTS) -> list[str]:
         return []
     if (path / "adapter_config.json").is_file():
         return [
-            f"model.name: {name} holds an adapter, not a model: give it as --adapter, and its base {_base_of(path)}as model.name"
+            f"model.name: {name} holds an adapter, not a model: give it as --adapter, and its base {_base_of(path)}"
+            "as model.name"
         ]
     found = {
         "config.json": (path / "config.json").is_file(),
@@ -742,7 +803,7 @@ def missing_model(name: str, parts: Sequence[str] = MODEL_PARTS) -> list[str]:
 
 
 def _base_of(adapter: Path) -> str:
-    """Return the base that an adapter's folder names, and a space; nothing where it names none."""
+    """Return the base model that an adapter's folder names, in brackets and with a space; an empty text if none."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         base = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
         return f"({base}) " if base else ""
@@ -750,11 +811,11 @@ def _base_of(adapter: Path) -> str:
 
 
 def _found_instead(path: Path, found: dict[str, bool]) -> str:
-    """Return what a folder that lacks a part of a model seems to be, or nothing."""
+    """Return what a folder that lacks a part of a model seems to be, for the message; perhaps an empty text."""
     inside = [child.parent for pattern in ("*/config.json", "snapshots/*/config.json") for child in path.glob(pattern)]
     files = [file.suffix.lower() for file in path.iterdir()]
     if ".gguf" in files:
-        return "; GGUF files are not read: give the original model in safetensors (its hub id or folder)"
+        return "; GGUF files cannot be loaded: give the original model in safetensors (its hub id or folder)"
     if not any(found.values()) and inside:
         return f"; did you mean {inside[0]}?"
     if not any(found.values()) and set(files) & set(DATA_FILES):
@@ -764,8 +825,8 @@ def _found_instead(path: Path, found: dict[str, bool]) -> str:
     return "" if files else " (the folder is empty)"
 
 
-# What a legacy encoding's most frequent characters begin with: (its name, Python's codec, first bytes, least second byte).
-# They are the punctuation, the kana and the more frequent half of the ideographs, as each standard orders them.
+# How the most frequent characters of a legacy encoding begin: (its name, Python's codec, first bytes, smallest second
+# byte). They are the punctuation, the kana and the more frequent half of the ideographs, in the order of each standard.
 LEGACY = (
     ("Big5", "cp950", (*range(0xA1, 0xC7),), 0x40),
     ("GBK", "gbk", (*range(0xA1, 0xA4), *range(0xB0, 0xD8)), 0xA1),
@@ -776,7 +837,7 @@ LEGACY = (
 
 
 def looks_like(sample: bytes) -> str | None:
-    """Return the encoding that a text which is not UTF-8 seems to be saved in, or None."""
+    """Return the encoding of a text that is not UTF-8, as a guess, or None."""
     if sample.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or _is_utf16(sample):
         return "UTF-16"
     if b"\0" in sample:
@@ -784,16 +845,16 @@ def looks_like(sample: bytes) -> str | None:
     high = re.findall(rb"[\x80-\xff]", sample)
     alone = re.findall(rb"(?<![\x80-\xff])[\x80-\xff](?![\x80-\xff])", sample)
     shares = {name: _frequent_share(sample, *how) for name, *how in LEGACY}
-    # Hangul begins with the same bytes as Chinese, but with fewer of them: where both fit a longer text, it is Hangul.
+    # Hangul uses some of the first bytes that Chinese uses: if both fit a longer text, it is Hangul.
     best = max(shares, key=lambda name: (round(shares[name], 2), name == "EUC-KR" and len(high) >= 16))
-    # Accented letters of a Western text stand alone among ASCII ones, or are letters without a doubt.
+    # In a Western text accented letters mostly have ASCII letters on both sides, or all bytes are letters of Latin-1.
     if len(alone) > max(0.5, shares[best]) * len(high) or (shares[best] < 0.7 and min(high) >= b"\xc0"):
         return "Latin-1 or cp1252 (Western)"
     return best if shares[best] >= 0.7 else None
 
 
 def _frequent_share(sample: bytes, codec: str, leads: Sequence[int], least: int) -> float:
-    """Return which share of the characters beyond ASCII are a legacy encoding's frequent ones; 0 where it cannot be."""
+    """Return the share of non-ASCII characters that are frequent in a legacy encoding; 0 if the text is not in it."""
     try:
         text = codecs.getincrementaldecoder(codec)().decode(sample)
     except UnicodeDecodeError:
@@ -803,7 +864,7 @@ def _frequent_share(sample: bytes, codec: str, leads: Sequence[int], least: int)
 
 
 def _is_utf16(sample: bytes) -> bool:
-    """Return whether bytes without a mark are UTF-16: read so, they are ASCII, ideographs, kana and Hangul."""
+    """Return whether bytes without a byte order mark are UTF-16, which gives ASCII, ideographs, kana and Hangul."""
     for codec in ("utf-16-le", "utf-16-be") if b"\0" in sample else ():
         text = sample[: len(sample) // 2 * 2].decode(codec, "replace")
         usual = re.findall("[\t\n\r -~\u00a0-\u017f\u2010-\u2027\u3000-\u9fff\uac00-\ud7a3\uff01-\uff5e]", text)
@@ -813,10 +874,10 @@ def _is_utf16(sample: bytes) -> bool:
 
 
 def not_utf8(path: str | Path) -> str | None:
-    """Return in which line a text file is not UTF-8, what it looks like and what to do; None if all of it is UTF-8."""
+    """Return which line of a text file is not UTF-8, what it looks like and what to do; None if all lines are UTF-8."""
     with open(path, "rb") as file:
         done, sample = 0, file.read(2**16)
-        if not _is_utf16(sample):  # ASCII in UTF-16 without a mark would pass for UTF-8 with zeros in it
+        if not _is_utf16(sample):  # ASCII text in UTF-16 without a mark would be valid UTF-8 with zero bytes
             file.seek(0)
             while True:
                 block = b"".join(file.readlines(2**22))  # whole lines: none of them ends inside a character

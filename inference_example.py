@@ -1,11 +1,11 @@
-"""Talk to a model with its adapter, compare the two, answer files of prompts, or merge them into a plain model.
+"""Talk to a model with its adapter, compare base and adapter, answer files of prompts, or merge both into one model.
 
 python inference_example.py                                   chat with the adapter of config.yaml; /help lists commands
-python inference_example.py --adapter output_r8 --mode demo   a fixed set of prompts, base and adapter side by side
-python inference_example.py --mode text --prompt "Hello"      only the answer on stdout; --prompt - reads stdin
-python inference_example.py --mode text --prompts questions.txt --output answers.jsonl     called again, it goes on
-python inference_example.py --adapter none --raw              the base alone, continuing plain text
-python inference_example.py --mode merge --output merged      a plain bfloat16 model: needs no peft, no bitsandbytes
+python inference_example.py --adapter output_r8 --mode demo   answer the same prompts with the base and the adapter
+python inference_example.py --mode text --prompt "Hello"      print only the answer; --prompt - reads stdin
+python inference_example.py --mode text --prompts questions.txt --output answers.jsonl     again: continues
+python inference_example.py --adapter none --raw              continue plain text with the base alone
+python inference_example.py --mode merge --output merged      write a bfloat16 model that needs no peft or bitsandbytes
 """
 
 import argparse
@@ -19,16 +19,16 @@ from config import Config, ConfigError, build_parser, counted, load_config, miss
 from toolkit.earlier_run import config_with_adapter, left_by_run
 from toolkit.startup import before_heavy_imports, reader_gone, report
 
-TAKES = ("model", "quantization", "performance", "generation")  # the rest of config.yaml is training's
-# What --help shows first.
+TAKES = ("model", "quantization", "performance", "generation")  # the other sections of config.yaml are for training
+# The flags that --help shows first.
 EVERYDAY = ("mode", "adapter", "prompt", "prompts", "output", "raw", "max_new_tokens", "temperature", "top_p")
 EVERYDAY += ("system_prompt",)
 
-Prompt = str | list[dict[str, str]]  # a text, or the messages of a chat, the last one the user's
+Prompt = str | list[dict[str, str]]  # a text, or the messages of a chat, of which the last is the user's
 
 
 def say(line: str) -> None:
-    """Print a line that is not an answer."""
+    """Print a line that is not part of an answer, on stderr."""
     print(line, file=sys.stderr, flush=True)
 
 
@@ -36,26 +36,30 @@ def say(line: str) -> None:
 
 
 def clean(value: Prompt) -> Prompt:
-    """Return the value with lone surrogates, which tokenizers and UTF-8 refuse, replaced by question marks."""
+    """Return the prompt with question marks instead of lone surrogates, which tokenizers and UTF-8 do not accept."""
     return json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
 
 
 def read_row(line: str) -> Prompt:
-    """Return the prompt of a line of .jsonl: `prompt`, or `messages` up to the user's last; raises ValueError."""
-    with contextlib.suppress(Exception):  # no JSON, no object, no list, no texts: the error below says what is expected
+    """Return the prompt of a line of .jsonl, `prompt` or `messages` up to the user's last one; raise ValueError."""
+    with contextlib.suppress(Exception):  # whatever is wrong with the line, the error below says what is expected
         row = json.loads(line)
         prompt = row.get("prompt", row.get("messages"))
         if isinstance(prompt, str) and prompt.strip():
             return clean(prompt)
         messages = [{"role": message["role"] + "", "content": message["content"] + ""} for message in prompt]
-        messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages  # the answer, in data to train on
+        messages = (
+            messages[:-1] if messages[-1]["role"] == "assistant" else messages
+        )  # training data ends with the answer
         if messages[-1]["role"] == "user":
             return clean(messages)
-    raise ValueError("expected an object with a text `prompt`, or `messages` (role, content), the last the user's")
+    raise ValueError(
+        "expected an object with a text `prompt`, or with `messages` (role, content) that end with the user's"
+    )
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """Return the prompts of a .txt (a line each, blank ones skipped) or .jsonl file; raises ConfigError."""
+    """Return the prompts of a .txt file (one per line, blank lines are skipped) or a .jsonl file; raise ConfigError."""
     read = {".txt": clean, ".jsonl": read_row}.get(path.suffix.lower())
     if read is None:
         raise ConfigError(f"--prompts: expected a .txt or .jsonl file, got {path}")
@@ -63,7 +67,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     try:
         if problem := not_utf8(path):
             raise ConfigError(f"--prompts: cannot read {path}: {problem}")
-        # utf-8-sig: Windows' editors begin a file with a byte order mark
+        # utf-8-sig: editors on Windows may begin a file with a byte order mark
         for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
             where = f"{path}, line {number}"
             prompts += [read(line)] if line.strip() else []
@@ -77,37 +81,44 @@ def read_prompts(path: Path) -> list[Prompt]:
 
 
 def finished_rows(output: Path, prompts: list[Prompt]) -> tuple[int, int]:
-    """Return how many prompts an output file answers and the bytes of those rows; ConfigError if it is another's."""
+    """Return how many prompts an output file answers, and the bytes of those rows.
+
+    Raise ConfigError if the file was not written for these prompts.
+    """
     try:
         *rows, torn = output.read_bytes().split(b"\n") if output.exists() else [b""]
         known = [json.loads(row)["prompt"] for row in rows] == prompts[: len(rows)]
     except (OSError, ValueError, TypeError, KeyError):
         known = False
-    # A torn last row, of a call that was killed, is written again; a file that is anything else stays as it is.
+    # An incomplete last row, left by a call that was killed, is written again. Any other file is never overwritten.
     if not known or not (torn.startswith(b'{"prompt": ') or b'{"prompt": '.startswith(torn)):
-        raise ConfigError(f"--output: {output} is there and holds something else; choose another file")
+        raise ConfigError(
+            f"--output: {output} already exists and was not written for these prompts; choose another --output"
+        )
     return len(rows), sum(len(row) + 1 for row in rows)
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Raise a ConfigError with a line for each option that is missing, or that the mode does not take."""
+    """Raise a ConfigError with one line per option that is missing or cannot be used in this mode."""
     text, merge = options.mode == "text", options.mode == "merge"
     output = Path(options.output) if options.output else None
     there = next(p for p in Path(os.path.abspath(output or ".")).parents if p.exists())
     given = {name for name, value in vars(options).items() if value is not None}
     owners = {"prompt": "text", "prompts": "text", "merge_base": "merge"}
     wrong = [name for name, mode in owners.items() if name in given and mode != options.mode]
-    problems = [f"--{name}: goes with --mode {owners[name]}" for name in wrong]
+    problems = [f"--{name}: only works with --mode {owners[name]}" for name in wrong]
     if text and len(given & {"prompt", "prompts"}) != 1:
         problems.append('--mode text: expected one of --prompt "...", --prompt - and --prompts FILE')
     if options.prompt is not None and not options.prompt.strip():
-        problems.append("--prompt: expected a text, not empty")
+        problems.append("--prompt: expected a text, got an empty one")
     if (merge or (text and options.prompts is not None)) != (output is not None):
-        problems.append("--output: goes with --mode merge (a folder) and --prompts (a .jsonl file), which need it")
+        problems.append(
+            "--output: needed by --mode merge (a folder) and --prompts (a .jsonl file), and used by nothing else"
+        )
     elif merge and output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        problems.append(f"--output: {output} is there and is no empty folder; choose another")
+        problems.append(f"--output: {output} already exists and is not an empty folder; choose another folder")
     elif output and text and (output.suffix.lower() != ".jsonl" or output.resolve() == Path(options.prompts).resolve()):
-        problems.append(f"--output: expected a .jsonl file, not --prompts itself, got {output}")
+        problems.append(f"--output: expected a .jsonl file other than --prompts, got {output}")
     elif output and not os.access(there, os.W_OK):
         problems.append(f"--output: cannot write in {there}")
     if merge and options.adapter == "none":
@@ -117,7 +128,10 @@ def check_options(options: argparse.Namespace) -> None:
 
 
 def find_adapter(given: str | None, paths: list[Path], overrides: dict[str, str]) -> Path | None:
-    """Return the adapter's folder: --adapter, else training.output_dir; None for the base alone. Raises ConfigError."""
+    """Return the adapter's folder (--adapter, otherwise training.output_dir); None for the base alone.
+
+    Raise ConfigError if there is no adapter in it.
+    """
     if given == "none":
         return None
     folder = Path(given or load_config(paths, overrides).training.output_dir).expanduser()
@@ -125,13 +139,15 @@ def find_adapter(given: str | None, paths: list[Path], overrides: dict[str, str]
         if not (folder / name).is_file():
             what = f"no {name} in {folder}" if folder.is_dir() else f"no such folder: {folder}"
             unfinished = sorted(folder.glob("checkpoint-*/adapter_config.json"), key=os.path.getmtime)
-            hint = f"; its last checkpoint is one too: --adapter {unfinished[-1].parent}" if unfinished else ""
-            raise ConfigError(f"--adapter: {what}: train_qlora.py makes one, --adapter none takes the base alone{hint}")
+            hint = f"; to use the last checkpoint there: --adapter {unfinished[-1].parent}" if unfinished else ""
+            raise ConfigError(
+                f"--adapter: {what}; train one with train_qlora.py, or use --adapter none for the base alone{hint}"
+            )
     return folder
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
-    """Return the script's own options and the configuration, as `config_with_adapter` puts it together."""
+    """Return the script's own options, and the configuration that `config_with_adapter` puts together."""
     parser = build_parser(__doc__, TAKES, [f"--{name}" for name in EVERYDAY])
     add = parser.add_argument
     add(
@@ -140,13 +156,29 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
         default="interactive",
         help="what to do (default: interactive)",
     )
-    add("--adapter", metavar="DIR|none", help="the adapter's folder (default: training.output_dir), or the base alone")
-    add("--prompt", metavar="TEXT", help="with --mode text: what to answer; - reads it from stdin")
-    add("--prompts", metavar="FILE", help="with --mode text: .txt (a prompt a line) or .jsonl (`prompt` or `messages`)")
-    add("--output", metavar="PATH", help=".jsonl for the answers to --prompts, or the folder of the merged model")
-    add("--raw", action="store_true", help="continue plain text: no chat template, no history")
-    add("--seed", metavar="N", help="sampling draws from this seed (default: the run's training.seed)")
-    add("--merge_base", choices=("dequantized", "original"), help="what the adapter is added to (default: dequantized)")
+    add(
+        "--adapter",
+        metavar="DIR|none",
+        help="the adapter's folder (default: training.output_dir), or none for the base alone",
+    )
+    add("--prompt", metavar="TEXT", help="with --mode text: the prompt to answer; - reads it from stdin")
+    add(
+        "--prompts",
+        metavar="FILE",
+        help="with --mode text: a file of prompts, .txt (one per line) or .jsonl (`prompt` or `messages`)",
+    )
+    add(
+        "--output",
+        metavar="PATH",
+        help="the .jsonl file for the answers to --prompts, or the folder for the merged model",
+    )
+    add("--raw", action="store_true", help="continue plain text, without a chat template and without a history")
+    add("--seed", metavar="N", help="random seed of sampling (default: the run's training.seed)")
+    add(
+        "--merge_base",
+        choices=("dequantized", "original"),
+        help="the base that the adapter is added to: as quantised for training, or the original (default: dequantized)",
+    )
     options, overrides = parse_arguments(parser, argv)
     check_options(options)
     options.rows = read_prompts(Path(options.prompts)) if options.prompts else []
@@ -161,7 +193,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     return options, config
 
 
-if __name__ == "__main__":  # --help and every error in options and configuration answer before torch is imported
+if __name__ == "__main__":  # --help and errors in options or configuration appear before torch is imported
     try:
         name = parse(sys.argv[1:])[1].model.name
     except ConfigError as error:
@@ -202,10 +234,11 @@ from toolkit.machine import no_gpu_reason
 from toolkit.memory import cap_memory, free_bytes
 from toolkit.merge import logits_on, merge_adapter, plain_copy, write_folder
 
-# Of a batch of --prompts. Past 32 rows a step's products, no longer its weights, take the time.
-GPU_ROWS, FREE_SHARE = 32, 0.5  # half of the free memory for the cache, the rest for activations and graphs
-CPU_ROWS, CPU_TOKENS = 8, 8192  # 8,192 tokens of a 3B's cache are 0.28 GiB
-WINDOW = 512  # prompts among which those of like length are looked for
+# Limits of a batch of --prompts. Above 32 rows the time of a step goes into arithmetic and no longer into reading the
+# weights, so that larger batches gain little.
+GPU_ROWS, FREE_SHARE = 32, 0.5  # half of the free memory for the cache, the other half for activations and graphs
+CPU_ROWS, CPU_TOKENS = 8, 8192  # 8,192 tokens in the cache of a 3B model need 0.28 GiB
+WINDOW = 512  # batches are formed of prompts of similar length within so many prompts
 
 DEMO_PROMPTS = (
     "Continue this article of an encyclopedia: The octopus is a soft-bodied animal that",
@@ -214,7 +247,7 @@ DEMO_PROMPTS = (
     "Write four lines about the sea at night.",
 )
 
-# What the merged model is compared with the live adapter on.
+# Text on which the logits of the merged model are compared with those of base and adapter.
 REFERENCE_TEXT = """\
 A lighthouse is a tower that shows sailors where they are. The first ones were fires on hills; later ones burned oil,
 gas and, in the end, electricity. In 1822 Augustin Fresnel built a lens of many thin rings of glass, which sent the
@@ -225,9 +258,9 @@ light of one lamp more than thirty kilometres out to sea. Today nearly every lig
 
 
 def load(config: Config, adapter: Path | None = None, quantized: bool = True) -> tuple[Any, PreTrainedTokenizerBase]:
-    """Return the configured base and its tokenizer on the first GPU or the CPU; not quantized: bfloat16 on the CPU.
+    """Return the configured base and its tokenizer on the first GPU or the CPU; quantized=False: bfloat16 on the CPU.
 
-    adapter: its folder; a tokenizer without a chat template takes the one that the adapter was trained with, if any.
+    adapter: its folder. A tokenizer without a chat template gets the one that the adapter was trained with, if any.
     """
     device = torch.device("cuda:0" if quantized and torch.cuda.is_available() else "cpu")
     if quantized and device.type == "cpu" and config.model.name == LEAVES["model.name"].field.default:
@@ -235,7 +268,7 @@ def load(config: Config, adapter: Path | None = None, quantized: bool = True) ->
     cap_memory(device, config.performance.memory_limit_gib)
     model, tokenizer = load_base(config, device, quantized)
     for line in edited_line(config, effective(config, model)) if quantized else ():
-        say(line)  # an adapter fits best on the base that it was trained on
+        say(line)  # an adapter works best on the base that it was trained on
     if adapter is not None and tokenizer.chat_template is None:
         for path in left_by_run(adapter, CHAT_TEMPLATE_FILE):
             tokenizer.chat_template = path.read_text(encoding="utf-8")
@@ -243,7 +276,7 @@ def load(config: Config, adapter: Path | None = None, quantized: bool = True) ->
 
 
 def attach(base: PreTrainedModel, adapter: Path, model_name: str) -> PeftModel:
-    """Return the base with the adapter, and say so if the adapter's own file names another base."""
+    """Return the base with the adapter; print a warning if the adapter was trained on another base."""
     model = load_adapter(base, adapter)
     recorded = model.peft_config["default"].base_model_name_or_path
     if recorded and os.path.abspath(recorded) != os.path.abspath(model_name):
@@ -256,20 +289,20 @@ def attach(base: PreTrainedModel, adapter: Path, model_name: str) -> PeftModel:
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
-    """What answers are made with."""
+    """All that is needed to make answers."""
 
     model: PeftModel | PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     ends: list[int]  # tokens that end an answer
-    limit: float  # positions the model knows
+    limit: float  # positions that the model supports
     raw: bool  # plain continuation instead of the chat template
     generator: Generator
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return every token that ends an answer: what the model's files and the tokenizer name, and what training teaches.
+    """Return every token that ends an answer: from the model's files, the tokenizer and training.
 
-    That is <|im_end|> after a chat's turn and <|endoftext|> after a document, where the vocabulary has them.
+    Training teaches <|im_end|> after a chat's turn and <|endoftext|> after a document, if the vocabulary has them.
     """
     vocabulary = tokenizer.get_vocab()
     named = [model.generation_config.eos_token_id, getattr(model.config, "eos_token_id", None), tokenizer.eos_token_id]
@@ -278,10 +311,10 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
 
 
 def create_engine(model: PeftModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase, raw: bool) -> Engine:
-    """Return the model, in eval mode, ready to answer by our settings alone."""
+    """Return the model in eval mode, so that only the settings under `generation` decide how it answers."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     ends = end_tokens(base, tokenizer)
-    # generate takes what is unset from here, and Qwen2.5's file says top_k 20 and repetition_penalty 1.05.
+    # generate() fills settings that are not given from this, and Qwen2.5's file has top_k 20, repetition_penalty 1.05.
     base.generation_config = transformers.GenerationConfig()
     if not raw and tokenizer.chat_template is None:
         say("the tokenizer has no chat template: continuing plain text, as with --raw")
@@ -290,7 +323,7 @@ def create_engine(model: PeftModel | PreTrainedModel, tokenizer: PreTrainedToken
 
 
 def encode(engine: Engine, prompt: Prompt, system_prompt: str | None) -> list[int]:
-    """Return the tokens of a prompt: through the chat template up to where the assistant speaks, or as plain text."""
+    """Return the tokens of a prompt: its chat, up to where the assistant's answer begins, or its plain text."""
     if engine.raw and isinstance(prompt, str):
         return engine.tokenizer(prompt)["input_ids"]
     if engine.raw:
@@ -305,9 +338,11 @@ def encode(engine: Engine, prompt: Prompt, system_prompt: str | None) -> list[in
 
 
 def room_after(engine: Engine, length: int, settings: GenerationConfig) -> int:
-    """Return how many tokens may follow a prompt of `length`: max_new_tokens, or the positions that are left."""
+    """Return how many tokens may follow a prompt of `length` tokens: max_new_tokens, or fewer if positions run out."""
     if length >= engine.limit:
-        raise ConfigError(f"a prompt has {counted(length, 'token')}; the model knows {engine.limit:,} positions")
+        raise ConfigError(
+            f"a prompt has {counted(length, 'token')}, but the model supports only {engine.limit:,} positions"
+        )
     return min(settings.max_new_tokens, engine.limit - length)
 
 
@@ -319,9 +354,9 @@ def generate_ids(
     streamer: Any = None,
     batch: int = 1,
 ) -> list[list[int]]:
-    """Return the tokens after each prompt, up to an end token and with it: the one place where tokens come from.
+    """Return the new tokens of each prompt, up to and including an end token. All modes get their tokens here.
 
-    rows: the tokens of the prompts; batch: as in `Generator.generate`. A temperature of 0 takes the likeliest token.
+    rows: the tokens of the prompts; batch: as in `Generator.generate`. A temperature of 0 chooses the likeliest token.
     """
     sampling = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k or 0}
     how = transformers.GenerationConfig(
@@ -332,7 +367,7 @@ def generate_ids(
         pad_token_id=engine.tokenizer.pad_token_id or 0,
         **(sampling if settings.temperature > 0 else {}),
     )
-    # Ctrl-C ends the answer after its current token instead of raising an exception in the middle of something.
+    # Ctrl-C ends the answer after the current token, instead of raising an exception in the middle of the work.
     previous = signal.signal(signal.SIGINT, lambda signum, frame: setattr(watch, "stop", True))
     try:
         return engine.generator.generate(rows, how, watch, streamer, batch)
@@ -341,7 +376,7 @@ def generate_ids(
 
 
 def stream_answer(engine: Engine, ids: list[int], settings: GenerationConfig, note: Callable) -> tuple[str, bool]:
-    """Print the answer to one prompt on stdout as it comes, `note` its speed, return it and whether it was stopped."""
+    """Print the answer to one prompt while it is made, give its speed to `note`; return it and whether Ctrl-C came."""
     watch, streamer = Watch(), TextStreamer(engine.tokenizer, skip_prompt=True, skip_special_tokens=True)
     new = generate_ids(engine, [ids], settings, watch, streamer)[0]
     traffic = engine.generator.traffic()
@@ -362,9 +397,10 @@ def answer_prompt(engine: Engine, config: Config, prompt: str) -> int:
 
 
 def batch_size(engine: Engine, config: Config, positions: int) -> int:
-    """Return how many prompts of so many positions, answer included, are answered together: a power of two.
+    """Return how many prompts are answered together if each needs so many positions, answer included: a power of two.
 
-    So a little more or less free memory makes the same batches, and a second call draws what the first would have.
+    With a power of two, a little more or less free memory does not change the batches. A second call that continues
+    the first one then samples the same answers as the first call would have.
     """
     device, tokens = engine.model.device, CPU_TOKENS
     if device.type == "cuda":
@@ -375,14 +411,14 @@ def batch_size(engine: Engine, config: Config, positions: int) -> int:
 
 
 def answer_file(engine: Engine, config: Config, prompts: list[Prompt], output: Path, finished: tuple[int, int]) -> int:
-    """Append an answer for each prompt that the output file lacks, in order; return the exit code.
+    """Append, in order, an answer for each prompt that the output file lacks; return the exit code.
 
-    Prompts of like length are answered together. An answer is written as soon as all before it are: a call that is
-    stopped loses at most those of a window of prompts, which the next call makes anew.
+    Prompts of similar length are answered together. An answer is written as soon as all answers before it are written.
+    So a call that is stopped loses at most the answers of one window of prompts, and the next call makes them again.
     """
     settings, (first, good_bytes) = config.generation, finished
     rows = [encode(engine, prompt, settings.system_prompt) for prompt in prompts]
-    longest = max(map(len, rows))  # room_after refuses what is too long before anything is written
+    longest = max(map(len, rows))  # room_after refuses a prompt that is too long, before anything is written
     size = batch_size(engine, config, longest + room_after(engine, longest, settings))
     output.parent.mkdir(parents=True, exist_ok=True)
     start, tokens, traffic, waiting, written = time.perf_counter(), 0, engine.generator.traffic(), {}, first
@@ -392,10 +428,13 @@ def answer_file(engine: Engine, config: Config, prompts: list[Prompt], output: P
         for batch in by_length(rows, size, WINDOW):
             if max(batch) < first:
                 continue
-            transformers.set_seed(config.training.seed + batch[0])  # going on samples what one call would have
+            transformers.set_seed(config.training.seed + batch[0])  # so that a continued call samples the same
             answers = generate_ids(engine, [rows[i] for i in batch], settings, watch := Watch(), batch=size)
             if watch.stop:
-                say(f"stopped: {output} has {written} of {counted(len(prompts), 'answer')}; the same command goes on")
+                say(
+                    f"stopped: {output} has {written} of {counted(len(prompts), 'answer')}; "
+                    "run the same command again to continue"
+                )
                 return 130
             texts = engine.tokenizer.batch_decode(answers, skip_special_tokens=True)
             waiting |= {i: text for i, text in zip(batch, texts, strict=True) if i >= first}
@@ -414,7 +453,7 @@ def answer_file(engine: Engine, config: Config, prompts: list[Prompt], output: P
 
 
 def demo(engine: Engine, config: Config, adapter: Path | None) -> int:
-    """Print the answers of base and adapter to each of DEMO_PROMPTS, one under the other; return the exit code."""
+    """Print the answers of the base and of the adapter to each of DEMO_PROMPTS; return the exit code."""
     voices = {f"base: {config.model.name}": engine.model.disable_adapter if adapter else contextlib.nullcontext}
     voices |= {f"adapter: {adapter}": contextlib.nullcontext} if adapter else {}
     for number, prompt in enumerate(DEMO_PROMPTS, 1):
@@ -433,14 +472,14 @@ def demo(engine: Engine, config: Config, adapter: Path | None) -> int:
 # ------------------------------------------------------------------------------------------------ interactive
 
 HELP = """\
-/help             these lines
+/help             show these lines
 /reset            forget the conversation
-/system TEXT      set the system prompt; without TEXT back to the template's own
-/set KEY VALUE    change a setting; without VALUE show it, without KEY show all
+/system TEXT      set the system prompt; without TEXT: use the template's own again
+/set KEY VALUE    change a setting; without VALUE: show it; without KEY: show all
 /save FILE        add the conversation to FILE, as a line of .jsonl
-/quit             leave; so does Ctrl-D (on Windows: Ctrl-Z, Enter)
-Ctrl-C stops an answer; where you type, it leaves.
-Any other line is a message; put a space before a slash that begins one."""
+/quit             leave; Ctrl-D does the same (on Windows: Ctrl-Z, Enter)
+Ctrl-C stops an answer; at the prompt it leaves.
+Any other line is a message. Put a space before a message that begins with a slash."""
 
 
 @dataclasses.dataclass
@@ -452,10 +491,10 @@ class Conversation:
 
 
 def set_knob(talk: Conversation, key: str, value: str) -> None:
-    """Set a generation.* key as a flag would, and show it; without a value show it, without a key show all."""
+    """Set a generation.* key as a flag would and show it; without a value only show it, without a key show all."""
     names = [field.name for field in dataclasses.fields(GenerationConfig)]
     if key and key not in names:
-        raise ConfigError(f"/set: no key {key}; there are {', '.join(names)}")
+        raise ConfigError(f"/set: there is no key {key}; the keys are {', '.join(names)}")
     if value:
         value = coerce_flag(LEAVES[f"generation.{key}"], "" if value == '""' else value)
         talk.settings = dataclasses.replace(talk.settings, **{key: value})
@@ -467,7 +506,7 @@ def set_knob(talk: Conversation, key: str, value: str) -> None:
 def save(talk: Conversation, path: str) -> None:
     """Append the conversation, with the system prompt if one is set, to a file: {"messages": [...]}."""
     if not path or not talk.messages:
-        raise ConfigError("/save: nothing was said yet" if path else "/save: expected the name of a file")
+        raise ConfigError("/save: the conversation is still empty" if path else "/save: expected the name of a file")
     prompt = talk.settings.system_prompt
     system = [] if prompt is None else [{"role": "system", "content": prompt}]
     try:
@@ -479,7 +518,7 @@ def save(talk: Conversation, path: str) -> None:
 
 
 def command(line: str, talk: Conversation) -> bool:
-    """Carry out a line that begins with a slash; return whether to go on. ConfigError says what cannot be done."""
+    """Carry out a line that begins with a slash; return False for /quit. Raise ConfigError if it cannot be done."""
     word, _, rest = line.strip().partition(" ")
     key, _, value = rest.strip().partition(" ")
     if word == "/help":
@@ -499,9 +538,9 @@ def command(line: str, talk: Conversation) -> bool:
 
 
 def fitted(engine: Engine, messages: list[dict[str, str]], settings: GenerationConfig) -> list[int]:
-    """Return the tokens of a conversation, its oldest turns dropped, with a line, until a whole answer fits too.
+    """Return the tokens of a conversation; drop its oldest turns, and say so, until a whole answer fits too.
 
-    A quarter of the positions is freed at once: what follows a dropped turn must be computed anew.
+    A quarter of the positions is freed at once, since all that follows a dropped turn must be computed again.
     """
     for first in range(0, len(messages), 2):
         ids = encode(engine, messages[first:], settings.system_prompt)
@@ -516,7 +555,7 @@ def fitted(engine: Engine, messages: list[dict[str, str]], settings: GenerationC
 
 
 def take_turn(engine: Engine, line: str, talk: Conversation) -> None:
-    """Answer a line, with the conversation before it unless the engine is raw; a turn that fails leaves no trace."""
+    """Answer a line, after the conversation so far unless the engine is raw. A turn that fails changes nothing."""
     messages = [*talk.messages, {"role": "user", "content": line}]
     ids = encode(engine, line, None) if engine.raw else fitted(engine, messages, talk.settings)
     text, _ = stream_answer(engine, ids, talk.settings, print)
@@ -526,7 +565,7 @@ def take_turn(engine: Engine, line: str, talk: Conversation) -> None:
 def interactive(engine: Engine, config: Config, adapter: Path | None) -> int:
     """Read lines and answer them until /quit, the end of the input or Ctrl-C at the prompt; return 0."""
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  # its import gives input() line editing; Windows has its own
+        import readline  # noqa: F401  # importing it gives input() line editing; Windows has its own
     talk, going_on = Conversation(config.generation), True
     how = "plain continuation, no history" if engine.raw else "chat"
     print(f"{config.model.name} | adapter: {adapter or 'none'} | {how} | /help lists the commands", flush=True)
@@ -545,7 +584,7 @@ def interactive(engine: Engine, config: Config, adapter: Path | None) -> int:
             print("\n".join(error.problems))
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
-            print("\nout of GPU memory: the message was dropped; /reset or a smaller max_new_tokens makes room")
+            print("\nout of GPU memory: the message was dropped; use /reset, or /set a smaller max_new_tokens")
     return 0
 
 
@@ -553,7 +592,7 @@ def interactive(engine: Engine, config: Config, adapter: Path | None) -> int:
 
 
 def merge(config: Config, adapter: Path, folder: Path, base: str) -> int:
-    """Write base + adapter as a plain bfloat16 model, print how far its logits are from the live ones; return 0."""
+    """Write base + adapter as one bfloat16 model and print how far its logits are from those of both; return 0."""
     live, tokenizer = load(config, adapter)
     source = live if base == "dequantized" else load(config, quantized=False)[0]
     plain = plain_copy(source, config.model.trust_remote_code)
@@ -564,9 +603,9 @@ def merge(config: Config, adapter: Path, folder: Path, base: str) -> int:
     difference = ((found := logits_on(merged, ids)) - expected).abs()
     write_folder(merged, tokenizer, folder)
     print(
-        f"{base} base and {adapter} merged in bfloat16: {folder}\n"
-        f"largest logit difference to the live adapter on {counted(len(ids), 'token')} of text: {difference.max():.4f} "
-        f"(mean {difference.mean():.4f}, logits up to {expected.abs().max():.1f}, the same likeliest token at "
+        f"merged the {base} base and {adapter} in bfloat16: {folder}\n"
+        f"largest logit difference to base + adapter on {counted(len(ids), 'token')} of text: {difference.max():.4f} "
+        f"(mean {difference.mean():.4f}, logits up to {expected.abs().max():.1f}, the same most likely token at "
         f"{100 * (found.argmax(-1) == expected.argmax(-1)).float().mean():.1f} % of positions)"
     )
     return 0
@@ -576,7 +615,7 @@ def merge(config: Config, adapter: Path, folder: Path, base: str) -> int:
 
 
 def run(options: argparse.Namespace, config: Config) -> int:
-    """Do what the mode says and return the exit code."""
+    """Run the mode that was chosen and return the exit code."""
     if options.rows and options.finished[0] == len(options.rows):
         say(f"nothing left to do: {options.output} answers all of {counted(len(options.rows), 'prompt')}")
         return 0
@@ -586,7 +625,7 @@ def run(options: argparse.Namespace, config: Config) -> int:
     if options.mode == "merge":
         return merge(config, options.adapter, Path(options.output), options.merge_base or "dequantized")
     model, tokenizer = load(config, options.adapter)
-    keep_packing(model, keep=False)  # nothing is trained or merged here
+    keep_packing(model, keep=False)  # a faster layout, which only training and merging do not allow
     model = attach(model, options.adapter, config.model.name) if options.adapter else model
     if replaces_bf16(config):
         say(SLOW_BF16)
@@ -605,7 +644,7 @@ def main(argv: list[str] | None = None) -> int:
         for line in options.notes:
             say(line)
         quiet_libraries()
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on it stops an answer, or the session
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on Ctrl-C stops an answer, or the session
         return run(options, config)
     except ConfigError as error:
         return report(error)

@@ -1,9 +1,9 @@
 """4-bit bases and LoRA adapters: the two configurations, loading, preparation, counting.
 
-Shared by training and inference.
+Training and inference share this module.
 
-python quantization_utils.py     checks the installation: it imports what a run imports and trains two layers for a step;
-                                 a line for each thing, exit 1 if training cannot run
+python quantization_utils.py     check the installation: import what a run imports, train two layers for a step, print a
+                                 line for each thing; exit code 1 if training cannot run
 """
 
 import errno
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-if __name__ == "__main__":  # before this file's own imports, of which any may be what is broken
+if __name__ == "__main__":  # before the other imports of this file, since any of them may fail
     from toolkit.startup import stop_where_imports_fail
 
     stop_where_imports_fail()
@@ -68,7 +68,7 @@ DEFAULT_TARGETS = LoraSettings().target_modules
 
 
 def bf16_missing() -> bool:
-    """Return whether there is a GPU and it has no bfloat16 of its own (compute capability below 8.0: RTX 20, T4)."""
+    """Return whether there is a GPU without bfloat16 in hardware (compute capability below 8.0: RTX 20, T4)."""
     return torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
 
 
@@ -78,19 +78,20 @@ def _say_once(line: str) -> None:
 
 
 def usable_dtype(compute_dtype: str | torch.dtype) -> torch.dtype:
-    """Return the torch type of a compute_dtype; float16, with a line, where it is bfloat16 and the GPU has none."""
+    """Return the torch type of a compute_dtype; float16, with a message, for bfloat16 on a GPU without it."""
     dtype = getattr(torch, compute_dtype) if isinstance(compute_dtype, str) else compute_dtype
     if dtype is torch.bfloat16 and bf16_missing():
         name = torch.cuda.get_device_name()
-        _say_once(f"quantization.compute_dtype: {name} has no bfloat16: using float16 with a loss scaler")
+        _say_once(f"quantization.compute_dtype: {name} does not support bfloat16: using float16 with a loss scaler")
         return torch.float16
     return dtype
 
 
 def slow_bf16() -> bool:
-    """Return whether products in bfloat16 crawl here: a CPU without AVX-512, for which torch's oneDNN has none.
+    """Return whether matrix products in bfloat16 are very slow here.
 
-    They took 7 to 80 times those in float32 (512 x 512 x 512 and 512 x 1024 x 512, forward and backward, torch 2.13).
+    They are on a CPU without AVX-512, for which oneDNN, the library that torch uses, has no such products
+    (docs/measurements.md).
     """
     return not torch.cuda.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX2"
 
@@ -99,16 +100,17 @@ SLOW_BF16 = "quantization.compute_dtype: bfloat16 is many times slower on a CPU 
 
 
 def compute_dtype_of(config: Config) -> torch.dtype:
-    """Return the torch type that a run computes in: `usable_dtype`, but float32 where bfloat16 would crawl and no flag
-    asks for it; the caller says SLOW_BF16.
+    """Return the torch type that a run computes in: `usable_dtype`, or float32 where bfloat16 is very slow.
+
+    A flag that asks for bfloat16 is obeyed. The caller prints SLOW_BF16.
     """
     dtype = usable_dtype(config.quantization.compute_dtype)
-    crawls = dtype is torch.bfloat16 and slow_bf16() and "quantization.compute_dtype" not in config.flags
-    return torch.float32 if crawls else dtype
+    slow = dtype is torch.bfloat16 and slow_bf16() and "quantization.compute_dtype" not in config.flags
+    return torch.float32 if slow else dtype
 
 
 def replaces_bf16(config: Config) -> bool:
-    """Return whether a run computes in float32 in place of the configured bfloat16."""
+    """Return whether a run computes in float32 instead of the configured bfloat16."""
     return compute_dtype_of(config) is not usable_dtype(config.quantization.compute_dtype)
 
 
@@ -118,10 +120,10 @@ def create_bnb_config(
     compute_dtype: str | torch.dtype = "bfloat16",
     use_double_quant: bool = True,
 ) -> BitsAndBytesConfig | None:
-    """Return bitsandbytes' 4-bit configuration, or None where the base stays unquantised.
+    """Return bitsandbytes' 4-bit configuration, or None if the base stays unquantised.
 
-    quant_type: nf4 or fp4. use_double_quant: constants in 8 bit, 0.127 bit a weight instead of 0.5 (QLoRA, arXiv
-    2305.14314, section 3).
+    quant_type: nf4 or fp4. use_double_quant: store the quantisation constants in 8 bit, which needs 0.127 bits per
+    weight instead of 0.5 (QLoRA, arXiv 2305.14314, section 3).
     """
     if not load_in_4bit:
         return None
@@ -141,7 +143,7 @@ def create_lora_config(
     use_rslora: bool = False,
     use_dora: bool = False,
 ) -> LoraConfig:
-    """Return peft's configuration of a causal language model's adapter; target_modules may be the word all-linear."""
+    """Return peft's configuration of an adapter for a causal language model; target_modules may be all-linear."""
     return LoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -158,23 +160,23 @@ def create_lora_config(
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error and, one after the other, those that it was raised from."""
+    """Yield an error, then the error that caused it, and so on."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
 def cache_problem(error: BaseException) -> ConfigError | None:
-    """Return the line on a cache of Hugging Face's that cannot be written, or None where the error is another."""
+    """Return the error about a Hugging Face cache that cannot be written, or None if `error` has another reason."""
     folders = {"HF_HOME": constants.HF_HOME, "HF_HUB_CACHE": constants.HF_HUB_CACHE}
     folders["HF_DATASETS_CACHE"] = os.environ.get("HF_DATASETS_CACHE", os.path.join(constants.HF_HOME, "datasets"))
     for cause in causes(error):
         if not isinstance(cause, OSError) or cause.errno not in UNWRITABLE:
             continue
         place = os.path.abspath(os.fsdecode(cause.filename or constants.HF_HOME))
-        for name, folder in sorted(folders.items(), key=lambda item: -len(item[1])):  # the innermost one
+        for name, folder in sorted(folders.items(), key=lambda item: -len(item[1])):  # the innermost folder first
             folder = os.path.abspath(os.path.expanduser(folder))
-            # makedirs names the first folder that it cannot make, which may lie above the cache.
+            # makedirs names the first folder that it cannot create, which may be one above the cache.
             if os.path.commonpath([place, folder]) in (place, folder):
                 name = name if name in os.environ else "HF_HOME"
                 return ConfigError(
@@ -184,12 +186,13 @@ def cache_problem(error: BaseException) -> ConfigError | None:
 
 
 def hub_problem(setting: str, name: str, error: BaseException) -> ConfigError | None:
-    """Return the line on what the hub does not give: gated, missing, without that revision or out of reach; or None.
+    """Return the error about a name that the hub cannot deliver, or None if `error` has another reason.
 
-    setting: model.name or data.dataset, whose value `name` is.
+    It may be gated, missing, without this revision, or the hub cannot be reached.
+    setting: model.name or data.dataset; `name` is its value.
     """
     kind, path = ("data set", "datasets/") if setting == "data.dataset" else ("model", "")
-    if type(error).__name__ == "DatasetNotFoundError":  # datasets drops what it came from: the same request again
+    if type(error).__name__ == "DatasetNotFoundError":  # datasets hides the cause: repeat the request
         try:
             get_hf_file_metadata(hf_hub_url(name, "README.md", repo_type="dataset"), timeout=10)
         except (OSError, ValueError) as reason:
@@ -211,13 +214,13 @@ def hub_problem(setting: str, name: str, error: BaseException) -> ConfigError | 
         return ConfigError(f"model.revision: the hub has {name}, but no branch, tag or commit{asked} of it")
     if first(RepositoryNotFoundError) or type(error).__name__ == "DatasetNotFoundError":
         return ConfigError(
-            f"{setting}: the hub has no {kind} {name}, or a private one: check the spelling (owner/name); for a private "
-            "one log in with `hf auth login` or set HF_TOKEN"
+            f"{setting}: the hub has no {kind} {name}, or it is private: check the spelling (owner/name); for a "
+            "private one log in with `hf auth login` or set HF_TOKEN"
         )
     answer, entry = first(HfHubHTTPError), first(EntryNotFoundError)
     unreachable = first(ConnectionError, TimeoutError, LocalEntryNotFoundError)
     if entry and not unreachable:
-        return ConfigError(f"{setting}: {name} on the hub lacks a file: {' '.join(str(entry).split())[:200]}")
+        return ConfigError(f"{setting}: a file is missing in {name} on the hub: {' '.join(str(entry).split())[:200]}")
     if not (answer or unreachable):
         return None
     why = f"no connection to {constants.ENDPOINT} ({type(found[-1]).__name__})"
@@ -233,20 +236,20 @@ def hub_problem(setting: str, name: str, error: BaseException) -> ConfigError | 
 
 
 def check_repository(model_name: str, revision: str | None) -> None:
-    """Refuse a model of the hub that is out of reach, or is none that transformers reads; a local folder is fine here.
+    """Raise an error for a model on the hub that cannot be reached or has no config.json. Local folders always pass.
 
-    One request, since every other file would wait as long for a hub that does not answer.
+    It makes one request first, since each file that is asked for would wait again if the hub does not answer.
     """
     if os.path.isdir(model_name) or not is_hub_id(model_name):
         return
     if cached_file(model_name, "config.json", revision=revision) is None:
         adapter = cached_file(model_name, "adapter_config.json", revision=revision, **QUIETLY)
-        what = "it holds an adapter, whose base belongs here" if adapter else "is it in another format, such as GGUF?"
+        what = "it holds an adapter: give its base instead" if adapter else "is it in another format, such as GGUF?"
         raise ConfigError(f"model.name: {model_name} on the hub has no config.json: {what}")
 
 
 def cannot_load(model_name: str, error: Exception) -> ConfigError:
-    """Return the one line that says why a model or tokenizer did not load and what to do."""
+    """Return the error that says in one line why a model or tokenizer did not load and what to do."""
     text = " ".join(str(error).split())
     if known := cache_problem(error):
         return known
@@ -258,7 +261,9 @@ def cannot_load(model_name: str, error: Exception) -> ConfigError:
     if problems := missing_model(model_name, ("config.json",)):
         return ConfigError(*problems)
     if match := re.match(r"(\w+) does not support an attention implementation", text):
-        return ConfigError(f"model.attn_implementation: {match[1]} has no sdpa or flash attention here; use eager")
+        return ConfigError(
+            f"model.attn_implementation: {match[1]} supports neither sdpa nor flash attention here; use eager"
+        )
     if "safetensors" in text and "no file named" in text:
         return ConfigError(
             f"model.name: expected safetensors weights in {model_name}, found none (pickled weights are not loaded)"
@@ -266,9 +271,9 @@ def cannot_load(model_name: str, error: Exception) -> ConfigError:
     return ConfigError(f"model.name: cannot load {model_name}: {type(error).__name__}: {text[:300]}")
 
 
-QUIETLY = {"_raise_exceptions_for_missing_entries": False}  # None for a file that a model has not
+QUIETLY = {"_raise_exceptions_for_missing_entries": False}  # return None for a file that the model does not have
 UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOSPC}
-# What transformers, safetensors and huggingface_hub raise for a name, a file or a network that is not as it should be.
+# The errors that transformers, safetensors and huggingface_hub raise for a wrong name, a bad file or network trouble.
 LOADING_ERRORS = (OSError, ValueError, KeyError, AttributeError, ImportError, RuntimeError, TypeError)
 LOADING_ERRORS += (StrictDataclassError, SafetensorError, IndexError, ArithmeticError)
 
@@ -276,10 +281,10 @@ LOADING_ERRORS += (StrictDataclassError, SafetensorError, IndexError, Arithmetic
 def load_tokenizer(
     model_name: str, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """Return the exact tokenizer with a padding token, which never grows the vocabulary.
+    """Return the model's exact tokenizer, with a padding token that is already in the vocabulary.
 
-    Where there is a tokenizer.json it is taken as it is: tokenizer_class GPT2Tokenizer loses a pre-tokenizer (the
-    digits of SmolLM2).
+    A tokenizer.json is used unchanged: a class such as GPT2Tokenizer would lose its pre-tokenizer (the digits of
+    SmolLM2).
     """
     if problems := missing_model(model_name, ("tokenizer.json",)):
         raise ConfigError(*problems)
@@ -296,7 +301,7 @@ def load_tokenizer(
     except Exception as error:  # the tokenizers library raises a plain Exception for a corrupt tokenizer.json
         text = " ".join(str(error).split())[:200]
         raise ConfigError(f"model.name: cannot read the tokenizer of {model_name}: {text}") from None
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what AutoTokenizer makes where the files are missing
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # AutoTokenizer makes such a one if files are missing
         raise ConfigError(f"model.name: no tokenizer in {model_name}: expected a tokenizer.json")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -304,19 +309,21 @@ def load_tokenizer(
 
 
 def stored_in_4bit(model_config: PretrainedConfig, model_name: str) -> bool:
-    """Return whether the weights are stored in bitsandbytes' 4 bit; ConfigError for another quantisation."""
+    """Return whether the weights are stored in bitsandbytes' 4 bit; raise ConfigError for another quantisation."""
     stored = getattr(model_config, "quantization_config", None)
     if stored is None:
         return False
     method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
     if str(getattr(method, "value", method)) != "bitsandbytes":
-        raise ConfigError(f"model.name: {model_name} is stored in {method}; expected bitsandbytes' 4 bit or none")
-    print(f"{model_name} is stored in 4 bit: its own quantisation is kept", file=sys.stderr)
+        raise ConfigError(
+            f"model.name: {model_name} is quantised with {method}; expected bitsandbytes' 4 bit, or no quantisation"
+        )
+    print(f"{model_name} is stored in 4 bit: keeping its own quantisation", file=sys.stderr)
     return True
 
 
 def check_index(model_name: str, revision: str | None) -> None:
-    """Refuse an index of weights that names files outside of the model's folder, which transformers would open."""
+    """Raise ConfigError if the index of weights names files outside the model's folder, which would be opened."""
     name = "model.safetensors.index.json"
     path = cached_file(model_name, name, revision=revision, **QUIETLY)
     shards = json.loads(Path(path).read_text(encoding="utf-8"))["weight_map"].values() if path is not None else ()
@@ -335,10 +342,10 @@ def load_model_and_tokenizer(
     trust_remote_code: bool = False,
     device: torch.device | str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return a causal language model on `device` (the first GPU, else the CPU) and its tokenizer, from hub or folder.
+    """Return a causal language model and its tokenizer, from the hub or a folder.
 
-    bnb_config: None leaves the weights in compute_dtype. A model stored in 4 bit keeps its own quantisation. Weights
-    come from safetensors only. Raises ConfigError.
+    device: by default the first GPU, or the CPU if there is none. bnb_config: None loads the weights in compute_dtype.
+    A model that is stored in 4 bit keeps its own quantisation. Only safetensors weights are loaded. Raises ConfigError.
     """
     device = torch.device(device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
     dtype = bnb_config.bnb_4bit_compute_dtype if bnb_config else usable_dtype(compute_dtype)
@@ -364,31 +371,31 @@ def load_model_and_tokenizer(
         raise
     except LOADING_ERRORS as error:
         raise cannot_load(model_name, error) from None
-    if missing := sorted(loaded["missing_keys"]):  # transformers would leave them random
+    if missing := sorted(loaded["missing_keys"]):  # transformers would leave them at random values
         raise ConfigError(
-            f"model.name: {model_name} lacks {len(missing)} weights of its config.json, such as {missing[0]}"
+            f"model.name: {model_name} lacks {len(missing)} weights that its config.json needs, such as {missing[0]}"
         )
     rows, ids = model.get_input_embeddings().weight.shape[0], 1 + max(tokenizer.get_vocab().values())
     if ids > rows:
         raise ConfigError(f"model.name: the tokenizer of {model_name} has {ids:,} ids, its embedding {rows:,} rows")
     keep_packing(model)
-    for module in model.modules():  # of a model stored in 4 bit: its quantisation is kept, not its compute type
+    for module in model.modules():  # a model stored in 4 bit keeps its quantisation, but not its compute dtype
         if isinstance(module, bnb.nn.Linear4bit):
             module.compute_dtype = dtype
     return model, tokenizer
 
 
 def rope_parameters(config: PretrainedConfig) -> list[dict[str, Any]]:
-    """Return the parameters of a model's rotary embeddings, one a kind of attention; empty without any."""
+    """Return the parameters of a model's rotary embeddings, one dict per kind of attention; [] if there are none."""
     ropes = getattr(config.get_text_config(), "rope_parameters", None) or {}
     return [ropes] if any(not isinstance(rope, dict) for rope in ropes.values()) else list(ropes.values())
 
 
 def known_positions(config: PretrainedConfig) -> int | None:
-    """Return how many positions a model is for, None where its configuration has no such number.
+    """Return how many positions a model supports, or None if its configuration has no such number.
 
-    YaRN's recipes leave max_position_embeddings as it was: the positions are then its factor times the original ones. Other
-    scalings are in that number already (Llama 3) or not (some linear ones); it is taken as it stands.
+    With YaRN max_position_embeddings is often unchanged, so the positions are its factor times the original ones. With
+    other scalings that number already includes them (Llama 3) or does not (some linear ones); it is used unchanged.
     """
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     yarn = [rope for rope in rope_parameters(config) if rope.get("rope_type") == "yarn"]
@@ -397,16 +404,17 @@ def known_positions(config: PretrainedConfig) -> int | None:
 
 
 def beyond_positions(max_length: int, positions: int | None) -> list[str]:
-    """Return a line to say where blocks are longer than the positions that a model is for."""
+    """Return a list with a line if blocks are longer than the positions that a model supports, else []."""
     if not positions or max_length <= positions:
         return []
-    return [f"data.max_length: {max_length:,} tokens are more than the {positions:,} positions that the model is for"]
+    return [f"data.max_length: {max_length:,} tokens are more than the {positions:,} positions that the model supports"]
 
 
 def check_length(max_length: int, config: PretrainedConfig) -> list[str]:
-    """Return beyond_positions; ConfigError where the positions are a table, which has no more rows.
+    """Return beyond_positions; raise ConfigError if the model's positions are a table, which has no more rows.
 
-    Rotary embeddings go on, and of packed samples none may be as long as a block.
+    Rotary embeddings also work beyond the positions, and packed samples may all be shorter than a block: then a line
+    is enough.
     """
     positions = known_positions(config)
     if positions and max_length > positions and not rope_parameters(config):
@@ -415,10 +423,10 @@ def check_length(max_length: int, config: PretrainedConfig) -> list[str]:
 
 
 def keep_packing(model: nn.Module, keep: bool = True) -> None:
-    """Have bitsandbytes leave its weights as they are packed, or repack them as it would by itself.
+    """Make bitsandbytes keep its weights as they are packed, or allow it to repack them, which is its default.
 
-    On a CPU with AVX512-BF16 one forward in eval mode repacks them for good: training after it would be wrong, generation
-    is quicker (SmolLM2-135M on two cores: 54 ms a token in place of 91).
+    On a CPU with AVX512-BF16 one forward pass in eval mode repacks them permanently. Training after that would be
+    wrong, but generation is faster (docs/measurements.md).
     """
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
@@ -426,16 +434,16 @@ def keep_packing(model: nn.Module, keep: bool = True) -> None:
 
 
 def finite_tensors(path: Path) -> set[str]:
-    """Return the names of the tensors in a safetensors file; ConfigError for one that is not finite."""
+    """Return the names of the tensors in a safetensors file; raise ConfigError if a number in them is not finite."""
     with safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118  # the file is no dict and cannot be iterated
+        for name in file.keys():  # noqa: SIM118  # the file cannot be iterated like a dict
             if not torch.isfinite(file.get_tensor(name)).all():
                 raise ConfigError(f"--adapter: {name} in {path}: expected finite numbers, got infinite ones or NaN")
         return set(file.keys())
 
 
 def load_base(config: Config, device: torch.device, quantized: bool = True) -> tuple[PreTrainedModel, Any]:
-    """Return the configured base model and its tokenizer on the device; not quantized: as stored, in bfloat16."""
+    """Return the configured base model and its tokenizer on the device; quantized=False: unquantised, in bfloat16."""
     dtype = compute_dtype_of(config) if quantized else torch.bfloat16
     settings = vars(config.quantization) | {"compute_dtype": dtype}
     return load_model_and_tokenizer(
@@ -448,19 +456,21 @@ def load_base(config: Config, device: torch.device, quantized: bool = True) -> t
 
 
 def quiet_libraries() -> None:
-    """Leave the console to the scripts, and let one that lacks a character show a question mark instead."""
-    # Of names that peft still uses.
+    """Stop the libraries from printing, and show a question mark for each character that the console does not have."""
+    # They are about names that peft still uses.
     warnings.filterwarnings("ignore", category=FutureWarning, module="(transformers|peft)\\b")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; what fails in the end is reported by us
+    logging.getLogger("huggingface_hub").setLevel(
+        logging.ERROR
+    )  # it logs each retry; a final failure becomes our own error
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
 
 
 def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
-    """Return the model with a folder's adapter attached, in eval mode; ConfigError where they don't belong together."""
+    """Return the model with a folder's adapter, in eval mode; raise ConfigError if the two do not fit together."""
     folder = Path(folder)
     if not (folder / "adapter_config.json").is_file():
         raise ConfigError(f"--adapter: no adapter_config.json in {folder}")
@@ -471,7 +481,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
     try:
         names = finite_tensors(path)
         with warnings.catch_warnings():
-            # peft only warns of layers that the file lacks, and says nothing of those that the model lacks.
+            # peft only warns about layers that the file lacks, and ignores those that the model lacks.
             warnings.simplefilter("ignore", UserWarning)
             peft_model = PeftModel.from_pretrained(model, str(folder)).eval()
     except ConfigError:
@@ -489,7 +499,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    """Return the distinct last names of the linear layers, the output head left out, in the order of the model."""
+    """Return the different last names of the linear layers (without the output head), in the order of the model."""
     head = model.get_output_embeddings()
     linears = (name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head)
     return list(dict.fromkeys(name.rpartition(".")[2] for name in linears))
@@ -510,15 +520,16 @@ def _check_targets(model: nn.Module, targets: set[str] | list[str] | str) -> Non
 def prepare_model_for_training(
     model: PreTrainedModel, lora_config: LoraConfig, use_gradient_checkpointing: bool | int = True
 ) -> PeftModel:
-    """Return the model with a fresh adapter in fp32, everything else frozen in the dtype it was loaded in.
+    """Return the model with a new adapter in fp32; all other weights are frozen and keep their dtype.
 
-    use_gradient_checkpointing: all layers, none, or the first N. Unlike peft's prepare_model_for_kbit_training nothing
-    is cast to fp32: the embedding of Qwen2.5-3B alone would take 0.58 GiB more.
+    use_gradient_checkpointing: True (all layers), False, or N (the first N). Unlike peft's
+    prepare_model_for_kbit_training this casts nothing to fp32: the embedding of Qwen2.5-3B alone would need 0.58 GiB
+    more.
     """
     _check_targets(model, lora_config.target_modules)
     model.config.use_cache = False
     try:
-        peft_model = get_peft_model(model, lora_config)  # freezes the base, adapters in fp32
+        peft_model = get_peft_model(model, lora_config)  # freezes the base and makes the adapters in fp32
     except ValueError as error:
         raise ConfigError(f"lora.target_modules: {' '.join(str(error).split())[:300]}") from None
     set_gradient_checkpointing(peft_model, use_gradient_checkpointing)
@@ -526,29 +537,29 @@ def prepare_model_for_training(
 
 
 def set_gradient_checkpointing(model: nn.Module, layers: bool | int) -> int:
-    """Recompute the activations of all decoder layers (True), none (False) or the first N; return how many do."""
+    """Checkpoint all decoder layers (True), none (False) or the first N; return how many are checkpointed."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     found = base.get_decoder().layers
     count = len(found) if layers is True else min(int(layers), len(found))
-    # Non-reentrant, since the frozen embedding's output has no gradient. Stateless dropout needs no RNG state stored.
+    # Non-reentrant, since the frozen embedding's output needs no gradient. Our dropout has no RNG state to preserve.
     recompute = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     for number, layer in enumerate(found):
         if not hasattr(layer, "gradient_checkpointing"):
             kind = type(layer).__name__
-            raise ConfigError(f"training.gradient_checkpointing: {kind} of this model cannot recompute; use false")
+            raise ConfigError(f"training.gradient_checkpointing: {kind} of this model does not support it; use false")
         layer.gradient_checkpointing = number < count
         layer._gradient_checkpointing_func = recompute
     return count
 
 
 def weight_count(parameter: nn.Parameter) -> int:
-    """Return how many weights a parameter holds; a packed 4-bit one holds two a byte."""
+    """Return how many weights a parameter holds; a packed 4-bit one holds two per byte."""
     state = getattr(parameter, "quant_state", None)
     return state.shape.numel() if state is not None else parameter.numel()
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Return (trainable, all) parameters, 4-bit weights counted unpacked and tied ones once."""
+    """Return the number of (trainable, all) parameters; 4-bit weights are counted unpacked, tied weights once."""
     counts = [(weight_count(p), p.requires_grad) for p in model.parameters()]
     return sum(n for n, trainable in counts if trainable), sum(n for n, _ in counts)
 
@@ -563,8 +574,8 @@ def parameter_line(model: nn.Module) -> str:
 
 
 def main() -> int:
-    """Check the installation, a line for each thing that training needs; return 0 if training can run, else 1."""
-    from toolkit.machine import check_installation  # not at the top: toolkit stands above this module
+    """Check the installation and print one line for each thing that training needs; return 0 if it can run, else 1."""
+    from toolkit.machine import check_installation  # not at the top, since toolkit imports this module
 
     return check_installation()
 

@@ -409,7 +409,7 @@ def test_output_dir_in_an_unwritable_place(refused, tmp_path):
 def test_finished_run(refused, train, tmp_path, capfd):
     code, finished = train(output_dir=tmp_path / "finished")
     assert code == 0
-    rest = "give another --output_dir, or --overwrite to replace it"
+    rest = "choose another --output_dir, or use --overwrite to replace it"
     expected = f"training.output_dir: {finished} holds a finished run; {rest}"
     assert refused("--resume", "never", output_dir=finished) == [expected]
     for checkpoint in finished.glob("checkpoint-*"):
@@ -439,7 +439,7 @@ def test_edited_and_run_again(refused, train, tmp_path, corpus, state):
     if state == "unfinished":
         (output / "adapter_model.safetensors").unlink()
     rest = f"{output} holds {'a' if state == 'finished' else 'an'} {state} run: "
-    rest += "give another --output_dir, or --overwrite to replace it"
+    rest += "choose another --output_dir, or use --overwrite to replace it"
     for line, flags in CHANGES.items():
         assert refused(*flags, output_dir=output) == [f"{line}; {rest}"]
     other = tmp_path / "other.txt"
@@ -461,8 +461,8 @@ def test_edited_data_is_named_after_it_is_read(refused, train, tmp_path, corpus)
     data.write_text(corpus.read_text(encoding="utf-8"), encoding="utf-8")
     assert train("--dataset", data, "--max_steps", 1, output_dir=tmp_path / "run")[0] == 0
     data.write_text(data.read_text(encoding="utf-8").upper(), encoding="utf-8")
-    rest = "holds a finished run: give another --output_dir, or --overwrite to replace it"
-    expected = f"data.dataset: its content is not what checkpoint-1 was trained on; {tmp_path / 'run'} {rest}"
+    rest = "holds a finished run: choose another --output_dir, or use --overwrite to replace it"
+    expected = f"data.dataset: its content has changed since checkpoint-1 was written; {tmp_path / 'run'} {rest}"
     assert refused("--dataset", data, output_dir=tmp_path / "run") == [expected]
 
 
@@ -472,12 +472,12 @@ def test_edited_and_resumed_from_a_checkpoint_by_name(refused, train, tmp_path):
     flags = ("--rank", 8, "--max_steps", 1)
     changed = "lora.rank: was 16 in checkpoint-2, is 8 now; "
     (problem,) = refused(*flags, "--resume", output / "checkpoint-2", output_dir=output)
-    rest = "give --overwrite to replace it, or another --output_dir and leave training.resume at auto"
+    rest = "use --overwrite to replace it, or choose another --output_dir and set training.resume to auto"
     assert problem == f"{changed}{output} holds a finished run: {rest}"
     (problem,) = refused(*flags, "--resume", output / "checkpoint-2", output_dir=tmp_path / "new")
-    assert problem == f"{changed}leave training.resume at auto to start at step 0"
+    assert problem == f"{changed}set training.resume to auto to start at step 0"
     assert train(*flags, output_dir=tmp_path / "new")[0] == 0
-    expected = f"training.output_dir: {tmp_path / 'new'} holds a finished run; give another --output_dir"
+    expected = f"training.output_dir: {tmp_path / 'new'} holds a finished run; choose another --output_dir"
     assert refused("--resume", output / "checkpoint-2", output_dir=tmp_path / "new") == [expected]
     assert train(*flags, "--overwrite", "--resume", output / "checkpoint-2", output_dir=output)[0] == 0
 
@@ -503,7 +503,7 @@ def test_an_edit_is_refused_before_torch_is_imported(run_cli, train, tmp_path, c
 
 def test_resume_from_a_folder_that_is_no_checkpoint(refused, train, tmp_path):
     (problem,) = refused("--resume", tmp_path / "none")
-    assert problem.startswith(f"training.resume: cannot go on from {tmp_path / 'none'}")
+    assert problem.startswith(f"training.resume: cannot continue from {tmp_path / 'none'}")
     _, output = train("--max_steps", 1, output_dir=tmp_path / "run")
     cut(output / "checkpoint-1" / "training_state.safetensors")
     (problem,) = refused("--resume", output / "checkpoint-1")

@@ -176,7 +176,7 @@ def test_the_system_prompt_alone_may_be_empty(tmp_path):
         assert loaded.generation.system_prompt == ""
         save_config(loaded, tmp_path / "saved.yaml")
         assert load_config(tmp_path / "saved.yaml") == loaded
-    assert [name for name, leaf in LEAVES.items() if leaf.expected.startswith("text, perhaps empty")] == [
+    assert [name for name, leaf in LEAVES.items() if leaf.expected.startswith("text, which may be empty")] == [
         "generation.system_prompt"
     ]
 
@@ -497,7 +497,7 @@ def test_a_file_that_is_no_configuration(tmp_path, text, said):
 def test_a_file_that_is_not_utf8(tmp_path, content):
     path = tmp_path / "own.yaml"
     path.write_bytes(content)
-    assert "is not UTF-8" in problems(load_config, path)[0]
+    assert "line 1 is not UTF-8" in problems(load_config, path)[0]
 
 
 def test_a_file_that_is_not_there(tmp_path):
@@ -659,7 +659,7 @@ def test_help_answers_at_once(run_cli, script):
 def test_help_begins_with_what_the_script_does_and_ten_flags_of_a_normal_day(run_cli, script):
     lines = run_cli(script, "--help", env={"COLUMNS": "100"}).stdout.splitlines()
     assert re.match(r"(Fine-tune|Talk to) a .*\.$", lines[0])
-    start, end = lines.index("the flags of a normal day:"), lines.index("further flags of this script:")
+    start, end = lines.index("flags that you need most often:"), lines.index("other flags of this script:")
     assert start < 12 and end < 40
     flags = [line.split()[0] for line in lines[start:end] if line.startswith("  --")]
     assert len(flags) == len(set(flags)) == 10

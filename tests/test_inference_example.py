@@ -337,7 +337,7 @@ def test_a_second_call_goes_on_within_a_window(run: Callable, tmp_path: Path, mo
     for done in (1, 3, 6, 9):
         output.write_bytes(b"".join(whole.splitlines(keepends=True)[:done]))
         code, _, err = run(*flags)
-        assert code == 0 and f"{10 - done} answer" in err and output.read_bytes() == whole
+        assert code == 0 and f"{10 - done} answer{'s'[: done < 9]} in " in err and output.read_bytes() == whole
 
 
 def test_the_decoder_answers_as_generate_does(run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -376,7 +376,7 @@ def test_a_conversation(run: Callable, engine: Engine, tmp_path: Path) -> None:
     lines = ["Hello", "And then?", f"/save {file}", "/reset", f"/save {file}", "Hello", "/system Be brief.", "Hello"]
     lines += [" /is no command", f"/save {file}", "/quit", "never read"]
     code, out, err = run("--temperature", 0, "--compute_dtype", "float32", stdin="\n".join(lines))
-    assert (code, err) == (0, "") and "nothing was said yet" in out
+    assert (code, err) == (0, "") and "the conversation is still empty" in out
     first, second = [row["messages"] for row in rows_of(file)]
     assert [m["role"] for m in first] == ["user", "assistant"] * 2
     assert first[0]["content"] == "Hello" and first[1]["content"] == answer(engine, "Hello")
@@ -407,7 +407,7 @@ def test_settings_are_checked_as_flags_are_and_the_end_of_input_leaves(run: Call
         "generation.top_p: expected a number > 0 and <= 1, got 2",
         "repetition_penalty = 1.0\n\n",
         'system_prompt = ""\n\n',
-        "/set: no key nonsense",
+        "/set: there is no key nonsense",
         "top_p = 0.9",
         "/system TEXT",
         "/what: no such command",
@@ -553,17 +553,17 @@ def test_a_merge_that_fails_leaves_nothing(run: Callable, tmp_path: Path, monkey
 ERRORS = {
     "no such adapter": (["--adapter", "nowhere"], "--adapter: no such folder: nowhere"),
     "folder without adapter": (["--adapter", "."], "--adapter: no adapter_config.json in ."),
-    "output_dir without adapter": (["--config", "fresh.yaml"], "no such folder: fresh: train_qlora.py makes one"),
+    "output_dir without adapter": (["--config", "fresh.yaml"], "no such folder: fresh; train one with train_qlora.py"),
     "a flag of training": (["--adapter", "none", "--rank", "99"], "--rank: belongs to train_qlora.py"),
     "output_dir": (["--output_dir", "out"], "--output_dir: belongs to train_qlora.py; here it is --adapter"),
     "bad seed": (["--adapter", "none", "--seed", "x"], "training.seed: expected an integer"),
     "unknown flag": (["--temprature", "1"], "--temprature: unknown flag; did you mean --temperature?"),
     "unknown mode": (["--mode", "chat"], "--mode: invalid choice"),
     "bad value": (["--temperature", "-1"], "generation.temperature: expected a number >= 0, got -1"),
-    "prompt in another mode": (["--prompt", "hi"], "--prompt: goes with --mode text"),
+    "prompt in another mode": (["--prompt", "hi"], "--prompt: only works with --mode text"),
     "no prompt": (["--mode", "text"], "--mode text: expected one of"),
     "empty prompt": (["--mode", "text", "--prompt", " "], "--prompt: expected a text"),
-    "prompts without output": (["--mode", "text", "--prompts", "q.txt"], "--output: goes with"),
+    "prompts without output": (["--mode", "text", "--prompts", "q.txt"], "--output: needed by"),
     "prompts as output": (["--mode", "text", "--prompts", "q.jsonl", "--output", "q.jsonl"], "--output: expected"),
     "no such prompts": (["--mode", "text", "--prompts", "no.txt", "--output", "a.jsonl"], "--prompts: no.txt"),
     "no prompts": (["--mode", "text", "--prompts", "empty.txt", "--output", "a.jsonl"], "has no prompts"),
@@ -571,10 +571,10 @@ ERRORS = {
         ["--mode", "text", "--prompts", "q.jsonl", "--output", "a.jsonl"],
         "q.jsonl, line 2: expected an object",
     ),
-    "merge without output": (["--mode", "merge"], "--output: goes with"),
-    "merge onto a file": (["--mode", "merge", "--output", "q.txt"], "--output: q.txt is there"),
+    "merge without output": (["--mode", "merge"], "--output: needed by"),
+    "merge onto a file": (["--mode", "merge", "--output", "q.txt"], "--output: q.txt already exists"),
     "merge without adapter": (["--mode", "merge", "--output", "m", "--adapter", "none"], "expected an adapter"),
-    "merge_base elsewhere": (["--merge_base", "original"], "--merge_base: goes with --mode merge"),
+    "merge_base elsewhere": (["--merge_base", "original"], "--merge_base: only works with --mode merge"),
 }
 
 
@@ -697,7 +697,7 @@ def test_edits_that_cannot_count_are_said_in_one_line(
     edits = "lora: {rank: 4}\ndata: {max_length: 64}\nquantization: {quant_type: fp4}\n"
     differing = "quantization.quant_type nf4 (not fp4), lora.rank 16 (not 4), data.max_length 512 (not 64)"
     line = f"the adapter is used with the settings of its run, {copy / 'config.yaml'}: {differing}; "
-    line += "your edits in config.yaml count when you train again"
+    line += "your edits in config.yaml take effect when you train again"
     assert said(same + edits) == [line]
     (copy / "checkpoint-1").mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):

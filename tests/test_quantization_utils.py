@@ -635,7 +635,7 @@ def test_installation_check_fails_where_nothing_is_learned(monkeypatch):
     lines, good = machine.step_lines(torch.device("cpu"))
     assert not good and len(lines) == 2
     assert all(
-        re.match(r"training step on cpu: WRONG: .*, loss (\d\.\d+) -> \1 in .*, which should fall", line)
+        re.match(r"training step on cpu: WRONG: .*, loss (\d\.\d+) -> \1 in .*, but the loss should fall", line)
         for line in lines
     )
 

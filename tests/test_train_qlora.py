@@ -607,7 +607,7 @@ def test_resume_that_would_learn_something_else_is_refused_and_writes_nothing(tr
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     capsys.readouterr()
     assert train("--dataset", few, "--max_length", 32, "--max_steps", 2, *flags)[0] == 2
-    assert "give another --output_dir, or --overwrite to replace it" in capsys.readouterr().err
+    assert "choose another --output_dir, or use --overwrite to replace it" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     assert train("--dataset", few, "--max_length", 32, "--max_steps", 1, *flags, "--overwrite")[0] == 0
 
@@ -1201,7 +1201,8 @@ def test_pasted_functions_labels_are_learned(train, watch, paste, capsys, packin
     assert sorted(blocks_as_samples(seen.session.blocks["train"])) == sorted(expected) and len(expected) > 20
     assert steps_of(folder)[-1]["tokens"] == learned
     assert (
-        "prepare_dataset of train_qlora.py, each a sample whose labels say what is learned" in capsys.readouterr().out
+        "prepare_dataset of train_qlora.py, each a sample whose labels say which tokens are supervised"
+        in capsys.readouterr().out
     )
 
 
@@ -1305,7 +1306,7 @@ def test_blocks_longer_than_the_models_positions_are_said(train, tiny_model, cor
     shutil.copytree(tiny_model, folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 48}), encoding="utf-8")
-    line = "data.max_length: 64 tokens are more than the 48 positions that the model is for"
+    line = "data.max_length: 64 tokens are more than the 48 positions that the model supports"
     code, output = train("--model_name", folder, "--max_steps", 1)
     assert code == 0 and line in capsys.readouterr().out.splitlines()
     assert main(["--evaluate", "--adapter", str(output)]) == 0

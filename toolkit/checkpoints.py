@@ -1,4 +1,4 @@
-"""What a run leaves on disk and how it goes on from there: checkpoints, resume, log and model card, signals.
+"""What a run writes to disk, and how it continues from there: checkpoints, resume, log and model card, signals.
 
 A checkpoint folder holds `adapter_model.safetensors`, `adapter_config.json` (so it is a peft adapter),
 `training_state.safetensors` (optimizer states, best adapter), `training_state.json` (everything else) and, last,
@@ -44,7 +44,7 @@ from toolkit.startup import redact
 
 try:
     import fcntl
-except ImportError:  # Windows has its twin
+except ImportError:  # Windows has msvcrt instead
     fcntl = None
 msvcrt = importlib.import_module("msvcrt") if os.name == "nt" else None
 
@@ -58,7 +58,7 @@ Found = tuple[Path, dict[str, torch.Tensor], dict]  # a checkpoint: its folder, 
 
 @contextlib.contextmanager
 def refusing(problem: str, *errors: type[Exception]) -> Iterator[None]:
-    """Turn errors of these types into the one line that begins with `problem`."""
+    """Turn errors of these types into a ConfigError of one line that begins with `problem`."""
     try:
         yield
     except ConfigError:
@@ -72,7 +72,7 @@ def refusing(problem: str, *errors: type[Exception]) -> Iterator[None]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file under another name, flush it to the disk and rename it, so that it is the old one or the new one."""
+    """Write a file under another name, flush it to disk and rename it, so that `path` is always a complete file."""
     temporary = path.with_name(TEMPORARY + path.name)
     try:
         with open(temporary, "wb") as file:
@@ -81,20 +81,20 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError:
-        with contextlib.suppress(OSError):  # on a full disk the half that was written takes room from others
+        with contextlib.suppress(OSError):  # on a full disk the incomplete file would use space
             temporary.unlink(missing_ok=True)
         raise
 
 
 def write_picture(figure: Any, path: Path) -> None:
-    """Write a figure of matplotlib as PNG."""
+    """Write a matplotlib figure as PNG."""
     picture = io.BytesIO()
     figure.savefig(picture, dpi=120, format="png")
     write_atomically(path, picture.getvalue())
 
 
 def clean_up(output_dir: Path) -> None:
-    """Remove what a killed run left half written, and put back a checkpoint that it was about to replace."""
+    """Remove incomplete files of a killed run, and put back a checkpoint that it was about to replace."""
     for leftover in output_dir.glob(REPLACED + "*"):
         original = output_dir / leftover.name.removeprefix(REPLACED)
         shutil.rmtree(leftover) if original.exists() else os.rename(leftover, original)
@@ -107,20 +107,20 @@ def clean_up(output_dir: Path) -> None:
 
 @dataclasses.dataclass
 class Progress:
-    """What the loop counts."""
+    """The numbers that the training loop keeps."""
 
     step: int = 0
     tokens: int = 0
-    loss_sum: float = 0.0  # since the last logged row, as the next two
+    loss_sum: float = 0.0  # since the last logged row, like the next two
     loss_tokens: int = 0
     seconds: float = 0.0
     best_loss: float | None = None
     best_step: int = 0
-    worse: int = 0  # evaluations since the best
+    worse: int = 0  # evaluations since the best one
     history: list[dict] = dataclasses.field(default_factory=list)
 
     def count(self, loss_sum: float, tokens: int, seconds: float) -> None:
-        """Add an optimizer step."""
+        """Add one optimizer step."""
         self.step += 1
         self.tokens += tokens
         self.loss_sum += loss_sum
@@ -133,13 +133,13 @@ class Progress:
 
 
 def adapter_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
-    """Return the adapter's weights on the CPU, fp32, under the names that peft gives them in its file."""
+    """Return the adapter's weights in fp32 on the CPU, under the names that they have in peft's file."""
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
     return {name: tensor.detach().float().cpu().clone().contiguous() for name, tensor in state.items()}
 
 
 def adapter_settings(model: PeftModel, model_name: str) -> dict[str, Any]:
-    """Return what peft writes into adapter_config.json, for a base of this name."""
+    """Return the content of peft's adapter_config.json for a base with this name."""
     found = model.peft_config["default"].to_dict()
     plain = {key: sorted(v) if isinstance(v, set) else getattr(v, "value", v) for key, v in found.items()}
     return plain | {"inference_mode": True, "base_model_name_or_path": model_name}
@@ -148,7 +148,7 @@ def adapter_settings(model: PeftModel, model_name: str) -> dict[str, Any]:
 def fingerprint(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, blocks: dict[str, Blocks | None]
 ) -> dict[str, str]:
-    """Return hashes of what a run learns from: the base's weights (a sample of each), the tokenizer and the blocks."""
+    """Return hashes of the base's weights (a sample of each), the tokenizer and the blocks, to detect changes."""
     weights, tokens = hashlib.sha256(), hashlib.sha256()
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -162,9 +162,9 @@ def fingerprint(
 
 
 def flatten_state(state: Any, prefix: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """Return `state` as JSON can hold it, with each tensor moved to `tensors` and replaced by {"tensor": its name}."""
+    """Return `state` in a form that JSON can hold; each tensor moves to `tensors`, {"tensor": its name} stays."""
     if isinstance(state, torch.Tensor):
-        name = f"{len(tensors)} {prefix}"  # numbered, since the keys 1 and "1", or "a.b" and b of a, read alike
+        name = f"{len(tensors)} {prefix}"  # numbered, since the keys 1 and "1" give the same name
         tensors[name] = state.detach().cpu().clone().contiguous()  # safetensors refuses two views of one storage
         return {"tensor": name}
     if isinstance(state, dict):
@@ -175,7 +175,7 @@ def flatten_state(state: Any, prefix: str, tensors: dict[str, torch.Tensor]) -> 
 
 
 def restore_state(state: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    """Undo flatten_state; dictionaries keep the types of their keys, tuples come back as lists."""
+    """Undo flatten_state. Dictionaries keep the types of their keys; tuples come back as lists."""
     if isinstance(state, dict):
         if "tensor" in state:
             return tensors[state["tensor"]]
@@ -193,7 +193,7 @@ def write_checkpoint(
 ) -> Path:
     """Write output_dir/checkpoint-<step> and delete all but the newest `keep` complete ones; return its folder.
 
-    state: nested dicts, lists, numbers, texts and tensors. The folder appears under its name only when all is on disk.
+    state: nested dicts, lists, numbers, texts and tensors. The folder gets its name only after all files are on disk.
     """
     final, temporary, replaced = (output_dir / f"{mark}checkpoint-{step}" for mark in ("", TEMPORARY, REPLACED))
     shutil.rmtree(temporary, ignore_errors=True)
@@ -211,29 +211,29 @@ def write_checkpoint(
     try:
         for name, content in files.items():
             write_atomically(temporary / name, content)
-        if final.exists():  # an earlier attempt at this step; not every file system replaces a folder in one call
+        if final.exists():  # from an earlier attempt; not every file system can replace a folder in one call
             os.rename(final, replaced)
         os.rename(temporary, final)
         _flush_folder(output_dir)
-    except OSError:  # a full disk, a quota, a drive that is gone: what was there before stays
+    except OSError:  # a full disk, a quota, a lost drive: earlier checkpoints stay
         with contextlib.suppress(OSError):
             clean_up(output_dir)
         raise
-    with contextlib.suppress(OSError):  # one that cannot be deleted now (Windows: somebody reads it) is no lost one
+    with contextlib.suppress(OSError):  # Windows deletes no file that is being read; that does not matter
         shutil.rmtree(replaced, ignore_errors=True)
         _delete_old(output_dir, step, keep)
     return final
 
 
 def _flush_folder(folder: Path) -> None:
-    if os.name == "posix":  # the rename itself is on the disk only then; Windows has no call for it
+    if os.name == "posix":  # only this puts the rename on disk; Windows has no such call
         descriptor = os.open(folder, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
 
 
 def _delete_old(output_dir: Path, step: int, keep: int) -> None:
-    """Delete the checkpoints after `step`, whose course going back to it abandoned, and all but the newest `keep`."""
+    """Delete the checkpoints after `step`, left by a run that was set back to it, and all but the newest `keep`."""
     found = checkpoints(output_dir)
     future = [folder for folder in found if step_of(folder) > step]
     for old in future + found[len(future) :][keep:]:
@@ -244,13 +244,13 @@ def _delete_old(output_dir: Path, step: int, keep: int) -> None:
 
 
 def last_good(output_dir: Path) -> str:
-    """Return what a message says of the checkpoint that a run which failed can go on from."""
+    """Return, for the message about a failed run, which checkpoint it can continue from."""
     found = checkpoints(output_dir)
     return f"{found[0].name} is intact" if found else "there is no checkpoint yet"
 
 
 def read_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict]:
-    """Return (adapter, state) of a checkpoint; ValueError says what is damaged or missing."""
+    """Return (adapter, state) of a checkpoint; raise a ValueError that says what is damaged or missing."""
     try:
         sums = json.loads((folder / "checksums.json").read_text(encoding="utf-8"))
         for name in FILES:
@@ -264,7 +264,7 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict]:
 
 
 def latest_checkpoint(output_dir: Path, say: Callable[[str], None]) -> Found | None:
-    """Return the newest undamaged checkpoint as (folder, adapter, state); `say` gets a line for each one skipped."""
+    """Return the newest undamaged checkpoint as (folder, adapter, state); log a line for each one that is skipped."""
     for folder in checkpoints(output_dir):
         try:
             return (folder, *read_checkpoint(folder))
@@ -277,34 +277,37 @@ def latest_checkpoint(output_dir: Path, say: Callable[[str], None]) -> Found | N
 
 
 def find_checkpoint(training: TrainingConfig, overwrite: bool, say: Callable[[str], None]) -> Found | None:
-    """Return the checkpoint to go on from as (folder, adapter, state), or None to start at step 0."""
+    """Return the checkpoint to continue from as (folder, adapter, state), or None to start at step 0."""
     if overwrite or training.resume == "never":
         return None
     output_dir, folder = Path(training.output_dir), Path(training.resume)
     if training.resume == "auto":
         if (found := latest_checkpoint(output_dir, say)) is None and checkpoints(output_dir):
-            raise ConfigError(f"training.resume: no checkpoint in {output_dir} is sound; --overwrite starts over")
+            raise ConfigError(
+                f"training.resume: all checkpoints in {output_dir} are damaged; use --overwrite to start over"
+            )
     else:
-        with refusing(f"training.resume: cannot go on from {folder}", ValueError):
+        with refusing(f"training.resume: cannot continue from {folder}", ValueError):
             found = (folder, *read_checkpoint(folder))
     if found is not None and (missing := STATE - found[2].keys()):
-        lacks = f"{found[0]} is of another version: it has no {', '.join(sorted(missing))}"
-        raise ConfigError(f"training.resume: {lacks}; --overwrite starts over")
+        lacks = f"{found[0]} was written by another version of the toolkit: it has no {', '.join(sorted(missing))}"
+        raise ConfigError(f"training.resume: {lacks}; use --overwrite to start over")
     return found
 
 
-# What a run learns from, its part in `fingerprint`, and the settings that change it.
+# Inputs of a run: their name, their key in `fingerprint`, and the settings that change them.
 CONTENTS = (
-    ("model.name", "model", ("model.", "quantization.", "lora.")),  # an adapter renames the weights that it is on
-    ("data.dataset", "data", ("data.", "training.seed", "model.")),  # its tokens are the tokenizer's
+    ("model.name", "model", ("model.", "quantization.", "lora.")),  # an adapter renames the weights it is attached to
+    ("data.dataset", "data", ("data.", "training.seed", "model.")),  # the tokens depend on the tokenizer
     ("the tokenizer", "tokenizer", ("model.",)),
 )
 
 
 def check_resumable(state: dict, config: Config, prints: dict[str, str], window: int, name: str) -> None:
-    """Raise a ConfigError that names what a resumed run may not change, with the value in checkpoint `name` and now.
+    """Raise a ConfigError if something has changed that a resumed run must not change.
 
-    A content that differs is named where no setting that explains it does.
+    It names each changed setting with its value in checkpoint `name` and now. Changed content (model, data, tokenizer)
+    is named only if no changed setting explains it.
     """
     before, now = state["config"], settings(config)
     changes = changed_settings(before, config, (state["shape"]["window"], window), name)
@@ -315,7 +318,7 @@ def check_resumable(state: dict, config: Config, prints: dict[str, str], window:
         if key in now and before.get(key) != now[key]:
             changes[key] = changed_line(key, before.get(key), now[key], name)
         else:
-            contents[key] = f"{key}: its content is not what {name} was trained on"
+            contents[key] = f"{key}: its content has changed since {name} was written"
     if changes or contents:
         raise other_run([*changes.values(), *contents.values()], config.training)
 
@@ -324,21 +327,21 @@ def check_resumable(state: dict, config: Config, prints: dict[str, str], window:
 
 
 def check_output(training: TrainingConfig) -> None:
-    """Refuse an output folder where a run is at work, and one that cannot be written."""
+    """Raise ConfigError if another run is using the output folder, or if it cannot be written."""
     output_dir = Path(training.output_dir)
     parent = next(p for p in (output_dir, *output_dir.parents) if os.path.exists(p))
     with refusing(f"training.output_dir: cannot write in {parent}", OSError):
         if os.path.exists(output_dir / LOCK):
-            _open_locked(output_dir / LOCK).close()  # before anything is loaded; `locked` is what holds it
-        # os.access knows neither Windows' rights nor a read-only file system
+            _open_locked(output_dir / LOCK).close()  # an early check; `locked` takes the lock for the run
+        # a trial, since os.access checks neither Windows' permissions nor read-only file systems
         with tempfile.TemporaryDirectory(dir=parent, prefix=TEMPORARY) as trial:
             (Path(trial) / output_dir.name).mkdir(exist_ok=True)  # the name may be too long, or empty (`.`)
 
 
 def _open_locked(path: Path) -> BinaryIO:
-    """Return the lock file, locked; ConfigError where a live run holds it."""
-    for _ in range(10):  # another process of this launch may hold it for the moment of its own check
-        file = open(path, "ab")  # noqa: SIM115  # closed by whoever ends the lock
+    """Return the lock file, locked; raise ConfigError if a live run holds it."""
+    for _ in range(10):  # another process of this launch may hold it for a moment, for its own check
+        file = open(path, "ab")  # noqa: SIM115  # closed by the caller, which ends the lock
         try:
             if fcntl is not None:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -348,28 +351,28 @@ def _open_locked(path: Path) -> BinaryIO:
                 return file
         except OSError as error:
             if not isinstance(error, (BlockingIOError, PermissionError, FileNotFoundError)):
-                return file  # a file system without locks, as some network ones are: better unguarded than not at all
-        file.close()  # held, or its holder has just removed it: a lock on a file without a name guards nothing
+                return file  # some network file systems have no locks: run without one
+        file.close()  # held, or just deleted by its holder: a lock on a deleted file protects nothing
         time.sleep(0.05)
-    raise ConfigError(f"training.output_dir: another run is writing in {path.parent}; wait for its end or stop it")
+    raise ConfigError(f"training.output_dir: another run is writing in {path.parent}; wait until it ends, or stop it")
 
 
 @contextlib.contextmanager
 def locked(output_dir: Path) -> Iterator[None]:
-    """Hold the output folder, made where absent, against other runs; ConfigError where one is at work there.
+    """Lock the output folder, creating it if needed, against other runs; raise ConfigError if one is using it.
 
-    The lock is the system's, so that it ends with the process, however that ends; its file is removed at the end, and
-    with it a folder that stayed empty.
+    It is a lock of the operating system, which ends with the process in every case. At the end its file is removed, and
+    the folder too if it is new and still empty.
     """
     made = [path for path in (output_dir, *output_dir.parents) if not path.exists()]
     with refusing(f"training.output_dir: cannot write in {output_dir}", OSError):
         output_dir.mkdir(parents=True, exist_ok=True)
         file = _open_locked(output_dir / LOCK)
-        clean_up(output_dir)  # now: what is put back is a checkpoint to go on from
+        clean_up(output_dir)  # now, since it may put back the checkpoint to continue from
     try:
         yield
     finally:
-        if os.name == "nt":  # which removes no open file; elsewhere nobody may take it between the two
+        if os.name == "nt":  # Windows removes no open file; elsewhere remove it while it is locked
             file.close()
         with contextlib.suppress(OSError):
             (output_dir / LOCK).unlink()
@@ -380,31 +383,33 @@ def locked(output_dir: Path) -> Iterator[None]:
 
 
 def check_space(training: TrainingConfig, sizes: list[int]) -> None:
-    """Refuse an output folder on a disk without room for the checkpoints, one more than are kept, and the adapter.
+    """Raise ConfigError if the disk has no space for the adapter and the checkpoints (one more than are kept).
 
-    sizes: elements of each tensor of the adapter. A checkpoint holds it twice in fp32 (the best one too) and AdamW's
-    two moments; in 8 bit these are a byte an element, a scale for 256, and two tables of 1 KiB a tensor.
+    sizes: the number of elements of each tensor of the adapter. A checkpoint holds the adapter twice in fp32 (now and
+    at its best) and the two moments of AdamW. In 8 bit these need one byte per element, a scale per 256 elements and
+    two tables of 1 KiB per tensor.
     """
     moments = sum(n * 33 // 16 if n >= 4096 and "8bit" in training.optim else n * 8 for n in sizes)
-    checkpoint = sum(sizes) * 8 + moments + len(sizes) * 3072 + 2**20  # 2**20: the metrics so far, and headers
+    checkpoint = sum(sizes) * 8 + moments + len(sizes) * 3072 + 2**20  # 2**20: log rows and headers
     output_dir, kept = Path(training.output_dir), training.save_total_limit + 1
     there = sum(file.stat().st_size for file in output_dir.glob("checkpoint-*/*"))
     needed = kept * checkpoint + sum(sizes) * 4 - there
     parent = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
     if (free := shutil.disk_usage(parent).free) < needed:
         raise ConfigError(
-            f"training.output_dir: expected {needed / 1e6:,.0f} MB free in {parent} for {kept} checkpoints (training."
-            f"save_total_limit and one being written) and the adapter, got {free / 1e6:,.0f} MB"
+            f"training.output_dir: expected {needed / 1e6:,.0f} MB free in {parent} for the adapter and "
+            f"{kept} checkpoints (training.save_total_limit and one being written), got {free / 1e6:,.0f} MB"
         )
 
 
 def open_output(config: Config, history: list[dict], fresh: bool, template: str | None = None) -> Path:
-    """Return the output folder, its metrics.jsonl cut back to `history`; fresh: without the results of a run before.
+    """Return the output folder, ready for the run, with metrics.jsonl cut back to `history`.
 
-    template: the chat template of a model that has none, which inference must take too.
+    fresh: remove the results of an earlier run. template: the chat template used for a model without one, which
+    inference must use too.
     """
     output_dir = Path(config.training.output_dir)
-    if os.path.realpath(config.model.name) == os.path.realpath(output_dir):  # a tokenizer of the same name would go
+    if os.path.realpath(config.model.name) == os.path.realpath(output_dir):  # its tokenizer would be overwritten
         raise ConfigError(f"training.output_dir: {output_dir} is the folder of model.name; choose another folder")
     saved = dataclasses.replace(config.training, resume="auto", output_dir=os.path.abspath(output_dir))
     with refusing(f"training.output_dir: cannot write in {output_dir}", OSError):
@@ -423,9 +428,9 @@ def open_output(config: Config, history: list[dict], fresh: bool, template: str 
 
 
 class Log:
-    """Lines for the console and training_log.txt, rows for metrics.jsonl; the files open once the run is sound.
+    """Write lines to the console and training_log.txt, and rows to metrics.jsonl. The files exist after `open`.
 
-    What a full disk does not take waits and is tried again with the next line; `flush` raises where it stays so.
+    Text that a full disk refuses is kept and written with the next line; `flush` raises an error if that fails too.
     """
 
     def __init__(self, silent: bool):
@@ -435,7 +440,7 @@ class Log:
         if self.silent:
             return
         line = redact(line)
-        with contextlib.suppress(OSError), tqdm.external_write_mode():  # a console that is gone costs no run
+        with contextlib.suppress(OSError), tqdm.external_write_mode():  # a closed console must not end the run
             print(line, flush=True)
         self._add("training_log.txt", line + "\n")
 
@@ -454,13 +459,13 @@ class Log:
 
     def flush(self) -> None:
         for name in self.waiting if self.folder is not None else ():
-            text, self.waiting[name] = self.waiting[name], ""  # first, since a signal's handler may say something
+            text, self.waiting[name] = self.waiting[name], ""  # first, since a signal handler may add a line meanwhile
             if not text:
                 continue
             try:
                 with open(self.folder / name, "ab", buffering=0) as file:
                     end, content = file.tell(), text.encode()
-                    if file.write(content) < len(content):  # a full disk takes what fits, raises at the next write
+                    if file.write(content) < len(content):  # a full disk writes what fits
                         file.truncate(end)
                         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             except OSError:
@@ -508,17 +513,17 @@ def save_adapter(
     progress: Progress,
     blocks: Blocks,
 ) -> None:
-    """Write the adapter as peft does, with its model card and the tokenizer; the files take their places once all are on
-    the disk.
+    """Write the adapter as peft does, its model card and the tokenizer; files get their names after all are on disk.
 
-    The card keeps the header of peft's and says what this run did instead of asking. blocks: of the training part.
+    The card has the header of peft's card, and below it what this run did instead of peft's blanks to fill in.
+    blocks: those of the training part.
     """
     folder = output_dir / f"{TEMPORARY}adapter"
     try:
         model.save_pretrained(folder, save_embedding_layers=False)
         card = model_card((folder / "README.md").read_text(encoding="utf-8"), model, config, progress, blocks)
         (folder / "README.md").write_text(card, encoding="utf-8")
-        # peft's own file differs by the order of a set from run to run, and safetensors' is for its owner's eyes only
+        # In peft's own file the order of a set differs from run to run. Only the owner can read safetensors' file.
         described = json.dumps(adapter_settings(model, config.model.name), indent=2, sort_keys=True)
         (folder / "adapter_config.json").write_text(described, encoding="utf-8")
         shutil.copymode(folder / "adapter_config.json", folder / "adapter_model.safetensors")
@@ -534,24 +539,24 @@ def save_adapter(
 
 
 def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, template: str | None) -> None:
-    """Write the tokenizer so that AutoTokenizer loads the same one, with the chat template that was taught.
+    """Write the tokenizer so that AutoTokenizer loads the same one, with the chat template used in training.
 
-    template: the one in place of the tokenizer's own, if it has none. It stands in tokenizer_config.json: a
-    chat_template.jinja in an output folder belongs to a model without one.
+    template: used if the tokenizer has none. It is written into tokenizer_config.json, because a chat_template.jinja in
+    an output folder means that the model has no template of its own.
     """
     exact = copy.deepcopy(tokenizer)
     exact.chat_template = tokenizer.chat_template or template
     if not exact.is_fast:
         exact.save_pretrained(folder, save_jinja_files=False)
         return
-    exact.backend_tokenizer.no_truncation()  # what a call left in it would be in the file
+    exact.backend_tokenizer.no_truncation()  # settings of earlier calls would be saved too
     exact.backend_tokenizer.no_padding()
     exact.save_pretrained(folder, save_jinja_files=False)
     path = folder / "tokenizer_config.json"
     found = json.loads(path.read_text(encoding="utf-8"))
     if found.get("tokenizer_class") == "TokenizersBackend":
-        # The name, and the key for special tokens, that transformers 4 reads too: tokenizer.json as it is. Any other
-        # class (GPT2Tokenizer, Qwen2Tokenizer) would put a pre-tokenizer of its own in the place of that file's.
+        # Use the class name and the key for special tokens that transformers 4 reads too. This class uses
+        # tokenizer.json unchanged; others (GPT2Tokenizer, Qwen2Tokenizer) replace its pre-tokenizer by their own.
         found["tokenizer_class"] = "PreTrainedTokenizerFast"
         if isinstance(special := found.pop("extra_special_tokens", None), list):
             found["additional_special_tokens"] = special
@@ -561,7 +566,7 @@ def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, template: s
 
 
 def model_card(card: str, model: PeftModel, config: Config, progress: Progress, blocks: Blocks) -> str:
-    """Return the card of this run under the YAML header of peft's `card`."""
+    """Return the model card of this run, with the YAML header of peft's `card`."""
     results = "not evaluated (no held-out part)"
     if evaluations := progress.evaluations:
         best = min(evaluations, key=lambda row: row["eval_loss"])
@@ -592,17 +597,17 @@ def model_card(card: str, model: PeftModel, config: Config, progress: Progress, 
 
 
 class StopRequest:
-    """Whether somebody asked the run to stop, and by which signal."""
+    """Tells whether the run was asked to stop, and by which signal (None: not asked)."""
 
     signum: int | None = None
 
 
 @contextlib.contextmanager
 def stop_on_signal(say: Callable[[str], None]) -> Iterator[StopRequest]:
-    """Turn the first SIGINT, SIGTERM, SIGHUP or Ctrl-Break into a request that the loop reads at a step boundary.
+    """Turn the first SIGINT, SIGTERM, SIGHUP or Ctrl-Break into a request that the loop reads after each step.
 
-    A second one exits at once, but for SIGHUP: a terminal that closes sends it by the kernel and by the shell. What is
-    ignored at the start, SIGHUP under nohup, stays ignored.
+    A second signal exits at once, except SIGHUP: when a terminal closes, the kernel and the shell both send it. A
+    signal that is ignored at the start, such as SIGHUP under nohup, stays ignored.
     """
     request, hangup = StopRequest(), getattr(signal, "SIGHUP", None)
 
@@ -610,10 +615,10 @@ def stop_on_signal(say: Callable[[str], None]) -> Iterator[StopRequest]:
         if request.signum is not None:
             if signum == hangup:
                 return
-            os._exit(128 + signum)  # what was written is complete: files are renamed into place
+            os._exit(128 + signum)  # safe: every file is renamed only when it is complete
         request.signum = signum
-        with contextlib.suppress(RuntimeError):  # the console's buffer cannot be entered twice
-            say("stopping after this step; once more to exit at once")
+        with contextlib.suppress(RuntimeError):  # raised if the signal interrupted another print
+            say("stopping after this step; a second signal (Ctrl-C) exits at once")
 
     names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if threading.current_thread() is threading.main_thread() else ()
     signals = [getattr(signal, name) for name in names if hasattr(signal, name)]
@@ -627,19 +632,19 @@ def stop_on_signal(say: Callable[[str], None]) -> Iterator[StopRequest]:
 
 
 def effective(config: Config, model: nn.Module) -> Config:
-    """Return the configuration with the quantisation, and the adapter if there is one, that the model really has.
+    """Return the configuration with the quantisation (and the adapter, if there is one) that the model really has.
 
-    They differ where somebody edited create_bnb_config or create_lora_config, and where a base is stored in 4 bit.
+    They differ if a user edited create_bnb_config or create_lora_config, or if the base is stored in 4 bit.
     """
     quantized = next((module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)), None)
     found, flags = {"load_in_4bit": quantized is not None}, config.flags
     if quantized is not None:
         state = quantized.weight.quant_state
         found |= {"quant_type": state.quant_type, "use_double_quant": state.nested}
-        # A type that this machine replaced, such as bfloat16 on a CPU without AVX-512, stays recorded as configured.
+        # If this machine replaced the type (such as bfloat16 on a CPU without AVX-512), keep the configured one.
         if quantized.compute_dtype is not compute_dtype_of(config):
             found["compute_dtype"] = str(quantized.compute_dtype).removeprefix("torch.")
-            flags |= {"quantization.compute_dtype"}  # asked for as by a flag: compute_dtype_of does not replace it
+            flags |= {"quantization.compute_dtype"}  # like a flag, so that compute_dtype_of keeps it
     quantization, lora = dataclasses.replace(config.quantization, **found), config.lora
     if isinstance(model, PeftModel):
         lora = _effective_lora(config.lora, model)
@@ -647,11 +652,11 @@ def effective(config: Config, model: nn.Module) -> Config:
 
 
 def _effective_lora(asked: LoraSettings, model: PeftModel) -> LoraSettings:
-    """Return what an adapter's own configuration says of the settings in config.yaml."""
+    """Return the settings under `lora` that an adapter's own configuration has."""
     found = model.peft_config["default"]
     targets = found.target_modules
     created = create_lora_config(**vars(asked)).target_modules
-    if isinstance(targets, str):  # a regex, which config.yaml cannot hold: the modules that it chose
+    if isinstance(targets, str):  # a regex, which config.yaml cannot hold: use the modules that it matched
         targets = model.base_model.targeted_module_names
     as_asked = created == asked.target_modules == "all-linear" or set(targets) == set(asked.target_modules)
     return dataclasses.replace(
@@ -666,8 +671,8 @@ def _effective_lora(asked: LoraSettings, model: PeftModel) -> LoraSettings:
 
 
 def edited_line(config: Config, found: Config) -> list[str]:
-    """Return a line that names what a model has otherwise than configured, or none. found: `effective`."""
+    """Return a list with a line that names what differs from the configuration, or []. found: from `effective`."""
     asked, has = flatten(config), flatten(found)
     odd = [f"{name} is {has[name]} (configured: {asked[name]})" for name in asked if asked[name] != has[name]]
-    who = "create_bnb_config, create_lora_config or a base stored in 4 bit decided"
+    who = "create_bnb_config, create_lora_config or a base stored in 4 bit caused this"
     return [f"not as configured: {', '.join(odd)}; {who}"] if odd else []

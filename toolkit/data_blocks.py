@@ -2,10 +2,10 @@
 
     make_blocks(tokenized, tokenizer, data, seed) -> {"train": Blocks, "validation": Blocks or None}
 
-Running text becomes one stream that is cut in blocks. Chats and pairs are samples: they are cut at data.max_length each,
-and share a block without seeing each other.
+Running text becomes one stream of tokens that is cut into blocks. Chats and pairs are samples: each is cut at
+data.max_length, and several can share a block without seeing each other.
 
-It takes any DatasetDict with input_ids, so that the tutorial's own prepare_dataset can be put in the place of
+Any DatasetDict with input_ids will do, so that the tutorial's own prepare_dataset can replace
 `train_qlora.prepare_dataset`.
 """
 
@@ -47,12 +47,12 @@ WIKITEXT_TITLE = r"^ ?= [^=](.*[^=])? = ?\n?$"
 
 
 def is_wikitext(data: DataConfig) -> bool:
-    """Return whether the data set, not a folder on its way, is called Wikitext."""
+    """Return whether the name of the data set (not of a folder above it) contains wikitext."""
     return "wikitext" in Path(data.dataset).name.lower()
 
 
 def rows_are_lines(data: DataConfig) -> bool:
-    """Return whether a row is a line of a running text (data.rows; auto: Wikitext and .txt)."""
+    """Return whether the rows are the lines of a running text: data.rows says so, or is auto for Wikitext or a .txt."""
     if data.rows != "auto":
         return data.rows == "lines"
     if is_wikitext(data):
@@ -62,9 +62,9 @@ def rows_are_lines(data: DataConfig) -> bool:
 
 
 def document_end(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the token between two documents: <|endoftext|> where the vocabulary has it, else the end of sequence.
+    """Return the token between two documents: <|endoftext|> if the vocabulary has it, otherwise the end of sequence.
 
-    A chat's turn end (<|im_end|>) belongs to chat turns only: after plain text it would teach the model to stop.
+    A chat's turn end (<|im_end|>) belongs to chats only: after plain text it would teach the model to stop there.
     """
     end = tokenizer.get_vocab().get("<|endoftext|>", tokenizer.eos_token_id)
     if end is None:
@@ -73,30 +73,30 @@ def document_end(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def first_token(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokens that the tokenizer itself puts before a text: [bos] for a Llama, [] for a Qwen."""
+    """Return the tokens that the tokenizer itself puts before a text: [bos] for Llama, [] for Qwen."""
     ids = tokenizer("a")["input_ids"]
     return [ids[0]] if tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id] else []
 
 
 def _column(dataset: Dataset, name: str) -> pa.ChunkedArray:
-    """Return a column's Arrow data, rows in the order of the dataset."""
+    """Return a column's Arrow data, with the rows in the order of the dataset."""
     dataset = dataset.flatten_indices() if dataset._indices is not None else dataset
     return dataset.data.column(name)
 
 
 def row_lengths(dataset: Dataset) -> np.ndarray:
-    """Return each row's tokens, int64 [rows]."""
+    """Return the number of tokens of each row, int64 [rows]."""
     return pc.list_value_length(_column(dataset, "input_ids")).to_numpy().astype(np.int64)
 
 
 def flat_column(dataset: Dataset, name: str) -> tuple[np.ndarray, ...]:
-    """Return the numbers of all rows of a column of lists as int32 pieces, memory-mapped where they are int32 on disk."""
+    """Return all numbers in a column of lists as int32 arrays; they stay memory-mapped if they are int32 on disk."""
     chunks = (chunk.flatten().to_numpy() for chunk in _column(dataset, name).chunks if len(chunk))
     return tuple(chunk.astype(np.int32, copy=False) for chunk in chunks)
 
 
 def check_rows(dataset: Dataset, split: str) -> None:
-    """Raise a ConfigError where a split of prepare_dataset has no lists of token ids, or labels of another length."""
+    """Raise a ConfigError if a split of prepare_dataset has no lists of token ids, or labels of another length."""
     if "input_ids" not in dataset.column_names:
         found = ", ".join(dataset.column_names)
         raise ConfigError(f"prepare_dataset: expected a column input_ids in the split {split!r}, got {found}")
@@ -104,7 +104,7 @@ def check_rows(dataset: Dataset, split: str) -> None:
     for name in names:
         kind = dataset.features[name]
         held = getattr(getattr(kind, "feature", None), "dtype", "")
-        if "int" not in held and (name != "attention_mask" or not held):  # a mask may be of bool or float
+        if "int" not in held and (name != "attention_mask" or not held):  # a mask may also be of bool or float
             raise ConfigError(f"prepare_dataset: expected a list of integers in each row of {name}, got {kind}")
     counts = {name: pc.fill_null(pc.list_value_length(_column(dataset, name)), -1).to_numpy() for name in names}
     for name, found in counts.items():
@@ -117,7 +117,7 @@ def check_rows(dataset: Dataset, split: str) -> None:
 
 
 def without_pads(dataset: Dataset) -> Dataset:
-    """Return the rows without their pads, which an attention mask tells from tokens: by position, never by id."""
+    """Return the rows without padding. The attention mask tells where it is; the id of a pad may also be a token's."""
     if "attention_mask" not in dataset.column_names:
         return dataset
     names = [name for name in ("input_ids", "labels") if name in dataset.column_names]
@@ -137,24 +137,25 @@ def without_pads(dataset: Dataset) -> Dataset:
 
 
 def numbered(dataset: Dataset) -> Dataset:
-    """Return the rows with their numbers, from 0."""
+    """Return the rows with a column of their numbers, from 0."""
     dataset = dataset.remove_columns(ROW) if ROW in dataset.column_names else dataset
     return dataset.add_column(ROW, np.arange(len(dataset)))
 
 
 def _flags(column: pa.ChunkedArray, test: Callable[[pa.Array], pa.Array]) -> np.ndarray:
-    """Return what a test says of each text, bool [rows], a chunk at a time, since its copies would not fit beside a
-    large corpus.
+    """Return the result of a test for each text, bool [rows].
+
+    It works on one chunk after another, since copies of a whole large corpus would need too much memory.
     """
     texts = (pc.fill_null(chunk.cast(pa.string()), "") for chunk in column.chunks)
     return np.concatenate([test(part).to_numpy(zero_copy_only=False).astype(bool) for part in texts])
 
 
 def drop_empty(dataset: Dataset, data: DataConfig) -> tuple[Dataset, np.ndarray]:
-    """Return the rows that have tokens, and for each whether a document starts there, bool [rows].
+    """Return the rows that have tokens, and for each of them whether a document starts there, bool [rows].
 
-    Documents: every row starts one. Lines: after a blank line, or at a Wikitext title; without a text column, only
-    the first.
+    If rows are documents, each row starts one. If rows are lines, a document starts after a blank line, or at a title
+    of Wikitext; without a text column only at the first row.
     """
     kept = row_lengths(dataset) > 0
     text = _column(dataset, data.text_column) if data.text_column in dataset.column_names else None
@@ -168,7 +169,7 @@ def drop_empty(dataset: Dataset, data: DataConfig) -> tuple[Dataset, np.ndarray]
     elif is_wikitext(data):
         starts = _flags(text, lambda part: pc.match_substring_regex(part, WIKITEXT_TITLE))
     else:
-        starts = np.concatenate([[True], blank[:-1]])  # kept rows are not blank, so the row before decides
+        starts = np.concatenate([[True], blank[:-1]])  # a row starts a document if the row before it is blank
     if not kept.any():
         raise ConfigError(f"data.dataset: {data.dataset} has no text in column {data.text_column!r}")
     index = np.flatnonzero(kept)
@@ -178,9 +179,7 @@ def drop_empty(dataset: Dataset, data: DataConfig) -> tuple[Dataset, np.ndarray]
 
 
 def close_documents(dataset: Dataset, starts: np.ndarray, first: list[int], end: list[int]) -> Dataset:
-    """Return the rows with the tokenizer's first token before and the document end after every document: input_ids
-    and ROW.
-    """
+    """Return the rows (input_ids and ROW) with the tokens `first` before and `end` after every document."""
     ends = np.append(starts[1:], True)
 
     def close(batch: dict, indices: list[int]) -> dict:
@@ -197,10 +196,10 @@ def close_documents(dataset: Dataset, starts: np.ndarray, first: list[int], end:
 
 
 def hold_out(starts: np.ndarray, lengths: np.ndarray, fraction: float, least: int, seed: int) -> np.ndarray | None:
-    """Return which rows are held out, bool [rows]: whole documents picked by seed, or a single document's last rows.
+    """Return which rows are held out, bool [rows]: documents chosen by the seed, or a single document's last rows.
 
-    They hold at least `fraction` of the rows and `least` tokens (half of all where that is less). None where whole
-    documents would be too few, or more than half of the tokens: then only a cut within a row will do.
+    They have at least `fraction` of the rows and `least` tokens (or half of all tokens, if that is less). Return None
+    if whole documents would give too few tokens, or more than half of them: then a row itself must be cut.
     """
     document = np.cumsum(starts) - 1
     order = np.random.default_rng(seed).permutation(document[-1] + 1)
@@ -220,12 +219,13 @@ def hold_out(starts: np.ndarray, lengths: np.ndarray, fraction: float, least: in
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """A flat stream of tokens cut in blocks of `length`; the last one keeps the tail. Indexing reads memory-mapped
-    Arrow data.
+    """A stream of tokens that is cut into blocks of `length`; the last block may be shorter.
 
-    pieces: int32 arrays whose concatenation is the stream. rows, documents: how many went in. dataset: the name of what
-    they are from: data.dataset, or FUNCTION. source: what they were read as. template: the chat template that they went through, if it is not the tokenizer's. notes: what the user
-    should know of them, a line each. origin: the rows whose tokens make the stream.
+    Indexing reads memory-mapped Arrow data.
+    pieces: int32 arrays that form the stream one after another. rows, documents: how many of them it was made of.
+    dataset: the name of the data, which is data.dataset or FUNCTION. source: how the rows were read. template: the chat
+    template that was used, if it is not the tokenizer's. notes: lines that the user should see. origin: the rows whose
+    tokens form the stream.
     """
 
     pieces: tuple[np.ndarray, ...]
@@ -243,15 +243,17 @@ class Blocks:
         return len(self.cuts) - 1
 
     def spans(self, i: int) -> np.ndarray:
-        """Return where in the stream the tokens of a block are, int64 [spans, 2]: start and stop."""
+        """Return the spans of a block in the stream, int64 [spans, 2]: start and stop."""
         return self.cuts[None, i : i + 2]
 
     def rows_of(self, blocks: Iterable[int]) -> list[np.ndarray]:
-        """Return for each block the numbers in their split, from 0, of the rows that it has tokens of, int64 [rows]."""
+        """Return for each block the numbers (in their split, from 0) of the rows whose tokens it has, int64 [rows]."""
         ends, numbers = np.cumsum(row_lengths(self.origin)), _column(self.origin, ROW).to_numpy()
         found = []
         for i in blocks:
-            low, high = np.searchsorted(ends, (self.spans(i) - [0, 1]).T, side="right")  # of first and last tokens
+            low, high = np.searchsorted(
+                ends, (self.spans(i) - [0, 1]).T, side="right"
+            )  # rows of the first and last token
             parts = [numbers[first : last + 1] for first, last in zip(low, high, strict=True)]
             found.append(np.concatenate(parts))
         return found
@@ -270,31 +272,30 @@ class Blocks:
 
     @property
     def tokens(self) -> int:
-        """All tokens of all blocks."""
+        """The number of tokens in all blocks."""
         return int(self.cuts[-1] - self.cuts[0])
 
     @property
     def supervised(self) -> int:
-        """The tokens that are predicted: all but the first of each block."""
+        """The number of tokens that are predicted: all but the first of each block."""
         return self.tokens - len(self)
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleBlocks(Blocks):
-    """Samples with labels, several of them in a block if packed, else one. The stream holds all tokens and then all
-    labels.
+    """Samples with labels: one per block, or several if packed. The stream holds all tokens, followed by all labels.
 
-    cuts: int64 [samples, 3], in the order of the blocks: block, and where in the tokens the sample starts and stops.
+    cuts: int64 [samples, 3], in the order of the blocks: the block, then the sample's start and stop in the tokens.
     """
 
     packed: bool = True
-    learned: int = 0  # tokens that are predicted
+    learned: int = 0  # number of tokens that are predicted
 
     def __len__(self) -> int:
         return int(self.cuts[-1, 0]) + 1
 
     def spans(self, i: int) -> np.ndarray:
-        """Return where in the tokens a block's samples are, int64 [samples, 2]: start and stop."""
+        """Return the spans of a block's samples in the tokens, int64 [samples, 2]: start and stop."""
         low, high = np.searchsorted(self.cuts[:, 0], [i, i + 1])
         return self.cuts[low:high, 1:]
 
@@ -303,7 +304,7 @@ class SampleBlocks(Blocks):
         samples = []
         for start, stop in self.spans(i):
             ids, labels = (self.read(start + offset, stop + offset) for offset in (0, len(self._stream) // 2))
-            labels[0] = IGNORED  # what comes before it is another sample's, or nothing
+            labels[0] = IGNORED  # no token of the same sample comes before it
             samples.append(np.stack([ids, labels, np.arange(stop - start)]))
         return np.concatenate(samples, 1)[: 3 if self.packed else 2]
 
@@ -318,8 +319,9 @@ class SampleBlocks(Blocks):
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
-    """Windows `stride` tokens apart over the whole text of `blocks`, of their length; each predicts what none before it
-    did.
+    """Windows over the whole text of `blocks`, as long as a block, each `stride` tokens after the one before.
+
+    Each window predicts only the tokens that no window before it has predicted.
     """
 
     blocks: Blocks
@@ -339,35 +341,35 @@ class Windows:
 
     @property
     def supervised(self) -> int:
-        """The tokens that are predicted: all but the first of the text, or of each window where none overlap."""
+        """The number of tokens predicted: all but the first of the text, or of each window if they do not overlap."""
         return self.blocks.tokens - (len(self) if self.stride == self.blocks.length else 1)
 
 
 def windows_of(blocks: Blocks, stride: int) -> Windows:
-    """Return the windows over a part's running text; ConfigError for samples, which are no text."""
+    """Return the windows over a part's running text; raise ConfigError for samples, which are not running text."""
     if isinstance(blocks, SampleBlocks):
-        raise ConfigError(f"--stride: expected running text, got {blocks.source}")
+        raise ConfigError(f"--stride: works on running text only, got {blocks.source}")
     return Windows(blocks, stride)
 
 
 def cut_points(lengths: np.ndarray, length: int, packing: bool) -> np.ndarray:
-    """Return where blocks start and end, int64 [blocks + 1]. The last block keeps the tail, but for one lonely token.
+    """Return where blocks start and end, int64 [blocks + 1]. The last block may be shorter, down to two tokens.
 
-    Packed: every `length` tokens across rows. Unpacked: every `length` tokens within each row, so no block spans two
-    rows.
+    Packed: a cut after every `length` tokens, across rows. Unpacked: a cut after every `length` tokens of each row and
+    at its end, so that no block has tokens of two rows.
     """
     rows = lengths.sum(keepdims=True) if packing else lengths
     ends = np.cumsum(rows)
     starts = [np.arange(end - size, end, length, dtype=np.int64) for end, size in zip(ends, rows, strict=True)]
     cuts = np.append(np.concatenate(starts), ends[-1])
-    return cuts[:-1] if len(cuts) > 2 and cuts[-1] - cuts[-2] < 2 else cuts  # one token predicts nothing
+    return cuts[:-1] if len(cuts) > 2 and cuts[-1] - cuts[-2] < 2 else cuts  # one token alone predicts nothing
 
 
 def _split_tail(blocks: Blocks, fraction: float) -> tuple[Blocks, Blocks]:
-    """Return the blocks as (train, held out): the last part, at least one block."""
+    """Return the blocks as (train, held out); the last blocks are held out, at least one."""
     if len(blocks) < 2:
         raise ConfigError(
-            f"data.dataset: {counted(blocks.tokens, 'token')} of text: too short to hold out a block; "
+            f"data.dataset: {counted(blocks.tokens, 'token')} of text are too few to hold out a block; "
             "give a validation split, a smaller data.max_length, or data.validation_fraction 0"
         )
     count = min(max(1, round(len(blocks) * fraction)), len(blocks) - 1)
@@ -383,9 +385,9 @@ def most_rows(name: str, data: DataConfig) -> int | None:
 def text_blocks(
     dataset: Dataset, starts: np.ndarray, most: int | None, marks: tuple[list[int], list[int]], data: DataConfig
 ) -> Blocks:
-    """Return the blocks of running text: its first `most` rows, documents between `marks`.
+    """Return the blocks of running text, made of its first `most` rows (None: all).
 
-    starts: whether a document starts at a row, bool [rows].
+    starts: whether a document starts at a row, bool [rows]. marks: the tokens before and after every document.
     """
     if most is not None and most < len(dataset):
         dataset, starts = dataset.select(range(most)), starts[:most]
@@ -398,14 +400,15 @@ def text_blocks(
 def make_text_blocks(
     splits: dict[str, Dataset], marks: tuple[list[int], list[int]], data: DataConfig, seed: int
 ) -> dict[str, Blocks]:
-    """Return the blocks of rows that are text: empty rows dropped, whole documents held out where needed, or a last
-    part.
+    """Return the blocks of rows that are text, without empty rows.
+
+    If there is no validation split, whole documents are held out, or the last blocks if documents are too few.
     """
     parts = {name: drop_empty(split, data) for name, split in splits.items()}
     tail = False
     if "validation" not in parts and data.validation_fraction > 0:
         dataset, starts = parts["train"]
-        least = data.max_length if data.packing else 2  # one block; unpacked a row is one
+        least = data.max_length if data.packing else 2  # a block; without packing any row with two tokens is one
         out = hold_out(starts, row_lengths(dataset), data.validation_fraction, least, seed)
         tail = out is None
         for name, rows in (("train", ~out), ("validation", out)) if not tail else ():
@@ -416,7 +419,8 @@ def make_text_blocks(
     for name, part in blocks.items():
         if part.supervised < 1:
             raise ConfigError(
-                f"data.dataset: the {name} part of {data.dataset} has {counted(part.tokens, 'token')}: nothing to predict"
+                f"data.dataset: the {name} part of {data.dataset} has only {counted(part.tokens, 'token')}: "
+                "nothing to predict"
             )
     return blocks
 
@@ -425,19 +429,19 @@ def make_text_blocks(
 
 
 def pack(sizes: np.ndarray, length: int) -> np.ndarray:
-    """Return the block that each sample goes to, int64 [samples]: the longest first, each where the least room is left
-    over.
+    """Return the number of the block that each sample is put into, int64 [samples].
 
-    sizes: tokens of each sample, none above `length`. (Best fit decreasing: about 11/9 of the fewest blocks at
-    worst, D. S. Johnson 1973.)
+    Best fit decreasing: the longest sample first, each into the block where the least room is left over. This needs at
+    most about 11/9 of the smallest possible number of blocks (D. S. Johnson 1973).
+    sizes: the number of tokens of each sample, none larger than `length`.
     """
     block, count = np.empty(len(sizes), np.int64), 0
     blocks_by_room: list[list[int]] = [[] for _ in range(length + 1)]
-    rooms: list[int] = []  # those that some block has, ascending
+    rooms: list[int] = []  # the different amounts of room that blocks have left, ascending
     for i in np.argsort(-sizes, kind="stable"):
         size = int(sizes[i])
         at = bisect_left(rooms, size)
-        if at == len(rooms):  # it fits nowhere: a new block
+        if at == len(rooms):  # no block has enough room: start a new one
             rooms.append(length)
             blocks_by_room[length].append(count)
             count += 1
@@ -453,8 +457,9 @@ def pack(sizes: np.ndarray, length: int) -> np.ndarray:
 
 
 def learned_tokens(dataset: Dataset, most: int) -> np.ndarray:
-    """Return how many of each row's first `most` tokens are learned, int64 [rows]: those with a label, but never the
-    first.
+    """Return how many of each row's first `most` tokens are supervised, int64 [rows].
+
+    These are the tokens with a label, except the first token of a row, which nothing predicts.
     """
     counts = []
     for chunk in _column(dataset, "labels").chunks:
@@ -466,29 +471,31 @@ def learned_tokens(dataset: Dataset, most: int) -> np.ndarray:
 
 
 def learnable_rows(dataset: Dataset, name: str, data: DataConfig) -> tuple[np.ndarray, list[str]]:
-    """Return the numbers of the rows that teach something within data.max_length, and a line on the others and the cut
-    ones.
+    """Return the numbers of the rows with a supervised token within data.max_length, and lines for the log.
+
+    The lines tell how many rows are left out, and how many are cut.
     """
     learned, lengths, notes = learned_tokens(dataset, data.max_length), row_lengths(dataset), []
     empty = np.flatnonzero(learned == 0)
     if len(empty):
         named = ", ".join(f"{row + 1:,}" for row in empty[:5]) + (", …" if len(empty) > 5 else "")
         notes.append(
-            f"{name}: {len(empty):,} of {len(learned):,} rows left out, since nothing in their first {data.max_length} tokens "
-            f"(data.max_length) is learned: row{'s'[: len(empty) > 1]} {named}"
+            f"{name}: {len(empty):,} of {len(learned):,} rows are left out, since their first {data.max_length} tokens "
+            f"(data.max_length) hold nothing to train on: row{'s'[: len(empty) > 1]} {named}"
         )
     if len(empty) == len(learned):
-        raise ConfigError(f"data.dataset: {data.dataset}: nothing to learn; {notes[0]}")
+        raise ConfigError(f"data.dataset: {data.dataset} has nothing to train on; {notes[0]}")
     if cut := int((lengths > data.max_length).sum()):
         gone = np.maximum(lengths - data.max_length, 0).sum() / lengths.sum()
         notes.append(
-            f"{name}: {cut:,} of {len(learned):,} rows are cut at data.max_length: {gone:.1%} of the tokens are lost; a longer one keeps more"
+            f"{name}: {cut:,} of {len(learned):,} rows are cut at data.max_length: {gone:.1%} of the tokens are lost; "
+            "raise data.max_length to keep more"
         )
     return np.flatnonzero(learned), notes
 
 
 def sample_blocks(dataset: Dataset, name: str, rows: np.ndarray, notes: list[str], data: DataConfig) -> SampleBlocks:
-    """Return the blocks of these rows of a part, each cut at data.max_length."""
+    """Return the blocks of these rows of a part, each row cut at data.max_length."""
     lengths = row_lengths(dataset)
     starts, sizes = (np.cumsum(lengths) - lengths)[rows], np.minimum(lengths[rows], data.max_length)
     block = np.arange(len(rows))
@@ -509,8 +516,9 @@ def sample_blocks(dataset: Dataset, name: str, rows: np.ndarray, notes: list[str
 
 
 def make_sample_blocks(splits: dict[str, Dataset], data: DataConfig, seed: int) -> dict[str, SampleBlocks]:
-    """Return the blocks of rows with labels: each row a sample; those that teach nothing left out, some held out where
-    needed.
+    """Return the blocks of rows with labels; each row is a sample.
+
+    Rows without a supervised token are left out. If there is no validation split, some rows are held out.
     """
     parts = {name: (split, *learnable_rows(split, name, data)) for name, split in splits.items()}
     if "validation" not in parts and data.validation_fraction > 0:
@@ -518,7 +526,7 @@ def make_sample_blocks(splits: dict[str, Dataset], data: DataConfig, seed: int) 
         out = hold_out(np.ones(len(rows), bool), np.ones(len(rows)), data.validation_fraction, 1, seed)
         if out is None:
             raise ConfigError(
-                f"data.dataset: {len(rows)} row{'s'[: len(rows) > 1]} to learn from: too few to hold one out; "
+                f"data.dataset: only {len(rows)} row{'s'[: len(rows) > 1]} to train on, too few to hold one out; "
                 "give a validation split or data.validation_fraction 0"
             )
         parts = {"train": (split, rows[~out], notes), "validation": (split, rows[out], [])}
@@ -529,34 +537,35 @@ def make_sample_blocks(splits: dict[str, Dataset], data: DataConfig, seed: int) 
 
 
 def samples_of_ours(splits: dict[str, Dataset]) -> bool:
-    """Return whether our own reader made these rows of chats or pairs, all of which may be learned (completion_only)."""
+    """Return whether tokenize_rows made these rows of chats or pairs; their labels then count even if all are set."""
     return all(set(split.column_names) == {"input_ids", "labels", ROW} for split in splits.values())
 
 
 def masks_labels(splits: dict[str, Dataset]) -> bool:
-    """Return whether some label of rows without pads differs from its token: then labels say what is learned.
+    """Return whether some label differs from its token (rows have no padding): labels then choose what is supervised.
 
-    Raises ConfigError where only some of the splits have labels, so that the others would be learned or measured whole.
+    Raise ConfigError if only some splits have labels, since all tokens of the others would be supervised.
     """
     labelled = [name for name, split in splits.items() if "labels" in split.column_names]
     streams = [(flat_column(splits[name], "labels"), flat_column(splits[name], "input_ids")) for name in labelled]
     if not any(pa.chunked_array(labels) != pa.chunked_array(ids) for labels, ids in streams if ids):
         return False
     for name in splits.keys() - set(labelled):
-        raise ConfigError(f"prepare_dataset: expected a column labels in the split {name!r}, as {labelled[0]!r} has it")
+        raise ConfigError(
+            f"prepare_dataset: expected a column labels in the split {name!r}, like that in {labelled[0]!r}"
+        )
     return True
 
 
 def make_blocks(
     tokenized: DatasetDict, tokenizer: PreTrainedTokenizerBase, data: DataConfig, seed: int, close: bool = True
 ) -> dict[str, Blocks | None]:
-    """Return the blocks of {"train", "validation"}: rows without use dropped, documents closed, rows held out where
-    needed, cut.
+    """Return the blocks of "train" and "validation": drop useless rows, end documents, hold rows out if needed, cut.
 
     tokenized: a DatasetDict with input_ids, with or without the text column, attention_mask or a validation split.
-    Rows with labels are samples; labels that equal the tokens say nothing, so that without a mask rows are text. Rows
-    of our own reader are lines or documents as data.rows says; others are documents, but for data.rows: lines.
-    close: False leaves running text without document ends.
+    Rows whose labels differ from their tokens are samples; other rows are text. Rows made by tokenize_rows are lines or
+    documents as data.rows says; rows of a user's own function are documents unless data.rows is lines.
+    close: False leaves running text without the tokens before and after documents.
     """
     if not isinstance(tokenized, DatasetDict) or "train" not in tokenized:
         found = ", ".join(tokenized) if isinstance(tokenized, DatasetDict) else type(tokenized).__name__
@@ -565,12 +574,14 @@ def make_blocks(
     for name, split in splits.items():
         check_rows(split, name)
         splits[name] = without_pads(split)
-    ours = all(ROW in split.column_names for split in splits.values())  # and not what somebody made instead
+    ours = all(
+        ROW in split.column_names for split in splits.values()
+    )  # made by tokenize_rows, not by a user's own function
     if not ours:
         data = dataclasses.replace(data, dataset=FUNCTION, rows="lines" if data.rows == "lines" else "documents")
         splits = {name: numbered(split) for name, split in splits.items()}
     if (ours and samples_of_ours(splits)) or masks_labels(splits):
-        how = "" if isinstance(tokenized, Tokenized) else ", each a sample whose labels say what is learned"
+        how = "" if isinstance(tokenized, Tokenized) else ", each a sample whose labels say which tokens are supervised"
         blocks = make_sample_blocks(splits, data, seed)
     else:
         marks = (first_token(tokenizer), [document_end(tokenizer)]) if close else ([], [])
@@ -581,20 +592,21 @@ def make_blocks(
     blocks = {name: dataclasses.replace(part, **named) for name, part in blocks.items()}
     if unused := sorted(tokenized.keys() - splits.keys()):
         names = f"split{'s'[: len(unused) > 1]} {', '.join(unused)}"
-        line = f"not used: the {names} of {FUNCTION}; only train and validation are"
+        line = f"not used: the {names} of {FUNCTION}; only train and validation are used"
         blocks["train"] = dataclasses.replace(blocks["train"], notes=(*blocks["train"].notes, line))
     return {"train": blocks["train"], "validation": blocks.get("validation")}
 
 
 def sample_counts(*parts: Blocks | Windows | None) -> list[int]:
-    """Return how many samples each block of packed samples holds, in descending order; nothing where none are packed."""
+    """Return how many samples each block of packed samples holds, in descending order; [] if no samples are packed."""
     packed = [part for part in parts if isinstance(part, SampleBlocks) and part.packed]
     return sorted((int(count) for part in packed for count in np.bincount(part.cuts[:, 0])), reverse=True)
 
 
 def show_block(block: np.ndarray, tokenizer: PreTrainedTokenizerBase, most: int = 80) -> str:
-    """Return a block's start decoded in one line, what is learned between [[ and ]], each part cut to `most`
-    characters; what is left of a character that a block cuts is not shown.
+    """Return a block's start decoded in one line, with [[ and ]] around supervised tokens.
+
+    Each part is cut to `most` characters. If the block cuts a character, its rest is not shown.
     """
     ids, learned = (block[:40], np.zeros(40, bool)) if block.ndim == 1 else (block[0], block[1] != IGNORED)
     shown = ""
@@ -610,7 +622,7 @@ def show_block(block: np.ndarray, tokenizer: PreTrainedTokenizerBase, most: int 
 
 
 def _training_files(data: DataConfig) -> dict[str, int | None]:
-    """Return what the training rows were read from, in order, with the rows in each; None: all that are left."""
+    """Return the files of the training rows, in order, with the number of rows in each; None: all that are left."""
     local = local_files(data.dataset)
     if local is None:
         return {f"{data.dataset} {data.train_split}": None}
@@ -618,7 +630,7 @@ def _training_files(data: DataConfig) -> dict[str, int | None]:
     names = files.get(data.train_split) or next(iter(files.values()))
     base = data.dataset if Path(data.dataset).is_dir() else Path(data.dataset).parent
     sizes = {os.path.relpath(name, base): None for name in names}
-    # Each by itself, since together they are rows of one split.
+    # Each file is loaded alone, since a split does not tell which file a row came from.
     for shown, name in zip(sizes, names[:-1], strict=False):
         only = {"train": [glob.escape(name)]}
         digest = content_digest({"train": [name]})
@@ -627,9 +639,9 @@ def _training_files(data: DataConfig) -> dict[str, int | None]:
 
 
 def places_of(numbers: Iterable[int], blocks: Blocks, data: DataConfig) -> list[str]:
-    """Return for each training block the files and rows, from 1, that it is made of; of a text file a row is a line.
+    """Return for each training block the files and rows (from 1) that it is made of; a row of a text file is a line.
 
-    Of a user's own function the files are not known, only the rows that it returned.
+    If a user's own function made the rows, only their numbers are known and no files.
     """
     files, places = {FUNCTION: None} if blocks.dataset == FUNCTION else _training_files(data), []
     for rows in blocks.rows_of(numbers):
@@ -652,10 +664,10 @@ BATCH = ("input_ids", "labels", "position_ids")
 
 
 def collate(rows: Sequence[np.ndarray], pad: int) -> dict[str, torch.Tensor]:
-    """Return input_ids, labels and, of packed samples, position_ids, int64 [batch, longest].
+    """Return input_ids, labels and, for packed samples, position_ids, int64 [batch, longest].
 
-    rows: [tokens], or [2 or 3, tokens] with labels and positions. Pads stand on the right, unlabelled by position
-    and not by id; of packed samples they make one more, which nobody sees.
+    rows: [tokens], or [2 or 3, tokens] with labels and positions. Padding is added on the right, with the label
+    IGNORED. After packed samples the padding is one more sample, which no other sample sees.
     """
     rows = [np.stack([row, row]) if row.ndim == 1 else row for row in rows]
     longest = max(row.shape[1] for row in rows)
@@ -667,13 +679,13 @@ def collate(rows: Sequence[np.ndarray], pad: int) -> dict[str, torch.Tensor]:
 def batches(
     blocks: Blocks, numbers: np.ndarray, size: int, pad: int, device: torch.device
 ) -> Iterator[tuple[dict[str, torch.Tensor], int, np.ndarray]]:
-    """Yield (batch on the device, its supervised tokens, positions in `numbers`) for the blocks named by `numbers`."""
+    """Yield (batch on the device, number of its supervised tokens, places in `numbers`) for the blocks `numbers`."""
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     for start in range(0, len(numbers), size):
         part = numbers[start : start + size]
         batch = collate([blocks[i] for i in part], pad)
         tokens = int((batch["labels"][:, 1:] != IGNORED).sum())
-        if stream is not None:  # copied while the GPU still works on the batches before this one
+        if stream is not None:  # copy while the GPU still works on earlier batches
             with torch.cuda.stream(stream):
                 batch = {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in batch.items()}
             torch.cuda.current_stream(device).wait_stream(stream)
@@ -683,15 +695,14 @@ def batches(
 
 
 def epoch_order(blocks: int, seed: int, epoch: int) -> np.ndarray:
-    """Return the order of the blocks in an epoch; a function of the seed and the epoch alone, so resuming needs no
-    state.
-    """
+    """Return the order of the blocks in an epoch. It depends on seed and epoch alone, so resuming needs no state."""
     return np.random.default_rng((seed, epoch)).permutation(blocks)
 
 
 def step_windows(blocks: int, window: int, seed: int, step: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield (epoch, numbers of the blocks) of every optimizer step after `step`, without end; an epoch's last window
-    may be short.
+    """Yield (epoch, numbers of the blocks) for every optimizer step after `step`, without end.
+
+    window: blocks per optimizer step; the last step of an epoch may have fewer.
     """
     per_epoch = -(-blocks // window)
     while True:

@@ -1,9 +1,9 @@
-"""From files to tokens: rows and their columns, chat templates and masks.
+"""From files to tokens: rows and their columns, chat templates, labels.
 
     load_rows(data) -> DatasetDict of rows            tokenize_rows(rows, tokenizer, data) -> the same with input_ids
 
-Running text has tokens only. Chats and pairs are samples: they have labels beside their tokens.
-`train_qlora.prepare_dataset` is the line above; data_blocks.py makes blocks of what it returns.
+Running text has tokens only. Chats and pairs are samples: they have labels in addition to their tokens.
+`train_qlora.prepare_dataset` calls the two functions above, and data_blocks.py makes blocks of what it returns.
 """
 
 import copy
@@ -31,11 +31,11 @@ from config import ConfigError, DataConfig, missing_data, not_utf8
 from quantization_utils import cache_problem, hub_problem
 
 BUILDERS = {".txt": "text", ".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-# What datasets says of files that hold no rows, each format in its own way.
+# Parts of the errors that datasets raises for files without rows; each format has its own.
 NO_ROWS = ("at least one example", "corresponds to no data", "BatchSize must be greater than 0", "No columns to parse")
-# Rows of a .txt that run on are joined as they are; in a .csv the words NA and None are words.
+# Lines of a .txt keep their line breaks, so that they can be joined again. In a .csv NA and None stay words, not nulls.
 OPTIONS = {"text": {"keep_linebreaks": True, "encoding": "utf-8-sig"}, "csv": {"keep_default_na": False}}
-DEEPEST = 4000  # levels of JSON: pyarrow refuses more than 64, and dies of 10,000 (version 26)
+DEEPEST = 4000  # levels of JSON: pyarrow refuses more than 64, but crashes at 10,000 (version 26)
 AS_SQUARE, NO_BRACKETS = bytes.maketrans(b"{}", b"[]"), bytes(set(range(256)) - set(b"[]{}"))
 IGNORED = -100  # the label of a position that is not supervised, PyTorch's default ignore_index
 
@@ -43,7 +43,7 @@ IGNORED = -100  # the label of a position that is not supervised, PyTorch's defa
 
 
 def local_files(dataset: str) -> tuple[str, dict[str, list[str]]] | None:
-    """Return (builder, files by split) of a local file or folder, or None where `dataset` is a hub id."""
+    """Return (builder, files by split) of a local file or folder, or None if `dataset` is a hub id."""
     path = Path(dataset)
     if path.is_file():
         if path.suffix.lower() not in BUILDERS:
@@ -56,7 +56,7 @@ def local_files(dataset: str) -> tuple[str, dict[str, list[str]]] | None:
             raise ConfigError(
                 f"data.dataset: expected files of one kind ({', '.join(BUILDERS)}) in {path}, got {found}"
             )
-        base = glob.escape(str(path))  # splits by the names of files and folders, as datasets reads them
+        base = glob.escape(str(path))  # datasets finds the splits by the names of files and folders
         found = DataFilesDict.from_patterns(get_data_patterns(base), base_path=base)
         files = {split: [f for f in names if Path(f).suffix.lower() in BUILDERS] for split, names in found.items()}
         return BUILDERS[kinds[0]], {split: names for split, names in files.items() if names}
@@ -66,9 +66,9 @@ def local_files(dataset: str) -> tuple[str, dict[str, list[str]]] | None:
 
 
 def content_digest(files: dict[str, list[str]]) -> str:
-    """Return a hash of the files' bytes for datasets' cache, which itself goes by their paths and times alone.
+    """Return a hash of the files' bytes as a key for datasets' cache, which by itself looks at paths and times only.
 
-    ValueError where the brackets of a JSON file open DEEPEST times in a row, none closing in between.
+    Raise ValueError if a JSON file opens DEEPEST brackets in a row without closing one.
     """
     digest = hashlib.sha256()
     for name in itertools.chain(*files.values()):
@@ -84,14 +84,14 @@ def content_digest(files: dict[str, list[str]]) -> str:
 
 
 def check_encoding(files: dict[str, list[str]]) -> None:
-    """Refuse files of text that are not UTF-8; Parquet has no encoding of its own to choose."""
+    """Raise ConfigError for a text file that is not UTF-8. Parquet always stores text as UTF-8."""
     for name in itertools.chain(*files.values()):
         if BUILDERS[Path(name).suffix.lower()] != "parquet" and (problem := not_utf8(name)):
             raise ConfigError(f"data.dataset: cannot read {name}: {problem}")
 
 
 def unreadable(error: Exception, dataset: str, local: bool) -> ConfigError:
-    """Return the error that says in one line why datasets could not load a data set."""
+    """Return the error that explains in one line why datasets could not load a data set."""
     if known := cache_problem(error) or (None if local else hub_problem("data.dataset", dataset, error)):
         return known
     cause = error.__cause__ or error
@@ -102,9 +102,9 @@ def unreadable(error: Exception, dataset: str, local: bool) -> ConfigError:
 
 
 def load_rows(data: DataConfig) -> DatasetDict:
-    """Return the rows of the splits that data names, from the hub or from local files.
+    """Return the rows of the splits that `data` names, from the hub or from local files.
 
-    Where the validation split does not exist, only the training split is returned. Raises ConfigError.
+    If the validation split does not exist, only the training split is returned. Raises ConfigError.
     """
     local = local_files(data.dataset)
     try:
@@ -141,23 +141,22 @@ def load_rows(data: DataConfig) -> DatasetDict:
 CHATS = (("messages",), ("conversations",))
 PAIRS = (("prompt", "completion"), ("instruction", "input", "output"), ("instruction", "output"))
 SAMPLES = {"chat": CHATS, "prompt": PAIRS}
-# Names of ShareGPT and its kin.
+# Names of the roles in ShareGPT and similar data.
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
-# For a tokenizer without a chat template; a turn of the assistant ends as a document does.
+# For a tokenizer without a chat template; an answer ends with the tokenizer's end of sequence token.
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message.role | capitalize }}: {{ message.content }}"
     "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
-MARKS = "\ufdd0", "\ufdd1"  # noncharacters, which Unicode keeps for a program's own use: no text has them
+MARKS = "\ufdd0", "\ufdd1"  # noncharacters: Unicode reserves them for use inside a program, so no text contains them
 
 
 def recognise(columns: Sequence[str], data: DataConfig) -> tuple[str, tuple[str, ...]]:
-    """Return what rows with these columns are (text, chat or prompt) and the columns that are read; ConfigError if
-    nothing.
+    """Return the kind of rows with these columns (text, chat or prompt) and the columns to read; raise ConfigError.
 
-    data.format decides; auto takes chats, then pairs, then text, but a text_column of another name than the default
-    first.
+    data.format decides. auto looks for the columns of chats, then of pairs, then of text. If data.text_column is not
+    the default and exists, it is text.
     """
     known = SAMPLES | {"text": ((data.text_column,),)}
     order = list(known) if data.format == "auto" else [data.format]
@@ -172,16 +171,16 @@ def recognise(columns: Sequence[str], data: DataConfig) -> tuple[str, tuple[str,
         raise ConfigError(
             f"data.format: {data.format} needs the columns {wanted}; {data.dataset} has {', '.join(columns)}"
         )
-    hint = "" if data.format == "text" else "; a chat has messages or conversations, a pair prompt + completion"
+    hint = "" if data.format == "text" else "; chats need messages or conversations, pairs need prompt + completion"
     raise ConfigError(
         f"data.text_column: no column {data.text_column!r} in {data.dataset}; it has {', '.join(columns)}{hint}"
     )
 
 
 def to_messages(row: dict[str, Any], columns: tuple[str, ...]) -> list[dict[str, str]]:
-    """Return a row's turns as role and content; ValueError says what is not as it should be.
+    """Return a row's turns as role and content; raise a ValueError that says what is wrong with them.
 
-    A pair is a turn of the user and one of the assistant; a text in `input` goes below the instruction.
+    A pair becomes a turn of the user and one of the assistant. A text in `input` is put below the instruction.
     """
     if columns in CHATS:
         turns = row[columns[0]] or []
@@ -207,12 +206,11 @@ def to_messages(row: dict[str, Any], columns: tuple[str, ...]) -> list[dict[str,
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> tuple[str, list[tuple[int, int]]]:
-    """Return the chat as the template writes it, and where in it the assistant's words stand: [start, stop) in
-    characters.
+    """Return the chat as the template writes it, and the spans [start, stop) of the assistant's words in it.
 
-    The places come from a second rendering, with a mark before and after the assistant's words, that is equal but
-    for the marks. ValueError where it is not: the template then rewrites an answer (a `<think>` part, say) and its
-    place is not known.
+    A second rendering, with a mark before and after the assistant's words, shows the spans. Without its marks it must
+    equal the first one. Otherwise the template rewrites an answer (such as a `<think>` part), so that its span is not
+    known: ValueError.
     """
     template = None if tokenizer.chat_template else PLAIN_TEMPLATE
 
@@ -226,20 +224,20 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -
 
     text = apply("", "", trim=False)
     answers = sum(message["role"] == "assistant" for message in messages)
-    for trim in (False, True):  # many templates trim an answer, which the marks would keep them from
+    for trim in (False, True):  # many templates trim answers; with marks around them they cannot
         pieces = re.split(f"([{''.join(MARKS)}])", apply(*MARKS, trim=trim))
         parts, marks = pieces[::2], pieces[1::2]
         if "".join(parts) == text and marks == [*MARKS] * answers:
             ends = list(itertools.accumulate(map(len, parts)))
             return text, list(zip(ends[0:-1:2], ends[1::2], strict=True))
-    raise ValueError("the chat template rewrites a turn of the assistant, so that it cannot be told what to learn")
+    raise ValueError("the chat template rewrites an answer of the assistant, so the tokens to train on cannot be found")
 
 
 def answer_labels(encoding: Any, text: str, spans: list[tuple[int, int]], specials: set[int]) -> np.ndarray:
-    """Return the labels of a rendered chat's tokens, int32 [tokens]: the assistant's words and the token that ends a
-    turn.
+    """Return the labels of a rendered chat's tokens, int32 [tokens].
 
-    encoding: of the tokenizers library, offsets in characters of `text`. Everything else is -100.
+    The assistant's words and the token that ends its turn are supervised; all other labels are IGNORED.
+    encoding: as the tokenizers library returns it, with offsets in characters of `text`.
     """
     ids = np.array(encoding.ids, np.int32)
     offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
@@ -254,23 +252,23 @@ def answer_labels(encoding: Any, text: str, spans: list[tuple[int, int]], specia
     return labels
 
 
-ROW = "row_number"  # the column with a row's number in its split, from 0; only our own reader makes it
-FUNCTION = "prepare_dataset of train_qlora.py"  # the name of data that came from a user's function
+ROW = "row_number"  # column with the row's number in its split, from 0; only tokenize_rows makes it
+FUNCTION = "prepare_dataset of train_qlora.py"  # shown as the name of data that a user's own function returned
 
 
 class Tokenized(DatasetDict):
-    """Tokenised rows that know how they were read."""
+    """Tokenised rows, with a note of how they were read."""
 
     source = f"rows of {FUNCTION}"
-    template: str | None = None  # PLAIN_TEMPLATE where they went through it
+    template: str | None = None  # PLAIN_TEMPLATE if that was used
 
 
 def text_encoder(tokenizer: PreTrainedTokenizerBase, column: str) -> Callable[[pa.Table, list[int]], pa.Table]:
-    """Return what adds the tokens to a batch of texts."""
+    """Return a function that adds the tokens to a batch of texts."""
 
     def encode(batch: pa.Table, indices: list[int]) -> pa.Table:
         texts = pc.fill_null(batch[column].cast(pa.string()), "").to_pylist()
-        if tokenizer.is_fast:  # the wrapper around this call costs a third of the tokenizer's speed
+        if tokenizer.is_fast:  # transformers' wrapper around this call would make it a third slower
             encodings = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
             ids = [encoding.ids for encoding in encodings]
         else:
@@ -284,13 +282,14 @@ def text_encoder(tokenizer: PreTrainedTokenizerBase, column: str) -> Callable[[p
 def sample_encoder(
     tokenizer: PreTrainedTokenizerBase, columns: tuple[str, ...], completion_only: bool
 ) -> Callable[[pa.Table, list[int]], pa.Table]:
-    """Return what makes a batch of chats or pairs a batch of tokens and labels."""
+    """Return a function that turns a batch of chats or pairs into tokens and labels."""
     if not tokenizer.is_fast:
         raise ConfigError(
-            "model.name: chats and pairs need a tokenizer.json, which tells the place of a token in a text"
+            "model.name: chat and prompt/completion data need a fast tokenizer (tokenizer.json): the loss mask uses "
+            "its character offsets"
         )
     backend, specials = copy.deepcopy(tokenizer.backend_tokenizer), set(tokenizer.added_tokens_decoder)
-    backend.post_processor = None  # it would take the spaces at its edges from a token's place
+    backend.post_processor = None  # it would cut the spaces at a token's edges from its offsets
 
     def read(row: dict, index: int) -> tuple[str, list[tuple[int, int]]]:
         try:
@@ -321,15 +320,15 @@ def _check_text(split: Dataset, data: DataConfig) -> None:
 
 
 def tokenize_rows(rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> Tokenized:
-    """Return the rows with input_ids and their numbers in the split, nothing cut: of a text no special tokens are added;
-    chats and pairs go through the chat template and have labels too, -100 where nothing is learned.
+    """Return the rows with input_ids and their numbers in the split; nothing is cut.
 
-    What was tokenised before is found in datasets' cache under a key of rows, tokenizer, template, settings and this
-    file.
+    No special tokens are added to a text. Chats and pairs go through the chat template and get labels too, which are
+    IGNORED where a token is not supervised. Rows tokenised before come from datasets' cache, whose key contains the
+    rows, the tokenizer, the template, the settings and the source of this file.
     """
     out, identity = Tokenized(), tokenizer
     if tokenizer.is_fast:
-        tokenizer.backend_tokenizer.no_truncation()  # what an earlier call left in it
+        tokenizer.backend_tokenizer.no_truncation()  # an earlier call may have switched it on
         tokenizer.backend_tokenizer.no_padding()
         identity = tokenizer.backend_tokenizer.to_str()
     for name, split in rows.items():
@@ -343,7 +342,9 @@ def tokenize_rows(rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, data: D
         else:
             encode = sample_encoder(tokenizer, columns, data.completion_only)
             own = "the tokenizer's chat template"
-            out.source += f", through {own if tokenizer.chat_template else 'User: … Assistant: …, having no template'}"
+            out.source += (
+                f", through {own if tokenizer.chat_template else 'User: … Assistant: …, as it has no chat template'}"
+            )
             out.template = None if tokenizer.chat_template else PLAIN_TEMPLATE
         try:
             out[name] = split.map(
@@ -354,20 +355,21 @@ def tokenize_rows(rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, data: D
                 new_fingerprint=key,
                 desc=f"tokenise {name}",
             ).with_format(None)
-        except UnicodeDecodeError as error:  # Arrow reads JSON and Parquet without looking at the bytes of a text
+        except UnicodeDecodeError as error:  # Arrow does not check the bytes of texts in JSON and Parquet
             read = ", ".join(columns)
             raise ConfigError(f"data.text_column: column {read!r} in {data.dataset} is not UTF-8: {error}") from None
     return out
 
 
-# ------------------------------------------------------------------------------------------------ what the base never learned
+# ------------------------------------------------------------------------------------------------ untrained tokens
 
 
 def untrained_chat_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return a warning that names the tokens of the chat template whose embedding was never trained, or no line.
+    """Return a list with a warning that names the chat template's tokens whose embedding was never trained, or [].
 
-    Never trained: a row that is zero, that another token shares to the bit, or that points where the rows beyond the
-    tokenizer's vocabulary point, which no text can train (the idea of Land and Bartolo, "Fishing for Magikarp", 2024).
+    An embedding was never trained if it is zero, if another token has exactly the same one, or if it points in the same
+    direction as the rows beyond the tokenizer's vocabulary, which no text can train (the idea of Land and Bartolo,
+    "Fishing for Magikarp", 2024).
     """
     if not tokenizer.chat_template:
         return []
@@ -377,7 +379,7 @@ def untrained_chat_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizer
     rows = model.get_input_embeddings().weight.detach()
     own = rows[chat].float()
     untrained = (own == 0).all(1)
-    for i, token in enumerate(chat):  # 64 columns tell any two trained rows apart; all would take 0.3 GiB of Qwen2.5's
+    for i, token in enumerate(chat):  # 64 columns are enough to tell two trained rows apart; all need much memory
         untrained[i] |= (rows[:, :64] == rows[token, :64]).all(1).sum() > 1
     unused = F.normalize(rows[len(tokenizer) :].float(), dim=1)
     if len(unused) > 1:
@@ -389,18 +391,19 @@ def untrained_chat_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizer
         return []
     return [
         f"warning: {', '.join(names)}: the base model never learned these tokens of its chat template; "
-        "take the Instruct model, or text without a chat template"
+        "use the Instruct model, or train on plain text"
     ]
 
 
-HALF = "\ufffd"  # what a tokenizer makes of tokens that hold only a part of a character
+HALF = "\ufffd"  # how a tokenizer decodes tokens that hold only a part of a character
 
 
 def whole_characters(
     ids: np.ndarray, learned: np.ndarray, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[bool, str]]:
-    """Yield (learned, text) for each run of tokens that are learned, or are not; a character whose tokens are of two
-    runs belongs to the first.
+    """Yield (learned, text) for each run of neighbouring tokens that are all supervised, or all not.
+
+    A character whose tokens belong to two runs is shown with the first one.
     """
     start = 0
     while start < len(ids):
@@ -409,7 +412,9 @@ def whole_characters(
             stop += 1
         text = tokenizer.decode(ids[start:stop])
         whole = text.rstrip(HALF)
-        for longer in range(stop + 1, min(stop + 4, len(ids) + 1)) if whole != text else ():  # of at most 4 bytes
+        for longer in (
+            range(stop + 1, min(stop + 4, len(ids) + 1)) if whole != text else ()
+        ):  # a character has at most 4 bytes
             more = tokenizer.decode(ids[start:longer])
             if len(more) == len(whole) + 1 and not more.endswith(HALF):
                 stop, whole = longer, more

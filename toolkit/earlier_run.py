@@ -1,6 +1,7 @@
-"""What an output folder holds of an earlier run: whether a new one may go on there, and what inference takes from it.
+"""An earlier run in an output folder: whether a new run may continue it, and what inference uses of it.
 
-Imports no torch: a user who edits config.yaml and runs again must not wait for the weights to be told what is wrong.
+This module imports no torch: a user who edits config.yaml and runs again must not have to wait for the weights before
+an error is shown.
 """
 
 import dataclasses
@@ -13,8 +14,8 @@ from typing import Any
 from config import DATA_FILES, LEAVES, Config, ConfigError, TrainingConfig, flatten, is_hub_id, load_config, shown
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-NAMES = ("model.name", "data.dataset")  # what has these may move: its content counts
-WINDOW = "training.batch_size x training.gradient_accumulation_steps"  # what counts is their product
+NAMES = ("model.name", "data.dataset")  # a path may change if its content is the same
+WINDOW = "training.batch_size x training.gradient_accumulation_steps"  # only their product must stay the same
 
 
 def step_of(folder: Path) -> int:
@@ -29,7 +30,7 @@ def checkpoints(output_dir: Path) -> list[Path]:
 
 
 def settings(config: Config) -> dict[str, Any]:
-    """Return every leaf of the configuration as JSON gives it back."""
+    """Return every setting by its name, in the form in which JSON reads it back (lists instead of tuples)."""
     return {name: list(value) if isinstance(value, tuple) else value for name, value in flatten(config).items()}
 
 
@@ -37,7 +38,7 @@ def settings(config: Config) -> dict[str, Any]:
 
 
 def read_settings(checkpoint: Path) -> tuple[dict[str, Any], int] | None:
-    """Return the settings that a checkpoint was made with and the sequences per optimizer step; None if unreadable."""
+    """Return a checkpoint's settings and its sequences per optimizer step; None if they cannot be read."""
     try:
         state = dict(json.loads((checkpoint / "training_state.json").read_text(encoding="utf-8"))["items"])
         return dict(state["config"]["items"]), dict(state["shape"]["items"])["window"]
@@ -46,15 +47,15 @@ def read_settings(checkpoint: Path) -> tuple[dict[str, Any], int] | None:
 
 
 def changed_line(key: str, before: Any, now: Any, name: str) -> str:
-    """Return what is said of a setting that had another value in the checkpoint of this name."""
+    """Return the message about a setting that had another value in the checkpoint `name`."""
     return f"{key}: was {shown(before)} in {name}, is {shown(now)} now"
 
 
 def changed_settings(before: dict[str, Any], config: Config, windows: tuple[int, int], name: str) -> dict[str, str]:
-    """Return a text for each setting that is not what the checkpoint `name` was trained with, and must be to go on.
+    """Return a message for each changed setting that must not change if the run continues from checkpoint `name`.
 
-    before: that checkpoint's settings; a key that it lacks had what is the default today. windows: sequences per
-    optimizer step, before and now.
+    before: that checkpoint's settings; a key that it lacks had the value that is the default today. windows: the
+    sequences per optimizer step, before and now.
     """
     now, default = settings(config), settings(Config())
     fixed = [key for key in now if not LEAVES[key].field.metadata["resumable"] and key not in NAMES]
@@ -63,56 +64,56 @@ def changed_settings(before: dict[str, Any], config: Config, windows: tuple[int,
 
 
 def may_have_moved(before: Any, now: Any) -> bool:
-    """Return whether two names of a model or a data set can mean the same content, as far as the disk tells at once.
+    """Return whether two names of a model or a data set may mean the same content, judged by names and file sizes.
 
-    Where they can, the content is compared once it is loaded.
+    If they may, the content itself is compared after it is loaded.
     """
     if before == now or not (isinstance(before, str) and isinstance(now, str)):
         return before == now
-    if is_hub_id(before) and is_hub_id(now):  # the hub renames, as wikitext to Salesforce/wikitext
+    if is_hub_id(before) and is_hub_id(now):  # the hub renames repositories: wikitext became Salesforce/wikitext
         return before.split("/")[-1].lower() == now.split("/")[-1].lower()
     return not os.path.exists(before) or not os.path.exists(now) or _sizes(before) == _sizes(now)
 
 
 def _sizes(path: str) -> list[int]:
-    """Return the sizes of the data and weights in a file or folder."""
+    """Return the sizes of a file, or of all files of data and weights in a folder."""
     top = Path(path)
     files = top.rglob("*") if top.is_dir() else [top]
     return sorted(f.stat().st_size for f in files if f.suffix.lower() in (*DATA_FILES, ".safetensors") and f.is_file())
 
 
 def other_run(changes: list[str], training: TrainingConfig) -> ConfigError:
-    """Return the one line that refuses to go on from a checkpoint: what changed, and what works instead."""
+    """Return the error that refuses to continue from a checkpoint: what changed, and what to do instead."""
     output_dir = Path(training.output_dir)
     finished = os.path.isfile(output_dir / "adapter_model.safetensors")
-    if training.resume != "auto" and not finished and not checkpoints(output_dir):  # the checkpoint is another folder's
-        return ConfigError(f"{'; '.join(changes)}; leave training.resume at auto to start at step 0")
+    if training.resume != "auto" and not finished and not checkpoints(output_dir):  # it is in another folder
+        return ConfigError(f"{'; '.join(changes)}; set training.resume to auto to start at step 0")
     kind = "a finished run" if finished else "an unfinished run"
-    remedy = "give another --output_dir, or --overwrite to replace it"
-    if training.resume != "auto":  # another folder alone would go on from the same checkpoint
-        remedy = "give --overwrite to replace it, or another --output_dir and leave training.resume at auto"
+    remedy = "choose another --output_dir, or use --overwrite to replace it"
+    if training.resume != "auto":  # with another folder alone the run would still continue from that checkpoint
+        remedy = "use --overwrite to replace it, or choose another --output_dir and set training.resume to auto"
     return ConfigError(f"{'; '.join(changes)}; {output_dir} holds {kind}: {remedy}")
 
 
 def refuse_other_run(config: Config, overwrite: bool) -> None:
-    """Raise a ConfigError where the output folder holds a run that this one would neither go on from nor replace."""
+    """Raise a ConfigError if the output folder holds a run that this one would neither continue nor replace."""
     training, folder = config.training, Path(config.training.resume)
     output_dir, resume = Path(training.output_dir), training.resume
     if overwrite:
         return
-    finished = os.path.isfile(output_dir / "adapter_model.safetensors")  # unlike Path's, no error for a name too long
+    finished = os.path.isfile(output_dir / "adapter_model.safetensors")  # Path.is_file raises for long names
     found = checkpoints(output_dir) if os.path.isdir(output_dir) else []
     own = resume == "auto" or (
         resume != "never" and os.path.abspath(output_dir) == os.path.dirname(os.path.abspath(resume))
     )
     if (finished and not (own and found)) or (found and not own and resume != "never"):
         kind = "a finished run" if finished else "another run"
-        # With a checkpoint of another folder --overwrite would start at step 0, which is not what was asked for.
-        remedy = ", or --overwrite to replace it" if resume in ("auto", "never") else ""
-        raise ConfigError(f"training.output_dir: {output_dir} holds {kind}; give another --output_dir{remedy}")
+        # If a checkpoint of another folder was asked for, --overwrite is no help: it would start at step 0.
+        remedy = ", or use --overwrite to replace it" if resume in ("auto", "never") else ""
+        raise ConfigError(f"training.output_dir: {output_dir} holds {kind}; choose another --output_dir{remedy}")
     window = training.batch_size * training.gradient_accumulation_steps
     for checkpoint in {"auto": found, "never": []}.get(resume, [folder]):
-        if (read := read_settings(checkpoint)) is not None:  # a damaged one is skipped when it is loaded, too
+        if (read := read_settings(checkpoint)) is not None:  # a damaged one is skipped later too
             before, now = read[0], settings(config)
             names = [key for key in NAMES if not may_have_moved(before.get(key), now[key])]
             changes = changed_settings(before, config, (read[1], window), checkpoint.name)
@@ -126,7 +127,10 @@ def refuse_other_run(config: Config, overwrite: bool) -> None:
 
 
 def left_by_run(adapter: Path, name: str) -> list[Path]:
-    """Return the file that a run left with its adapter, for a checkpoint in the folder above; perhaps none."""
+    """Return, as a list of at most one, the file that a run left with its adapter.
+
+    For the adapter of a checkpoint the folder above is searched too.
+    """
     folder = adapter.resolve()
     places = [folder, folder.parent] if folder.name.startswith("checkpoint-") else [folder]
     return [place / name for place in places if (place / name).is_file()][:1]
@@ -135,10 +139,11 @@ def left_by_run(adapter: Path, name: str) -> list[Path]:
 def config_with_adapter(
     adapter: Path | None, given: list[Path], beside: Path, overrides: dict[str, str]
 ) -> tuple[Config, list[str]]:
-    """Return the configuration to use an adapter with, and a line for edits of `beside` that cannot count.
+    """Return the configuration for using an adapter, and a list with a line about edits of `beside` without effect.
 
-    schema < the run's own config.yaml < `given` (--config) < flags; for generation.*, which no run learns: schema <
-    `beside` (the config.yaml beside the script) < `given` < flags. Without a run's own: `given`, else `beside`.
+    Each of these overrides the ones before it: schema, the run's own config.yaml, `given` (--config), flags. For
+    generation.*, which training does not use: schema, `beside` (the config.yaml beside the script), `given`, flags.
+    An adapter without its own config.yaml uses `given`, or `beside` if nothing is given.
     """
     own = left_by_run(adapter, "config.yaml") if adapter else []
     config = load_config(own + given or [beside], overrides)
@@ -149,8 +154,9 @@ def config_with_adapter(
 
 
 def ignored_edits(own: Path, beside: Path, overrides: dict[str, str]) -> list[str]:
-    """Return a line that names the settings in which `beside` differs from a run's config.yaml, `own`, if it counts as
-    that run's: it names the run's folder and model.
+    """Return a list with a line that names the settings in which `beside` differs from a run's own config.yaml.
+
+    It is empty unless `beside` names the folder and the model of that run, since it then belongs to another run.
     """
     if not beside.is_file():
         return []
@@ -159,12 +165,12 @@ def ignored_edits(own: Path, beside: Path, overrides: dict[str, str]) -> list[st
     if folder != own.parent.resolve() or edited.model.name != run.model.name:
         return []
     mine, theirs = settings(edited), settings(run)
-    # training.* is what the next run will do, and no setting of an adapter that is there
+    # training.* is about the next run; it does not matter for an adapter that exists
     asked = [key for key in mine if key.split(".")[0] not in ("training", "generation") and key not in overrides]
     differing = [f"{key} {shown(theirs[key])} (not {shown(mine[key])})" for key in asked if mine[key] != theirs[key]]
     if not differing:
         return []
     return [
         f"the adapter is used with the settings of its run, {own}: {', '.join(differing)}; "
-        f"your edits in {beside.name} count when you train again"
+        f"your edits in {beside.name} take effect when you train again"
     ]

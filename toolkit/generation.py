@@ -1,4 +1,4 @@
-"""From prompts to tokens the fastest way that runs here, and what limits the speed."""
+"""Make tokens from prompts in the fastest way that works here, and tell what limits the speed."""
 
 import dataclasses
 from collections.abc import Callable
@@ -28,11 +28,11 @@ from fast_path.nf4 import HAS_TRITON
 from quantization_utils import rope_parameters
 from toolkit.memory import peak_gib
 
-# ------------------------------------------------------------------------------------------------ what limits
+# ------------------------------------------------------------------------------------------------ memory traffic
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Return the bytes of weights that a step reads: all, 4-bit constants too, the embedding only if it is the head."""
+    """Return the bytes of weights that a step reads: all, with the 4-bit constants, but an embedding only if tied."""
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     total = sum(p.nbytes for p in model.parameters() if p is not embedding or p is head)
     for p in model.parameters():
@@ -42,7 +42,7 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def position_bytes(model: PreTrainedModel) -> int:
-    """Return the bytes of keys and values that a sequence keeps for each of its positions."""
+    """Return the bytes of the keys and values that the cache holds per position of a sequence."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -50,20 +50,20 @@ def position_bytes(model: PreTrainedModel) -> int:
 
 
 def card_bandwidth(device: torch.device) -> float | None:
-    """Return the bytes a second that the card's memory is made for, None where torch does not say."""
+    """Return the nominal bandwidth of the GPU's memory in bytes per second; None if torch does not tell it."""
     if device.type != "cuda":
         return None
     card = torch.cuda.get_device_properties(device)
-    # kHz, and two transfers a clock
+    # the clock is in kHz, and there are two transfers per clock
     return 2e3 * getattr(card, "memory_clock_rate", 0) * getattr(card, "memory_bus_width", 0) / 8 or None
 
 
 @dataclasses.dataclass
 class Traffic:
-    """What decoding steps read of the memory: bytes, and the seconds they took."""
+    """The bytes that decoding steps read from memory, and the seconds that they needed."""
 
-    weights: int  # bytes a step
-    position: int  # bytes a position of a sequence
+    weights: int  # bytes per step
+    position: int  # bytes per position of a sequence
     device: torch.device
     read: float = 0.0
     seconds: float = 0.0
@@ -75,7 +75,7 @@ class Traffic:
         self.seconds += watch.last - watch.first
 
     def line(self) -> str:
-        """Return GB/s reached, the share of the card's bandwidth where it is known, and the peak of memory."""
+        """Return a text with the GB/s reached, the share of the GPU's bandwidth if known, and the peak memory."""
         rate = self.read / self.seconds if self.seconds else 0.0
         card = card_bandwidth(self.device)
         share = f", {rate / card:.0%} of the card's {card / 1e9:,.0f}" if card else ""
@@ -85,31 +85,32 @@ class Traffic:
 COVERED = {"do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens"}
 COVERED |= {"eos_token_id", "pad_token_id", "bos_token_id", "use_cache", "transformers_version"}
 
-# ------------------------------------------------------------------------------------------------ which way
+# ------------------------------------------------------------------------------------------------ the Generator
 
 
 def obstacle(model: PreTrainedModel) -> str | None:
-    """Return why a model's step cannot be captured, None if it can."""
+    """Return why a model's step cannot be captured as a CUDA graph, or None if it can."""
     config = model.config.get_text_config()
     if not model._can_compile_fullgraph or not set(attention_windows(config)) <= {
         "full_attention",
         "sliding_attention",
     }:
-        return f"{type(model).__name__} looks at its data on the host, or keeps more than keys and values"
+        return f"{type(model).__name__} reads its data in Python, or its cache holds more than keys and values"
     if getattr(config, "attention_chunk_size", None):
-        return "attention in chunks"
+        return "the model computes attention in chunks"
     if any(rope.get("rope_type") in ("dynamic", "longrope") for rope in rope_parameters(config)):
-        return "rotary frequencies that follow the length"
+        return "the rotary frequencies depend on the length of the text"
     if config._attn_implementation not in ("sdpa", GROUPED, "eager"):
         return f"attn_implementation {config._attn_implementation}"
     if len({p.device for p in model.parameters()}) > 1:
-        return "more than one device"
+        return "the model is spread over more than one device"
     return None
 
 
 def use_own_precision(model: PeftModel) -> None:
-    """Give the adapters the dtype that the model computes in, as training's fast path reads them: peft keeps them in
-    fp32, 120 MB of a 3B at rank 16.
+    """Convert the adapters to the dtype that the model computes in, as training's fast path does when it reads them.
+
+    peft keeps them in fp32, which would be 120 MB to read per token for a 3B model at rank 16.
     """
     for layer in lora_layers(model):
         for factors in (layer.lora_A, layer.lora_B):
@@ -117,9 +118,9 @@ def use_own_precision(model: PeftModel) -> None:
 
 
 def by_length(rows: list[list[int]], size: int, window: int) -> list[list[int]]:
-    """Return the numbers of rows in batches of `size`: within each window of rows, in order, the longest first.
+    """Return the row numbers in batches of `size`: window after window of the rows, the longest rows first in each.
 
-    The longest come first because their cache serves all that follow.
+    The longest come first because the cache made for them is large enough for all the others.
     """
     batches = []
     for start in range(0, len(rows), window):
@@ -129,29 +130,30 @@ def by_length(rows: list[list[int]], size: int, window: int) -> list[list[int]]:
 
 
 class Generator:
-    """Answers prompts the fastest way that runs here: by the Decoder, else by transformers' `generate`.
+    """Answer prompts in the fastest way that works here: with the Decoder, or with transformers' `generate`.
 
-    Either way the next prompt computes only what differs from the last one and its answer. `fast`: None takes the
-    Decoder on CUDA; on a CPU, whose attention over a static cache costs its whole length, `generate` is as fast.
+    Both keep the cache of the last prompt and answer, so a prompt that begins with the same tokens computes only the
+    rest. fast: None uses the Decoder on CUDA only. On a CPU `generate` is as fast, since attention over a static cache
+    computes all of its positions, used or not.
     """
 
     def __init__(self, model: PeftModel | PreTrainedModel, say: Callable[[str], None], fast: bool | None = None):
         self.model, self.say, self.said = model, say, set()
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         gpu = base.device.type == "cuda"
-        self.reason = obstacle(base) if gpu or fast else ""  # nothing is said of a CPU
+        self.reason = obstacle(base) if gpu or fast else ""  # on a CPU generate() is usual: no message
         self.decoder = Decoder(model, kernels=gpu and HAS_TRITON) if self.reason is None else None
         self.adapted, self.cache, self.held, self.off = lora_layers(model), None, [], False
         if self.decoder and gpu and isinstance(model, PeftModel):
             use_own_precision(model)
-            # For prompts and batches: weights unpacked once and one product with the adapters in it.
+            # Prompts and batches unpack each weight once and multiply once, with the adapters included.
             kernels = HAS_TRITON and base.dtype is not torch.float32
             fuse(model, DropoutClock(0, base.device), 0.0, kernels, in_pieces=True)
-            torch.cuda.empty_cache()  # the packed weights have moved
+            torch.cuda.empty_cache()  # the packed weights were copied, so the old ones can go
         self.weight_bytes, self.position_bytes = weight_bytes(base), position_bytes(base)
 
     def traffic(self) -> Traffic:
-        """Return a count of what is read, at zero."""
+        """Return a Traffic that counts from zero."""
         return Traffic(self.weight_bytes, self.position_bytes, self.model.device)
 
     def _say_once(self, line: str) -> None:
@@ -162,26 +164,26 @@ class Generator:
     def generate(
         self, rows: list[list[int]], config: GenerationConfig, watch: Watch, streamer: Any = None, batch: int = 1
     ) -> list[list[int]]:
-        """Return the tokens after each prompt, up to an end token and with it; arguments as `Decoder.generate`."""
+        """Return the new tokens of each prompt, including an end token; arguments as in `Decoder.generate`."""
         unknown = sorted(set(config.to_diff_dict()) - COVERED)
-        reason = f"generation setting {unknown[0]}" if self.decoder and unknown else self.reason
+        reason = f"the fast decoder does not support {unknown[0]}" if self.decoder and unknown else self.reason
         if reason:
-            self._say_once(f"transformers' generate decodes: {reason}")
+            self._say_once(f"using transformers' generate() to decode: {reason}")
         if self.decoder and not unknown:
             answers = self.decoder.generate(rows, config, watch, streamer, batch)
             if self.decoder.note:
-                self._say_once(f"decoding without decode_step: {self.decoder.note}")
+                self._say_once(f"decoding without the decode_step kernels: {self.decoder.note}")
             return answers
         return self._plain(rows, config, watch, streamer)
 
     def _prefix(self, ids: list[int]) -> DynamicCache:
-        """Return the cache of the last prompt and answer, cut to what `ids` begins with too."""
+        """Return the cache of the last prompt and answer, cut to the tokens with which `ids` begins too."""
         off = adapters_off(self.adapted)
         known = common_prefix(self.held, ids[:-1]) if off == self.off else 0
         if known and self.cache is not None:
             self.cache.crop(min(0, known - self.cache.get_seq_length()))
         else:
-            self.cache = DynamicCache()  # without a config every layer keeps all, and can be cut
+            self.cache = DynamicCache()  # made without a config, every layer keeps all positions and can be cut
         self.held, self.off = [], off
         return self.cache
 
@@ -199,7 +201,7 @@ class Generator:
                 **(cache_argument(self.model, self._prefix(rows[0])) if one else {}),
             )
         ends = end_tokens(config)
-        answers = output[:, longest:].tolist()  # [batch, new]: rows that end before the longest are padded
+        answers = output[:, longest:].tolist()  # [batch, new tokens]; shorter answers are padded
         answers = [row[: next((i + 1 for i, token in enumerate(row) if token in ends), len(row))] for row in answers]
         self.held = rows[0] + answers[0][:-1] if one else []
         return answers

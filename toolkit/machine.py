@@ -1,4 +1,4 @@
-"""What the machine can do: its GPU, its packages, and the installation check."""
+"""The machine: its GPU, its packages, and the installation check."""
 
 import dataclasses
 import importlib
@@ -30,16 +30,16 @@ from toolkit.startup import CANNOT_RUN, import_failures
 
 
 def no_gpu_reason() -> str:
-    """Return why torch sees no GPU: built without CUDA, or built with it and finding no usable card or driver."""
+    """Return why torch finds no GPU: it is built without CUDA, or there is no usable GPU or driver."""
     if torch.version.cuda is None and torch.version.hip is None:
         install = "pip install torch --index-url https://download.pytorch.org/whl/cu130"
         return f"this torch ({torch.__version__}) is CPU-only; for an NVIDIA card: {install}"
     built = f"torch {torch.__version__} is built for CUDA {torch.version.cuda}"
-    return f"{built} but finds no usable GPU; see nvidia-smi and the driver"
+    return f"{built} but finds no usable GPU; check nvidia-smi and the driver"
 
 
 def refuse_without_gpu(config: Config, device: torch.device) -> None:
-    """Refuse the 3B default where there is no GPU, saying why there is none and how long it would take."""
+    """Refuse to train the default 3B model without a GPU; say why none is found and how long a step would take."""
     if device.type == "cuda" or config.model.name != LEAVES["model.name"].field.default:
         return
     a = torch.randn(1024, 1024)
@@ -48,7 +48,7 @@ def refuse_without_gpu(config: Config, device: torch.device) -> None:
         a @ a
     rate = 8 * 2 * 1024**3 / (time.perf_counter() - start)
     tokens = config.training.batch_size * config.training.gradient_accumulation_steps * config.data.max_length
-    # 6 FLOP a weight and token: forward, recompute, and the backward through frozen weights; 2.77e9 weights in linears.
+    # 6 FLOP per weight and token: forward, recomputation, backward without dW; 2.77e9 weights in linears.
     hours = 6 * 2.77e9 * tokens / rate / 3600
     raise ConfigError(
         f"model.name: {config.model.name} needs a GPU: {no_gpu_reason()}. On this CPU one optimizer step would take "
@@ -57,7 +57,7 @@ def refuse_without_gpu(config: Config, device: torch.device) -> None:
 
 
 def device_block(device: torch.device, dtype: torch.dtype, processes: int) -> str:
-    """Return the lines that say what a run computes on."""
+    """Return the lines about the device, the versions and the number format of a run."""
     gpu = f"GPU: none | CPU threads: {torch.get_num_threads()}"
     if device.type == "cuda":
         found = torch.cuda.get_device_properties(device)
@@ -68,7 +68,7 @@ def device_block(device: torch.device, dtype: torch.dtype, processes: int) -> st
 
 
 def installed(*packages: str) -> list[str]:
-    """Return the versions of Python and of packages, a text each."""
+    """Return one text per version, of Python and of these packages."""
     return [f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in packages)]
 
 
@@ -76,7 +76,7 @@ def installed(*packages: str) -> list[str]:
 
 
 def check_nf4(device: torch.device) -> float:
-    """Return the relative error of an NF4 product in bfloat16 (or float16) against fp32 on the same packed weights."""
+    """Return the relative error of an NF4 product in bfloat16 (or float16), compared with fp32 on the same weights."""
     generator = torch.Generator().manual_seed(0)
     dtype = usable_dtype("bfloat16") if device.type == "cuda" else torch.bfloat16
     weight, x = (torch.randn(256, 256, generator=generator) for _ in range(2))
@@ -87,19 +87,20 @@ def check_nf4(device: torch.device) -> float:
 
 
 def write_random_model(folder: Path) -> None:
-    """Write a random Qwen2 of two layers and its tokenizer, of 512 words, into a folder."""
+    """Write a random Qwen2 with two layers, and a tokenizer with 512 words, into a folder."""
     words = {f"w{i}": i for i in range(512)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w1", pad_token="w2").save_pretrained(folder)
-    # At 256 x rank 16 an adapter matrix is just large enough for bitsandbytes' 8-bit states.
+    # An adapter matrix of 256 x rank 16 is just large enough for bitsandbytes to keep its states in 8 bit.
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = transformers.Qwen2Config(vocab_size=len(words), num_key_value_heads=2, **sizes)
     transformers.Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
 
 
 def check_step(device: torch.device, performance: PerformanceConfig) -> tuple[float, float, str]:
-    """Train two 4-bit layers for one optimizer step, by the functions of a run; return the loss before and after it,
-    and the line on the fast path.
+    """Train two 4-bit layers for one optimizer step with the functions of a real run.
+
+    Return the loss before and after the step, and the log line about the fast path.
     """
     train = importlib.import_module("train_qlora")  # not above: the check imports what a run imports, as a run does
     training = TrainingConfig(batch_size=2, gradient_accumulation_steps=1, learning_rate=1e-2)
@@ -129,9 +130,9 @@ def check_step(device: torch.device, performance: PerformanceConfig) -> tuple[fl
 
 
 def step_lines(device: torch.device) -> tuple[list[str], bool]:
-    """Return the lines on training two layers, plainly and on the fast path, and whether both learn."""
+    """Return lines about training two layers, without and with the fast path, and whether both losses fell."""
     off = PerformanceConfig(fused_lora="off", compile="off", cuda_graphs="off")
-    # A GPU takes what a run would; a CPU is not made to wait for a compiler, which its runs don't use either.
+    # A GPU uses the same fast path as a run. On a CPU nothing is compiled, as in a run on a CPU, so the check is quick.
     fast = PerformanceConfig() if device.type == "cuda" else dataclasses.replace(off, fused_lora="on")
     lines, good = [], True
     for performance in (off, fast):
@@ -142,8 +143,8 @@ def step_lines(device: torch.device) -> tuple[list[str], bool]:
             fine = math.isfinite(before) and after < before
             said = path.split(" | ")[0] if performance is fast else "plain"
             verdict = f"{said}, loss {before:.3f} -> {after:.3f} in {time.perf_counter() - start:.1f} s"
-            verdict = verdict if fine else f"WRONG: {verdict}, which should fall"
-        except Exception as problem:  # whatever a driver, a compiler or a package raises: the line names it
+            verdict = verdict if fine else f"WRONG: {verdict}, but the loss should fall"
+        except Exception as problem:  # a driver, a compiler or a package may raise anything: the line names it
             fine, reason = False, " ".join(str(problem).split())[:300]
             verdict = f"{name} fails: {type(problem).__name__}: {reason}"
         lines.append(f"training step on {device.type}: {verdict}")
@@ -153,16 +154,16 @@ def step_lines(device: torch.device) -> tuple[list[str], bool]:
 
 def _hub_line() -> str:
     if constants.HF_HUB_OFFLINE:
-        return "hub: not asked (HF_HUB_OFFLINE is set): models and data come from folders or the cache"
+        return "hub: not checked (HF_HUB_OFFLINE is set): models and data must come from folders or the cache"
     try:
         get_hf_file_metadata(hf_hub_url("Qwen/Qwen2.5-3B-Instruct", "config.json"), timeout=5)
-    except Exception as error:  # any failure has the same meaning here, and the line names it
-        return f"hub: not reachable ({type(error).__name__}): models and data come from folders or the cache"
+    except Exception as error:  # every failure means the same here, and the line names it
+        return f"hub: not reachable ({type(error).__name__}): models and data must come from folders or the cache"
     return "hub: reachable"
 
 
 def check_installation() -> int:
-    """Print a line for each thing that training needs; return 0 if training can run here, else 1."""
+    """Print one line for each thing that training needs; return 0 if training can run here, otherwise 1."""
     if failures := import_failures():
         print(*failures, CANNOT_RUN, sep="\n")
         return 1
@@ -174,18 +175,18 @@ def check_installation() -> int:
         devices.append(torch.device("cuda"))
         free, total = torch.cuda.mem_get_info()
         print(f"GPU: {torch.cuda.get_device_name()}, {total / 2**30:.1f} GiB, {free / 2**30:.1f} free")
-        print("bfloat16: " + ("no: float16 with a loss scaler is used" if bf16_missing() else "yes"))
+        print("bfloat16: " + ("no, so float16 with a loss scaler is used" if bf16_missing() else "yes"))
     else:
         print(f"GPU: none: {no_gpu_reason()}")
     try:
         print(f"Triton: {version('triton')}")
     except ModuleNotFoundError:
-        print("Triton: not installed: layers are not compiled (Windows: pip install triton-windows)")
+        print("Triton: not installed, so layers are not compiled (on Windows: pip install triton-windows)")
     good = True
     for device in devices:
         try:
             error = check_nf4(device)
-            fine = error < 0.02  # bfloat16 keeps 8 bits: products of 256 terms measured 0.003
+            fine = error < 0.02  # several times the usual error of bfloat16
             print(f"NF4 on {device.type}: {'right' if fine else 'WRONG'}, relative error {error:.4f} against fp32")
         except (RuntimeError, OSError, NotImplementedError) as problem:
             fine = False

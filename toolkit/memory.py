@@ -1,4 +1,7 @@
-"""The memory that a run gets: which shape it takes, what is said of it, what is measured, and the cap on it."""
+"""GPU memory of a run: choose its shape, print the plan, measure what is used, and limit it.
+
+The shape of a run is its micro-batch, its number of checkpointed layers and whether their inputs are offloaded.
+"""
 
 import dataclasses
 import functools
@@ -32,20 +35,20 @@ from toolkit.memory_plan import (
     wants_offload,
 )
 
-# ------------------------------------------------------------------------------------------------ what is decided and said
+# ------------------------------------------------------------------------------------------------ decide and print
 
 
 class NoFit(Exception):
-    """No shape of the run fits the memory: the lines that say so, and what would help."""
+    """No shape of the run fits into memory; the text says so and names what would help."""
 
 
 def choose_plan(
     shape: ModelShape, config: Config, sequences: int, device: torch.device | None, limit: float | None, saved: dict
 ) -> MemoryPlan:
-    """Return the plan of the shape that a run takes: its checkpoint's, else auto_fit's, else the configured one.
+    """Return the plan of the shape that a run uses: from its checkpoint, auto_fit or config, in this order.
 
-    sequences: an optimizer step's, of one process. saved: the checkpoint's shape, empty without one; a flag goes
-    before it.
+    sequences: per optimizer step of one process. saved: the checkpoint's shape, empty without a checkpoint; a flag
+    overrides it.
     """
     auto_fit = config.performance.auto_fit
     if saved and auto_fit and not config.flags & set(SHAPE_KNOBS):
@@ -53,7 +56,7 @@ def choose_plan(
         taken = saved["micro_batch"], saved["checkpointed"]
         return plan_memory(shape, config, *taken, limit=limit, offload=offload, logit_chunk=saved.get("logit_chunk"))
     if auto_fit and limit is not None:
-        # A stopwatch would choose another shape on another day.
+        # Measured rates vary from day to day, and so would the shape.
         rates = Rates() if config.performance.deterministic else measure_rates(device)
         return fit(shape, config, sequences, limit, rates)
     micro_batch = min(config.training.batch_size, sequences)
@@ -65,10 +68,10 @@ def choose_plan(
 def plan_run(
     config: Config, accelerator: Accelerator, sequences: int, saved: dict, say: Callable[[str], None]
 ) -> MemoryPlan:
-    """Return the plan of a run on a GPU, one for all processes, and say it. Raises NoFit where even the smallest shape
-    is too large.
+    """Return the plan of a run on a GPU, the same for all processes, and print it.
 
-    sequences, saved: as in choose_plan; what another number of processes saved does not count.
+    Raise NoFit if even the smallest shape is too large. sequences, saved: as in choose_plan; a shape saved by another
+    number of processes is ignored.
     """
     shape, device = configured_shape(config), accelerator.device
     limit = memory_limit(device, config.performance.memory_limit_gib, config.performance.deterministic)
@@ -77,16 +80,16 @@ def plan_run(
     for line in chosen_lines(config, plan, limit):
         say(line)
     if plan.total > limit:
-        sizes = f"the run takes {plan.total / GIB:.2f} GiB, there are {limit / GIB:.2f}"
+        sizes = f"the run needs {plan.total / GIB:.2f} GiB, but only {limit / GIB:.2f} GiB are available"
         lines = [f"error: performance.memory_limit_gib: {sizes}", *savings_lines(shape, config, plan, limit, count=3)]
         raise NoFit("\n".join(lines))
     return plan
 
 
 def print_plan(config: Config, about_data: Callable[[Config, int], str]) -> int:
-    """Print the plan of the shape that a run would take; return 3 where it exceeds the limit or the GPU, else 0.
+    """Print the plan of the shape that a run would use; return 3 if it exceeds the limit or the GPU, otherwise 0.
 
-    about_data: gives the line on an epoch, of the configuration and the sequences of an optimizer step.
+    about_data: returns the line about an epoch, given the configuration and the sequences per optimizer step.
     """
     device = torch.device("cuda", 0) if torch.cuda.is_available() else None
     shape, limit = configured_shape(config), memory_limit(device, config.performance.memory_limit_gib)
@@ -97,48 +100,49 @@ def print_plan(config: Config, about_data: Callable[[Config, int], str]) -> int:
     if limit is None:
         return 0
     longest = longest_length(shape, config, limit)
-    offload = ", their inputs in main memory" if expected_path(config) == COMPILED else ""
-    last = ", the model's last position" if longest == shape.positions else ""
+    offload = " with their inputs in main memory" if expected_path(config) == COMPILED else ""
+    last = ", all positions that the model supports" if longest == shape.positions else ""
     print(
-        f"longest data.max_length that fits, one sequence at a time, all layers checkpointed{offload}: {longest:,}{last}"
+        "longest data.max_length that fits, with one sequence per micro-batch and all layers checkpointed"
+        f"{offload}: {longest:,}{last}"
     )
     print(f"{'fits' if plan.total <= limit else 'does not fit'} in {limit / GIB:.2f} GiB")
     return 0 if plan.total <= limit else 3
 
 
 def chosen_lines(config: Config, plan: MemoryPlan, limit: float | None) -> list[str]:
-    """Return the plan's table, and the shape of the run with the reason for it."""
+    """Return the table of the plan, and a line with the shape of the run and the reason for it."""
     if not config.performance.auto_fit:
         reason = "as configured (performance.auto_fit is off)"
     elif limit is None:
         reason = "as configured"
     elif plan.total > limit:
-        reason = f"the smallest there is, and more than {limit / GIB:.2f} GiB"
+        reason = f"the smallest possible, but it needs more than {limit / GIB:.2f} GiB"
     else:
         pinned = [name for name in sorted(config.flags) if name in SHAPE_KNOBS]
-        kept = f", {' and '.join(pinned)} as the flag says" if pinned else ""
-        reason = f"the fastest within {limit / GIB:.2f} GiB by estimate{kept}; the same is learned in any"
+        kept = f" with {' and '.join(pinned)} as given by flag" if pinned else ""
+        reason = f"estimated to be the fastest in {limit / GIB:.2f} GiB{kept}; the training result does not change"
     return [plan.table(), f"shape: {plan.shape}; {reason}"]
 
 
 def facts(shape: ModelShape, config: Config, plan: MemoryPlan, device: torch.device | None) -> list[str]:
-    """Return what else there is to know before a download; times are computed, not measured."""
+    """Return lines with other facts that help before a download; times are computed, not measured."""
     trainable = adapter_parameters(shape, config)
     quantised = sum(out * into for _, out, into in shape.linears)
     loaded = (quantised // 2 if config.quantization.load_in_4bit else 2 * quantised) + 2 * shape.embedding
     seconds = step_seconds(shape, config, measure_rates(device), plan.micro_batch, plan.checkpointed)
     tokens = plan.micro_batch * config.data.max_length / seconds
-    card = "this card's rates" if device else "the rates of an RTX 4060"
+    card = "the speed of this GPU" if device else "the speed of an RTX 4060"
     return [
         f"parameters: {shape.parameters:,}; trainable {trainable:,}, adapter {trainable * 4 / 1e6:.1f} MB",
-        f"download {2 * shape.parameters / 1e9:.2f} GB in 16 bit; main memory while loading about {loaded / 1e9 + 3:.1f} GB",
-        f"computed with {card}: {tokens:,.0f} tokens/s, {1e6 / tokens / 3600:.2f} hours for a million tokens",
+        f"download: {2 * shape.parameters / 1e9:.2f} GB in 16 bit; loading uses about {loaded / 1e9 + 3:.1f} GB of RAM",
+        f"estimated with {card}: {tokens:,.0f} tokens/s, {1e6 / tokens / 3600:.2f} hours per million tokens",
         *beyond_positions(config.data.max_length, shape.positions),
     ]
 
 
 def savings(shape: ModelShape, config: Config, plan: MemoryPlan, limit: float | None = None) -> list[tuple[int, str]]:
-    """Return (bytes saved, what would save them), the largest first."""
+    """Return (bytes saved, setting that would save them), the largest first."""
 
     def without(section: str, micro_batch: int = plan.micro_batch, checkpointed: int = plan.checkpointed, **changes):
         other = dataclasses.replace(config, **{section: dataclasses.replace(config[section], **changes)})
@@ -153,7 +157,7 @@ def savings(shape: ModelShape, config: Config, plan: MemoryPlan, limit: float | 
     if plan.checkpointed < plan.layers:
         found.append((without("training", checkpointed=plan.layers), "training.gradient_checkpointing true"))
     if plan.micro_batch > 1:
-        line = f"training.batch_size {smaller} and twice the accumulation"
+        line = f"training.batch_size {smaller} with twice the training.gradient_accumulation_steps"
         found.append((without("training", micro_batch=smaller), line))
     if config.training.optim != "paged_adamw_8bit":
         found.append((without("training", optim="paged_adamw_8bit"), "training.optim paged_adamw_8bit"))
@@ -165,23 +169,23 @@ def savings(shape: ModelShape, config: Config, plan: MemoryPlan, limit: float | 
 def savings_lines(
     shape: ModelShape, config: Config, plan: MemoryPlan, limit: float | None, count: int = 5
 ) -> list[str]:
-    """Return a line for each of the settings that would save most."""
+    """Return a line for each of the `count` settings that would save most."""
     return [f"{name} would save {saved / GIB:.2f} GiB" for saved, name in savings(shape, config, plan, limit)[:count]]
 
 
 def ran_out(config: Config, plan: MemoryPlan, device: torch.device) -> list[str]:
-    """Return the plan of a shape that ran out of memory and the three settings that save most, each with its saving."""
+    """Return the table of a shape that ran out of memory, and lines with the three settings that would save most."""
     shape, limit = configured_shape(config), memory_limit(device, config.performance.memory_limit_gib)
     plan = plan_memory(shape, config, plan.micro_batch, plan.checkpointed, limit=limit, offload=plan.offload)
     return [plan.table(), *savings_lines(shape, config, plan, limit, count=3)]
 
 
-# ------------------------------------------------------------------------------------------------ what was measured
+# ------------------------------------------------------------------------------------------------ measure and limit
 
 
 @functools.cache
 def measure_rates(device: torch.device | None) -> Rates:
-    """Return the card's own rates, measured in some 20 ms; an RTX 4060's without one."""
+    """Return the speed of this GPU, measured in a moment; without a GPU that of an RTX 4060."""
     if device is None:
         return Rates()
     a = torch.randn(4096, 4096, device=device, dtype=torch.float16)
@@ -197,12 +201,12 @@ def measure_rates(device: torch.device | None) -> Rates:
         end.synchronize()
         return start.elapsed_time(end) / 4e3
 
-    copy = seconds(lambda: b[: 2**26].copy_(b[2**26 :]))  # reads 64 MiB and writes them
+    copy = seconds(lambda: b[: 2**26].copy_(b[2**26 :]))  # reads and writes 64 MiB
     return Rates(flops=2 * 4096**3 / seconds(lambda: a @ a), bytes=b.numel() / copy)
 
 
 def memory_line(device: torch.device) -> str:
-    """Return the tutorial's line about GPU memory, or the process's memory where there is no GPU."""
+    """Return the tutorial's line about GPU memory; without a GPU a line about the memory of this process."""
     if device.type != "cuda":
         return f"Memory: {psutil.Process().memory_info().rss / GIB:.2f} GiB in this process (no GPU)"
     free, _ = torch.cuda.mem_get_info(device)
@@ -211,44 +215,44 @@ def memory_line(device: torch.device) -> str:
 
 
 def peak_gib(device: torch.device) -> float:
-    """Return the most memory taken so far, GiB: reserved by the allocator on a GPU, resident in this process on a CPU."""
+    """Return the peak memory in GiB: reserved by torch's allocator on a GPU, resident in this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / GIB
     if sys.platform == "win32":
         return psutil.Process().memory_info().peak_wset / GIB
-    import resource  # not on Windows
+    import resource  # Windows has no such module
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (GIB if sys.platform == "darwin" else 2**20)
 
 
 def memory_limit(device: torch.device | None, limit_gib: float | None, fixed: bool = False) -> float | None:
-    """Return the bytes that this process may take, its CUDA context included; None where there is neither card nor
-    limit.
+    """Return the bytes that this process may use, with its CUDA context; None if there is neither GPU nor limit.
 
-    fixed: of all of the card's memory, not of what is free at the moment. Raises ConfigError for a limit below the context.
+    fixed: count all memory of the GPU and not only what is free now. Raise ConfigError for a limit below the context.
     """
     limit = None if limit_gib is None else limit_gib * GIB
     if limit is not None and limit <= CONTEXT_BYTES:
         raise ConfigError(
-            f"performance.memory_limit_gib: expected more than the context's {CONTEXT_BYTES / GIB} GiB, got {limit_gib}"
+            f"performance.memory_limit_gib: expected more than {CONTEXT_BYTES / GIB} (the CUDA context), got {limit_gib}"
         )
     if device is None or device.type != "cuda":
         return limit
     if fixed:
         return min(torch.cuda.get_device_properties(device).total_memory, limit or math.inf)
-    # Our own context is open by now.
+    # The CUDA context of this process exists already, so it is not part of the free memory.
     free = torch.cuda.mem_get_info(device)[0] + CONTEXT_BYTES + torch.cuda.memory_reserved(device)
     return free if limit is None else min(free, limit)
 
 
 def free_bytes(device: torch.device, limit_gib: float | None) -> int:
-    """Return what this process may still take."""
+    """Return the bytes that this process may still allocate."""
     return int(memory_limit(device, limit_gib) - CONTEXT_BYTES - torch.cuda.memory_reserved(device))
 
 
 def cap_memory(device: torch.device, limit_gib: float | None) -> None:
-    """Let this process take what is free now, or `limit_gib` with the context: a Windows driver would spill into system
-    memory.
+    """Limit this process to the memory that is free now, or to `limit_gib` including the CUDA context.
+
+    Without a limit a Windows driver would silently use the much slower main memory.
     """
     limit = memory_limit(device, limit_gib)
     if device.type == "cuda":

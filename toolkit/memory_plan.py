@@ -1,5 +1,6 @@
-"""What a run needs of the GPU's memory, by arithmetic from the model's config.json alone: sizes, the plan, and the
-shape that fits best.
+"""GPU memory that a run needs, computed from the model's config.json alone: sizes, the plan, the shape that fits best.
+
+The shape of a run is its micro-batch, its number of checkpointed layers and whether their inputs are offloaded.
 """
 
 import dataclasses
@@ -17,36 +18,36 @@ from fast_path.packed_weights import adapter_columns, operand_columns
 from quantization_utils import LOADING_ERRORS, cannot_load, known_positions
 
 GIB = 2**30
-BLOCK, NESTED_BLOCK = 64, 256  # weights a quantisation constant, constants a second-level constant (QLoRA, section 3)
-CONTEXT_BYTES = int(0.5 * GIB)  # CUDA context with cuBLAS; 0.45-0.55 GiB measured on an H100, CUDA 13
-WORKSPACE_BYTES = 3 * 2**25  # cuBLAS keeps 32 MiB for each of the streams: the default one, the warm-up's, the graph's
-# What the allocator has reserved and cannot hand out, and what the table lacks; measured on an H100, see
-# tests/benchmarks/bench_memory.py.
-SLACK_BYTES, SLACK_SHARE = int(0.26 * GIB), 0.045  # at all times, and of what comes and goes with a step
+BLOCK, NESTED_BLOCK = 64, 256  # weights per quantisation constant, constants per second-level one (QLoRA, section 3)
+CONTEXT_BYTES = int(0.5 * GIB)  # CUDA context with cuBLAS, measured (docs/measurements.md)
+WORKSPACE_BYTES = 3 * 2**25  # cuBLAS keeps 32 MiB per stream: the default, the warm-up and the graph stream
+# Memory that the allocator has reserved but cannot use, and all that the plan does not list. Fitted to measurements:
+# docs/measurements.md, tests/benchmarks/bench_memory.py.
+SLACK_BYTES, SLACK_SHARE = int(0.26 * GIB), 0.045  # constant, and as a share of what a step allocates and frees
 
-# ------------------------------------------------------------------------------------------------ the model's shape
+# ------------------------------------------------------------------------------------------------ sizes of the model
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelShape:
-    """What the plan reads of a model: sizes only, so it comes from config.json."""
+    """The sizes of a model that the plan needs; config.json is enough to find them."""
 
     linears: tuple[tuple[str, int, int], ...]  # (name, out_features, in_features) of every layer that is quantised
-    embedding: int  # parameters of embedding and head, tied ones once
-    other_parameters: int  # norms and biases; like the embedding they keep the compute dtype
+    embedding: int  # parameters of embedding and head, counted once if they are tied
+    other_parameters: int  # norms and biases; like the embedding they are kept in the compute dtype
     layers: int
     hidden: int
     vocabulary: int
     heads: int
     head_norms: bool  # q and k are normalised, as in Qwen3
-    positions: int | None  # that the model knows, where it says so
+    positions: int | None  # that the model supports, if its configuration has the number
 
     @property
     def parameters(self) -> int:
         return sum(out * into for _, out, into in self.linears) + self.embedding + self.other_parameters
 
     def width(self, *names: str) -> int:
-        """Return the summed output width of the named linears of one layer, 0 for what the model lacks."""
+        """Return the sum of the output widths of these linears in one layer; a linear that is missing counts 0."""
         total = sum(out for name, out, _ in self.linears if name.rpartition(".")[2] in names)
         return total // self.layers
 
@@ -60,12 +61,12 @@ class ModelShape:
 
     @property
     def inner(self) -> int:
-        """The width between the two halves of the MLP."""
+        """The width inside the MLP."""
         return max(into for _, _, into in self.linears)
 
 
 def model_shape(model_name: str, revision: str | None = None, trust_remote_code: bool = False) -> ModelShape:
-    """Return the shape of the model that a hub id or folder names, reading config.json (a few kB) and no weights."""
+    """Return the sizes of the model with this hub id or folder; only config.json (a few kB) is read, no weights."""
     try:
         model_config = AutoConfig.from_pretrained(model_name, revision=revision, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
@@ -76,7 +77,7 @@ def model_shape(model_name: str, revision: str | None = None, trust_remote_code:
 
 
 def shape_of(model: nn.Module) -> ModelShape:
-    """Return the shape of a model that was not quantised yet; its weights may be on the meta device."""
+    """Return the sizes of a model that is not quantised yet; its weights may be on the meta device."""
     model.tie_weights()
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
     linears = tuple(
@@ -108,7 +109,7 @@ def adapted(shape: ModelShape, targets: tuple[str, ...] | str) -> list[tuple[str
 
 
 def adapter_parameters(shape: ModelShape, config: Config) -> int:
-    """Return the trainable parameters."""
+    """Return the number of trainable parameters."""
     chosen = adapted(shape, config.lora.target_modules)
     dora = sum(out for _, out, _ in chosen) if config.lora.use_dora else 0
     return config.lora.rank * sum(out + into for _, out, into in chosen) + dora
@@ -127,33 +128,33 @@ def expected_path(config: Config) -> str:
 
 
 def lacks_triton() -> bool:
-    """Return whether the kernels cannot run; without a card one with Triton is meant."""
+    """Return whether there is a GPU but no Triton; without a GPU the plan is for a GPU with Triton."""
     return torch.cuda.is_available() and not HAS_TRITON
 
 
 def saved_bytes(shape: ModelShape, config: Config, path: str) -> int:
-    """Return what a layer that is not checkpointed keeps for its backward, bytes a token.
+    """Return the bytes per token that a layer without checkpointing keeps for its backward pass.
 
-    Counted from what autograd saves (tests compare) in bfloat16: the products' inputs, q, k and v as attention reads
-    them, its output.
+    These are the tensors that autograd saves in bfloat16: inputs of the products, q, k and v as attention reads them,
+    the output of attention. Tests compare the number with what autograd saves.
     """
     h, q, kv, inner = shape.hidden, shape.query, shape.key_value, shape.inner
     rank = config.lora.rank
     attention = 2 * (2 * q + kv) + 4 * shape.heads
-    if shape.head_norms:  # their inputs in fp32, or, compiled, with them the whole product, v too; and a number a head
+    if shape.head_norms:  # the norms' inputs in fp32 (compiled: the product, with v) and a number per head
         attention += 2 * (q + kv) if path == COMPILED else 4 * (q + kv // 2)
         attention += 4 * (q + kv // 2) * shape.heads // q
-    if path != PLAIN:  # a norm is made again from its input, the layer's or the sum after attention, and two numbers
+    if path != PLAIN:  # norms are computed again from their inputs, kept with a number per norm
         return attention + 2 * (2 * h + 2 * inner) + 2 * fused_columns(config) + 8
-    norms = 2 * 4 * h + 8  # in fp32
-    dropped = config.lora.dropout > 0  # then each adapter has its own copy of its input, and a group its mask
+    norms = 2 * 4 * h + 8  # inputs in fp32
+    dropped = config.lora.dropout > 0  # then each adapter keeps its own copy of its input, and a mask
     inputs = 3 * h + q + 2 * h + inner if dropped else 2 * h + inner
     masks = 2 * h + q + inner if dropped else 0
     return attention + norms + 2 * inputs + 3 * 2 * inner + masks + 7 * 2 * rank
 
 
 def fused_columns(config: Config) -> int:
-    """Return the columns of u = x A^T that the four operators of a layer keep."""
+    """Return the number of columns of u = x A^T that the four operators of a layer keep."""
     targets, rank = config.lora.target_modules, config.lora.rank
     groups = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
     members = [sum(name in targets or targets == "all-linear" for name in group) for group in groups]
@@ -161,12 +162,13 @@ def fused_columns(config: Config) -> int:
 
 
 def transient_bytes(shape: ModelShape, config: Config, path: str, tokens: int) -> int:
-    """Return the most that lives for a moment in a layer's backward: gradients on their way, and a dequantised operand
-    beside them.
+    """Return the largest amount that a layer's backward pass needs for a moment, in bytes.
+
+    It consists of gradients of activations and of one dequantised operand.
     """
     h, inner, rank = shape.hidden, shape.inner, config.lora.rank
     width = 2 if config.quantization.compute_dtype != "float32" else 4
-    if path == PLAIN:  # the gradients of SwiGLU's three factors, and peft's fp32 copy of an adapter's input
+    if path == PLAIN:  # gradients of SwiGLU's three factors, peft's fp32 copy of an adapter's input
         return tokens * (2 * (4 * inner + 2 * h) + 4 * inner) + inner * h * width
     wide_down, wide = operand_columns(inner, adapter_columns(rank, 1)), operand_columns(h, adapter_columns(rank, 2))
     down = tokens * 2 * (2 * h + 2 * inner + wide_down) + h * wide_down * width
@@ -175,9 +177,10 @@ def transient_bytes(shape: ModelShape, config: Config, path: str, tokens: int) -
 
 
 def loss_bytes(shape: ModelShape, config: Config, path: str, tokens: int, chunk: int) -> int:
-    """Return what the loss takes: the last norm's input in fp32, its output and its gradient, and a chunk of logits.
+    """Return the bytes that the loss needs: input of the last norm in fp32, its output and gradient, a chunk of logits.
 
-    The kernel writes their gradient in their memory; compiled, fp32 logits and their gradient lie side by side.
+    The kernel overwrites the logits with their gradient. Without the kernel, compiled code keeps fp32 logits and their
+    gradient at the same time.
     """
     width = 8 if path == COMPILED else 11
     if path != PLAIN and config.quantization.compute_dtype != "float32" and not lacks_triton():
@@ -190,17 +193,15 @@ def loss_bytes(shape: ModelShape, config: Config, path: str, tokens: int, chunk:
 
 @dataclasses.dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes by purpose, for one shape of a run. Paged optimizer states are managed memory and no part of the total."""
+    """Bytes by purpose, for one shape of a run. The total excludes paged optimizer states, which can leave the GPU."""
 
     parts: dict[str, int]
     micro_batch: int
     checkpointed: int
     layers: int
     paged: int = 0
-    offload: bool = False  # whether the inputs of checkpointed layers wait for the backward in main memory
-    logit_chunk: int | None = (
-        None  # positions whose logits the loss holds at once; None: what chunk_rows says by itself
-    )
+    offload: bool = False  # whether the inputs of checkpointed layers are kept in main memory
+    logit_chunk: int | None = None  # positions whose logits exist at the same time; None: chunk_rows decides
 
     @property
     def total(self) -> int:
@@ -208,7 +209,7 @@ class MemoryPlan:
 
     @property
     def reserved(self) -> int:
-        """What torch's allocator will report: the total without the CUDA context."""
+        """The bytes that torch's allocator will report: the total without the CUDA context."""
         return self.total - self.parts["CUDA context"]
 
     @property
@@ -217,21 +218,23 @@ class MemoryPlan:
         return f"micro-batch {self.micro_batch}, {self.checkpointed} of {self.layers} layers checkpointed{where}"
 
     def table(self) -> str:
-        """Return the plan in GiB, a line a purpose."""
+        """Return the plan in GiB, one line per purpose."""
         rows = [f"  {name:<38}{size / GIB:8.3f}" for name, size in self.parts.items()]
         paged = [f"  (paged, to main memory when needed {self.paged / GIB:8.3f})"] if self.paged else []
         return "\n".join([f"memory plan, GiB: {self.shape}", *rows, *paged, f"  {'total':<38}{self.total / GIB:8.3f}"])
 
 
 def static_parts(shape: ModelShape, config: Config, path: str) -> tuple[dict[str, int], int]:
-    """Return (what does not depend on the shape of a step, paged optimizer states), bytes."""
+    """Return (bytes by purpose that do not depend on the shape of a step, bytes of paged optimizer states)."""
     quantization, optim = config.quantization, config.training.optim
     width = 4 if quantization.compute_dtype == "float32" else 2
     weights, trainable = sum(out * into for _, out, into in shape.linears), adapter_parameters(shape, config)
     constants = weights / BLOCK * (4 if not quantization.use_double_quant else 1)
-    if quantization.use_double_quant:  # fp32: a second-level constant each, and an offset each where fused
+    if quantization.use_double_quant:  # fp32: a second-level constant each, and if fused an offset each
         constants += weights / BLOCK / NESTED_BLOCK * (8 if path != PLAIN else 4)
-    states = trainable * (2 if "8bit" in optim else 12 if optim == "adamw_torch" else 8)  # torch's holds a copy more
+    states = trainable * (
+        2 if "8bit" in optim else 12 if optim == "adamw_torch" else 8
+    )  # torch's own AdamW needs a copy more
     paged = states if optim.startswith("paged") else 0
     quantised = quantization.load_in_4bit
     parts = {
@@ -256,11 +259,11 @@ def plan_memory(
     offload: bool = False,
     logit_chunk: int | None = None,
 ) -> MemoryPlan:
-    """Return what training takes of GPU memory with the first `checkpointed` layers recomputing their activations.
+    """Return the GPU memory that training needs if the first `checkpointed` layers recompute their activations.
 
-    offload: from inputs in main memory; the GPU has the one in use and the next.
-    limit: bytes that the process may take, which the chunk of logits is chosen by; None: a card with more than enough.
-    logit_chunk: the chunk of a run that continues, whose sums must be added in the same order.
+    offload: their inputs are kept in main memory; the GPU holds only the one in use and the next one.
+    limit: bytes that the process may use, from which the chunk of logits is chosen; None: more than enough.
+    logit_chunk: the chunk of a run that is continued, since its sums must be added in the same order.
     """
     path = path or expected_path(config)
     parts, paged = static_parts(shape, config, path)
@@ -268,13 +271,13 @@ def plan_memory(
     tokens, free_layers = micro_batch * config.data.max_length, shape.layers - checkpointed
     saved, transient = saved_bytes(shape, config, path) * tokens, transient_bytes(shape, config, path, tokens)
     if path == PLAIN and free_layers:
-        saved += 2 * adapter_parameters(shape, config) // shape.layers  # the adapters' copies in the compute type
+        saved += 2 * adapter_parameters(shape, config) // shape.layers  # copies of the adapters in the compute dtype
     hidden = tokens * shape.hidden * 2
     chunk = logit_chunk or chunk_rows(shape.vocabulary, int(limit - CONTEXT_BYTES - fixed) if limit else 2**36)
     loss = loss_bytes(shape, config, path, tokens, chunk)
-    # The backward starts at the last layer. Checkpointed layers come after the others, whose activations are gone by
-    # then.
-    norms = 2 * hidden if path == PLAIN else 0  # a recompute makes their outputs too
+    # The backward pass starts at the last layer. When it reaches the checkpointed layers, which are the first ones, the
+    # activations of the other layers are gone already.
+    norms = 2 * hidden if path == PLAIN else 0  # recomputing makes the outputs of the norms too
     live = transient + (saved + norms if checkpointed else 0)
     relief = free_layers * saved if checkpointed else 0
     live = max(live - relief, transient if free_layers else live)
@@ -294,7 +297,7 @@ SHAPE_KNOBS = ("training.batch_size", "training.gradient_accumulation_steps", "t
 
 
 def configured_shape(config: Config) -> ModelShape:
-    """Return the shape of the configured model; ConfigError where it has none of the target modules."""
+    """Return the sizes of the configured model; raise ConfigError if it has none of the target modules."""
     shape = model_shape(config.model.name, config.model.revision, config.model.trust_remote_code)
     if not adapted(shape, config.lora.target_modules):
         raise ConfigError(f"lora.target_modules: the model has none of {', '.join(config.lora.target_modules)}")
@@ -302,13 +305,13 @@ def configured_shape(config: Config) -> ModelShape:
 
 
 def pinned_layers(layers: int, config: Config) -> int:
-    """Return the checkpointed layers, of `layers`, that training.gradient_checkpointing asks for."""
+    """Return how many of `layers` layers training.gradient_checkpointing asks to checkpoint."""
     wanted = config.training.gradient_checkpointing
     return layers if wanted is True or wanted in ("auto", "offload") else min(int(wanted), layers)
 
 
 def wants_offload(config: Config) -> bool:
-    """Return whether training.gradient_checkpointing asks for the layers' inputs in main memory."""
+    """Return whether training.gradient_checkpointing asks to keep the layers' inputs in main memory."""
     return config.training.gradient_checkpointing == "offload"
 
 
@@ -317,20 +320,21 @@ def wants_offload(config: Config) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """What the card does: FLOP/s of a large product, bytes/s of a large copy. An RTX 4060's, unless measured."""
+    """Speed of a GPU: FLOP/s of a large product, bytes/s of a large copy. The defaults are those of an RTX 4060."""
 
     flops: float = 55e12
     bytes: float = 0.25e12
 
 
 def step_seconds(shape: ModelShape, config: Config, rates: Rates, micro_batch: int, checkpointed: int) -> float:
-    """Return an estimate of the time of one micro-batch, for choosing between shapes: products, dequantisation, passes.
+    """Return an estimated time for one micro-batch, good enough to choose between shapes.
 
-    Each product is made forward, backward and, in checkpointed layers, once more (but the last of a layer); W is
-    dequantised as often.
+    It adds matrix products, dequantisation and passes over activations. Each product is computed in the forward pass,
+    in the backward pass and, in checkpointed layers, once more (except the last of a layer). Its weight is dequantised
+    as often.
     """
     weights, tokens = sum(out * into for _, out, into in shape.linears), micro_batch * config.data.max_length
-    passes, share = 2 + checkpointed / shape.layers, tokens / (tokens + 256)  # small products leave the units half idle
+    passes, share = 2 + checkpointed / shape.layers, tokens / (tokens + 256)  # small products use the GPU badly
     products = 2 * tokens * (weights * passes + 2 * shape.vocabulary * shape.hidden) / (rates.flops * share)
     dequantise = weights * passes * 2.5 / rates.bytes if config.quantization.load_in_4bit else 0.0
     activations = tokens * shape.layers * passes * 12 * (shape.hidden + shape.inner) / rates.bytes
@@ -338,9 +342,9 @@ def step_seconds(shape: ModelShape, config: Config, rates: Rates, micro_batch: i
 
 
 def shapes(shape: ModelShape, config: Config, sequences: int) -> Iterator[tuple[int, int]]:
-    """Yield (micro-batch, checkpointed layers) that a run may take without changing the sequences of an optimizer step.
+    """Yield each (micro-batch, checkpointed layers) that keeps the number of sequences per optimizer step.
 
-    sequences: of one process. A value given as a flag is kept.
+    sequences: per step of one process. A value given as a flag is not changed.
     """
     batches, layers = [n for n in range(1, sequences + 1) if sequences % n == 0], range(shape.layers + 1)
     if config.flags & set(SHAPE_KNOBS[:2]):
@@ -351,9 +355,9 @@ def shapes(shape: ModelShape, config: Config, sequences: int) -> Iterator[tuple[
 
 
 def fit(shape: ModelShape, config: Config, sequences: int, limit: float, rates: Rates) -> MemoryPlan:
-    """Return the plan of the fastest shape that takes no more than `limit` bytes, context included, or the smallest.
+    """Return the plan of the fastest shape that needs at most `limit` bytes with the CUDA context, or of the smallest.
 
-    Main memory is for what fits in no other way: copies cost time, and a graph cannot be captured.
+    Offloading is used only if nothing else fits: the copies need time, and no CUDA graph can be captured.
     """
     best, smallest = None, None
     pinned = "training.gradient_checkpointing" in config.flags and wants_offload(config)
@@ -373,16 +377,17 @@ def fit(shape: ModelShape, config: Config, sequences: int, limit: float, rates: 
 
 
 def unplanned(config: Config, sequences: int, layers: int) -> MemoryPlan:
-    """Return the configured shape of a run on a CPU, which has no plan."""
+    """Return the configured shape of a run on a CPU, without an estimate: parts is empty."""
     micro_batch, checkpointed = min(config.training.batch_size, sequences), pinned_layers(layers, config)
     return MemoryPlan({}, micro_batch, checkpointed, layers, offload=wants_offload(config))
 
 
 def step_down(plan: MemoryPlan, sequences: int, compiled: bool) -> MemoryPlan | None:
-    """Return the next smaller shape after running out of memory, which has no plan: that of the larger was wrong.
+    """Return the next smaller shape after a run ran out of memory; None if there is no smaller one.
 
-    A quarter more of the layers checkpointed; where all are, the next smaller micro-batch that divides the sequences; at
-    one sequence the layers' inputs in main memory, for which layers must be compiled.
+    First a quarter more of the layers are checkpointed. If all are, the micro-batch becomes the next smaller one that
+    divides the sequences. With one sequence the layers' inputs go to main memory, which needs compiled layers. It
+    carries no estimate (parts is empty), since the estimate of the larger shape has just proved wrong.
     """
     more = min(plan.layers, plan.checkpointed + max(1, plan.layers // 4))
     if more > plan.checkpointed:
@@ -394,8 +399,10 @@ def step_down(plan: MemoryPlan, sequences: int, compiled: bool) -> MemoryPlan | 
 
 
 def longest_length(shape: ModelShape, config: Config, limit: float) -> int:
-    """Return the longest max_length, a multiple of 128 or the model's last position, that trains with one sequence at a
-    time, all layers checkpointed and, where they are compiled, their inputs in main memory.
+    """Return the longest data.max_length that fits: a multiple of 128, or all positions that the model supports.
+
+    It is computed for one sequence per micro-batch with all layers checkpointed and, if layers are compiled, with their
+    inputs in main memory.
     """
     low, high, offload = 0, 2**14, expected_path(config) == COMPILED  # in units of 128 tokens
     while high - low > 1:

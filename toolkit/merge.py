@@ -1,4 +1,4 @@
-"""Base and adapter as one plain model."""
+"""Merge a base and its adapter into one plain model."""
 
 import copy
 import os
@@ -16,31 +16,33 @@ from config import ConfigError
 
 
 def plain_copy(model: PreTrainedModel, remote: bool) -> PreTrainedModel:
-    """Return the model unquantised, on the CPU, each 4-bit weight as the model itself dequantises it to multiply.
+    """Return an unquantised copy on the CPU, whose weights are the dequantised values with which the model multiplies.
 
-    It is made from the model in memory: no 16-bit file is read, and a base stored in 4 bit works too. What is on
-    the CPU and not packed is shared with it.
+    The copy is made from the model in memory: no 16-bit file is read, so a base stored in 4 bit works too. Weights that
+    are on the CPU and not packed are shared with the model.
     """
     model_config = copy.deepcopy(model.config)
     vars(model_config).pop("quantization_config", None)
-    with init_empty_weights():  # parameters take no memory yet; buffers (rotary frequencies) are real
+    with init_empty_weights():  # parameters need no memory yet; buffers (rotary frequencies) are real
         plain = AutoModelForCausalLM.from_config(model_config, dtype=model.dtype, trust_remote_code=remote)
     weights = {}
     for name, p in model.named_parameters():
         packed = isinstance(p, bnb.nn.Params4bit)
         weights[name] = (bnb.functional.dequantize_4bit(p.data, p.quant_state) if packed else p.data).cpu()
-    plain.load_state_dict(weights, strict=False, assign=True)  # not strict: tied weights come under one name
+    plain.load_state_dict(weights, strict=False, assign=True)  # not strict: tied weights appear under one name only
     plain.tie_weights()
     plain.generation_config = model.generation_config
     return plain.eval()
 
 
 def merge_adapter(peft_model: PeftModel, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
-    """Return the base with the adapter added by peft's own merge, in fp32, each weight rounded once to `dtype`."""
+    """Return the base with the adapter added in fp32 by peft's own merge; each weight is rounded to `dtype` once."""
     base = peft_model.get_base_model()
     head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
     if isinstance(head, LoraLayer) and head.get_base_layer().weight is embedding.weight:
-        raise ConfigError("--mode merge: the adapter changes the output head, whose weight is the embedding's too")
+        raise ConfigError(
+            "--mode merge: the adapter changes the output head, which shares its weight with the embedding"
+        )
     for module in [m for m in peft_model.modules() if isinstance(m, LoraLayer)]:
         weight = module.get_base_layer().weight
         weight.data = weight.data.float()
@@ -59,7 +61,7 @@ def logits_on(model: PeftModel | PreTrainedModel, ids: list[int]) -> torch.Tenso
 
 
 def write_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a model that plain transformers loads; the folder appears under its name only when all is there."""
+    """Write a model that plain transformers loads. The folder gets its name only after all files are written."""
     folder = Path(os.path.abspath(folder))
     temporary = folder.with_name(".writing-" + folder.name)
     shutil.rmtree(temporary, ignore_errors=True)
@@ -67,7 +69,7 @@ def write_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fol
         model.save_pretrained(temporary, max_shard_size="2GB")
         tokenizer.save_pretrained(temporary)
         if folder.is_dir():
-            folder.rmdir()  # empty, as parse saw; it raises if it no longer is
+            folder.rmdir()  # parse saw that it is empty; this raises an error if it is not any more
         os.rename(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

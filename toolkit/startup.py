@@ -1,4 +1,4 @@
-"""What runs before torch is imported, and how an error reaches the console. Imports no torch."""
+"""Code that runs before torch is imported, and the printing of errors. This module imports no torch."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # the installation check must say that PyYAML is missing, which config needs
+if TYPE_CHECKING:  # config needs PyYAML, and the installation check must be able to say that it is missing
     from config import ConfigError
 
-# What a run imports; the scripts import all of the project.
+# The modules that a run imports; the two scripts import all modules of the project.
 MODULES = ("yaml", "config", "torch", "bitsandbytes", "transformers", "peft", "datasets", "accelerate")
 MODULES += ("matplotlib.pyplot", "train_qlora", "inference_example")
 
 
 def import_failures(modules: tuple[str, ...] = MODULES) -> list[str]:
-    """Return a line for each module that cannot be imported, with the reason, each reason once."""
+    """Return a line with the reason for each module that cannot be imported; the same reason appears only once."""
     lines, reasons = [], set()
     for name in modules:
         try:
             importlib.import_module(name)
-        except Exception as error:  # a broken package raises anything: ImportError, OSError of a library, SyntaxError
+        except Exception as error:  # a broken package can raise anything: ImportError, OSError, SyntaxError
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             if reason not in reasons:
                 lines.append(f"import {name}: fails: {reason}")
@@ -39,10 +39,10 @@ CANNOT_RUN = "training cannot run here: see the lines above"
 
 
 def stop_where_imports_fail() -> None:
-    """End the process with a line for each import of a run that fails; for the installation check."""
+    """For the installation check: if an import of a run fails, print a line for each one and exit with code 1."""
     failures = import_failures(MODULES[:2])
     if not failures:
-        with contextlib.suppress(Exception):  # what fails in it fails again below, where it has a name
+        with contextlib.suppress(Exception):  # an import that fails here fails again below, where it is named
             before_heavy_imports()
         failures = import_failures()
     if failures:
@@ -52,8 +52,8 @@ def stop_where_imports_fail() -> None:
 
 @contextlib.contextmanager
 def compiling_later() -> Iterator[None]:
-    """Have torch.compile wait until what it returns is called: it imports Inductor, which takes seconds."""
-    import torch  # not at the top, where every error in the configuration would wait for it
+    """Delay torch.compile until the function that it returns is called, since it imports Inductor, which is slow."""
+    import torch  # not at the top, so that errors in the configuration appear at once
 
     compile_now = torch.compile
 
@@ -71,29 +71,29 @@ def compiling_later() -> Iterator[None]:
 
 
 def before_heavy_imports() -> None:
-    """Keep the libraries that are imported next quiet, quick and from running code of the hub; called by the scripts, not
-    by imports.
+    """Prepare for the heavy imports: make them quiet and quick, and let none run code from the hub.
 
-    bitsandbytes would fetch a kernel from the hub while it is imported, where the package `kernels` is installed,
-    and say so where not. The allocator of torch grows its segments where the system lets it: 0.36 GiB less reserved
-    at 16 x 512 tokens of Qwen2.5-3B.
+    The scripts call this; importing a module does not.
+    While it is imported, bitsandbytes would download a kernel from the hub if the package `kernels` is installed, and
+    print a message if not. Where the system allows it, torch's allocator grows its segments, which reserves less
+    memory (docs/measurements.md).
     """
     if sys.platform != "win32" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    # Triton's own choice, or beside Inductor's. By itself Inductor moves it when it first compiles a kernel: a first run
-    # would leave our kernels where a second one does not look.
+    # Use Triton's own folder, or the one beside Inductor's cache, from the start. Otherwise Inductor changes the folder
+    # when it first compiles a kernel, and a second run does not find the kernels of the first one.
     home = os.path.join(os.environ.get("TRITON_HOME", os.path.expanduser("~")), ".triton", "cache")
     beside = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     os.environ.setdefault("TRITON_CACHE_DIR", os.path.join(beside, "triton") if beside else home)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while libraries load ends the process without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the process without a traceback
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]  # None makes `import kernels` fail
     with compiling_later():
-        import bitsandbytes  # noqa: F401  (compiles four fallbacks that are rarely called)
+        import bitsandbytes  # noqa: F401  (calls torch.compile for four functions that are rarely used)
 
 
 def redact(text: str) -> str:
-    """Return a text without access tokens: the environment's, Hugging Face's by their form, and those in addresses."""
+    """Return a text without secrets: those of the environment, tokens of Hugging Face, and passwords in addresses."""
     for name, value in os.environ.items():
         if re.search(r"(TOKEN|API_KEY|SECRET|PASSWORD)$", name) and len(value) >= 8:
             text = text.replace(value, "***")
@@ -101,23 +101,25 @@ def redact(text: str) -> str:
 
 
 def report(error: ConfigError) -> int:
-    """Print one line a problem on stderr and return exit code 2."""
+    """Print one line per problem on stderr and return exit code 2."""
     for problem in error.problems:
         line = "error: " + redact(" ".join(problem.splitlines()))
         line = line if len(line) < 600 else f"{line[:400]} ... {line[-150:]}"  # a value may be a whole file
         encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
-        with contextlib.suppress(OSError):  # a file on a full disk; nor must a cp950 console hide an error
+        with contextlib.suppress(
+            OSError
+        ):  # stderr may be a file on a full disk; and any console must be able to show the line
             print(line.encode(encoding, "replace").decode(encoding), file=sys.stderr)
     return 2
 
 
 def reader_gone(last: str = "") -> bool:
-    """Write out what stdout holds, and a last text; return whether its reader has gone, as in `... | head`."""
+    """Flush stdout after a last text; return whether its reader is gone, as in `... | head`."""
     try:
         print(end=last, flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains once more as it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise Python complains again when it exits
         return True
-    except OSError:  # a full disk, say, of which Python tells as it ends
+    except OSError:  # such as a full disk, which Python reports when it exits
         pass
     return False

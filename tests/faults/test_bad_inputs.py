@@ -624,7 +624,7 @@ def test_what_the_hub_does_not_give(tmp_path, hub):
 
     def missing(setting: str, kind: str, name: str) -> str:
         hint = "check the spelling (owner/name); for a private one log in with `hf auth login` or set HF_TOKEN"
-        return f"{setting}: the hub has no {kind} nobody/{name}, or a private one: {hint}"
+        return f"{setting}: the hub has no {kind} nobody/{name}, or it is private: {hint}"
 
     def forbidden(setting: str, local: str) -> str:
         rest = f"give {local}, point HF_HOME at a cache that has it, or try --config tiny/config.yaml"
@@ -799,11 +799,11 @@ def test_checkpoint(refused, adapter, corpus, name):
 def test_no_checkpoint_is_sound(refused, adapter, capfd):
     for folder in earlier_run.checkpoints(adapter):
         (folder / "training_state.json").write_text("{}", encoding="utf-8")
-    assert refused(output_dir=adapter).startswith(f"training.resume: no checkpoint in {adapter} is sound")
+    assert refused(output_dir=adapter).startswith(f"training.resume: all checkpoints in {adapter} are damaged")
 
 
 def test_checkpoint_of_another_folder_does_not_go_on_over_a_run(refused, adapter, made):
-    expected = f"training.output_dir: {adapter} holds a finished run; give another --output_dir"
+    expected = f"training.output_dir: {adapter} holds a finished run; choose another --output_dir"
     assert refused("--resume", made / "checkpoint-1", output_dir=adapter) == expected
     (adapter / "adapter_model.safetensors").unlink()
     assert "holds another run" in refused("--resume", made / "checkpoint-1", output_dir=adapter)
@@ -817,4 +817,6 @@ def test_output_dir_that_is_no_folder(refused, tmp_path, make):
 
 def test_resume_from_what_is_no_checkpoint(refused, tmp_path, adapter):
     for path in (adapter / "config.yaml", adapter, "a\x00b", "x" * 5000):
-        assert refused("--resume", path, output_dir=tmp_path / "new").startswith("training.resume: cannot go on from")
+        assert refused("--resume", path, output_dir=tmp_path / "new").startswith(
+            "training.resume: cannot continue from"
+        )

@@ -72,7 +72,9 @@ def test_second_run_in_a_folder_is_refused_and_the_first_goes_on(train, capsys, 
     monkeypatch.setattr(train_qlora, "training_step", step)
     code, folder = train(*SHORT)
     assert code == 0 and codes[0] == 2
-    assert codes[1] == [f"error: training.output_dir: another run is writing in {folder}; wait for its end or stop it"]
+    assert codes[1] == [
+        f"error: training.output_dir: another run is writing in {folder}; wait until it ends, or stop it"
+    ]
     assert not (folder / LOCK).exists()
 
 

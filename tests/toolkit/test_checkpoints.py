@@ -472,7 +472,7 @@ def test_resume_refuses_other_contents_and_another_window():
     (problem,) = caught.value.problems
     *parts, _ = problem.split("; ")
     assert [part.split(":")[0] for part in parts] == names
-    assert all("its content is not what checkpoint-2 was trained on" in part for part in parts[1:])
+    assert all("its content has changed since checkpoint-2 was written" in part for part in parts[1:])
 
 
 @pytest.mark.parametrize(
@@ -509,14 +509,18 @@ def test_checkpoint_to_go_on_from(tmp_path):
     assert find_checkpoint(dataclasses.replace(training, resume="never"), False, ignore) is None
     older = dataclasses.replace(training, resume=str(tmp_path / "checkpoint-2"))
     assert find_checkpoint(older, False, ignore)[2]["progress"] == {"step": 2}
-    with pytest.raises(ConfigError, match="training.resume: cannot go on from nowhere"):
+    with pytest.raises(ConfigError, match="training.resume: cannot continue from nowhere"):
         find_checkpoint(dataclasses.replace(training, resume="nowhere"), False, ignore)
     for folder in checkpoints(tmp_path):
         (folder / "checksums.json").unlink()
-    with pytest.raises(ConfigError, match="is sound; --overwrite starts over"):  # rather than that nobody asked for it
+    with pytest.raises(
+        ConfigError, match="are damaged; use --overwrite to start over"
+    ):  # rather than that nobody asked for it
         find_checkpoint(training, False, ignore)
     write(tmp_path, 6)
-    with pytest.raises(ConfigError, match="checkpoint-6 is of another version: it has no best_adapter, config"):
+    with pytest.raises(
+        ConfigError, match="checkpoint-6 was written by another version of the toolkit: it has no best_adapter, config"
+    ):
         find_checkpoint(training, False, ignore)
 
 
@@ -647,7 +651,9 @@ def test_space_is_what_checkpoints_take(train, monkeypatch, capsys, optim):
     training = dataclasses.replace(Config().training, output_dir="nowhere", save_total_limit=2, optim=optim)
     for free in (written, 2 * written):
         if free == written:
-            with pytest.raises(ConfigError, match=r"expected \d+ MB free in .* for 3 checkpoints .*, got \d+ MB"):
+            with pytest.raises(
+                ConfigError, match=r"expected \d+ MB free in .* for the adapter and 3 checkpoints .*, got \d+ MB"
+            ):
                 check_space(training, sizes)
         else:
             check_space(training, sizes)

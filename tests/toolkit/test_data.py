@@ -767,7 +767,7 @@ def test_without_a_template_a_plain_one_is_used_and_said(tmp_path, tokenizer):
     split = tokenize_rows(load_rows(data), other, data)
     text = "User: hi\nAssistant: ho<|im_end|>\nUser: he\nAssistant: hu<|im_end|>\n"
     assert tokenizer.decode(split["train"][0]["input_ids"]) == text
-    assert "having no template" in split.source
+    assert "as it has no chat template" in split.source
 
 
 @pytest.mark.parametrize(
@@ -846,7 +846,7 @@ def test_formats_are_recognised_by_their_columns(columns, keys, expected):
 @pytest.mark.parametrize(
     ("columns", "keys", "problem"),
     [
-        (["body"], {}, r"data\.text_column: no column 'text' in .*it has body; a chat has messages or"),
+        (["body"], {}, r"data\.text_column: no column 'text' in .*it has body; chats need messages or"),
         (["text"], {"format": "chat"}, r"data\.format: chat needs the columns messages or conversations; .* has text"),
         (["text"], {"format": "prompt"}, r"data\.format: prompt needs the columns prompt \+ completion or instruction"),
         (["messages"], {"format": "text"}, r"data\.text_column: no column 'text' in .*it has messages$"),
@@ -938,7 +938,7 @@ def test_rows_of_which_nothing_is_learned_are_named_and_left_out(tmp_path, token
     part = blocks_of(data, tokenizer)["train"]
     assert part.rows == 4
     assert part.notes[0] == (
-        "train: 8 of 12 rows left out, since nothing in their first 32 tokens (data.max_length) is learned: "
+        "train: 8 of 12 rows are left out, since their first 32 tokens (data.max_length) hold nothing to train on: "
         "rows 2, 3, 4, 6, 8, …"
     )
     assert part.notes[1].startswith("train: 6 of 12 rows are cut at data.max_length: ")
@@ -950,7 +950,7 @@ def test_where_nothing_is_learned_at_all_the_data_are_refused(train, tmp_path, c
     code, folder = train("--dataset", path, "--max_length", 32)
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert code == 2 and not folder.exists()
-    assert line.startswith(f"error: data.dataset: {path}: nothing to learn; train: 3 of 3 rows left out")
+    assert line.startswith(f"error: data.dataset: {path} has nothing to train on; train: 3 of 3 rows are left out")
     assert line.endswith("rows 1, 2, 3")
 
 
@@ -960,7 +960,7 @@ def test_a_run_says_how_many_chats_are_cut(train, tmp_path):
     code, folder = train("--dataset", path, "--max_steps", 1)
     log = (folder / "training_log.txt").read_text(encoding="utf-8")
     assert code == 0
-    assert "data: train: 4 of 16 rows left out, since nothing in their first 64 tokens" in log
+    assert "data: train: 4 of 16 rows are left out, since their first 64 tokens" in log
     assert re.search(r"data: train: 8 of 16 rows are cut at data\.max_length: \d\d\.\d% of the tokens are lost", log)
 
 
@@ -978,7 +978,7 @@ def test_samples_are_held_out_by_seed_and_limited_after_it(tmp_path, tokenizer):
     few = blocks_of(dataclasses.replace(data, max_train_samples=7, max_eval_samples=2), tokenizer, 1)
     assert (of(few["train"]), of(few["validation"])) == (of(one["train"])[:7], of(one["validation"])[:2])
     single = settings(write_rows(tmp_path / "b.jsonl", [{"messages": turns("a", "b")}]), validation_fraction=0.1)
-    with pytest.raises(ConfigError, match="1 row to learn from: too few to hold one out"):
+    with pytest.raises(ConfigError, match="only 1 row to train on, too few to hold one out"):
         blocks_of(single, tokenizer)
 
 
@@ -1109,8 +1109,16 @@ def test_rows_of_our_own_reader_stay_what_they_are_when_somebody_filters_them(tm
         ({"input_ids": [[5, 6], None]}, None, "row 2 of train: expected a list of ids, got null"),
         ({"input_ids": [[[5, 6]], [[7, 8]]]}, None, "expected a list of integers in each row of input_ids, got List"),
         ({"input_ids": ["a", "b"]}, None, "expected a list of integers in each row of input_ids, got Value"),
-        ({"labels": [[-100, 6], [6, 7]]}, {}, "expected a column labels in the split 'validation', as 'train' has it"),
-        ({}, {"labels": [[-100, 6], [6, 7]]}, "expected a column labels in the split 'train', as 'validation' has it"),
+        (
+            {"labels": [[-100, 6], [6, 7]]},
+            {},
+            "expected a column labels in the split 'validation', like that in 'train'",
+        ),
+        (
+            {},
+            {"labels": [[-100, 6], [6, 7]]},
+            "expected a column labels in the split 'train', like that in 'validation'",
+        ),
         ({}, {"input_ids": None}, "expected a column input_ids in the split 'validation', got text"),
     ],
 )
@@ -1360,7 +1368,7 @@ def test_windows_predict_each_token_once_as_perplexities_are_reported(tmp_path, 
 
 def test_samples_have_no_windows(tmp_path, tokenizer):
     part = blocks_of(settings(write_rows(tmp_path / "a.jsonl", CHAT_ROWS), max_length=64), tokenizer)["train"]
-    with pytest.raises(ConfigError, match="--stride: expected running text, got chat, from column messages"):
+    with pytest.raises(ConfigError, match="--stride: works on running text only, got chat, from column messages"):
         windows_of(part, 4)
 
 
@@ -1387,7 +1395,7 @@ def test_a_run_on_chats_says_what_it_reads(train, chats, capsys):
     assert result["adapter"]["loss"] == pytest.approx(min(losses(folder, "eval_loss")), rel=1e-4)
     capsys.readouterr()
     assert main(["--evaluate", "--adapter", str(folder), "--stride", "16"]) == 2
-    assert "--stride: expected running text, got chat" in capsys.readouterr().err
+    assert "--stride: works on running text only, got chat" in capsys.readouterr().err
 
 
 COMPILED = pytest.param(("--fused_lora", "on", "--compile", "on"), marks=pytest.mark.compiled)

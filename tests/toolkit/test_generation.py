@@ -341,7 +341,7 @@ def test_a_model_that_decode_ops_does_not_know_gets_a_line(models: Callable, mon
     generator.decoder.kernels = True
     expected = reference(models("llama"), LONG, config())
     assert [generator.generate([LONG], config(), Watch())[0] for _ in range(2)] == [expected] * 2
-    assert lines == ["decoding without decode_step: LlamaForCausalLM: another rotary"]
+    assert lines == ["decoding without the decode_step kernels: LlamaForCausalLM: another rotary"]
 
 
 # ------------------------------------------------------------------------------------------------ which way
@@ -354,8 +354,8 @@ def test_what_the_decoder_does_not_cover_goes_through_generate(models: Callable)
     for how in (config(num_beams=2), config(no_repeat_ngram_size=2)):
         assert generator.generate([LONG], how, Watch())[0] == reference(model, LONG, how)
     assert lines == [
-        "transformers' generate decodes: generation setting num_beams",
-        "transformers' generate decodes: generation setting no_repeat_ngram_size",
+        "using transformers' generate() to decode: the fast decoder does not support num_beams",
+        "using transformers' generate() to decode: the fast decoder does not support no_repeat_ngram_size",
     ]
     Generator(model, lines.append).generate([SHORT], config(), Watch())
     assert len(lines) == 2  # a CPU is told nothing

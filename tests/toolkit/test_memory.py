@@ -205,10 +205,12 @@ def test_no_length_is_longer_than_the_models_positions(qwen_3b, capsys):
     shape = model_shape(str(qwen_3b))
     assert shape.positions == 32768 == memory_plan.longest_length(shape, settings(), 80 * GIB)
     flags = ("--plan", "--model_name", str(qwen_3b), "--memory_limit_gib", "80")
-    assert train_qlora.main([*flags]) == 0 and "32,768, the model's last position\n" in (out := capsys.readouterr().out)
+    assert train_qlora.main([*flags]) == 0 and "32,768, all positions that the model supports\n" in (
+        out := capsys.readouterr().out
+    )
     assert "data.max_length: " not in out
     assert train_qlora.main([*flags, "--max_length", "32769"]) == 0
-    line = "data.max_length: 32,769 tokens are more than the 32,768 positions that the model is for\n"
+    line = "data.max_length: 32,769 tokens are more than the 32,768 positions that the model supports\n"
     assert line in capsys.readouterr().out
 
 
@@ -223,7 +225,7 @@ def test_plan_command_needs_no_weights_and_no_gpu(qwen_3b, capsys, limit, code):
     out = capsys.readouterr().out
     assert ("does not fit" if code else "fits") in out and "trainable 29,933,568" in out and "119.7 MB" in out
     assert "longest data.max_length that fits" in out
-    assert "an epoch: unknown" in out and "would save" in out and "computed" in out
+    assert "an epoch: unknown" in out and "would save" in out and "estimated with" in out
 
 
 # ------------------------------------------------------------------------------------------------ out of memory
