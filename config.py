@@ -36,6 +36,7 @@ class ConfigError(ValueError):
         self.problems = problems
 
 
+@dataclasses.dataclass(frozen=True)
 class Section:
     """Base class of the sections. `config['data']['max_length']`, as the tutorial writes it, reads the attribute."""
 
@@ -264,7 +265,7 @@ class Config(Section):
     flags: frozenset[str] = dataclasses.field(default=frozenset(), compare=False, repr=False)
 
 
-SECTIONS: dict[str, type[Section]] = {
+SECTIONS: dict[str, Any] = {  # the class of each section, by name
     field.name: type(field.default) for field in dataclasses.fields(Config) if field.name != "flags"
 }
 BOUNDS = {
@@ -584,9 +585,11 @@ def load_config(paths: Sequence[str | Path] | str | Path = (), overrides: dict[s
     The keys of `overrides` are names such as lora.rank. A value that is a str is read like the text of a flag. All
     problems are reported together in one ConfigError.
     """
-    paths = [Path(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
-    values, problems, overrides = {}, [], overrides or {}
-    for path in paths:
+    files = [Path(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
+    values: dict[str, Any] = {}
+    problems: list[str] = []
+    overrides = overrides or {}
+    for path in files:
         for name, value in _values(read_yaml(path), problems).items():
             values[name] = _locate(LEAVES[name], value, [path])
     for name, value in overrides.items():
@@ -595,7 +598,7 @@ def load_config(paths: Sequence[str | Path] | str | Path = (), overrides: dict[s
             continue
         read = coerce_flag if isinstance(value, str) else coerce
         with _collecting(problems):
-            values[name] = _locate(LEAVES[name], read(LEAVES[name], value), paths[::-1])
+            values[name] = _locate(LEAVES[name], read(LEAVES[name], value), files[::-1])
     if problems:
         raise ConfigError(*problems)
     sections = {
@@ -844,7 +847,7 @@ def looks_like(sample: bytes) -> str | None:
         return "binary data, not text"
     high = re.findall(rb"[\x80-\xff]", sample)
     alone = re.findall(rb"(?<![\x80-\xff])[\x80-\xff](?![\x80-\xff])", sample)
-    shares = {name: _frequent_share(sample, *how) for name, *how in LEGACY}
+    shares = {name: _frequent_share(sample, codec, leads, least) for name, codec, leads, least in LEGACY}
     # Hangul uses some of the first bytes that Chinese uses: if both fit a longer text, it is Hangul.
     best = max(shares, key=lambda name: (round(shares[name], 2), name == "EUC-KR" and len(high) >= 16))
     # In a Western text accented letters mostly have ASCII letters on both sides, or all bytes are letters of Latin-1.

@@ -14,6 +14,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from config import Config, ConfigError, build_parser, counted, load_config, missing_model, not_utf8, parse_arguments
 from toolkit.earlier_run import config_with_adapter, left_by_run
@@ -21,7 +22,17 @@ from toolkit.startup import before_heavy_imports, reader_gone, report
 
 TAKES = ("model", "quantization", "performance", "generation")  # the other sections of config.yaml are for training
 # The flags that --help shows first.
-EVERYDAY = ("mode", "adapter", "prompt", "prompts", "output", "raw", "max_new_tokens", "temperature", "top_p")
+EVERYDAY: tuple[str, ...] = (
+    "mode",
+    "adapter",
+    "prompt",
+    "prompts",
+    "output",
+    "raw",
+    "max_new_tokens",
+    "temperature",
+    "top_p",
+)
 EVERYDAY += ("system_prompt",)
 
 Prompt = str | list[dict[str, str]]  # a text, or the messages of a chat, of which the last is the user's
@@ -35,7 +46,7 @@ def say(line: str) -> None:
 # ------------------------------------------------------------------------------------------------ command line
 
 
-def clean(value: Prompt) -> Prompt:
+def clean(value: Any) -> Any:
     """Return the prompt with question marks instead of lone surrogates, which tokenizers and UTF-8 do not accept."""
     return json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
 
@@ -206,7 +217,6 @@ import dataclasses
 import signal
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import transformers
@@ -343,7 +353,7 @@ def room_after(engine: Engine, length: int, settings: GenerationConfig) -> int:
         raise ConfigError(
             f"a prompt has {counted(length, 'token')}, but the model supports only {engine.limit:,} positions"
         )
-    return min(settings.max_new_tokens, engine.limit - length)
+    return int(min(settings.max_new_tokens, engine.limit - length))
 
 
 def generate_ids(
@@ -421,7 +431,8 @@ def answer_file(engine: Engine, config: Config, prompts: list[Prompt], output: P
     longest = max(map(len, rows))  # room_after refuses a prompt that is too long, before anything is written
     size = batch_size(engine, config, longest + room_after(engine, longest, settings))
     output.parent.mkdir(parents=True, exist_ok=True)
-    start, tokens, traffic, waiting, written = time.perf_counter(), 0, engine.generator.traffic(), {}, first
+    start, tokens, traffic, written = time.perf_counter(), 0, engine.generator.traffic(), first
+    waiting: dict[int, str] = {}
     bar = tqdm(total=len(prompts), initial=first, unit="prompt", disable=not sys.stderr.isatty())
     with open(output, "ab") as file, bar:
         file.truncate(good_bytes)
@@ -496,8 +507,8 @@ def set_knob(talk: Conversation, key: str, value: str) -> None:
     if key and key not in names:
         raise ConfigError(f"/set: there is no key {key}; the keys are {', '.join(names)}")
     if value:
-        value = coerce_flag(LEAVES[f"generation.{key}"], "" if value == '""' else value)
-        talk.settings = dataclasses.replace(talk.settings, **{key: value})
+        change: dict[str, Any] = {key: coerce_flag(LEAVES[f"generation.{key}"], "" if value == '""' else value)}
+        talk.settings = dataclasses.replace(talk.settings, **change)
     for name in [key] if key else names:
         now = talk.settings[name]
         print(f"{name} =", {None: "null", "": '""'}.get(now, now))

@@ -209,8 +209,8 @@ def hub_problem(setting: str, name: str, error: BaseException) -> ConfigError | 
             "HF_TOKEN to a token of that account"
         )
     if revision := first(RevisionNotFoundError):
-        asked = re.search(r"/resolve/([^/]+)/", str(revision.response.url))
-        asked = f" {unquote(asked[1])!r}" if asked else ""
+        found_in_url = re.search(r"/resolve/([^/]+)/", str(revision.response.url))
+        asked = f" {unquote(found_in_url[1])!r}" if found_in_url else ""
         return ConfigError(f"model.revision: the hub has {name}, but no branch, tag or commit{asked} of it")
     if first(RepositoryNotFoundError) or type(error).__name__ == "DatasetNotFoundError":
         return ConfigError(
@@ -274,7 +274,15 @@ def cannot_load(model_name: str, error: Exception) -> ConfigError:
 QUIETLY = {"_raise_exceptions_for_missing_entries": False}  # return None for a file that the model does not have
 UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOSPC}
 # The errors that transformers, safetensors and huggingface_hub raise for a wrong name, a bad file or network trouble.
-LOADING_ERRORS = (OSError, ValueError, KeyError, AttributeError, ImportError, RuntimeError, TypeError)
+LOADING_ERRORS: tuple[type[Exception], ...] = (
+    OSError,
+    ValueError,
+    KeyError,
+    AttributeError,
+    ImportError,
+    RuntimeError,
+    TypeError,
+)
 LOADING_ERRORS += (StrictDataclassError, SafetensorError, IndexError, ArithmeticError)
 
 
@@ -349,7 +357,7 @@ def load_model_and_tokenizer(
     """
     device = torch.device(device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
     dtype = bnb_config.bnb_4bit_compute_dtype if bnb_config else usable_dtype(compute_dtype)
-    source = {"revision": revision, "trust_remote_code": trust_remote_code}
+    source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if problems := missing_model(model_name):
         raise ConfigError(*problems)
     tokenizer = load_tokenizer(model_name, **source)

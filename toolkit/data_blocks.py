@@ -17,6 +17,7 @@ import os
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -582,13 +583,13 @@ def make_blocks(
         splits = {name: numbered(split) for name, split in splits.items()}
     if (ours and samples_of_ours(splits)) or masks_labels(splits):
         how = "" if isinstance(tokenized, Tokenized) else ", each a sample whose labels say which tokens are supervised"
-        blocks = make_sample_blocks(splits, data, seed)
+        blocks: dict[str, Any] = dict(make_sample_blocks(splits, data, seed))
     else:
         marks = (first_token(tokenizer), [document_end(tokenizer)]) if close else ([], [])
         how = ", each a line of a running text" if rows_are_lines(data) else ", each a document"
-        blocks = make_text_blocks(splits, marks, data, seed)
+        blocks = dict(make_text_blocks(splits, marks, data, seed))
     read = tokenized if isinstance(tokenized, Tokenized) else Tokenized
-    named = {"dataset": data.dataset, "source": read.source + how, "template": read.template}
+    named: dict[str, Any] = {"dataset": data.dataset, "source": read.source + how, "template": read.template}
     blocks = {name: dataclasses.replace(part, **named) for name, part in blocks.items()}
     if unused := sorted(tokenized.keys() - splits.keys()):
         names = f"split{'s'[: len(unused) > 1]} {', '.join(unused)}"
@@ -629,7 +630,7 @@ def _training_files(data: DataConfig) -> dict[str, int | None]:
     builder, files = local
     names = files.get(data.train_split) or next(iter(files.values()))
     base = data.dataset if Path(data.dataset).is_dir() else Path(data.dataset).parent
-    sizes = {os.path.relpath(name, base): None for name in names}
+    sizes: dict[str, int | None] = {os.path.relpath(name, base): None for name in names}
     # Each file is loaded alone, since a split does not tell which file a row came from.
     for shown, name in zip(sizes, names[:-1], strict=False):
         only = {"train": [glob.escape(name)]}

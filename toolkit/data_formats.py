@@ -34,7 +34,10 @@ BUILDERS = {".txt": "text", ".csv": "csv", ".json": "json", ".jsonl": "json", ".
 # Parts of the errors that datasets raises for files without rows; each format has its own.
 NO_ROWS = ("at least one example", "corresponds to no data", "BatchSize must be greater than 0", "No columns to parse")
 # Lines of a .txt keep their line breaks, so that they can be joined again. In a .csv NA and None stay words, not nulls.
-OPTIONS = {"text": {"keep_linebreaks": True, "encoding": "utf-8-sig"}, "csv": {"keep_default_na": False}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "text": {"keep_linebreaks": True, "encoding": "utf-8-sig"},
+    "csv": {"keep_default_na": False},
+}
 DEEPEST = 4000  # levels of JSON: pyarrow refuses more than 64, but crashes at 10,000 (version 26)
 AS_SQUARE, NO_BRACKETS = bytes.maketrans(b"{}", b"[]"), bytes(set(range(256)) - set(b"[]{}"))
 IGNORED = -100  # the label of a position that is not supervised, PyTorch's default ignore_index

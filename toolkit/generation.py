@@ -138,12 +138,14 @@ class Generator:
     """
 
     def __init__(self, model: PeftModel | PreTrainedModel, say: Callable[[str], None], fast: bool | None = None):
-        self.model, self.say, self.said = model, say, set()
+        self.model, self.say = model, say
+        self.said: set[str] = set()
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         gpu = base.device.type == "cuda"
         self.reason = obstacle(base) if gpu or fast else ""  # on a CPU generate() is usual: no message
         self.decoder = Decoder(model, kernels=gpu and HAS_TRITON) if self.reason is None else None
-        self.adapted, self.cache, self.held, self.off = lora_layers(model), None, [], False
+        self.adapted, self.cache, self.off = lora_layers(model), None, False
+        self.held: list[int] = []
         if self.decoder and gpu and isinstance(model, PeftModel):
             use_own_precision(model)
             # Prompts and batches unpack each weight once and multiply once, with the adapters included.

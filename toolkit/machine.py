@@ -10,6 +10,7 @@ import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes as bnb
 import numpy as np
@@ -113,7 +114,7 @@ def check_step(device: torch.device, performance: PerformanceConfig) -> tuple[fl
         model, tokenizer = load_base(config, device)
         learner = train.build_learner(config, model, unplanned(config, 2, layers=2), lines.append)
         optimizer = train.create_optimizer(learner.parameters, training, device, lines.append)
-        blocks = list(torch.randint(512, (2, 64), generator=torch.Generator().manual_seed(0)).numpy())
+        blocks: Any = list(torch.randint(512, (2, 64), generator=torch.Generator().manual_seed(0)).numpy())
         batch, tokens, places = next(batches(blocks, np.arange(2), 2, tokenizer.pad_token_id, device))
         losses = []
         for step in range(2):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # config needs PyYAML, and the installation check must be abl
     from config import ConfigError
 
 # The modules that a run imports; the two scripts import all modules of the project.
-MODULES = ("yaml", "config", "torch", "bitsandbytes", "transformers", "peft", "datasets", "accelerate")
+MODULES: tuple[str, ...] = ("yaml", "config", "torch", "bitsandbytes", "transformers", "peft", "datasets", "accelerate")
 MODULES += ("matplotlib.pyplot", "train_qlora", "inference_example")
 
 
