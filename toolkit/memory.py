@@ -233,7 +233,7 @@ def memory_limit(device: torch.device | None, limit_gib: float | None, fixed: bo
     limit = None if limit_gib is None else limit_gib * GIB
     if limit is not None and limit <= CONTEXT_BYTES:
         raise ConfigError(
-            f"performance.memory_limit_gib: expected more than {CONTEXT_BYTES / GIB} (the CUDA context), got {limit_gib}"
+            f"performance.memory_limit_gib: expected more than {CONTEXT_BYTES / GIB} (CUDA context), got {limit_gib}"
         )
     if device is None or device.type != "cuda":
         return limit
