@@ -177,7 +177,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     add(
         "--merge_base",
         choices=("dequantized", "original"),
-        help="the base to add the adapter to: its quantised weights, dequantised, or the original ones (default: dequantized)",
+        help="the base to add the adapter to: the dequantised weights, or the original ones (default: dequantized)",
     )
     options, overrides = parse_arguments(parser, argv)
     check_options(options)

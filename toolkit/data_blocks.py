@@ -117,7 +117,7 @@ def check_rows(dataset: Dataset, split: str) -> None:
 
 
 def without_pads(dataset: Dataset) -> Dataset:
-    """Return the rows without padding. The attention mask tells where it is; the id of a pad may also be a token's."""
+    """Return the rows without padding. The attention mask tells where it is; a pad's id may also be a real token's."""
     if "attention_mask" not in dataset.column_names:
         return dataset
     names = [name for name in ("input_ids", "labels") if name in dataset.column_names]

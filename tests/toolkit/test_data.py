@@ -776,7 +776,7 @@ def test_without_a_template_a_plain_one_is_used_and_said(tmp_path, tokenizer):
         (
             "{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}",
             turns("a", "<think>b</think>c"),
-            "rewrites a turn of the assistant",
+            "rewrites an answer of the assistant",
         ),
         ("{{ raise_exception('roles must alternate') }}", turns("a", "b"), "roles must alternate"),
     ],
