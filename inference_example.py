@@ -188,7 +188,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     add(
         "--merge_base",
         choices=("dequantized", "original"),
-        help="the base that the adapter is added to: as quantised for training, or the original (default: dequantized)",
+        help="the base to add the adapter to: the dequantised weights, or the original ones (default: dequantized)",
     )
     options, overrides = parse_arguments(parser, argv)
     check_options(options)

@@ -1176,7 +1176,7 @@ def test_pasted_function_makes_documents(train, watch, paste, capsys, kind, spli
         documents += [stream[a : b - 1] for a, b in itertools.pairwise([0, *cuts])]
         assert part.documents == part.rows == len(cuts)
     assert sorted(documents) == sorted(rows) and len(rows) > 20
-    assert "read as rows of prepare_dataset of train_qlora.py, each a document" in printed
+    assert "read as rows of prepare_dataset of train_qlora.py, each row a document" in printed
     assert ("not used: the split test of prepare_dataset" in printed) is ("test" in splits)
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert "| data | prepare_dataset of train_qlora.py: " in card and "wikitext" not in card.lower()
@@ -1201,7 +1201,7 @@ def test_pasted_functions_labels_are_learned(train, watch, paste, capsys, packin
     assert sorted(blocks_as_samples(seen.session.blocks["train"])) == sorted(expected) and len(expected) > 20
     assert steps_of(folder)[-1]["tokens"] == learned
     assert (
-        "prepare_dataset of train_qlora.py, each a sample whose labels say which tokens are supervised"
+        "prepare_dataset of train_qlora.py, each row a sample whose labels say which tokens are supervised"
         in capsys.readouterr().out
     )
 

@@ -118,7 +118,7 @@ def check_rows(dataset: Dataset, split: str) -> None:
 
 
 def without_pads(dataset: Dataset) -> Dataset:
-    """Return the rows without padding. The attention mask tells where it is; the id of a pad may also be a token's."""
+    """Return the rows without padding. The attention mask tells where it is; a pad's id may also be a real token's."""
     if "attention_mask" not in dataset.column_names:
         return dataset
     names = [name for name in ("input_ids", "labels") if name in dataset.column_names]
@@ -370,7 +370,7 @@ def _split_tail(blocks: Blocks, fraction: float) -> tuple[Blocks, Blocks]:
     """Return the blocks as (train, held out); the last blocks are held out, at least one."""
     if len(blocks) < 2:
         raise ConfigError(
-            f"data.dataset: {counted(blocks.tokens, 'token')} of text are too few to hold out a block; "
+            f"data.dataset: the text is too short to hold out a block ({counted(blocks.tokens, 'token')}); "
             "give a validation split, a smaller data.max_length, or data.validation_fraction 0"
         )
     count = min(max(1, round(len(blocks) * fraction)), len(blocks) - 1)
@@ -582,11 +582,15 @@ def make_blocks(
         data = dataclasses.replace(data, dataset=FUNCTION, rows="lines" if data.rows == "lines" else "documents")
         splits = {name: numbered(split) for name, split in splits.items()}
     if (ours and samples_of_ours(splits)) or masks_labels(splits):
-        how = "" if isinstance(tokenized, Tokenized) else ", each a sample whose labels say which tokens are supervised"
+        how = (
+            ""
+            if isinstance(tokenized, Tokenized)
+            else ", each row a sample whose labels say which tokens are supervised"
+        )
         blocks: dict[str, Any] = dict(make_sample_blocks(splits, data, seed))
     else:
         marks = (first_token(tokenizer), [document_end(tokenizer)]) if close else ([], [])
-        how = ", each a line of a running text" if rows_are_lines(data) else ", each a document"
+        how = ", each row a line of one running text" if rows_are_lines(data) else ", each row a document"
         blocks = dict(make_text_blocks(splits, marks, data, seed))
     read = tokenized if isinstance(tokenized, Tokenized) else Tokenized
     named: dict[str, Any] = {"dataset": data.dataset, "source": read.source + how, "template": read.template}

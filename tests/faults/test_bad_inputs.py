@@ -477,7 +477,7 @@ def adapter_alone(model: Path) -> None:
 
 
 ALL = "has no config.json, tokenizer.json and safetensors weights"
-GGUF = "GGUF files are not read"
+GGUF = "GGUF files cannot be loaded"
 NO_MODELS = {  # what is in the folder: (how it is made, what is said, what --plan says, if that is another)
     "nothing": (nothing, f"{ALL} (the folder is empty)", "has no config.json (the folder is empty)"),
     "config alone": (only("config.json"), "has no tokenizer.json and safetensors weights", None),

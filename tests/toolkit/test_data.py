@@ -776,7 +776,7 @@ def test_without_a_template_a_plain_one_is_used_and_said(tmp_path, tokenizer):
         (
             "{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}",
             turns("a", "<think>b</think>c"),
-            "rewrites a turn of the assistant",
+            "rewrites an answer of the assistant",
         ),
         ("{{ raise_exception('roles must alternate') }}", turns("a", "b"), "roles must alternate"),
     ],
@@ -882,9 +882,9 @@ def test_the_line_on_a_chat_marks_what_is_learned(tmp_path, tokenizer):
     one = "<|im_start|>user\\nhi\\nyou<|im_end|>\\n<|im_start|>assistant\\n[[ho<|im_end|>]]\\n"
     assert show_block(part[0], tokenizer).startswith(one + one[:12])
     text = blocks_of(settings(write_jsonl(tmp_path / "b.jsonl", PROSE)), tokenizer)["train"]
-    assert text.source == "text, from column text, each a document"
+    assert text.source == "text, from column text, each row a document"
     lines = blocks_of(settings(write_jsonl(tmp_path / "c.jsonl", PROSE), rows="lines"), tokenizer)["train"]
-    assert lines.source == "text, from column text, each a line of a running text"
+    assert lines.source == "text, from column text, each row a line of one running text"
     assert show_block(text[0], tokenizer).startswith("Now is the winter")
 
 

@@ -29,8 +29,8 @@ def refused(output_dir: Path, **overrides: object) -> tuple[str, ...]:
 
 
 def test_it_imports_no_torch():
-    program = "import sys, earlier_run; print({'torch', 'numpy', 'transformers'} & set(sys.modules))"
-    folder = Path(earlier_run.__file__).parent
+    program = "import sys, toolkit.earlier_run; print({'torch', 'numpy', 'transformers'} & set(sys.modules))"
+    folder = Path(earlier_run.__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True)
     assert done.stdout == "set()\n", done.stderr
 
