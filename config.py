@@ -549,7 +549,8 @@ def load_config(paths: Sequence[str | Path] | str | Path = (), overrides: dict[s
     return config
 
 
-DATA_FILES = (".txt", ".csv", ".json", ".jsonl", ".parquet")
+# Suffixes of data files, each with the builder of datasets that reads it.
+DATA_FILES = {".txt": "text", ".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
 def is_hub_id(name: str) -> bool:
@@ -562,7 +563,7 @@ def missing_data(dataset: str) -> list[str]:
 
     An address (s3://...) is left to whoever put a prepare_dataset of their own in place.
     """
-    local = (not is_hub_id(dataset) and "://" not in dataset) or dataset.lower().endswith(DATA_FILES)
+    local = (not is_hub_id(dataset) and "://" not in dataset) or dataset.lower().endswith(tuple(DATA_FILES))
     return [f"data.dataset: no such file or folder: {dataset}"] if local and not os.path.exists(dataset) else []
 
 

@@ -27,17 +27,17 @@ from datasets.fingerprint import Hasher
 from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from config import ConfigError, DataConfig, missing_data, not_utf8
+from config import DATA_FILES, ConfigError, DataConfig, missing_data, not_utf8
+from fast_path.loss import IGNORED
 from quantization_utils import cache_problem, hub_problem
 
-BUILDERS = {".txt": "text", ".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+BUILDERS = DATA_FILES  # by suffix, the builder of datasets that reads such files
 # What datasets says of files that hold no rows, each format in its own way.
 NO_ROWS = ("at least one example", "corresponds to no data", "BatchSize must be greater than 0", "No columns to parse")
 # Rows of a .txt that run on are joined as they are; in a .csv the words NA and None are words.
 OPTIONS = {"text": {"keep_linebreaks": True, "encoding": "utf-8-sig"}, "csv": {"keep_default_na": False}}
 DEEPEST = 4000  # levels of JSON: pyarrow refuses more than 64, and dies of 10,000 (version 26)
 AS_SQUARE, NO_BRACKETS = bytes.maketrans(b"{}", b"[]"), bytes(set(range(256)) - set(b"[]{}"))
-IGNORED = -100  # the label of a position that is not supervised, PyTorch's default ignore_index
 
 # ------------------------------------------------------------------------------------------------ rows
 

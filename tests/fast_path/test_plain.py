@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from fast_path import micro_step, optimizers
 from fast_path.attention import use_causal_attention
 from fast_path.dropout import DropoutClock, StatelessDropout, drop_threshold, use_stateless_dropout
-from fast_path.loss import chunk_rows, chunked_cross_entropy, shift_labels
+from fast_path.loss import chunked_cross_entropy, default_logit_chunk, shift_labels
 from quantization_utils import (
     create_bnb_config,
     create_lora_config,
@@ -380,8 +380,8 @@ def test_chunked_loss_needs_no_gradient_in_evaluation():
 
 
 def test_chunks_bound_the_logits():
-    assert chunk_rows(151_936) * 151_936 * 4 <= 256 * 2**20 < (chunk_rows(151_936) + 1) * 151_936 * 4
-    assert chunk_rows(10**9) == 16
+    assert default_logit_chunk(151_936) * 151_936 * 4 <= 256 * 2**20 < (default_logit_chunk(151_936) + 1) * 151_936 * 4
+    assert default_logit_chunk(10**9) == 16
 
 
 class TornBackward(torch.autograd.Function):
