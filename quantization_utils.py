@@ -2,8 +2,8 @@
 
 Shared by training and inference.
 
-python quantization_utils.py     checks the installation: it imports what a run imports and trains two layers for a step;
-                                 a line for each thing, exit 1 if training cannot run
+python quantization_utils.py     checks the installation: it imports what a run imports, trains two layers for one step,
+                                 prints one line per check, and exits with 1 if training cannot run
 """
 
 import errno
@@ -78,7 +78,7 @@ def _say_once(line: str) -> None:
 
 
 def usable_dtype(compute_dtype: str | torch.dtype) -> torch.dtype:
-    """Return the torch type of a compute_dtype; float16, with a line, where it is bfloat16 and the GPU has none."""
+    """Return the torch type of a compute_dtype; where the GPU lacks bfloat16 that is float16, and a message says so."""
     dtype = getattr(torch, compute_dtype) if isinstance(compute_dtype, str) else compute_dtype
     if dtype is torch.bfloat16 and bf16_missing():
         name = torch.cuda.get_device_name()
@@ -88,9 +88,9 @@ def usable_dtype(compute_dtype: str | torch.dtype) -> torch.dtype:
 
 
 def slow_bf16() -> bool:
-    """Return whether products in bfloat16 crawl here: a CPU without AVX-512, for which torch's oneDNN has none.
+    """Return whether bfloat16 products are very slow here: on a CPU without AVX-512, torch's oneDNN has none for it.
 
-    They took 7 to 80 times those in float32 (512 x 512 x 512 and 512 x 1024 x 512, forward and backward, torch 2.13).
+    They take 7 to 80 times as long as in float32 (512 x 512 x 512 and 512 x 1024 x 512, forward and backward, torch 2.13).
     """
     return not torch.cuda.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX2"
 
@@ -108,7 +108,7 @@ def compute_dtype_of(config: Config) -> torch.dtype:
 
 
 def replaces_bf16(config: Config) -> bool:
-    """Return whether a run computes in float32 in place of the configured bfloat16."""
+    """Return whether a run computes in float32 instead of the configured bfloat16."""
     return compute_dtype_of(config) is not usable_dtype(config.quantization.compute_dtype)
 
 
@@ -211,8 +211,8 @@ def hub_problem(setting: str, name: str, error: BaseException) -> ConfigError | 
         return ConfigError(f"model.revision: the hub has {name}, but no branch, tag or commit{asked} of it")
     if first(RepositoryNotFoundError) or type(error).__name__ == "DatasetNotFoundError":
         return ConfigError(
-            f"{setting}: the hub has no {kind} {name}, or a private one: check the spelling (owner/name); for a private "
-            "one log in with `hf auth login` or set HF_TOKEN"
+            f"{setting}: the hub has no {kind} {name}, or a private one: check the spelling (owner/name); for a "
+            "private one log in with `hf auth login` or set HF_TOKEN"
         )
     answer, entry = first(HfHubHTTPError), first(EntryNotFoundError)
     unreachable = first(ConnectionError, TimeoutError, LocalEntryNotFoundError)
@@ -387,8 +387,8 @@ def rope_parameters(config: PretrainedConfig) -> list[dict[str, Any]]:
 def known_positions(config: PretrainedConfig) -> int | None:
     """Return how many positions a model is for, None where its configuration has no such number.
 
-    YaRN's recipes leave max_position_embeddings as it was: the positions are then its factor times the original ones. Other
-    scalings are in that number already (Llama 3) or not (some linear ones); it is taken as it stands.
+    YaRN's recipes leave max_position_embeddings unchanged: the positions are then its factor times the original ones.
+    Other scalings are in that number already (Llama 3) or are not (some linear ones); it is used as it is.
     """
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     yarn = [rope for rope in rope_parameters(config) if rope.get("rope_type") == "yarn"]
@@ -397,16 +397,16 @@ def known_positions(config: PretrainedConfig) -> int | None:
 
 
 def beyond_positions(max_length: int, positions: int | None) -> list[str]:
-    """Return a line to say where blocks are longer than the positions that a model is for."""
+    """Return a message, in a list, where blocks are longer than the positions that a model is for."""
     if not positions or max_length <= positions:
         return []
     return [f"data.max_length: {max_length:,} tokens are more than the {positions:,} positions that the model is for"]
 
 
 def check_length(max_length: int, config: PretrainedConfig) -> list[str]:
-    """Return beyond_positions; ConfigError where the positions are a table, which has no more rows.
+    """Return beyond_positions; raise ConfigError where the positions are a table, which has no further rows.
 
-    Rotary embeddings go on, and of packed samples none may be as long as a block.
+    Rotary embeddings continue beyond it, and packed samples may all be shorter than a block.
     """
     positions = known_positions(config)
     if positions and max_length > positions and not rope_parameters(config):
@@ -415,10 +415,10 @@ def check_length(max_length: int, config: PretrainedConfig) -> list[str]:
 
 
 def keep_packing(model: nn.Module, keep: bool = True) -> None:
-    """Have bitsandbytes leave its weights as they are packed, or repack them as it would by itself.
+    """Let bitsandbytes keep its weights as they are packed, or repack them as it does by default.
 
-    On a CPU with AVX512-BF16 one forward in eval mode repacks them for good: training after it would be wrong, generation
-    is quicker (SmolLM2-135M on two cores: 54 ms a token in place of 91).
+    On a CPU with AVX512-BF16 one forward pass in eval mode repacks them for good. Training after that would be wrong;
+    generation is faster (SmolLM2-135M on two cores: 54 instead of 91 ms per token).
     """
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
@@ -563,7 +563,7 @@ def parameter_line(model: nn.Module) -> str:
 
 
 def main() -> int:
-    """Check the installation, a line for each thing that training needs; return 0 if training can run, else 1."""
+    """Check the installation, one line for each thing that training needs; return 0 if training can run, else 1."""
     from toolkit.machine import check_installation  # not at the top: toolkit stands above this module
 
     return check_installation()

@@ -274,15 +274,6 @@ def evaluate_adapter(config: Config, adapter: str | None, stride: int | None) ->
 # ------------------------------------------------------------------------------------------------ set-up
 
 
-def sequences_per_step(training: TrainingConfig, processes: int) -> int:
-    """Return the sequences of an optimizer step over all micro-batches and processes."""
-    count = training.batch_size * training.gradient_accumulation_steps
-    if count % processes:
-        name = "training.batch_size x training.gradient_accumulation_steps"
-        raise ConfigError(f"{name}: expected a multiple of {processes} processes, got {count}")
-    return count
-
-
 @dataclasses.dataclass
 class Run:
     """A run in its output folder: what it trains with, and how far it is."""
@@ -296,9 +287,7 @@ class Run:
     learner: Learner
     optimizer: Any
     scheduler: Any
-    plan: (
-        MemoryPlan  # the micro-batch and checkpointed layers that run now, and the GPU memory they were planned to need
-    )
+    plan: MemoryPlan  # the micro-batch and checkpointed layers that run now, with the GPU memory planned for them
     sequences_per_step: int  # over all micro-batches and processes
     total_steps: int
     fingerprint: dict[str, str]
@@ -373,6 +362,15 @@ def build_run(config: Config, accelerator: Accelerator, log: checkpoints.Log, fo
     )
 
 
+def sequences_per_step(training: TrainingConfig, processes: int) -> int:
+    """Return the sequences of an optimizer step over all micro-batches and processes."""
+    count = training.batch_size * training.gradient_accumulation_steps
+    if count % processes:
+        name = "training.batch_size x training.gradient_accumulation_steps"
+        raise ConfigError(f"{name}: expected a multiple of {processes} processes, got {count}")
+    return count
+
+
 def prepare_dataset(config: Config, tokenizer: PreTrainedTokenizerBase) -> DatasetDict:
     """Return the tokenised rows: a DatasetDict with the split train, perhaps validation, and a column input_ids.
 
@@ -391,8 +389,8 @@ def build_learner(
 ) -> Learner:
     """Attach a fresh adapter to the base model and set up how its micro-batches are computed.
 
-    plan: the shape of a micro-batch. samples: how many samples the fullest blocks hold, in descending order; those in one
-    block must not see each other.
+    plan: the shape of a micro-batch. samples: how many samples the fullest blocks hold, in descending order; the samples
+    of one block must not see each other.
     """
     seed, device = config.training.seed, model.device
     transformers.set_seed(seed)  # for the fresh adapter
@@ -457,7 +455,7 @@ def describe_data(run: Run) -> None:
 
 
 def start_run(run: Run, found: Found | None) -> None:
-    """Restore the checkpoint, if there is one, and open the output folder. What is refused is refused before any write."""
+    """Restore the checkpoint, if there is one, and open the output folder. A refusal comes before anything is written."""
     log = run.log
     if found is not None:
         folder, adapter, state = found
@@ -647,10 +645,8 @@ def micro_batches(run: Run, numbers: np.ndarray) -> Iterator[tuple[dict[str, tor
     Sequences are numbered within the optimizer step, over all processes.
     """
     rank, processes = run.accelerator.process_index, run.accelerator.num_processes
-    mine, pad = numbers[rank::processes], run.tokenizer.pad_token_id
-    for batch, tokens, positions in batches(
-        run.blocks["train"], mine, run.plan.micro_batch, pad, run.accelerator.device
-    ):
+    mine, pad, device = numbers[rank::processes], run.tokenizer.pad_token_id, run.accelerator.device
+    for batch, tokens, positions in batches(run.blocks["train"], mine, run.plan.micro_batch, pad, device):
         yield batch, tokens, torch.from_numpy(rank + processes * positions)
 
 
@@ -661,15 +657,15 @@ def use_less_memory(run: Run, problem: torch.OutOfMemoryError) -> None:
     if smaller is None:
         raise problem
     run.log.say(
-        f"out of GPU memory with {run.plan.shape}: repeating the step with {smaller.shape}; the effective batch size, and "
-        "so the training result, does not change"
+        f"out of GPU memory with {run.plan.shape}: repeating the step with {smaller.shape}; "
+        "the effective batch size, and so the training result, does not change"
     )
     run.plan = smaller
     run.learner.reshape(smaller.micro_batch, smaller.checkpointed, smaller.offload)
 
 
 def sum_over_processes(run: Run, extra: list[float | torch.Tensor]) -> torch.Tensor:
-    """Sum the gradients, in their own memory, and the numbers of `extra` over all processes; return the latter, fp64."""
+    """Sum the gradients, in their own memory, and the numbers of `extra` over all processes; return the numbers, fp64."""
     device, gradients = run.accelerator.device, [p.grad for p in run.learner.parameters]
     numbers = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in extra])
     if run.accelerator.num_processes == 1:

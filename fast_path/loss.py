@@ -165,7 +165,7 @@ class CausalLMLoss(Objective):
         self.base = model.get_base_model() if isinstance(model, PeftModel) else model
         self.device, self.dtype = next(model.parameters()).device, dtype
         self.decoder, self.head = self.base.get_decoder(), self.base.get_output_embeddings()
-        self.logit_chunk: int | None = None  # as chunked_cross_entropy takes them
+        self.logit_chunk: int | None = None  # these two are arguments of chunked_cross_entropy
         self.chunk_loss: Callable = _chunk_loss
         self.chunked = self._head_is_plain()
 

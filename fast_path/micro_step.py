@@ -107,8 +107,8 @@ class Captured:
     """A function of a batch as one CUDA graph: one launch per micro-batch instead of thousands.
 
     step(input_ids=, labels=, ...) -> a scalar, without host synchronisation. names: its arguments, each int64
-    [batch, length]. Gradients accumulate in the memory of the parameters' .grad, which must exist before the capture and
-    whose values warm-up and capture spoil. Whatever else the step reads (the dropout clock, the weights) is read again
+    [batch, length]. Gradients accumulate in the memory of the parameters' .grad, which must exist before the capture;
+    warm-up and capture spoil the values in it. Whatever else the step reads (the dropout clock, the weights) is read again
     at every replay.
     """
 

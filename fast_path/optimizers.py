@@ -31,8 +31,8 @@ class OptimizerChoice:
     def saved_bytes(self, weights: int) -> int:
         """Return the bytes of one tensor's states in a checkpoint.
 
-        bitsandbytes keeps the states of a tensor of less than 4,096 weights in 32 bits; 8-bit ones have a scale for each
-        256 weights besides.
+        bitsandbytes keeps the states of a tensor of less than 4,096 weights in 32 bits; 8-bit states come with a scale
+        for each 256 weights.
         """
         if self.state_bytes == 8 or weights < 4096:
             return 8 * weights
@@ -75,7 +75,7 @@ def without_waits(kind: type) -> type:
 def create_optimizer(
     parameters: list[nn.Parameter], training: TrainingConfig, device: torch.device, say: Callable[[str], None]
 ) -> Any:
-    """Return AdamW over the adapter; without a GPU a paged one keeps its states in main memory, and `say` is told so."""
+    """Return AdamW over the adapter. Without a GPU a paged one keeps its states in main memory, and says so."""
     choice = OPTIMIZERS[training.optim]
     kind = choice.kind
     if choice.unpaged is not None and device.type != "cuda":

@@ -1222,6 +1222,21 @@ def test_places_of_pasted_rows_name_no_file_that_was_not_read(train, watch, past
     assert few.name not in printed[printed.index("look at its blocks") :]
 
 
+def test_functions_of_your_own_take_effect_in_every_command(train, few, monkeypatch, tmp_path, capsys):
+    """A prepare_dataset also for --plan and --evaluate, and a plot_training_curves."""
+    calls, drawn = [], []
+    own = tutorials_prepare_dataset({"train": str(few)})
+    monkeypatch.setattr(train_qlora, "prepare_dataset", lambda *a: calls.append(a) or own(*a))
+    monkeypatch.setattr(train_qlora, "plot_training_curves", lambda history, path: drawn.append((len(history), path)))
+    code, folder = train("--dataset", "somebody/data", "--max_length", 32, "--max_steps", 1)
+    assert code == 0 and len(calls) == 1
+    assert drawn == [(len(rows_of(folder)), folder / "training_curves.png")]
+    assert main(["--evaluate", "--adapter", str(folder)]) == 0 and len(calls) == 2
+    capsys.readouterr()
+    assert main(["--plan", "--config", str(folder / "config.yaml")]) == 0 and len(calls) == 3
+    assert re.search(r"^one epoch: [\d,]+ tokens, \d+ optimizer steps? of 4 sequences$", capsys.readouterr().out, re.M)
+
+
 def test_prepare_dataset_without_a_train_split_is_one_line(train, few, monkeypatch, capsys):
     monkeypatch.setattr(train_qlora, "prepare_dataset", tutorials_prepare_dataset({"test": str(few)}))
     assert train()[0] == 2

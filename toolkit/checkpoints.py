@@ -1,4 +1,4 @@
-"""What a run leaves on disk and how it goes on from there: checkpoints, resume, log and model card, signals.
+"""What a run leaves on disk and how it continues from there: checkpoints, resume, log and model card, signals.
 
 A checkpoint folder holds `adapter_model.safetensors`, `adapter_config.json` (so it is a peft adapter),
 `training_state.safetensors` (optimizer states, best adapter), `training_state.json` (everything else) and, last,
@@ -509,8 +509,9 @@ def save_adapter(
     progress: Progress,
     blocks: Blocks,
 ) -> None:
-    """Write the adapter as peft does, with its model card and the tokenizer; the files take their places once all are on
-    the disk.
+    """Write the adapter as peft does, with its model card and the tokenizer.
+
+    The files get their final names once all of them are on the disk.
 
     The card keeps the header of peft's and says what this run did instead of asking. blocks: of the training part.
     """

@@ -1,4 +1,4 @@
-"""How good an adapter is: losses on blocks, the adapter beside the base, finished runs beside each other, both plots."""
+"""How good an adapter is: losses on blocks, the adapter beside the base, finished runs side by side, and both plots."""
 
 import contextlib
 import dataclasses
