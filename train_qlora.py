@@ -343,8 +343,8 @@ def build_run(config: Config, accelerator: Accelerator, log: checkpoints.Log, fo
     effective = checkpoints.effective(config, learner.model)
     for line in checkpoints.edited_line(config, effective):
         say(f"{line}; the run's config.yaml and model card record what the model has")
-    epochs_steps = math.ceil(training.num_epochs * math.ceil(len(blocks["train"]) / per_step))
-    total_steps = training.max_steps or max(1, epochs_steps)
+    steps_per_epoch = math.ceil(len(blocks["train"]) / per_step)
+    total_steps = training.max_steps or max(1, math.ceil(training.num_epochs * steps_per_epoch))
     return Run(
         config=config,
         effective=effective,
@@ -519,10 +519,10 @@ def train(run: Run, request: checkpoints.StopRequest) -> bool:
                 run.log.say(f"fast path: the layers are compiled in pieces, which costs speed and memory: {reason}")
 
             last, epoch_end = progress.step == run.total_steps, progress.step % run.steps_per_epoch == 0
-            # Several processes must agree, by the sums of the step; one alone sees the signal at once.
-            stop = result.stop or (run.accelerator.num_processes == 1 and request.signum is not None)
             if last or progress.step % training.logging_steps == 0:
                 log_step(run, result, learning_rate)
+            # Several processes must agree, by the sums of the step; one alone sees the signal at once.
+            stop = result.stop or (run.accelerator.num_processes == 1 and request.signum is not None)
             if evaluation_due(run) and not stop:
                 evaluate_and_keep_best(run)
             if last or epoch_end or stop or out_of_patience(run) or checkpoint_due(run):

@@ -28,6 +28,8 @@ class Objective(Protocol):
     evaluation do not depend on how the sequences were divided among micro-batches and processes.
     """
 
+    dtype: torch.dtype  # that the model computes in
+
     def __call__(self, **batch: torch.Tensor) -> torch.Tensor:
         """Return the sum of the losses of a batch on the model's device: a scalar, fp32, with its gradient."""
 
