@@ -611,7 +611,8 @@ def load_config(paths: Sequence[str | Path] | str | Path = (), overrides: dict[s
     return config
 
 
-DATA_FILES = (".txt", ".csv", ".json", ".jsonl", ".parquet")
+# Suffixes of data files, each with the builder of datasets that reads it.
+DATA_FILES = {".txt": "text", ".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
 def is_hub_id(name: str) -> bool:
@@ -624,7 +625,7 @@ def missing_data(dataset: str) -> list[str]:
 
     An address such as s3://... is not checked: a user's own prepare_dataset may read it.
     """
-    local = (not is_hub_id(dataset) and "://" not in dataset) or dataset.lower().endswith(DATA_FILES)
+    local = (not is_hub_id(dataset) and "://" not in dataset) or dataset.lower().endswith(tuple(DATA_FILES))
     return [f"data.dataset: no such file or folder: {dataset}"] if local and not os.path.exists(dataset) else []
 
 

@@ -1,9 +1,10 @@
-"""The summed cross entropy of a batch, of a frozen head without ever holding the logits whole."""
+"""What a run minimises: the summed cross entropy of a batch, of a frozen head without ever holding the logits whole."""
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -14,14 +15,45 @@ from transformers import PreTrainedModel
 from fast_path import training_kernels
 from fast_path.nf4 import Launch, multiprocessors
 
+IGNORED = -100  # the label of a position that is not supervised; PyTorch's default ignore_index
 CROSS_ENTROPY = Launch(block_m=1, block_k=16384, warps=32)
 
+# ------------------------------------------------------------------------------------------------ the objective
 
-def chunk_rows(vocabulary: int, free_bytes: int | None = None) -> int:
-    """Return how many positions' logits to hold at once; None: 256 MiB of fp32.
 
-    1,024 at most: of 8,192 positions in 16 chunks the two products took 14.5 ms, in 8 no less, in all 0.6 ms less (H100).
-    Fewer where they would take a fortieth of free_bytes in 16 bits.
+class Objective(Protocol):
+    """What a run minimises: of each batch the sum of its losses, and the weight of that sum.
+
+    Sums and weights are added up over micro-batches and processes and divided once, by `mean`. So an update and an
+    evaluation do not depend on how the sequences were divided among micro-batches and processes.
+    """
+
+    dtype: torch.dtype  # that the model computes in
+
+    def __call__(self, **batch: torch.Tensor) -> torch.Tensor:
+        """Return the sum of the losses of a batch on the model's device: a scalar, fp32, with its gradient."""
+
+    @staticmethod
+    def weight(batch: dict[str, torch.Tensor]) -> int:
+        """Return what the batch counts, such as its supervised tokens. The batch is still in main memory."""
+
+    @staticmethod
+    def mean(loss_sum: Any, weight: Any) -> Any:
+        """Return the mean of sums, numbers or tensors of one element. Where nothing was counted it is the sum.
+
+        The mean of 1 is what the gradients of the sum are multiplied by.
+        """
+        return loss_sum / (weight.clamp_min(1) if isinstance(weight, torch.Tensor) else max(weight, 1))
+
+
+# ------------------------------------------------------------------------------------------------ cross entropy
+
+
+def default_logit_chunk(vocabulary: int, free_bytes: int | None = None) -> int:
+    """Return how many positions' logits to hold at once; free_bytes None: as many as 256 MiB of fp32 hold.
+
+    At most 1,024, since larger products are no faster; fewer where 16-bit logits would need more than a fortieth of
+    free_bytes.
     """
     if free_bytes is None:
         return max(16, 2**26 // vocabulary)
@@ -29,9 +61,9 @@ def chunk_rows(vocabulary: int, free_bytes: int | None = None) -> int:
 
 
 def _chunk_loss(rows, weight, bias, targets, with_gradient: bool):
-    """Return one chunk's summed loss and the gradient of its rows. rows: [chunk, width]; targets: [chunk]."""
-    logits = F.linear(rows.to(weight.dtype), weight, bias).float()  # [chunk, vocabulary]
-    kept = (targets != -100).float()[:, None]
+    """Return a chunk's summed loss and the gradient of its rows. rows: [logit_chunk, width]; targets: [logit_chunk]."""
+    logits = F.linear(rows.to(weight.dtype), weight, bias).float()  # [logit_chunk, vocabulary]
+    kept = (targets != IGNORED).float()[:, None]
     index = targets.clamp_min(0)[:, None]
     log_sum = torch.logsumexp(logits, -1, keepdim=True)
     loss = ((log_sum - logits.gather(1, index)) * kept).sum()
@@ -44,11 +76,11 @@ def _chunk_loss(rows, weight, bias, targets, with_gradient: bool):
 
 class _FrozenHeadCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, chunk, chunk_loss):
+    def forward(ctx, hidden, weight, bias, labels, logit_chunk, chunk_loss):
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(hidden), chunk):
-            piece = slice(start, start + chunk)
+        for start in range(0, len(hidden), logit_chunk):
+            piece = slice(start, start + logit_chunk)
             part, rows = chunk_loss(hidden[piece], weight, bias, labels[piece], gradient is not None)
             loss += part
             if gradient is not None:
@@ -67,22 +99,27 @@ def chunked_cross_entropy(
     weight: torch.Tensor,
     labels: torch.Tensor,
     bias: torch.Tensor | None = None,
-    chunk: int | None = None,
+    logit_chunk: int | None = None,
     chunk_loss: Callable = _chunk_loss,
 ) -> torch.Tensor:
     """Return the summed cross entropy, fp32, of `hidden @ weight.T + bias` against `labels` without holding all logits.
 
-    hidden: [positions, width]; weight: [vocabulary, width], frozen; labels: [positions], -100 where nothing is
-    supervised. The gradient of `hidden` is finished in the forward, chunk by chunk (the idea of Liger-Kernel's fused
-    linear cross entropy); `weight` and `bias` get none, so an adapter on the head needs another loss. chunk_loss:
+    hidden: [positions, width]; weight: [vocabulary, width], frozen; labels: [positions], IGNORED where unsupervised.
+    The gradient of `hidden` is finished in the forward pass, chunk by chunk (the idea of Liger-Kernel's fused linear
+    cross entropy). `weight` and `bias` get no gradient, so an adapter on the head needs another loss.
+    logit_chunk: the positions whose logits exist at the same time; None: default_logit_chunk. chunk_loss:
     `_chunk_loss`, perhaps compiled, or `kernel_chunk_loss`.
     """
-    return _FrozenHeadCrossEntropy.apply(hidden, weight, bias, labels, chunk or chunk_rows(len(weight)), chunk_loss)
+    logit_chunk = logit_chunk or default_logit_chunk(len(weight))
+    return _FrozenHeadCrossEntropy.apply(hidden, weight, bias, labels, logit_chunk, chunk_loss)
 
 
 @functools.cache
 def compiled_chunk_loss() -> Callable:
-    """Return `_chunk_loss` to be compiled at its first call. Not at import: torch.compile imports Inductor, for seconds."""
+    """Return `_chunk_loss`, which is compiled at its first call.
+
+    A function, since torch.compile imports Inductor, which takes seconds that no import of this file should take.
+    """
     return torch.compile(_chunk_loss, dynamic=False)
 
 
@@ -96,10 +133,9 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, losses: torch.Ten
 
 
 def kernel_chunk_loss(rows, weight, bias, targets, with_gradient: bool):
-    """Like `_chunk_loss`, with the gradient in the memory of bf16 or fp16 logits.
+    """Do what `_chunk_loss` does, with the gradient in the memory of bf16 or fp16 logits.
 
-    Of 512 rows of 151,936 it takes 156 us on an H100 that copies 2.4 TB/s; the compiler's kernel took 222 on one of 3.0, and
-    as much memory again.
+    The compiled `_chunk_loss` is slower and needs as much memory again.
     """
     logits = F.linear(rows.to(weight.dtype), weight, bias)
     losses = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
@@ -108,22 +144,37 @@ def kernel_chunk_loss(rows, weight, bias, targets, with_gradient: bool):
 
 
 def shift_labels(labels: torch.Tensor) -> torch.Tensor:
-    """Return the label of each position's next token, [batch, length]; the last position has none (-100)."""
-    return F.pad(labels[:, 1:], (0, 1), value=-100)
+    """Return the label of each position's next token, [batch, length]; the last position has none (IGNORED)."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
 
-class SummedLoss:
-    """The summed cross entropy of a batch, fp32: decoder, then the frozen head chunk by chunk.
+# ------------------------------------------------------------------------------------------------ the next token
 
-    A head with an adapter, or a model that does something to its logits (soft-capping, scaling), takes the model's own.
+
+def perplexity(mean_loss: float) -> float:
+    """Return exp(mean_loss), limited to a finite number, since JSON has no infinity."""
+    return math.exp(min(mean_loss, 700.0))
+
+
+class CausalLMLoss(Objective):
+    """Next-token prediction: the cross entropy of a batch, summed in fp32; its weight is the supervised tokens.
+
+    The decoder runs first, then the frozen head chunk by chunk. Where the head has an adapter, or the model changes
+    its logits (soft-capping, scaling), the model makes all logits itself.
     """
 
     def __init__(self, model: PeftModel | PreTrainedModel, dtype: torch.dtype):
         self.base = model.get_base_model() if isinstance(model, PeftModel) else model
         self.device, self.dtype = next(model.parameters()).device, dtype
         self.decoder, self.head = self.base.get_decoder(), self.base.get_output_embeddings()
-        self.options: dict[str, Any] = {}  # of chunked_cross_entropy
+        self.logit_chunk: int | None = None  # these two are arguments of chunked_cross_entropy
+        self.chunk_loss: Callable = _chunk_loss
         self.chunked = self._head_is_plain()
+
+    @staticmethod
+    def weight(batch: dict[str, torch.Tensor]) -> int:
+        """Return the supervised tokens of a batch. The first token of a sequence is predicted from nothing."""
+        return int((batch["labels"][:, 1:] != IGNORED).sum())
 
     def autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32)
@@ -142,15 +193,17 @@ class SummedLoss:
         return same
 
     def __call__(self, input_ids: torch.Tensor, labels: torch.Tensor, **packed: torch.Tensor) -> torch.Tensor:
-        """input_ids, labels: [batch, length] on the model's device; labels are not shifted, -100 where unsupervised.
+        """Return the summed loss of a batch.
 
-        packed: the position_ids of packed samples, which restart at each, so that attention stays within it.
+        input_ids, labels: [batch, length] on the model's device; labels are not shifted, and IGNORED where
+        unsupervised. packed: the position_ids of packed samples. They start again at each sample, so that attention
+        stays within it.
         """
         targets = shift_labels(labels).flatten()
         with self.autocast():
             if self.chunked:
                 hidden = self.decoder(input_ids=input_ids, use_cache=False, **packed).last_hidden_state.flatten(0, 1)
                 weight, bias = self.head.weight, self.head.bias
-                return chunked_cross_entropy(hidden, weight, targets, bias, **self.options)
+                return chunked_cross_entropy(hidden, weight, targets, bias, self.logit_chunk, self.chunk_loss)
             logits = self.base(input_ids=input_ids, use_cache=False, **packed).logits
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=-100, reduction="sum")
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=IGNORED, reduction="sum")

@@ -1,5 +1,6 @@
-"""The optimizers by the names that training.optim has for them."""
+"""The optimizers that training.optim can name, and what their states need."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -10,10 +11,47 @@ from torch import nn
 
 from config import TrainingConfig
 
+# ------------------------------------------------------------------------------------------------ the table
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerChoice:
+    """One row of the table: AdamW in some form, with its two moments of each weight as its states."""
+
+    kind: type  # of a run on a GPU
+    state_bytes: int  # bytes per weight of both moments
+    step_bytes: int = 0  # bytes per weight that exist during a step only
+    unpaged: type | None = None  # of a paged optimizer: its form without a GPU, where there is nothing to page from
+
+    @property
+    def paged(self) -> bool:
+        """Whether the states are managed memory, which moves to main memory when the GPU is full."""
+        return self.unpaged is not None
+
+    def saved_bytes(self, weights: int) -> int:
+        """Return the bytes of one tensor's states in a checkpoint.
+
+        bitsandbytes keeps the states of a tensor of less than 4,096 weights in 32 bits; 8-bit states come with a scale
+        for each 256 weights.
+        """
+        if self.state_bytes == 8 or weights < 4096:
+            return 8 * weights
+        return self.state_bytes * weights + weights // 16
+
+
+OPTIMIZERS = {
+    "paged_adamw_8bit": OptimizerChoice(bnb.optim.PagedAdamW8bit, 2, unpaged=bnb.optim.AdamW8bit),
+    "adamw_8bit": OptimizerChoice(bnb.optim.AdamW8bit, 2),
+    "paged_adamw_32bit": OptimizerChoice(bnb.optim.PagedAdamW32bit, 8, unpaged=bnb.optim.AdamW32bit),
+    "adamw_torch": OptimizerChoice(torch.optim.AdamW, 8, step_bytes=4),  # its step makes a copy of the weights' size
+}
+
+# ------------------------------------------------------------------------------------------------ making one
+
 
 @functools.cache
 def without_waits(kind: type) -> type:
-    """Return a bitsandbytes optimizer that waits for the GPU once a step, not after each of 504 tensors."""
+    """Return a bitsandbytes optimizer that waits for the GPU once per step, not after each tensor of the adapter."""
 
     class Optimizer(kind):
         @torch.no_grad()
@@ -37,16 +75,12 @@ def without_waits(kind: type) -> type:
 def create_optimizer(
     parameters: list[nn.Parameter], training: TrainingConfig, device: torch.device, say: Callable[[str], None]
 ) -> Any:
-    """Return AdamW over the adapter; without a GPU to page from, a paged one takes its plain form, with a line."""
-    name = training.optim
-    if name.startswith("paged") and device.type != "cuda":
-        say(f"training.optim: {name} needs a GPU to page from; its states stay in memory here")
-        name = name.removeprefix("paged_")
-    kinds = {
-        "paged_adamw_8bit": bnb.optim.PagedAdamW8bit,
-        "adamw_8bit": bnb.optim.AdamW8bit,
-        "paged_adamw_32bit": bnb.optim.PagedAdamW32bit,
-        "adamw_32bit": bnb.optim.AdamW32bit,
-    }
-    kind = torch.optim.AdamW if name == "adamw_torch" else without_waits(kinds[name])
+    """Return AdamW over the adapter. Without a GPU a paged one keeps its states in main memory, and says so."""
+    choice = OPTIMIZERS[training.optim]
+    kind = choice.kind
+    if choice.unpaged is not None and device.type != "cuda":
+        say(f"training.optim: {training.optim} needs a GPU to page from; here its states stay in main memory")
+        kind = choice.unpaged
+    if issubclass(kind, bnb.optim.optimizer.Optimizer8bit):  # the base of all of bitsandbytes' optimizers
+        kind = without_waits(kind)
     return kind(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)

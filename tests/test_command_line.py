@@ -177,7 +177,7 @@ def test_missing_data_is_said_alike_by_who_loads_it(name):
     with pytest.raises(ConfigError) as caught:
         load_rows(DataConfig(dataset=name))
     assert list(caught.value.problems) == missing_data(name)
-    assert tuple(BUILDERS) == DATA_FILES
+    assert tuple(BUILDERS) == tuple(DATA_FILES) == (".txt", ".csv", ".json", ".jsonl", ".parquet")
 
 
 def test_names_of_the_hub_are_not_looked_for_on_the_disk(tmp_path, monkeypatch):
@@ -527,12 +527,13 @@ def test_one_of_a_thing_is_in_the_singular(train, tmp_path, capfd):
 
 def test_out_of_memory_says_what_was_being_done_and_what_is_left(train, monkeypatch, capfd):
     import train_qlora
+    from toolkit import evaluation
 
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nand more")
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_qlora, "block_losses", full)
+        patch.setattr(evaluation, "block_losses", full)
         assert train("--evaluate")[0] == 3
     assert said(capfd.readouterr().err) == [
         "out of GPU memory while evaluating: CUDA out of memory. Tried to allocate 2 GiB"
@@ -566,12 +567,12 @@ def test_tracker_that_is_unknown_or_not_installed(refused):
 
 def test_product_of_batch_sizes_that_does_not_divide(monkeypatch):
     from config import ConfigError, TrainingConfig
-    from train_qlora import sequences_a_step
+    from train_qlora import sequences_per_step
 
     training = TrainingConfig(batch_size=3, gradient_accumulation_steps=5)
-    assert sequences_a_step(training, 5) == 15
+    assert sequences_per_step(training, 5) == 15
     with pytest.raises(ConfigError, match=r"expected a multiple of 2 processes, got 15"):
-        sequences_a_step(training, 2)
+        sequences_per_step(training, 2)
 
 
 # ------------------------------------------------------------------------------------------ the same as a child process

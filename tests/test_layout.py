@@ -83,6 +83,17 @@ def test_what_runs_first_imports_no_heavy_library(name):
     assert done.stdout == "set()\n", done.stderr
 
 
+def test_the_label_of_unsupervised_positions_is_written_once():
+    """Elsewhere it is fast_path.loss.IGNORED."""
+    found = set()
+    for name, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            negative = isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub)
+            if negative and isinstance(node.operand, ast.Constant) and node.operand.value == 100:
+                found.add(name)
+    assert found == {"fast_path.loss"}
+
+
 def test_functions_of_the_tutorial_are_where_it_has_them():
     import quantization_utils
     import train_qlora

@@ -27,7 +27,7 @@ import config as schema
 import quantization_utils
 import train_qlora
 from config import TrainingConfig
-from fast_path.loss import SummedLoss
+from fast_path.loss import CausalLMLoss
 from quantization_utils import (
     create_bnb_config,
     create_lora_config,
@@ -35,7 +35,7 @@ from quantization_utils import (
     load_model_and_tokenizer,
     prepare_model_for_training,
 )
-from toolkit import memory, memory_plan
+from toolkit import evaluation, machine, memory, memory_plan
 from toolkit.checkpoints import read_checkpoint
 from toolkit.data_formats import IGNORED, PLAIN_TEMPLATE
 from toolkit.earlier_run import checkpoints
@@ -151,7 +151,7 @@ def batch_of(length: int = 20, batch: int = 3) -> dict[str, torch.Tensor]:
 def test_summed_loss_is_the_dense_one_with_its_gradients(random_models, family):
     """Tied and untied heads, fp32; the window of Mistral is shorter than the sequences."""
     model, batch = load(random_models(family)).train(), batch_of()
-    loss = SummedLoss(model, torch.float32)
+    loss = CausalLMLoss(model, torch.float32)
     assert loss.chunked
     value = loss(**batch)
     value.backward()
@@ -167,7 +167,7 @@ def test_summed_loss_is_the_dense_one_with_its_gradients(random_models, family):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_soft_capped_logits_are_the_models_own(random_models, dtype):
     model, batch = load(random_models("gemma2"), dtype=dtype, attention="eager"), batch_of()
-    loss = SummedLoss(model, getattr(torch, dtype))
+    loss = CausalLMLoss(model, getattr(torch, dtype))
     assert not loss.chunked
     with torch.no_grad(), loss.autocast():
         own = model.eval()(**batch).loss * (batch["labels"][:, 1:] != IGNORED).sum()
@@ -180,7 +180,7 @@ def test_soft_capped_logits_are_the_models_own(random_models, dtype):
 
 def test_head_with_an_adapter_takes_the_models_own_logits_and_learns(random_models):
     model, batch = load(random_models("qwen2"), target_modules=["q_proj", "lm_head"]).train(), batch_of()
-    loss = SummedLoss(model, torch.float32)
+    loss = CausalLMLoss(model, torch.float32)
     assert not loss.chunked
     value = loss(**batch)
     value.backward()
@@ -193,7 +193,7 @@ def test_probing_the_head_leaves_the_model_as_it_was(random_models):
     model = load(random_models("qwen2"))
     for training in (True, False):
         model.train(training)
-        SummedLoss(model, torch.float32)
+        CausalLMLoss(model, torch.float32)
         assert {module.training for module in model.get_base_model().modules()} == {training}
     assert all(p.grad is None for p in model.parameters())
 
@@ -335,7 +335,9 @@ def test_float16_learns_with_the_loss_scaler(train, watch):
     # Short, since CPUs emulate half precision.
     flags = ("--max_length", 16, "--max_steps", 4, "--learning_rate", "4e-3", "--max_train_samples", 90)
     code, folder = train("--compute_dtype", "float16", "--validation_fraction", 0.01, *flags)
-    assert code == 0 and seen.session.learner.scaler.is_enabled() and seen.session.learner.loss.dtype is torch.float16
+    assert (
+        code == 0 and seen.session.learner.scaler.is_enabled() and seen.session.learner.objective.dtype is torch.float16
+    )
     rows = evaluations_of(folder)
     assert rows[-1]["eval_loss"] < rows[0]["eval_loss"] - 0.01
     assert steps_of(folder)[-1]["grad_norm"] < 20  # unscaled before it was clipped and logged
@@ -444,7 +446,7 @@ def test_evaluation_is_the_mean_over_tokens(train, watch):
     expected = total / count
     for size in (1, 3, 4):
         value = mean_loss(
-            block_losses(session.learner.loss, blocks, session.accelerator, size, session.tokenizer.pad_token_id)
+            block_losses(session.learner.objective, blocks, session.accelerator, size, session.tokenizer.pad_token_id)
         )
         assert value == pytest.approx(expected, rel=1e-5)
     assert evaluations_of(folder)[-1]["eval_loss"] == pytest.approx(expected, rel=1e-5)  # the last step is the best one
@@ -456,7 +458,7 @@ def test_step_0_evaluates_the_base(train, watch, tiny_model):
     code, folder = train(*FP32)
     assert code == 0 and rows_of(folder)[0].keys() == {"step", "eval_loss", "perplexity"}
     assert rows_of(folder)[0]["step"] == 0
-    loss = SummedLoss(load(tiny_model, adapter=False), torch.float32)
+    loss = CausalLMLoss(load(tiny_model, adapter=False), torch.float32)
     value = mean_loss(block_losses(loss, seen.session.blocks["validation"], seen.session.accelerator, 2, 0))
     assert rows_of(folder)[0]["eval_loss"] == pytest.approx(value, rel=1e-6)
 
@@ -634,7 +636,7 @@ def scripted(monkeypatch) -> Callable[[list[float]], None]:
 
     def script(losses: list[float]) -> None:
         values = iter(losses)
-        monkeypatch.setattr(train_qlora, "block_losses", lambda *_: torch.tensor([[next(values), 1.0]]))
+        monkeypatch.setattr(evaluation, "block_losses", lambda *_: torch.tensor([[next(values), 1.0]]))
 
     return script
 
@@ -903,7 +905,9 @@ def test_compute_type_of_an_edited_create_bnb_config_is_the_runs(train, watch, m
     edit_functions(monkeypatch, {"compute_dtype": "float16"})
     seen = watch()
     code, folder = train("--dataset", few, "--max_length", 16, "--max_steps", 1)
-    assert code == 0 and seen.session.learner.loss.dtype is torch.float16 and seen.session.learner.scaler.is_enabled()
+    assert (
+        code == 0 and seen.session.learner.objective.dtype is torch.float16 and seen.session.learner.scaler.is_enabled()
+    )
     assert schema.load_config(folder / "config.yaml").quantization.compute_dtype == "float16"
 
 
@@ -1219,6 +1223,21 @@ def test_places_of_pasted_rows_name_no_file_that_was_not_read(train, watch, past
     assert few.name not in printed[printed.index("look at its blocks") :]
 
 
+def test_functions_of_your_own_take_effect_in_every_command(train, few, monkeypatch, tmp_path, capsys):
+    """A prepare_dataset also for --plan and --evaluate, and a plot_training_curves."""
+    calls, drawn = [], []
+    own = tutorials_prepare_dataset({"train": str(few)})
+    monkeypatch.setattr(train_qlora, "prepare_dataset", lambda *a: calls.append(a) or own(*a))
+    monkeypatch.setattr(train_qlora, "plot_training_curves", lambda history, path: drawn.append((len(history), path)))
+    code, folder = train("--dataset", "somebody/data", "--max_length", 32, "--max_steps", 1)
+    assert code == 0 and len(calls) == 1
+    assert drawn == [(len(rows_of(folder)), folder / "training_curves.png")]
+    assert main(["--evaluate", "--adapter", str(folder)]) == 0 and len(calls) == 2
+    capsys.readouterr()
+    assert main(["--plan", "--config", str(folder / "config.yaml")]) == 0 and len(calls) == 3
+    assert re.search(r"^one epoch: [\d,]+ tokens, \d+ optimizer steps? of 4 sequences$", capsys.readouterr().out, re.M)
+
+
 def test_prepare_dataset_without_a_train_split_is_one_line(train, few, monkeypatch, capsys):
     monkeypatch.setattr(train_qlora, "prepare_dataset", tutorials_prepare_dataset({"test": str(few)}))
     assert train()[0] == 2
@@ -1294,7 +1313,7 @@ def test_console_in_cp950_without_sigusr1_and_fcntl(few, tmp_path):
 def test_launch_that_announces_more_processes_than_there_are_is_refused(train, monkeypatch, capsys):
     """`accelerate launch --multi_gpu` without GPUs makes two worlds of one, and both would write the same files."""
     alone = SimpleNamespace(num_processes=1, log_with=[], is_main_process=True, device=torch.device("cpu"))
-    monkeypatch.setattr(train_qlora, "Accelerator", lambda **keywords: alone)
+    monkeypatch.setattr(machine, "Accelerator", lambda **keywords: alone)
     monkeypatch.setenv("WORLD_SIZE", "2")
     code, folder = train()
     assert code == 2 and "torchrun --nproc_per_node 2" in capsys.readouterr().err and not folder.exists()

@@ -36,6 +36,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import CHAT_TEMPLATE_FILE
 
 from config import Config, ConfigError, LoraSettings, TrainingConfig, counted, flatten, save_config
+from fast_path.optimizers import OPTIMIZERS
 from quantization_utils import compute_dtype_of, create_lora_config
 from toolkit.data_blocks import Blocks
 from toolkit.data_formats import FUNCTION
@@ -303,14 +304,14 @@ CONTENTS = (
 )
 
 
-def check_resumable(state: dict, config: Config, prints: dict[str, str], window: int, name: str) -> None:
+def check_resumable(state: dict, config: Config, prints: dict[str, str], sequences_per_step: int, name: str) -> None:
     """Raise a ConfigError if something has changed that a resumed run must not change.
 
     It names each changed setting with its value in checkpoint `name` and now. Changed content (model, data, tokenizer)
     is named only if no changed setting explains it.
     """
     before, now = state["config"], settings(config)
-    changes = changed_settings(before, config, (state["shape"]["window"], window), name)
+    changes = changed_settings(before, config, (state["shape"]["window"], sequences_per_step), name)
     contents = {}
     for key, part, causes in CONTENTS:
         if state["fingerprint"][part] == prints[part] or any(changed.startswith(causes) for changed in changes):
@@ -385,12 +386,11 @@ def locked(output_dir: Path) -> Iterator[None]:
 def check_space(training: TrainingConfig, sizes: list[int]) -> None:
     """Raise ConfigError if the disk has no space for the adapter and the checkpoints (one more than are kept).
 
-    sizes: the number of elements of each tensor of the adapter. A checkpoint holds the adapter twice in fp32 (now and
-    at its best) and the two moments of AdamW. In 8 bit these need one byte per element, a scale per 256 elements and
-    two tables of 1 KiB per tensor.
+    sizes: the weights of each tensor of the adapter. A checkpoint holds the adapter twice in fp32 (the best one too),
+    the states of the optimizer and, for each tensor, less than 3 KiB of 8-bit tables and names.
     """
-    moments = sum(n * 33 // 16 if n >= 4096 and "8bit" in training.optim else n * 8 for n in sizes)
-    checkpoint = sum(sizes) * 8 + moments + len(sizes) * 3072 + 2**20  # 2**20: log rows and headers
+    states = sum(OPTIMIZERS[training.optim].saved_bytes(size) for size in sizes)
+    checkpoint = sum(sizes) * 8 + states + len(sizes) * 3072 + 2**20  # 2**20: the metrics so far, and headers
     output_dir, kept = Path(training.output_dir), training.save_total_limit + 1
     there = sum(file.stat().st_size for file in output_dir.glob("checkpoint-*/*"))
     needed = kept * checkpoint + sum(sizes) * 4 - there

@@ -28,10 +28,10 @@ from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
 from config import ConfigError, DataConfig, counted
+from fast_path.loss import IGNORED, CausalLMLoss
 from toolkit.data_formats import (
     FUNCTION,
     HALF,
-    IGNORED,
     OPTIONS,
     ROW,
     Tokenized,
@@ -662,6 +662,16 @@ def places_of(numbers: Iterable[int], blocks: Blocks, data: DataConfig) -> list[
     return places
 
 
+def show_blocks(blocks: Blocks, numbers: np.ndarray, tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> str:
+    """Return the training blocks of these numbers as text: where each comes from and how it begins."""
+    shown = (show_block(blocks[i], tokenizer, 40) for i in numbers)
+    try:
+        places = places_of(numbers, blocks, data)
+    except (ConfigError, OSError, ValueError) as error:  # missing files must not hide what went wrong
+        places = [f"its rows are out of reach, {error}" for _ in numbers]
+    return ", ".join(f"{i} ({place}: {text})" for i, place, text in zip(numbers, places, shown, strict=True))
+
+
 # ------------------------------------------------------------------------------------------------ batches
 
 
@@ -689,7 +699,7 @@ def batches(
     for start in range(0, len(numbers), size):
         part = numbers[start : start + size]
         batch = collate([blocks[i] for i in part], pad)
-        tokens = int((batch["labels"][:, 1:] != IGNORED).sum())
+        tokens = CausalLMLoss.weight(batch)
         if stream is not None:  # copy while the GPU still works on earlier batches
             with torch.cuda.stream(stream):
                 batch = {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in batch.items()}

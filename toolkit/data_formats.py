@@ -27,10 +27,11 @@ from datasets.fingerprint import Hasher
 from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from config import ConfigError, DataConfig, missing_data, not_utf8
+from config import DATA_FILES, ConfigError, DataConfig, missing_data, not_utf8
+from fast_path.loss import IGNORED
 from quantization_utils import cache_problem, hub_problem
 
-BUILDERS = {".txt": "text", ".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+BUILDERS = DATA_FILES  # by suffix, the builder of datasets that reads such files
 # Parts of the errors that datasets raises for files without rows; each format has its own.
 NO_ROWS = ("at least one example", "corresponds to no data", "BatchSize must be greater than 0", "No columns to parse")
 # Lines of a .txt keep their line breaks, so that they can be joined again. In a .csv NA and None stay words, not nulls.
@@ -40,7 +41,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 DEEPEST = 4000  # levels of JSON: pyarrow refuses more than 64, but crashes at 10,000 (version 26)
 AS_SQUARE, NO_BRACKETS = bytes.maketrans(b"{}", b"[]"), bytes(set(range(256)) - set(b"[]{}"))
-IGNORED = -100  # the label of a position that is not supervised, PyTorch's default ignore_index
 
 # ------------------------------------------------------------------------------------------------ rows
 

@@ -1,5 +1,6 @@
-"""What an adapter is worth: losses on blocks, the base's beside the adapter's, and finished runs beside each other."""
+"""How good an adapter is: losses on blocks, the adapter beside the base, finished runs side by side, and both plots."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -11,13 +12,16 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
-from config import ConfigError, load_config
-from toolkit import checkpoints
-from toolkit.checkpoints import refusing, write_picture
+from config import ConfigError, counted, load_config
+from fast_path.loss import Objective, perplexity
+from fast_path.micro_step import Learner, let_go
+from toolkit.checkpoints import refusing, write_atomically, write_picture
 from toolkit.data_blocks import Blocks, batches
 from toolkit.earlier_run import settings
 
@@ -26,10 +30,10 @@ from toolkit.earlier_run import settings
 
 @torch.no_grad()
 def block_losses(loss: Callable, blocks: Blocks, accelerator: Accelerator, micro_batch: int, pad: int) -> torch.Tensor:
-    """Return the summed loss and the supervised tokens of every micro-batch, fp64 [blocks, 2], in the row of its first
-    block.
+    """Return the summed loss and the supervised tokens of every micro-batch, fp64 [blocks, 2].
 
-    loss: a SummedLoss or a captured graph of it, of a model in eval mode.
+    The sums of a micro-batch stand in the row of its first block; its other rows are zero. loss: an Objective or a
+    captured graph of one, whose model is in eval mode. pad: the token that fills short rows.
     """
     sums = torch.zeros(len(blocks), 2, dtype=torch.float64, device=accelerator.device)
     mine = np.arange(accelerator.process_index, len(blocks), accelerator.num_processes)
@@ -42,18 +46,66 @@ def block_losses(loss: Callable, blocks: Blocks, accelerator: Accelerator, micro
     return accelerator.reduce(sums, "sum") if accelerator.num_processes > 1 else sums
 
 
+def evaluate_in_memory(
+    learner: Learner, blocks: Blocks, accelerator: Accelerator, micro_batch: int, pad: int, say: Callable[[str], None]
+) -> torch.Tensor:
+    """Return block_losses of the model that is being trained, on the CPU, and leave the model in eval mode.
+
+    Where GPU memory runs out, the evaluation is repeated without a CUDA graph and with half the micro-batch, until it
+    fits. The micro-batch of training stays as it is.
+    """
+    learner.model.eval()
+    loss: Callable = learner.evaluation_loss
+    while True:
+        try:
+            return block_losses(loss, blocks, accelerator, micro_batch, pad).cpu()
+        except torch.OutOfMemoryError:
+            if micro_batch == 1 and loss is learner.objective:
+                raise
+        micro_batch, loss = max(1, micro_batch // 2), learner.objective
+        smaller = f"repeating it with {counted(micro_batch, 'sequence')} at a time and without a CUDA graph"
+        say(f"an evaluation ran out of GPU memory; {smaller}")
+        learner.captured_evaluation = None
+        let_go()
+
+
 def mean_loss(sums: torch.Tensor) -> float:
     """Return the mean loss of all supervised tokens. sums: block_losses."""
-    loss, tokens = sums.sum(0).tolist()
-    return loss / tokens
+    return Objective.mean(*sums.sum(0).tolist())
+
+
+# ------------------------------------------------------------------------------------------------ base and adapter
+
+
+def evaluate_base_and_adapter(
+    model: PreTrainedModel | PeftModel,
+    loss: Objective,
+    blocks: Blocks,
+    accelerator: Accelerator,
+    pad: int,
+    say: Callable[[str], None],
+) -> dict[str, torch.Tensor]:
+    """Return block_losses of the base and, of a model with an adapter, of both, and say each loss and perplexity.
+
+    One sequence at a time, so that the standard error is over blocks.
+    """
+    names = ["base", "adapter"] if isinstance(model, PeftModel) else ["base"]
+    sums = {}
+    for name in names:
+        with contextlib.nullcontext() if name == names[-1] else model.disable_adapter():
+            sums[name] = block_losses(loss, blocks, accelerator, 1, pad).cpu()
+        mean = mean_loss(sums[name])
+        say(f"{name:<8} loss {mean:.4f} | perplexity {perplexity(mean):.3f} | {counted(blocks.supervised, 'token')}")
+    return sums
 
 
 def loss_difference(before: torch.Tensor, after: torch.Tensor) -> tuple[float, float | None]:
-    """Return how much the mean loss changed and the standard error of that, None of a single micro-batch.
+    """Return how much the mean loss changed, and the standard error of that change.
 
-    before, after: block_losses of the same blocks; where memory ran out between them, in other micro-batches, which
-    leaves no standard error either. It is a ratio estimator's (Cochran, Sampling Techniques, 1977, section 2.11): what
-    blocks have in common, such as a hard text, cancels within each.
+    before, after: block_losses of the same blocks. The standard error is that of a ratio estimator (Cochran, Sampling
+    Techniques, 1977, section 2.11) over the micro-batches: whatever makes the text of one hard counts before and after
+    and cancels. It is None for a single micro-batch, and where memory ran out in between, so that the micro-batches
+    differ.
     """
     mean = mean_loss(after) - mean_loss(before)
     tokens, change = before[:, 1], after[:, 0] - before[:, 0]
@@ -65,12 +117,15 @@ def loss_difference(before: torch.Tensor, after: torch.Tensor) -> tuple[float, f
 
 
 def comparison(dataset: str, blocks: Blocks, stride: int | None, sums: dict[str, torch.Tensor]) -> dict:
-    """Return what evaluation.json says: loss and perplexity of the base and, if it is there, of the adapter, and their
-    difference. sums: block_losses by name.
+    """Return the content of evaluation.json: loss and perplexity of the base and, if there is one, of the adapter, with
+    the difference.
+
+    sums: block_losses by name.
     """
     result = {"dataset": dataset, "tokens": blocks.supervised, "blocks": len(blocks), "stride": stride}
     for name, found in sums.items():
-        result[name] = {"loss": mean_loss(found), "perplexity": perplexity(mean_loss(found))}
+        mean = mean_loss(found)
+        result[name] = {"loss": mean, "perplexity": perplexity(mean)}
     if len(sums) == 2:
         change, error = loss_difference(sums["base"], sums["adapter"])
         parts = int((sums["base"][:, 1] > 0).sum())  # micro-batches
@@ -86,9 +141,9 @@ def difference_line(result: dict) -> str:
     return f"adapter - base: {change:+.4f}{sure}"
 
 
-def perplexity(loss: float) -> float:
-    """Return exp(loss), held below infinity, which JSON cannot say."""
-    return math.exp(min(loss, 700.0))
+def save_evaluation(result: dict, folder: Path) -> None:
+    """Write evaluation.json into an adapter's folder."""
+    write_atomically(folder / "evaluation.json", (json.dumps(result, indent=2) + "\n").encode())
 
 
 # ------------------------------------------------------------------------------------------------ comparing runs
@@ -96,9 +151,7 @@ def perplexity(loss: float) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class RunSummary:
-    """What a finished run left in its folder: its settings, the rows of metrics.jsonl, its adapter's parameters and
-    bytes.
-    """
+    """What a finished run left in its folder; rows are those of metrics.jsonl."""
 
     name: str
     settings: dict[str, Any]
@@ -107,7 +160,7 @@ class RunSummary:
     adapter_bytes: int
 
     def quantities(self) -> dict[str, str]:
-        """Return what the table says of the run besides its settings."""
+        """Return the table's entries for this run besides its settings."""
         steps, evaluations = ([row for row in self.rows if key in row] for key in ("tokens", "eval_loss"))
         done = np.diff([row["tokens"] for row in steps], prepend=0)
         seconds = sum(tokens / row["tokens_per_second"] for tokens, row in zip(done, steps, strict=True))
@@ -125,7 +178,7 @@ class RunSummary:
 
 
 def read_run(folder: Path) -> RunSummary:
-    """Return the summary of a run's folder; ConfigError where it holds no finished run."""
+    """Return the summary of a run's folder; raises ConfigError where it holds no finished run."""
     for name in ("config.yaml", "metrics.jsonl", "adapter_model.safetensors"):
         if not (folder / name).is_file():
             raise ConfigError(f"--compare: expected folders of finished runs, got {folder}, which has no {name}")
@@ -140,7 +193,7 @@ def read_run(folder: Path) -> RunSummary:
 
 
 def compare_table(runs: list[RunSummary]) -> str:
-    """Return a table, a column a run: the settings in which they differ, then what came of them."""
+    """Return a table with one column per run: the settings in which the runs differ, then their results."""
     keys = [key for key in runs[0].settings if len({json.dumps(run.settings[key]) for run in runs}) > 1]
     keys = [key for key in keys if key != "training.output_dir"]
     results = [run.quantities() for run in runs]
@@ -156,8 +209,8 @@ def compare_table(runs: list[RunSummary]) -> str:
 
 
 def plot_comparison(runs: list[RunSummary], path: Path) -> None:
-    """Write a picture of the runs' curves over each other: training loss on the left, validation loss on the right."""
-    from matplotlib.figure import Figure  # no window, no global state; 1 s to import
+    """Draw the curves of several runs into one picture: training loss on the left, validation loss on the right."""
+    from matplotlib.figure import Figure  # opens no window, keeps no global state; takes a second to import
 
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     for axes, key, title in zip(figure.subplots(1, 2), ("loss", "eval_loss"), ("Training", "Validation"), strict=True):
@@ -187,11 +240,11 @@ def compare_runs(folders: list[str], output: str) -> int:
 
 
 def plot_training_curves(history: list[dict], path: str | Path) -> None:
-    """Write a picture of the run: training and validation loss on the left, the learning rate on the right.
+    """Draw one run: training and validation loss on the left, the learning rate on the right.
 
-    history: rows of metrics.jsonl.
+    history: rows of metrics.jsonl. path: of the PNG file.
     """
-    from matplotlib.figure import Figure  # no window, no global state; 1 s to import
+    from matplotlib.figure import Figure  # opens no window, keeps no global state; takes a second to import
 
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -207,4 +260,4 @@ def plot_training_curves(history: list[dict], path: str | Path) -> None:
     left.legend()
     right.set(xlabel="optimizer step", ylabel="learning rate", title="Learning rate")
     right.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    checkpoints.write_picture(figure, Path(path))
+    write_picture(figure, Path(path))

@@ -1,4 +1,4 @@
-"""The machine: its GPU, its packages, and the installation check."""
+"""What the machine can do: its GPU and processes, its packages, and the installation check."""
 
 import dataclasses
 import importlib
@@ -16,6 +16,8 @@ import bitsandbytes as bnb
 import numpy as np
 import torch
 import transformers
+from accelerate import Accelerator
+from accelerate.utils import LoggerType
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
@@ -37,6 +39,30 @@ def no_gpu_reason() -> str:
         return f"this torch ({torch.__version__}) is CPU-only; for an NVIDIA card: {install}"
     built = f"torch {torch.__version__} is built for CUDA {torch.version.cuda}"
     return f"{built} but finds no usable GPU; check nvidia-smi and the driver"
+
+
+def create_accelerator(training: TrainingConfig) -> Accelerator:
+    """Return accelerate's view of devices, processes and trackers; ConfigError where they cannot work."""
+    tracker = None if training.report_to == "none" else training.report_to
+    known = [kind.value for kind in LoggerType if kind.value != "all"]
+    if tracker is not None and tracker not in known:
+        raise ConfigError(f"training.report_to: expected none or one of {', '.join(known)}, got {tracker!r}")
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    hint = f"use torchrun --nproc_per_node {launched}"
+    alone = ConfigError(f"the launcher announces {launched} processes, but this one runs alone: {hint}")
+    if launched > 1 and not {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        raise alone  # torch would wait for the others
+    cpu = not torch.cuda.is_available()  # without it accelerate starts no gloo group on a machine without a GPU
+    runs = os.path.join(training.output_dir, "runs")
+    try:
+        accelerator = Accelerator(cpu=cpu, gradient_accumulation_steps=1, log_with=tracker, project_dir=runs)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"training.report_to: {tracker}: {' '.join(str(error).split())[:200]}") from None
+    if tracker is not None and not accelerator.log_with:
+        raise ConfigError(f"training.report_to: the package of {tracker} is not installed")
+    if launched != accelerator.num_processes:
+        raise alone
+    return accelerator
 
 
 def refuse_without_gpu(config: Config, device: torch.device) -> None:

@@ -12,8 +12,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from config import Config, ConfigError
-from fast_path.loss import chunk_rows
+from fast_path.loss import default_logit_chunk
 from fast_path.nf4 import HAS_TRITON
+from fast_path.optimizers import OPTIMIZERS
 from fast_path.packed_weights import adapter_columns, operand_columns
 from quantization_utils import LOADING_ERRORS, cannot_load, known_positions
 
@@ -201,7 +202,7 @@ class MemoryPlan:
     layers: int
     paged: int = 0
     offload: bool = False  # whether the inputs of checkpointed layers are kept in main memory
-    logit_chunk: int | None = None  # positions whose logits exist at the same time; None: chunk_rows decides
+    logit_chunk: int | None = None  # positions whose logits exist at the same time; None: default_logit_chunk
 
     @property
     def total(self) -> int:
@@ -226,16 +227,14 @@ class MemoryPlan:
 
 def static_parts(shape: ModelShape, config: Config, path: str) -> tuple[dict[str, int], int]:
     """Return (bytes by purpose that do not depend on the shape of a step, bytes of paged optimizer states)."""
-    quantization, optim = config.quantization, config.training.optim
+    quantization, optimizer = config.quantization, OPTIMIZERS[config.training.optim]
     width = 4 if quantization.compute_dtype == "float32" else 2
     weights, trainable = sum(out * into for _, out, into in shape.linears), adapter_parameters(shape, config)
     constants = weights / BLOCK * (4 if not quantization.use_double_quant else 1)
     if quantization.use_double_quant:  # fp32: a second-level constant each, and if fused an offset each
         constants += weights / BLOCK / NESTED_BLOCK * (8 if path != PLAIN else 4)
-    states = trainable * (
-        2 if "8bit" in optim else 12 if optim == "adamw_torch" else 8
-    )  # torch's own AdamW needs a copy more
-    paged = states if optim.startswith("paged") else 0
+    states = trainable * (optimizer.state_bytes + optimizer.step_bytes)
+    paged = states if optimizer.paged else 0
     quantised = quantization.load_in_4bit
     parts = {
         "packed weights": weights // 2 if quantised else weights * width,
@@ -273,7 +272,7 @@ def plan_memory(
     if path == PLAIN and free_layers:
         saved += 2 * adapter_parameters(shape, config) // shape.layers  # copies of the adapters in the compute dtype
     hidden = tokens * shape.hidden * 2
-    chunk = logit_chunk or chunk_rows(shape.vocabulary, int(limit - CONTEXT_BYTES - fixed) if limit else 2**36)
+    chunk = logit_chunk or default_logit_chunk(shape.vocabulary, int(limit - CONTEXT_BYTES - fixed) if limit else 2**36)
     loss = loss_bytes(shape, config, path, tokens, chunk)
     # The backward pass starts at the last layer. When it reaches the checkpointed layers, which are the first ones, the
     # activations of the other layers are gone already.

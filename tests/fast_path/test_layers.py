@@ -28,7 +28,7 @@ from fast_path.choice import choose_fast_path
 from fast_path.compiled import compile_layers, compiled_in_pieces, operators_tag
 from fast_path.dropout import DropoutClock, use_stateless_dropout
 from fast_path.layers import _fused_mlp, fuse
-from fast_path.loss import CROSS_ENTROPY, SummedLoss, kernel_chunk_loss
+from fast_path.loss import CROSS_ENTROPY, CausalLMLoss, kernel_chunk_loss
 from fast_path.micro_step import inputs_in_main_memory
 from fast_path.packed_weights import DEQUANTIZE, adapter_columns, stack_adapters, stack_weights
 from quantization_utils import (
@@ -63,7 +63,7 @@ def prepared(
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)
-    return model.train(), clock, SummedLoss(model, getattr(torch, dtype))
+    return model.train(), clock, CausalLMLoss(model, getattr(torch, dtype))
 
 
 def gradients(model, clock, loss, length=24):
@@ -950,7 +950,7 @@ def test_the_operator_of_cudnns_attention_is_wired_right(random_models, cudnn_on
     assert not cudnn_on_cpu
     model, clock, loss = prepared(random_models(kind), p=0.0)
     run_path(model, clock, path)
-    cudnn_on_cpu.clear()  # SummedLoss has tried the model
+    cudnn_on_cpu.clear()  # CausalLMLoss has tried the model
     value, found = gradients(model, clock, loss)
     layers = len(model.get_base_model().get_decoder().layers)
     assert cudnn_on_cpu == ["forward"] * layers + ["backward"] * layers

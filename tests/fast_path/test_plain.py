@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from fast_path import micro_step, optimizers
 from fast_path.attention import use_causal_attention
 from fast_path.dropout import DropoutClock, StatelessDropout, drop_threshold, use_stateless_dropout
-from fast_path.loss import chunk_rows, chunked_cross_entropy, shift_labels
+from fast_path.loss import IGNORED, CausalLMLoss, chunked_cross_entropy, default_logit_chunk, shift_labels
 from quantization_utils import (
     create_bnb_config,
     create_lora_config,
@@ -380,8 +380,28 @@ def test_chunked_loss_needs_no_gradient_in_evaluation():
 
 
 def test_chunks_bound_the_logits():
-    assert chunk_rows(151_936) * 151_936 * 4 <= 256 * 2**20 < (chunk_rows(151_936) + 1) * 151_936 * 4
-    assert chunk_rows(10**9) == 16
+    assert default_logit_chunk(151_936) * 151_936 * 4 <= 256 * 2**20 < (default_logit_chunk(151_936) + 1) * 151_936 * 4
+    assert default_logit_chunk(10**9) == 16
+
+
+def test_the_mean_of_an_objective_does_not_depend_on_how_a_batch_is_divided():
+    """Its weight is what cross_entropy divides by: the labels that a position before them predicts."""
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.randint(0, 11, (6, 9), generator=generator)
+    labels[torch.rand(labels.shape, generator=generator) < 0.3] = IGNORED
+    labels[:, 0] = 3  # the first token is predicted from nothing
+    logits = torch.randn(6, 9, 11, generator=generator, dtype=torch.float64)
+    targets = shift_labels(labels)
+    losses = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").sum(1)
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    for size in (1, 2, 3, 6):
+        weight = sum(CausalLMLoss.weight({"labels": part}) for part in labels.split(size))
+        assert weight == int((targets != IGNORED).sum())
+        total = sum(part.sum() for part in losses.split(size))
+        assert CausalLMLoss.mean(total.item(), weight) == pytest.approx(expected.item(), rel=1e-12)
+        assert CausalLMLoss.mean(1, torch.tensor(float(weight))).item() == pytest.approx(1 / weight)
+    nothing = {"labels": torch.full((2, 4), IGNORED)}
+    assert CausalLMLoss.weight(nothing) == 0 and CausalLMLoss.mean(0.0, 0) == 0.0
 
 
 class TornBackward(torch.autograd.Function):

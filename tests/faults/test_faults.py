@@ -166,7 +166,7 @@ def test_finished_run_without_room_for_a_checkpoint_has_its_adapter(train, tmp_p
     assert train(*SHORT, output_dir=tmp_path / "whole")[0] == 0
     monkeypatch.setattr(checkpoints_module, "write_checkpoint", full)
     code, folder = train(*SHORT)
-    assert code == 1 and said(capsys).endswith("there is no checkpoint yet; the adapter is whole")
+    assert code == 1 and said(capsys).endswith("there is no checkpoint yet; the adapter is complete")
     name = "adapter_model.safetensors"
     assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 

@@ -26,7 +26,7 @@ from config import ConfigError, DataConfig
 from fast_path import attention as attention_module
 from fast_path import micro_step
 from fast_path.attention import keep_samples_apart, most_samples, use_causal_attention, varlen_obstacle
-from fast_path.loss import SummedLoss
+from fast_path.loss import CausalLMLoss
 from quantization_utils import load_tokenizer
 from toolkit import data_formats, evaluation
 from toolkit.data_blocks import (
@@ -1192,7 +1192,7 @@ def test_gradients_of_packed_samples_are_the_sum_of_each_alone(
     sums = []
     for packing in (True, False):
         part = blocks_of(dataclasses.replace(data, packing=packing), tokenizer)["train"]
-        loss = SummedLoss(model, torch.float32)
+        loss = CausalLMLoss(model, torch.float32)
         assert loss.chunked and loss.head.weight is head
         total = 0.0
         for numbers in [[*range(len(part))]] if packing else [[i] for i in range(len(part))]:

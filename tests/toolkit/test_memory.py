@@ -13,7 +13,7 @@ import train_qlora
 from config import ConfigError, load_config
 from fast_path import attention, choice, compiled, dropout, micro_step
 from fast_path.layers import fuse
-from fast_path.loss import SummedLoss
+from fast_path.loss import CausalLMLoss
 from quantization_utils import (
     create_bnb_config,
     create_lora_config,
@@ -39,7 +39,7 @@ def saved_by_autograd(folder: str, path: str, p: float, layers: int) -> int:
     attention.use_causal_attention(model.get_base_model())
     clock = dropout.DropoutClock(42, torch.device("cpu"))
     dropout.use_stateless_dropout(model, p, clock)
-    loss = SummedLoss(model, torch.bfloat16)
+    loss = CausalLMLoss(model, torch.bfloat16)
     if path != PLAIN:
         fuse(model, clock, p, kernels=False)
     if path == COMPILED:
@@ -225,7 +225,7 @@ def test_plan_command_needs_no_weights_and_no_gpu(qwen_3b, capsys, limit, code):
     out = capsys.readouterr().out
     assert ("does not fit" if code else "fits") in out and "trainable 29,933,568" in out and "119.7 MB" in out
     assert "longest data.max_length that fits" in out
-    assert "an epoch: unknown" in out and "would save" in out and "estimated with" in out
+    assert "one epoch: unknown" in out and "would save" in out and "estimated with" in out
 
 
 # ------------------------------------------------------------------------------------------------ out of memory
@@ -233,15 +233,15 @@ def test_plan_command_needs_no_weights_and_no_gpu(qwen_3b, capsys, limit, code):
 
 def run_out(monkeypatch, when):
     """Make forward and backward of a micro-batch run out of memory where when(call number, learner) says so."""
-    real, calls = micro_step.Learner.forward_backward, itertools.count()
+    real, calls = micro_step.Learner.micro_step, itertools.count()
 
-    def forward_backward(learner, **batch):
-        loss = real(learner, **batch)  # late: half of the gradients are there already
+    def run_micro_step(learner, *batch):
+        loss = real(learner, *batch)  # late: half of the gradients are there already
         if when(next(calls), learner):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. (injected)")
         return loss
 
-    monkeypatch.setattr(micro_step.Learner, "forward_backward", forward_backward)
+    monkeypatch.setattr(micro_step.Learner, "micro_step", run_micro_step)
 
 
 FP32 = ("--compute_dtype", "float32", "--optim", "adamw_torch")
@@ -255,7 +255,10 @@ def test_more_checkpointing_after_running_out_learns_the_same_bit_for_bit(train,
     code, found = train(*FP32, "--gradient_checkpointing", 0, output_dir=tmp_path / "found")
     assert code == 0
     log = (found / "training_log.txt").read_text(encoding="utf-8")
-    assert "out of GPU memory with micro-batch 2, 0 of 4 layers" in log and "on with micro-batch 2, 1 of 4" in log
+    assert (
+        "out of GPU memory with micro-batch 2, 0 of 4 layers" in log
+        and "repeating the step with micro-batch 2, 1 of 4" in log
+    )
     a, b = (load_file(folder / "adapter_model.safetensors") for folder in (want, found))
     assert all(torch.equal(a[name], b[name]) for name in a)
 
@@ -263,7 +266,7 @@ def test_more_checkpointing_after_running_out_learns_the_same_bit_for_bit(train,
 def test_a_smaller_micro_batch_after_running_out_learns_the_same(train, monkeypatch, tmp_path):
     code, want = train(*FP32, "--batch_size", 1, "--gradient_accumulation_steps", 4, output_dir=tmp_path / "told")
     assert code == 0
-    run_out(monkeypatch, lambda n, learner: learner.shape[0] > 1)
+    run_out(monkeypatch, lambda n, learner: learner.batch_shape[0] > 1)
     code, found = train(*FP32, output_dir=tmp_path / "found")
     assert code == 0
     a, b = (load_file(folder / "adapter_model.safetensors") for folder in (want, found))
@@ -284,7 +287,7 @@ def test_an_evaluation_that_runs_out_changes_the_evaluation_only(train, monkeypa
     code, found = train(*FP32, output_dir=tmp_path / "found")
     assert code == 0
     log = (found / "training_log.txt").read_text(encoding="utf-8")
-    assert "out of GPU memory in an evaluation: 1 sequences" in log
+    assert "an evaluation ran out of GPU memory; repeating it with 1 sequence at a time" in log
     a, b = (load_file(folder / "adapter_model.safetensors") for folder in (want, found))
     assert all(torch.equal(a[name], b[name]) for name in a)
 
@@ -305,7 +308,7 @@ def test_running_out_while_capturing_leaves_no_dropout_in_the_evaluation(train, 
     monkeypatch.setattr(micro_step, "Captured", captured)
     seen = []
     real = evaluation.block_losses
-    monkeypatch.setattr(train_qlora, "block_losses", lambda *a: seen.append(real(*a)) or seen[-1])
+    monkeypatch.setattr(evaluation, "block_losses", lambda *a: seen.append(real(*a)) or seen[-1])
     train(*flags, output_dir=tmp_path / "found")
     assert modes[0] and seen
     rows = [json.loads(line) for line in (want / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
