@@ -15,8 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from config import ConfigError
-from fast_path import training_kernels
-from fast_path.families import ATTENTIONS
+from fast_path import families, training_kernels
 from fast_path.nf4 import Launch, triton
 
 CAUSAL = "sdpa_causal"  # in training
@@ -186,7 +185,7 @@ def cudnn_serves(model: nn.Module) -> bool:
     config, device, dtype = model.config, model.device, model.get_input_embeddings().weight.dtype
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return (
-        any(type(module).__name__ in ATTENTIONS for module in model.modules())
+        any(families.fused("attention", module) for module in model.modules())
         and device.type == "cuda"
         and torch.cuda.get_device_capability(device) in ((9, 0), (10, 0))
         and torch.backends.cudnn.is_available()
@@ -219,7 +218,7 @@ def attend(
 def varlen_obstacle(model: nn.Module, length: int) -> str | None:
     """Return why packed samples in blocks of `length` take a mask, None where varlen attention keeps them apart."""
     config, device, dtype = model.config, model.device, model.get_input_embeddings().weight.dtype
-    known = any(type(module).__name__ in ATTENTIONS for module in model.modules())
+    known = any(families.fused("attention", module) for module in model.modules())
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     window = getattr(config, "sliding_window", None) or length
     if config._attn_implementation != CAUSAL:

@@ -11,6 +11,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from config import Config, ConfigError
+from fast_path import families
+from fast_path.families import Family
 from fast_path.loss import chunk_rows
 from fast_path.nf4 import HAS_TRITON
 from fast_path.packed_weights import adapter_columns, operand_columns
@@ -40,6 +42,7 @@ class ModelShape:
     heads: int
     head_norms: bool  # q and k are normalised, as in Qwen3
     positions: int | None  # that the model knows, where it says so
+    family: Family = families.UNKNOWN  # what the fast path knows about it
 
     @property
     def parameters(self) -> int:
@@ -97,6 +100,7 @@ def shape_of(model: nn.Module) -> ModelShape:
         heads=text.num_attention_heads,
         head_norms=any(name.endswith("q_norm") for name, _ in model.named_modules()),
         positions=known_positions(model.config),
+        family=families.of(model),
     )
 
 
@@ -131,6 +135,16 @@ def lacks_triton() -> bool:
     return torch.cuda.is_available() and not HAS_TRITON
 
 
+def plain_layers(shape: ModelShape, path: str) -> bool:
+    """Return whether attention, MLP and norms are transformers' own on this path: families.py has none of the model's.
+
+    Its linears are fused all the same. What such layers keep for their backward is what plain layers keep, without the
+    copies that dropout makes for each adapter; a compiler drops from it what it can make again, and leaves what a fused
+    layer keeps (tests compare both).
+    """
+    return path == PLAIN or bool(shape.family.plain_attention or shape.family.plain_mlp)
+
+
 def saved_bytes(shape: ModelShape, config: Config, path: str) -> int:
     """Return what a layer that is not checkpointed keeps for its backward, bytes a token.
 
@@ -143,20 +157,23 @@ def saved_bytes(shape: ModelShape, config: Config, path: str) -> int:
     if shape.head_norms:  # their inputs in fp32, or, compiled, with them the whole product, v too; and a number a head
         attention += 2 * (q + kv) if path == COMPILED else 4 * (q + kv // 2)
         attention += 4 * (q + kv // 2) * shape.heads // q
-    if path != PLAIN:  # a norm is made again from its input, the layer's or the sum after attention, and two numbers
-        return attention + 2 * (2 * h + 2 * inner) + 2 * fused_columns(config) + 8
-    norms = 2 * 4 * h + 8  # in fp32
-    dropped = config.lora.dropout > 0  # then each adapter has its own copy of its input, and a group its mask
+    if path == COMPILED or not plain_layers(shape, path):
+        # A norm is made again from its input, the layer's or the sum after attention, and two numbers. Further norms
+        # read what a product writes, which is kept for them.
+        further = (shape.family.layer_norms - 2) * (2 * h + 4)
+        return attention + 2 * (2 * h + 2 * inner) + 2 * fused_columns(shape.family, config) + 8 + further
+    norms = shape.family.layer_norms * (4 * h + 4)  # in fp32
+    # With dropout peft's linears have a copy of their input for each adapter, and a mask for each group.
+    dropped = config.lora.dropout > 0 and path == PLAIN
     inputs = 3 * h + q + 2 * h + inner if dropped else 2 * h + inner
     masks = 2 * h + q + inner if dropped else 0
     return attention + norms + 2 * inputs + 3 * 2 * inner + masks + 7 * 2 * rank
 
 
-def fused_columns(config: Config) -> int:
+def fused_columns(family: Family, config: Config) -> int:
     """Return the columns of u = x A^T that the four operators of a layer keep."""
     targets, rank = config.lora.target_modules, config.lora.rank
-    groups = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
-    members = [sum(name in targets or targets == "all-linear" for name in group) for group in groups]
+    members = [sum(name in targets or targets == "all-linear" for name in group) for group in family.groups]
     return sum(adapter_columns(rank, count) for count in members)
 
 
@@ -166,7 +183,7 @@ def transient_bytes(shape: ModelShape, config: Config, path: str, tokens: int) -
     """
     h, inner, rank = shape.hidden, shape.inner, config.lora.rank
     width = 2 if config.quantization.compute_dtype != "float32" else 4
-    if path == PLAIN:  # the gradients of SwiGLU's three factors, and peft's fp32 copy of an adapter's input
+    if plain_layers(shape, path):  # the gradients of SwiGLU's three factors, and peft's fp32 copy of an adapter's input
         return tokens * (2 * (4 * inner + 2 * h) + 4 * inner) + inner * h * width
     wide_down, wide = operand_columns(inner, adapter_columns(rank, 1)), operand_columns(h, adapter_columns(rank, 2))
     down = tokens * 2 * (2 * h + 2 * inner + wide_down) + h * wide_down * width
@@ -274,7 +291,7 @@ def plan_memory(
     loss = loss_bytes(shape, config, path, tokens, chunk)
     # The backward starts at the last layer. Checkpointed layers come after the others, whose activations are gone by
     # then.
-    norms = 2 * hidden if path == PLAIN else 0  # a recompute makes their outputs too
+    norms = 2 * hidden if plain_layers(shape, path) else 0  # a recompute makes their outputs too
     live = transient + (saved + norms if checkpointed else 0)
     relief = free_layers * saved if checkpointed else 0
     live = max(live - relief, transient if free_layers else live)

@@ -51,7 +51,7 @@ def prepared(
 ):  # fmt: skip
     """Return a peft model with a non-zero adapter, its clock and its loss."""
     config = create_bnb_config(quant_type=quant_type, compute_dtype=dtype, use_double_quant=double)
-    attention = "eager" if "gemma" in str(folder) else "sdpa"
+    attention = "eager" if "gemma2" in str(folder) else "sdpa"
     model, _ = load_model_and_tokenizer(str(folder), config, device=device, attn_implementation=attention)
     torch.manual_seed(0)
     lora = create_lora_config(rank=8, dropout=p, use_dora=dora, **({"target_modules": targets} if targets else {}))
