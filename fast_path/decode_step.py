@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import bitsandbytes as bnb
 import torch
 from peft import PeftModel
-from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel, StaticCache
@@ -25,6 +24,7 @@ from fast_path import decode_batch_kernels, families
 from fast_path import decode_kernels as kernels
 from fast_path.layers import ACTIVATIONS
 from fast_path.nf4 import HAS_TRITON, INTERPRETED, SHUFFLE, runs_on, tl, triton
+from fast_path.packed_weights import is_plain_lora
 
 
 class Unsupported(ValueError):
@@ -98,8 +98,7 @@ class Member:
             self._adapter(module, name)
 
     def _adapter(self, module: nn.Module, name: str) -> None:
-        plain = isinstance(module, LoraLinear4bit) and not module.lora_variant and not any(module.lora_bias.values())
-        _check(plain, f"the adapter of {name} is no plain LoRA")
+        _check(is_plain_lora(module), f"the adapter of {name} is no plain LoRA")
         _check(not module.merged, f"the adapter of {name} is merged")
         active = [] if module.disable_adapters else [a for a in module.active_adapters if a in module.lora_A]
         _check(len(active) < 2, f"{name} has {len(active)} active adapters: {', '.join(active)}")

@@ -70,7 +70,7 @@ def gradients(model, clock, loss, length=24):
     """Return the loss and gradients of a fixed batch with padded labels."""
     ids = torch.randint(0, 4096, (2, length), generator=torch.Generator().manual_seed(5)).to(clock.step.device)
     labels = ids.clone()
-    labels[1, 15:] = -100
+    labels[1, 15:] = IGNORED
     clock.set(3, torch.tensor([5, 7]))
     value = loss(ids, labels)
     value.backward()
@@ -493,9 +493,9 @@ def check_cross_entropy(device: str, dtype: torch.dtype, tolerance: float) -> No
     for vocabulary, size in ((101, 1.0), (20_000, 1.0), (101, 100.0)):
         rows, weight = torch.randn(6, 24, device=device), torch.randn(vocabulary, 24, device=device) * size
         rows, weight = rows.to(dtype), weight.to(dtype)
-        targets = torch.tensor([0, vocabulary - 1, -100, 7, vocabulary // 2, 3], device=device)
+        targets = torch.tensor([0, vocabulary - 1, IGNORED, 7, vocabulary // 2, 3], device=device)
         logits = (rows @ weight.t()).double().requires_grad_()
-        want = torch.nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
+        want = torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
         want.backward()
         for with_gradient, programs in itertools.product(
             (False, True), (4, 1)
