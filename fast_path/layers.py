@@ -4,7 +4,7 @@ around them.
 
 import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -15,7 +15,7 @@ from transformers.activations import SiLUActivation
 from fast_path import families
 from fast_path.attention import CAUSAL, GROUPED, attend, grouped_attention, rotate
 from fast_path.dropout import DropoutClock, salt_of
-from fast_path.fused_linear import inverse_rms, linear
+from fast_path.fused_linear import NOTHING_HANDED, Adapters, Handed, Masks, Norm, inverse_rms, run_linear
 from fast_path.packed_weights import fusable, stack_weights
 
 # ------------------------------------------------------------------------------------------------ fused layers
@@ -55,20 +55,21 @@ class Group:
         return self.run(x)[0]
 
     def run(
-        self, x: torch.Tensor, hands_B: bool = False, swiglu: bool = False, before_u: torch.Tensor | None = None,
-        before_B: Sequence[torch.Tensor] = (),
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        self, x: torch.Tensor, swiglu: bool = False, handed: Handed = NOTHING_HANDED
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return `linear`'s y and u."""
         *shape, width = x.shape
         A, B = self.adapters()
         p = self.p if self.leader.training else 0.0
-        bias = self.bias.to(x.dtype) if self.bias is not None else None
-        masks = self.clock.step, self.clock.sequences, self.salt, shape[-1], p
-        before, rows = (hands_B, swiglu, before_u, before_B), x.reshape(-1, width)
-        norm = []
+        rows, norm = x.reshape(-1, width), None
         if self.norm is not None:
-            norm = [self.norm.weight, inverse_rms(rows.detach(), self.norm.variance_epsilon, self.kernels)]
-        y, u = linear(rows, A, B, bias, self.scale, norm, *before, *self.weight, *masks, self.kernels, self.pieces)
+            norm = Norm(self.norm.weight, inverse_rms(rows.detach(), self.norm.variance_epsilon, self.kernels))
+        y, u = run_linear(
+            rows, self.weight, Adapters(A, B, self.scale),
+            Masks(self.clock.step, self.clock.sequences, self.salt, shape[-1], p),
+            bias=self.bias.to(x.dtype) if self.bias is not None else None, norm=norm, swiglu=swiglu, handed=handed,
+            kernels=self.kernels, pieces=self.pieces,
+        )  # fmt: skip
         return y.view(*shape, -1), u
 
 
@@ -129,8 +130,8 @@ def _fused_mlp(self, x):
     first, second = self.fused_gate_up, self.fused_down
     handed = first.adapters()[1] if second.adapters()[1] else []
     handing = len(handed) > 0  # of bool() of a list Dynamo of torch 2.11 knows nothing: it would compile no layer whole
-    gate_up, u = first.run(x, hands_B=handing)
-    return second.run(gate_up, swiglu=True, before_u=u if handing else None, before_B=handed)[0]
+    gate_up, u = first.run(x, handed=Handed(hands_B=handing))
+    return second.run(gate_up, swiglu=True, handed=Handed(u=u if handing else None, B=handed))[0]
 
 
 def _fused_linear(self, x, *args, **kwargs):

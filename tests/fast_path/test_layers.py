@@ -837,7 +837,8 @@ def check_packed_path(folder: Path, path: str, device: str, dtype: str) -> list[
         model, clock, loss = prepared(folder, p=0.0, dtype=dtype, device=device, checkpointing=True)
         base = model.get_base_model()
         assert keep_samples_apart(base, 80, counts) == "packed samples: varlen attention"
-        base.config.varlen_samples = counts if varlen else None
+        if not varlen:
+            base.config.attention_choice = base.config.attention_choice._replace(varlen_samples=None)
         if path != "plain":
             fuse(model, clock, 0.0, kernels=device == "cuda")
         if path in ("compiled", "captured"):
@@ -985,7 +986,7 @@ def test_gradients_of_cudnns_attention_are_right_whichever_path_comes_first(rand
     _, want = gradients(*prepared(folder, p=0.0, device="cuda"), length=40)
     for path in (first, second):
         model, clock, loss = prepared(folder, p=0.0, dtype="bfloat16", device="cuda")
-        if not model.config.cudnn_attention:
+        if not model.config.attention_choice.cudnn:
             pytest.skip("cuDNN's attention is not for this GPU")
         run_path(model, clock, path, kernels=True)
         assert furthest(gradients(model, clock, loss, length=40)[1], want) < 0.1, path
