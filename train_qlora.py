@@ -30,7 +30,16 @@ from toolkit.earlier_run import config_with_adapter, refuse_other_run
 from toolkit.startup import before_heavy_imports, reader_gone, report
 
 # What --help shows first.
-EVERYDAY = ("config", "model_name", "dataset", "output_dir", "num_epochs", "learning_rate", "rank", "max_length")
+EVERYDAY: tuple[str, ...] = (
+    "config",
+    "model_name",
+    "dataset",
+    "output_dir",
+    "num_epochs",
+    "learning_rate",
+    "rank",
+    "max_length",
+)
 EVERYDAY += ("plan", "overwrite")
 
 
@@ -252,7 +261,7 @@ def evaluate_adapter(config: Config, adapter: str | None, stride: int | None) ->
     for line in (*lines, *quantization_utils.check_length(config.data.max_length, model.config)):
         say(line)
     rows = prepare_dataset(config, tokenizer)
-    blocks = make_blocks(rows, tokenizer, config.data, config.training.seed, close=stride is None)["validation"]
+    blocks: Any = make_blocks(rows, tokenizer, config.data, config.training.seed, close=stride is None)["validation"]
     if blocks is None:
         raise ConfigError("data.validation_fraction: nothing is held out to evaluate on")
     dataset, blocks = blocks.dataset, blocks if stride is None else data_blocks.windows_of(blocks, stride)
@@ -474,8 +483,8 @@ def start_run(run: Run, found: Found | None) -> None:
         log.open(checkpoints.open_output(run.effective, history, found is None, template))
     if found is not None:
         log.say(f"resuming from {folder} at step {run.progress.step} of {run.total_steps}")
-        now = earlier_run.settings(run.config)
-        if any(state["config"][key] != now[key] for key in ("training.num_epochs", "training.max_steps")):
+        asked = earlier_run.settings(run.config)
+        if any(state["config"][key] != asked[key] for key in ("training.num_epochs", "training.max_steps")):
             log.say(f"from here on the learning rate follows the schedule of {counted(run.total_steps, 'step')}")
 
 
@@ -626,7 +635,8 @@ def training_step(run: Run, step: int, numbers: np.ndarray, stop: bool) -> StepR
     # The update is launched before any number is read: the GPU still computes the micro-batches and never waits for a
     # launch.
     scaler.step(run.optimizer)
-    total, tokens, stops, grad_norm = *sums.tolist(), norm.item()
+    total, tokens, stops = sums.tolist()
+    grad_norm = norm.item()
     # An overflow in float16 is left to the scaler: it skips the step and halves its scale, from 2**6 down to 2**-10.
     overflow = scaler.is_enabled() and not math.isfinite(grad_norm) and scaler.get_scale() > 2.0**-10
     if not (math.isfinite(total) and (math.isfinite(grad_norm) or overflow)):

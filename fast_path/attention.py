@@ -4,7 +4,7 @@ attention of one position over a cache.
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from config import ConfigError
-from fast_path import training_kernels
-from fast_path.families import ATTENTIONS
+from fast_path import families, training_kernels
 from fast_path.nf4 import Launch, triton
 
 CAUSAL = "sdpa_causal"  # in training
@@ -27,6 +26,24 @@ FEWER_HEADS = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_a
 ROTATE = Launch(block_m=16, block_k=64, warps=4)  # of heads 128 wide: of others as many numbers
 
 
+class AttentionChoice(NamedTuple):
+    """How a model's attention runs in training, as `model.config.attention_choice`: the config is all that transformers
+    hands both to a mask function and to an attention. A tuple, since a config must stay writable as JSON.
+
+    `use_causal_attention` writes `cudnn`, `keep_samples_apart` the other two, both before training and nobody after it;
+    `attend` reads `cudnn`, `_no_mask` the other two.
+    """
+
+    cudnn: bool = False  # attention without a mask is `cudnn_attention`'s, else SDPA's
+    packed: bool = False  # blocks hold samples that must not see each other
+    varlen_samples: list[int] | None = None  # of the fullest blocks, for varlen attention; None: samples take a mask
+
+
+def choice_of(config: Any) -> AttentionChoice:
+    """Return the choice of the model that a config belongs to; the default of one that nothing was chosen for."""
+    return getattr(config, "attention_choice", AttentionChoice())
+
+
 def _no_mask(
     *, kv_length: int, config: Any, local_size: int | None = None, allow_is_causal_skip: bool = True, **kwargs
 ) -> torch.Tensor | None:
@@ -35,13 +52,14 @@ def _no_mask(
     Where transformers found positions that restart (it then allows no skip, as it also does in a captured graph, packed
     or not), a block-diagonal one, or in its place the starts of the samples, which `attend` reads.
     """
-    packed = getattr(config, "packed_samples", False) and not allow_is_causal_skip
+    choice = choice_of(config)
+    packed = choice.packed and not allow_is_causal_skip
     slides = local_size is not None and kv_length > local_size
     if not packed and not slides:
         return None
-    if packed and not slides and config.varlen_samples:
+    if packed and not slides and choice.varlen_samples:
         batch, apart = kwargs["batch_size"], kwargs["mask_function"]
-        return sample_starts(apart, batch, kv_length, most_samples(config.varlen_samples, batch), kwargs["device"])
+        return sample_starts(apart, batch, kv_length, most_samples(choice.varlen_samples, batch), kwargs["device"])
     kwargs.update(allow_is_causal_skip=allow_is_causal_skip, config=config)
     return sdpa_mask(kv_length=kv_length, local_size=local_size, **kwargs)
 
@@ -186,7 +204,7 @@ def cudnn_serves(model: nn.Module) -> bool:
     config, device, dtype = model.config, model.device, model.get_input_embeddings().weight.dtype
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return (
-        any(type(module).__name__ in ATTENTIONS for module in model.modules())
+        any(families.fused("attention", module) for module in model.modules())
         and device.type == "cuda"
         and torch.cuda.get_device_capability(device) in ((9, 0), (10, 0))
         and torch.backends.cudnn.is_available()
@@ -206,7 +224,7 @@ def attend(
 
     query: [batch, heads, length, width], key and value perhaps of fewer heads; result: [batch, length, heads, width].
     """
-    if attention_mask is None and getattr(module.config, "cudnn_attention", False):
+    if attention_mask is None and choice_of(module.config).cudnn:
         return cudnn_attention(*(x.transpose(1, 2) for x in (query, key, value)), scaling)[0], None
     if attention_mask is None or attention_mask.ndim != 1:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
@@ -219,7 +237,7 @@ def attend(
 def varlen_obstacle(model: nn.Module, length: int) -> str | None:
     """Return why packed samples in blocks of `length` take a mask, None where varlen attention keeps them apart."""
     config, device, dtype = model.config, model.device, model.get_input_embeddings().weight.dtype
-    known = any(type(module).__name__ in ATTENTIONS for module in model.modules())
+    known = any(families.fused("attention", module) for module in model.modules())
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     window = getattr(config, "sliding_window", None) or length
     if config._attn_implementation != CAUSAL:
@@ -267,7 +285,8 @@ def keep_samples_apart(model: nn.Module, length: int, samples: Sequence[int]) ->
     as many blocks as a batch has. Raises ConfigError for a model that lets them see each other all the same.
     """
     obstacle = varlen_obstacle(model, length)
-    model.config.packed_samples, model.config.varlen_samples = True, None if obstacle else list(samples)
+    varlen = None if obstacle else list(samples)
+    model.config.attention_choice = choice_of(model.config)._replace(packed=True, varlen_samples=varlen)
     _check_packing(model)
     return f"packed samples: {f'with a mask: {obstacle}' if obstacle else 'varlen attention'}"
 
@@ -278,11 +297,11 @@ def use_causal_attention(model: nn.Module) -> bool:
     transformers builds a 4-D mask where it cannot look at the data (in a captured graph); this keeps the fast path
     of SDPA. Returns whether the model was switched: only one that runs `sdpa` is.
     """
-    model.config.packed_samples = False
+    model.config.attention_choice = choice_of(model.config)._replace(packed=False)
     plain = model.config._attn_implementation == "sdpa"
     if plain:
         torch.backends.cuda.enable_cudnn_sdp(False)  # what `cudnn_attention` does not take; its docstring says why
-        model.config.cudnn_attention = cudnn_serves(model)
+        model.config.attention_choice = model.config.attention_choice._replace(cudnn=cudnn_serves(model))
         AttentionInterface.register(CAUSAL, attend)
         AttentionMaskInterface.register(CAUSAL, _no_mask)
         model.set_attn_implementation(CAUSAL)

@@ -6,6 +6,7 @@ import torch
 from peft import PeftModel
 
 from config import ConfigError, PerformanceConfig
+from fast_path.layers import plain_parts
 from fast_path.nf4 import HAS_TRITON
 from fast_path.packed_weights import fusable
 
@@ -48,5 +49,7 @@ def choose_fast_path(
     graphs = decide("cuda_graphs", copies if gpu else "there is no CUDA GPU")
     kernels = gpu and HAS_TRITON and dtype is not torch.float32  # tl.dot would round fp32 to tf32
     line = "fast path: " + (", ".join(name for name, on in runs.items() if on) or "none")
+    if fused:
+        line += "".join(f" | {', '.join(parts)}: {reason}" for reason, parts in plain_parts(model).items())
     line += "".join(f" | without {name}: {reason}" for name, reason in reasons.items())
     return FastPath(fused, compiled, graphs, kernels, line)

@@ -9,22 +9,22 @@ tensor cores and nine kernels a layer.
 import dataclasses
 import functools
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import bitsandbytes as bnb
 import torch
 from peft import PeftModel
-from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel, StaticCache
-from transformers.activations import SiLUActivation
 from transformers.cache_utils import StaticLayer
 
-from fast_path import decode_batch_kernels
+from fast_path import decode_batch_kernels, families
 from fast_path import decode_kernels as kernels
-from fast_path.families import ATTENTIONS, MLPS, MODELS
+from fast_path.layers import ACTIVATIONS
 from fast_path.nf4 import HAS_TRITON, INTERPRETED, SHUFFLE, runs_on, tl, triton
+from fast_path.packed_weights import is_plain_lora
 
 
 class Unsupported(ValueError):
@@ -98,8 +98,7 @@ class Member:
             self._adapter(module, name)
 
     def _adapter(self, module: nn.Module, name: str) -> None:
-        plain = isinstance(module, LoraLinear4bit) and not module.lora_variant and not any(module.lora_bias.values())
-        _check(plain, f"the adapter of {name} is no plain LoRA")
+        _check(is_plain_lora(module), f"the adapter of {name} is no plain LoRA")
         _check(not module.merged, f"the adapter of {name} is merged")
         active = [] if module.disable_adapters else [a for a in module.active_adapters if a in module.lora_A]
         _check(len(active) < 2, f"{name} has {len(active)} active adapters: {', '.join(active)}")
@@ -112,8 +111,8 @@ class Norm:
     """An RMS norm as the kernels read it. Its weight is `scale` times `factor`, which times hidden stays in range."""
 
     def __init__(self, module: nn.Module):
-        # Gemma's norms add 1 to the weight, and have no variance_epsilon.
-        known = type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
+        family = families.of(module)
+        known = type(module).__name__ == family.norm and family.norm_scale == "weight"
         _check(known, f"{type(module).__name__} is unknown")
         self.weight, self.eps, self.scale = module.weight.detach(), module.variance_epsilon, 1.0
         if self.weight.dtype is torch.float16:
@@ -284,9 +283,11 @@ def _batch_norm(
 
 def _check_layer(layer: nn.Module, cache: Any) -> None:
     attention, mlp = layer.self_attn, layer.mlp
-    _check(type(attention).__name__ in ATTENTIONS, f"{type(attention).__name__} is unknown")
-    _check(type(mlp).__name__ in MLPS, f"{type(mlp).__name__} is unknown")
-    _check(isinstance(mlp.act_fn, (nn.SiLU, SiLUActivation)), f"an MLP with {type(mlp.act_fn).__name__}")
+    _check(families.fused("attention", attention), f"{type(attention).__name__} is unknown")
+    _check(families.fused("mlp", mlp), f"{type(mlp).__name__} is unknown")
+    _check(hasattr(attention, "q_norm") == families.of(attention).head_norms, "other norms of q and k")
+    activation = ACTIVATIONS[families.of(mlp).activation]
+    _check(isinstance(mlp.act_fn, activation), f"an MLP with {type(mlp.act_fn).__name__}")
     # Qwen's attention says itself whether it slides, Mistral's reads its config.
     window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
     _check(window is None and type(cache) is StaticLayer, "attention in a sliding window, or no plain static cache")
@@ -312,21 +313,21 @@ class Layer:
 
     def __init__(self, layer: nn.Module, cache: Any, dtype: torch.dtype):
         _check_layer(layer, cache)
-        attention, mlp = layer.self_attn, layer.mlp
+        attention, mlp, family = layer.self_attn, layer.mlp, families.of(layer.self_attn)
         sequences, kv_heads, length, size = cache.keys.shape
         self.m = m = 1 if sequences == 1 else max(16, triton.next_power_of_2(sequences))
 
-        def linears(owner: nn.Module, names: str, mode: str, *arguments: Any, **keywords: Any) -> Linears:
-            modules = {name: getattr(owner, name) for name in names.split()}
+        def linears(owner: nn.Module, names: Iterable[str], mode: str, *arguments: Any, **keywords: Any) -> Linears:
+            modules = {name: getattr(owner, name) for name in names}
             return self.kind(modules, mode, dtype, *arguments, m=m, **keywords)
 
         self.norms = Norm(layer.input_layernorm), Norm(layer.post_attention_layernorm)
         self.keys, self.values = cache.keys, cache.values
-        self.qkv = linears(attention, "q_proj k_proj v_proj", "stack", self.norms[0])
+        self.qkv = linears(attention, family.qkv, "stack", self.norms[0])
         heads = self.qkv.rows[0] // size
-        self.out = linears(attention, "o_proj", "residual", parts=heads, alone=True)
-        self.gate_up = linears(mlp, "gate_proj up_proj", "swiglu", self.norms[1])
-        self.down = linears(mlp, "down_proj", "residual", parts=triton.cdiv(self.gate_up.rows[0], self.chunk))
+        self.out = linears(attention, (family.out,), "residual", parts=heads, alone=True)
+        self.gate_up = linears(mlp, family.gate_up, "swiglu", self.norms[1])
+        self.down = linears(mlp, (family.down,), "residual", parts=triton.cdiv(self.gate_up.rows[0], self.chunk))
         programs = LAYOUT.programs if m == 1 else LAYOUT.batch_programs // sequences
         splits = min(
             triton.next_power_of_2(max(4, programs // kv_heads)),
@@ -409,7 +410,7 @@ class BatchLayer(Layer):
 
 
 class DecodeStep:
-    """A token of each sequence through a 4-bit Qwen2, Qwen3, Llama or Mistral with at most one active LoRA adapter.
+    """A token of each sequence through a 4-bit model with at most one active LoRA adapter; families.py says which.
 
     ids: int64 [sequences, 1]; position: int64 [1] on the model's device, the slot of the cache that all write to;
     starts: int64 [sequences, 1], the slots of their first tokens, before which there is padding (None: 0, as always of
@@ -423,7 +424,7 @@ class DecodeStep:
         if isinstance(model, PeftModel):
             _check(not model.active_peft_config.is_prompt_learning, "the adapter is a learned prompt")
             model = model.get_base_model()
-        _check(type(model).__name__ in MODELS, f"{type(model).__name__} is unknown")
+        _check(families.fused("model", model), f"{type(model).__name__}: {families.of(model).plain_decode}")
         decoder, dtype, device = model.get_decoder(), model.dtype, model.device
         _check(dtype in (torch.bfloat16, torch.float16), f"the model computes in {dtype}")
         rope = decoder.rotary_emb.rope_type

@@ -3,9 +3,10 @@
 import zlib
 
 import torch
+from peft import PeftModel
 from torch import nn
 
-from fast_path.families import READERS
+from fast_path import families
 
 # ------------------------------------------------------------------------------------------------ masks
 
@@ -103,18 +104,21 @@ class StatelessDropout(nn.Module):
         return torch.where(keep, x, 0) * (1 / (1 - self.p))
 
 
-def salt_of(name: str) -> int:
-    """Return the number that tells a module's masks, or those of its group of readers, from all others'."""
+def salt_of(name: str, readers: dict[str, str]) -> int:
+    """Return the number that tells a module's masks, or those of its group of readers, from all others'.
+
+    readers: the group of each linear that shares its x with others, as the family's row in families.py has it.
+    """
     parent, _, leaf = name.rpartition(".")
-    return zlib.crc32(f"{parent}.{READERS.get(leaf, leaf)}".encode())
+    return zlib.crc32(f"{parent}.{readers.get(leaf, leaf)}".encode())
 
 
 def use_stateless_dropout(model: nn.Module, p: float, clock: DropoutClock) -> int:
     """Replace the dropout of every adapter of a peft model and return how many were replaced."""
-    count = 0
+    count, readers = 0, families.of(model.get_base_model() if isinstance(model, PeftModel) else model).readers
     for name, module in model.named_modules():
         if isinstance(getattr(module, "lora_dropout", None), nn.ModuleDict) and p > 0:
             for adapter in module.lora_dropout:
-                module.lora_dropout[adapter] = StatelessDropout(p, clock, salt_of(name))
+                module.lora_dropout[adapter] = StatelessDropout(p, clock, salt_of(name, readers))
                 count += 1
     return count

@@ -1,11 +1,119 @@
-"""What the fast path knows about the families of models, by the names of transformers' classes."""
+"""What the fast path knows about each family of models: one row per family. docs/adding_a_model.md shows how to add one.
 
-# Modules that read the same x share a mask, so that one pass over x can serve all of them.
-READERS = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
-MLPS = {"Qwen2MLP", "Qwen3MLP", "LlamaMLP", "MistralMLP"}
-# Layers whose norms have attention and the MLP as their only readers, and their norms.
-LAYERS = {"Qwen2DecoderLayer", "Qwen3DecoderLayer", "LlamaDecoderLayer", "MistralDecoderLayer"}
-NORMS = {"Qwen2RMSNorm", "Qwen3RMSNorm", "LlamaRMSNorm", "MistralRMSNorm"}
-# Attention classes whose forward is that of layers._fused_attention; what is not here keeps its own.
-ATTENTIONS = {"Qwen2Attention", "Qwen3Attention", "LlamaAttention", "MistralAttention"}
-MODELS = {"Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM"}
+A row states facts about transformers' classes, which are known by their names. What a family gets follows from these
+facts, in `plain_attention`, `plain_mlp`, `plain_norms` and `plain_decode` alone: each returns why a part stays plain. A
+model without a row (UNKNOWN) keeps its attention, MLP and norms; its 4-bit linears with an adapter are fused all the same.
+"""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """Facts about one family. The defaults are those of Llama, so a row says how a family differs from it.
+
+    Training, and prompts and batches in generation, run through the same fused layers; the decode step has its own.
+    """
+
+    name: str = ""
+    # The names of transformers' classes; "" for what no fused part stands in for.
+    model: str = ""
+    layer: str = ""
+    attention: str = ""
+    mlp: str = ""
+    norm: str = ""
+    # Attention. What it projects with: names of one member are one matrix for all that they stand for.
+    qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    out: str = "o_proj"
+    head_norms: bool = False  # q and k pass through norms, q_norm and k_norm, that are as wide as one head
+    rotary: str = "halves"  # feature i of a whole head turns with feature i + width / 2; "part": of a part of each head
+    score_cap: bool = False  # scores pass through a tanh
+    # MLP
+    gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
+    down: str = "down_proj"
+    activation: str = "silu"  # of gate, by the name of transformers' hidden_act
+    # Norms: RMS norms, of which a layer has one before attention and one before the MLP.
+    norm_scale: str = "weight"  # what they multiply with; "1 + weight" in Gemma
+    layer_norms: int = 2  # in a layer; Gemma2 has two more, behind attention and behind the MLP
+
+    @property
+    def readers(self) -> dict[str, str]:
+        """Return the linears that read the same x, each with the name of its group: they share one dropout mask."""
+        groups = {"qkv": self.qkv, "gate_up": self.gate_up}
+        return {leaf: group for group, leaves in groups.items() if len(leaves) > 1 for leaf in leaves}
+
+    @property
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        """Return the linears of a layer as the fused operators take them together."""
+        return self.qkv, (self.out,), self.gate_up, (self.down,)
+
+    @property
+    def plain_attention(self) -> str | None:
+        """Return why attention stays plain, None where it is fused."""
+        if not self.attention:
+            return "no row in families.py"
+        if len(self.qkv) != 3:
+            return "q, k and v are one linear"
+        if self.rotary != "halves":
+            return "another rotary embedding"
+        return "scores are capped" if self.score_cap else None
+
+    @property
+    def plain_mlp(self) -> str | None:
+        """Return why the MLP stays plain, None where it is fused."""
+        if not self.mlp:
+            return "no row in families.py"
+        if len(self.gate_up) != 2:
+            return "gate and up are one linear"
+        return None if self.activation == "silu" else f"its activation is {self.activation}"
+
+    @property
+    def plain_norms(self) -> str | None:
+        """Return why norms stay plain, None where the operators that read them compute them on their way."""
+        if not (self.layer and self.norm):
+            return "no row in families.py"
+        if self.norm_scale != "weight":
+            return f"they scale by {self.norm_scale}"
+        return None if self.layer_norms == 2 else f"a layer has {self.layer_norms}"
+
+    @property
+    def plain_decode(self) -> str | None:
+        """Return why generation decodes without the kernels of decode_step, which need all of a layer, None if it has them."""
+        return self.plain_attention or self.plain_mlp or self.plain_norms
+
+
+def row(prefix: str, **facts: object) -> Family:
+    """Return the row of a family whose classes have transformers' usual names: the prefix, then what the class is."""
+    kinds = {"model": "ForCausalLM", "layer": "DecoderLayer", "attention": "Attention", "mlp": "MLP", "norm": "RMSNorm"}
+    return Family(**{"name": prefix, **{kind: prefix + suffix for kind, suffix in kinds.items()}, **facts})
+
+
+FAMILIES = (
+    row("Llama"),
+    row("Mistral"),
+    row("Qwen2"),
+    row("Qwen3", head_norms=True),
+    row("Gemma2", score_cap=True, activation="gelu_pytorch_tanh", norm_scale="1 + weight", layer_norms=4),
+    row("Phi3", qkv=("qkv_proj",), gate_up=("gate_up_proj",), rotary="part"),
+)
+UNKNOWN = Family()
+
+
+def of(module: object) -> Family:
+    """Return the row that names the class of a model, or of a part of one; UNKNOWN where none does."""
+    kind = type(module).__name__
+    known = (f for f in FAMILIES if kind in (f.model, f.layer, f.attention, f.mlp, f.norm))
+    return next(known, UNKNOWN)
+
+
+def fused(part: str, module: object) -> bool:
+    """Return whether a module is its family's `part` and the fast path has that part.
+
+    part: "attention", "mlp", "layer" (for its norms) or "model" (for the decode step).
+    """
+    family = of(module)
+    plain = {
+        "attention": family.plain_attention, "mlp": family.plain_mlp, "layer": family.plain_norms,
+        "model": family.plain_decode,
+    }  # fmt: skip
+    return type(module).__name__ == getattr(family, part) and plain[part] is None

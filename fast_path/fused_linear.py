@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import bitsandbytes  # noqa: F401  (registers the operators that dequantise without Triton)
@@ -342,6 +343,36 @@ def linear(
     return y, u
 
 
+class Adapters(NamedTuple):
+    """The adapters of the members of an operator, empty lists where they have none. scale: of them all."""
+
+    A: list[torch.Tensor]
+    B: list[torch.Tensor]
+    scale: float
+
+
+class Handed(NamedTuple):
+    """What an MLP's two operators hand each other, so that the second one's backward makes the first one's dB too."""
+
+    hands_B: bool = False  # this is the first: the operator that reads y makes the gradient of B
+    u: torch.Tensor | None = None  # this is the second: what the first one made, and its B
+    B: Sequence[torch.Tensor] = ()
+
+
+NOTHING_HANDED = Handed()
+
+
+def run_linear(
+    x: torch.Tensor, weight: Packed, adapters: Adapters, masks: Masks, *, bias: torch.Tensor | None = None,
+    norm: Norm | None = None, swiglu: bool = False, handed: Handed = NOTHING_HANDED, kernels: bool, pieces: int = 1,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Return `linear`'s y and u: its arguments by name and in groups, where an operator's schema has to be flat."""
+    return linear(
+        x, *adapters[:2], bias, adapters.scale, [] if norm is None else list(norm), handed.hands_B, swiglu, handed.u, handed.B,
+        *weight, *masks, kernels, pieces,
+    )  # fmt: skip
+
+
 LINEAR_ARGUMENTS = tuple(inspect.signature(linear._init_fn).parameters)
 
 
@@ -388,32 +419,15 @@ def _(grad, x, u, A, B, scale, norm, hands_B, swiglu, before_u, before_rank, cod
 
 
 def _linear_setup(ctx, inputs, output):
-    (
-        x,
-        A,
-        B,
-        _,
-        ctx.scale,
-        norm,
-        ctx.hands_B,
-        ctx.swiglu,
-        before_u,
-        before_B,
-        codes,
-        constants,
-        lut,
-        *ctx.quantisation,
-        step,
-        sequences,
-        salt,
-        ctx.length,
-        ctx.p,
-        ctx.kernels,
-        _,
-    ) = inputs
+    given = dict(zip(LINEAR_ARGUMENTS, inputs, strict=True))
+    x, A, B, norm, constants, before_B = (given[name] for name in ("x", "A", "B", "norm", "constants", "before_B"))
+    for name in ("scale", "hands_B", "swiglu", "length", "p", "kernels"):
+        setattr(ctx, name, given[name])
+    ctx.quantisation = [given[name] for name in ("columns", "blocksizes", "quant_type")]
+    tensors = [given[name] for name in ("before_u", "codes", "lut", "step", "sequences", "salt")]
     ctx.sizes = len(norm), len(constants), len(A), len(B)
     ctx.before = [(b.shape[1], b.dtype) for b in before_B]
-    ctx.save_for_backward(x, output[1], before_u, codes, lut, step, sequences, salt, *norm, *constants, *A, *B)
+    ctx.save_for_backward(x, output[1], *tensors, *norm, *constants, *A, *B)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 

@@ -4,7 +4,7 @@ around them.
 
 import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -12,10 +12,10 @@ from peft import PeftModel
 from torch import nn
 from transformers.activations import SiLUActivation
 
+from fast_path import families
 from fast_path.attention import CAUSAL, GROUPED, attend, grouped_attention, rotate
 from fast_path.dropout import DropoutClock, salt_of
-from fast_path.families import ATTENTIONS, LAYERS, MLPS, NORMS
-from fast_path.fused_linear import inverse_rms, linear
+from fast_path.fused_linear import NOTHING_HANDED, Adapters, Handed, Masks, Norm, inverse_rms, run_linear
 from fast_path.packed_weights import fusable, stack_weights
 
 # ------------------------------------------------------------------------------------------------ fused layers
@@ -55,20 +55,21 @@ class Group:
         return self.run(x)[0]
 
     def run(
-        self, x: torch.Tensor, hands_B: bool = False, swiglu: bool = False, before_u: torch.Tensor | None = None,
-        before_B: Sequence[torch.Tensor] = (),
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        self, x: torch.Tensor, swiglu: bool = False, handed: Handed = NOTHING_HANDED
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return `linear`'s y and u."""
         *shape, width = x.shape
         A, B = self.adapters()
         p = self.p if self.leader.training else 0.0
-        bias = self.bias.to(x.dtype) if self.bias is not None else None
-        masks = self.clock.step, self.clock.sequences, self.salt, shape[-1], p
-        before, rows = (hands_B, swiglu, before_u, before_B), x.reshape(-1, width)
-        norm = []
+        rows, norm = x.reshape(-1, width), None
         if self.norm is not None:
-            norm = [self.norm.weight, inverse_rms(rows.detach(), self.norm.variance_epsilon, self.kernels)]
-        y, u = linear(rows, A, B, bias, self.scale, norm, *before, *self.weight, *masks, self.kernels, self.pieces)
+            norm = Norm(self.norm.weight, inverse_rms(rows.detach(), self.norm.variance_epsilon, self.kernels))
+        y, u = run_linear(
+            rows, self.weight, Adapters(A, B, self.scale),
+            Masks(self.clock.step, self.clock.sequences, self.salt, shape[-1], p),
+            bias=self.bias.to(x.dtype) if self.bias is not None else None, norm=norm, swiglu=swiglu, handed=handed,
+            kernels=self.kernels, pieces=self.pieces,
+        )  # fmt: skip
         return y.view(*shape, -1), u
 
 
@@ -103,6 +104,7 @@ def _rotated_heads(self, hidden_states, position_embeddings):
     return q, k, v.contiguous().transpose(1, 2)  # else the backward would keep all of q, k and v for the sake of v
 
 
+ACTIVATIONS = {"silu": (nn.SiLU, SiLUActivation)}  # by the name that families.py has for them
 MIXERS = {CAUSAL: attend, GROUPED: grouped_attention}  # by the name that transformers has for them
 
 
@@ -128,8 +130,8 @@ def _fused_mlp(self, x):
     first, second = self.fused_gate_up, self.fused_down
     handed = first.adapters()[1] if second.adapters()[1] else []
     handing = len(handed) > 0  # of bool() of a list Dynamo of torch 2.11 knows nothing: it would compile no layer whole
-    gate_up, u = first.run(x, hands_B=handing)
-    return second.run(gate_up, swiglu=True, before_u=u if handing else None, before_B=handed)[0]
+    gate_up, u = first.run(x, handed=Handed(hands_B=handing))
+    return second.run(gate_up, swiglu=True, handed=Handed(u=u if handing else None, B=handed))[0]
 
 
 def _fused_linear(self, x, *args, **kwargs):
@@ -153,40 +155,86 @@ def _switch(module: nn.Module, forward: Callable, **groups: Group) -> None:
         setattr(module, "fused_" + name, group)  # no nn.Module: the parameters stay where peft put and saves them
 
 
+def _attention_linears(attention: nn.Module) -> tuple[list[nn.Module], nn.Module]:
+    """Return the linears before and behind an attention of a known family."""
+    family = families.of(attention)
+    return [getattr(attention, name) for name in family.qkv], getattr(attention, family.out)
+
+
+def _mlp_linears(mlp: nn.Module) -> tuple[list[nn.Module], nn.Module]:
+    """Return the linears before and behind the activation in an MLP of a known family."""
+    family = families.of(mlp)
+    return [getattr(mlp, name) for name in family.gate_up], getattr(mlp, family.down)
+
+
+def attention_obstacle(attention: nn.Module) -> str | None:
+    """Return why the attention of a family that has a fused one stays plain all the same."""
+    qkv, out = _attention_linears(attention)
+    if attention.config._attn_implementation not in MIXERS:
+        return f"model.attn_implementation {attention.config._attn_implementation}"
+    if hasattr(attention, "q_norm") != families.of(attention).head_norms:
+        return "norms of q and k that families.py does not have"
+    return None if _groupable(qkv) and fusable(out) else "its linears differ in their adapters or are not in 4 bit"
+
+
+def mlp_obstacle(mlp: nn.Module) -> str | None:
+    """Return why the MLP of a family that has a fused one stays plain all the same."""
+    gate_up, down = _mlp_linears(mlp)
+    if not isinstance(mlp.act_fn, ACTIVATIONS[families.of(mlp).activation]):
+        return f"its activation is {type(mlp.act_fn).__name__}"
+    return None if _groupable(gate_up) and fusable(down) else "its linears differ in their adapters or are not in 4 bit"
+
+
+def plain_parts(model: PeftModel) -> dict[str, list[str]]:
+    """Return what `fuse` would leave plain in the decoder layers, by the reason: the family's name, or a setting.
+
+    Norms are fused into attention and the MLP, so they are named only where these are fused and the norms are not.
+    """
+    base, reasons = model.get_base_model(), {}
+    family = families.of(base).name or type(base).__name__.removesuffix("ForCausalLM")
+    for layer in base.get_decoder().layers:
+        for part, obstacle in (("attention", attention_obstacle), ("MLP", mlp_obstacle)):
+            known = [module for module in layer.modules() if families.fused(part.lower(), module)]
+            for reason in filter(None, map(obstacle, known)) if known else [family]:
+                reasons.setdefault(reason, {})[f"{part} plain"] = None
+        if not reasons and not families.fused("layer", layer):
+            reasons.setdefault(family, {})["norms plain"] = None
+    return {reason: list(parts) for reason, parts in reasons.items()}
+
+
 def fuse(model: PeftModel, clock: DropoutClock, p: float, kernels: bool, in_pieces: bool = False) -> int:
     """Give every 4-bit linear of the decoder layers its operator and return how many; peft keeps the parameters.
 
     Norms that such an operator does on its way hand on what they get; a fused module's class has its own as `unfused`.
     in_pieces: gate and up are unpacked one after the other, 47 MB of a 3B at a time in place of 93.
     """
-    names = {module: name for name, module in model.named_modules()}
+    base, names = model.get_base_model(), {module: name for name, module in model.named_modules()}
+    readers = families.of(base).readers
     fused: set[nn.Module] = set()
 
     def group(*modules: nn.Module, norm: nn.Module | None = None, in_pieces: bool = False) -> Group:
         fused.update(modules)
-        return Group(list(modules), salt_of(names[modules[0]]), clock, p, kernels, norm, in_pieces)
+        return Group(list(modules), salt_of(names[modules[0]], readers), clock, p, kernels, norm, in_pieces)
 
     def take_norm(layer: nn.Module, name: str) -> nn.Module | None:
         """Return a norm of the layer for its reader's operator, which saves its output's way to memory and back."""
         norm = getattr(layer, name, None)
-        if type(layer).__name__ not in LAYERS or type(norm).__name__ not in NORMS or norm.weight.requires_grad:
+        known = families.fused("layer", layer) and type(norm).__name__ == families.of(layer).norm
+        if not known or norm.weight.requires_grad:
             return None
         _switch(norm, _left_to_the_reader)
         return norm
 
-    for layer in model.get_base_model().get_decoder().layers:
+    for layer in base.get_decoder().layers:
         for module in list(layer.modules()):
-            kind = type(module).__name__
-            if kind in ATTENTIONS and module.config._attn_implementation in MIXERS:
-                qkv = [module.q_proj, module.k_proj, module.v_proj]
-                if _groupable(qkv) and fusable(module.o_proj):
-                    norm = take_norm(layer, "input_layernorm")
-                    _switch(module, _fused_attention, qkv=group(*qkv, norm=norm), out=group(module.o_proj))
-            elif kind in MLPS and isinstance(module.act_fn, (nn.SiLU, SiLUActivation)):
-                gate_up = [module.gate_proj, module.up_proj]
-                if _groupable(gate_up) and fusable(module.down_proj):
-                    both = group(*gate_up, norm=take_norm(layer, "post_attention_layernorm"), in_pieces=in_pieces)
-                    _switch(module, _fused_mlp, gate_up=both, down=group(module.down_proj))
+            if families.fused("attention", module) and attention_obstacle(module) is None:
+                qkv, out = _attention_linears(module)
+                norm = take_norm(layer, "input_layernorm")
+                _switch(module, _fused_attention, qkv=group(*qkv, norm=norm), out=group(out))
+            elif families.fused("mlp", module) and mlp_obstacle(module) is None:
+                gate_up, down = _mlp_linears(module)
+                both = group(*gate_up, norm=take_norm(layer, "post_attention_layernorm"), in_pieces=in_pieces)
+                _switch(module, _fused_mlp, gate_up=both, down=group(down))
         for module in list(layer.modules()):
             if module not in fused and hasattr(module, "lora_A") and fusable(module):
                 _switch(module, _fused_linear, alone=group(module))

@@ -114,6 +114,11 @@ def operands(
 # ------------------------------------------------------------------------------------------------ in a model's modules
 
 
+def is_plain_lora(module: nn.Module) -> bool:
+    """Return whether a module is peft's 4-bit linear and computes W x + scale B A x alone: no DoRA, no bias in B."""
+    return isinstance(module, LoraLinear4bit) and not module.lora_variant and not any(module.lora_bias.values())
+
+
 def fusable(module: nn.Module) -> bool:
     """Return whether a module is a 4-bit linear, bare or with one plain LoRA adapter; DoRA and the rest stay peft's."""
     base = getattr(module, "base_layer", module)
@@ -121,8 +126,7 @@ def fusable(module: nn.Module) -> bool:
         return False
     if module is base:
         return True
-    plain = isinstance(module, LoraLinear4bit) and not module.lora_variant and not any(module.lora_bias.values())
-    return plain and module.active_adapters == list(module.lora_A) and len(module.lora_A) == 1
+    return is_plain_lora(module) and module.active_adapters == list(module.lora_A) and len(module.lora_A) == 1
 
 
 def stack_weights(bases: list[bnb.nn.Linear4bit]) -> Packed:

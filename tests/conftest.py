@@ -104,9 +104,10 @@ def random_models(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """A function that returns the folder of a random two-layer model of a family, made on its first use.
 
     qwen2 (tied, biases on q, k, v), llama (own head, no bias), mistral (grouped heads, a window of 16 positions), qwen3
-    (norms on q and k, grouped heads), gemma2 (soft-capped logits). Hidden size and the width of k and v are 256: at
-    rank 16 an adapter matrix has 4,096 elements or more, from which on bitsandbytes keeps its states in 8 bit. Their
-    tokenizer is the tiny model's.
+    (norms on q and k, grouped heads), gemma2 (soft-capped logits); ministral and gemma, which have no row in
+    fast_path/families.py, the first much like Mistral, the second with another activation and other norms. Hidden size
+    and the width of k and v are 256: at rank 16 an adapter matrix has 4,096 elements or more, from which on bitsandbytes
+    keeps its states in 8 bit. Their tokenizer is the tiny model's.
     """
     import torch
     import transformers
@@ -118,6 +119,8 @@ def random_models(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) ->
         "mistral": ("Mistral", 8, {"tie_word_embeddings": False, "sliding_window": 16}),
         "qwen3": ("Qwen3", 8, {"tie_word_embeddings": True}),
         "gemma2": ("Gemma2", 4, {"query_pre_attn_scalar": 64, "final_logit_softcapping": 5.0}),
+        "ministral": ("Ministral", 8, {"tie_word_embeddings": False, "sliding_window": 64}),
+        "gemma": ("Gemma", 4, {}),
     }
 
     @functools.cache
@@ -131,7 +134,9 @@ def random_models(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) ->
         torch.manual_seed(0)
         model = getattr(transformers, f"{prefix}ForCausalLM")(config)
         for name, weight in model.named_parameters():
-            if "norm" in name and family != "gemma2":  # whose norms add 1; at 1 a norm's weight could be forgotten
+            if "norm" in name and not prefix.startswith(
+                "Gemma"
+            ):  # whose norms add 1; at 1 a norm's weight could be forgotten
                 torch.nn.init.uniform_(weight, 0.5, 1.5)
         model = model.to(torch.bfloat16)
         folder = tmp_path_factory.mktemp(family)

@@ -52,7 +52,13 @@ msvcrt = importlib.import_module("msvcrt") if os.name == "nt" else None
 TEMPORARY, REPLACED, LOCK = ".writing-", ".replaced-", ".lock"
 FILES = ("adapter_model.safetensors", "adapter_config.json", "training_state.safetensors", "training_state.json")
 STATE = {"progress", "optimizer", "scheduler", "scaler", "best_adapter", "config", "fingerprint", "shape"}
-RESULTS = ("metrics.jsonl", "training_log.txt", "training_curves.png", "adapter_model.safetensors", "evaluation.json")
+RESULTS: tuple[str, ...] = (
+    "metrics.jsonl",
+    "training_log.txt",
+    "training_curves.png",
+    "adapter_model.safetensors",
+    "evaluation.json",
+)
 RESULTS += (CHAT_TEMPLATE_FILE, "tokenizer.json", "tokenizer_config.json")
 Found = tuple[Path, dict[str, torch.Tensor], dict]  # a checkpoint: its folder, adapter and state
 
@@ -434,7 +440,9 @@ class Log:
     """
 
     def __init__(self, silent: bool):
-        self.silent, self.waiting, self.folder = silent, {"training_log.txt": "", "metrics.jsonl": ""}, None
+        self.silent = silent
+        self.waiting = {"training_log.txt": "", "metrics.jsonl": ""}
+        self.folder: Path | None = None
 
     def say(self, line: str) -> None:
         if self.silent:
@@ -637,7 +645,8 @@ def effective(config: Config, model: nn.Module) -> Config:
     They differ if a user edited create_bnb_config or create_lora_config, or if the base is stored in 4 bit.
     """
     quantized = next((module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)), None)
-    found, flags = {"load_in_4bit": quantized is not None}, config.flags
+    found: dict[str, Any] = {"load_in_4bit": quantized is not None}
+    flags = config.flags
     if quantized is not None:
         state = quantized.weight.quant_state
         found |= {"quant_type": state.quant_type, "use_double_quant": state.nested}

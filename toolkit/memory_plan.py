@@ -5,13 +5,15 @@ The shape of a run is its micro-batch, its number of checkpointed layers and whe
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from config import Config, ConfigError
+from fast_path import families
+from fast_path.families import Family
 from fast_path.loss import default_logit_chunk
 from fast_path.nf4 import HAS_TRITON
 from fast_path.optimizers import OPTIMIZERS
@@ -42,6 +44,7 @@ class ModelShape:
     heads: int
     head_norms: bool  # q and k are normalised, as in Qwen3
     positions: int | None  # that the model supports, if its configuration has the number
+    family: Family = families.UNKNOWN  # what the fast path knows about it
 
     @property
     def parameters(self) -> int:
@@ -99,6 +102,7 @@ def shape_of(model: nn.Module) -> ModelShape:
         heads=text.num_attention_heads,
         head_norms=any(name.endswith("q_norm") for name, _ in model.named_modules()),
         positions=known_positions(model.config),
+        family=families.of(model),
     )
 
 
@@ -133,6 +137,16 @@ def lacks_triton() -> bool:
     return torch.cuda.is_available() and not HAS_TRITON
 
 
+def plain_layers(shape: ModelShape, path: str) -> bool:
+    """Return whether attention, MLP and norms are transformers' own on this path: families.py has none of the model's.
+
+    Its linears are fused all the same. What such layers keep for their backward is what plain layers keep, without the
+    copies that dropout makes for each adapter; a compiler drops from it what it can make again, and leaves what a fused
+    layer keeps (tests compare both).
+    """
+    return path == PLAIN or bool(shape.family.plain_attention or shape.family.plain_mlp)
+
+
 def saved_bytes(shape: ModelShape, config: Config, path: str) -> int:
     """Return the bytes per token that a layer without checkpointing keeps for its backward pass.
 
@@ -145,20 +159,23 @@ def saved_bytes(shape: ModelShape, config: Config, path: str) -> int:
     if shape.head_norms:  # the norms' inputs in fp32 (compiled: the product, with v) and a number per head
         attention += 2 * (q + kv) if path == COMPILED else 4 * (q + kv // 2)
         attention += 4 * (q + kv // 2) * shape.heads // q
-    if path != PLAIN:  # norms are computed again from their inputs, kept with a number per norm
-        return attention + 2 * (2 * h + 2 * inner) + 2 * fused_columns(config) + 8
-    norms = 2 * 4 * h + 8  # inputs in fp32
-    dropped = config.lora.dropout > 0  # then each adapter keeps its own copy of its input, and a mask
+    if path == COMPILED or not plain_layers(shape, path):
+        # A norm is made again from its input, the layer's or the sum after attention, and two numbers. Further norms
+        # read what a product writes, which is kept for them.
+        further = (shape.family.layer_norms - 2) * (2 * h + 4)
+        return attention + 2 * (2 * h + 2 * inner) + 2 * fused_columns(shape.family, config) + 8 + further
+    norms = shape.family.layer_norms * (4 * h + 4)  # in fp32
+    # With dropout each adapter of peft keeps its own copy of its input, and each group of readers a mask.
+    dropped = config.lora.dropout > 0 and path == PLAIN
     inputs = 3 * h + q + 2 * h + inner if dropped else 2 * h + inner
     masks = 2 * h + q + inner if dropped else 0
     return attention + norms + 2 * inputs + 3 * 2 * inner + masks + 7 * 2 * rank
 
 
-def fused_columns(config: Config) -> int:
-    """Return the number of columns of u = x A^T that the four operators of a layer keep."""
+def fused_columns(family: Family, config: Config) -> int:
+    """Return the columns of u = x A^T that the four operators of a layer keep."""
     targets, rank = config.lora.target_modules, config.lora.rank
-    groups = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
-    members = [sum(name in targets or targets == "all-linear" for name in group) for group in groups]
+    members = [sum(name in targets or targets == "all-linear" for name in group) for group in family.groups]
     return sum(adapter_columns(rank, count) for count in members)
 
 
@@ -169,7 +186,7 @@ def transient_bytes(shape: ModelShape, config: Config, path: str, tokens: int) -
     """
     h, inner, rank = shape.hidden, shape.inner, config.lora.rank
     width = 2 if config.quantization.compute_dtype != "float32" else 4
-    if path == PLAIN:  # gradients of SwiGLU's three factors, peft's fp32 copy of an adapter's input
+    if plain_layers(shape, path):  # the gradients of SwiGLU's three factors, and peft's fp32 copy of an adapter's input
         return tokens * (2 * (4 * inner + 2 * h) + 4 * inner) + inner * h * width
     wide_down, wide = operand_columns(inner, adapter_columns(rank, 1)), operand_columns(h, adapter_columns(rank, 2))
     down = tokens * 2 * (2 * h + 2 * inner + wide_down) + h * wide_down * width
@@ -276,7 +293,7 @@ def plan_memory(
     loss = loss_bytes(shape, config, path, tokens, chunk)
     # The backward pass starts at the last layer. When it reaches the checkpointed layers, which are the first ones, the
     # activations of the other layers are gone already.
-    norms = 2 * hidden if path == PLAIN else 0  # recomputing makes the outputs of the norms too
+    norms = 2 * hidden if plain_layers(shape, path) else 0  # recomputing makes the outputs of the norms too
     live = transient + (saved + norms if checkpointed else 0)
     relief = free_layers * saved if checkpointed else 0
     live = max(live - relief, transient if free_layers else live)
@@ -345,7 +362,8 @@ def shapes(shape: ModelShape, config: Config, sequences: int) -> Iterator[tuple[
 
     sequences: per step of one process. A value given as a flag is not changed.
     """
-    batches, layers = [n for n in range(1, sequences + 1) if sequences % n == 0], range(shape.layers + 1)
+    batches = [n for n in range(1, sequences + 1) if sequences % n == 0]
+    layers: Iterable[int] = range(shape.layers + 1)
     if config.flags & set(SHAPE_KNOBS[:2]):
         batches = [min(config.training.batch_size, sequences)]
     if "training.gradient_checkpointing" in config.flags and config.training.gradient_checkpointing != "auto":

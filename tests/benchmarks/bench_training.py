@@ -163,7 +163,7 @@ def load_ours(case: dict):
     plan = memory_plan.unplanned(config, case["batch"], len(model.get_decoder().layers))
     learner = train_qlora.build_learner(config, model, plan, say, samples)
     if case["attention"] == "mask":
-        model.config.varlen_samples = None
+        model.config.attention_choice = model.config.attention_choice._replace(varlen_samples=None)
     positions = (torch.arange(length, device="cuda") % (packed or length)).repeat(case["batch"], 1)
     learner.model.train()
     learner.zero_gradients()

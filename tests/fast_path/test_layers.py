@@ -51,7 +51,7 @@ def prepared(
 ):  # fmt: skip
     """Return a peft model with a non-zero adapter, its clock and its loss."""
     config = create_bnb_config(quant_type=quant_type, compute_dtype=dtype, use_double_quant=double)
-    attention = "eager" if "gemma" in str(folder) else "sdpa"
+    attention = "eager" if "gemma2" in str(folder) else "sdpa"
     model, _ = load_model_and_tokenizer(str(folder), config, device=device, attn_implementation=attention)
     torch.manual_seed(0)
     lora = create_lora_config(rank=8, dropout=p, use_dora=dora, **({"target_modules": targets} if targets else {}))
@@ -70,7 +70,7 @@ def gradients(model, clock, loss, length=24):
     """Return the loss and gradients of a fixed batch with padded labels."""
     ids = torch.randint(0, 4096, (2, length), generator=torch.Generator().manual_seed(5)).to(clock.step.device)
     labels = ids.clone()
-    labels[1, 15:] = -100
+    labels[1, 15:] = IGNORED
     clock.set(3, torch.tensor([5, 7]))
     value = loss(ids, labels)
     value.backward()
@@ -495,9 +495,9 @@ def check_cross_entropy(device: str, dtype: torch.dtype, tolerance: float) -> No
     for vocabulary, size in ((101, 1.0), (20_000, 1.0), (101, 100.0)):
         rows, weight = torch.randn(6, 24, device=device), torch.randn(vocabulary, 24, device=device) * size
         rows, weight = rows.to(dtype), weight.to(dtype)
-        targets = torch.tensor([0, vocabulary - 1, -100, 7, vocabulary // 2, 3], device=device)
+        targets = torch.tensor([0, vocabulary - 1, IGNORED, 7, vocabulary // 2, 3], device=device)
         logits = (rows @ weight.t()).double().requires_grad_()
-        want = torch.nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
+        want = torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
         want.backward()
         for with_gradient, programs in itertools.product(
             (False, True), (4, 1)
@@ -839,7 +839,8 @@ def check_packed_path(folder: Path, path: str, device: str, dtype: str) -> list[
         model, clock, loss = prepared(folder, p=0.0, dtype=dtype, device=device, checkpointing=True)
         base = model.get_base_model()
         assert keep_samples_apart(base, 80, counts) == "packed samples: varlen attention"
-        base.config.varlen_samples = counts if varlen else None
+        if not varlen:
+            base.config.attention_choice = base.config.attention_choice._replace(varlen_samples=None)
         if path != "plain":
             fuse(model, clock, 0.0, kernels=device == "cuda")
         if path in ("compiled", "captured"):
@@ -987,7 +988,7 @@ def test_gradients_of_cudnns_attention_are_right_whichever_path_comes_first(rand
     _, want = gradients(*prepared(folder, p=0.0, device="cuda"), length=40)
     for path in (first, second):
         model, clock, loss = prepared(folder, p=0.0, dtype="bfloat16", device="cuda")
-        if not model.config.cudnn_attention:
+        if not model.config.attention_choice.cudnn:
             pytest.skip("cuDNN's attention is not for this GPU")
         run_path(model, clock, path, kernels=True)
         assert furthest(gradients(model, clock, loss, length=40)[1], want) < 0.1, path

@@ -1,0 +1,124 @@
+"""The table of families: each row against transformers' own classes, and that a new Llama-like family takes one row."""
+
+import importlib
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+
+from config import load_config
+from fast_path import decode_step, families
+from fast_path.choice import choose_fast_path
+from fast_path.layers import fuse
+from tests.fast_path.test_decode_step import check_case
+from tests.fast_path.test_layers import furthest, gradients, prepared
+from tests.interpreter import interpret
+from toolkit.memory_plan import model_shape
+
+SIZES = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "pad_token_id": 0}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+
+
+@pytest.mark.parametrize("row", families.FAMILIES, ids=lambda row: row.name)
+def test_a_row_says_what_transformers_classes_do(row):
+    config = getattr(transformers, row.name + "Config")(**SIZES, **HEADS)
+    model = getattr(transformers, row.model)(config).eval()
+    layer, code = model.model.layers[0], importlib.import_module(type(model).__module__)
+    attention, mlp = layer.self_attn, layer.mlp
+    assert [type(part).__name__ for part in (layer, attention, mlp)] == [row.layer, row.attention, row.mlp]
+    linears = {name for part in (attention, mlp) for name, module in part.named_children() if hasattr(module, "weight")}
+    assert linears - {"q_norm", "k_norm"} == {name for group in row.groups for name in group}
+    assert ("q_norm" in linears) == row.head_norms
+    assert (getattr(config, "hidden_activation", None) or config.hidden_act) == row.activation
+    norms = [module for module in layer.children() if type(module).__name__ == row.norm]
+    assert len(norms) == row.layer_norms
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        norms[0].weight.fill_(0.0)
+        assert bool((norms[0](x) == 0).all()) == (row.norm_scale == "weight")
+    assert (getattr(config, "attn_logit_softcapping", None) is not None) == row.score_cap
+    if row.rotary == "halves":
+        q, angles = torch.randn(1, 4, 5, 16), torch.randn(1, 5, 8)
+        both = torch.cat([angles, angles], -1)
+        turned, _ = code.apply_rotary_pos_emb(q, q, both.cos(), both.sin())
+        number = torch.polar(torch.ones_like(angles), angles)[:, None] * torch.complex(q[..., :8], q[..., 8:])
+        assert torch.allclose(turned, torch.cat([number.real, number.imag], -1), atol=1e-6)
+
+
+def test_no_class_stands_in_two_rows():
+    names = [name for row in families.FAMILIES for name in (row.model, row.layer, row.attention, row.mlp, row.norm)]
+    assert len(names) == len(set(names)) and all(names)
+
+
+def test_the_groups_of_linears_that_share_a_mask_are_those_of_earlier_runs():
+    """Their names are in the masks' hashes: with others a run that is resumed would learn something else."""
+    qkv, gate_up = (
+        dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv"),
+        dict.fromkeys(("gate_proj", "up_proj"), "gate_up"),
+    )
+    for row in (families.UNKNOWN, *families.FAMILIES):
+        assert row.readers == ({} if row.name == "Phi3" else qkv | gate_up)
+
+
+def fast_line(model, **flags) -> str:
+    performance = load_config((), {"performance.fused_lora": "on", **flags}).performance
+    return choose_fast_path(performance, model, torch.float32, torch.device("cpu")).line
+
+
+@pytest.mark.parametrize("kind, name", [("gemma2", "Gemma2"), ("gemma", "Gemma")])  # with a row, and without
+def test_the_line_names_what_a_family_does_not_get(random_models, kind, name):
+    model, _, _ = prepared(random_models(kind))
+    assert fast_line(model).startswith(f"fast path: fused_lora | attention plain, MLP plain: {name} | without")
+
+
+def test_the_line_says_what_a_setting_leaves_plain(random_models):
+    model, _, _ = prepared(random_models("qwen2"), targets=["q_proj", "down_proj"])
+    assert "| attention plain: its linears differ in their adapters or are not in 4 bit |" in fast_line(model)
+    model, _, _ = prepared(random_models("qwen2"))
+    assert fast_line(model).startswith("fast path: fused_lora | without compile")
+    model.get_base_model().set_attn_implementation("eager")
+    assert "| attention plain: model.attn_implementation eager |" in fast_line(model)
+
+
+def test_the_memory_plan_reads_the_same_row(random_models):
+    found = {kind: model_shape(str(random_models(kind))).family for kind in ("llama", "gemma2", "gemma")}
+    assert [row.name for row in found.values()] == ["Llama", "Gemma2", ""]
+
+
+# ------------------------------------------------------------------------------------------------ a new family
+
+MINISTRAL = families.row("Ministral")  # the one row; tests/conftest.py has the one line that makes a model of it
+
+
+def test_a_llama_like_family_is_fused_with_one_row(random_models, monkeypatch):
+    folder = random_models("ministral")
+    plain_loss, plain = gradients(*prepared(folder, p=0.05))
+    model, clock, loss = prepared(folder, p=0.05)
+    assert "attention plain, MLP plain: Ministral" in fast_line(model)
+    monkeypatch.setattr(families, "FAMILIES", (*families.FAMILIES, MINISTRAL))
+    assert "Ministral" not in fast_line(model)
+    assert fuse(model, clock, 0.05, kernels=False) == 14  # seven linears in each of two layers
+    layer = model.get_base_model().get_decoder().layers[0]
+    parts = (layer.self_attn, layer.mlp, layer.input_layernorm, layer.post_attention_layernorm)
+    assert all(type(part).__name__.startswith("FusedMinistral") for part in parts)
+    value, found = gradients(model, clock, loss)
+    assert value == pytest.approx(plain_loss, rel=1e-6) and furthest(found, plain) < 1e-4  # fp32 rounding
+
+
+def check_new_row(folder: str) -> None:
+    """Decode one token of the new family by decode_step's kernels."""
+    families.FAMILIES = (*families.FAMILIES, MINISTRAL)
+    decode_step.LAYOUT.rows = 128  # a program costs the interpreter as much whatever its size
+    check_case(folder, {}, [0], 17, "float16", "cpu", steps=1)
+
+
+@pytest.mark.triton
+def test_a_llama_like_family_decodes_with_one_row(random_models, tmp_path):
+    folder = tmp_path / "ministral"
+    shutil.copytree(random_models("ministral"), folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config |= {"layer_types": ["full_attention"] * 2}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    interpret("tests.fast_path.test_families", f"check_new_row({str(folder)!r})")
