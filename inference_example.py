@@ -16,8 +16,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from config import Config, ConfigError, build_parser, counted, load_config, missing_model, not_utf8, parse_arguments
+from config import Config, ConfigError, build_parser, counted, load_config, missing_model, parse_arguments
 from toolkit.earlier_run import config_with_adapter, left_by_run
+from toolkit.encodings import not_utf8
 from toolkit.startup import before_heavy_imports, reader_gone, report
 
 TAKES = ("model", "quantization", "performance", "generation")  # the other sections of config.yaml are for training

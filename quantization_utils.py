@@ -60,6 +60,8 @@ from config import (
     is_hub_id,
     missing_model,
 )
+from fast_path.families import known_positions, rope_parameters
+from fast_path.packed_weights import keep_packing
 
 DEFAULT_TARGETS = LoraSettings().target_modules
 
@@ -393,24 +395,6 @@ def load_model_and_tokenizer(
     return model, tokenizer
 
 
-def rope_parameters(config: PretrainedConfig) -> list[dict[str, Any]]:
-    """Return the parameters of a model's rotary embeddings, one dict per kind of attention; [] if there are none."""
-    ropes = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    return [ropes] if any(not isinstance(rope, dict) for rope in ropes.values()) else list(ropes.values())
-
-
-def known_positions(config: PretrainedConfig) -> int | None:
-    """Return how many positions a model supports, or None if its configuration has no such number.
-
-    With YaRN max_position_embeddings is often unchanged, so the positions are its factor times the original ones. With
-    other scalings that number already includes them (Llama 3) or does not (some linear ones); it is used unchanged.
-    """
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    yarn = [rope for rope in rope_parameters(config) if rope.get("rope_type") == "yarn"]
-    stretched = [(rope.get("factor") or 1) * (rope.get("original_max_position_embeddings") or 0) for rope in yarn]
-    return positions and int(max(positions, *stretched, 0))
-
-
 def beyond_positions(max_length: int, positions: int | None) -> list[str]:
     """Return a list with a line if blocks are longer than the positions that a model supports, else []."""
     if not positions or max_length <= positions:
@@ -428,17 +412,6 @@ def check_length(max_length: int, config: PretrainedConfig) -> list[str]:
     if positions and max_length > positions and not rope_parameters(config):
         raise ConfigError(f"data.max_length: expected at most the model's {positions:,} positions, got {max_length:,}")
     return beyond_positions(max_length, positions)
-
-
-def keep_packing(model: nn.Module, keep: bool = True) -> None:
-    """Make bitsandbytes keep its weights as they are packed, or allow it to repack them, which is its default.
-
-    On a CPU with AVX512-BF16 one forward pass in eval mode repacks them permanently. Training after that would be
-    wrong, but generation is faster (docs/measurements.md).
-    """
-    for module in model.modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            module.support_avx512bf16_for_cpu = not keep and bnb.functional.has_avx512bf16()
 
 
 def finite_tensors(path: Path) -> set[str]:

@@ -390,11 +390,7 @@ def prepare_dataset(config: Config, tokenizer: PreTrainedTokenizerBase) -> Datas
 
 
 def build_learner(
-    config: Config,
-    model: PreTrainedModel,
-    plan: MemoryPlan,
-    say: Callable[[str], None],
-    samples: Sequence[int] = (),
+    config: Config, model: PreTrainedModel, plan: MemoryPlan, say: Callable[[str], None], samples: Sequence[int] = ()
 ) -> Learner:
     """Attach a fresh adapter to the base model and set up how its micro-batches are computed.
 

@@ -101,8 +101,9 @@ def rotate(
 
 def _apart(qkv: torch.Tensor, heads: int, kv_heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return tensors for q, k and v."""
-    *shape, width = *qkv.shape[:-1], qkv.shape[-1] // (heads + 2 * kv_heads)
-    return tuple(qkv.new_empty(*shape, number, width) for number in (heads, kv_heads, kv_heads))
+    shape, width = qkv.shape[:-1], qkv.shape[-1] // (heads + 2 * kv_heads)
+    q, k, v = (qkv.new_empty(*shape, number, width) for number in (heads, kv_heads, kv_heads))
+    return q, k, v
 
 
 def _rotate(qkv, q, k, v, cos, sin, back: bool) -> None:

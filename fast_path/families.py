@@ -5,7 +5,13 @@ facts, in `plain_attention`, `plain_mlp`, `plain_norms` and `plain_decode` alone
 model without a row (UNKNOWN) keeps its attention, MLP and norms; its 4-bit linears with an adapter are fused all the same.
 """
 
+from __future__ import annotations
+
 import dataclasses
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # this file imports no heavy library: it is read before torch is
+    from transformers import PretrainedConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +88,7 @@ class Family:
         return self.plain_attention or self.plain_mlp or self.plain_norms
 
 
-def row(prefix: str, **facts: object) -> Family:
+def row(prefix: str, **facts: Any) -> Family:
     """Return the row of a family whose classes have transformers' usual names: the prefix, then what the class is."""
     kinds = {"model": "ForCausalLM", "layer": "DecoderLayer", "attention": "Attention", "mlp": "MLP", "norm": "RMSNorm"}
     return Family(**{"name": prefix, **{kind: prefix + suffix for kind, suffix in kinds.items()}, **facts})
@@ -117,3 +123,24 @@ def fused(part: str, module: object) -> bool:
         "model": family.plain_decode,
     }  # fmt: skip
     return type(module).__name__ == getattr(family, part) and plain[part] is None
+
+
+# ------------------------------------------------------------------------------------------------ positions
+
+
+def rope_parameters(config: PretrainedConfig) -> list[dict[str, Any]]:
+    """Return the parameters of a model's rotary embeddings, one dict per kind of attention; [] if there are none."""
+    ropes = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    return [ropes] if any(not isinstance(rope, dict) for rope in ropes.values()) else list(ropes.values())
+
+
+def known_positions(config: PretrainedConfig) -> int | None:
+    """Return how many positions a model supports, or None if its configuration has no such number.
+
+    With YaRN max_position_embeddings is often unchanged, so the positions are its factor times the original ones. With
+    other scalings that number already includes them (Llama 3) or does not (some linear ones); it is used unchanged.
+    """
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    yarn = [rope for rope in rope_parameters(config) if rope.get("rope_type") == "yarn"]
+    stretched = [(rope.get("factor") or 1) * (rope.get("original_max_position_embeddings") or 0) for rope in yarn]
+    return positions and int(max(positions, *stretched, 0))

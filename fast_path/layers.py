@@ -150,7 +150,7 @@ def _with_forward(kind: type, forward: Callable) -> type:
 
 
 def _switch(module: nn.Module, forward: Callable, **groups: Group) -> None:
-    module.__class__ = _with_forward(type(module), forward)
+    module.__class__ = _with_forward(type(module), forward)  # type: ignore[arg-type]  # classes are hashable
     for name, group in groups.items():
         setattr(module, "fused_" + name, group)  # no nn.Module: the parameters stay where peft put and saves them
 
@@ -190,7 +190,8 @@ def plain_parts(model: PeftModel) -> dict[str, list[str]]:
 
     Norms are fused into attention and the MLP, so they are named only where these are fused and the norms are not.
     """
-    base, reasons = model.get_base_model(), {}
+    base = model.get_base_model()
+    reasons: dict[str, dict] = {}
     family = families.of(base).name or type(base).__name__.removesuffix("ForCausalLM")
     for layer in base.get_decoder().layers:
         for part, obstacle in (("attention", attention_obstacle), ("MLP", mlp_obstacle)):

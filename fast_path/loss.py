@@ -30,7 +30,7 @@ class Objective(Protocol):
 
     dtype: torch.dtype  # that the model computes in
 
-    def __call__(self, **batch: torch.Tensor) -> torch.Tensor:
+    def __call__(self, *columns: Any, **batch: torch.Tensor) -> torch.Tensor:
         """Return the sum of the losses of a batch on the model's device: a scalar, fp32, with its gradient."""
 
     @staticmethod

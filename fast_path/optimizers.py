@@ -53,7 +53,9 @@ OPTIMIZERS = {
 def without_waits(kind: type) -> type:
     """Return a bitsandbytes optimizer that waits for the GPU once per step, not after each tensor of the adapter."""
 
-    class Optimizer(kind):
+    class Optimizer(kind):  # type: ignore[valid-type, misc]
+        initialized: bool
+
         @torch.no_grad()
         def step(self, closure: Callable | None = None) -> None:
             if not self.initialized:

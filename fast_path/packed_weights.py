@@ -157,3 +157,14 @@ def stack_weights(bases: list[bnb.nn.Linear4bit]) -> Packed:
 
 def _first_level(state: bnb.functional.QuantState) -> torch.Tensor:
     return bnb.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+
+
+def keep_packing(model: nn.Module, keep: bool = True) -> None:
+    """Make bitsandbytes keep its weights as they are packed, or allow it to repack them, which is its default.
+
+    On a CPU with AVX512-BF16 one forward pass in eval mode repacks them permanently. Training after that would be
+    wrong, but generation is faster (docs/measurements.md).
+    """
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = not keep and bnb.functional.has_avx512bf16()

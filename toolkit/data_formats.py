@@ -27,9 +27,10 @@ from datasets.fingerprint import Hasher
 from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from config import DATA_FILES, ConfigError, DataConfig, missing_data, not_utf8
+from config import DATA_FILES, ConfigError, DataConfig, missing_data
 from fast_path.loss import IGNORED
 from quantization_utils import cache_problem, hub_problem
+from toolkit.encodings import not_utf8
 
 BUILDERS = DATA_FILES  # by suffix, the builder of datasets that reads such files
 # Parts of the errors that datasets raises for files without rows; each format has its own.
