@@ -23,18 +23,8 @@ from toolkit.startup import before_heavy_imports, reader_gone, report
 
 TAKES = ("model", "quantization", "performance", "generation")  # the other sections of config.yaml are for training
 # The flags that --help shows first.
-EVERYDAY: tuple[str, ...] = (
-    "mode",
-    "adapter",
-    "prompt",
-    "prompts",
-    "output",
-    "raw",
-    "max_new_tokens",
-    "temperature",
-    "top_p",
-)
-EVERYDAY += ("system_prompt",)
+EVERYDAY = ["mode", "adapter", "prompt", "prompts", "output", "raw", "max_new_tokens"]
+EVERYDAY += ["temperature", "top_p", "system_prompt"]
 
 Prompt = str | list[dict[str, str]]  # a text, or the messages of a chat, of which the last is the user's
 

@@ -30,17 +30,8 @@ from toolkit.earlier_run import config_with_adapter, refuse_other_run
 from toolkit.startup import before_heavy_imports, reader_gone, report
 
 # What --help shows first.
-EVERYDAY: tuple[str, ...] = (
-    "config",
-    "model_name",
-    "dataset",
-    "output_dir",
-    "num_epochs",
-    "learning_rate",
-    "rank",
-    "max_length",
-)
-EVERYDAY += ("plan", "overwrite")
+EVERYDAY = ["config", "model_name", "dataset", "output_dir", "num_epochs", "learning_rate", "rank"]
+EVERYDAY += ["max_length", "plan", "overwrite"]
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:

@@ -52,14 +52,8 @@ msvcrt = importlib.import_module("msvcrt") if os.name == "nt" else None
 TEMPORARY, REPLACED, LOCK = ".writing-", ".replaced-", ".lock"
 FILES = ("adapter_model.safetensors", "adapter_config.json", "training_state.safetensors", "training_state.json")
 STATE = {"progress", "optimizer", "scheduler", "scaler", "best_adapter", "config", "fingerprint", "shape"}
-RESULTS: tuple[str, ...] = (
-    "metrics.jsonl",
-    "training_log.txt",
-    "training_curves.png",
-    "adapter_model.safetensors",
-    "evaluation.json",
-)
-RESULTS += (CHAT_TEMPLATE_FILE, "tokenizer.json", "tokenizer_config.json")
+RESULTS = ["metrics.jsonl", "training_log.txt", "training_curves.png", "adapter_model.safetensors", "evaluation.json"]
+RESULTS += [CHAT_TEMPLATE_FILE, "tokenizer.json", "tokenizer_config.json"]
 Found = tuple[Path, dict[str, torch.Tensor], dict]  # a checkpoint: its folder, adapter and state
 
 
