@@ -19,7 +19,7 @@ from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
 from config import ConfigError, load_config
 from fast_path import attention as attention_module
-from fast_path import choice, fused_linear, micro_step, training_kernels
+from fast_path import choice, families, fused_linear, micro_step, training_kernels
 from fast_path import layers as layers_module
 from fast_path import loss as loss_module
 from fast_path import packed_weights as packed_weights_module
@@ -81,7 +81,7 @@ def furthest(a: dict, b: dict) -> float:
     return max(((a[n] - b[n]).norm() / b[n].norm().clamp_min(1e-9)).item() for n in b)
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "llama", "mistral", "qwen3"])
+@pytest.mark.parametrize("kind", [row.name.lower() for row in families.FAMILIES if row.plain_decode is None])
 @pytest.mark.parametrize("p, checkpointing", [(0.0, False), (0.05, True)])
 def test_fused_layers_learn_what_plain_ones_do(random_models, kind, p, checkpointing):
     folder = random_models(kind)
