@@ -3,7 +3,7 @@
 python inference_example.py                                   chat with the adapter of config.yaml; /help lists commands
 python inference_example.py --adapter output_r8 --mode demo   answer the same prompts with the base and the adapter
 python inference_example.py --mode text --prompt "Hello"      print only the answer; --prompt - reads stdin
-python inference_example.py --mode text --prompts questions.txt --output answers.jsonl     again: continues
+python inference_example.py --mode text --prompts questions.txt --output answers.jsonl     run it again to continue
 python inference_example.py --adapter none --raw              continue plain text with the base alone
 python inference_example.py --mode merge --output merged      write a bfloat16 model that needs no peft or bitsandbytes
 """
@@ -445,7 +445,8 @@ def answer_file(engine: Engine, config: Config, prompts: list[Prompt], output: P
                 file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
                 written += 1
             file.flush()
-            tokens += sum(map(len, answers))
+            # Answers that an earlier call has written are made again for the sake of the batch, and do not count.
+            tokens += sum(len(answer) for i, answer in zip(batch, answers, strict=True) if i >= first)
             traffic.add(watch, len(batch), max(len(rows[i]) for i in batch))
             bar.update(written + len(waiting) - bar.n)
     speed = tokens / (time.perf_counter() - start)
@@ -605,7 +606,7 @@ def merge(config: Config, adapter: Path, folder: Path, base: str) -> int:
     difference = ((found := logits_on(merged, ids)) - expected).abs()
     write_folder(merged, tokenizer, folder)
     print(
-        f"merged the {base} base and {adapter} in bfloat16: {folder}\n"
+        f"merged the {base} base and {adapter} in bfloat16; the model is in {folder}\n"
         f"largest logit difference to base + adapter on {counted(len(ids), 'token')} of text: {difference.max():.4f} "
         f"(mean {difference.mean():.4f}, logits up to {expected.abs().max():.1f}, the same most likely token at "
         f"{100 * (found.argmax(-1) == expected.argmax(-1)).float().mean():.1f} % of positions)"

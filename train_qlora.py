@@ -1,7 +1,7 @@
 """Fine-tune a causal language model in 4 bit with a LoRA adapter.
 
 python train_qlora.py                                     config.yaml: Qwen2.5-3B-Instruct on Wikitext-2, 8 GB GPU
-python train_qlora.py --config tiny/config.yaml           a small model on a CPU, in a minute, without a network
+python train_qlora.py --config tiny/config.yaml           a small model on a CPU, in minutes, without a network
 python train_qlora.py --rank 8 --alpha 16 --output_dir output_r8
 python train_qlora.py --plan                              the GPU memory that a run would need, without the weights
 python train_qlora.py --evaluate --adapter output_r8      loss and perplexity of base and adapter

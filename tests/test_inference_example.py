@@ -515,6 +515,7 @@ def test_a_merged_folder_is_a_plain_model(run: Callable, tiny_model: Path, adapt
     code, out, _ = run("--mode", "merge", "--output", folder)
     assert code == 0 and "largest logit difference" in out
     assert [p.name for p in folder.parent.iterdir()] == ["merged"]
+    assert len({p.stat().st_mode for p in folder.iterdir()}) == 1, "whoever may read one file may read all"
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert "quantization_config" not in config and config["dtype"] == "bfloat16"
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)

@@ -496,8 +496,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 base = AutoModelForCausalLM.from_pretrained({model.name!r}, {how})
-model = PeftModel.from_pretrained(base, "this folder")
-tokenizer = AutoTokenizer.from_pretrained("this folder")
+model = PeftModel.from_pretrained(base, ".")  # this folder
+tokenizer = AutoTokenizer.from_pretrained(".")
 ```
 """
 

@@ -68,6 +68,8 @@ def write_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fol
     try:
         model.save_pretrained(temporary, max_shard_size="2GB")
         tokenizer.save_pretrained(temporary)
+        for path in temporary.iterdir():  # safetensors makes files that only their owner can read
+            shutil.copymode(temporary / "config.json", path)
         if folder.is_dir():
             folder.rmdir()  # parse saw that it is empty; this raises an error if it is not any more
         os.rename(temporary, folder)

@@ -272,10 +272,10 @@ def test_the_one_line_of_many_that_is_not_utf8(refused, tmp_path):
 
 def test_config_in_another_encoding(refused, tmp_path):
     path = tmp_path / "own.yaml"
-    for codec, looks in (("utf-16", "UTF-16"), ("big5", "Big5")):
+    for codec, line in (("utf-16", 1), ("big5", 2)):
         path.write_bytes("data:\n  dataset: 資料/我的文章.txt\n".encode(codec))
-        expected = f"--config: cannot read {path}: line {1 if codec == 'utf-16' else 2} is not UTF-8: it looks like "
-        assert refused("--config", path) == f"{expected}{looks}; save the file as UTF-8"
+        expected = f"--config: cannot read {path}: line {line} is not UTF-8; save the file as UTF-8"
+        assert refused("--config", path) == expected
 
 
 @pytest.mark.parametrize("name", [*FORMATS, "a.yaml"])

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 import train_qlora
 from config import ConfigError, DataConfig
 from fast_path import attention as attention_module
-from fast_path import micro_step
+from fast_path import families, micro_step
 from fast_path.attention import keep_samples_apart, most_samples, use_causal_attention, varlen_obstacle
 from fast_path.loss import CausalLMLoss
 from quantization_utils import load_tokenizer
@@ -1262,7 +1262,7 @@ def test_what_keeps_packed_samples_from_varlen_attention_is_named(random_models,
     assert reason("mistral") == "a sliding window of 16 tokens" and reason("mistral", length=16) is None
     assert reason(config={"head_dim": 256}) == "FlashAttention does not train heads 256 wide"
     assert reason(config={"attention_dropout": 0.1}) == "attention_dropout"
-    monkeypatch.setattr(attention_module, "ATTENTIONS", {"LlamaAttention"})
+    monkeypatch.setattr(families, "FAMILIES", [row for row in families.FAMILIES if row.name == "Llama"])
     assert reason() == "Qwen2ForCausalLM has another attention"
 
 
