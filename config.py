@@ -231,7 +231,7 @@ class PerformanceConfig(Section):
     fused_lora: str = free_knob("auto", "compute a 4-bit linear layer and its adapter in one operator", choices=SWITCH)
     compile: str = free_knob("auto", "compile the layers with torch.compile", choices=SWITCH)
     cuda_graphs: str = free_knob("auto", "replay each micro-batch as one CUDA graph", choices=SWITCH)
-    deterministic: bool = free_knob(False, "make runs on a GPU repeatable bit for bit; slower")
+    deterministic: bool = free_knob(False, "make runs on a GPU repeatable bit for bit")
 
 
 @dataclasses.dataclass(frozen=True)

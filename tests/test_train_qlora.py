@@ -21,17 +21,26 @@ import torch.nn.functional as F
 import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, get_scheduler
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    get_scheduler,
+)
 
 import config as schema
 import quantization_utils
 import train_qlora
 from config import TrainingConfig
 from fast_path.loss import CausalLMLoss
+from fast_path.micro_step import be_deterministic
 from quantization_utils import (
     create_bnb_config,
     create_lora_config,
     load_adapter,
+    load_base,
     load_model_and_tokenizer,
     prepare_model_for_training,
 )
@@ -1388,3 +1397,42 @@ def test_a_deterministic_plan_does_not_depend_on_free_memory_or_a_stopwatch(qwen
     assert plans[0] == plans[1] and plans[0].logit_chunk
     saved = {"micro_batch": 2, "checkpointed": 36, "logit_chunk": 128}
     assert memory.choose_plan(shape, config, 16, device, 8 * 2**30, saved).logit_chunk == 128
+
+
+def gradients_of_a_micro_batch(folder: Path, repeats: int) -> list[list[torch.Tensor]]:
+    """Return the adapter's gradients of one captured micro-batch of 4 x 512 tokens, computed several times."""
+    config = schema.load_config([], {"model.name": str(folder), "performance.deterministic": True})
+    model, _ = load_base(config, torch.device("cuda"))
+    learner = train_qlora.build_learner(config, model, memory_plan.unplanned(config, 4, 2), lambda line: None)
+    learner.reshape(4, 0, False)
+    ids = torch.randint(4096, (4, 512), generator=torch.Generator().manual_seed(0)).cuda()
+    with torch.no_grad():  # a fresh B is zero, and so are the gradients of A
+        for name, parameter in learner.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02)
+    found = []
+    for _ in range(repeats):
+        learner.model.train()
+        learner.zero_gradients()
+        learner.micro_step(0, torch.arange(4), {"input_ids": ids, "labels": ids})
+        found.append([parameter.grad.clone() for parameter in learner.parameters])
+    return found
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: its attention is what this is about")
+def test_a_deterministic_runs_gradients_repeat_at_the_3bs_head_width(tiny_model, tmp_path):
+    """With Qwen2.5-3B's heads and length, since a smaller head gets another attention, which repeats by itself."""
+    sizes = {"hidden_size": 2048, "intermediate_size": 1024, "num_hidden_layers": 2, "vocab_size": 4096}
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(Qwen2Config(**sizes, **heads)).to(torch.bfloat16).save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_model / name, tmp_path)
+    try:
+        be_deterministic()
+        first, *others = gradients_of_a_micro_batch(tmp_path, 4)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(gradient.any() for gradient in first)
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
