@@ -315,7 +315,7 @@ def _adapter_program(
 ):  # fmt: skip
     """u [parts, MEMBERS, RANK], whose parts add up to A x: TAKE rows of A and a CHUNK of inputs; then COUNT adds 1.
 
-    NORM: of norm(hidden) in place of x, whose 1 / root mean square, times `scale`, goes to `inverse`.
+    NORM: x is norm(hidden); its 1 / root mean square, times `scale`, is written to `inverse`.
     """
     TILES: tl.constexpr = RANK // TAKE if RANK > 0 else 1
     member, part = program // TILES % MEMBERS, program // (TILES * MEMBERS)

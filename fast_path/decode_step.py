@@ -51,12 +51,11 @@ class Layout:
     warps: int = 16
     light_warps: int = 24  # the same where each then has a single output, which takes 80 registers
     positions: int = 32  # of a tile of the cache
-    # A kernel starts, and loads weights, before the one before has ended (sm_90 and later): 1,801 us a step of a 3B on an
-    # H100 in place of 1,907.
+    # On sm_90 and later a kernel may start, and load its weights, before the kernel before it has ended.
     overlap: bool = True
     programs: int = 128  # that attention is split into, about one for each of the 132 multiprocessors of an H100
     tile: Tile = Tile(64, 32, 4)
-    swiglu_tile: Tile = Tile(16, 32, 2)  # of two matrices: 41 us on an H100 at 32 sequences, the other eight 44 to 81
+    swiglu_tile: Tile = Tile(16, 32, 2)  # of two matrices; the fastest of nine at 32 sequences (docs/measurements.md)
     batch_programs: int = 512  # that a batch's products, by their inputs, and its attention are split into
 
 
@@ -188,8 +187,8 @@ class Linears:
     def layout(self) -> tuple[int, bool, dict[str, Any]]:
         """Return the number of programs, whether the adapters' are a launch of their own, and how all are laid.
 
-        Programs that end at once would all ask for u before it is there: q, k and v took 7.4 us in one launch where a norm
-        ahead of them, which made u, and their product had taken 3.8 (H100).
+        Where the programs of a product are short, they would all ask for u before it is there. Then u is computed in a
+        launch of its own, ahead of the product.
         """
         swiglu, runs = self.mode == "swiglu", self.columns // RUN
         blocks = min(LAYOUT.runs, max(32, triton.next_power_of_2(runs)))

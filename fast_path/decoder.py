@@ -32,7 +32,8 @@ from fast_path.nf4 import runs_on
 from fast_path.sampling import sample
 
 CHUNK = 2048  # tokens of prompts that one forward processes: 90 MiB of a 3B's widest activation
-SHORT_CHUNK = 128  # what is left of a prompt, padded to this, is one graph: a forward in Python takes 40-70 ms
+# The rest of a prompt is padded to this length and replayed as one graph, since a forward pass in Python is slower.
+SHORT_CHUNK = 128
 PAGE = 256  # cache lengths are multiples of it, so that a prompt a little longer needs no new graphs
 SHORTEST = 1024  # positions that one sequence's cache has at least: 37 MB of a 3B's, 2 % of what a step reads
 # Not cuDNN's: it builds a plan for every length of a prompt.
@@ -112,9 +113,9 @@ def choose_tokens(config: GenerationConfig, history: torch.Tensor, logits: torch
     """Return the next token of each row, [batch]. history: what the repetition penalty sees; logits: fp32 [batch,
     vocabulary].
 
-    top_p would sort the whole vocabulary: 200 us of a 3B's 2,070 us a token on an H100, of 32 sequences 930 us of 6,000.
-    Without top_k kernels draw from what it keeps without sorting. A top_k that leaves at most half of NEAREST is looked
-    for among the NEAREST largest; the other half is for what ties with the last one, which top_k keeps.
+    transformers' top_p sorts the whole vocabulary, which is a tenth of a token's time or more. Without top_k the kernels of
+    sampling.py draw without sorting. If top_k <= NEAREST / 2, only the NEAREST largest logits are looked at; the spare
+    half holds logits that tie with the k-th one, which transformers keeps.
     """
     known = processors(config)
     top_k = next((p.top_k for p in known if isinstance(p, TopKLogitsWarper)), None)
@@ -178,7 +179,7 @@ def attention_windows(config: Any) -> dict[str, int | None]:
 
 
 def lora_layers(model: nn.Module) -> list[LoraLayer]:
-    """Return the modules with adapters. To be kept: the way through a 3B's modules takes 6 ms."""
+    """Return the modules with adapters. Callers keep the list, since walking through all modules takes milliseconds."""
     return [module for module in model.modules() if isinstance(module, LoraLayer)]
 
 

@@ -107,7 +107,7 @@ class StatelessDropout(nn.Module):
 def salt_of(name: str, readers: dict[str, str]) -> int:
     """Return the number that tells a module's masks, or those of its group of readers, from all others'.
 
-    readers: the group of each linear that shares its x with others, as the family's row in families.py has it.
+    readers: the group of each linear that shares its x with others, by the family's row in families.py.
     """
     parent, _, leaf = name.rpartition(".")
     return zlib.crc32(f"{parent}.{readers.get(leaf, leaf)}".encode())

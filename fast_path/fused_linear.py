@@ -17,10 +17,11 @@ from fast_path.packed_weights import Packed, adapter_columns, dot_size, operand_
 # ------------------------------------------------------------------------------------------------ layouts of the kernels
 
 
-# block_k 64 took 42.6 us in place of 34.2 (8,192 rows of 2,048, 32 adapter columns; H100).
+# Figures behind these layouts: docs/measurements.md, "Constants in the code".
+# A smaller block_k is slower.
 WIDEN = Launch(block_m=16, block_k=128, warps=4)
-# Adapter columns that ride in the pass over x: of 16, SwiGLU's at 16 x 512 tokens takes 210 us in place of 275 (355 to
-# 214 with dropout; H100), of 48 q, k and v's on 24 multiprocessors took 40 in place of 32.
+# Up to so many adapter columns u = x A^T is computed in the same pass that reads x, which saves reading x again. With more
+# columns (the 48 of q, k and v at rank 16) a product of its own is faster.
 MOST_WIDEN_COLUMNS = 32
 WIDEN_BACKWARD = Launch(block_m=64, block_k=64, warps=4)
 MASKED_BACKWARD = Launch(block_m=16, block_k=64, warps=2)
@@ -35,7 +36,7 @@ SHARE_PROGRAMS = 4  # a multiprocessor, as many as its registers hold of the ker
 def widen_share(rows: int, columns: int, device: torch.device) -> int:
     """Return over how many columns a program of the kernel behind `widen` sums u up: fewer where rows make few programs.
 
-    At 512 rows of 2,048 columns this took 10.9 us in place of 14.8 (16 adapter columns; H100), 13.7 in place of 23.2 (32).
+    With few rows there are few programs, and most multiprocessors would wait; so each program takes fewer columns.
     """
     shares = max(1, SHARE_PROGRAMS * multiprocessors(device) // triton.cdiv(rows, WIDEN.block_m))
     return min(2048, triton.cdiv(columns, 512 * shares) * 512)

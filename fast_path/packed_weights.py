@@ -27,9 +27,8 @@ def adapter_columns(rank: int, members: int) -> int:
     return -(-rank * members // 16) * 16
 
 
-# Zeros fill the wide operands' rows up to whole lines of 128 bytes: of 2,048 + 32 columns gate's and up's product took
-# 1,290 us, of 2,048 + 64 1,100, without an adapter 1,070 to 1,130 (8,192 rows, H100, by itself). In the model, where cuBLAS
-# had taken another kernel, it was 1,021 and 1,014.
+# Zeros fill the rows of the wide operands up to whole lines of 128 bytes (64 numbers in 16 bit): products of rows that end
+# within a line are slower.
 LINE = 64
 
 
