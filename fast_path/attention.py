@@ -1,5 +1,5 @@
-"""Rotary embedding as one pass, causal attention without a mask tensor, packed samples that do not see each other, and
-attention of one position over a cache.
+"""Attention: rotary embedding in one pass, causal attention without a mask tensor, packed samples that do not see each
+other, and attention of one new position over a cache.
 """
 
 import inspect
@@ -18,39 +18,44 @@ from config import ConfigError
 from fast_path import families, training_kernels
 from fast_path.nf4 import Launch, triton
 
-CAUSAL = "sdpa_causal"  # in training
-GROUPED = "sdpa_grouped"  # in generation
-# Both take fewer heads of k and v than of q; from torch 2.12 on the wrapper wants to be told, 2.11 has no such argument.
+CAUSAL = "sdpa_causal"  # the name of `attend`, for training
+GROUPED = "sdpa_grouped"  # the name of `grouped_attention`, for generation
+# Grouped-query attention (fewer heads of k and v than of q): torch >= 2.12 needs enable_gqa=True; 2.11 has no such
+# argument and accepts fewer heads as it is.
 FEWER_HEADS = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
-ROTATE = Launch(block_m=16, block_k=64, warps=4)  # of heads 128 wide: of others as many numbers
+ROTATE = Launch(block_m=16, block_k=64, warps=4)  # for heads of 128 features; others get tiles of as many elements
 
 
 class AttentionChoice(NamedTuple):
-    """How a model's attention runs in training, as `model.config.attention_choice`: the config is all that transformers
-    hands both to a mask function and to an attention. A tuple, since a config must stay writable as JSON.
+    """How a model's attention runs in training, stored as `model.config.attention_choice`.
 
-    `use_causal_attention` writes `cudnn`, `keep_samples_apart` the other two, both before training and nobody after it;
-    `attend` reads `cudnn`, `_no_mask` the other two.
+    It is in the config because transformers passes no other object both to a mask function and to an attention
+    function. It is a tuple because a config must stay writable as JSON.
+
+    `use_causal_attention` writes `cudnn` and resets `packed`; `keep_samples_apart` writes `packed` and
+    `varlen_samples`. Both run before training, and nothing writes the choice later. `attend` reads `cudnn`, and
+    `_no_mask` reads the other two.
     """
 
-    cudnn: bool = False  # attention without a mask is `cudnn_attention`'s, else SDPA's
+    cudnn: bool = False  # attention without a mask runs in `cudnn_attention`; if False, in SDPA
     packed: bool = False  # blocks hold samples that must not see each other
-    varlen_samples: list[int] | None = None  # of the fullest blocks, for varlen attention; None: samples take a mask
+    varlen_samples: list[int] | None = None  # how many the fullest blocks hold, for varlen attention; None: use a mask
 
 
 def choice_of(config: Any) -> AttentionChoice:
-    """Return the choice of the model that a config belongs to; the default of one that nothing was chosen for."""
+    """Return the AttentionChoice stored in a model's config, or the default if none was stored."""
     return getattr(config, "attention_choice", AttentionChoice())
 
 
 def _no_mask(
     *, kv_length: int, config: Any, local_size: int | None = None, allow_is_causal_skip: bool = True, **kwargs
 ) -> torch.Tensor | None:
-    """Return no mask, so that SDPA takes its is_causal path; a real one where the length exceeds a sliding window.
+    """Return None instead of a mask, so that SDPA uses its is_causal path.
 
-    Where transformers found positions that restart (it then allows no skip, as it also does in a captured graph, packed
-    or not), a block-diagonal one, or in its place the starts of the samples, which `attend` reads.
+    A real mask is needed where the length exceeds a sliding window. Packed samples need a block-diagonal mask, or
+    instead of it the starts of the samples, which `attend` reads. transformers passes allow_is_causal_skip=False where
+    it found positions that restart. It passes the same in a captured graph, packed or not, so `packed` counts too.
     """
     choice = choice_of(config)
     packed = choice.packed and not allow_is_causal_skip
@@ -65,19 +70,21 @@ def _no_mask(
 
 
 def most_samples(samples: Sequence[int], batch: int) -> int:
-    """Return how many samples a batch may hold at most. samples: those of the fullest blocks, in descending order.
+    """Return how many samples a batch can hold at most, padding included.
 
-    Two more a row: the pads of `collate`, and those of a captured step, which fill a row without a block with two.
+    samples: how many the fullest blocks hold, in descending order. Each sequence gets 2 more: the padding that
+    `collate` adds is one sample, and a captured step fills an unused sequence with two samples of padding.
     """
     return sum(samples[:batch]) + 2 * batch
 
 
 def sample_starts(sees: Callable, batch: int, length: int, most: int, device: torch.device) -> torch.Tensor:
-    """Return where samples start in a flattened batch, int32 [most + 1], the rest filled with its end: cu_seqlens.
+    """Return where samples start in a flattened batch (the cu_seqlens of varlen attention), int32 [most + 1].
 
-    sees(row, head, query, key): transformers' mask function; a sample starts where a token does not see the one before.
-    Nothing waits for the GPU. An empty sample is not free: the backward's buffers have 128 rows for each (flash_api.cpp
-    of PyTorch), 1 MiB of Qwen2.5-3B, so `most` is what blocks can hold and not the number of tokens.
+    Entries after the last sample hold the end of the batch, so they describe empty samples. sees(row, head, query,
+    key): transformers' mask function; a sample starts where a token does not see the token before it. The host never
+    waits for the GPU here. `most` is how many samples the blocks can hold, not the number of tokens, because an empty
+    sample costs memory: the backward pass allocates 128 rows for each (flash_api.cpp of PyTorch), 1 MiB of Qwen2.5-3B.
     """
     row, token = torch.arange(batch, device=device)[:, None], torch.arange(length, device=device)[None]
     starts = (token == 0) | ~sees(row, 0, token, (token - 1).clamp_min(0))
@@ -91,8 +98,9 @@ def rotate(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return q and k rotated as transformers' apply_rotary_pos_emb does, and v, each [batch, length, its heads, width].
 
-    qkv: [batch, length, (heads + 2 kv_heads) width]; cos, sin: [batch or 1, length, width]. Computed in fp32, rounded
-    once. The compiler's kernel for the way back took 3 to 4 times what its bytes take (H100).
+    qkv: [batch, length, (heads + 2 kv_heads) width]; cos, sin: [batch or 1, length, width]. Computed in fp32 and
+    rounded once. It has a kernel of its own because the kernel that torch.compile makes for the backward
+    pass is several times slower than its memory traffic requires (docs/measurements.md).
     """
     parts = _apart(qkv, heads, kv_heads)
     _rotate(qkv, *parts, cos, sin, back=False)
@@ -100,14 +108,14 @@ def rotate(
 
 
 def _apart(qkv: torch.Tensor, heads: int, kv_heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return tensors for q, k and v."""
+    """Return empty tensors for q, k and v, each [batch, length, its heads, width]."""
     shape, width = qkv.shape[:-1], qkv.shape[-1] // (heads + 2 * kv_heads)
     q, k, v = (qkv.new_empty(*shape, number, width) for number in (heads, kv_heads, kv_heads))
     return q, k, v
 
 
 def _rotate(qkv, q, k, v, cos, sin, back: bool) -> None:
-    """Fill q, k and v from qkv, or back the gradient of qkv from theirs."""
+    """Fill q, k and v from qkv; with back, fill the gradient qkv from the gradients q, k and v."""
     (*_, heads, width), kv_heads = q.shape, k.shape[-2]
     rows, block = qkv.numel() // width, triton.next_power_of_2(width // 2)
     block_m = max(1, ROTATE.block_m * ROTATE.block_k // block)
@@ -126,7 +134,7 @@ def _(qkv, cos, sin, heads, kv_heads):
 def rotate_backward(
     dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> torch.Tensor:
-    """Return the gradient of qkv."""
+    """Return the gradient of qkv from those of q, k and v."""
     grad = dq.new_empty(*dq.shape[:2], sum(part.shape[2] for part in (dq, dk, dv)) * dq.shape[3])
     _rotate(grad, dq.contiguous(), dk.contiguous(), dv.contiguous(), cos, sin, back=True)
     return grad
@@ -147,12 +155,13 @@ rotate.register_autograd(
 def cudnn_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return cuDNN's causal attention, like q, and the logarithms of its sums, fp32 [batch, heads, length, 1].
+    """Return cuDNN's causal attention, in q's shape, and its log-sum-exp, fp32 [batch, heads, length, 1].
 
-    q: [batch, length, heads, width], k and v perhaps of fewer heads; bfloat16 or float16, without a gap in memory.
-    PyTorch keeps cuDNN's graphs by the strides of q, k and v alone, and a compiled layer has others for the output and
-    its gradient than the same layer run as it is: whichever came second in a process read its gradient in the wrong
-    order (torch 2.11, H100: q, k and v off by 150 %, the loss right). Here every tensor has one order, in every run.
+    q: [batch, length, heads, width]; k and v may have fewer heads; bfloat16 or float16, contiguous.
+    Every tensor is made contiguous in this order, because PyTorch caches cuDNN's graphs by the strides of q, k and v
+    alone. A compiled layer has other strides for the output and its gradient than the same layer uncompiled, so
+    whichever ran second in a process read its gradient in the wrong order (torch 2.11, H100: the gradients of q, k and
+    v were wrong by 150 %, the loss was right).
     """
     q, k, v = (x.contiguous().transpose(1, 2) for x in (q, k, v))
     out, logs, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, scale=scale)
@@ -172,9 +181,9 @@ def cudnn_attention_backward(
     grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, logs: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Return the gradients of q, k and v."""
+    """Return the gradients of q, k and v, contiguous and in their shapes."""
     grad, q, k, v, out = (x.contiguous().transpose(1, 2) for x in (grad, q, k, v, out))
-    seed, length = torch.empty((), dtype=torch.int64, device=q.device), q.shape[2]  # of dropout, which there is not
+    seed, length = torch.empty((), dtype=torch.int64, device=q.device), q.shape[2]  # seed: not used
     grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
         grad, q, k, v, out, logs, seed, seed, None, None, None, length, length, 0.0, True, scale=scale
     )
@@ -198,9 +207,9 @@ cudnn_attention.register_autograd(
 
 
 def cudnn_serves(model: nn.Module) -> bool:
-    """Return whether `cudnn_attention` is for this model and GPU: those where PyTorch itself prefers cuDNN's kernels.
+    """Return whether this model uses `cudnn_attention` on this GPU: only where PyTorch itself prefers cuDNN's kernels.
 
-    Not where a run is to be repeated bit for bit: PyTorch counts them as not deterministic.
+    A deterministic run does not use it, because PyTorch does not count these kernels as deterministic.
     """
     config, device, dtype = model.config, model.device, model.get_input_embeddings().weight.dtype
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -221,9 +230,10 @@ def attend(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None,
     scaling: float | None = None, **kwargs,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
-    """Return cuDNN's or SDPA's attention, or PyTorch's varlen attention where sample_starts stand in the mask's place.
+    """Return causal attention, [batch, length, heads, width], and None for the attention weights.
 
-    query: [batch, heads, length, width], key and value perhaps of fewer heads; result: [batch, length, heads, width].
+    query: [batch, heads, length, width]; key and value may have fewer heads. attention_mask: None for cuDNN's
+    attention or SDPA, a mask for SDPA, or the result of `sample_starts` (1-D) for PyTorch's varlen attention.
     """
     if attention_mask is None and choice_of(module.config).cudnn:
         return cudnn_attention(*(x.transpose(1, 2) for x in (query, key, value)), scaling)[0], None
@@ -236,7 +246,7 @@ def attend(
 
 
 def varlen_obstacle(model: nn.Module, length: int) -> str | None:
-    """Return why packed samples in blocks of `length` take a mask, None where varlen attention keeps them apart."""
+    """Return why packed samples in blocks of `length` tokens need a mask; None where varlen attention works."""
     config, device, dtype = model.config, model.device, model.get_input_embeddings().weight.dtype
     known = any(families.fused("attention", module) for module in model.modules())
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -251,7 +261,7 @@ def varlen_obstacle(model: nn.Module, length: int) -> str | None:
         return "this GPU or this build of PyTorch has no FlashAttention"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"FlashAttention does not compute in {dtype}"
-    if width % 8 or width > 192:  # wider ones have a backward on some cards only
+    if width % 8 or width > 192:  # wider heads have a backward pass on some GPUs only
         return f"FlashAttention does not train heads {width} wide"
     if window < length:
         return f"a sliding window of {window} tokens"
@@ -262,11 +272,15 @@ def varlen_obstacle(model: nn.Module, length: int) -> str | None:
 
 @torch.no_grad()
 def _check_packing(model: nn.Module) -> None:
-    """Refuse a model that lets packed samples see each other: a state that runs on, attention without positions."""
+    """Raise ConfigError if packed samples see each other, for example through a recurrent state that runs across
+    samples or in an attention that ignores positions.
+
+    The second sample's hidden states must not change when another sample is put before it.
+    """
     training, decoder = model.training, model.eval().get_decoder()
-    samples = torch.arange(1, 17, device=model.device).view(2, 8)  # two rows, as other kernels serve a batch of one
+    samples = torch.arange(1, 17, device=model.device).view(2, 8)  # 2 sequences: a batch of 1 may run other kernels
     positions = torch.arange(4, device=model.device).repeat(2, 2)
-    others = torch.cat([samples.flip(0)[:, :4], samples[:, 4:]], 1)  # with another sample before the last four tokens
+    others = torch.cat([samples.flip(0)[:, :4], samples[:, 4:]], 1)  # another sample before the last 4 tokens
     first, second = (
         decoder(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state[:, 4:]
         for ids in (samples, others)
@@ -280,10 +294,10 @@ def _check_packing(model: nn.Module) -> None:
 
 
 def keep_samples_apart(model: nn.Module, length: int, samples: Sequence[int]) -> str:
-    """Have packed samples, whose position_ids restart, not see each other; return the line that says how.
+    """Keep packed samples, whose position_ids restart, from seeing each other; return the log line that says how.
 
-    After use_causal_attention. length: of a block. samples: how many the fullest blocks hold, in descending order, for
-    as many blocks as a batch has. Raises ConfigError for a model that lets them see each other all the same.
+    Call it after use_causal_attention. length: the tokens of a block. samples: how many the fullest blocks hold, in
+    descending order, for as many blocks as a batch has. Raises ConfigError if samples still see each other.
     """
     obstacle = varlen_obstacle(model, length)
     varlen = None if obstacle else list(samples)
@@ -293,15 +307,15 @@ def keep_samples_apart(model: nn.Module, length: int, samples: Sequence[int]) ->
 
 
 def use_causal_attention(model: nn.Module) -> bool:
-    """Train without mask tensors: blocks are full and padding is on the right, so causality alone is exact.
+    """Train without mask tensors and return whether the model was switched; only one that runs `sdpa` is.
 
-    transformers builds a 4-D mask where it cannot look at the data (in a captured graph); this keeps the fast path
-    of SDPA. Returns whether the model was switched: only one that runs `sdpa` is.
+    Blocks are full or padded on the right, so causal attention is exact without a mask. transformers would build a 4-D
+    mask where it cannot look at the data (in a captured graph), and SDPA would then leave its fast is_causal path.
     """
     model.config.attention_choice = choice_of(model.config)._replace(packed=False)
     plain = model.config._attn_implementation == "sdpa"
     if plain:
-        torch.backends.cuda.enable_cudnn_sdp(False)  # what `cudnn_attention` does not take; its docstring says why
+        torch.backends.cuda.enable_cudnn_sdp(False)  # unsafe under a compiler: see `cudnn_attention`
         model.config.attention_choice = model.config.attention_choice._replace(cudnn=cudnn_serves(model))
         AttentionInterface.register(CAUSAL, attend)
         AttentionMaskInterface.register(CAUSAL, _no_mask)
@@ -312,9 +326,11 @@ def use_causal_attention(model: nn.Module) -> bool:
 def grouped_attention(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, **kwargs
 ) -> tuple[torch.Tensor, None]:
-    """SDPA, with the heads that share a key head as queries of it when there is one position, [batch, heads, 1, width].
+    """Return SDPA's attention, [batch, positions, heads, width], without copying keys and values for each query head.
 
-    transformers 5.17 copies keys and values for every head instead: eight times a 3B's cache, in each step.
+    With one position, query is [batch, heads, 1, width], and the heads that share a key head become several queries of
+    that one head. transformers 5.17 copies keys and values for every head instead: eight times the cache of a 3B
+    model, in each step.
     """
     (batch, heads, positions, width), groups = query.shape, query.shape[1] // key.shape[1]
     if positions > 1 or groups == 1 or kwargs.get("softcap") is not None or kwargs.get("position_bias") is not None:
@@ -325,7 +341,7 @@ def grouped_attention(
 
 
 def use_grouped_attention(model: PreTrainedModel) -> None:
-    """Switch a model that runs `sdpa` to grouped_attention."""
+    """Switch a model that runs `sdpa` to `grouped_attention`, for generation."""
     if model.config._attn_implementation == "sdpa":
         AttentionInterface.register(GROUPED, grouped_attention)
         AttentionMaskInterface.register(GROUPED, sdpa_mask)

@@ -1,4 +1,4 @@
-"""Which parts of the fast path run here, and why the others do not."""
+"""Decide which parts of the fast path run on this machine, and say why the others do not."""
 
 import dataclasses
 
@@ -13,21 +13,22 @@ from fast_path.packed_weights import fusable
 
 @dataclasses.dataclass(frozen=True)
 class FastPath:
-    """Which parts of the fast path run, and the line that says so and why the others do not."""
+    """The parts of the fast path that run, and the log line that names them and says why the others do not run."""
 
     fused_lora: bool
     compile: bool
     cuda_graphs: bool
-    kernels: bool  # the operators' Triton kernels
+    kernels: bool  # the operators run Triton kernels instead of torch calls
     line: str
 
 
 def choose_fast_path(
     performance: PerformanceConfig, model: PeftModel, dtype: torch.dtype, device: torch.device, offload: bool = False
 ) -> FastPath:
-    """Return what of fused_lora, compile and cuda_graphs runs here; ConfigError where `on` asks what cannot.
+    """Return which of fused_lora, compile and cuda_graphs run here.
 
-    offload: the inputs of checkpointed layers are to wait in main memory.
+    Raises ConfigError if a setting is `on` and its part cannot run. offload: the inputs of checkpointed layers wait in
+    main memory for the backward pass.
     """
     gpu, runs, reasons = device.type == "cuda", {}, {}
     layers = model.get_base_model().get_decoder().layers
@@ -47,7 +48,7 @@ def choose_fast_path(
     compiled = decide("compile", no_triton or (None if fused else "it needs fused_lora"))
     copies = "no graph can hold the copies to main memory" if offload else None
     graphs = decide("cuda_graphs", copies if gpu else "there is no CUDA GPU")
-    kernels = gpu and HAS_TRITON and dtype is not torch.float32  # tl.dot would round fp32 to tf32
+    kernels = gpu and HAS_TRITON and dtype is not torch.float32  # not in fp32: tl.dot would round it to tf32
     line = "fast path: " + (", ".join(name for name, on in runs.items() if on) or "none")
     if fused:
         line += "".join(f" | {', '.join(parts)}: {reason}" for reason, parts in plain_parts(model).items())

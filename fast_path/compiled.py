@@ -1,4 +1,4 @@
-"""A model's decoder layer, compiled once for all layers, with its checkpoint inside."""
+"""The decoder layer, compiled once for all layers, with gradient checkpointing inside the compiled code."""
 
 import functools
 import inspect
@@ -18,8 +18,10 @@ from fast_path.fused_linear import LINEAR_ARGUMENTS
 
 
 def _policy(ctx, op, *args, **kwargs) -> CheckpointPolicy:
-    """Keep what the operator behind SwiGLU makes: the backward reads only its u, 32 bytes a token, and recomputing the
-    whole pass and product for it took 3 % of a step.
+    """Tell a checkpoint to save the outputs of the down projection (`linear` with swiglu) and recompute the rest.
+
+    The backward pass reads only this operator's u, 32 bytes per token. Recomputing u would repeat the whole pass over
+    the activations and the matrix product, which costs much more time than the memory is worth (docs/measurements.md).
     """
     keep = op is torch.ops.qlora.linear.default and args[LINEAR_ARGUMENTS.index("swiglu")]
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
@@ -30,8 +32,8 @@ def _keep_small_products():
 
 
 def _run_layer(layer: nn.Module, hidden: torch.Tensor, **kwargs) -> torch.Tensor:
-    """A decoder layer, its checkpoint inside, so that a compiler drops from the recompute what the backward does not
-    read.
+    """Run a decoder layer. Its checkpoint is inside this function, so that a compiler sees the recomputation and drops
+    the part of it that the backward pass does not read.
     """
     forward = type(layer).forward
     if layer.recompute and layer.training and torch.is_grad_enabled():
@@ -44,23 +46,28 @@ def _run_layer(layer: nn.Module, hidden: torch.Tensor, **kwargs) -> torch.Tensor
 
 @functools.cache
 def operators_tag(modules: tuple[ModuleType, ...] = (dropout, fused_linear, packed_weights, attention)) -> str:
-    """Return what tells the operators of this version from those of another, by the text of their files."""
+    """Return a tag that changes with the text of the operators' files, so that each version has its own."""
     return "qlora " + " ".join(f"{zlib.crc32(inspect.getsource(module).encode()):08x}" for module in modules)
 
 
 def compile_layers(model: PeftModel) -> None:
-    """Compile the decoder layer once for all layers, for training; evaluation, little work, runs as it is."""
-    # Where a norm stays in its layer (it is trained, or attention is not ours), its output is a product of what is saved
-    # anyway; the partitioner would save it too, since an opaque operator reads it: 4 kB a token and norm of Qwen2.5-3B.
+    """Compile the decoder layer once for all layers, for training.
+
+    Evaluation runs the layers uncompiled, because it is too little work to pay for another compilation.
+    """
+    # A norm that is not fused (it is trained, or its attention stays plain) can be recomputed from tensors that are
+    # saved anyway. By default the partitioner would save its output too, because a custom operator reads it: 4 kB per
+    # token and norm of Qwen2.5-3B.
     torch._functorch.config.ban_recompute_materialized_backward = False
-    # torch keeps compiled layers on disk and does not look into our operators, whose strides are compiled in: with the
-    # layers of another version of this toolkit a run ended in an AssertionError.
+    # torch caches compiled layers on disk. Its cache key does not cover the code of our operators, but the strides of
+    # their outputs are compiled in: a run that loaded layers from another version of this toolkit failed with an
+    # AssertionError.
     torch.compiler.config.cache_key_tag = operators_tag()
     logging.getLogger("torch._higher_order_ops.wrap").addFilter(lambda record: "context_fn" not in record.getMessage())
     compiled = torch.compile(_run_layer, dynamic=False)
 
     def run(layer: nn.Module, hidden: torch.Tensor, **kwargs) -> torch.Tensor:
-        # The embedding's output needs no gradient: the first layer would be compiled anew for it.
+        # The embedding's output needs no gradient, and the first layer would be compiled a second time for that case.
         if torch.is_grad_enabled() and not hidden.requires_grad:
             hidden = hidden.detach().requires_grad_()
         return (compiled if layer.training else _run_layer)(layer, hidden, **kwargs)
@@ -72,9 +79,10 @@ def compile_layers(model: PeftModel) -> None:
 
 
 def compiled_in_pieces() -> str | None:
-    """Return why torch.compile could not take a layer whole, None if it did or has compiled nothing.
+    """Return why torch.compile split a layer into pieces; None if it did not, or has compiled nothing yet.
 
-    Pieces compute the same; around a checkpoint they recompute and keep more: 27 % more memory at 16 x 512 tokens.
+    Pieces compute the same numbers. Around a checkpoint they recompute and save more: 27 % more memory at 16 x 512
+    tokens.
     """
     reasons = torch._dynamo.utils.counters["graph_break"]
     return next(iter(reasons)).splitlines()[0] if reasons else None

@@ -1,4 +1,4 @@
-"""Dropout of an adapter's input without random state: the mask is a hash of where in the training an input stands."""
+"""Dropout on the inputs of adapters without random state: the mask is a hash of each input's place in the training."""
 
 import zlib
 
@@ -12,9 +12,10 @@ from fast_path import families
 
 
 def mix(x: torch.Tensor) -> torch.Tensor:
-    """Hash 32-bit integers, in place (lowbias32 of C. Wellons, "Prospecting for Hash Functions", 2018).
+    """Hash 32-bit integers in place and return them (lowbias32 of C. Wellons, "Prospecting for Hash Functions", 2018).
 
-    x: int32, any shape; products wrap. The logical shifts are arithmetic ones with the sign bits masked away.
+    x: int32, any shape. Products overflow and wrap around, as the hash needs. torch shifts signed numbers
+    arithmetically, so each shift is followed by a mask that clears the sign bits; this makes it a logical shift.
     """
     x ^= (x >> 16) & 0xFFFF
     x *= 0x7FEB352D
@@ -32,9 +33,10 @@ def int32(number: int) -> int:
 def dropout_mask(
     step: torch.Tensor, sequences: torch.Tensor, salt: int | torch.Tensor, length: int, features: int, p: float
 ) -> torch.Tensor:
-    """Return which inputs survive, bool [batch, length, features]: a hash of step, sequence, position and feature.
+    """Return which inputs are kept, bool [batch, length, features]: a hash of step, sequence, position and feature.
 
-    Its two halves of 16 bits serve two neighbouring features: even so it is half of a kernel's instructions.
+    One 32-bit hash serves two neighbouring features, with 16 bits for each. This saves hashing, which is still half of
+    the instructions of a kernel that makes masks.
     """
     key = mix(mix(step ^ salt) ^ sequences)
     position = torch.arange(length, dtype=torch.int32, device=step.device)
@@ -46,7 +48,7 @@ def dropout_mask(
 
 
 def drop_threshold(p: float) -> int:
-    """Return how many of the 2**16 values of half a hash drop."""
+    """Return how many of the 2**16 values of half a hash mean that an input is dropped: those below this number."""
     return round(p * 2**16)
 
 
@@ -54,10 +56,11 @@ def drop_threshold(p: float) -> int:
 
 
 class DropoutClock:
-    """Which sequences of which optimizer step the model is seeing, as device tensors that a captured graph reads anew.
+    """Which optimizer step the model is in, and which of its sequences the current micro-batch holds.
 
-    step: int32 scalar. sequences: int32 [batch], each row's number within the step's window over all micro-batches and
-    processes, so that another micro-batch shape, a recompute or a resumed run meets the same masks with no RNG state.
+    Both are device tensors, so that a captured graph reads their new values at each replay. step: int32 scalar.
+    sequences: int32 [batch], the number of each sequence among all sequences of the step, over all micro-batches and
+    processes. So another micro-batch shape, a recomputed layer and a resumed run get the same masks without RNG state.
     """
 
     def __init__(self, seed: int, device: torch.device):
@@ -67,10 +70,10 @@ class DropoutClock:
         self._last: tuple | None = None
 
     def set(self, step: int, sequences: torch.Tensor) -> None:
-        """Name the optimizer step and the rows of the micro-batch about to run."""
+        """Set the optimizer step, and the sequences of the micro-batch that runs next."""
         self.step.fill_(step)
         sequences = sequences.to(torch.int32)
-        if self.step.is_cuda and not sequences.is_cuda:  # a copy from pageable memory would wait for the GPU
+        if self.step.is_cuda and not sequences.is_cuda:  # a copy from memory that is not pinned would wait for the GPU
             sequences = sequences.pin_memory()
         if self.sequences.shape == sequences.shape:
             self.sequences.copy_(sequences, non_blocking=True)
@@ -79,11 +82,14 @@ class DropoutClock:
         self._last = None
 
     def salted(self, salt: int) -> int:
-        """Return the run's seed and a module's salt as one signed 32-bit number."""
+        """Return the run's seed and a module's salt, combined into one signed 32-bit number."""
         return int32(self.seed * 0x9E3779B1 ^ salt)
 
     def keep(self, salt: int, length: int, features: int, p: float) -> torch.Tensor:
-        """Return which inputs survive, bool [batch, length, features]; modules that read one x ask for one mask."""
+        """Return which inputs are kept, bool [batch, length, features].
+
+        The last mask is kept, because linears that read the same x ask for the same mask one after the other.
+        """
         asked = (salt, length, features, p)
         if self._last is None or self._last[0] != asked:
             self._last = (asked, dropout_mask(self.step, self.sequences, self.salted(salt), length, features, p))
@@ -91,7 +97,7 @@ class DropoutClock:
 
 
 class StatelessDropout(nn.Module):
-    """Stands in for peft's nn.Dropout on an adapter's input, x: [batch, length, features]; identity in eval mode."""
+    """Replaces peft's nn.Dropout on an adapter's input. x: [batch, length, features]; the identity in eval mode."""
 
     def __init__(self, p: float, clock: DropoutClock, salt: int):
         super().__init__()
@@ -105,16 +111,16 @@ class StatelessDropout(nn.Module):
 
 
 def salt_of(name: str, readers: dict[str, str]) -> int:
-    """Return the number that tells a module's masks, or those of its group of readers, from all others'.
+    """Return a number that gives a module masks of its own; linears that read the same x share one number.
 
-    readers: the group of each linear that shares its x with others, by the family's row in families.py.
+    readers: the group of each linear that shares its x with others, from the family's row in families.py.
     """
     parent, _, leaf = name.rpartition(".")
     return zlib.crc32(f"{parent}.{readers.get(leaf, leaf)}".encode())
 
 
 def use_stateless_dropout(model: nn.Module, p: float, clock: DropoutClock) -> int:
-    """Replace the dropout of every adapter of a peft model and return how many were replaced."""
+    """Replace the dropout of every adapter of a peft model by StatelessDropout and return how many were replaced."""
     count, readers = 0, families.of(model.get_base_model() if isinstance(model, PeftModel) else model).readers
     for name, module in model.named_modules():
         if isinstance(getattr(module, "lora_dropout", None), nn.ModuleDict) and p > 0:

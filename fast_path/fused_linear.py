@@ -1,4 +1,4 @@
-"""Linears of 4-bit weights that read one x, with their adapters, as operators with the gradient of their own arithmetic."""
+"""Operators for 4-bit linears that read the same x, together with their adapters; each has its own backward pass."""
 
 import inspect
 import itertools
@@ -17,51 +17,56 @@ from fast_path.packed_weights import Packed, adapter_columns, dot_size, operand_
 # ------------------------------------------------------------------------------------------------ layouts of the kernels
 
 
-# Figures behind these layouts: docs/measurements.md, "Constants in the code".
+# The measurements behind these layouts are in docs/measurements.md, "Constants in the code".
 # A smaller block_k is slower.
 WIDEN = Launch(block_m=16, block_k=128, warps=4)
-# Up to so many adapter columns u = x A^T is computed in the same pass that reads x, which saves reading x again. With more
-# columns (the 48 of q, k and v at rank 16) a product of its own is faster.
+# With at most this number of adapter columns, u = x A^T is computed in the pass that copies x, so that x is not read a
+# second time. With more columns (q, k and v have 48 at rank 16) a separate product is faster.
 MOST_WIDEN_COLUMNS = 32
 WIDEN_BACKWARD = Launch(block_m=64, block_k=64, warps=4)
 MASKED_BACKWARD = Launch(block_m=16, block_k=64, warps=2)
-# Adapter columns up to which SwiGLU's backward has a kernel: it holds three sums [columns, block_k] in registers, and on
-# sm_89 so many take 250 of 255 (Triton 3.6; 3.9 spills 24 bytes). Beyond, torch does it, with fp32 copies.
+# The most adapter columns for which SwiGLU's backward runs as a kernel. It holds three sums [columns, block_k] in
+# registers; with 256 columns it uses 250 of the 255 registers of a thread on sm_89 (Triton 3.6; Triton 3.9 spills 24
+# bytes). With more columns torch calls compute it, with copies in fp32.
 MOST_COLUMNS = 256
 SETTLE_BLOCK = 1024
-SHARE_ROWS = 256  # at least: a share's sums, 192 bytes a column at rank 16, are then 8 % of what it reads and writes
-SHARE_PROGRAMS = 4  # a multiprocessor, as many as its registers hold of the kernel behind `swiglu_backward` at rank 16
+# The fewest rows per share of the kernel behind `swiglu_backward`. Each share writes sums of its own, 192 bytes per
+# column at rank 16; with this number of rows they are 8 % of the bytes that the share reads and writes.
+SHARE_ROWS = 256
+# Programs per multiprocessor: as many of that kernel as fit its registers at rank 16.
+SHARE_PROGRAMS = 4
 
 
 def widen_share(rows: int, columns: int, device: torch.device) -> int:
-    """Return over how many columns a program of the kernel behind `widen` sums u up: fewer where rows make few programs.
+    """Return over how many columns each program of the kernel behind `widen` sums up u.
 
-    With few rows there are few programs, and most multiprocessors would wait; so each program takes fewer columns.
+    With few rows there would be few programs, and most multiprocessors would have no work. So with few rows each
+    program takes fewer columns, and several programs share a row.
     """
     shares = max(1, SHARE_PROGRAMS * multiprocessors(device) // triton.cdiv(rows, WIDEN.block_m))
     return min(2048, triton.cdiv(columns, 512 * shares) * 512)
 
 
 def swiglu_launch(columns: int) -> Launch:
-    """Return the layout of the kernel behind `swiglu_backward`, whose sums have up to so many adapter columns."""
+    """Return the layout of the kernel behind `swiglu_backward`. columns: the adapter columns of its largest sum."""
     if columns <= 32:
         return Launch(block_m=16, block_k=64, warps=4)
     return Launch(block_m=16, block_k=32, warps=8)
 
 
 def share_rows(rows: int, blocks: int, device: torch.device) -> int:
-    """Return over how many rows a program of that kernel sums up, where they stand in `blocks` blocks of columns."""
+    """Return over how many rows each program of that kernel sums up. blocks: the blocks of columns in the grid."""
     shares = max(1, min(rows // SHARE_ROWS, SHARE_PROGRAMS * multiprocessors(device) // blocks))
     return -(-rows // shares)
 
 
 # ------------------------------------------------------------------------------------------------ operators
 #
-# Linears that read one x, with their rank-r adapters, are one operator with the gradient of its own arithmetic:
-#   y = [x | u | 0] [W | scale B | 0]^T + bias,  u = dropout(x) A^T       (SwiGLU or the norm of x first)
-# W is dequantised, used and dropped. The adapter rides in the base product's own reduction, so no pass reads and
-# writes whole activations for y += u B^T, and the backward's product yields dx and du at once. An opaque operator
-# keeps a compiler from saving W.
+# Linears that read the same x (the members) are one operator together with their rank-r adapters:
+#   y = [x | u | 0] [W | scale B | 0]^T + bias,  u = dropout(x) A^T       (SwiGLU or the norm is applied to x first)
+# The operands are made wider by the adapters' columns, so one matrix product computes the base and the adapters. No
+# extra pass reads and writes whole activations for y += u B^T, and one product of the backward pass gives both dx and
+# du. W is dequantised, used and freed. A compiler cannot look into a custom operator, so it cannot decide to save W.
 
 
 def _swiglu(gate_up: torch.Tensor) -> torch.Tensor:
@@ -70,7 +75,7 @@ def _swiglu(gate_up: torch.Tensor) -> torch.Tensor:
 
 
 def _swiglu_backward(gate_up: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-    """Return the gradient of [gate | up]; by hand, since autograd records nothing inside a custom operator."""
+    """Return the gradient of [gate | up]. It is written out, because autograd records nothing in a custom operator."""
     (gate, up), grad = gate_up.float().chunk(2, -1), grad.float()
     sigmoid = torch.sigmoid(gate)
     both = [grad * up * sigmoid * (1 + gate * (1 - sigmoid)), grad * gate * sigmoid]
@@ -83,7 +88,10 @@ def _drop(x: torch.Tensor, masks: "Masks") -> torch.Tensor:
 
 
 class Masks(NamedTuple):
-    """What a mask is a function of. step, salt: int32 scalars; sequences: int32 [batch]; length: of a sequence."""
+    """The inputs from which a dropout mask is computed, see dropout.py.
+
+    step, salt: int32 scalars; sequences: int32 [batch]; length: the tokens of a sequence; p: the dropout probability.
+    """
 
     step: torch.Tensor
     sequences: torch.Tensor
@@ -93,7 +101,7 @@ class Masks(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """The RMS norm that x is to go through first. weight: [columns]; inverse: 1 / rms of x's rows, fp32 [rows]."""
+    """The RMS norm to apply to x first. weight: [columns]; inverse: 1 / rms of each row of x, fp32 [rows]."""
 
     weight: torch.Tensor
     inverse: torch.Tensor
@@ -101,7 +109,7 @@ class Norm(NamedTuple):
 
 def inverse_rms(x: torch.Tensor, epsilon: float, kernels: bool) -> torch.Tensor:
     """Return 1 / rms of the rows of x, fp32 (Zhang & Sennrich, "Root Mean Square Layer Normalization", 2019)."""
-    if not kernels or torch.compiler.is_compiling():  # a compiler puts it into the pass that makes x
+    if not kernels or torch.compiler.is_compiling():  # a compiler fuses it into the pass that makes x
         return torch.rsqrt(x.float().square().mean(-1) + epsilon)
     out = x.new_empty(len(x), dtype=torch.float32)
     training_kernels.inverse_rms_kernel[(len(x),)](x, out, x.shape[1], epsilon, BLOCK=1024, num_warps=4)
@@ -109,7 +117,7 @@ def inverse_rms(x: torch.Tensor, epsilon: float, kernels: bool) -> torch.Tensor:
 
 
 def normed(x: torch.Tensor, norm: Norm | None, kernels: bool) -> torch.Tensor:
-    """Return x behind its norm, rounded as transformers does: before the weight and after it."""
+    """Return x after the norm, rounded where transformers rounds: before and after multiplying by the weight."""
     if norm is None:
         return x
     if not kernels:
@@ -120,22 +128,27 @@ def normed(x: torch.Tensor, norm: Norm | None, kernels: bool) -> torch.Tensor:
 
 
 def norm_backward(grad: torch.Tensor, x: torch.Tensor, norm: Norm) -> torch.Tensor:
-    """Return the gradient of x from that of `normed`; in a compiled layer one pass with the residual's."""
+    """Return the gradient of x from the gradient of `normed`.
+
+    In a compiled layer this becomes one pass together with the gradient of the residual connection.
+    """
     grad, inverse = grad.float() * norm.weight.float(), norm.inverse[:, None]
     unit = x.float() * inverse
     return (inverse * (grad - unit * (grad * unit).mean(-1, keepdim=True))).to(x.dtype)
 
 
 def no_masks(x: torch.Tensor) -> Masks:
-    """Return the masks of an operator without an adapter, which nothing reads."""
+    """Return the masks of an operator without an adapter. They only fill the arguments; nothing reads them."""
     return Masks(x, x, x, len(x), 0.0)
 
 
 def widen(
     x: torch.Tensor, A: torch.Tensor, masks: Masks, scale: float, swiglu: bool, kernels: bool, norm: Norm | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ([x | u | 0], [rows, operand columns], and scale u), u = dropout(x) A^T. x: [rows, columns], perhaps to be
-    normed; swiglu: [rows, 2 columns].
+    """Return ([x | u | 0], scale u) with u = dropout(x) A^T: [rows, operand columns] and [rows, adapter columns].
+
+    x: [rows, columns]; the norm is applied to it first if there is one. With swiglu, x is [gate | up], [rows, 2
+    columns], and silu(gate) * up is used instead of x.
     """
     extra, columns = A.shape
     stride = operand_columns(columns, extra)
@@ -171,7 +184,7 @@ def widen(
 def _widen_kernel(
     x, wide, dropped, A, sums, u, masks: Masks, scale: float, swiglu: bool, norm: Norm | None, share: int | None = None
 ) -> None:
-    """Launch `widen_kernel`; u None: without the product. share: columns of a program, None a tile's."""
+    """Launch `widen_kernel`. u: None skips the product. share: columns per program; None means those of one tile."""
     (extra, columns), share = A.shape, share or WIDEN.block_k
     block_r = 0 if u is None else dot_size(extra)
     grid = (triton.cdiv(len(x), WIDEN.block_m), triton.cdiv(columns, share))
@@ -184,17 +197,18 @@ def _widen_kernel(
     )  # fmt: skip
 
 
-DIVIDED = (torch.bfloat16,)  # types that hold du / rms as well as du; in float16 it would underflow
+DIVIDED = (torch.bfloat16,)  # dtypes in which du / rms can be stored; in float16 it would underflow
 
 
 def widen_backward(
     wide: torch.Tensor, x: torch.Tensor, A: torch.Tensor, masks: Masks, kernels: bool, norm: Norm | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, Norm | None]:
-    """Return (dx, dA in fp32, norm) from wide = [dx | du], which may be used up: its dx lacks what comes through the
-    adapters. dx is that of normed(x) where there is a norm.
+    """Return (dx, dA in fp32, norm) from wide = [dx | du], whose dx lacks the gradient through the adapters.
 
-    dA = du^T dropout(normed(x)). Where it can be, x is not normed once more for it: du is divided by the rms, and dA's
-    columns lack the weight of the norm that is returned.
+    wide may be overwritten. With a norm, dx is the gradient of normed(x).
+
+    dA = du^T dropout(normed(x)). Where possible normed(x) is not computed again: dA = (du / rms)^T dropout(x), and its
+    columns must still be multiplied by the norm's weight. The returned norm says so; None means that dA is complete.
     """
     extra, columns = A.shape
     dx, du = wide[:, :columns], wide[:, columns : columns + extra]
@@ -220,9 +234,10 @@ def widen_backward(
 
 
 def _leaves_no_gaps(extra: int, p: float, kernels: bool) -> bool:
-    """Return whether `widen_backward` writes dx anew: attention would have to copy one that is a part of [dx | du].
+    """Return whether `widen_backward` writes dx to a tensor of its own instead of completing it inside [dx | du].
 
-    Without a mask and with many adapter columns cuBLAS completes it in place.
+    Attention would have to copy a dx that is a part of [dx | du], because its rows have gaps between them. But without
+    dropout and with many adapter columns cuBLAS is used, which completes dx in place.
     """
     return kernels and (p > 0 or extra <= 64)
 
@@ -230,9 +245,10 @@ def _leaves_no_gaps(extra: int, p: float, kernels: bool) -> bool:
 def swiglu_backward(
     wide: torch.Tensor, x: torch.Tensor, A: torch.Tensor, masks: Masks, u: torch.Tensor | None, rank: int, kernels: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (d[gate | up], dA and the dB of gate and up as `apart` parts them) from wide = [dx | du] and x = [gate | up].
+    """Return (d[gate | up], sums) from wide = [dx | du] and x = [gate | up].
 
-    u: [rows, adapter columns], that of gate and up with their scale; None and rank 0 where their dB is not wanted.
+    sums holds dA and the dB of gate and up; `apart` separates them. u: the scaled u of gate and up, [rows, adapter
+    columns]; None, with rank 0, if their dB is not needed.
     """
     extra, columns = A.shape
     if kernels and max(extra, rank) <= MOST_COLUMNS:
@@ -248,13 +264,13 @@ def swiglu_backward(
 
 
 def apart(sums: torch.Tensor, extra: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return dA [adapter columns, columns], and the dB of gate and up [2, columns, their rank] that come behind it."""
+    """Separate sums into dA [adapter columns, columns] and the dB of gate and up [2, columns, their rank]."""
     size = extra * columns
     return sums[:size].view(extra, columns), sums[size:].view(2, columns, (len(sums) - size) // (2 * columns))
 
 
 def _swiglu_backward_kernel(wide, x, A, masks, u, rank):
-    """`swiglu_backward` in one pass: shares of the rows write sums of their own, which are added up in fixed order."""
+    """Do `swiglu_backward` in one pass. Each share of the rows writes its own sums, which are added in fixed order."""
     (extra, columns), rows = A.shape, len(x)
     launch = swiglu_launch(max(extra, rank))
     blocks = triton.cdiv(columns, launch.block_k)
@@ -273,10 +289,10 @@ def _swiglu_backward_kernel(wide, x, A, masks, u, rank):
 def settle_gradients(
     dA: torch.Tensor, dB: torch.Tensor, outputs: list[int], rank: int, norm: Norm | None, kernels: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return dA with its columns times the norm's weight and, of dB [rows, adapter columns], each member's own columns.
+    """Return dA with its columns multiplied by the norm's weight, and of dB only each member's own columns.
 
-    outputs: the rows of the members; dB may have none. norm: with kernels only. In one launch: autograd copied each
-    member's columns by itself.
+    dB: [rows, adapter columns], or no rows. Result: [rows, rank]. outputs: the number of rows of each member. norm:
+    only with kernels. One launch does all of this; autograd would copy the columns of each member separately.
     """
     rows, extra = dB.shape
     if not kernels:
@@ -296,7 +312,7 @@ def settle_gradients(
 
 
 def _product_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Return a @ b in fp32: a gradient summed over thousands of rows is not rounded to 8 bits on its way out."""
+    """Return a @ b in fp32, so that a gradient summed over thousands of rows is not rounded to bfloat16's 8 bits."""
     if a.is_cuda and a.dtype is not torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
     return (a @ b).float()
@@ -310,11 +326,12 @@ def linear(
     quant_type: str, step: torch.Tensor, sequences: torch.Tensor, salt: torch.Tensor, length: int, p: float,
     kernels: bool, pieces: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Return (y, scale u), y: [rows, out features of all members]. x: [rows, columns], or [gate | up] of SwiGLU.
+    """Return (y, scale u), y: [rows, out features of all members]. x: [rows, columns], or with swiglu [gate | up].
 
-    norm: empty, or a `Norm`, whose 1 / rms is of x: nothing of the gradient flows through it. hands_B: the operator that
-    reads y makes the gradient of B. before_u, before_B: where SwiGLU's does so, the u and B that came with [gate | up]; they
-    take no part in y. pieces: 1, or the number of members, all of a size, whose weights are then unpacked one after the other.
+    norm: empty, or the fields of a `Norm`; its 1 / rms is computed from x, but no gradient flows through it here.
+    hands_B: skip dB here, because the backward pass of the down projection computes it. before_u, before_B: u and B of
+    gate and up, passed in only so that their dB can be returned; y does not depend on them. pieces: 1, or the number
+    of members, which must all have the same size; their weights are then unpacked one after the other.
     """
     packed, first = Packed(codes, constants, lut, columns, blocksizes, quant_type), Norm(*norm) if norm else None
 
@@ -335,7 +352,7 @@ def linear(
     y = x.new_empty(len(x), codes.numel() * 2 // columns)
     for i, part in enumerate(y.chunk(pieces, 1)):
         if i:
-            del W  # its memory is the next one's
+            del W  # so that the next piece can use its memory
             W, _ = unpack(i, [])
         if bias is None:
             torch.mm(wide, W.t(), out=part)
@@ -345,7 +362,7 @@ def linear(
 
 
 class Adapters(NamedTuple):
-    """The adapters of the members of an operator, empty lists where they have none. scale: of them all."""
+    """The adapters of an operator's members; empty lists if they have none. scale: the same for all of them."""
 
     A: list[torch.Tensor]
     B: list[torch.Tensor]
@@ -353,10 +370,10 @@ class Adapters(NamedTuple):
 
 
 class Handed(NamedTuple):
-    """What an MLP's two operators hand each other, so that the second one's backward makes the first one's dB too."""
+    """How an MLP's two operators cooperate: the second one's backward pass also computes dB of the first one."""
 
-    hands_B: bool = False  # this is the first: the operator that reads y makes the gradient of B
-    u: torch.Tensor | None = None  # this is the second: what the first one made, and its B
+    hands_B: bool = False  # for the first: the operator that reads y computes dB
+    u: torch.Tensor | None = None  # for the second: u and B of the first
     B: Sequence[torch.Tensor] = ()
 
 
@@ -367,7 +384,7 @@ def run_linear(
     x: torch.Tensor, weight: Packed, adapters: Adapters, masks: Masks, *, bias: torch.Tensor | None = None,
     norm: Norm | None = None, swiglu: bool = False, handed: Handed = NOTHING_HANDED, kernels: bool, pieces: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Return `linear`'s y and u: its arguments by name and in groups, where an operator's schema has to be flat."""
+    """Return y and u of `linear`. It takes named groups of arguments; the schema of an operator has to be flat."""
     return linear(
         x, *adapters[:2], bias, adapters.scale, [] if norm is None else list(norm), handed.hands_B, swiglu, handed.u, handed.B,
         *weight, *masks, kernels, pieces,
@@ -391,8 +408,10 @@ def linear_backward(
     quant_type: str, step: torch.Tensor, sequences: torch.Tensor, salt: torch.Tensor, length: int, p: float,
     kernels: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Return (dx, sums, dB [out features, rank]), all but dx in fp32; sums: dA and, for SwiGLU's, the dB of gate and up, as
-    `apart` parts them. hands_B: without dB. dx is that of what the norm gives, for `norm_backward`.
+    """Return (dx, sums, dB [out features, rank]); sums and dB are in fp32.
+
+    sums holds dA and, with swiglu, the dB of gate and up; `apart` separates them. With hands_B, dB is empty. With a
+    norm, dx is the gradient of the norm's output, for `norm_backward`.
     """
     packed, first = Packed(codes, constants, lut, columns, blocksizes, quant_type), Norm(*norm) if norm else None
     W, stacked = operands(packed, A, B, scale, grad.dtype, kernels)
@@ -465,7 +484,7 @@ def product_backward(
     grad: torch.Tensor, x: torch.Tensor, swiglu: bool, codes: torch.Tensor, constants: list[torch.Tensor],
     lut: torch.Tensor, columns: int, blocksizes: list[int], quant_type: str, kernels: bool,
 ) -> torch.Tensor:  # fmt: skip
-    """Return dx, of what a norm gives where there is one, where there is no adapter."""
+    """Return dx of an operator without an adapter. With a norm, dx is the gradient of the norm's output."""
     packed = Packed(codes, constants, lut, columns, blocksizes, quant_type)
     W, stacked = operands(packed, [], [], 0.0, grad.dtype, kernels)
     dx = grad @ W

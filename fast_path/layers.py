@@ -1,6 +1,4 @@
-"""The operators of fused_linear.py in a model's layers, in training and in generation: attention, MLP and norms
-around them.
-"""
+"""Put the operators of fused_linear.py into a model's layers: attention, MLP and norms, in training and generation."""
 
 import functools
 import sys
@@ -22,10 +20,10 @@ from fast_path.packed_weights import fusable, stack_weights
 
 
 class Group:
-    """Linears that read one x, as one operator: x [..., columns] (or [..., 2 columns], swiglu) -> [..., outputs].
+    """Linears that read the same x (the members), as one operator: x [..., columns] -> [..., outputs].
 
-    norm: the RMS norm that x has yet to go through. in_pieces: where they can be, members are unpacked one
-    after the other.
+    With swiglu, x is [gate | up], [..., 2 columns]. norm: the RMS norm that the operator applies to x first.
+    in_pieces: unpack the members one after the other where their sizes allow it.
     """
 
     def __init__(
@@ -48,7 +46,7 @@ class Group:
         self.scale = float(next(iter(adapted[0].scaling.values()))) if adapted else 0.0
 
     def adapters(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Return A and B of the members, empty where they have none or are to run without."""
+        """Return A and B of the members; empty lists if they have no adapters or their adapters are disabled."""
         return ([], []) if self.A and self.leader.disable_adapters else (self.A, self.B)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -57,7 +55,7 @@ class Group:
     def run(
         self, x: torch.Tensor, swiglu: bool = False, handed: Handed = NOTHING_HANDED
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return `linear`'s y and u."""
+        """Return y [..., outputs] and u of `linear`."""
         *shape, width = x.shape
         A, B = self.adapters()
         p = self.p if self.leader.training else 0.0
@@ -74,7 +72,7 @@ class Group:
 
 
 def _groupable(modules: list[nn.Module]) -> bool:
-    """Return whether the modules can share a Group: all 4-bit, of one kind, all or none with adapter and bias."""
+    """Return whether modules can share a Group: all 4-bit and quantised alike, all or none with adapters and bias."""
     if not all(fusable(module) for module in modules):
         return False
     bases = [getattr(module, "base_layer", module) for module in modules]
@@ -101,17 +99,17 @@ def _rotated_heads(self, hidden_states, position_embeddings):
         q, k = self.q_norm(q), self.k_norm(k)
     apply_rotary = sys.modules[type(self).__module__].apply_rotary_pos_emb
     q, k = apply_rotary(q.transpose(1, 2), k.transpose(1, 2), *position_embeddings)
-    return q, k, v.contiguous().transpose(1, 2)  # else the backward would keep all of q, k and v for the sake of v
+    return q, k, v.contiguous().transpose(1, 2)  # as a view, v would keep q and k in memory too
 
 
-ACTIVATIONS = {"silu": (nn.SiLU, SiLUActivation)}  # by the name that families.py has for them
-MIXERS = {CAUSAL: attend, GROUPED: grouped_attention}  # by the name that transformers has for them
+ACTIVATIONS = {"silu": (nn.SiLU, SiLUActivation)}  # by their names in families.py
+MIXERS = {CAUSAL: attend, GROUPED: grouped_attention}  # by their names in transformers
 
 
 def _fused_attention(
     self, hidden_states, position_embeddings, attention_mask=None, cache=None, past_key_values=None, **kwargs
 ):
-    """The attention of Qwen2, Qwen3, Llama and Mistral; past_key_values: the cache, up to transformers 5.23."""
+    """The attention of Qwen2, Qwen3, Llama and Mistral. past_key_values: the cache, up to transformers 5.23."""
     q, k, v = _rotated_heads(self, hidden_states, position_embeddings)
     cache = past_key_values if cache is None else cache
     if cache is not None:
@@ -122,14 +120,14 @@ def _fused_attention(
 
 
 def _fused_mlp(self, x):
-    """down(silu(gate) * up) with gate and up in one operator and SwiGLU at the head of the other.
+    """down(silu(gate) * up): gate and up are one operator, and SwiGLU is the first part of down's operator.
 
-    With adapters on both, the backward of the other makes gate's and up's dB while it has their gradients at hand: a
-    product of its own read them all once more, and made twice what was wanted.
+    If both have adapters, down's backward pass also computes dB of gate and up, while it holds their gradients. A
+    separate product would read all these gradients again and compute twice the numbers that are needed.
     """
     first, second = self.fused_gate_up, self.fused_down
     handed = first.adapters()[1] if second.adapters()[1] else []
-    handing = len(handed) > 0  # of bool() of a list Dynamo of torch 2.11 knows nothing: it would compile no layer whole
+    handing = len(handed) > 0  # torch 2.11's Dynamo cannot trace bool(list): a graph break per layer
     gate_up, u = first.run(x, handed=Handed(hands_B=handing))
     return second.run(gate_up, swiglu=True, handed=Handed(u=u if handing else None, B=handed))[0]
 
@@ -144,7 +142,7 @@ def _left_to_the_reader(self, hidden):
 
 @functools.cache
 def _with_forward(kind: type, forward: Callable) -> type:
-    """Return a subclass with another forward: one class for all layers, so that one compilation serves them."""
+    """Return a subclass with another forward. All layers get the same class, so one compilation serves them all."""
     members = {"forward": forward, "unfused": kind, "__module__": kind.__module__}
     return type("Fused" + kind.__name__, (kind,), members)
 
@@ -152,23 +150,23 @@ def _with_forward(kind: type, forward: Callable) -> type:
 def _switch(module: nn.Module, forward: Callable, **groups: Group) -> None:
     module.__class__ = _with_forward(type(module), forward)  # type: ignore[arg-type]  # classes are hashable
     for name, group in groups.items():
-        setattr(module, "fused_" + name, group)  # no nn.Module: the parameters stay where peft put and saves them
+        setattr(module, "fused_" + name, group)  # not an nn.Module: parameters stay where peft saves them
 
 
 def _attention_linears(attention: nn.Module) -> tuple[list[nn.Module], nn.Module]:
-    """Return the linears before and behind an attention of a known family."""
+    """Return the linears before and after the attention itself, in an attention module of a known family."""
     family = families.of(attention)
     return [getattr(attention, name) for name in family.qkv], getattr(attention, family.out)
 
 
 def _mlp_linears(mlp: nn.Module) -> tuple[list[nn.Module], nn.Module]:
-    """Return the linears before and behind the activation in an MLP of a known family."""
+    """Return the linears before and after the activation, in an MLP of a known family."""
     family = families.of(mlp)
     return [getattr(mlp, name) for name in family.gate_up], getattr(mlp, family.down)
 
 
 def attention_obstacle(attention: nn.Module) -> str | None:
-    """Return why the attention of a family that has a fused one stays plain all the same."""
+    """Return why an attention module stays plain although its family has a fused attention; None if it is fused."""
     qkv, out = _attention_linears(attention)
     if attention.config._attn_implementation not in MIXERS:
         return f"model.attn_implementation {attention.config._attn_implementation}"
@@ -178,7 +176,7 @@ def attention_obstacle(attention: nn.Module) -> str | None:
 
 
 def mlp_obstacle(mlp: nn.Module) -> str | None:
-    """Return why the MLP of a family that has a fused one stays plain all the same."""
+    """Return why an MLP stays plain although its family has a fused MLP; None if it is fused."""
     gate_up, down = _mlp_linears(mlp)
     if not isinstance(mlp.act_fn, ACTIVATIONS[families.of(mlp).activation]):
         return f"its activation is {type(mlp.act_fn).__name__}"
@@ -186,9 +184,9 @@ def mlp_obstacle(mlp: nn.Module) -> str | None:
 
 
 def plain_parts(model: PeftModel) -> dict[str, list[str]]:
-    """Return what `fuse` would leave plain in the decoder layers, by the reason: the family's name, or a setting.
+    """Return the parts of the decoder layers that `fuse` leaves plain, by reason: the family's name, or a setting.
 
-    Norms are fused into attention and the MLP, so they are named only where these are fused and the norms are not.
+    Norms are fused into attention and the MLP, so they are named only where both of these are fused and norms are not.
     """
     base = model.get_base_model()
     reasons: dict[str, dict] = {}
@@ -204,7 +202,7 @@ def plain_parts(model: PeftModel) -> dict[str, list[str]]:
 
 
 def fuse(model: PeftModel, clock: DropoutClock, p: float, kernels: bool, in_pieces: bool = False) -> int:
-    """Give every 4-bit linear of the decoder layers its operator and return how many; peft keeps the parameters.
+    """Fuse the 4-bit linears of the decoder layers and return how many were fused; the parameters stay with peft.
 
     If an operator applies the RMS norm itself, the norm module becomes the identity. `unfused` remembers a module's
     original class. in_pieces: gate and up are unpacked one after the other, which halves the memory for them.
@@ -218,7 +216,10 @@ def fuse(model: PeftModel, clock: DropoutClock, p: float, kernels: bool, in_piec
         return Group(list(modules), salt_of(names[modules[0]], readers), clock, p, kernels, norm, in_pieces)
 
     def take_norm(layer: nn.Module, name: str) -> nn.Module | None:
-        """Return a norm of the layer for its reader's operator, which saves its output's way to memory and back."""
+        """Return a norm of the layer if its reader's operator can apply it, else None; the norm becomes the identity.
+
+        So the output of the norm is not written to memory and read back.
+        """
         norm = getattr(layer, name, None)
         known = families.fused("layer", layer) and type(norm).__name__ == families.of(layer).norm
         if not known or norm.weight.requires_grad:
@@ -247,8 +248,10 @@ def fuse(model: PeftModel, clock: DropoutClock, p: float, kernels: bool, in_piec
 
 @contextmanager
 def plain_linears(model: nn.Module) -> Iterator[None]:
-    """Give fused modules, attention and norms too, the forward they had: one token through bitsandbytes' own
-    matrix-vector product reads packed weights only, where the fused operator unpacks them first.
+    """Give all fused modules (linears, attention, MLP, norms) their original forward pass while the context is open.
+
+    For one token this is faster: bitsandbytes' matrix-vector product reads the packed weights directly, while the
+    fused operator unpacks them first.
     """
     fused = [module for module in model.modules() if hasattr(type(module), "unfused")]
     kinds = [type(module) for module in fused]

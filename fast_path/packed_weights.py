@@ -1,4 +1,4 @@
-"""4-bit weights as the operators read them: which modules have them, stacked, dequantised beside the adapters."""
+"""4-bit weights for the operators: find the modules that have them, stack and dequantise them."""
 
 import math
 from typing import NamedTuple
@@ -19,37 +19,37 @@ DEQUANTIZE = Launch(block_m=128, block_k=64, warps=2)
 
 
 def dot_size(n: int) -> int:
-    return max(16, 1 << (n - 1).bit_length())  # tl.dot takes powers of two from 16 on
+    return max(16, 1 << (n - 1).bit_length())  # tl.dot needs sizes that are powers of two, 16 or more
 
 
 def adapter_columns(rank: int, members: int) -> int:
-    """Return the adapters' columns in the wide operands: a multiple of 16, for aligned rows."""
+    """Return how many columns the adapters have in the wide operands: a multiple of 16, so that rows are aligned."""
     return -(-rank * members // 16) * 16
 
 
-# Zeros fill the rows of the wide operands up to whole lines of 128 bytes (64 numbers in 16 bit): products of rows that end
-# within a line are slower.
+# The rows of the wide operands are filled with zeros up to a multiple of 128 bytes (64 numbers of 16 bits), a line of
+# memory. Matrix products are slower if rows end within a line.
 LINE = 64
 
 
 def operand_columns(columns: int, extra: int) -> int:
-    """Return the columns of the wide operands of so many columns and adapter columns."""
+    """Return how many columns the wide operands have. columns: of x; extra: the adapter columns."""
     return -(-(columns + extra) // LINE) * LINE if extra else columns
 
 
 def stack_adapters(A: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """Return A of one or more members, one below the other, then zeros, [adapter columns, columns]."""
+    """Return the A of all members, one below the other and then rows of zeros, [adapter columns, columns]."""
     stacked = (torch.cat(A) if len(A) > 1 else A[0]).to(dtype)
     missing = adapter_columns(len(A[0]), len(A)) - len(stacked)
     return F.pad(stacked, (0, 0, 0, missing)) if missing else stacked
 
 
 class Packed(NamedTuple):
-    """The 4-bit weights of one or more linears, stacked on their outputs. codes: uint8, two weights a byte; lut: fp32
-    [16].
+    """The 4-bit weights of one or more linears (the members), stacked along their outputs.
 
-    constants: absmax (fp32), or absmax (uint8), second-level absmax and offset (a value each for `blocksizes[1]`
-    first ones), and code.
+    codes: uint8, two weights per byte. lut: fp32 [16], the level of each code. constants: [absmax] in fp32, or with
+    double quantisation [absmax in uint8, second-level absmax, offset, code]. Second-level absmax and offset hold one
+    value for each `blocksizes[1]` values of absmax.
     """
 
     codes: torch.Tensor
@@ -60,12 +60,12 @@ class Packed(NamedTuple):
     quant_type: str
 
     def divides_by(self, pieces: int) -> bool:
-        """Return whether blocks of weights and of constants end where each of so many equal pieces of the outputs does."""
+        """Return whether each of `pieces` equal pieces of the outputs ends where blocks of constants end."""
         block = self.blocksizes[0] * (self.blocksizes[1] if len(self.constants) > 1 else 1)
         return self.codes.numel() * 2 % (pieces * math.lcm(block, self.columns)) == 0
 
     def piece(self, number: int, pieces: int) -> "Packed":
-        """Return one of so many equal pieces of the outputs."""
+        """Return piece `number` of `pieces` equal pieces of the outputs."""
         codes, absmax, *second = (part.chunk(pieces)[number] for part in (self.codes, *self.constants[:3]))
         return self._replace(codes=codes, constants=[absmax, *second, *self.constants[3:]])
 
@@ -73,8 +73,9 @@ class Packed(NamedTuple):
 def operands(
     W: Packed, A: list[torch.Tensor], B: list[torch.Tensor], scale: float, dtype: torch.dtype, kernels: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return [W | scale B | 0], [out features, operand columns], the members' B on its diagonal, and `stack_adapters` of
-    A. A may be empty where B is not.
+    """Return [W | scale B | 0], [out features, operand columns], and `stack_adapters` of A.
+
+    Each member's B fills its own rows and its own columns (block diagonal). A may be empty although B is not.
     """
     rows, rank = W.codes.numel() * 2 // W.columns, B[0].shape[1] if B else 0
     extra = adapter_columns(rank, len(B))
@@ -86,7 +87,7 @@ def operands(
         absmax2, offset, code2 = W.constants[1:] if nested else (absmax,) * 3
         row_blocks = W.columns // W.blocksizes[0]
         block_r = dot_size(behind or 1)
-        b_rows = max(1, 1024 // block_r)  # of B for a program: more would take more registers than W does
+        b_rows = max(1, 1024 // block_r)  # of B per program: more rows would need more registers than W
         programs = [
             triton.cdiv(rows * row_blocks, DEQUANTIZE.block_m), triton.cdiv(rows, b_rows) if B else 0,
             triton.cdiv(stacked.numel(), 1024),
@@ -114,12 +115,12 @@ def operands(
 
 
 def is_plain_lora(module: nn.Module) -> bool:
-    """Return whether a module is peft's 4-bit linear and computes W x + scale B A x alone: no DoRA, no bias in B."""
+    """Return whether a module is peft's 4-bit linear and computes just W x + scale B A x: no DoRA, no bias in B."""
     return isinstance(module, LoraLinear4bit) and not module.lora_variant and not any(module.lora_bias.values())
 
 
 def fusable(module: nn.Module) -> bool:
-    """Return whether a module is a 4-bit linear, bare or with one plain LoRA adapter; DoRA and the rest stay peft's."""
+    """Return whether a module is a 4-bit linear without an adapter or with one plain LoRA adapter that is active."""
     base = getattr(module, "base_layer", module)
     if not isinstance(base, bnb.nn.Linear4bit) or getattr(base.weight, "quant_state", None) is None:
         return False
@@ -129,9 +130,9 @@ def fusable(module: nn.Module) -> bool:
 
 
 def stack_weights(bases: list[bnb.nn.Linear4bit]) -> Packed:
-    """Move the packed weights of linears that read one x behind one another, so that one launch dequantises them all.
+    """Move the packed weights of linears that read the same x into one tensor, so that one launch dequantises all.
 
-    The modules keep views of their parts and nothing is held twice.
+    The modules get views of their parts, so nothing is stored twice.
     """
     states = [base.weight.quant_state for base in bases]
     codes = torch.cat([base.weight.data.view(torch.uint8).flatten() for base in bases])
@@ -142,7 +143,7 @@ def stack_weights(bases: list[bnb.nn.Linear4bit]) -> Packed:
         absmax2 = torch.cat([state.state2.absmax for state in states])
         offset = torch.cat([state.offset.expand_as(state.state2.absmax) for state in states])
         constants = [absmax, absmax2, offset, states[0].state2.code]
-    elif nested:  # of tiny layers: second-level blocks would not start where a member starts
+    elif nested:  # tiny layers: a second-level block would cross two members
         constants = [torch.cat([_first_level(state) for state in states])]
     else:
         constants = [absmax]
@@ -159,7 +160,7 @@ def _first_level(state: bnb.functional.QuantState) -> torch.Tensor:
 
 
 def keep_packing(model: nn.Module, keep: bool = True) -> None:
-    """Make bitsandbytes keep its weights as they are packed, or allow it to repack them, which is its default.
+    """Stop bitsandbytes from repacking its 4-bit weights; keep=False allows it again, which is its default.
 
     On a CPU with AVX512-BF16 one forward pass in eval mode repacks them permanently. Training after that would be
     wrong, but generation is faster (docs/measurements.md).

@@ -1,11 +1,14 @@
-"""The Triton kernels behind fused_linear.py and `rotate`; the former has the same in a few torch calls for where there is no Triton."""
+"""The Triton kernels of training: for fused_linear.py, packed_weights.py, the loss and the rotary embedding.
+
+Where they cannot run, plain torch calls with the same result run instead.
+"""
 
 from fast_path.nf4 import lane_level, levels, tl, triton
 
 
 @triton.jit
 def _mix(x):
-    """`mix` on uint32, whose shifts are logical."""
+    """Hash uint32 numbers as `mix` of dropout.py does; shifts of unsigned numbers are logical already."""
     x ^= x >> 16
     x *= 0x7FEB352D
     x ^= x >> 15
@@ -16,13 +19,13 @@ def _mix(x):
 
 @triton.jit
 def _key(step, salt):
-    """What all masks of a module have in common in a step, uint32."""
+    """Return the hash of step and salt, uint32. It is the same for all masks of a module in one step."""
     return _mix((tl.load(step) ^ tl.load(salt)).to(tl.uint32, bitcast=True))
 
 
 @triton.jit
 def _keep(key, sequences, rows, pairs, length, threshold):
-    """The mask of dropout_mask for a tile, bool [rows, 2 pairs]."""
+    """Return the part of `dropout_mask` that covers a tile, bool [rows, 2 pairs]."""
     sequence = tl.load(sequences + rows // length).to(tl.uint32, bitcast=True)
     key = _mix(_mix(key ^ sequence) ^ _mix((rows % length).to(tl.uint32)))
     bits = _mix(key[:, None] ^ (pairs.to(tl.uint32) * 0x9E3779B1)[None])
@@ -31,13 +34,14 @@ def _keep(key, sequences, rows, pairs, length, threshold):
 
 @triton.jit
 def _sigmoid(x):
-    """1 / (1 + exp(-x)) by a reciprocal square root: exact division takes a scaling and a branch more."""
+    """Return 1 / (1 + exp(-x)) as a squared reciprocal square root; exact division also scales and branches."""
     root = tl.rsqrt(1.0 + tl.exp2(x * -1.4426950408889634))
     return root * root
 
 
-# Not told that `packed` is aligned, a thread loads one word of eight codes, whose weights it writes as 16 bytes; told,
-# it would load four, and exchange what comes of them through shared memory.
+# Triton must not learn that `packed` is aligned. Then a thread loads one word of eight codes and writes its eight
+# weights as 16 bytes. With aligned loads a thread would load four words, and threads would exchange weights through
+# shared memory.
 @triton.jit(do_not_specialize_on_alignment=["packed"])
 def dequantize_kernel(
     packed, absmax, absmax2, offset, code2, lut, A0, A1, A2, B0, B1, B2, out, stacked, blocks, rows, rows0, rows1,
@@ -45,11 +49,13 @@ def dequantize_kernel(
     BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr, ROW_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_A: tl.constexpr, SHUFFLE: tl.constexpr,
 ):  # fmt: skip
-    """Write a run of W's quantisation blocks into [W | scale B]; the programs past the last write B's columns, and
-    those past b_programs A of all members, each of so many numbers, one below the other. extra, behind: rows of
-    that, and columns behind W's.
+    """Write [W | scale B | 0] (`out`) from 4-bit codes, and the stacked A of all members (`stacked`), in one launch.
 
-    6 instructions a weight: with a gather through shared memory in place of shuffles it was 10.
+    One-dimensional grid. The first `programs` programs write BLOCKS quantisation blocks of W each. Those from there to
+    `b_programs` write the columns after W, scale B and zeros, for ROWS rows each. The others write BLOCK_A numbers of
+    A each. size: numbers of one member's A; extra: rows of `stacked`; behind: columns of `out` after W's.
+
+    It takes 6 instructions per weight; with a gather through shared memory instead of shuffles it took 10.
     """
     program = tl.program_id(0)
     dtype = out.dtype.element_ty
@@ -60,7 +66,7 @@ def dequantize_kernel(
         word = tl.arange(0, BLOCKS)[:, None] * (BLOCKSIZE // 8) + tl.arange(0, BLOCKSIZE // 8)[None]
         codes = tl.load(packed + first.to(tl.int64) * (BLOCKSIZE // 8) + word, mask=inside[:, None], other=0)
         level = lane_level(lut, SHUFFLE)
-        if NESTED:  # one constant a block of 64 weights, itself a code of 8 bits
+        if NESTED:  # one constant per block of 64 weights, itself an 8-bit code
             constant = tl.load(code2 + tl.load(absmax + block, mask=inside, other=0).to(tl.int32))
             second = block // BLOCKSIZE2
             constant = constant * tl.load(absmax2 + second, mask=inside, other=0.0)
@@ -71,11 +77,11 @@ def dequantize_kernel(
         even = tl.interleave(tl.interleave(w0, w4), tl.interleave(w2, w6))
         odd = tl.interleave(tl.interleave(w1, w5), tl.interleave(w3, w7))
         values = (tl.interleave(even, odd) * constant[:, None]).to(dtype)
-        column = first % ROW_BLOCKS + tl.arange(0, BLOCKS)  # of blocks, from the first one's row on
+        column = first % ROW_BLOCKS + tl.arange(0, BLOCKS)  # in blocks, from the start of the first block's row
         place = out + (first // ROW_BLOCKS).to(tl.int64) * stride + tl.arange(0, BLOCKSIZE)[None]
         place += (column * BLOCKSIZE + column // ROW_BLOCKS * (stride - ROW_BLOCKS * BLOCKSIZE))[:, None]
         tl.store(place, values, mask=inside[:, None])
-    elif program < b_programs:  # member i's rows have its B in columns i rank to (i + 1) rank, and zeros
+    elif program < b_programs:  # member i's B is in columns i rank to (i + 1) rank of its rows
         row = ((program - programs) * ROWS + tl.arange(0, ROWS))[:, None]
         j = tl.arange(0, BLOCK_R)[None]
         in0 = (row < rows0) & (j < rank)
@@ -96,7 +102,11 @@ def dequantize_kernel(
 
 @triton.jit
 def inverse_rms_kernel(x, out, columns, epsilon, BLOCK: tl.constexpr):
-    """Write 1 / rms of a row of x."""
+    """Write 1 / rms of each row of x, fp32.
+
+    One program per row; it walks over the columns in blocks of BLOCK. Each element is read once and used for one
+    multiplication and addition, so memory traffic is the limit.
+    """
     k, place = tl.arange(0, BLOCK), x + tl.program_id(0).to(tl.int64) * columns
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, columns, BLOCK):
@@ -109,11 +119,11 @@ def inverse_rms_kernel(x, out, columns, epsilon, BLOCK: tl.constexpr):
 def _widen_columns(
     x, A, norm, m, k, rows, end, columns, extra, SWIGLU: tl.constexpr, NORM: tl.constexpr, BLOCK_R: tl.constexpr
 ):  # fmt: skip
-    """Return what `widen_kernel` reads of columns k < end: x, or gate and up, the norm's weight and A."""
+    """Load the tiles that `widen_kernel` reads for columns k < end: x, or gate and up, the norm's weight, and A."""
     inside = (m < rows)[:, None] & (k < end)[None]
     place = x + m.to(tl.int64)[:, None] * ((2 if SWIGLU else 1) * columns) + k[None]
     tile = tl.load(place, mask=inside, other=0.0)
-    up, weight, a = tile, tile, tile  # where there are none nothing reads them
+    up, weight, a = tile, tile, tile  # placeholders: nothing reads them if there are none
     if SWIGLU:
         up = tl.load(place + columns, mask=inside, other=0.0)
     if NORM:
@@ -126,7 +136,7 @@ def _widen_columns(
 
 @triton.jit
 def _settle(total, wide, u, m, rows, columns, stride, extra, scale, BLOCK_R: tl.constexpr, BLOCK_Z: tl.constexpr):
-    """Write u behind x in the wide operand, zeros after it, and, scaled, by itself."""
+    """Write u after x in the wide operand, zeros after u, and scale u into a tensor of its own."""
     row, below = m.to(tl.int64)[:, None], (m < rows)[:, None]
     j, zero = tl.arange(0, BLOCK_R)[None], tl.arange(0, BLOCK_Z)[None]
     rounded, place = total.to(wide.dtype.element_ty), wide + row * stride + columns
@@ -141,9 +151,13 @@ def widen_kernel(
     extra, threshold, inverse, scale, SWIGLU: tl.constexpr, NORM: tl.constexpr, DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_Z: tl.constexpr,
 ):  # fmt: skip
-    """Copy x (or its norm, or SwiGLU of [gate | up]) into the wide operand, with what a share of its columns adds to
-    u = dropout(x) A^T into sums [shares, rows, extra], or u where one share has all of them (BLOCK_Z); BLOCK_R 0:
-    dropout(x) itself, where there is any.
+    """Copy x, its norm, or SwiGLU of [gate | up] into the wide operand; compute u = dropout(x) A^T in the same pass.
+
+    Grid: dimension 0 takes tiles of BLOCK_M rows, dimension 1 takes shares of `share` columns; a program walks over
+    its share in steps of BLOCK_K columns. Its part of u goes to sums [shares, rows, extra]. If one share has all
+    columns (BLOCK_Z > 0), u itself is written. With BLOCK_R = 0 no u is computed, and dropout(x) is written where
+    there is dropout. Without dropout, memory traffic is the limit. u is computed here only for few adapter columns
+    (MOST_WIDEN_COLUMNS).
     """
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     first = tl.program_id(1) * share
@@ -190,7 +204,11 @@ def settle_kernel(
     sums, wide, u, rows, columns, stride, extra, scale, SHARES: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_Z: tl.constexpr,
 ):  # fmt: skip
-    """Add up the shares of u and write it."""
+    """Add up the shares of u from sums [SHARES, rows, extra] and write u as `_settle` does.
+
+    Each program takes BLOCK_M rows and all adapter columns. One addition per number that is read: memory traffic is
+    the limit.
+    """
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row, j = m.to(tl.int64)[:, None], tl.arange(0, BLOCK_R)[None]
     total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
@@ -205,8 +223,12 @@ def widen_backward_kernel(
     threshold, inverse, NORM: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Complete dx of [dx | du] by mask (du A) in out and write what dA needs: with a mask dropout(x), with a norm
-    du / rms.
+    """Write dx + mask (du A) to out, from wide = [dx | du], and operands of dA.
+
+    The operands are dropout(x) if there is dropout, and du / rms if there is a norm.
+
+    Grid: dimension 0 takes tiles of BLOCK_M rows, dimension 1 tiles of BLOCK_K columns. Each tile makes one small
+    product, du A, over the adapter columns (BLOCK_R). du / rms is written by the programs of the first column tile.
     """
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -215,7 +237,7 @@ def widen_backward_kernel(
     inside = (m < rows)[:, None] & (k < columns)[None]
     dtype = wide.dtype.element_ty
     target = row * columns + k[None]
-    # All loads stand before the product, whose barriers no load crosses.
+    # All loads come before the product: no load can be moved across the barriers of a product.
     grad = tl.load(wide + row * stride + k[None], mask=inside, other=0.0).to(tl.float32)
     if DROPOUT:
         tile = tl.load(x + target, mask=inside, other=0.0).to(tl.float32)
@@ -239,13 +261,13 @@ def widen_backward_kernel(
 def _swiglu_rows(
     wide, x, u, m, end, k, columns, stride, extra, u_stride, rank, BLOCK_R: tl.constexpr, BLOCK_U: tl.constexpr
 ):  # fmt: skip
-    """Return what `swiglu_backward_kernel` reads of rows m < end: dx, gate, up, du and u of gate and of up."""
+    """Load the tiles that `swiglu_backward_kernel` reads for rows m < end: dx, gate, up, du, u of gate and of up."""
     row, below = m.to(tl.int64)[:, None], (m < end)[:, None]
     inside = below & (k < columns)[None]
     place = x + row * (2 * columns) + k[None]
     grad = tl.load(wide + row * stride + k[None], mask=inside, other=0.0)
     gate, up = tl.load(place, mask=inside, other=0.0), tl.load(place + columns, mask=inside, other=0.0)
-    du, u_gate, u_up = grad, grad, grad  # where there are none nothing reads them
+    du, u_gate, u_up = grad, grad, grad  # placeholders: nothing reads them if there are none
     if BLOCK_R:
         j = tl.arange(0, BLOCK_R)[None]
         du = tl.load(wide + row * stride + columns + j, mask=below & (j < extra), other=0.0)
@@ -262,10 +284,12 @@ def swiglu_backward_kernel(
     rank, threshold, inverse, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_U: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradients of [gate | up] from [dx | du], and what a share of the rows adds to dA and to gate's and
-    up's dB.
+    """Write the gradients of [gate | up] from wide = [dx | du], and sums over rows for dA and for dB of gate and up.
 
-    BLOCK_R, BLOCK_U: of `extra` and `rank`, the adapters' columns here and of gate and up; 0 where there are none.
+    Grid: dimension 0 takes tiles of BLOCK_K columns, dimension 1 takes shares of `share` rows; a program walks over
+    its share in steps of BLOCK_M rows and keeps its sums in registers. Each share writes its own sums, so the result
+    does not depend on the order in which programs run. BLOCK_R, BLOCK_U: the sizes of the tiles for `extra` (the
+    adapter columns here) and `rank` (the rank of gate and up); 0 where there are none.
     """
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     first = tl.program_id(1) * share
@@ -324,8 +348,11 @@ def swiglu_backward_kernel(
 def settle_gradients_kernel(
     dA, weight, dB, own, scaled, columns, size, rows0, rows1, extra, rank, programs, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Multiply the columns of dA, `scaled` numbers, by weight; the programs past the first `programs` write the own
-    columns of dB's members, which end at rows0, rows1 and the last row, `size` numbers.
+    """Multiply the columns of dA by the norm's weight in place, and copy each member's own columns of dB to `own`.
+
+    One-dimensional grid, BLOCK numbers per program. The first `programs` programs take dA, `scaled` numbers; the
+    others take `own`, `size` numbers. The rows of dB's members end at rows0, rows1 and the last row. At most one
+    multiplication per number that is read: memory traffic is the limit.
     """
     program = tl.program_id(0)
     if program < programs:
@@ -342,14 +369,16 @@ def settle_gradients_kernel(
 
 @triton.jit
 def _row_cross_entropy(logits, target, loss, columns, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
-    """`cross_entropy_kernel` of one row. Eight neighbouring logits have a sum of their own, so that nothing is exchanged
-    between threads before the end; the second pass runs backwards: what was read last is still close by.
+    """Do `cross_entropy_kernel` for one row.
+
+    Each group of eight neighbouring logits has its own running maximum and sum, so threads exchange nothing before the
+    end of the row. The second pass runs backwards, because the logits that were read last are still in the cache.
     """
     LOG2E: tl.constexpr = 1.4426950408889634
     kept = target >= 0
-    at_target = tl.load(logits + tl.maximum(target, 0)).to(tl.float32)  # here: the second pass writes over it
+    at_target = tl.load(logits + tl.maximum(target, 0)).to(tl.float32)  # read now: the second pass overwrites it
     k = tl.arange(0, BLOCK)
-    top = tl.full((BLOCK // 8,), -1e38, tl.float32)  # finite: a difference of infinities is no number
+    top = tl.full((BLOCK // 8,), -1e38, tl.float32)  # finite, since inf - inf would be NaN
     total = tl.zeros((BLOCK // 8,), tl.float32)
     for start in range(0, columns, BLOCK):
         x = tl.load(logits + start + k, mask=start + k < columns, other=float("-inf")).to(tl.float32)
@@ -370,10 +399,11 @@ def _row_cross_entropy(logits, target, loss, columns, GRADIENT: tl.constexpr, BL
 
 @triton.jit
 def cross_entropy_kernel(logits, targets, losses, rows, columns, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
-    """Write the losses of rows of logits, 0 where a target is -100, and their gradient over them.
+    """Write the loss of each row of logits, 0 where the target is -100, and overwrite the logits with their gradient.
 
-    A program a multiprocessor takes one row after another: the rows under way, 300 kB each of a vocabulary of
-    151,936, then fit the L2 cache, from which the second pass reads.
+    There is one program per multiprocessor, and each takes one row after another, in blocks of BLOCK columns. So few
+    rows are in work at the same time, and they fit the L2 cache (300 kB per row for a vocabulary of 151,936), from
+    which the second pass reads them.
     """
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
         place = logits + columns.to(tl.int64) * row
@@ -385,9 +415,11 @@ def rotate_kernel(
     qkv, q, k, v, cos, sin, rows, positions, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
-    """Write rotated q, rotated k and v from qkv, or their gradients back into that of qkv.
+    """Write rotated q, rotated k, and v from qkv; with BACK, write the gradient of qkv from those of q, k and v.
 
-    A row is a head of a token, in two halves. Whole lines of memory are read and written on either side.
+    A row is one head of one token, in two halves of HALF features. Each program takes BLOCK_M rows and all features
+    (BLOCK_K, a power of two, covers one half). Every number is read and written once, with a few operations in
+    between, so memory traffic is the limit; whole lines of memory are read and written on both sides.
     """
     r = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     token, head = r // (HEADS + 2 * KV_HEADS), r % (HEADS + 2 * KV_HEADS)
