@@ -1,8 +1,9 @@
-"""What the fast path knows about each family of models: one row per family. docs/adding_a_model.md shows how to add one.
+"""Facts about each family of models, one row per family. docs/adding_a_model.md shows how to add one.
 
-A row states facts about transformers' classes, which are known by their names. What a family gets follows from these
-facts, in `plain_attention`, `plain_mlp`, `plain_norms` and `plain_decode` alone: each returns why a part stays plain. A
-model without a row (UNKNOWN) keeps its attention, MLP and norms; its 4-bit linears with an adapter are fused all the same.
+A row states facts about transformers' classes, which it identifies by their names. Which fused parts a family gets
+follows from these facts alone, in `plain_attention`, `plain_mlp`, `plain_norms` and `plain_decode`: each returns the
+reason why a part stays plain, or None. A model without a row (UNKNOWN) keeps its own attention, MLP and norms; its
+4-bit linears with an adapter are still fused.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # this file imports no heavy library: it is read before torch is
+if TYPE_CHECKING:  # this file imports no heavy library, since it is read before torch is imported
     from transformers import PretrainedConfig
 
 
@@ -18,44 +19,47 @@ if TYPE_CHECKING:  # this file imports no heavy library: it is read before torch
 class Family:
     """Facts about one family. The defaults are those of Llama, so a row says how a family differs from it.
 
-    Training, and prompts and batches in generation, run through the same fused layers; the decode step has its own.
+    Training uses the same fused layers as generation does for prompts, and for batches that the decode step cannot
+    run. The decode step has kernels of its own.
     """
 
     name: str = ""
-    # The names of transformers' classes; "" for what no fused part stands in for.
+    # The names of transformers' classes; "" where no fused part replaces the class.
     model: str = ""
     layer: str = ""
     attention: str = ""
     mlp: str = ""
     norm: str = ""
-    # Attention. What it projects with: names of one member are one matrix for all that they stand for.
+    # Attention. `qkv` names the linears that make q, k and v; a single name is one matrix for all three. The same holds
+    # for `gate_up` below.
     qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
     out: str = "o_proj"
-    head_norms: bool = False  # q and k pass through norms, q_norm and k_norm, that are as wide as one head
-    rotary: str = "halves"  # feature i of a whole head turns with feature i + width / 2; "part": of a part of each head
-    score_cap: bool = False  # scores pass through a tanh
+    head_norms: bool = False  # q and k pass through the norms q_norm and k_norm, each as wide as one head
+    # "halves": feature i of a head is rotated together with feature i + width / 2; "part": only a part of each head is.
+    rotary: str = "halves"
+    score_cap: bool = False  # attention scores are capped with a tanh
     # MLP
     gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
     down: str = "down_proj"
-    activation: str = "silu"  # of gate, by the name of transformers' hidden_act
-    # Norms: RMS norms, of which a layer has one before attention and one before the MLP.
-    norm_scale: str = "weight"  # what they multiply with; "1 + weight" in Gemma
-    layer_norms: int = 2  # in a layer; Gemma2 has two more, behind attention and behind the MLP
+    activation: str = "silu"  # of gate, named as in transformers' hidden_act
+    # Norms. All are RMS norms; a layer has one before attention and one before the MLP.
+    norm_scale: str = "weight"  # the factor that they multiply by; "1 + weight" in Gemma
+    layer_norms: int = 2  # norms per layer; Gemma2 has two more, after attention and after the MLP
 
     @property
     def readers(self) -> dict[str, str]:
-        """Return the linears that read the same x, each with the name of its group: they share one dropout mask."""
+        """Map each linear that reads the same x as others to the name of its group. A group shares one dropout mask."""
         groups = {"qkv": self.qkv, "gate_up": self.gate_up}
         return {leaf: group for group, leaves in groups.items() if len(leaves) > 1 for leaf in leaves}
 
     @property
     def groups(self) -> tuple[tuple[str, ...], ...]:
-        """Return the linears of a layer as the fused operators take them together."""
+        """Return the names of a layer's linears, grouped as the fused operators compute them."""
         return self.qkv, (self.out,), self.gate_up, (self.down,)
 
     @property
     def plain_attention(self) -> str | None:
-        """Return why attention stays plain, None where it is fused."""
+        """Return the reason why attention stays plain, or None where it is fused."""
         if not self.attention:
             return "no row in families.py"
         if len(self.qkv) != 3:
@@ -66,7 +70,7 @@ class Family:
 
     @property
     def plain_mlp(self) -> str | None:
-        """Return why the MLP stays plain, None where it is fused."""
+        """Return the reason why the MLP stays plain, or None where it is fused."""
         if not self.mlp:
             return "no row in families.py"
         if len(self.gate_up) != 2:
@@ -75,7 +79,7 @@ class Family:
 
     @property
     def plain_norms(self) -> str | None:
-        """Return why norms stay plain, None where the operators that read them compute them on their way."""
+        """Return the reason why norms stay plain, or None where the operators that read their output compute them."""
         if not (self.layer and self.norm):
             return "no row in families.py"
         if self.norm_scale != "weight":
@@ -84,12 +88,15 @@ class Family:
 
     @property
     def plain_decode(self) -> str | None:
-        """Return why generation decodes without the kernels of decode_step, which need all of a layer, None if it has them."""
+        """Return the reason why generation decodes without the kernels of decode_step, or None where it uses them.
+
+        These kernels replace whole layers, so they need every part of a layer to be fused.
+        """
         return self.plain_attention or self.plain_mlp or self.plain_norms
 
 
 def row(prefix: str, **facts: Any) -> Family:
-    """Return the row of a family whose classes have transformers' usual names: the prefix, then what the class is."""
+    """Return the row of a family whose classes have the usual names of transformers: prefix, then kind of class."""
     kinds = {"model": "ForCausalLM", "layer": "DecoderLayer", "attention": "Attention", "mlp": "MLP", "norm": "RMSNorm"}
     return Family(**{"name": prefix, **{kind: prefix + suffix for kind, suffix in kinds.items()}, **facts})
 
@@ -106,14 +113,14 @@ UNKNOWN = Family()
 
 
 def of(module: object) -> Family:
-    """Return the row that names the class of a model, or of a part of one; UNKNOWN where none does."""
+    """Return the row that names the class of a model or of one of its parts, or UNKNOWN if no row does."""
     kind = type(module).__name__
     known = (f for f in FAMILIES if kind in (f.model, f.layer, f.attention, f.mlp, f.norm))
     return next(known, UNKNOWN)
 
 
 def fused(part: str, module: object) -> bool:
-    """Return whether a module is its family's `part` and the fast path has that part.
+    """Return whether a module is its family's `part` and the fast path supports that part.
 
     part: "attention", "mlp", "layer" (for its norms) or "model" (for the decode step).
     """

@@ -1,4 +1,7 @@
-"""What a run minimises: the summed cross entropy of a batch, of a frozen head without ever holding the logits whole."""
+"""The objective that a run minimises: the summed cross entropy of a batch.
+
+With a frozen head, the logits of a whole batch never exist at once.
+"""
 
 import contextlib
 import functools
@@ -22,26 +25,29 @@ CROSS_ENTROPY = Launch(block_m=1, block_k=16384, warps=32)
 
 
 class Objective(Protocol):
-    """What a run minimises: of each batch the sum of its losses, and the weight of that sum.
+    """The quantity that a run minimises: for each batch, the sum of its losses and the weight of that sum.
 
     Sums and weights are added up over micro-batches and processes and divided once, by `mean`. So an update and an
     evaluation do not depend on how the sequences were divided among micro-batches and processes.
     """
 
-    dtype: torch.dtype  # that the model computes in
+    dtype: torch.dtype  # the dtype in which the model computes
 
     def __call__(self, *columns: Any, **batch: torch.Tensor) -> torch.Tensor:
         """Return the sum of the losses of a batch on the model's device: a scalar, fp32, with its gradient."""
 
     @staticmethod
     def weight(batch: dict[str, torch.Tensor]) -> int:
-        """Return what the batch counts, such as its supervised tokens. The batch is still in main memory."""
+        """Return the weight of the batch's sum, such as the number of its supervised tokens.
+
+        The batch is still in main memory.
+        """
 
     @staticmethod
     def mean(loss_sum: Any, weight: Any) -> Any:
-        """Return the mean of sums, numbers or tensors of one element. Where nothing was counted it is the sum.
+        """Return loss_sum / weight, both numbers or tensors of one element; if the weight is 0, return loss_sum.
 
-        The mean of 1 is what the gradients of the sum are multiplied by.
+        With a loss_sum of 1 the result is the factor by which the gradients of the sum are multiplied.
         """
         return loss_sum / (weight.clamp_min(1) if isinstance(weight, torch.Tensor) else max(weight, 1))
 
@@ -50,10 +56,10 @@ class Objective(Protocol):
 
 
 def default_logit_chunk(vocabulary: int, free_bytes: int | None = None) -> int:
-    """Return how many positions' logits to hold at once; free_bytes None: as many as 256 MiB of fp32 hold.
+    """Return the number of positions whose logits exist at the same time.
 
-    At most 1,024, since larger products are no faster; fewer where 16-bit logits would need more than a fortieth of
-    free_bytes.
+    Without free_bytes: as many as fit into 256 MiB in fp32. With free_bytes: at most 1,024, since larger products are
+    no faster, and fewer where the logits in 16 bits would need more than a fortieth of free_bytes.
     """
     if free_bytes is None:
         return max(16, 2**26 // vocabulary)
@@ -61,7 +67,10 @@ def default_logit_chunk(vocabulary: int, free_bytes: int | None = None) -> int:
 
 
 def _chunk_loss(rows, weight, bias, targets, with_gradient: bool):
-    """Return a chunk's summed loss and the gradient of its rows. rows: [logit_chunk, width]; targets: [logit_chunk]."""
+    """Return a chunk's summed loss and the gradient of `rows`, or None without it.
+
+    rows: [logit_chunk, width]; targets: [logit_chunk].
+    """
     logits = F.linear(rows.to(weight.dtype), weight, bias).float()  # [logit_chunk, vocabulary]
     kept = (targets != IGNORED).float()[:, None]
     index = targets.clamp_min(0)[:, None]
@@ -70,7 +79,7 @@ def _chunk_loss(rows, weight, bias, targets, with_gradient: bool):
     if not with_gradient:
         return loss, None
     one_hot = torch.arange(len(weight), device=weight.device)[None] == index
-    logits.sub_(log_sum).exp_().sub_(one_hot.float()).mul_(kept)  # softmax - one-hot, in the logits' own memory
+    logits.sub_(log_sum).exp_().sub_(one_hot.float()).mul_(kept)  # softmax - one-hot, over the logits
     return loss, (logits.to(weight.dtype) @ weight).to(rows.dtype)
 
 
@@ -102,13 +111,14 @@ def chunked_cross_entropy(
     logit_chunk: int | None = None,
     chunk_loss: Callable = _chunk_loss,
 ) -> torch.Tensor:
-    """Return the summed cross entropy, fp32, of `hidden @ weight.T + bias` against `labels` without holding all logits.
+    """Return the summed cross entropy, fp32, of `hidden @ weight.T + bias` against `labels`, chunk by chunk.
 
+    The logits of all positions never exist at once. The gradient of `hidden` is already computed in the forward pass,
+    chunk by chunk (the idea of Liger-Kernel's fused linear cross entropy). `weight` and `bias` get no gradient, so an
+    adapter on the head needs another loss.
     hidden: [positions, width]; weight: [vocabulary, width], frozen; labels: [positions], IGNORED where unsupervised.
-    The gradient of `hidden` is finished in the forward pass, chunk by chunk (the idea of Liger-Kernel's fused linear
-    cross entropy). `weight` and `bias` get no gradient, so an adapter on the head needs another loss.
-    logit_chunk: the positions whose logits exist at the same time; None: default_logit_chunk. chunk_loss:
-    `_chunk_loss`, perhaps compiled, or `kernel_chunk_loss`.
+    logit_chunk: the number of positions whose logits exist at the same time; None: default_logit_chunk. chunk_loss:
+    `_chunk_loss`, which may be compiled, or `kernel_chunk_loss`.
     """
     logit_chunk = logit_chunk or default_logit_chunk(len(weight))
     return _FrozenHeadCrossEntropy.apply(hidden, weight, bias, labels, logit_chunk, chunk_loss)
@@ -116,15 +126,19 @@ def chunked_cross_entropy(
 
 @functools.cache
 def compiled_chunk_loss() -> Callable:
-    """Return `_chunk_loss`, which is compiled at its first call.
+    """Return a version of `_chunk_loss` that is compiled at its first call.
 
-    A function, since torch.compile imports Inductor, which takes seconds that no import of this file should take.
+    This is a function and not a constant because torch.compile imports Inductor, which would slow down the import of
+    this file.
     """
     return torch.compile(_chunk_loss, dynamic=False)
 
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, losses: torch.Tensor, with_gradient: bool) -> None:
-    """Fill in the losses of rows of logits, fp32 [rows], and write the gradient over the logits [rows, vocabulary]."""
+    """Write each position's loss to `losses`, fp32 [rows], and, if asked, the gradient over the logits.
+
+    logits: [rows, vocabulary]; targets: [rows].
+    """
     programs = min(len(logits), multiprocessors(logits.device))
     training_kernels.cross_entropy_kernel[(programs,)](
         logits, targets, losses, len(logits), logits.shape[1], GRADIENT=with_gradient, BLOCK=CROSS_ENTROPY.block_k,
@@ -133,9 +147,9 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, losses: torch.Ten
 
 
 def kernel_chunk_loss(rows, weight, bias, targets, with_gradient: bool):
-    """Do what `_chunk_loss` does, with the gradient in the memory of bf16 or fp16 logits.
+    """Do the same as `_chunk_loss` with a Triton kernel that writes the gradient over the logits, in bf16 or fp16.
 
-    The compiled `_chunk_loss` is slower and needs as much memory again.
+    The compiled `_chunk_loss` is slower and needs twice the memory.
     """
     logits = F.linear(rows.to(weight.dtype), weight, bias)
     losses = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
@@ -157,10 +171,10 @@ def perplexity(mean_loss: float) -> float:
 
 
 class CausalLMLoss(Objective):
-    """Next-token prediction: the cross entropy of a batch, summed in fp32; its weight is the supervised tokens.
+    """Next-token prediction: a batch's cross entropy, summed in fp32; its weight is the number of supervised tokens.
 
-    The decoder runs first, then the frozen head chunk by chunk. Where the head has an adapter, or the model changes
-    its logits (soft-capping, scaling), the model makes all logits itself.
+    The decoder runs first, then the frozen head, chunk by chunk. Where the head has an adapter, or the model changes
+    its logits after the head (soft-capping, scaling), the model computes all logits itself.
     """
 
     def __init__(self, model: PeftModel | PreTrainedModel, dtype: torch.dtype):
@@ -173,7 +187,10 @@ class CausalLMLoss(Objective):
 
     @staticmethod
     def weight(batch: dict[str, torch.Tensor]) -> int:
-        """Return the supervised tokens of a batch. The first token of a sequence is predicted from nothing."""
+        """Return the number of supervised tokens of a batch.
+
+        The first token of a sequence does not count: there is no token before it that could predict it.
+        """
         return int((batch["labels"][:, 1:] != IGNORED).sum())
 
     def autocast(self) -> contextlib.AbstractContextManager:
@@ -181,7 +198,7 @@ class CausalLMLoss(Objective):
 
     @torch.no_grad()
     def _head_is_plain(self) -> bool:
-        """Return whether the logits are the frozen head's product and nothing else, tried on eight tokens."""
+        """Return whether the model's logits are exactly the frozen head's product, by a test on eight tokens."""
         if type(self.head) is not nn.Linear or self.head.weight.requires_grad:
             return False
         training, probe = self.base.training, torch.arange(1, 9, device=self.device)[None]
@@ -196,8 +213,8 @@ class CausalLMLoss(Objective):
         """Return the summed loss of a batch.
 
         input_ids, labels: [batch, length] on the model's device; labels are not shifted, and IGNORED where
-        unsupervised. packed: the position_ids of packed samples. They start again at each sample, so that attention
-        stays within it.
+        unsupervised. packed: the position_ids of packed samples. They start at 0 again for each sample, so that
+        attention stays within a sample.
         """
         targets = shift_labels(labels).flatten()
         with self.autocast():

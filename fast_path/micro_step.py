@@ -1,4 +1,4 @@
-"""One micro-batch forward and backward: plain, captured as one CUDA graph, or with its inputs in main memory."""
+"""The forward and backward pass of a micro-batch: plain, as a CUDA graph, or with layer inputs kept in main memory."""
 
 import contextlib
 import dataclasses
@@ -19,7 +19,7 @@ from fast_path.loss import IGNORED, Objective
 
 
 def let_go() -> None:
-    """Give memory that nothing refers to any more back to the driver."""
+    """Return the GPU memory that nothing refers to any more to the driver."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -27,16 +27,16 @@ def let_go() -> None:
 
 @contextlib.contextmanager
 def inputs_in_main_memory(shape: tuple[int, ...]) -> Iterator[None]:
-    """Keep in main memory what a backward pass needs in this shape: the inputs of checkpointed layers.
+    """Keep saved tensors of this shape in main memory until the backward pass: the inputs of checkpointed layers.
 
-    torch's save_on_cpu would move everything that is saved, packed weights too. The copies run on the stream of the
-    computation, where they are short beside the layer itself, so nothing has to wait for them. A CUDA graph cannot
-    contain them.
+    torch's save_on_cpu would move every saved tensor, including the packed weights. The copies run on the same stream
+    as the computation, so nothing has to wait for them, and they are short compared with the layer itself. A CUDA graph
+    cannot contain them.
     """
 
     def pack(tensor: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.device]:
         if tensor.shape != shape:
-            return tensor.detach()  # not itself: an output saved by its own node would keep both alive
+            return tensor.detach()  # not itself: a node and the output it saves would keep both alive
         kept = torch.empty(shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         return kept.copy_(tensor.detach(), non_blocking=True), tensor.device
 
@@ -51,10 +51,11 @@ def inputs_in_main_memory(shape: tuple[int, ...]) -> Iterator[None]:
 
 
 def padding(name: str, length: int, device: torch.device) -> torch.Tensor:
-    """Return what an argument of a captured step holds in rows without a block, int64 [length].
+    """Return the values of a captured step's argument for sequences that the batch does not fill, int64 [length].
 
-    Its labels are IGNORED, and its positions are those of two samples. For a row of one sample transformers makes no
-    mask as long as it can look at the data, so that the warm-up would run other code than the capture.
+    Labels are IGNORED. Positions are those of two samples in one block: with a single sample, transformers leaves out
+    the mask whenever it can look at the data. It can during the warm-up but not during the capture, so the two would
+    run different code.
     """
     if name == "position_ids":
         return (torch.arange(length, device=device) - 1).clamp_min(0)
@@ -62,12 +63,12 @@ def padding(name: str, length: int, device: torch.device) -> torch.Tensor:
 
 
 class GradientSums:
-    """Adds the gradients of a backward pass to those of the parameters, dozens in one launch.
+    """Adds the gradients of a backward pass to the parameters' gradients, dozens of them per launch.
 
-    Autograd launches one addition for each adapter matrix (504 in a 3B), and each takes longer to launch than to run.
+    Autograd would launch one addition per adapter matrix (504 in a 3B), and each takes longer to launch than to run.
     """
 
-    TOGETHER = 64  # at rank 16 they need 15 MB while they wait
+    TOGETHER = 64  # gradients per launch; at rank 16 they need 15 MB while they wait
 
     def __init__(self, parameters: Sequence[nn.Parameter]):
         self.parameters = parameters
@@ -90,7 +91,7 @@ class GradientSums:
 
     @contextlib.contextmanager
     def of_backward(self) -> Iterator[None]:
-        """Let a backward pass add to the gradients that exist. One that fails leaves them half added."""
+        """Let a backward pass add to the existing gradients. If it fails, only some of them have been added."""
         self._sums = {p: p.grad for p in self.parameters if p.grad is not None}
         for parameter in self._sums:
             parameter.grad = None  # otherwise autograd would add to it
@@ -106,10 +107,10 @@ class GradientSums:
 class Captured:
     """A function of a batch as one CUDA graph: one launch per micro-batch instead of thousands.
 
-    step(input_ids=, labels=, ...) -> a scalar, without host synchronisation. names: its arguments, each int64
-    [batch, length]. Gradients accumulate in the memory of the parameters' .grad, which must exist before the capture;
-    warm-up and capture spoil the values in it. Whatever else the step reads (the dropout clock, the weights) is read again
-    at every replay.
+    step(input_ids=, labels=, ...) -> a scalar, without host synchronisation. names: the names of its arguments, each
+    int64 [batch, length]. Gradients accumulate in the memory of the parameters' .grad. This memory must exist before the
+    capture, and its values are wrong after warm-up and capture. All other tensors that the step reads (the dropout
+    clock, the weights) are read again at every replay.
     """
 
     def __init__(
@@ -124,7 +125,7 @@ class Captured:
             for _ in range(2):  # compile, and let every library allocate its workspace outside of the graph
                 step(**self.batch)
         torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.empty_cache()  # blocks belong to a stream: the next warm-up could not use what this one reserved
+        torch.cuda.empty_cache()  # memory blocks belong to one stream: the next warm-up could not use these
 
     def capture(self, pool: Any) -> None:
         """Capture the step; graphs that never run at the same time may share a pool of memory."""
@@ -133,7 +134,7 @@ class Captured:
             self.result = self.step(**self.batch)
 
     def __call__(self, **batch: torch.Tensor) -> torch.Tensor:
-        """Replay for a batch of at most the captured shape and return the loss, which the next replay overwrites."""
+        """Replay the graph for a batch of at most the captured shape. The next replay overwrites the returned loss."""
         for name, tensor in batch.items():
             rows, length = tensor.shape
             if tensor.shape != self.batch[name].shape:
@@ -148,10 +149,10 @@ class Captured:
 
 @dataclasses.dataclass
 class Learner:
-    """The model with its adapter, and how one micro-batch runs forward and backward through it."""
+    """The model with its adapter; runs the forward and backward pass of a micro-batch."""
 
     model: PeftModel
-    parameters: list[nn.Parameter]  # those of the adapter
+    parameters: list[nn.Parameter]  # the adapter's
     objective: Objective
     clock: dropout.DropoutClock
     scaler: torch.amp.GradScaler
@@ -167,8 +168,8 @@ class Learner:
     def micro_step(self, step: int, sequences: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Add the gradients of a batch's summed loss to the parameters' .grad and return that loss.
 
-        step, sequences: the optimizer step and the numbers of the sequences in it, which the dropout masks depend on.
-        Where CUDA graphs run, a graph of the same computation is replayed; the numbers are the same.
+        step, sequences: the number of the optimizer step and the numbers of the sequences within it; the dropout masks
+        depend on both. With CUDA graphs, a graph of the same computation is replayed, and the results are the same.
         """
         if self.fast.cuda_graphs:
             return self._replay(step, sequences, batch)
@@ -191,17 +192,17 @@ class Learner:
             self._capture(batch)
         return (self.captured_evaluation or self.objective)(**batch)
 
-    # What follows is for CUDA graphs, and for changing the shape of a micro-batch when memory runs out.
+    # The methods below are for CUDA graphs, and for changing the shape of a micro-batch when memory runs out.
 
     def _replay(self, step: int, sequences: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Do what micro_step does as one CUDA graph, which is captured at the first call."""
-        if self.captured is None:  # at an optimizer step's first micro-batch: nothing has been accumulated yet
+        """Do the same as micro_step with one CUDA graph, which is captured at the first call."""
+        if self.captured is None:  # the first micro-batch of an optimizer step: nothing has been accumulated yet
             self._capture(batch)
         self.clock.set(step, F.pad(sequences, (0, self.batch_shape[0] - len(sequences))))
         return self.captured(**batch)
 
     def _forward_backward(self, **batch: torch.Tensor) -> torch.Tensor:
-        """Do what is captured of a micro-step: all but the dropout clock, which is set before each replay."""
+        """Run the captured part of a micro-step: everything but the dropout clock, which is set before each replay."""
         loss = self.objective(**batch)
         self.backward(loss)
         return loss.detach()
@@ -214,8 +215,8 @@ class Learner:
     def _capture(self, names: Iterable[str]) -> None:
         """Capture the micro-step and the evaluation's loss. Gradients are zero afterwards.
 
-        Both warm-ups come first: the memory that they needed is given back before the graphs, which share one pool,
-        reserve theirs.
+        Both warm-ups run before both captures, so the memory of the warm-ups is free again when the graphs reserve
+        theirs. The graphs share one pool.
         """
         self.zero_gradients()  # creates them where they do not exist yet
         mode, pool = self.model.get_base_model().training, torch.cuda.graph_pool_handle()
@@ -229,8 +230,8 @@ class Learner:
                 self.model.train(training)
                 graph.capture(pool)
         finally:
-            # Also after running out of memory: the evaluation is then repeated without a graph, and must not run with
-            # dropout.
+            # Restore the mode also when memory runs out: the evaluation is then repeated without a graph, and would
+            # otherwise run with dropout.
             self.model.train(mode)
         self.captured, self.captured_evaluation = graphs
         self.zero_gradients()
@@ -247,7 +248,7 @@ class Learner:
         let_go()
 
     def zero_gradients(self) -> None:
-        """Set all gradients to zero in their own memory, since a captured graph adds to that."""
+        """Set all gradients to zero in place, since a captured graph adds to their memory."""
         if self.parameters[0].grad is None:
             for parameter in self.parameters:
                 parameter.grad = torch.zeros_like(parameter)
@@ -260,11 +261,11 @@ class Learner:
 def be_deterministic() -> None:
     """Let torch use only algorithms that give the same bits each time, and raise where an operator has none.
 
-    With warn_only FlashAttention's backward pass would stay as it is: it changes for an error, not for a warning.
+    warn_only is not enough: FlashAttention's backward pass changes its algorithm only where an error is asked for.
     """
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # is read when the first product creates the handle of cuBLAS
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS reads it when the first product creates its handle
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads memory that was not written
     import torch._inductor.config as inductor  # takes seconds to import, for this setting alone
 
-    inductor.deterministic = True  # no kernel is chosen by a stopwatch
+    inductor.deterministic = True  # no kernel is chosen by timing

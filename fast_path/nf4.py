@@ -1,5 +1,6 @@
-"""From 4-bit codes to their levels within Triton's kernels, whether Triton is there at all, and how a kernel is laid
-on a GPU.
+"""Shared basis of the Triton kernels: 4-bit codes to numbers, whether Triton is installed, and how kernels are launched.
+
+The level of a 4-bit code is the number that it stands for before scaling; NF4 has a table (`lut`) of 16 levels.
 """
 
 import dataclasses
@@ -10,13 +11,13 @@ import torch
 
 
 class _Absent:
-    """Stands in for Triton where it is not installed, so that every module imports and every name exists there.
+    """Replaces Triton where it is not installed, so that every module still imports and every name exists.
 
-    Kernels stay plain Python functions that nothing calls: whoever would launch one asks HAS_TRITON first.
+    Kernels are then plain Python functions that nothing calls: code that would launch one checks HAS_TRITON first.
     """
 
     def __getattr__(self, name: str) -> "_Absent":
-        if name.startswith("__"):  # Python's own questions, such as __wrapped__ or __file__
+        if name.startswith("__"):  # names that Python itself looks up, such as __wrapped__ or __file__
             raise AttributeError(name)
         return self
 
@@ -36,7 +37,10 @@ except ImportError:  # a CPU build of torch, macOS, Windows without triton-windo
 
 @triton.jit
 def lane_level(lut, SHUFFLE: tl.constexpr):
-    """Return the level that a lane holds for its warp: that of code lane % 16. A scalar, which differs by lane."""
+    """Return the level that this lane holds for its warp: the level of code lane % 16.
+
+    For Triton it is a scalar, but its value differs from lane to lane.
+    """
     if SHUFFLE:
         return tl.inline_asm_elementwise(
             """{
@@ -56,8 +60,9 @@ def lane_level(lut, SHUFFLE: tl.constexpr):
 def levels(words, lut, level, SHUFFLE: tl.constexpr):
     """Return the levels of the eight codes of each word, in the order of the weights: high half of a byte first.
 
-    A shuffle looks a code up in 2 instructions (it reads 5 bits of its index, so nothing is masked: lanes 16 to 31
-    hold the levels once more); a load from the table takes 4 and its address.
+    SHUFFLE: look a code up by a shuffle between lanes, which takes 2 instructions. A shuffle reads 5 bits of its index,
+    and lanes 16 to 31 hold the 16 levels a second time, so no bits have to be masked. Otherwise load the level from the
+    table, which takes 4 instructions and the computation of an address.
     """
     if SHUFFLE:
         return tl.inline_asm_elementwise(
@@ -85,12 +90,12 @@ def levels(words, lut, level, SHUFFLE: tl.constexpr):
         )  # fmt: skip
 
 
-INTERPRETED = HAS_TRITON and not isinstance(levels, triton.JITFunction)  # on the CPU, with TRITON_INTERPRET
-SHUFFLE = not INTERPRETED and not torch.version.hip  # of `levels`: NVIDIA's instructions
+INTERPRETED = HAS_TRITON and not isinstance(levels, triton.JITFunction)  # kernels run on the CPU
+SHUFFLE = not INTERPRETED and not torch.version.hip  # whether `levels` may use NVIDIA's instructions
 
 
 def runs_on(device: torch.device) -> bool:
-    """Return whether Triton's kernels, some with NVIDIA's instructions, run on a device."""
+    """Return whether the Triton kernels run on a device. Some of them contain instructions of NVIDIA's GPUs."""
     return INTERPRETED or (HAS_TRITON and device.type == "cuda" and not torch.version.hip)
 
 
@@ -99,13 +104,13 @@ def runs_on(device: torch.device) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """How a kernel is laid on a GPU; chosen by measurement, see tests/benchmarks/tune_kernels.py."""
+    """The tile and the warps of a kernel's programs, chosen by measurement: tests/benchmarks/tune_kernels.py."""
 
-    block_m: int  # rows of a tile; quantisation blocks, for the dequantisation
+    block_m: int  # rows per tile; in the kernel that dequantises, quantisation blocks per tile
     block_k: int
     warps: int
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Return how many multiprocessors a GPU has; 1 elsewhere."""
+    """Return how many multiprocessors a GPU has, or 1 for any other device."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -1,4 +1,4 @@
-"""The optimizers that training.optim can name, and what their states need."""
+"""The optimizers that training.optim can name, and the memory that their states need."""
 
 import dataclasses
 import functools
@@ -16,12 +16,12 @@ from config import TrainingConfig
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerChoice:
-    """One row of the table: AdamW in some form, with its two moments of each weight as its states."""
+    """One row of the table: a form of AdamW. Its states are the two moments of each weight."""
 
-    kind: type  # of a run on a GPU
-    state_bytes: int  # bytes per weight of both moments
-    step_bytes: int = 0  # bytes per weight that exist during a step only
-    unpaged: type | None = None  # of a paged optimizer: its form without a GPU, where there is nothing to page from
+    kind: type  # the class on a GPU
+    state_bytes: int  # bytes per weight, of both moments together
+    step_bytes: int = 0  # bytes per weight that exist only during a step
+    unpaged: type | None = None  # of a paged optimizer: its class without a GPU, where there is nothing to page from
 
     @property
     def paged(self) -> bool:
@@ -29,10 +29,10 @@ class OptimizerChoice:
         return self.unpaged is not None
 
     def saved_bytes(self, weights: int) -> int:
-        """Return the bytes of one tensor's states in a checkpoint.
+        """Return how many bytes one tensor's states take in a checkpoint.
 
-        bitsandbytes keeps the states of a tensor of less than 4,096 weights in 32 bits; 8-bit states come with a scale
-        for each 256 weights.
+        bitsandbytes keeps the states of a tensor with fewer than 4,096 weights in 32 bits. 8-bit states come with one
+        scale per 256 weights.
         """
         if self.state_bytes == 8 or weights < 4096:
             return 8 * weights
@@ -43,7 +43,7 @@ OPTIMIZERS = {
     "paged_adamw_8bit": OptimizerChoice(bnb.optim.PagedAdamW8bit, 2, unpaged=bnb.optim.AdamW8bit),
     "adamw_8bit": OptimizerChoice(bnb.optim.AdamW8bit, 2),
     "paged_adamw_32bit": OptimizerChoice(bnb.optim.PagedAdamW32bit, 8, unpaged=bnb.optim.AdamW32bit),
-    "adamw_torch": OptimizerChoice(torch.optim.AdamW, 8, step_bytes=4),  # its step makes a copy of the weights' size
+    "adamw_torch": OptimizerChoice(torch.optim.AdamW, 8, step_bytes=4),  # a step makes a copy as large as the weights
 }
 
 # ------------------------------------------------------------------------------------------------ making one
@@ -51,7 +51,10 @@ OPTIMIZERS = {
 
 @functools.cache
 def without_waits(kind: type) -> type:
-    """Return a bitsandbytes optimizer that waits for the GPU once per step, not after each tensor of the adapter."""
+    """Return a subclass of a bitsandbytes optimizer that waits for the GPU once per step.
+
+    The class itself waits after each tensor of the adapter.
+    """
 
     class Optimizer(kind):  # type: ignore[valid-type, misc]
         initialized: bool
@@ -68,7 +71,7 @@ def without_waits(kind: type) -> type:
                     self.prefetch_state(parameter)
                     self.update_step(group, parameter, number, i)
             if self.is_paged and torch.cuda.is_available():
-                torch.cuda.synchronize()  # paged states are managed memory, which the CPU must not touch before
+                torch.cuda.synchronize()  # the CPU must not touch paged states (managed memory) earlier
 
     Optimizer.__name__ = kind.__name__
     return Optimizer
@@ -77,12 +80,15 @@ def without_waits(kind: type) -> type:
 def create_optimizer(
     parameters: list[nn.Parameter], training: TrainingConfig, device: torch.device, say: Callable[[str], None]
 ) -> Any:
-    """Return AdamW over the adapter. Without a GPU a paged one keeps its states in main memory, and says so."""
+    """Return AdamW over the adapter's parameters.
+
+    Without a GPU, a paged optimizer keeps its states in main memory, and a message says so.
+    """
     choice = OPTIMIZERS[training.optim]
     kind = choice.kind
     if choice.unpaged is not None and device.type != "cuda":
         say(f"training.optim: {training.optim} needs a GPU to page from; here its states stay in main memory")
         kind = choice.unpaged
-    if issubclass(kind, bnb.optim.optimizer.Optimizer8bit):  # the base of all of bitsandbytes' optimizers
+    if issubclass(kind, bnb.optim.optimizer.Optimizer8bit):  # the base class of all optimizers of bitsandbytes
         kind = without_waits(kind)
     return kind(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
