@@ -119,7 +119,7 @@ from toolkit.memory_plan import GIB, MemoryPlan
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    doing, hint = "loading", ""  # for the message when memory runs out; what helps after another error
+    doing, output_dir = "loading", ""  # for the messages of errors
     try:
         options, config = parse(argv)
         quantization_utils.quiet_libraries()
@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
             return evaluate_adapter(config, options.adapter, options.stride)
         if options.compare:
             return evaluation.compare_runs(options.compare, options.output or "compare.png")
-        hint = "; the same command continues from the last checkpoint"
+        output_dir = config.training.output_dir
         return fine_tune(config, options.overwrite)
     except memory.NoFit as error:
         print(error, file=sys.stderr)
@@ -146,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, SafetensorError, torch.AcceleratorError) as error:  # a full disk, a driver that was reset
         if isinstance(error, BrokenPipeError) and reader_gone("\n"):
             return 1
-        report(ConfigError(f"{type(error).__name__}: {str(error).splitlines()[0]}{hint}"))
+        report(ConfigError(f"{type(error).__name__}: {str(error).splitlines()[0]}{continues(output_dir)}"))
         return 1
     except RuntimeError as error:
         if "does not have a deterministic implementation" not in str(error):
@@ -166,6 +166,12 @@ def quiet_datasets() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ the commands
+
+
+def continues(output_dir: str) -> str:
+    """Return the end of an error message: that the same command continues, if there is a checkpoint to continue from."""
+    found = output_dir and earlier_run.checkpoints(Path(output_dir))
+    return "; the same command continues from the last checkpoint" if found else ""
 
 
 def fine_tune(config: Config, overwrite: bool) -> int:

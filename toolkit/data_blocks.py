@@ -117,6 +117,27 @@ def check_rows(dataset: Dataset, split: str) -> None:
             raise ConfigError(f"prepare_dataset: row {row + 1} of {split}: expected {expected}, got {got}")
 
 
+def check_ids(dataset: Dataset, split: str, vocabulary: int) -> None:
+    """Raise a ConfigError if a user's own function returned a token id that the tokenizer does not have.
+
+    A label may also be IGNORED. Any other negative label would be learned, though no token has it.
+    """
+    for name in ("input_ids", "labels"):
+        first_row = 0
+        for chunk in _column(dataset, name).chunks if name in dataset.column_names else ():
+            ids = chunk.flatten()
+            wrong = pc.fill_null(pc.or_(pc.less(ids, 0), pc.greater_equal(ids, vocabulary)), True).to_numpy(False)
+            if name == "labels":
+                wrong &= ~pc.fill_null(pc.equal(ids, IGNORED), False).to_numpy(False)
+            if wrong.any():
+                place = int(np.argmax(wrong))
+                row = first_row + np.searchsorted(np.cumsum(chunk.value_lengths().to_numpy()), place, side="right") + 1
+                allowed = f"0 to {vocabulary - 1:,}" + (f", or {IGNORED}" if name == "labels" else "")
+                got = "null" if ids[place].as_py() is None else ids[place]
+                raise ConfigError(f"prepare_dataset: row {row} of {split}: expected {name} of {allowed}, got {got}")
+            first_row += len(chunk)
+
+
 def without_pads(dataset: Dataset) -> Dataset:
     """Return the rows without padding. The attention mask tells where it is; a pad's id may also be a real token's."""
     if "attention_mask" not in dataset.column_names:
@@ -572,12 +593,13 @@ def make_blocks(
         found = ", ".join(tokenized) if isinstance(tokenized, DatasetDict) else type(tokenized).__name__
         raise ConfigError(f"prepare_dataset: expected a DatasetDict with a split 'train', got {found}")
     splits = {name: split.with_format(None) for name, split in tokenized.items() if name in ("train", "validation")}
+    # Made by tokenize_rows, not by a user's own function.
+    ours = all(ROW in split.column_names for split in splits.values())
     for name, split in splits.items():
         check_rows(split, name)
+        if not ours:
+            check_ids(split, name, len(tokenizer))
         splits[name] = without_pads(split)
-    ours = all(
-        ROW in split.column_names for split in splits.values()
-    )  # made by tokenize_rows, not by a user's own function
     if not ours:
         data = dataclasses.replace(data, dataset=FUNCTION, rows="lines" if data.rows == "lines" else "documents")
         splits = {name: numbered(split) for name, split in splits.items()}

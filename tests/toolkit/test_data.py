@@ -1562,3 +1562,25 @@ def test_a_block_of_samples_names_their_rows(tmp_path, tokenizer, packing):
         named = {row for _, row in lines_of(place)}
         text = tokenizer.decode(train[i][0], skip_special_tokens=True)
         assert named == {int(n) + 1 for n in re.findall(r"say (\d+)", text)}, (i, text)
+
+
+@pytest.mark.parametrize(
+    "column, value, got",
+    [
+        ("input_ids", 4096, "4096"),
+        ("input_ids", -5, "-5"),
+        ("labels", -1, "-1"),
+        ("labels", 99999, "99999"),
+        ("labels", None, "null"),
+    ],
+)
+def test_an_id_that_the_tokenizer_lacks_is_refused(tokenizer, column, value, got):
+    """Of a user's own function; a negative label beside -100 was learned without a word."""
+    rows = [{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]} for _ in range(4)]
+    rows[2][column] = [1, value, 3]
+    tokenized = DatasetDict(train=Dataset.from_list(rows))
+    data = DataConfig(validation_fraction=0)
+    with pytest.raises(
+        ConfigError, match=rf"prepare_dataset: row 3 of train: expected {column} of 0 to 4,095.*, got {got}$"
+    ):
+        make_blocks(tokenized, tokenizer, data, 0)
