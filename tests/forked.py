@@ -7,6 +7,7 @@ has. Where a test is about the imports or the start itself, it runs the script a
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -50,6 +51,60 @@ def become(request: dict[str, Any]) -> None:
         setattr(sys, name, stream)
 
 
+def watch(folder: str, report: str) -> None:
+    """Have this process write into `report` whatever it must not do with the hostile input in `folder`.
+
+    That is to start a program, to open a connection, to run or compile code that lies under the input or among the modules which
+    transformers copies from a model's folder, to unpickle anything that can run code, and to open a file for writing which lies
+    neither under `folder` (what may change there is compared afterwards) nor in the caches of this test session.
+    """
+    if hasattr(os, "fork"):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    tempfile.tempdir = os.environ["TMPDIR"]
+    descriptor = os.open(report, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    written = tuple(map(os.path.realpath, (folder, os.environ["HF_HOME"], os.environ["MPLCONFIGDIR"])))
+    home, python = os.path.realpath(folder), os.path.realpath(sys.executable)
+
+    def foreign(name: object) -> bool:
+        name = os.fsdecode(name) if isinstance(name, str | bytes) else ""
+        return "transformers_modules" in name or os.path.realpath(name).startswith(home + os.sep)
+
+    def found(event: str, arguments: tuple) -> bool:
+        if event in ("os.system", "os.exec", "os.posix_spawn", "socket.connect", "socket.getaddrinfo"):
+            return True
+        if event == "subprocess.Popen":  # the toolkit may start itself, for what could hang or burst
+            program = shutil.which(os.fsdecode(arguments[0])) or os.fsdecode(arguments[0])
+            return os.path.realpath(program) != python or any(foreign(word) for word in arguments[1][1:2])
+        if event == "exec":
+            return foreign(arguments[0].co_filename)
+        if event == "compile":
+            return foreign(arguments[1])
+        if event == "pickle.find_class":
+            return arguments[0] in ("os", "posix", "nt", "subprocess", "shutil", "socket", "builtins")
+        if event == "open" and isinstance(arguments[0], str | bytes):
+            path, mode, flags = arguments
+            writes = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_TRUNC) if flags else False
+            path = os.path.realpath(os.fsdecode(path))
+            return bool(writes) and not path.startswith((*written, "/dev/", "/proc/self/"))
+        return False
+
+    def hook(event: str, arguments: tuple) -> None:
+        if found(event, arguments):
+            os.write(descriptor, f"{event} {arguments!r}"[:500].replace("\n", " ").encode("utf-8", "replace") + b"\n")
+
+    sys.addaudithook(hook)
+
+
+class Ended(subprocess.CompletedProcess):
+    """What a child left: as subprocess.run says it, its peak of memory in bytes, its seconds, and what was watched for."""
+
+    peak: int
+    seconds: float
+    seen: list[str]
+
+
 def serve() -> None:
     """Fork a child for every line of JSON on stdin, and answer with its exit code."""
     from toolkit.startup import before_heavy_imports
@@ -63,6 +118,8 @@ def serve() -> None:
             code = 1
             try:
                 become(request)
+                if request["watch"]:
+                    watch(request["watch"], request["report"])
                 sys.argv = [request["script"], *request["arguments"]]
                 code = run_script(request["script"], request["arguments"])
             except SystemExit as end:
@@ -73,12 +130,13 @@ def serve() -> None:
                 for stream in (sys.stdout, sys.stderr):
                     stream.flush()
                 os._exit(code)  # nothing of the parent's is unwound twice
-        deadline = time.monotonic() + request["timeout"]
-        while not (ended := os.waitpid(child, os.WNOHANG))[0]:
-            if time.monotonic() > deadline:
+        started = time.monotonic()
+        while not (ended := os.wait4(child, os.WNOHANG))[0]:
+            if time.monotonic() > started + request["timeout"]:
                 os.kill(child, 9)
             time.sleep(0.01)
-        print(json.dumps(os.waitstatus_to_exitcode(ended[1])), flush=True)
+        code, peak = os.waitstatus_to_exitcode(ended[1]), ended[2].ru_maxrss * 1024
+        print(json.dumps([code, peak, time.monotonic() - started]), flush=True)
 
 
 class Forker:
@@ -88,23 +146,33 @@ class Forker:
         self.server: subprocess.Popen | None = None
 
     def run(
-        self, script: str, arguments: list[str], cwd: Path, env: dict[str, str], input: str | None, timeout: float
-    ) -> subprocess.CompletedProcess[str]:
-        """Run a script's command line in a child, and return its exit code and what it printed."""
+        self,
+        script: str,
+        arguments: list[str],
+        cwd: Path,
+        env: dict[str, str],
+        input: str | None,
+        timeout: float,
+        watch: Path | None = None,
+    ) -> Ended:
+        """Run a script's command line in a child, and return its exit code and what it printed. watch: see `watch`."""
         if self.server is None:
             program = "from tests.forked import serve; serve()"
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "encoding": "utf-8"}
             self.server = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, **pipes)
         with tempfile.TemporaryDirectory() as folder:
-            streams = [Path(folder) / name for name in ("stdin", "stdout", "stderr")]
-            for stream, content in zip(streams, (input or "", "", ""), strict=True):
+            streams = [Path(folder) / name for name in ("stdin", "stdout", "stderr", "report")]
+            for stream, content in zip(streams, (input or "", "", "", ""), strict=True):
                 stream.write_text(content, encoding="utf-8")
             request = {"script": script, "arguments": arguments, "cwd": str(cwd), "env": env, "timeout": timeout}
+            request |= {"watch": str(watch or ""), "report": str(streams[3])}
             self.server.stdin.write(json.dumps(request | {"streams": list(map(str, streams))}) + "\n")
             self.server.stdin.flush()
-            code = json.loads(self.server.stdout.readline())
-            out, err = (stream.read_bytes().decode("utf-8", "replace") for stream in streams[1:])
-        return subprocess.CompletedProcess([script, *arguments], code, out, err)
+            code, peak, seconds = json.loads(self.server.stdout.readline())
+            out, err, seen = (stream.read_bytes().decode("utf-8", "replace") for stream in streams[1:])
+        ended = Ended([script, *arguments], code, out, err)
+        ended.peak, ended.seconds, ended.seen = peak, seconds, seen.splitlines()
+        return ended
 
     def close(self) -> None:
         if self.server is not None:
