@@ -414,7 +414,9 @@ def coerce(leaf: Leaf, value: Any) -> Any:
     try:
         return _convert(leaf, value)
     except (ValueError, OverflowError):
-        raise ConfigError(f"{leaf.name}: expected {leaf.expected}, got {brief(value)}") from None
+        text = isinstance(value, str) and str in leaf.kinds and "choices" not in leaf.field.metadata
+        more = " without control characters" if text and value.strip() else ""
+        raise ConfigError(f"{leaf.name}: expected {leaf.expected}{more}, got {brief(value)}") from None
 
 
 def brief(value: Any) -> str:

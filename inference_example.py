@@ -13,12 +13,14 @@ import contextlib
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from config import Config, ConfigError, build_parser, counted, load_config, missing_model, parse_arguments
 from toolkit.earlier_run import config_with_adapter, left_by_run
 from toolkit.encodings import not_utf8
+from toolkit.locks import exclusive, lock_of
 from toolkit.startup import before_heavy_imports, reader_gone, report
 
 TAKES = ("model", "quantization", "performance", "generation")  # the other sections of config.yaml are for training
@@ -129,6 +131,24 @@ def check_options(options: argparse.Namespace) -> None:
         raise ConfigError(*problems)
 
 
+@contextlib.contextmanager
+def writing(options: argparse.Namespace) -> Iterator[None]:
+    """Hold the lock of --output, if one is given, and look at it again: another call may have written it meanwhile."""
+    if options.output is None:
+        yield
+        return
+    output = Path(options.output)
+    busy = f"--output: another call is writing {output}; wait until it ends, or choose another --output"
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(exclusive(lock_of(output), busy, say))
+        except OSError as error:
+            raise ConfigError(f"--output: cannot write {output}: {error.strerror or error}") from None
+        check_options(options)
+        options.finished = finished_rows(output, options.rows) if options.rows else (0, 0)
+        yield
+
+
 def find_adapter(given: str | None, paths: list[Path], overrides: dict[str, str]) -> Path | None:
     """Return the adapter's folder (--adapter, otherwise training.output_dir); None for the base alone.
 
@@ -184,7 +204,11 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     options, overrides = parse_arguments(parser, argv)
     check_options(options)
     options.rows = read_prompts(Path(options.prompts)) if options.prompts else []
-    options.finished = finished_rows(Path(options.output), options.rows) if options.rows else (0, 0)
+    if options.output is None or not lock_of(Path(options.output)).exists():
+        options.finished = finished_rows(Path(options.output), options.rows) if options.rows else (0, 0)
+    else:  # a first answer, before torch is imported
+        with writing(options):
+            pass
     given, beside = [Path(options.config)] if options.config else [], Path(__file__).with_name("config.yaml")
     options.adapter = find_adapter(options.adapter, given or [beside], overrides)
     if options.seed is not None:
@@ -421,7 +445,6 @@ def answer_file(engine: Engine, config: Config, prompts: list[Prompt], output: P
     rows = [encode(engine, prompt, settings.system_prompt) for prompt in prompts]
     longest = max(map(len, rows))  # room_after refuses a prompt that is too long, before anything is written
     size = batch_size(engine, config, longest + room_after(engine, longest, settings))
-    output.parent.mkdir(parents=True, exist_ok=True)
     start, tokens, traffic, written = time.perf_counter(), 0, engine.generator.traffic(), first
     waiting: dict[int, str] = {}
     bar = tqdm(total=len(prompts), initial=first, unit="prompt", disable=not sys.stderr.isatty())
@@ -513,8 +536,9 @@ def save(talk: Conversation, path: str) -> None:
     prompt = talk.settings.system_prompt
     system = [] if prompt is None else [{"role": "system", "content": prompt}]
     try:
-        with open(Path(path).expanduser(), "a", encoding="utf-8", newline="\n") as file:
-            file.write(json.dumps({"messages": system + talk.messages}, ensure_ascii=False) + "\n")
+        # One write without a buffer, so that two sessions which save into one file do not mix their lines.
+        with open(Path(path).expanduser(), "ab", buffering=0) as file:
+            file.write((json.dumps({"messages": system + talk.messages}, ensure_ascii=False) + "\n").encode())
     except OSError as error:
         raise ConfigError(f"/save: {error}") from None
     print(f"added the conversation ({counted(len(talk.messages), 'message')}) to {path}")
@@ -648,7 +672,8 @@ def main(argv: list[str] | None = None) -> int:
             say(line)
         quiet_libraries()
         signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on Ctrl-C stops an answer, or the session
-        return run(options, config)
+        with writing(options):
+            return run(options, config)
     except ConfigError as error:
         return report(error)
     except KeyboardInterrupt:

@@ -183,7 +183,7 @@ def fine_tune(config: Config, overwrite: bool) -> int:
     machine.refuse_without_gpu(config, device)
     with contextlib.ExitStack() as held:
         if accelerator.is_main_process:
-            held.enter_context(checkpoints.locked(Path(config.training.output_dir)))
+            held.enter_context(checkpoints.locked(Path(config.training.output_dir), log.say))
         log.say(machine.device_block(device, compute_dtype_of(config), accelerator.num_processes))
         if quantization_utils.replaces_bf16(config):
             log.say(quantization_utils.SLOW_BF16)

@@ -24,6 +24,7 @@ from fast_path.micro_step import Learner, let_go
 from toolkit.checkpoints import refusing, write_atomically, write_picture
 from toolkit.data_blocks import Blocks, batches
 from toolkit.earlier_run import settings
+from toolkit.locks import exclusive, lock_of
 
 # ------------------------------------------------------------------------------------------------ losses on blocks
 
@@ -143,7 +144,9 @@ def difference_line(result: dict) -> str:
 
 def save_evaluation(result: dict, folder: Path) -> None:
     """Write evaluation.json into an adapter's folder."""
-    write_atomically(folder / "evaluation.json", (json.dumps(result, indent=2) + "\n").encode())
+    path = folder / "evaluation.json"
+    with exclusive(lock_of(path), f"--adapter: another command is writing {path}"):
+        write_atomically(path, (json.dumps(result, indent=2) + "\n").encode())
 
 
 # ------------------------------------------------------------------------------------------------ comparing runs
@@ -230,7 +233,8 @@ def compare_runs(folders: list[str], output: str) -> int:
         raise ConfigError(f"--compare: expected two folders or more, got {folders[0]}")
     runs = [read_run(Path(folder)) for folder in folders]
     print(compare_table(runs))
-    with refusing(f"--output: cannot write {output}", OSError):
+    busy = f"--output: another command is writing {output}"
+    with refusing(f"--output: cannot write {output}", OSError), exclusive(lock_of(Path(output)), busy):
         plot_comparison(runs, Path(output))
     print(f"curves are in {output}")
     return 0

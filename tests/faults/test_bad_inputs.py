@@ -811,7 +811,7 @@ def test_output_dir_that_is_no_folder(refused, tmp_path, make):
 
 
 def test_resume_from_what_is_no_checkpoint(refused, tmp_path, adapter):
-    for path in (adapter / "config.yaml", adapter, "a\x00b", "x" * 5000):
+    for path in (adapter / "config.yaml", adapter, "x" * 5000):
         assert refused("--resume", path, output_dir=tmp_path / "new").startswith(
             "training.resume: cannot continue from"
         )
