@@ -21,7 +21,7 @@ from config import Config, ConfigError, build_parser, counted, load_config, miss
 from toolkit.earlier_run import config_with_adapter, left_by_run
 from toolkit.encodings import not_utf8
 from toolkit.locks import exclusive, lock_of
-from toolkit.startup import before_heavy_imports, reader_gone, report
+from toolkit.startup import before_heavy_imports, reader_gone, report, visible
 
 TAKES = ("model", "quantization", "performance", "generation")  # the other sections of config.yaml are for training
 # The flags that --help shows first.
@@ -33,7 +33,12 @@ Prompt = str | list[dict[str, str]]  # a text, or the messages of a chat, of whi
 
 def say(line: str) -> None:
     """Print a line that is not part of an answer, on stderr."""
-    print(line, file=sys.stderr, flush=True)
+    print(visible(line), file=sys.stderr, flush=True)
+
+
+def show(text: str) -> None:
+    """Print a text on stdout for a person to read."""
+    print(visible(text), flush=True)
 
 
 # ------------------------------------------------------------------------------------------------ command line
@@ -254,7 +259,7 @@ from quantization_utils import (
     replaces_bf16,
 )
 from toolkit.checkpoints import edited_line, effective
-from toolkit.generation import Generator, by_length
+from toolkit.generation import Generator, VisibleStreamer, by_length
 from toolkit.machine import no_gpu_reason
 from toolkit.memory import cap_memory, free_bytes
 from toolkit.merge import logits_on, merge_adapter, plain_copy, write_folder
@@ -400,9 +405,15 @@ def generate_ids(
         signal.signal(signal.SIGINT, previous)
 
 
-def stream_answer(engine: Engine, ids: list[int], settings: GenerationConfig, note: Callable) -> tuple[str, bool]:
-    """Print the answer to one prompt while it is made, give its speed to `note`; return it and whether Ctrl-C came."""
-    watch, streamer = Watch(), TextStreamer(engine.tokenizer, skip_prompt=True, skip_special_tokens=True)
+def stream_answer(
+    engine: Engine, ids: list[int], settings: GenerationConfig, note: Callable, as_generated: bool = False
+) -> tuple[str, bool]:
+    """Print the answer to one prompt while it is made, give its speed to `note`; return it and whether Ctrl-C came.
+
+    as_generated: print control characters as they are.
+    """
+    kind = TextStreamer if as_generated else VisibleStreamer
+    watch, streamer = Watch(), kind(engine.tokenizer, skip_prompt=True, skip_special_tokens=True)
     new = generate_ids(engine, [ids], settings, watch, streamer)[0]
     traffic = engine.generator.traffic()
     traffic.add(watch, 1, len(ids))
@@ -417,7 +428,7 @@ def answer_prompt(engine: Engine, config: Config, prompt: str) -> int:
     """Print the answer to one prompt, and nothing else, on stdout; return the exit code."""
     ids = encode(engine, prompt, config.generation.system_prompt)
     transformers.set_seed(config.training.seed)
-    _, stopped = stream_answer(engine, ids, config.generation, say)
+    _, stopped = stream_answer(engine, ids, config.generation, say, as_generated=not sys.stdout.isatty())
     return 130 if stopped else 0
 
 
@@ -447,6 +458,8 @@ def answer_file(engine: Engine, config: Config, prompts: list[Prompt], output: P
     size = batch_size(engine, config, longest + room_after(engine, longest, settings))
     start, tokens, traffic, written = time.perf_counter(), 0, engine.generator.traffic(), first
     waiting: dict[int, str] = {}
+    if first:
+        say(f"continuing {output} after {counted(first, 'answer')}, which keep the settings of the call that made them")
     bar = tqdm(total=len(prompts), initial=first, unit="prompt", disable=not sys.stderr.isatty())
     with open(output, "ab") as file, bar:
         file.truncate(good_bytes)
@@ -483,13 +496,13 @@ def demo(engine: Engine, config: Config, adapter: Path | None) -> int:
     voices = {f"base: {config.model.name}": engine.model.disable_adapter if adapter else contextlib.nullcontext}
     voices |= {f"adapter: {adapter}": contextlib.nullcontext} if adapter else {}
     for number, prompt in enumerate(DEMO_PROMPTS, 1):
-        print(f"{'=' * 80}\n[{number}/{len(DEMO_PROMPTS)}] {prompt}")
+        show(f"{'=' * 80}\n[{number}/{len(DEMO_PROMPTS)}] {prompt}")
         ids = encode(engine, prompt, config.generation.system_prompt)
         for label, voice in voices.items():
-            print(f"\n--- {label}", flush=True)
+            show(f"\n--- {label}")
             transformers.set_seed(config.training.seed)
             with voice():
-                _, stopped = stream_answer(engine, ids, config.generation, print)
+                _, stopped = stream_answer(engine, ids, config.generation, show)
             if stopped:
                 return 130
     return 0
@@ -526,7 +539,8 @@ def set_knob(talk: Conversation, key: str, value: str) -> None:
         talk.settings = dataclasses.replace(talk.settings, **change)
     for name in [key] if key else names:
         now = talk.settings[name]
-        print(f"{name} =", {None: "null", "": '""'}.get(now, now))
+        shown = {None: "null", "": '""'}.get(now, now)
+        show(f"{name} = {shown}")
 
 
 def save(talk: Conversation, path: str) -> None:
@@ -541,7 +555,7 @@ def save(talk: Conversation, path: str) -> None:
             file.write((json.dumps({"messages": system + talk.messages}, ensure_ascii=False) + "\n").encode())
     except OSError as error:
         raise ConfigError(f"/save: {error}") from None
-    print(f"added the conversation ({counted(len(talk.messages), 'message')}) to {path}")
+    show(f"added the conversation ({counted(len(talk.messages), 'message')}) to {path}")
 
 
 def command(line: str, talk: Conversation) -> bool:
@@ -585,7 +599,7 @@ def take_turn(engine: Engine, line: str, talk: Conversation) -> None:
     """Answer a line, after the conversation so far unless the engine is raw. A turn that fails changes nothing."""
     messages = [*talk.messages, {"role": "user", "content": line}]
     ids = encode(engine, line, None) if engine.raw else fitted(engine, messages, talk.settings)
-    text, _ = stream_answer(engine, ids, talk.settings, print)
+    text, _ = stream_answer(engine, ids, talk.settings, show)
     talk.messages = [*messages, {"role": "assistant", "content": text}]
 
 
@@ -595,7 +609,7 @@ def interactive(engine: Engine, config: Config, adapter: Path | None) -> int:
         import readline  # noqa: F401  # importing it gives input() line editing; Windows has its own
     talk, going_on = Conversation(config.generation), True
     how = "plain continuation, no history" if engine.raw else "chat"
-    print(f"{config.model.name} | adapter: {adapter or 'none'} | {how} | /help lists the commands", flush=True)
+    show(f"{config.model.name} | adapter: {adapter or 'none'} | {how} | /help lists the commands")
     transformers.set_seed(config.training.seed)
     while going_on:
         try:
@@ -608,7 +622,7 @@ def interactive(engine: Engine, config: Config, adapter: Path | None) -> int:
             print()
             return 0
         except ConfigError as error:
-            print("\n".join(error.problems))
+            show("\n".join(error.problems))
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             print("\nout of GPU memory: the message was dropped; use /reset, or /set a smaller max_new_tokens")
@@ -629,7 +643,7 @@ def merge(config: Config, adapter: Path, folder: Path, base: str) -> int:
     merged = merge_adapter(load_adapter(plain, adapter))
     difference = ((found := logits_on(merged, ids)) - expected).abs()
     write_folder(merged, tokenizer, folder)
-    print(
+    show(
         f"merged the {base} base and {adapter} in bfloat16; the model is in {folder}\n"
         f"largest logit difference to base + adapter on {counted(len(ids), 'token')} of text: {difference.max():.4f} "
         f"(mean {difference.mean():.4f}, logits up to {expected.abs().max():.1f}, the same most likely token at "
@@ -644,7 +658,10 @@ def merge(config: Config, adapter: Path, folder: Path, base: str) -> int:
 def run(options: argparse.Namespace, config: Config) -> int:
     """Run the mode that was chosen and return the exit code."""
     if options.rows and options.finished[0] == len(options.rows):
-        say(f"nothing left to do: {options.output} answers all of {counted(len(options.rows), 'prompt')}")
+        say(
+            f"nothing left to do: {options.output} has an answer to each of {counted(len(options.rows), 'prompt')}, made "
+            "with the adapter and settings of an earlier call; choose another --output for new answers"
+        )
         return 0
     prompt = clean(sys.stdin.read().removesuffix("\n") if options.prompt == "-" else options.prompt or "")
     if options.prompt and not prompt.strip():

@@ -27,7 +27,7 @@ from config import (
     parse_arguments,
 )
 from toolkit.earlier_run import config_with_adapter, refuse_other_run
-from toolkit.startup import before_heavy_imports, reader_gone, report
+from toolkit.startup import before_heavy_imports, reader_gone, report, visible
 
 # What --help shows first.
 EVERYDAY = ["config", "model_name", "dataset", "output_dir", "num_epochs", "learning_rate", "rank"]
@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
         if options.plan:
             return memory.print_plan(config, epoch_line)
         for line in options.notes:
-            print(line, file=sys.stderr)
+            print(visible(line), file=sys.stderr)
         if options.evaluate:
             doing = "evaluating"
             return evaluate_adapter(config, options.adapter, options.stride)
@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
         output_dir = config.training.output_dir
         return fine_tune(config, options.overwrite)
     except memory.NoFit as error:
-        print(error, file=sys.stderr)
+        print(visible(str(error)), file=sys.stderr)
         return 3
     except torch.OutOfMemoryError as error:
         report(ConfigError(f"out of GPU memory while {doing}: {str(error).splitlines()[0]}"))
@@ -249,7 +249,7 @@ def evaluate_adapter(config: Config, adapter: str | None, stride: int | None) ->
     """
     accelerator = machine.create_accelerator(config.training)
     machine.refuse_without_gpu(config, accelerator.device)
-    say = print if accelerator.is_main_process else (lambda line: None)
+    say = (lambda line: print(visible(line))) if accelerator.is_main_process else (lambda line: None)
     if quantization_utils.replaces_bf16(config):
         say(quantization_utils.SLOW_BF16)
     model, tokenizer = load_base(config, accelerator.device)

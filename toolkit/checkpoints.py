@@ -40,7 +40,7 @@ from toolkit.data_blocks import Blocks
 from toolkit.data_formats import FUNCTION
 from toolkit.earlier_run import changed_line, changed_settings, checkpoints, other_run, settings, step_of
 from toolkit.locks import exclusive
-from toolkit.startup import redact
+from toolkit.startup import redact, visible
 
 TEMPORARY, REPLACED, LOCK = ".writing-", ".replaced-", ".lock"
 FILES = ("adapter_model.safetensors", "adapter_config.json", "training_state.safetensors", "training_state.json")
@@ -408,7 +408,7 @@ class Log:
     def say(self, line: str) -> None:
         if self.silent:
             return
-        line = redact(line)
+        line = visible(redact(line))
         with contextlib.suppress(OSError), tqdm.external_write_mode():  # a closed console must not end the run
             print(line, flush=True)
         self._add("training_log.txt", line + "\n")

@@ -25,6 +25,7 @@ from toolkit.checkpoints import refusing, write_atomically, write_picture
 from toolkit.data_blocks import Blocks, batches
 from toolkit.earlier_run import settings
 from toolkit.locks import exclusive, lock_of
+from toolkit.startup import visible
 
 # ------------------------------------------------------------------------------------------------ losses on blocks
 
@@ -232,11 +233,11 @@ def compare_runs(folders: list[str], output: str) -> int:
     if len(folders) < 2:
         raise ConfigError(f"--compare: expected two folders or more, got {folders[0]}")
     runs = [read_run(Path(folder)) for folder in folders]
-    print(compare_table(runs))
+    print(visible(compare_table(runs)))
     busy = f"--output: another command is writing {output}"
     with refusing(f"--output: cannot write {output}", OSError), exclusive(lock_of(Path(output)), busy):
         plot_comparison(runs, Path(output))
-    print(f"curves are in {output}")
+    print(visible(f"curves are in {output}"))
     return 0
 
 
