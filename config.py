@@ -840,9 +840,18 @@ def build_parser(
     return parser
 
 
+# The flags that one script has beside the settings, and the other does not have.
+SCRIPTS = {
+    "train_qlora.py": ("plan", "evaluate", "stride", "compare", "overwrite"),
+    "inference_example.py": ("mode", "prompt", "prompts", "raw", "merge_base"),
+}
+
+
 def _unknown(flag: str, known: Sequence[str]) -> str:
-    """Return the message about an unknown flag: that it belongs to train_qlora.py, or which flag has a similar name."""
+    """Return the message about an unknown flag: that it belongs to another script, or which flag has a similar name."""
     word = flag.lstrip("-").replace("-", "_")
+    if owner := [script for script, flags in SCRIPTS.items() if word in flags]:
+        return f"{flag}: belongs to {owner[0]}"
     usual = word if word in SHORT else _usual(word)
     name = word if word in LEAVES else SHORT.get(usual or "")
     if name is not None and f"--{name}" not in known:

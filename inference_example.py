@@ -19,7 +19,7 @@ from typing import Any
 
 from config import Config, ConfigError, build_parser, counted, load_config, missing_model, parse_arguments
 from toolkit.earlier_run import config_with_adapter, left_by_run
-from toolkit.encodings import not_utf8
+from toolkit.encodings import check_config, not_utf8
 from toolkit.locks import exclusive, lock_of
 from toolkit.startup import before_heavy_imports, reader_gone, report, visible
 
@@ -215,6 +215,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
         with writing(options):
             pass
     given, beside = [Path(options.config)] if options.config else [], Path(__file__).with_name("config.yaml")
+    for path in given or [beside]:
+        check_config(path)
     options.adapter = find_adapter(options.adapter, given or [beside], overrides)
     if options.seed is not None:
         overrides["training.seed"] = options.seed

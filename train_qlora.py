@@ -27,6 +27,7 @@ from config import (
     parse_arguments,
 )
 from toolkit.earlier_run import config_with_adapter, refuse_other_run
+from toolkit.encodings import check_config
 from toolkit.startup import before_heavy_imports, reader_gone, report, visible
 
 # What --help shows first.
@@ -56,6 +57,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
         raise ConfigError(f"--adapter: no adapter_config.json in {options.adapter}")
     given = [Path(options.config)] if options.config else []
     beside = Path(__file__).with_name("config.yaml")
+    for path in given or [beside]:
+        check_config(path)
     if options.adapter:
         config, options.notes = config_with_adapter(Path(options.adapter), given, beside, overrides)
     else:

@@ -522,6 +522,20 @@ def test_all_problems_are_reported_together(tmp_path):
     assert [problem.split(":")[0] for problem in said] == names
 
 
+def test_a_flag_of_the_other_script_is_named_as_such():
+    import inference_example
+    import train_qlora
+
+    scripts = {"train_qlora.py": train_qlora, "inference_example.py": inference_example}
+    for script, flags in config.SCRIPTS.items():
+        (other,) = set(scripts) - {script}
+        for flag in flags:
+            assert problems(scripts[other].parse, [f"--{flag}"]) == (f"--{flag}: belongs to {script}",)
+            with pytest.raises(ConfigError) as caught:  # its own script has it, and finds something else wrong
+                scripts[script].parse([f"--{flag}", "--nowhere"])
+            assert not any(problem.startswith(f"--{flag}: ") for problem in caught.value.problems)
+
+
 def test_an_unknown_override_names_the_nearest():
     assert problems(load_config, [], {"lora.rnak": 8}) == ("lora.rnak: unknown key; did you mean lora.rank?",)
 
