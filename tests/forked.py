@@ -69,10 +69,6 @@ def watch(folder: str, report: str) -> None:
 
     def foreign(name: object) -> bool:
         name = os.fsdecode(name) if isinstance(name, str | bytes) else ""
-        if name.startswith(
-            "<"
-        ):  # `<string>`: no file; what a file of the input compiles so is seen by that file's own run
-            return False
         return "transformers_modules" in name or os.path.realpath(name).startswith(home + os.sep)
 
     def found(event: str, arguments: tuple) -> bool:
