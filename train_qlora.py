@@ -267,14 +267,34 @@ def evaluate_adapter(config: Config, adapter: str | None, stride: int | None) ->
     attention.use_causal_attention(model)
     if samples := sample_counts(blocks)[:1]:
         attention.keep_samples_apart(model, config.data.max_length, samples)
-    objective = CausalLMLoss(model.eval(), compute_dtype_of(effective))
-    sums = evaluation.evaluate_base_and_adapter(model, objective, blocks, accelerator, tokenizer.pad_token_id, say)
+    objective = evaluation_objective(model, effective)
+    together, pad = max(1, EVALUATED_TOGETHER // config.data.max_length), tokenizer.pad_token_id
+    sums = evaluation.evaluate_base_and_adapter(model, objective, blocks, accelerator, together, pad, say)
     if adapter is not None:
         result = comparison(dataset, blocks, stride, sums)
         say(difference_line(result))
         if accelerator.is_main_process:
             evaluation.save_evaluation(result, Path(adapter))
     return 0
+
+
+EVALUATED_TOGETHER = 8192  # tokens of a micro-batch, enough to fill a large GPU; a 3B needs 1.2 GiB for them
+
+
+def evaluation_objective(model: PreTrainedModel | PeftModel, config: Config) -> CausalLMLoss:
+    """Return the loss of a model in eval mode, computed as training's own evaluation computes it on this device."""
+    objective = CausalLMLoss(model.eval(), compute_dtype_of(config))
+    if model.device.type != "cuda":
+        return objective
+    free = memory.free_bytes(model.device, config.performance.memory_limit_gib)
+    objective.logit_chunk = default_logit_chunk(len(objective.head.weight), free)
+    if isinstance(model, PeftModel):
+        fast = choice.choose_fast_path(config.performance, model, objective.dtype, model.device, offload=False)
+        if fast.fused_lora:
+            layers.fuse(model, dropout.DropoutClock(0, model.device), 0.0, fast.kernels)
+        if fast.fused_lora and fast.kernels:
+            objective.chunk_loss = kernel_chunk_loss
+    return objective
 
 
 # ------------------------------------------------------------------------------------------------ set-up
@@ -651,7 +671,7 @@ def micro_batches(run: Run, numbers: np.ndarray) -> Iterator[tuple[dict[str, tor
     rank, processes = run.accelerator.process_index, run.accelerator.num_processes
     mine, pad, device = numbers[rank::processes], run.tokenizer.pad_token_id, run.accelerator.device
     for batch, tokens, positions in batches(run.blocks["train"], mine, run.plan.micro_batch, pad, device):
-        yield batch, tokens, torch.from_numpy(rank + processes * positions)
+        yield batch, int(tokens.sum()), torch.from_numpy(rank + processes * positions)
 
 
 def use_less_memory(run: Run, problem: torch.OutOfMemoryError) -> None:
