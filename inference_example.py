@@ -19,7 +19,7 @@ from typing import Any
 from config import Config, ConfigError, build_parser, counted, load_config, missing_model, parse_arguments
 from toolkit.earlier_run import config_with_adapter, left_by_run
 from toolkit.encodings import not_utf8
-from toolkit.startup import before_heavy_imports, reader_gone, report
+from toolkit.startup import before_heavy_imports, leave, reader_gone, report
 
 TAKES = ("model", "quantization", "performance", "generation")  # the other sections of config.yaml are for training
 # The flags that --help shows first.
@@ -665,4 +665,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -351,10 +351,12 @@ def load_model_and_tokenizer(
     attn_implementation: str = "sdpa",
     trust_remote_code: bool = False,
     device: torch.device | str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return a causal language model and its tokenizer, from the hub or a folder.
 
     device: by default the first GPU, or the CPU if there is none. bnb_config: None loads the weights in compute_dtype.
+    tokenizer: the model's, if it was loaded before; reading Qwen2.5's takes 0.7 s.
     A model that is stored in 4 bit keeps its own quantisation. Only safetensors weights are loaded. Raises ConfigError.
     """
     device = torch.device(device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
@@ -362,7 +364,7 @@ def load_model_and_tokenizer(
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if problems := missing_model(model_name):
         raise ConfigError(*problems)
-    tokenizer = load_tokenizer(model_name, **source)
+    tokenizer = tokenizer or load_tokenizer(model_name, **source)
     try:
         check_index(model_name, revision)
         model_config = AutoConfig.from_pretrained(model_name, **source)
@@ -423,8 +425,13 @@ def finite_tensors(path: Path) -> set[str]:
         return set(file.keys())
 
 
-def load_base(config: Config, device: torch.device, quantized: bool = True) -> tuple[PreTrainedModel, Any]:
-    """Return the configured base model and its tokenizer on the device; quantized=False: unquantised, in bfloat16."""
+def load_base(
+    config: Config, device: torch.device, quantized: bool = True, tokenizer: PreTrainedTokenizerBase | None = None
+) -> tuple[PreTrainedModel, Any]:
+    """Return the configured base model and its tokenizer on the device; quantized=False: unquantised, in bfloat16.
+
+    tokenizer: the model's, if it was loaded before.
+    """
     dtype = compute_dtype_of(config) if quantized else torch.bfloat16
     settings = vars(config.quantization) | {"compute_dtype": dtype}
     return load_model_and_tokenizer(
@@ -432,6 +439,7 @@ def load_base(config: Config, device: torch.device, quantized: bool = True) -> t
         create_bnb_config(**settings) if quantized else None,
         compute_dtype=dtype,
         device=device,
+        tokenizer=tokenizer,
         **{key: value for key, value in vars(config.model).items() if key != "name"},
     )
 

@@ -27,7 +27,7 @@ from config import (
     parse_arguments,
 )
 from toolkit.earlier_run import config_with_adapter, refuse_other_run
-from toolkit.startup import before_heavy_imports, reader_gone, report
+from toolkit.startup import before_heavy_imports, leave, reader_gone, report
 
 # What --help shows first.
 EVERYDAY = ["config", "model_name", "dataset", "output_dir", "num_epochs", "learning_rate", "rank"]
@@ -356,7 +356,7 @@ def build_run(config: Config, accelerator: Accelerator, log: checkpoints.Log, fo
     )
     with accelerator.main_process_first():
         blocks = make_blocks(prepare_dataset(config, tokenizer), tokenizer, config.data, training.seed)
-    model, _ = load_base(config, device)
+    model, _ = load_base(config, device, tokenizer=tokenizer)
     say(memory.memory_line(device))
     for line in quantization_utils.check_length(config.data.max_length, model.config):
         say(line)
@@ -790,4 +790,4 @@ def finish(run: Run) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
