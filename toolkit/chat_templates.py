@@ -40,7 +40,8 @@ class Child:
 
     def ask(self, chats: list[Messages], options: dict[str, Any]) -> list[dict[str, str]]:
         """Return an answer for each chat, as `template_child.answer` makes it, up to the first that ends the process."""
-        self.process = self.process or self.start()
+        if self.process is None or self.process.poll() is not None:  # not started, or ended from outside
+            self.process = self.start()
         started = time.monotonic()
         lines: list[bytes] = []
         try:

@@ -55,28 +55,37 @@ def test_the_text_is_that_of_transformers(tokenizer, template, prompt):
 def test_the_whole_package_gives_the_same_where_the_module_alone_does_not_import(tmp_path):
     """Another version of transformers may have moved what the short import needs."""
     program = (
-        "import sys, types; real = types.ModuleType\n"
-        "def broken(name): raise AttributeError(name)\n"
-        "types.ModuleType = broken\n"
-        "from toolkit import template_child\n"
-        "try: render = template_child.import_renderer()\n"
-        "finally: types.ModuleType = real\n"
+        "import types; from toolkit import template_child; real = types.ModuleType\n"
+        "def broken(name): types.ModuleType = real; raise AttributeError(name)\n"
+        "types.ModuleType = broken; render = template_child.import_renderer()\n"
         "print(render([[{'role': 'user', 'content': 'a'}]], chat_template='{{ messages[0].content }}')[0])"
     )
     root = Path(template_child.__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, encoding="utf-8")
     assert done.stdout == "['a']\n", done.stderr
 
 
-def test_after_a_chat_that_ends_the_process_comes_the_next(tokenizer):
+def test_after_a_chat_that_ends_the_process_comes_the_next(tokenizer, monkeypatch):
     """What was rendered before the one at fault is given, and another process renders what comes after."""
     other = with_template(tokenizer, "{{ messages[0].content }}")
-    found = render_chats(other, [CHAT])
-    assert next(found) == CHAT[0]["content"]
-    CHILD.process.kill()
-    with pytest.raises(ConfigError, match=r"tokenizer_config\.json: the chat template fails: the process .* exit code"):
-        list(render_chats(other, [CHAT]))
-    assert list(render_chats(other, [CHAT])) == [CHAT[0]["content"]]
+    expected = [CHAT[0]["content"]]
+    assert list(render_chats(other, [CHAT])) == expected
+    CHILD.process.kill()  # from outside, between two chats: not the template's fault
+    CHILD.process.wait()
+    assert list(render_chats(other, [CHAT])) == expected
+    CHILD.stop()
+    dying = [
+        sys.executable,
+        "-c",
+        'import sys; sys.stdin.readline(); print(\'{"text": "a"}\', flush=True); sys.exit(7)',
+    ]
+    process = subprocess.Popen(dying, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    monkeypatch.setattr(CHILD, "process", process)
+    found = render_chats(other, [CHAT, CHAT])
+    assert next(found) == "a"
+    with pytest.raises(ConfigError, match=r"tokenizer_config\.json: the chat template fails: .* ended \(exit code 7\)"):
+        next(found)
+    assert list(render_chats(other, [CHAT])) == expected
 
 
 def test_the_row_at_fault_is_found_among_others(tokenizer):
