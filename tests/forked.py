@@ -80,6 +80,8 @@ def watch(folder: str, report: str) -> None:
             return True
         if event == "subprocess.Popen":  # the toolkit may start itself, for what could hang or burst
             program = shutil.which(os.fsdecode(arguments[0])) or os.fsdecode(arguments[0])
+            if os.path.basename(program) == "fc-list":  # matplotlib looks for fonts once for each MPLCONFIGDIR
+                return False
             return os.path.realpath(program) != python or any(
                 foreign(word) for word in arguments[1][1:3] if os.path.exists(word)
             )

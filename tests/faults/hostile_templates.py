@@ -77,9 +77,12 @@ def adapted(
     """Return a function that puts something in the place of a template's file in an adapter's folder."""
 
     def build(folder: Path, ground: Ground) -> Attack:
-        adapter = ground.copy("finished", folder / "adapter")
+        adapter, made = ground.copy("finished", folder / "adapter"), model(folder, ground)
+        settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        settings["base_model_name_or_path"] = str(made)
+        (adapter / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
         put(adapter / name)
-        return ask("--adapter", adapter, "--model_name", model(folder, ground), *flags, says=says, codes=(code,))
+        return ask("--adapter", adapter, "--model_name", made, *flags, says=says, codes=(code,))
 
     return build
 
@@ -90,7 +93,7 @@ def wrote(content: str | bytes) -> Callable[[Path], object]:
 
 def sparse(path: Path) -> None:
     with open(path, "wb") as file:
-        file.truncate(5 * 2**30)
+        file.truncate(2**30)
 
 
 def linked_secret(path: Path) -> None:
@@ -282,7 +285,7 @@ ATTACKS: dict[str, Build] = {
     ),
     "link to itself": placed(lambda path: path.symlink_to(path), r"chat_template\.jinja: .* got a broken link"),
     "secret": placed(linked_secret, r"chat_template\.jinja: .* got a link to .*id_rsa"),
-    "five gigabytes": placed(sparse, r"chat_template\.jinja: chat_template: expected at most"),
+    "a gigabyte": placed(sparse, r"chat_template\.jinja: chat_template: expected at most"),
     "adapter division": adapted(wrote("{{ 1/0 }}"), r"adapter/chat_template\.jinja: the chat template fails"),
     "adapter loop": adapted(
         wrote(BOMBS["nested ranges"][0]), r"adapter/chat_template\.jinja: .*does not end within 10 s"
