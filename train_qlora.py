@@ -28,6 +28,7 @@ from config import (
 )
 from toolkit.earlier_run import config_with_adapter, refuse_other_run
 from toolkit.startup import before_heavy_imports, leave, reader_gone, report
+from toolkit.template_files import check_template_files
 
 # What --help shows first.
 EVERYDAY = ["config", "model_name", "dataset", "output_dir", "num_epochs", "learning_rate", "rank"]
@@ -68,6 +69,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
         problems.append(f"training.output_dir: expected a folder, got the file {config.training.output_dir}")
     if problems:
         raise ConfigError(*problems)
+    check_template_files(config.model.name)
     if not (options.plan or options.evaluate):
         refuse_other_run(config, options.overwrite)
     return options, config
@@ -107,6 +109,7 @@ from fast_path.micro_step import Learner, be_deterministic
 from fast_path.optimizers import create_optimizer
 from quantization_utils import compute_dtype_of, create_lora_config, load_base, prepare_model_for_training
 from toolkit import checkpoints, data_blocks, data_formats, earlier_run, evaluation, machine, memory, memory_plan
+from toolkit.chat_templates import adopt_template
 from toolkit.checkpoints import Found
 from toolkit.data_blocks import Blocks, batches, make_blocks, sample_counts, step_windows
 from toolkit.data_formats import load_rows, tokenize_rows
@@ -253,6 +256,7 @@ def evaluate_adapter(config: Config, adapter: str | None, stride: int | None) ->
     if quantization_utils.replaces_bf16(config):
         say(quantization_utils.SLOW_BF16)
     model, tokenizer = load_base(config, accelerator.device)
+    adopt_template(tokenizer, Path(adapter) if adapter else None)
     effective = checkpoints.effective(config, model)
     lines = checkpoints.edited_line(config, effective)
     for line in (*lines, *quantization_utils.check_length(config.data.max_length, model.config)):

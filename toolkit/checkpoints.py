@@ -547,7 +547,7 @@ def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, template: s
     an output folder means that the model has no template of its own.
     """
     exact = copy.deepcopy(tokenizer)
-    exact.chat_template = tokenizer.chat_template or template
+    exact.chat_template = template if tokenizer.chat_template is None else tokenizer.chat_template
     if not exact.is_fast:
         exact.save_pretrained(folder, save_jinja_files=False)
         return
