@@ -474,6 +474,8 @@ def start_run(run: Run, found: Found | None) -> None:
     if run.accelerator.is_main_process:
         history, template = run.progress.history, run.blocks["train"].template
         log.open(checkpoints.open_output(run.effective, history, found is None, template))
+    for line in checkpoints.secrets_line(run.effective):
+        log.say(line)
     if found is not None:
         log.say(f"resuming from {folder} at step {run.progress.step} of {run.total_steps}")
         asked = earlier_run.settings(run.config)
