@@ -224,11 +224,11 @@ from quantization_utils import (
     SLOW_BF16,
     keep_packing,
     known_positions,
-    load_adapter,
     load_base,
     quiet_libraries,
     replaces_bf16,
 )
+from toolkit.adapters import load_adapter
 from toolkit.checkpoints import edited_line, effective
 from toolkit.generation import Generator, by_length
 from toolkit.machine import no_gpu_reason
