@@ -8,10 +8,13 @@ import shutil
 
 import pytest
 
-from tests.faults import hostile_configs
+from tests.faults import hostile_adapters, hostile_configs
 from tests.faults.adversary import CODE, Ground, ask, execute, make_ground
 
-KINDS = {"configs": (hostile_configs, 6)}  # how many of a kind run every time; the rest is marked `long`
+KINDS = {
+    "configs": (hostile_configs, 6),
+    "adapters": (hostile_adapters, 18),
+}  # how many of a kind run every time; the rest is marked `long`
 
 
 def cases() -> list:
