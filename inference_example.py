@@ -228,11 +228,11 @@ from quantization_utils import (
     SLOW_BF16,
     keep_packing,
     known_positions,
-    load_adapter,
     load_base,
     quiet_libraries,
     replaces_bf16,
 )
+from toolkit.adapters import load_adapter
 from toolkit.chat_templates import CHANGES, adopt_template, changes_words, render_chats, template_file
 from toolkit.checkpoints import edited_line, effective
 from toolkit.generation import Generator, by_length

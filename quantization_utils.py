@@ -37,8 +37,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
     StrictDataclassError,
 )
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -262,6 +262,11 @@ def cannot_load(model_name: str, error: Exception) -> ConfigError:
             return known
     if problems := missing_model(model_name, ("config.json",)):
         return ConfigError(*problems)
+    if "contains custom code" in text:
+        return ConfigError(
+            f"model.trust_remote_code: {model_name} comes with Python code that it needs, which would run with all your "
+            "rights; give --trust_remote_code true if you trust it"
+        )
     if match := re.match(r"(\w+) does not support an attention implementation", text):
         return ConfigError(
             f"model.attn_implementation: {match[1]} supports neither sdpa nor flash attention here; use eager"
@@ -416,15 +421,6 @@ def check_length(max_length: int, config: PretrainedConfig) -> list[str]:
     return beyond_positions(max_length, positions)
 
 
-def finite_tensors(path: Path) -> set[str]:
-    """Return the names of the tensors in a safetensors file; raise ConfigError if a number in them is not finite."""
-    with safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118  # the file cannot be iterated like a dict
-            if not torch.isfinite(file.get_tensor(name)).all():
-                raise ConfigError(f"--adapter: {name} in {path}: expected finite numbers, got infinite ones or NaN")
-        return set(file.keys())
-
-
 def load_base(
     config: Config, device: torch.device, quantized: bool = True, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> tuple[PreTrainedModel, Any]:
@@ -456,32 +452,6 @@ def quiet_libraries() -> None:
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-
-
-def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
-    """Return the model with a folder's adapter, in eval mode; raise ConfigError if the two do not fit together."""
-    folder = Path(folder)
-    if not (folder / "adapter_config.json").is_file():
-        raise ConfigError(f"--adapter: no adapter_config.json in {folder}")
-    path = folder / "adapter_model.safetensors"
-    if not path.is_file():
-        raise ConfigError(f"--adapter: no adapter_model.safetensors in {folder} (pickled weights are not loaded)")
-    misfit = f"--adapter: {folder} does not fit {model.name_or_path}"
-    try:
-        names = finite_tensors(path)
-        with warnings.catch_warnings():
-            # peft only warns about layers that the file lacks, and ignores those that the model lacks.
-            warnings.simplefilter("ignore", UserWarning)
-            peft_model = PeftModel.from_pretrained(model, str(folder)).eval()
-    except ConfigError:
-        raise
-    except LOADING_ERRORS as error:
-        raise ConfigError(f"{misfit}: {type(error).__name__}: {' '.join(str(error).split())[:250]}") from None
-    odd = names ^ set(get_peft_model_state_dict(peft_model, save_embedding_layers=False))
-    for name in sorted(name for name in odd if "lora_" in name):
-        owner = "adapter" if name in names else "model"
-        raise ConfigError(f"{misfit}: only the {owner} has {name}")
-    return peft_model
 
 
 # ------------------------------------------------------------------------------------------------ preparation

@@ -58,7 +58,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     given = [Path(options.config)] if options.config else []
     beside = Path(__file__).with_name("config.yaml")
     if options.adapter:
-        config, options.notes = config_with_adapter(Path(options.adapter), given, beside, overrides)
+        config, options.notes = config_with_adapter(Path(options.adapter), given, beside, overrides, evaluate=True)
     else:
         config = load_config(given or [beside], overrides)
     if options.stride is not None and not 1 <= options.stride <= config.data.max_length:
@@ -109,6 +109,7 @@ from fast_path.micro_step import Learner, be_deterministic
 from fast_path.optimizers import create_optimizer
 from quantization_utils import compute_dtype_of, create_lora_config, load_base, prepare_model_for_training
 from toolkit import checkpoints, data_blocks, data_formats, earlier_run, evaluation, machine, memory, memory_plan
+from toolkit.adapters import load_adapter
 from toolkit.chat_templates import adopt_template
 from toolkit.checkpoints import Found
 from toolkit.data_blocks import Blocks, batches, make_blocks, sample_counts, step_windows
@@ -267,7 +268,7 @@ def evaluate_adapter(config: Config, adapter: str | None, stride: int | None) ->
         raise ConfigError("data.validation_fraction: nothing is held out to evaluate on")
     dataset, blocks = blocks.dataset, blocks if stride is None else data_blocks.windows_of(blocks, stride)
     if adapter is not None:
-        model = quantization_utils.load_adapter(model, adapter)
+        model = load_adapter(model, adapter)
     attention.use_causal_attention(model)
     if samples := sample_counts(blocks)[:1]:
         attention.keep_samples_apart(model, config.data.max_length, samples)
@@ -498,6 +499,8 @@ def start_run(run: Run, found: Found | None) -> None:
     if run.accelerator.is_main_process:
         history, template = run.progress.history, run.blocks["train"].template
         log.open(checkpoints.open_output(run.effective, history, found is None, template))
+    for line in checkpoints.secrets_line(run.effective):
+        log.say(line)
     if found is not None:
         log.say(f"resuming from {folder} at step {run.progress.step} of {run.total_steps}")
         asked = earlier_run.settings(run.config)

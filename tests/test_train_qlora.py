@@ -39,12 +39,12 @@ from fast_path.micro_step import be_deterministic
 from quantization_utils import (
     create_bnb_config,
     create_lora_config,
-    load_adapter,
     load_base,
     load_model_and_tokenizer,
     prepare_model_for_training,
 )
 from toolkit import evaluation, machine, memory, memory_plan
+from toolkit.adapters import load_adapter
 from toolkit.checkpoints import read_checkpoint
 from toolkit.data_formats import IGNORED, PLAIN_TEMPLATE
 from toolkit.earlier_run import checkpoints
@@ -1253,6 +1253,43 @@ def test_prepare_dataset_without_a_train_split_is_one_line(train, few, monkeypat
     monkeypatch.setattr(train_qlora, "prepare_dataset", tutorials_prepare_dataset({"test": str(few)}))
     assert train()[0] == 2
     assert "prepare_dataset" in capsys.readouterr().err
+
+
+def test_a_regular_expression_of_your_own_is_written_as_the_modules_that_it_matched(train, few, monkeypatch):
+    """In checkpoints too: whoever loads the adapter matches nothing."""
+    made = train_qlora.create_lora_config
+
+    def edited(**asked):
+        config = made(**asked)
+        config.target_modules, config.exclude_modules = r".*\.(q|v)_proj", r".*\.1\..*"
+        return config
+
+    monkeypatch.setattr(train_qlora, "create_lora_config", edited)
+    code, folder = train("--dataset", few, "--max_steps", 1)
+    assert code == 0
+    expected = [f"model.layers.{i}.self_attn.{kind}_proj" for i in (0, 2, 3) for kind in "qv"]
+    for place in (folder, folder / "checkpoint-1"):
+        found = json.loads((place / "adapter_config.json").read_text(encoding="utf-8"))
+        assert (found["target_modules"], found["exclude_modules"]) == (expected, None)
+        names = {name.split(".lora_")[0] for name in load_file(place / "adapter_model.safetensors")}
+        assert names == {f"base_model.model.{name}" for name in expected}
+    assert main(["--evaluate", "--adapter", str(folder)]) == 0
+
+
+def test_a_secret_is_not_in_the_model_card_and_config_yaml_is_named(train, few, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MY_API_KEY", "tell-nobody-17")
+    data = tmp_path / "data-tell-nobody-17.txt"
+    data.write_bytes(few.read_bytes())
+    prompt = "I am hf_abcdefghijklmnopqrstuv"
+    code, folder = train("--dataset", data, "--max_steps", 1, "--system_prompt", prompt)
+    assert code == 0
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "tell-nobody-17" not in card and "data-***.txt" in card
+    line = f"config.yaml and the checkpoints in {folder} hold what looks like a secret, in data.dataset, "
+    assert line + "generation.system_prompt: take it out before you share the folder" in capsys.readouterr().out
+    assert prompt in (folder / "config.yaml").read_text(encoding="utf-8")  # a resumed run compares it
+    code, plain = train("--dataset", few, "--max_steps", 1, output_dir=tmp_path / "plain")
+    assert code == 0 and "looks like a secret" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("targets", ["all-linear", "[lm_head, q_proj]"])
