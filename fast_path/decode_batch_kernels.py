@@ -1,4 +1,8 @@
-"""The kernels of a batch's decode step through 4-bit weights; decode_step.py says what a step is made of."""
+"""The Triton kernels of a batch's decode step through 4-bit weights, other than those of attention.
+
+decode_step.py launches them and describes the whole step. decode_kernels.py explains the order of x and its words
+(member, run); here a word holds eight consecutive 4-bit weights of a row.
+"""
 
 from fast_path.decode_kernels import _begin, _constant, _member, _place, _sum, _wait
 from fast_path.nf4 import lane_level, levels, tl, triton
@@ -8,7 +12,7 @@ from fast_path.nf4 import lane_level, levels, tl, triton
 def _words(
     codes, absmax, row, rows, start, end, WORDS: tl.constexpr, BLOCKSIZE: tl.constexpr, STEP: tl.constexpr
 ):  # fmt: skip
-    """Return words of some rows, [rows, STEP], and the constants of each eight as they are stored, [rows, STEP / 8]."""
+    """Load words of some rows, [rows, STEP], and the constant of each eight words as stored, [rows, STEP / 8]."""
     word, run = start + tl.arange(0, STEP), start // 8 + tl.arange(0, STEP // 8)
     real = (row < rows)[:, None]
     words = tl.load(codes + row[:, None] * WORDS + word[None], mask=real & (word < end)[None], other=0)
@@ -18,9 +22,9 @@ def _words(
 
 @triton.jit
 def _dots(total, words, constant, x, lut, level, dtype: tl.constexpr, SHUFFLE: tl.constexpr):
-    """Return total + W x for words of W, whose weights are rounded as the dequantised matrix's are.
+    """Return total + W x for some words of W. The weights are rounded to half precision, as in the dequantised matrix.
 
-    words: [rows, STEP]; constant: fp32 [rows, STEP / 8]; x: eight times [STEP, M]; total: fp32 [rows, M].
+    words: [rows, STEP]; constant: fp32 [rows, STEP / 8]; x: eight slices [STEP, M]; total: fp32 [rows, M].
     """
     wide: tl.constexpr = (words.shape[0], words.shape[1] // 8, 8)
     constant = tl.reshape(tl.broadcast_to(constant[:, :, None], wide), words.shape)
@@ -41,7 +45,10 @@ def _batch_product(
     dtype: tl.constexpr, K: tl.constexpr, M: tl.constexpr, NESTED: tl.constexpr, BLOCKSIZE: tl.constexpr,
     BLOCKSIZE2: tl.constexpr, STEP: tl.constexpr, SHUFFLE: tl.constexpr, OVERLAP: tl.constexpr, TWO: tl.constexpr,
 ):  # fmt: skip
-    """Return W x of the words from start to end for some rows of W and, if TWO, of a second matrix, fp32 [rows, M]."""
+    """Return W x for some rows of W and, if TWO, of a second matrix, fp32 [rows, M] each, over words start to end.
+
+    The words of the next STEP are loaded while the present ones are used, because reading them takes long.
+    """
     WORDS: tl.constexpr = K // 8
     level = lane_level(lut, SHUFFLE)
     shift = tl.load(offset) if NESTED else 0.0
@@ -58,7 +65,7 @@ def _batch_product(
         next_words2, next_constant2 = words2, constant2
         if TWO:
             next_words2, next_constant2 = _words(codes2, absmax2, row, rows, next, end, WORDS, BLOCKSIZE, STEP)
-        _wait(OVERLAP)  # every time: it keeps the compiler from putting those loads off to where they are used
+        _wait(OVERLAP)  # in every pass: it keeps the compiler from moving these loads to where they are used
         word = first + tl.arange(0, STEP)
         inside = (word < end)[:, None]
         tile = x + word[:, None] * M + tl.arange(0, M)[None]
@@ -85,9 +92,9 @@ def _batch_adapter(
     y, u, B, bias, row, rows, rank, scale, split, M: tl.constexpr, MEMBERS: tl.constexpr, RANK: tl.constexpr,
     PARTS: tl.constexpr, SPLITS: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Return y + scale B u, of this split's parts of u, and the first split's + bias; y: [rows, M].
+    """Return y + scale B u for this split's parts of u; the first split also adds the bias. y: [rows, M].
 
-    u: [PARTS, M, MEMBERS, RANK] from this member on.
+    u: [PARTS, M, MEMBERS, RANK], starting at this member.
     """
     if BIAS:
         y += tl.load(bias + row, mask=row < tl.where(split == 0, rows, 0), other=0.0).to(tl.float32)[:, None]
@@ -99,7 +106,7 @@ def _batch_adapter(
             sums += tl.load(place, mask=(j < rank)[:, None], other=0.0)
         inside = (row < rows)[:, None] & (j < rank)[None]
         b = tl.load(B + row[:, None] * rank + j[None], mask=inside, other=0.0).to(tl.float32)
-        y = tl.dot(b, sums * scale, y, input_precision="tf32x3")  # as good as fp32
+        y = tl.dot(b, sums * scale, y, input_precision="tf32x3")  # about as exact as fp32
     return y
 
 
@@ -114,10 +121,16 @@ def _batch_linear_kernel(
     BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
     SHUFFLE: tl.constexpr, HALF: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Up to three 4-bit linears with adapters that read one x of M sequences, each weight read once for all.
+    """Compute up to three 4-bit linears with their adapters on the x of M sequences, in one launch.
 
-    SWIGLU: silu(first) * second to out in the order of x. Else: fp32 [SPLITS, M, OUTPUTS] to out, shares of the
-    inputs, which the next kernel adds in their order.
+    Grid: dimension 0 takes tiles of ROWS outputs of one member, dimension 1 takes SPLITS shares of the inputs. A
+    program walks over its share in steps of STEP words. Each weight is read once and dequantised once for all
+    sequences, so the reading of weights is the limit for few sequences, and the arithmetic for many
+    (docs/measurements.md, `GPU_ROWS`).
+
+    With SWIGLU, silu(first) * second is written to out in the order of x, and there is one share. Otherwise each share
+    writes its sums to out, fp32 [SPLITS, M, OUTPUTS], and the next kernel adds them up. They are always added in the
+    same order, so the result does not depend on the order in which programs run.
     """
     _begin(OVERLAP)
     program, split = tl.program_id(0), tl.program_id(1)
@@ -158,8 +171,14 @@ def _batch_norm_kernel(
     K: tl.constexpr, M: tl.constexpr, PARTS: tl.constexpr, MEMBERS: tl.constexpr, RANK: tl.constexpr,
     ORDERED: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Total = x + parts, RMS norm of it and u [M, MEMBERS, RANK] = A norm(total): a program for each sequence and
-    member. x, total: [sequences, K]; parts: fp32 [PARTS, M, K].
+    """Add up the residual (total = x + parts), and write its RMS norm and u = A norm(total) of the next adapters.
+
+    Grid: sequences, members. Every program computes the norm of its sequence in one tile of BLOCK numbers, since each
+    member's adapter needs it; only the program of member 0 writes total and the norm. It then takes its member's A in
+    tiles of TILE rows. Each number of A is read once per sequence, for one multiplication and addition.
+
+    x, total: [sequences, K]; parts: fp32 [PARTS, M, K]; u: [M, MEMBERS, RANK]. With ORDERED the norm is written in the
+    order of `_place`, otherwise as [sequences, K].
     """
     _begin(OVERLAP)
     sequence, member = tl.program_id(0), tl.program_id(1)
@@ -196,7 +215,12 @@ def _batch_norm_kernel(
 def _batch_inner_kernel(
     x, A, u, rank, K: tl.constexpr, M: tl.constexpr, RANK: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
 ):  # fmt: skip
-    """u [parts, M, RANK], whose parts add up to A x: a program for each BLOCK of inputs. x: in the order above."""
+    """Compute u [parts, M, RANK], whose parts add up to A x, for the down projection's adapter.
+
+    One-dimensional grid: each program takes BLOCK inputs, all RANK rows of A and all M sequences. A and x are read
+    once, and the inputs are split among programs because the rows of A alone are too few to occupy a GPU. x: in the order
+    of `_place`.
+    """
     _begin(OVERLAP)
     part = tl.program_id(0)
     j, m = tl.arange(0, RANK), tl.arange(0, M)
