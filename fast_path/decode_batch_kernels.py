@@ -218,8 +218,8 @@ def _batch_inner_kernel(
     """Compute u [parts, M, RANK], whose parts add up to A x, for the down projection's adapter.
 
     One-dimensional grid: each program takes BLOCK inputs, all RANK rows of A and all M sequences. A and x are read
-    once, and the inputs are split among programs because the rows of A alone are too few to occupy a GPU. x: in the order
-    of `_place`.
+    once, and the inputs are split among programs because the rows of A alone are too few to occupy a GPU. x: in the
+    order of `_place`.
     """
     _begin(OVERLAP)
     part = tl.program_id(0)
