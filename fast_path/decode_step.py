@@ -10,9 +10,10 @@ products on tensor cores; all norms and the adapter of down_proj then have kerne
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import bitsandbytes as bnb
 import torch
@@ -96,7 +97,8 @@ class Member:
         self.offset = state.offset if nested else self.absmax
         self.code2 = state.state2.code if nested else self.absmax
         self.kind = nested, state.blocksize, state.state2.blocksize if nested else 1, state.quant_type
-        self.A = self.B = None
+        self.A: torch.Tensor | None = None
+        self.B: torch.Tensor | None = None
         self.rank, self.scale = 0, 0.0
         if module is not base:
             self._adapter(module, name)
@@ -139,13 +141,15 @@ def _options() -> dict[str, bool]:
 
 
 class Linears:
-    """Up to three linears that read the same x, computed in one launch.
+    """Up to three linears that read the same x, as the kernels of one launch read them. Subclasses launch the kernels.
 
     The previous launch writes the attribute x, in the order of `_place`, and this launch reads it. mode: see
     `_linear_kernel`. norm: the norm of x, if x is only hidden times this norm's factor. parts: the number of sums that
     u = A x is split into. alone: whether the previous launch writes u as well; otherwise this object computes it. m:
     the M of the kernels.
     """
+
+    splits = 1  # the number of parts in which the launch writes its sums
 
     def __init__(
         self, modules: dict[str, nn.Module], mode: str, dtype: torch.dtype, norm: Norm | None = None, parts: int = 1,
@@ -188,6 +192,10 @@ class Linears:
             HALF=tl.bfloat16 if dtype is torch.bfloat16 else tl.float16, **_options(),
         )  # fmt: skip
 
+
+class SingleLinears(Linears):
+    """Linears for one sequence: products of a matrix and a vector."""
+
     def adapters(self, warps: int, most: float) -> dict[str, int]:
         """Return the layout of the programs that compute u = A x, and 1 / root mean square if x still needs the norm.
 
@@ -225,7 +233,7 @@ class Linears:
         return programs, some and light, adapters | options | {"ADAPTERS": apart}
 
     def __call__(
-        self, hidden: torch.Tensor, out: torch.Tensor, before: "Linears", follow: "Linears | None" = None
+        self, hidden: torch.Tensor, out: torch.Tensor, before: "SingleLinears", follow: "SingleLinears | None" = None
     ) -> None:
         """Launch the kernels.
 
@@ -250,7 +258,7 @@ class Linears:
 
 
 class BatchLinears(Linears):
-    """Up to three linears that read the same x of a batch, computed in one launch.
+    """Linears for a batch: matrix products on tensor cores.
 
     Unless the mode is "swiglu", it writes `splits` parts of its sums, [splits, m, outputs]; the next kernel adds them
     up.
@@ -330,10 +338,14 @@ class Scratch(NamedTuple):
     parts: torch.Tensor  # fp32 [splits, m, width]; used for a batch only
 
 
-class Layer:
-    """A decoder layer for one sequence: its weights, its part of the cache, and its seven launches."""
+Kind = TypeVar("Kind", bound=Linears)
 
-    kind, chunk = Linears, CHUNK
+
+class Layer(Generic[Kind]):
+    """A decoder layer: its weights, its part of the cache, and its attention. Subclasses launch a whole layer."""
+
+    kind: type[Kind]  # the class of its linears
+    chunk: int  # inputs per program of u = A x in down_proj
 
     def __init__(self, layer: nn.Module, cache: Any, dtype: torch.dtype):
         _check_layer(layer, cache)
@@ -341,9 +353,12 @@ class Layer:
         sequences, kv_heads, length, size = cache.keys.shape
         self.m = m = 1 if sequences == 1 else max(16, triton.next_power_of_2(sequences))
 
-        def linears(owner: nn.Module, names: Iterable[str], mode: str, *arguments: Any, **keywords: Any) -> Linears:
+        def linears(
+            owner: nn.Module, names: Iterable[str], mode: str, norm: Norm | None = None, parts: int = 1,
+            alone: bool = False,
+        ) -> Kind:  # fmt: skip
             modules = {name: getattr(owner, name) for name in names}
-            return self.kind(modules, mode, dtype, *arguments, m=m, **keywords)
+            return self.kind(modules, mode, dtype, norm, parts, alone, m)
 
         self.norms = Norm(layer.input_layernorm), Norm(layer.post_attention_layernorm)
         self.keys, self.values = cache.keys, cache.values
@@ -363,18 +378,17 @@ class Layer:
         self.shape = dict(
             HEADS=heads, KV_HEADS=kv_heads, HALF=size // 2, GROUP=max(16, triton.next_power_of_2(heads // kv_heads)),
             SPLITS=splits, POSITIONS=LAYOUT.positions, NORM=hasattr(attention, "q_norm"), M=m,
-            PARTS=getattr(self.qkv, "splits", 1),
+            PARTS=self.qkv.splits,
         )  # fmt: skip
 
     def scratch(self) -> Scratch:
         new = functools.partial(torch.zeros, device=self.keys.device, dtype=torch.float32)
         sequences, shares = len(self.keys), (self.shape["HEADS"], self.shape["SPLITS"])
-        splits = max(getattr(linears, "splits", 1) for linears in (self.out, self.down))
         return Scratch(
             qkv=new(self.shape["PARTS"], self.m, sum(self.qkv.rows)),
             mixed=new(sequences, *shares, self.keys.shape[3]),
             logs=new(sequences, *shares),
-            parts=new(splits, self.m, self.out.rows[0]),
+            parts=new(max(self.out.splits, self.down.splits), self.m, self.out.rows[0]),
         )
 
     def attend(self, position: torch.Tensor, starts: torch.Tensor, rotary: list, scratch: Scratch) -> None:
@@ -393,9 +407,15 @@ class Layer:
             TILE=min(max(out.rank, 1), 16), num_warps=4, **_options(),
         )  # fmt: skip
 
+
+class SingleLayer(Layer[SingleLinears]):
+    """A decoder layer for one sequence, in seven launches."""
+
+    kind, chunk = SingleLinears, CHUNK
+
     def __call__(
-        self, hidden: torch.Tensor, position: torch.Tensor, rotary: list, scratch: Scratch, before: Linears,
-        follow: Linears | None,
+        self, hidden: torch.Tensor, position: torch.Tensor, rotary: list, scratch: Scratch,
+        before: SingleLinears, follow: SingleLinears | None,
     ) -> None:  # fmt: skip
         """Add the layer's output to hidden, [width], in place.
 
@@ -409,8 +429,8 @@ class Layer:
         self.down(hidden, follow.x if follow else hidden, self.gate_up, follow)
 
 
-class BatchLayer(Layer):
-    """A decoder layer for a batch: its weights, its part of the cache, and its nine launches."""
+class BatchLayer(Layer[BatchLinears]):
+    """A decoder layer for a batch, in nine launches."""
 
     kind, chunk = BatchLinears, BATCH_CHUNK
 
@@ -467,8 +487,11 @@ class DecodeStep:
         _check(len(decoder.layers) == len(cache.layers), "the cache has another number of layers than the model")
         _check(cache.layers[0].is_initialized, "the cache has no tensors yet; see its early_initialization")
         sequences = len(cache.layers[0].keys)
-        kind = Layer if sequences == 1 else BatchLayer
-        self.layers = [kind(*pair, dtype) for pair in zip(decoder.layers, cache.layers, strict=True)]
+        pairs = list(zip(decoder.layers, cache.layers, strict=True))
+        # One of these is empty.
+        self.single_layers = [SingleLayer(*pair, dtype) for pair in pairs] if sequences == 1 else []
+        self.batch_layers = [BatchLayer(*pair, dtype) for pair in pairs] if sequences > 1 else []
+        self.layers: list[Layer] = [*self.single_layers, *self.batch_layers]
         kinds = {(layer.keys.shape, layer.keys.dtype, layer.keys.device, layer.qkv.x.device) for layer in self.layers}
         _check(
             kinds == {(self.layers[0].keys.shape, dtype, device, device)},
@@ -486,19 +509,17 @@ class DecodeStep:
     @torch.no_grad()
     def __call__(self, ids: torch.Tensor, position: torch.Tensor, starts: torch.Tensor | None = None) -> torch.Tensor:
         hidden = self.embedding(ids)[:, 0]
-        if len(self.last) == 1:
-            first = self.layers[0].qkv
+        if self.single_layers:
+            first, before = self.single_layers[0].qkv, self.single_layers[-1].down
             _norm(hidden, first.norm, first.x, first=True)
-            before = self.layers[-1].down
-            for layer, follow in zip(self.layers, [*self.layers[1:], None], strict=True):
-                layer(hidden[0], position, self.rotary, self.scratch, before, follow and follow.qkv)
+            for layer, follow in itertools.zip_longest(self.single_layers, self.single_layers[1:]):
+                layer(hidden[0], position, self.rotary, self.scratch, before, follow.qkv if follow else None)
                 before = layer.down
             _norm(hidden, self.norm, self.last)
         else:
             other, parts = torch.empty_like(hidden), self.scratch.parts[:0]
-            for layer in self.layers:
-                parts = layer(
-                    hidden, other, parts, position, self.starts if starts is None else starts, self.rotary, self.scratch
-                )
+            starts = self.starts if starts is None else starts
+            for batch_layer in self.batch_layers:
+                parts = batch_layer(hidden, other, parts, position, starts, self.rotary, self.scratch)
             _batch_norm(hidden, parts, other, self.norm, self.last)
         return self.head(self.last)[:, 0].float()
