@@ -4,7 +4,14 @@ decode_step.py launches them and describes the whole step. decode_kernels.py exp
 (member, run); here a word holds eight consecutive 4-bit weights of a row.
 """
 
-from fast_path.decode_kernels import _begin, _constant, _member, _place, _sum, _wait
+from fast_path.decode_kernels import (
+    find_member,
+    input_place,
+    let_next_kernel_start,
+    quantisation_constants,
+    sum_of_parts,
+    wait_for_earlier_kernels,
+)
 from fast_path.nf4 import lane_level, levels, tl, triton
 
 
@@ -65,7 +72,8 @@ def _batch_product(
         next_words2, next_constant2 = words2, constant2
         if TWO:
             next_words2, next_constant2 = _words(codes2, absmax2, row, rows, next, end, WORDS, BLOCKSIZE, STEP)
-        _wait(OVERLAP)  # in every pass: it keeps the compiler from moving these loads to where they are used
+        # In every pass, since it keeps the compiler from moving these loads to where they are used.
+        wait_for_earlier_kernels(OVERLAP)
         word = first + tl.arange(0, STEP)
         inside = (word < end)[:, None]
         tile = x + word[:, None] * M + tl.arange(0, M)[None]
@@ -78,10 +86,10 @@ def _batch_product(
         run = first // 8 + tl.arange(0, STEP // 8)
         block = (row[:, None] * (WORDS // 8) + run[None]) * 64 // BLOCKSIZE
         real = (row < rows)[:, None] & (run * 8 < end)[None]
-        constant = _constant(constant, second, shift, code2, block, real, NESTED, BLOCKSIZE2)
+        constant = quantisation_constants(constant, second, shift, code2, block, real, NESTED, BLOCKSIZE2)
         total = _dots(total, words, constant, slices, lut, level, dtype, SHUFFLE)
         if TWO:
-            constant2 = _constant(constant2, second2, shift2, code2, block, real, NESTED, BLOCKSIZE2)
+            constant2 = quantisation_constants(constant2, second2, shift2, code2, block, real, NESTED, BLOCKSIZE2)
             total2 = _dots(total2, words2, constant2, slices, lut, level, dtype, SHUFFLE)
         words, constant, words2, constant2 = next_words, next_constant, next_words2, next_constant2
     return total, total2
@@ -111,7 +119,7 @@ def _batch_adapter(
 
 
 @triton.jit(do_not_specialize=["rank0", "rank1", "rank2"])
-def _batch_linear_kernel(
+def batch_linear_kernel(
     x, u, out, lut, code2,
     codes0, absmax0, second0, offset0, bias0, B0, rows0, rank0, scale0,
     codes1, absmax1, second1, offset1, bias1, B1, rows1, rank1, scale1,
@@ -132,12 +140,12 @@ def _batch_linear_kernel(
     writes its sums to out, fp32 [SPLITS, M, OUTPUTS], and the next kernel adds them up. They are always added in the
     same order, so the result does not depend on the order in which programs run.
     """
-    _begin(OVERLAP)
+    let_next_kernel_start(OVERLAP)
     program, split = tl.program_id(0), tl.program_id(1)
     first_outputs = 0
     member = 0
     if not SWIGLU:
-        program, first_outputs, member, codes0, absmax0, second0, offset0, bias0, B0, rows0, rank0, scale0 = _member(
+        program, first_outputs, member, codes0, absmax0, second0, offset0, bias0, B0, rows0, rank0, scale0 = find_member(
             program, ROWS,
             codes0, absmax0, second0, offset0, bias0, B0, rows0, rank0, scale0,
             codes1, absmax1, second1, offset1, bias1, B1, rows1, rank1, scale1,
@@ -159,14 +167,14 @@ def _batch_linear_kernel(
             up, u + RANK, B1, bias1, row, rows1, rank1, scale1, split, M, MEMBERS, RANK, PARTS, SPLITS, BIAS
         )  # fmt: skip
         y = (y / (1.0 + tl.exp(-y)) * up).to(HALF)
-        tl.store(out + _place(row[:, None], OUTPUTS, M, m[None]), y, mask=inside)
+        tl.store(out + input_place(row[:, None], OUTPUTS, M, m[None]), y, mask=inside)
     else:
         place = (split * M + m)[None] * OUTPUTS + first_outputs + row[:, None]
         tl.store(out + place, y, mask=inside)
 
 
 @triton.jit(do_not_specialize=["rank0", "rank1", "rank2"])
-def _batch_norm_kernel(
+def batch_norm_kernel(
     x, parts, weight, total, out, u, A0, A1, A2, rank0, rank1, rank2, eps,
     K: tl.constexpr, M: tl.constexpr, PARTS: tl.constexpr, MEMBERS: tl.constexpr, RANK: tl.constexpr,
     ORDERED: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, OVERLAP: tl.constexpr,
@@ -178,18 +186,18 @@ def _batch_norm_kernel(
     tiles of TILE rows. Each number of A is read once per sequence, for one multiplication and addition.
 
     x, total: [sequences, K]; parts: fp32 [PARTS, M, K]; u: [M, MEMBERS, RANK]. With ORDERED the norm is written in the
-    order of `_place`, otherwise as [sequences, K].
+    order of `input_place`, otherwise as [sequences, K].
     """
-    _begin(OVERLAP)
+    let_next_kernel_start(OVERLAP)
     sequence, member = tl.program_id(0), tl.program_id(1)
     dtype = out.dtype.element_ty
     k = tl.arange(0, BLOCK)
     inside = k < K
     factor = tl.load(weight + k, mask=inside, other=0.0).to(tl.float32)
-    _wait(OVERLAP)
+    wait_for_earlier_kernels(OVERLAP)
     value = tl.load(x + sequence * K + k, mask=inside, other=0.0).to(tl.float32)
     if PARTS > 0:
-        value += _sum(parts + sequence * K + k, inside, PARTS, M * K)
+        value += sum_of_parts(parts + sequence * K + k, inside, PARTS, M * K)
     value = value.to(dtype)
     if member == 0:
         tl.store(total + sequence * K + k, value, mask=inside)
@@ -197,7 +205,7 @@ def _batch_norm_kernel(
     value = (value * tl.rsqrt(tl.sum(value * value) / K + eps)).to(dtype).to(tl.float32)
     value = (value * factor).to(dtype)
     if member == 0:
-        tl.store(out + (_place(k, K, M, sequence) if ORDERED else sequence * K + k), value, mask=inside)
+        tl.store(out + (input_place(k, K, M, sequence) if ORDERED else sequence * K + k), value, mask=inside)
     if RANK > 0:
         if member == 2:
             A0, rank0 = A2, rank2
@@ -212,22 +220,22 @@ def _batch_norm_kernel(
 
 
 @triton.jit
-def _batch_inner_kernel(
+def batch_inner_kernel(
     x, A, u, rank, K: tl.constexpr, M: tl.constexpr, RANK: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
 ):  # fmt: skip
     """Compute u [parts, M, RANK], whose parts add up to A x, for the down projection's adapter.
 
     One-dimensional grid: each program takes BLOCK inputs, all RANK rows of A and all M sequences. A and x are read
     once, and the inputs are split among programs because the rows of A alone are too few to occupy a GPU. x: in the
-    order of `_place`.
+    order of `input_place`.
     """
-    _begin(OVERLAP)
+    let_next_kernel_start(OVERLAP)
     part = tl.program_id(0)
     j, m = tl.arange(0, RANK), tl.arange(0, M)
     word = part * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
     inside = word < K // 8
     total = tl.zeros((RANK, M), tl.float32)
-    _wait(OVERLAP)
+    wait_for_earlier_kernels(OVERLAP)
     for i in tl.static_range(8):
         a = tl.load(A + j[:, None] * K + word[None] * 8 + i, mask=(j < rank)[:, None] & inside[None], other=0.0)
         value = tl.load(x + (i * (K // 8) + word)[:, None] * M + m[None], mask=inside[:, None], other=0.0)

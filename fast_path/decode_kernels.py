@@ -20,21 +20,21 @@ from fast_path.nf4 import lane_level, levels, tl, triton
 
 
 @triton.jit
-def _begin(OVERLAP: tl.constexpr):
-    """Let the next kernel start as soon as there is room for it. It loads weights, then waits in `_wait`."""
+def let_next_kernel_start(OVERLAP: tl.constexpr):
+    """Let the next kernel start as soon as there is room for it. It first loads weights and then waits."""
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
-def _wait(OVERLAP: tl.constexpr):
+def wait_for_earlier_kernels(OVERLAP: tl.constexpr):
     """Wait until everything that earlier kernels wrote is in memory. Before this call only weights may be read."""
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
-def _place(k, K: tl.constexpr, M: tl.constexpr = 1, m=0):
+def input_place(k, K: tl.constexpr, M: tl.constexpr = 1, m=0):
     """Return the place of input k of sequence m of M, in the order described above."""
     if M > 1:
         return (k % 8 * (K // 8) + k // 8) * M + m
@@ -44,7 +44,7 @@ def _place(k, K: tl.constexpr, M: tl.constexpr = 1, m=0):
 
 @triton.jit
 def _input(place, K: tl.constexpr):
-    """Return the input at a place of x for one sequence: the inverse of `_place`."""
+    """Return the input at a place of x for one sequence: the inverse of `input_place`."""
     run = place // 8 % (K // 64) * 64 + place // (K // 2) * 32
     return run + place // 2 % 4 * 8 + place // (K // 8) % 4 * 2 + place % 2
 
@@ -135,7 +135,7 @@ def _half(total, words, x0, x1, x2, x3, lut, level, dtype: tl.constexpr, SHUFFLE
 
 
 @triton.jit
-def _constant(code, second, shift, code2, block, real, NESTED: tl.constexpr, BLOCKSIZE2: tl.constexpr):
+def quantisation_constants(code, second, shift, code2, block, real, NESTED: tl.constexpr, BLOCKSIZE2: tl.constexpr):
     """Return the quantisation constants of blocks of weights, fp32.
 
     code: with NESTED (double quantisation) the 8-bit code of the constant, otherwise the constant itself.
@@ -283,7 +283,7 @@ def _add(hidden, out, weight, row, rows, y, OUTPUTS: tl.constexpr, NEXT: tl.cons
     tl.store(hidden + row, y, mask=row < rows)
     if NEXT:
         factor = tl.load(weight + row, mask=row < rows, other=0.0).to(tl.float32)
-        tl.store(out + _place(row, OUTPUTS), (y.to(tl.float32) * factor).to(y.dtype), mask=row < rows)
+        tl.store(out + input_place(row, OUTPUTS), (y.to(tl.float32) * factor).to(y.dtype), mask=row < rows)
 
 
 @triton.jit
@@ -291,10 +291,10 @@ def _leave(
     hidden, out, weight, row, row1, rows, rows1, y, y1, MODE: tl.constexpr, OUTPUTS: tl.constexpr,
     NEXT: tl.constexpr, TWO: tl.constexpr,
 ):  # fmt: skip
-    """Write the outputs of some rows and, if TWO, of row1, in the way that `_linear_kernel` describes for MODE."""
+    """Write the outputs of some rows and, if TWO, of row1, in the way that `linear_kernel` describes for MODE."""
     if MODE == "swiglu":
         y = y / (1.0 + tl.exp(-y)) * y1
-        tl.store(out + _place(row, OUTPUTS), y.to(out.dtype.element_ty), mask=row < rows)
+        tl.store(out + input_place(row, OUTPUTS), y.to(out.dtype.element_ty), mask=row < rows)
     elif MODE == "stack":
         tl.store(out + row, y, mask=row < rows)
     else:
@@ -304,7 +304,7 @@ def _leave(
 
 
 @triton.jit
-def _member(
+def find_member(
     program, EACH: tl.constexpr,
     codes0, absmax0, second0, offset0, bias0, B0, rows0, rank0, scale0,
     codes1, absmax1, second1, offset1, bias1, B1, rows1, rank1, scale1,
@@ -358,7 +358,7 @@ def _adapter_program(
     real = (j < rank0)[:, None]
     a = tl.load(rows + (place if NORM else _input(place, K))[None], mask=real & (place < K)[None], other=0.0)
     factor = tl.load(weight + place, mask=place < K, other=0.0) if NORM else 1.0
-    _wait(OVERLAP)
+    wait_for_earlier_kernels(OVERLAP)
     if program == 0:
         tl.store(count_before, 0)
     products = tl.zeros((TAKE, BLOCK), tl.float32)
@@ -388,7 +388,7 @@ def _adapter_program(
 
 
 @triton.jit(do_not_specialize=["rank0", "rank1", "rank2"])
-def _adapter_kernel(
+def adapter_kernel(
     x, hidden, weight, eps, scale, u, inverse, count, count_before, A0, A1, A2, rank0, rank1, rank2,
     K: tl.constexpr, MEMBERS: tl.constexpr, RANK: tl.constexpr, TAKE: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK: tl.constexpr, NORM: tl.constexpr, OVERLAP: tl.constexpr,
@@ -399,7 +399,7 @@ def _adapter_kernel(
     number of A is read once, for one multiplication and addition. It is a launch of its own where the programs of the
     product are short, since these would need u before it is ready.
     """
-    _begin(OVERLAP)
+    let_next_kernel_start(OVERLAP)
     _adapter_program(
         tl.program_id(0), x, hidden, weight, eps, scale, u, inverse, count, count_before, A0, A1, A2, rank0, rank1,
         rank2, K, MEMBERS, RANK, TAKE, CHUNK, BLOCK, NORM, False, OVERLAP,
@@ -407,7 +407,7 @@ def _adapter_kernel(
 
 
 @triton.jit(do_not_specialize=["rank0", "rank1", "rank2"])  # to Triton a rank of 1 would be of another type than 0
-def _linear_kernel(
+def linear_kernel(
     x, hidden, weight, eps, scale, u, inverse, count, count_before, out, next_weight, lut, code2, A0, A1, A2,
     codes0, absmax0, second0, offset0, bias0, B0, rows0, rank0, scale0,
     codes1, absmax1, second1, offset1, bias1, B1, rows1, rank1, scale1,
@@ -431,10 +431,10 @@ def _linear_kernel(
     an earlier launch has computed them, ADAPTERS is 0.
 
     MODE says where the outputs go. "stack": to out, fp32 [outputs of all members]. "residual": they are added to
-    hidden, and with NEXT hidden times next_weight is written to out in the order of `_place`. "swiglu": silu(first) *
-    second is written to out in that order.
+    hidden, and with NEXT hidden times next_weight is written to out in the order of `input_place`. "swiglu":
+    silu(first) * second is written to out in that order.
     """
-    _begin(OVERLAP)
+    let_next_kernel_start(OVERLAP)
     program = tl.program_id(0)
     if program < ADAPTERS:
         _adapter_program(
@@ -451,7 +451,7 @@ def _linear_kernel(
     MORE: tl.constexpr = LOOP * PIECES > 1
     WIDTH: tl.constexpr = RANK if RANK > BLOCKS else BLOCKS
     if MODE == "stack":
-        program, first_outputs, member, codes0, absmax0, second0, offset0, bias0, B0, rows0, rank0, scale0 = _member(
+        program, first_outputs, member, codes0, absmax0, second0, offset0, bias0, B0, rows0, rank0, scale0 = find_member(
             program, ROWS * LOOP,
             codes0, absmax0, second0, offset0, bias0, B0, rows0, rank0, scale0,
             codes1, absmax1, second1, offset1, bias1, B1, rows1, rank1, scale1,
@@ -475,7 +475,7 @@ def _linear_kernel(
     b, bias, b1, bias1_ = _two_adapters(
         B0, bias0, rows0, rank0, B1, bias1, rows1, rank1, row, half, RANK, WIDTH, BIAS, TWO
     )  # fmt: skip
-    _wait(OVERLAP)
+    wait_for_earlier_kernels(OVERLAP)
     pairs = x.to(tl.pointer_type(tl.int32))
     inputs = _inputs(pairs, 0, RUNS, BLOCKS)  # if there is only one piece, they stay in registers
     HERE: tl.constexpr = ADAPTERS == 0  # the results of `_adapter_program` are in memory already
@@ -538,31 +538,31 @@ def _linear_kernel(
 
 
 @triton.jit
-def _norm_kernel(
+def norm_kernel(
     x, weight, out, eps, K: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
 ):  # fmt: skip
-    """Write the RMS norm of x; with FIRST, write x times the weight alone, in the order of `_place`.
+    """Write the RMS norm of x; with FIRST, write x times the weight alone, in the order of `input_place`.
 
     A single program takes all of x in one tile of BLOCK numbers: this is little work, and a step launches this kernel
     only twice. The first launch (FIRST) makes the x of the first product, the second one is the norm before the head;
     all norms in between are part of other kernels.
     """
-    _begin(OVERLAP)
+    let_next_kernel_start(OVERLAP)
     k = tl.arange(0, BLOCK)
     inside = k < K
     factor = tl.load(weight + k, mask=inside, other=0.0).to(tl.float32)
-    _wait(OVERLAP)
+    wait_for_earlier_kernels(OVERLAP)
     dtype = out.dtype.element_ty
     value = tl.load(x + k, mask=inside, other=0.0).to(tl.float32)
     if FIRST:
-        tl.store(out + _place(k, K), (value * factor).to(dtype), mask=inside)
+        tl.store(out + input_place(k, K), (value * factor).to(dtype), mask=inside)
     else:
         value = (value * tl.rsqrt(tl.sum(value * value) / K + eps)).to(dtype).to(tl.float32)
         tl.store(out + k, (value * factor).to(dtype), mask=inside)
 
 
 @triton.jit
-def _sum(x, mask, PARTS: tl.constexpr, STRIDE: tl.constexpr):
+def sum_of_parts(x, mask, PARTS: tl.constexpr, STRIDE: tl.constexpr):
     """Load PARTS tensors that are STRIDE apart and return their sum."""
     total = tl.load(x, mask=mask, other=0.0)
     for part in tl.static_range(1, PARTS):
@@ -579,8 +579,8 @@ def _rotated(
     rows: which heads exist, bool [heads, 1].
     """
     j = tl.arange(0, HALF)[None]
-    first = _sum(x + j, rows, PARTS, STRIDE)
-    second = _sum(x + HALF + j, rows, PARTS, STRIDE)
+    first = sum_of_parts(x + j, rows, PARTS, STRIDE)
+    second = sum_of_parts(x + HALF + j, rows, PARTS, STRIDE)
     if NORM:
         square = tl.sum(first * first, 1) + tl.sum(second * second, 1)
         inverse = tl.rsqrt(square / (2 * HALF) + eps)[:, None]
@@ -617,7 +617,7 @@ def _softened(score, value, top, weight, total):
 
 
 @triton.jit
-def _attention_kernel(
+def attention_kernel(
     qkv, keys, values, position, starts, cos, sin, q_weight, k_weight, mixed, logs, eps, scale, stride,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr, SPLITS: tl.constexpr,
     POSITIONS: tl.constexpr, NORM: tl.constexpr, M: tl.constexpr, PARTS: tl.constexpr, OVERLAP: tl.constexpr,
@@ -631,12 +631,12 @@ def _attention_kernel(
     whole tiles allow.
 
     Each share writes its mean of the values to mixed [HEADS, SPLITS, 2 HALF] and the base-2 logarithm of its sum of
-    weights to logs [HEADS, SPLITS], -inf if it has no positions; `_combine_kernel` puts them together. qkv: fp32
+    weights to logs [HEADS, SPLITS], -inf if it has no positions; `combine_kernel` puts them together. qkv: fp32
     [PARTS, M, outputs], whose parts are added up here; keys, values: [KV_HEADS, stride, 2 HALF]. With several sequences
     (M > 1) mixed, logs, keys and values have one more dimension in front, and each sequence uses the cache, and counts
     positions, from its own `starts` on.
     """
-    _begin(OVERLAP)
+    let_next_kernel_start(OVERLAP)
     kv, split = tl.program_id(0), tl.program_id(1)
     dtype = keys.dtype.element_ty
     SIZE: tl.constexpr = 2 * HALF
@@ -663,7 +663,7 @@ def _attention_kernel(
     end = tl.minimum(start + share, here + 1)
     n = start + tl.arange(0, POSITIONS)
     next1, next2, next_value = _tile(keys, values, n, tl.minimum(here, end), j, wide, SIZE, HALF)
-    _wait(OVERLAP)
+    wait_for_earlier_kernels(OVERLAP)
     group = tl.arange(0, GROUP)
     head = kv * EACH + group
     real = (group < EACH)[:, None]
@@ -673,7 +673,7 @@ def _attention_kernel(
     one = (tl.arange(0, 1) < 1)[:, None]
     k1, k2 = _rotated(new, k_weight, c, s, eps, one, NORM, HALF, PARTS, M * OUTPUTS)
     k1, k2 = k1.to(dtype), k2.to(dtype)
-    v = _sum(qkv + (HEADS + KV_HEADS + kv) * SIZE + wide, one, PARTS, M * OUTPUTS).to(dtype)
+    v = sum_of_parts(qkv + (HEADS + KV_HEADS + kv) * SIZE + wide, one, PARTS, M * OUTPUTS).to(dtype)
     top = tl.full((GROUP,), -float("inf"), tl.float32)
     weight = tl.zeros((GROUP,), tl.float32)
     total = tl.zeros((GROUP, SIZE), tl.float32)
@@ -699,18 +699,18 @@ def _attention_kernel(
 
 
 @triton.jit
-def _combine_kernel(
+def combine_kernel(
     mixed, logs, position, starts, out, A, u, rank, K: tl.constexpr, M: tl.constexpr, SIZE: tl.constexpr,
     SPLITS: tl.constexpr, POSITIONS: tl.constexpr, RANK: tl.constexpr, TILE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Combine the shares of attention to o_proj's x, and compute each head's part of u = A x for o_proj's adapter.
 
     Grid: heads, sequences. A program reads the SPLITS means of its head, weighs them by their sums of weights, and
-    writes SIZE numbers of x in the order of `_place`. From these it computes its part of u [heads, M, RANK], whose
+    writes SIZE numbers of x in the order of `input_place`. From these it computes its part of u [heads, M, RANK], whose
     parts add up to A x, in tiles of TILE rows of A. It does so here because it has x in registers. Every number is read
     once, for one multiplication and addition.
     """
-    _begin(OVERLAP)
+    let_next_kernel_start(OVERLAP)
     head, sequence = tl.program_id(0), tl.program_id(1)
     dtype = out.dtype.element_ty
     split, wide, j = tl.arange(0, SPLITS), tl.arange(0, SIZE), tl.arange(0, TILE)
@@ -725,13 +725,13 @@ def _combine_kernel(
         logs += sequence * (K // SIZE * SPLITS)
         u += sequence * RANK
     used = split * _share(positions, begin, SPLITS, POSITIONS) <= positions - begin
-    _wait(OVERLAP)
+    wait_for_earlier_kernels(OVERLAP)
     place = head * SPLITS + split
     parts = tl.load(mixed + place[:, None] * SIZE + wide[None], mask=used[:, None], other=0.0)
     log = tl.load(logs + place, mask=used, other=-float("inf"))
     weight = tl.exp2(log - tl.max(log, 0))
     x = (tl.sum(parts * weight[:, None], 0) / tl.sum(weight, 0)).to(dtype)
-    tl.store(out + _place(head * SIZE + wide, K, M, sequence), x)
+    tl.store(out + input_place(head * SIZE + wide, K, M, sequence), x)
     if RANK > 0:
         for start in range(0, RANK, TILE):
             tl.store(u + head * (M * RANK) + start + j, tl.sum(a.to(tl.float32) * x.to(tl.float32)[None], 1))

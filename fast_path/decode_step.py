@@ -143,8 +143,8 @@ def _options() -> dict[str, bool]:
 class Linears:
     """Up to three linears that read the same x, as the kernels of one launch read them. Subclasses launch the kernels.
 
-    The previous launch writes the attribute x, in the order of `_place`, and this launch reads it. mode: see
-    `_linear_kernel`. norm: the norm of x, if x is only hidden times this norm's factor. parts: the number of sums that
+    The previous launch writes the attribute x, in the order of `input_place`, and this launch reads it. mode: see
+    `linear_kernel`. norm: the norm of x, if x is only hidden times this norm's factor. parts: the number of sums that
     u = A x is split into. alone: whether the previous launch writes u as well; otherwise this object computes it. m:
     the M of the kernels.
     """
@@ -246,11 +246,11 @@ class SingleLinears(Linears):
         reads += self.u, self.inverse, self.count, before.count
         if ahead:
             adapters, ranks = self.adapters(4, math.inf), (self.ranks + [0, 0])[:3]
-            kernels._adapter_kernel[(adapters.pop("ADAPTERS"),)](
+            kernels.adapter_kernel[(adapters.pop("ADAPTERS"),)](
                 *reads, *A[:3], *ranks, **adapters, NORM=norm is not None, num_warps=4, **_options(),
                 **{name: self.constants[name] for name in ("K", "MEMBERS", "RANK")},
             )  # fmt: skip
-        kernels._linear_kernel[(programs,)](
+        kernels.linear_kernel[(programs,)](
             *reads, out, follow.norm.factor if follow else self.x, *self.arguments[:2], *A[:3], *self.arguments[2:],
             **self.constants, **options, MODE=self.mode, NORM=norm is not None, NEXT=follow is not None,
             OUTPUTS=self.rows[0], PARTS_2=triton.next_power_of_2(self.parts),
@@ -275,7 +275,7 @@ class BatchLinears(Linears):
 
     def __call__(self, out: torch.Tensor) -> None:
         rows, words, warps = self.tile
-        decode_batch_kernels._batch_linear_kernel[(self.tiles, self.splits)](
+        decode_batch_kernels.batch_linear_kernel[(self.tiles, self.splits)](
             self.x, self.u, out, *self.arguments, **self.constants, SWIGLU=self.mode == "swiglu", OUTPUTS=self.outputs,
             M=self.m, SPLITS=self.splits, ROWS=rows, STEP=words, num_warps=warps,
             num_stages=1,  # with more stages Triton would load x before the kernel waits for it
@@ -284,7 +284,7 @@ class BatchLinears(Linears):
 
 def _norm(x: torch.Tensor, norm: Norm, out: torch.Tensor, first: bool = False) -> None:
     """Write norm(x) to out; with `first`, write x times the norm's factor instead, as the first product reads it."""
-    kernels._norm_kernel[(1,)](
+    kernels.norm_kernel[(1,)](
         x, norm.factor if first else norm.weight, out, norm.eps, K=x.numel(), FIRST=first,
         BLOCK=triton.next_power_of_2(x.numel()), num_warps=4 if x.numel() <= 4096 else 8, **_options(),
     )  # fmt: skip
@@ -306,7 +306,7 @@ def _batch_norm(
         adapters = linears.u, *A[:3], *ranks[:3]
     block = triton.next_power_of_2(width)
     tile = min(max(rank, 1), max(1, 16384 // block))  # rows of A at a time: 64 numbers per thread
-    decode_batch_kernels._batch_norm_kernel[(sequences, members)](
+    decode_batch_kernels.batch_norm_kernel[(sequences, members)](
         x, parts, norm.weight, total, out, *adapters, norm.eps, K=width, M=parts.shape[1],
         PARTS=len(parts), MEMBERS=members, RANK=rank, ORDERED=linears is not None, BLOCK=block, TILE=tile,
         num_warps=8, **_options(),
@@ -397,11 +397,11 @@ class Layer(Generic[Kind]):
         position, starts: as in DecodeStep; rotary: cos and sin, [positions, head size].
         """
         out, shape, sequences = self.out, self.shape, len(self.keys)
-        kernels._attention_kernel[(shape["KV_HEADS"], shape["SPLITS"], sequences)](
+        kernels.attention_kernel[(shape["KV_HEADS"], shape["SPLITS"], sequences)](
             scratch.qkv, self.keys, self.values, position, starts, *rotary, *self.head_norms, scratch.mixed,
             scratch.logs, *self.numbers, **shape, num_warps=4, **_options(),
         )  # fmt: skip
-        kernels._combine_kernel[(shape["HEADS"], sequences)](
+        kernels.combine_kernel[(shape["HEADS"], sequences)](
             scratch.mixed, scratch.logs, position, starts, out.x, out.A[0], out.u, out.ranks[0], K=out.columns, M=self.m,
             SIZE=self.keys.shape[3], SPLITS=shape["SPLITS"], POSITIONS=shape["POSITIONS"], RANK=out.rank,
             TILE=min(max(out.rank, 1), 16), num_warps=4, **_options(),
@@ -451,7 +451,7 @@ class BatchLayer(Layer[BatchLinears]):
         _batch_norm(other, parts[: self.out.splits], hidden, self.norms[1], self.gate_up.x, self.gate_up)
         self.gate_up(down.x)
         if down.rank:
-            decode_batch_kernels._batch_inner_kernel[(down.parts,)](
+            decode_batch_kernels.batch_inner_kernel[(down.parts,)](
                 down.x, down.A[0], down.u, down.ranks[0], K=down.columns, M=self.m, RANK=down.rank, BLOCK=BATCH_CHUNK,
                 num_warps=4, **_options(),
             )  # fmt: skip
