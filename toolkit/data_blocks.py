@@ -736,13 +736,14 @@ def epoch_order(blocks: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(blocks)
 
 
-def step_windows(blocks: int, window: int, seed: int, step: int) -> Iterator[tuple[int, np.ndarray]]:
+def step_windows(blocks: int, sequences_per_step: int, seed: int, step: int) -> Iterator[tuple[int, np.ndarray]]:
     """Yield (epoch, numbers of the blocks) for every optimizer step after `step`, without end.
 
-    window: blocks per optimizer step; the last step of an epoch may have fewer.
+    The last step of an epoch may have fewer blocks than sequences_per_step.
     """
-    per_epoch = -(-blocks // window)
+    per_epoch = -(-blocks // sequences_per_step)
     while True:
         epoch, position = divmod(step, per_epoch)
-        yield epoch, epoch_order(blocks, seed, epoch)[position * window : (position + 1) * window]
+        first = position * sequences_per_step
+        yield epoch, epoch_order(blocks, seed, epoch)[first : first + sequences_per_step]
         step += 1

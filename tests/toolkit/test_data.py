@@ -1419,7 +1419,7 @@ def test_packed_and_unpacked_runs_learn_the_same(
     found = []
     for packing in (True, False):
 
-        def windows(blocks: int, window: int, seed: int, step: int, packing: bool = packing):
+        def windows(blocks: int, sequences_per_step: int, seed: int, step: int, packing: bool = packing):
             for first in itertools.count(step * 4, 4):
                 rows = packed[(packed[:, 0] >= first) & (packed[:, 0] < first + 4)]
                 yield 0, np.unique(rows[:, 0]) if packing else np.array([number[start] for start in rows[:, 1]])
