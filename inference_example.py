@@ -20,7 +20,7 @@ from typing import Any
 from config import Config, ConfigError, build_parser, counted, load_config, missing_model, parse_arguments
 from toolkit.earlier_run import config_with_adapter
 from toolkit.encodings import not_utf8
-from toolkit.startup import before_heavy_imports, leave, reader_gone, report
+from toolkit.startup import before_heavy_imports, leave, reader_gone, report, wake_gpu
 from toolkit.template_files import check_template_files
 
 TAKES = ("model", "quantization", "performance", "generation")  # the other sections of config.yaml are for training
@@ -209,12 +209,14 @@ if __name__ == "__main__":  # --help and errors in options or configuration appe
     if sys.stderr.isatty():  # the imports alone take seconds
         say(f"loading {name} ...")
     before_heavy_imports()
+    wake_gpu()
 
 import dataclasses
 import signal
 import time
 from collections.abc import Callable
 
+import psutil
 import torch
 import transformers
 from peft import PeftModel
@@ -379,9 +381,14 @@ def generate_ids(
         signal.signal(signal.SIGINT, previous)
 
 
-def stream_answer(engine: Engine, ids: list[int], settings: GenerationConfig, note: Callable) -> tuple[str, bool]:
-    """Print the answer to one prompt while it is made, give its speed to `note`; return it and whether Ctrl-C came."""
-    watch, streamer = Watch(), TextStreamer(engine.tokenizer, skip_prompt=True, skip_special_tokens=True)
+def stream_answer(
+    engine: Engine, ids: list[int], settings: GenerationConfig, note: Callable, began: float | None = None
+) -> tuple[str, bool]:
+    """Print the answer to one prompt while it is made, give its speed to `note`; return it and whether Ctrl-C came.
+
+    began: see Watch.
+    """
+    watch, streamer = Watch(began), TextStreamer(engine.tokenizer, skip_prompt=True, skip_special_tokens=True)
     new = generate_ids(engine, [ids], settings, watch, streamer)[0]
     traffic = engine.generator.traffic()
     traffic.add(watch, 1, len(ids))
@@ -396,7 +403,8 @@ def answer_prompt(engine: Engine, config: Config, prompt: str) -> int:
     """Print the answer to one prompt, and nothing else, on stdout; return the exit code."""
     ids = encode(engine, prompt, config.generation.system_prompt)
     transformers.set_seed(config.training.seed)
-    _, stopped = stream_answer(engine, ids, config.generation, say)
+    since_start = time.time() - psutil.Process().create_time()
+    _, stopped = stream_answer(engine, ids, config.generation, say, time.perf_counter() - since_start)
     return 130 if stopped else 0
 
 

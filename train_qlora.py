@@ -27,7 +27,7 @@ from config import (
     parse_arguments,
 )
 from toolkit.earlier_run import config_with_adapter, refuse_other_run
-from toolkit.startup import before_heavy_imports, leave, reader_gone, report
+from toolkit.startup import before_heavy_imports, leave, reader_gone, report, wake_gpu
 from toolkit.template_files import check_template_files
 
 # What --help shows first.
@@ -81,6 +81,7 @@ if __name__ == "__main__":  # --help and every error in the configuration answer
     except ConfigError as error:
         sys.exit(report(error))
     before_heavy_imports()
+    wake_gpu()
 import contextlib
 import dataclasses
 import math

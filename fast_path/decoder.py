@@ -44,10 +44,14 @@ BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBacke
 
 
 class Watch(transformers.StoppingCriteria):
-    """Counts the tokens of an answer, notes the times of the first and the last one, and stops on request."""
+    """Counts the tokens of an answer, notes the times of the first and the last one, and stops on request.
 
-    def __init__(self) -> None:
+    began: when the user began to wait, if not now, in seconds of time.perf_counter.
+    """
+
+    def __init__(self, began: float | None = None) -> None:
         self.start, self.first, self.last = time.perf_counter(), 0.0, 0.0
+        self.began = began
         self.tokens, self.stop = 0, False
 
     def count(self) -> None:
@@ -61,7 +65,7 @@ class Watch(transformers.StoppingCriteria):
         return torch.full((len(input_ids),), self.stop, dtype=torch.bool, device=input_ids.device)
 
     def line(self, cut: bool, limits: str) -> str:
-        """Return the status line: number of tokens, reason of the end, tokens/s, seconds to the first token, limits.
+        """Return the status line: tokens, reason of the end, what the user waited for, tokens/s, first token, limits.
 
         The rate counts the tokens after the first one. cut: whether the answer reached max_new_tokens; limits: text
         that says what limits the speed.
@@ -69,7 +73,10 @@ class Watch(transformers.StoppingCriteria):
         why = ", stopped" if self.stop else ", cut at max_new_tokens" if cut else ""
         rate = (self.tokens - 1) / (self.last - self.first) if self.tokens > 1 else 1 / (self.last - self.start)
         first = f"first token after {self.first - self.start:.2f} s"
-        return f"[{counted(self.tokens, 'token')}{why} | {rate:.1f} tokens/s | {first} | {limits}]"
+        waited = f"{self.last - self.start:.1f} s"
+        if self.began is not None:
+            waited = f"{self.last - self.began:.1f} s, {self.start - self.began:.1f} of them to start"
+        return f"[{counted(self.tokens, 'token')}{why} in {waited} | {rate:.1f} tokens/s | {first} | {limits}]"
 
 
 # ------------------------------------------------------------------------------------------------ sampling

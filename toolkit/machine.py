@@ -25,7 +25,6 @@ from transformers import PreTrainedTokenizerFast
 from config import LEAVES, Config, ConfigError, DataConfig, ModelConfig, PerformanceConfig, TrainingConfig
 from fast_path.micro_step import let_go
 from quantization_utils import bf16_missing, load_base, quiet_libraries, usable_dtype
-from toolkit.data_blocks import batches
 from toolkit.memory_plan import unplanned
 from toolkit.startup import CANNOT_RUN, import_failures
 
@@ -141,7 +140,11 @@ def check_step(device: torch.device, performance: PerformanceConfig) -> tuple[fl
         learner = train.build_learner(config, model, unplanned(config, 2, layers=2), lines.append)
         optimizer = train.create_optimizer(learner.parameters, training, device, lines.append)
         blocks: Any = list(torch.randint(512, (2, 64), generator=torch.Generator().manual_seed(0)).numpy())
-        batch, tokens, places = next(batches(blocks, np.arange(2), 2, tokenizer.pad_token_id, device))
+        batches = importlib.import_module(
+            "toolkit.data_blocks"
+        ).batches  # imports datasets, which inference never needs
+        batch, counts, places = next(batches(blocks, np.arange(2), 2, tokenizer.pad_token_id, device))
+        tokens = int(counts.sum())
         losses = []
         for step in range(2):
             learner.model.train()

@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -124,6 +125,18 @@ def reader_gone(last: str = "") -> bool:
     except OSError:  # such as a full disk, which Python reports when it exits
         pass
     return False
+
+
+def wake_gpu() -> None:
+    """Create the context of the GPU while the other imports run, which saves a third of a second of waiting.
+
+    Only the scripts call this, as soon as torch is imported, and not under a launcher, where each process has a GPU of
+    its own.
+    """
+    import torch
+
+    if "LOCAL_RANK" not in os.environ and torch.cuda.is_available():
+        threading.Thread(target=torch.cuda.synchronize, daemon=True).start()
 
 
 def leave(code: int) -> NoReturn:
