@@ -106,13 +106,22 @@ from fast_path.loss import CausalLMLoss, compiled_chunk_loss, default_logit_chun
 from fast_path.micro_step import Learner, be_deterministic
 from fast_path.optimizers import create_optimizer
 from quantization_utils import compute_dtype_of, create_lora_config, load_base, prepare_model_for_training
-from toolkit import checkpoints, data_blocks, data_formats, earlier_run, evaluation, machine, memory, memory_plan
-from toolkit.checkpoints import Found
+from toolkit import (
+    checkpoints,
+    data_blocks,
+    data_formats,
+    earlier_run,
+    evaluation,
+    machine,
+    memory,
+    memory_plan,
+)
 from toolkit.data_blocks import Blocks, batches, make_blocks, sample_counts, step_windows
 from toolkit.data_formats import load_rows, tokenize_rows
 from toolkit.evaluation import comparison, difference_line, mean_loss, plot_training_curves
 from toolkit.memory import peak_gib
 from toolkit.memory_plan import GIB, MemoryPlan
+from toolkit.resume import Found, check_resumable, check_tensors, find_checkpoint, fingerprint
 
 # ------------------------------------------------------------------------------------------------ main
 
@@ -188,7 +197,7 @@ def fine_tune(config: Config, overwrite: bool) -> int:
         if quantization_utils.replaces_bf16(config):
             log.say(quantization_utils.SLOW_BF16)
         memory.cap_memory(device, config.performance.memory_limit_gib)
-        found = checkpoints.find_checkpoint(config.training, overwrite, log.say)
+        found = find_checkpoint(config.training, overwrite, log.say)
         run = build_run(config, accelerator, log, found)
         describe_data(run)
         start_run(run, found)
@@ -364,7 +373,7 @@ def build_run(config: Config, accelerator: Accelerator, log: checkpoints.Log, fo
         plan=plan,
         sequences_per_step=per_step,
         total_steps=total_steps,
-        fingerprint=checkpoints.fingerprint(learner.model, tokenizer, blocks),
+        fingerprint=fingerprint(learner.model, tokenizer, blocks),
     )
 
 
@@ -461,14 +470,13 @@ def start_run(run: Run, found: Found | None) -> None:
     """Restore the checkpoint, if there is one, and open the output folder. A refusal comes before anything is written."""
     log = run.log
     if found is not None:
-        folder, adapter, state = found
-        errors = (KeyError, TypeError, ValueError, AttributeError, RuntimeError)
-        with checkpoints.refusing(f"training.resume: {folder} is of another model or version", *errors):
-            # A checkpoint from before 2026-11-29 has the configured settings only.
-            before, now = (state["effective"], run.effective) if "effective" in state else (state["config"], run.config)
-            known = {**state, "config": before}
-            checkpoints.check_resumable(known, now, run.fingerprint, run.sequences_per_step, folder.name)
-            restore(run, adapter, state)
+        folder, _, state = found
+        # A checkpoint from before 2026-11-29 has the configured settings only.
+        before, now = (state["effective"], run.effective) if "effective" in state else (state["config"], run.config)
+        known = {**state, "config": before}
+        check_resumable(known, now, run.fingerprint, run.sequences_per_step, folder.name)
+        check_tensors(found, run.model, run.optimizer, run.learner.scaler, run.blocks["validation"])
+        restore(run, found)
     checkpoints.check_space(run.config.training, [p.numel() for p in run.learner.parameters])
     run.accelerator.wait_for_everyone()
     if run.accelerator.is_main_process:
@@ -477,23 +485,25 @@ def start_run(run: Run, found: Found | None) -> None:
     if found is not None:
         log.say(f"resuming from {folder} at step {run.progress.step} of {run.total_steps}")
         asked = earlier_run.settings(run.config)
-        if any(state["config"][key] != asked[key] for key in ("training.num_epochs", "training.max_steps")):
+        if any(state["config"].get(key) != asked[key] for key in ("training.num_epochs", "training.max_steps")):
             log.say(f"from here on the learning rate follows the schedule of {counted(run.total_steps, 'step')}")
 
 
-def restore(run: Run, adapter: dict[str, torch.Tensor], state: dict) -> None:
-    """Put the run into the state that the checkpoint holds."""
+def restore(run: Run, found: Found) -> None:
+    """Put the run into the state that the checkpoint holds. What the configuration decides is not read from it."""
+    _, adapter, state = found
     run.progress = checkpoints.Progress(**state["progress"])
     run.best_adapter = state["best_adapter"] or None
     run.held_out = state.get("held_out", {})  # a checkpoint from before 2026-11-24 has none
     set_peft_model_state_dict(run.model, adapter)
-    run.optimizer.load_state_dict(state["optimizer"])
+    groups = run.optimizer.state_dict()["param_groups"]
+    run.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
     run.learner.scaler.load_state_dict(state["scaler"])
-    schedule = run.scheduler.lr_lambdas  # of this run's total_steps, which may be more than before
-    run.scheduler.load_state_dict(state["scheduler"])
-    run.scheduler.lr_lambdas = schedule
-    for group, rate in zip(run.optimizer.param_groups, run.scheduler.base_lrs, strict=True):
-        group["lr"] = rate * schedule[0](run.progress.step)
+    step, scheduler = run.progress.step, run.scheduler  # of this run's total_steps, which may be more than before
+    rates = [rate * schedule(step) for rate, schedule in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    scheduler.load_state_dict(scheduler.state_dict() | {"last_epoch": step, "_step_count": step + 1, "_last_lr": rates})
+    for group, rate in zip(run.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
 
 
 # ------------------------------------------------------------------------------------------------ the loop

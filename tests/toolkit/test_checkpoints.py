@@ -20,17 +20,13 @@ from toolkit import checkpoints as checkpoints_module
 from toolkit.checkpoints import (
     LOCK,
     RESULTS,
-    STATE,
     TEMPORARY,
     Log,
     Progress,
     check_output,
-    check_resumable,
     check_space,
     clean_up,
     fcntl,
-    find_checkpoint,
-    fingerprint,
     flatten_state,
     latest_checkpoint,
     locked,
@@ -43,6 +39,7 @@ from toolkit.checkpoints import (
 )
 from toolkit.data_blocks import Blocks
 from toolkit.earlier_run import checkpoints, settings
+from toolkit.resume import STATE, check_resumable, find_checkpoint, fingerprint
 
 FILES = {
     "adapter_model.safetensors",
