@@ -27,7 +27,7 @@ from config import (
     parse_arguments,
 )
 from toolkit.earlier_run import config_with_adapter, refuse_other_run
-from toolkit.startup import before_heavy_imports, reader_gone, report
+from toolkit.startup import before_heavy_imports, reader_gone, report, unusable
 
 # What --help shows first.
 EVERYDAY = ["config", "model_name", "dataset", "output_dir", "num_epochs", "learning_rate", "rank"]
@@ -46,6 +46,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     add("--output", metavar="FILE", help="with --compare: the picture (default: compare.png)")
     add("--overwrite", action="store_true", help="start over in an output_dir that holds a run, and replace it")
     options, overrides = parse_arguments(parser, argv)
+    if problems := unusable(vars(options)):
+        raise ConfigError(*problems)
     options.notes = []
     for name, owner in (("adapter", "evaluate"), ("stride", "evaluate"), ("output", "compare")):
         if getattr(options, name) and not getattr(options, owner):
@@ -121,7 +123,7 @@ from toolkit.data_formats import load_rows, tokenize_rows
 from toolkit.evaluation import comparison, difference_line, mean_loss, plot_training_curves
 from toolkit.memory import peak_gib
 from toolkit.memory_plan import GIB, MemoryPlan
-from toolkit.resume import Found, check_resumable, check_tensors, find_checkpoint, fingerprint
+from toolkit.resume import Found, check_resumable, check_tensors, find_checkpoint, fingerprint, restore_schedule
 
 # ------------------------------------------------------------------------------------------------ main
 
@@ -152,17 +154,8 @@ def main(argv: list[str] | None = None) -> int:
         return 3
     except ConfigError as error:
         return report(error)
-    except (OSError, SafetensorError, torch.AcceleratorError) as error:  # a full disk, a driver that was reset
-        if isinstance(error, BrokenPipeError) and reader_gone("\n"):
-            return 1
-        report(ConfigError(f"{type(error).__name__}: {str(error).splitlines()[0]}{continues(output_dir)}"))
-        return 1
-    except RuntimeError as error:
-        if "does not have a deterministic implementation" not in str(error):
-            raise
-        operator = str(error).split()[0]
-        problem = f"{operator} has no form that gives the same bits each time; use false"
-        return report(ConfigError(f"performance.deterministic: {problem}"))
+    except (MemoryError, OSError, RuntimeError, SafetensorError, torch.AcceleratorError) as error:
+        return machine.failed(error, earlier_run.continues(output_dir))
     finally:
         reader_gone()
 
@@ -175,12 +168,6 @@ def quiet_datasets() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ the commands
-
-
-def continues(output_dir: str) -> str:
-    """Return the end of an error message: that the same command continues, if there is a checkpoint to continue from."""
-    found = output_dir and earlier_run.checkpoints(Path(output_dir))
-    return "; the same command continues from the last checkpoint" if found else ""
 
 
 def fine_tune(config: Config, overwrite: bool) -> int:
@@ -225,16 +212,26 @@ def execute(run: Run, request: checkpoints.StopRequest) -> int:
             say(line)
         return 3
     finally:
-        if accelerator.is_main_process and progress.history:
-            plot_training_curves(progress.history, run.output_dir / "training_curves.png")
+        unwritten = curves_and_log(run)
         if run.config.training.report_to != "none":
             accelerator.end_training()
-    run.log.flush()
-    if run.unsaved:
+    for problem in filter(None, (run.unsaved, unwritten)):
         advice = "the adapter is complete" if done else "free some disk space and start the same command again"
-        say(f"error: step {progress.step}: {run.unsaved}; {advice}")
+        say(f"error: step {progress.step}: {problem}; {advice}")
+    if run.unsaved or unwritten:
         return 1
     return 0 if done else 128 + (request.signum or 2)
+
+
+def curves_and_log(run: Run) -> str:
+    """Draw the curves and write what the log still holds; return why that failed, or an empty text."""
+    try:
+        if run.accelerator.is_main_process and run.progress.history:
+            plot_training_curves(run.progress.history, run.output_dir / "training_curves.png")
+        run.log.flush()
+    except OSError as error:
+        return f"the curves or the log cannot be written ({error})"
+    return ""
 
 
 def epoch_line(config: Config, sequences_per_step: int) -> str:
@@ -499,11 +496,7 @@ def restore(run: Run, found: Found) -> None:
     groups = run.optimizer.state_dict()["param_groups"]
     run.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
     run.learner.scaler.load_state_dict(state["scaler"])
-    step, scheduler = run.progress.step, run.scheduler  # of this run's total_steps, which may be more than before
-    rates = [rate * schedule(step) for rate, schedule in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
-    scheduler.load_state_dict(scheduler.state_dict() | {"last_epoch": step, "_step_count": step + 1, "_last_lr": rates})
-    for group, rate in zip(run.optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
+    restore_schedule(run.scheduler, run.optimizer, run.progress.step)
 
 
 # ------------------------------------------------------------------------------------------------ the loop

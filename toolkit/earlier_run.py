@@ -119,6 +119,12 @@ def _sizes(path: str) -> list[int]:
     return sorted(f.stat().st_size for f in files if f.suffix.lower() in (*DATA_FILES, ".safetensors") and f.is_file())
 
 
+def continues(output_dir: str) -> str:
+    """Return the end of an error message: that the same command continues, if there is a checkpoint to continue from."""
+    found = output_dir and checkpoints(Path(output_dir))
+    return "; the same command continues from the last checkpoint" if found else ""
+
+
 def other_run(changes: list[str], training: TrainingConfig) -> ConfigError:
     """Return the error that refuses to continue from a checkpoint: what changed, and what to do instead."""
     output_dir = Path(training.output_dir)

@@ -93,6 +93,15 @@ def check_resumable(state: dict, config: Config, prints: dict[str, str], sequenc
         raise other_run([*changes.values(), *contents.values()], config.training)
 
 
+def restore_schedule(scheduler: Any, optimizer: Any, step: int) -> None:
+    """Set the learning rate to that of a step of this run's schedule, which may be longer than the checkpoint's."""
+    rates = [rate * schedule(step) for rate, schedule in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    now = {"last_epoch": step, "_step_count": step + 1, "_last_lr": rates}
+    scheduler.load_state_dict(scheduler.state_dict() | now)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
 # ------------------------------------------------------------------------------------------------ fingerprints
 
 
