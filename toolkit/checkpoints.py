@@ -1,7 +1,7 @@
-"""What a run writes to disk, and how it continues from there: checkpoints, resume, log and model card, signals.
+"""What a run writes to disk: checkpoints, log, model card, adapter; the lock of its folder, and signals.
 
 A checkpoint folder holds `adapter_model.safetensors`, `adapter_config.json` (so it is a peft adapter),
-`training_state.safetensors` (optimizer states, best adapter), `training_state.json` (everything else) and, last,
+`training_state.safetensors` (optimizer states, best adapter), `training_state.json` (all the rest) and, last,
 `checksums.json`. Nothing is pickled.
 """
 

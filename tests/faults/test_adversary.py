@@ -8,10 +8,11 @@ import shutil
 
 import pytest
 
-from tests.faults import hostile_configs
+from tests.faults import hostile_checkpoints, hostile_configs
 from tests.faults.adversary import CODE, Ground, ask, execute, make_ground
 
-KINDS = {"configs": (hostile_configs, 6)}  # how many of a kind run every time; the rest is marked `long`
+# How many of a kind run every time; the rest is marked `long`.
+KINDS = {"checkpoints": (hostile_checkpoints, 18), "configs": (hostile_configs, 6)}
 
 
 def cases() -> list:
