@@ -20,7 +20,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -333,6 +333,16 @@ _KEYS = [leaf.key for leaf in LEAVES.values()]
 SHORT: dict[str, str] = {leaf.key: leaf.name for leaf in LEAVES.values() if _KEYS.count(leaf.key) == 1}
 SHORT["model_name"] = "model.name"
 
+# What the config.yaml in an adapter's folder may set: what the adapter was trained on and with. The folder may come from
+# anybody, so whatever runs code, reaches a network, writes, or says where, is not in this list and comes from the user:
+# from a flag, a given --config, or the config.yaml beside the script. A new setting is in it only after it is added here.
+FROM_ADAPTER = frozenset(name for name in LEAVES if name.startswith(("quantization.", "lora.")))
+FROM_ADAPTER |= {"model.name", "model.revision", "model.attn_implementation", "training.seed"}
+FROM_ADAPTER |= {f"data.{key}" for key in ("dataset_config", "train_split", "validation_split", "validation_fraction")}
+FROM_ADAPTER |= {f"data.{key}" for key in ("text_column", "format", "rows", "completion_only", "max_length", "packing")}
+FROM_ADAPTER |= {f"data.{key}" for key in ("max_train_samples", "max_eval_samples")}
+FROM_OWN_RUN = FROM_ADAPTER | {"data.dataset", "performance.memory_limit_gib"}  # if the user's own run left it there
+
 
 # Names that other tools and papers use for a key, if they are not spelt like the key.
 USUAL_NAMES = {
@@ -563,11 +573,12 @@ def _contradictions(config: Config) -> Iterator[str]:
 def _locate(leaf: Leaf, value: Any, files: Sequence[Path]) -> Any:
     """Return the absolute path of a local file or folder; return any other value, such as a hub id, unchanged.
 
-    It is looked up in the current folder, then in the folders of the config files.
+    It is looked up in the current folder, then in the folders of the config files. An address is not looked up, since
+    that alone would connect to another machine.
     """
     if "home" in leaf.field.metadata:
         return os.path.expanduser(value)
-    if not leaf.field.metadata["path"] or value in leaf.field.metadata.get("words", ()):
+    if not leaf.field.metadata["path"] or value in leaf.field.metadata.get("words", ()) or is_address(value):
         return value
     for folder in (Path.cwd(), *(path.resolve().parent for path in files)):
         try:
@@ -583,16 +594,25 @@ def _locate(leaf: Leaf, value: Any, files: Sequence[Path]) -> Any:
     return value
 
 
-def load_config(paths: Sequence[str | Path] | str | Path = (), overrides: dict[str, Any] | None = None) -> Config:
+def load_config(
+    paths: Sequence[str | Path] | str | Path = (),
+    overrides: dict[str, Any] | None = None,
+    adapters: Path | None = None,
+    may_set: Collection[str] = (),
+) -> Config:
     """Return the configuration: the schema's defaults, replaced by each file in turn, then by `overrides`.
 
     The keys of `overrides` are names such as lora.rank. A value that is a str is read like the text of a flag. All
-    problems are reported together in one ConfigError.
+    problems are reported together in one ConfigError. adapters: the config.yaml in an adapter's folder, which is read
+    before the other files and sets nothing but the settings in `may_set`.
     """
     files = [Path(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
     values: dict[str, Any] = {}
     problems: list[str] = []
     overrides = overrides or {}
+    if adapters is not None:
+        found = {name: value for name, value in _values(read_yaml(adapters), problems).items() if name in may_set}
+        values = {name: _locate(LEAVES[name], value, [adapters]) for name, value in found.items()}
     for path in files:
         for name, value in _values(read_yaml(path), problems).items():
             values[name] = _locate(LEAVES[name], value, [path])
@@ -622,6 +642,11 @@ DATA_FILES = {".txt": "text", ".csv": "csv", ".json": "json", ".jsonl": "json", 
 def is_hub_id(name: str) -> bool:
     """Return whether a name has the form of a hub id, `name` or `owner/name`; otherwise it is a local path."""
     return len(name) < 200 and re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) is not None
+
+
+def is_address(name: Any) -> bool:
+    """Return whether a name leads to another machine: https://..., s3://..., or \\\\server\\share on Windows."""
+    return isinstance(name, str) and ("://" in name or name.startswith(("//", "\\\\")))
 
 
 def missing_data(dataset: str) -> list[str]:

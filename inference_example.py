@@ -10,6 +10,7 @@ python inference_example.py --mode merge --output merged      write a bfloat16 m
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -17,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from config import Config, ConfigError, build_parser, counted, load_config, missing_model, parse_arguments
-from toolkit.earlier_run import config_with_adapter, left_by_run
+from toolkit.earlier_run import config_with_adapter
 from toolkit.encodings import not_utf8
-from toolkit.startup import before_heavy_imports, out_of_memory, reader_gone, report, unusable
+from toolkit.startup import before_heavy_imports, leave, out_of_memory, reader_gone, report, unusable
+from toolkit.template_files import check_template_files
 
 TAKES = ("model", "quantization", "performance", "generation")  # the other sections of config.yaml are for training
 # The flags that --help shows first.
@@ -32,6 +34,9 @@ Prompt = str | list[dict[str, str]]  # a text, or the messages of a chat, of whi
 def say(line: str) -> None:
     """Print a line that is not part of an answer, on stderr."""
     print(line, file=sys.stderr, flush=True)
+
+
+say_once = functools.cache(say)  # for what holds for every prompt
 
 
 # ------------------------------------------------------------------------------------------------ command line
@@ -194,6 +199,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     config, options.notes = config_with_adapter(options.adapter, given, beside, overrides)
     if problems := missing_model(config.model.name):
         raise ConfigError(*problems)
+    check_template_files(config.model.name)
     return options, config
 
 
@@ -213,12 +219,10 @@ from collections.abc import Callable
 
 import torch
 import transformers
-from jinja2 import TemplateError
 from peft import PeftModel
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
-from transformers.utils import CHAT_TEMPLATE_FILE
 
 from config import LEAVES, GenerationConfig, coerce_flag
 from fast_path.decoder import Watch
@@ -226,11 +230,12 @@ from quantization_utils import (
     SLOW_BF16,
     keep_packing,
     known_positions,
-    load_adapter,
     load_base,
     quiet_libraries,
     replaces_bf16,
 )
+from toolkit.adapters import load_adapter
+from toolkit.chat_templates import CHANGES, adopt_template, changes_words, render_chats, template_file
 from toolkit.checkpoints import edited_line, effective
 from toolkit.generation import Generator, by_length
 from toolkit.machine import no_gpu_reason
@@ -272,9 +277,7 @@ def load(config: Config, adapter: Path | None = None, quantized: bool = True) ->
     model, tokenizer = load_base(config, device, quantized)
     for line in edited_line(config, effective(config, model)) if quantized else ():
         say(line)  # an adapter works best on the base that it was trained on
-    if adapter is not None and tokenizer.chat_template is None:
-        for path in left_by_run(adapter, CHAT_TEMPLATE_FILE):
-            tokenizer.chat_template = path.read_text(encoding="utf-8")
+    adopt_template(tokenizer, adapter)
     return model, tokenizer
 
 
@@ -334,10 +337,10 @@ def encode(engine: Engine, prompt: Prompt, system_prompt: str | None) -> list[in
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if system_prompt is not None and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system_prompt}, *messages]
-    try:
-        return engine.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-    except TemplateError as error:
-        raise ConfigError(f"the chat template refuses these messages: {error}") from None
+    (text,) = render_chats(engine.tokenizer, [messages], add_generation_prompt=True)
+    if changes_words(messages, text):
+        say_once(f"warning: the chat template of {template_file(engine.tokenizer)} {CHANGES}")
+    return engine.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def room_after(engine: Engine, length: int, settings: GenerationConfig) -> int:
@@ -672,4 +675,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

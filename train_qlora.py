@@ -27,7 +27,8 @@ from config import (
     parse_arguments,
 )
 from toolkit.earlier_run import config_with_adapter, refuse_other_run
-from toolkit.startup import before_heavy_imports, reader_gone, report, unusable
+from toolkit.startup import before_heavy_imports, leave, reader_gone, report, unusable
+from toolkit.template_files import check_template_files
 
 # What --help shows first.
 EVERYDAY = ["config", "model_name", "dataset", "output_dir", "num_epochs", "learning_rate", "rank"]
@@ -59,7 +60,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     given = [Path(options.config)] if options.config else []
     beside = Path(__file__).with_name("config.yaml")
     if options.adapter:
-        config, options.notes = config_with_adapter(Path(options.adapter), given, beside, overrides)
+        config, options.notes = config_with_adapter(Path(options.adapter), given, beside, overrides, evaluate=True)
     else:
         config = load_config(given or [beside], overrides)
     if options.stride is not None and not 1 <= options.stride <= config.data.max_length:
@@ -70,6 +71,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
         problems.append(f"training.output_dir: expected a folder, got the file {config.training.output_dir}")
     if problems:
         raise ConfigError(*problems)
+    check_template_files(config.model.name)
     if not (options.plan or options.evaluate):
         refuse_other_run(config, options.overwrite)
     return options, config
@@ -108,16 +110,9 @@ from fast_path.loss import CausalLMLoss, compiled_chunk_loss, default_logit_chun
 from fast_path.micro_step import Learner, be_deterministic
 from fast_path.optimizers import create_optimizer
 from quantization_utils import compute_dtype_of, create_lora_config, load_base, prepare_model_for_training
-from toolkit import (
-    checkpoints,
-    data_blocks,
-    data_formats,
-    earlier_run,
-    evaluation,
-    machine,
-    memory,
-    memory_plan,
-)
+from toolkit import checkpoints, data_blocks, data_formats, earlier_run, evaluation, machine, memory, memory_plan
+from toolkit.adapters import load_adapter
+from toolkit.chat_templates import adopt_template
 from toolkit.data_blocks import Blocks, batches, make_blocks, sample_counts, step_windows
 from toolkit.data_formats import load_rows, tokenize_rows
 from toolkit.evaluation import comparison, difference_line, mean_loss, plot_training_curves
@@ -259,6 +254,7 @@ def evaluate_adapter(config: Config, adapter: str | None, stride: int | None) ->
     if quantization_utils.replaces_bf16(config):
         say(quantization_utils.SLOW_BF16)
     model, tokenizer = load_base(config, accelerator.device)
+    adopt_template(tokenizer, Path(adapter) if adapter else None)
     effective = checkpoints.effective(config, model)
     lines = checkpoints.edited_line(config, effective)
     for line in (*lines, *quantization_utils.check_length(config.data.max_length, model.config)):
@@ -269,18 +265,38 @@ def evaluate_adapter(config: Config, adapter: str | None, stride: int | None) ->
         raise ConfigError("data.validation_fraction: nothing is held out to evaluate on")
     dataset, blocks = blocks.dataset, blocks if stride is None else data_blocks.windows_of(blocks, stride)
     if adapter is not None:
-        model = quantization_utils.load_adapter(model, adapter)
+        model = load_adapter(model, adapter)
     attention.use_causal_attention(model)
     if samples := sample_counts(blocks)[:1]:
         attention.keep_samples_apart(model, config.data.max_length, samples)
-    objective = CausalLMLoss(model.eval(), compute_dtype_of(effective))
-    sums = evaluation.evaluate_base_and_adapter(model, objective, blocks, accelerator, tokenizer.pad_token_id, say)
+    objective = evaluation_objective(model, effective)
+    together, pad = max(1, EVALUATED_TOGETHER // config.data.max_length), tokenizer.pad_token_id
+    sums = evaluation.evaluate_base_and_adapter(model, objective, blocks, accelerator, together, pad, say)
     if adapter is not None:
         result = comparison(dataset, blocks, stride, sums)
         say(difference_line(result))
         if accelerator.is_main_process:
             evaluation.save_evaluation(result, Path(adapter))
     return 0
+
+
+EVALUATED_TOGETHER = 8192  # tokens of a micro-batch, enough to fill a large GPU; a 3B needs 1.2 GiB for them
+
+
+def evaluation_objective(model: PreTrainedModel | PeftModel, config: Config) -> CausalLMLoss:
+    """Return the loss of a model in eval mode, computed as training's own evaluation computes it on this device."""
+    objective = CausalLMLoss(model.eval(), compute_dtype_of(config))
+    if model.device.type != "cuda":
+        return objective
+    free = memory.free_bytes(model.device, config.performance.memory_limit_gib)
+    objective.logit_chunk = default_logit_chunk(len(objective.head.weight), free)
+    if isinstance(model, PeftModel):
+        fast = choice.choose_fast_path(config.performance, model, objective.dtype, model.device, offload=False)
+        if fast.fused_lora:
+            layers.fuse(model, dropout.DropoutClock(0, model.device), 0.0, fast.kernels)
+        if fast.fused_lora and fast.kernels:
+            objective.chunk_loss = kernel_chunk_loss
+    return objective
 
 
 # ------------------------------------------------------------------------------------------------ set-up
@@ -342,7 +358,7 @@ def build_run(config: Config, accelerator: Accelerator, log: checkpoints.Log, fo
     )
     with accelerator.main_process_first():
         blocks = make_blocks(prepare_dataset(config, tokenizer), tokenizer, config.data, training.seed)
-    model, _ = load_base(config, device)
+    model, _ = load_base(config, device, tokenizer=tokenizer)
     say(memory.memory_line(device))
     for line in quantization_utils.check_length(config.data.max_length, model.config):
         say(line)
@@ -479,6 +495,8 @@ def start_run(run: Run, found: Found | None) -> None:
     if run.accelerator.is_main_process:
         history, template = run.progress.history, run.blocks["train"].template
         log.open(checkpoints.open_output(run.effective, history, found is None, template))
+    for line in checkpoints.secrets_line(run.effective):
+        log.say(line)
     if found is not None:
         log.say(f"resuming from {folder} at step {run.progress.step} of {run.total_steps}")
         asked = earlier_run.settings(run.config)
@@ -654,7 +672,7 @@ def micro_batches(run: Run, numbers: np.ndarray) -> Iterator[tuple[dict[str, tor
     rank, processes = run.accelerator.process_index, run.accelerator.num_processes
     mine, pad, device = numbers[rank::processes], run.tokenizer.pad_token_id, run.accelerator.device
     for batch, tokens, positions in batches(run.blocks["train"], mine, run.plan.micro_batch, pad, device):
-        yield batch, tokens, torch.from_numpy(rank + processes * positions)
+        yield batch, int(tokens.sum()), torch.from_numpy(rank + processes * positions)
 
 
 def use_less_memory(run: Run, problem: torch.OutOfMemoryError) -> None:
@@ -773,4 +791,4 @@ def finish(run: Run) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -152,8 +152,13 @@ def adapter_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
 
 
 def adapter_settings(model: PeftModel, model_name: str) -> dict[str, Any]:
-    """Return the content of peft's adapter_config.json for a base with this name."""
+    """Return the content of peft's adapter_config.json for a base with this name.
+
+    It lists the modules instead of a regular expression, which peft would match again each time the adapter is loaded.
+    """
     found = model.peft_config["default"].to_dict()
+    if isinstance(found["target_modules"], str) or isinstance(found.get("exclude_modules"), str):
+        found |= {"target_modules": set(model.base_model.targeted_module_names), "exclude_modules": None}
     plain = {key: sorted(v) if isinstance(v, set) else getattr(v, "value", v) for key, v in found.items()}
     return plain | {"inference_mode": True, "base_model_name_or_path": model_name}
 
@@ -507,7 +512,7 @@ def save_adapter(
     try:
         model.save_pretrained(folder, save_embedding_layers=False)
         card = model_card((folder / "README.md").read_text(encoding="utf-8"), model, config, progress, blocks)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        (folder / "README.md").write_text(redact(card), encoding="utf-8")  # the card is made to be shared
         # In peft's own file the order of a set differs from run to run. Only the owner can read safetensors' file.
         described = json.dumps(adapter_settings(model, config.model.name), indent=2, sort_keys=True)
         (folder / "adapter_config.json").write_text(described, encoding="utf-8")
@@ -523,6 +528,17 @@ def save_adapter(
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def secrets_line(config: Config) -> list[str]:
+    """Return a list with a line that names the settings in which config.yaml holds a secret in clear, or []."""
+    held = [name for name, value in flatten(config).items() if redact(str(value)) != str(value)]
+    if not held:
+        return []
+    return [
+        f"config.yaml and the checkpoints in {config.training.output_dir} hold what looks like a secret, in "
+        f"{', '.join(held)}: take it out before you share the folder"
+    ]
+
+
 def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, template: str | None) -> None:
     """Write the tokenizer so that AutoTokenizer loads the same one, with the chat template used in training.
 
@@ -530,7 +546,7 @@ def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, template: s
     an output folder means that the model has no template of its own.
     """
     exact = copy.deepcopy(tokenizer)
-    exact.chat_template = tokenizer.chat_template or template
+    exact.chat_template = template if tokenizer.chat_template is None else tokenizer.chat_template
     if not exact.is_fast:
         exact.save_pretrained(folder, save_jinja_files=False)
         return

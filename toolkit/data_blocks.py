@@ -715,13 +715,13 @@ def collate(rows: Sequence[np.ndarray], pad: int) -> dict[str, torch.Tensor]:
 
 def batches(
     blocks: Blocks, numbers: np.ndarray, size: int, pad: int, device: torch.device
-) -> Iterator[tuple[dict[str, torch.Tensor], int, np.ndarray]]:
-    """Yield (batch on the device, number of its supervised tokens, places in `numbers`) for the blocks `numbers`."""
+) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor, np.ndarray]]:
+    """Yield (batch on the device, supervised tokens of each sequence, places in `numbers`) for the blocks `numbers`."""
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     for start in range(0, len(numbers), size):
         part = numbers[start : start + size]
         batch = collate([blocks[i] for i in part], pad)
-        tokens = CausalLMLoss.weight(batch)
+        tokens = CausalLMLoss.weights(batch)
         if stream is not None:  # copy while the GPU still works on earlier batches
             with torch.cuda.stream(stream):
                 batch = {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in batch.items()}

@@ -10,10 +10,27 @@ import json
 import os
 import re
 import stat
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from config import DATA_FILES, LEAVES, Config, ConfigError, TrainingConfig, flatten, is_hub_id, load_config, shown
+from config import (
+    DATA_FILES,
+    FROM_ADAPTER,
+    FROM_OWN_RUN,
+    LEAVES,
+    Config,
+    ConfigError,
+    ModelConfig,
+    TrainingConfig,
+    flatten,
+    is_address,
+    is_hub_id,
+    load_config,
+    read_yaml,
+    shown,
+)
+from toolkit.adapter_config import read_adapter_config, refuse_large
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 FILES = ("adapter_model.safetensors", "adapter_config.json", "training_state.safetensors", "training_state.json")
@@ -188,36 +205,136 @@ def left_by_run(adapter: Path, name: str) -> list[Path]:
 
 
 def config_with_adapter(
-    adapter: Path | None, given: list[Path], beside: Path, overrides: dict[str, str]
+    adapter: Path | None, given: list[Path], beside: Path, overrides: dict[str, str], evaluate: bool = False
 ) -> tuple[Config, list[str]]:
     """Return the configuration for using an adapter, and a list with a line about edits of `beside` without effect.
 
-    Each of these overrides the ones before it: schema, the run's own config.yaml, `given` (--config), flags. For
+    Each of these overrides the ones before it: schema, the adapter's own config.yaml, `given` (--config), flags. For
     generation.*, which training does not use: schema, `beside` (the config.yaml beside the script), `given`, flags.
     An adapter without its own config.yaml uses `given`, or `beside` if nothing is given.
+    The adapter's folder may come from anybody: config.FROM_ADAPTER says what it may set. evaluate: the data is read too.
+    Raises ConfigError.
     """
     own = left_by_run(adapter, "config.yaml") if adapter else []
-    config = load_config(own + given or [beside], overrides)
+    recorded = read_adapter_config(adapter).get("base_model_name_or_path") if adapter else None
+    user = config = load_config(given or ([] if own else [beside]), overrides)
+    mine, lines = False, []
+    if adapter and own:
+        theirs = read_own(own[0])
+        mine = is_own(adapter, theirs)
+        may_set = FROM_OWN_RUN if mine else FROM_ADAPTER
+        config = load_config(given, overrides, own[0], may_set)
+        check_base(config.model, user.model, recorded, own[0], mine)
+        if evaluate and not mine:
+            config = with_data(config, theirs, own[0], given, beside)
+        lines = [] if given else ignored_edits(config, may_set, own[0], beside)
+    if adapter and not mine and "model.name" not in overrides and _inside(config.model.name, adapter):
+        raise ConfigError(
+            f"model.name: {config.model.name} lies in the adapter's folder; give --model_name {config.model.name} "
+            "if this base is meant"
+        )
+    model = dataclasses.replace(config.model, trust_remote_code=consent(config, user, adapter, given, beside))
+    if model.trust_remote_code and model.name != user.model.name:
+        lines = [*lines, f"model.trust_remote_code: running the code of {model.name}, the base that {own[0]} names"]
     drawn = {name: value for name, value in overrides.items() if name.startswith("generation.")}
     generation = load_config([path for path in (beside, *given) if path.is_file()], drawn).generation
-    lines = [] if given or not own else ignored_edits(own[0], beside, overrides)
-    return dataclasses.replace(config, generation=generation), lines
+    return dataclasses.replace(config, generation=generation, model=model), lines
 
 
-def ignored_edits(own: Path, beside: Path, overrides: dict[str, str]) -> list[str]:
+def consent(config: Config, user: Config, adapter: Path | None, given: list[Path], beside: Path) -> bool:
+    """Return whether the user has agreed that code which comes with the base runs.
+
+    A flag is meant for this command. A given --config, and the config.yaml beside the script, count for the base that
+    they name, and never for one in the adapter's folder. user: the configuration without what the folder says.
+    """
+    if "model.trust_remote_code" in config.flags:
+        return config.model.trust_remote_code
+    agreed = user.model if given else load_config(beside).model if beside.is_file() else Config().model
+    same = (agreed.name, agreed.revision) == (config.model.name, config.model.revision)
+    return agreed.trust_remote_code and same and not (adapter and _inside(agreed.name, adapter))
+
+
+def read_own(own: Path) -> Config:
+    """Return all that the config.yaml in an adapter's folder says; raise ConfigError if it is too large."""
+    refuse_large(own)
+    return load_config(own)
+
+
+def is_own(adapter: Path, theirs: Config) -> bool:
+    """Return whether a run on this machine left the adapter where it is: its config.yaml has the folder's full path.
+
+    Only texts are compared: a path in a stranger's file may be a link that leads back to the current folder.
+    """
+    said = theirs.training.output_dir
+    folders = {os.path.abspath(adapter), os.path.realpath(adapter)}
+    folders |= {os.path.dirname(folder) for folder in folders if CHECKPOINT.fullmatch(os.path.basename(folder))}
+    return os.path.normcase(said) in map(os.path.normcase, folders)
+
+
+def _inside(name: str, folder: Path) -> bool:
+    """Return whether a model's name is a path in a folder, or the folder itself."""
+    if is_address(name) or not os.path.exists(name):
+        return False
+    path, top = os.path.realpath(name), os.path.realpath(folder)
+    return (
+        os.path.commonpath([path, top]) == top if os.path.splitdrive(path)[0] == os.path.splitdrive(top)[0] else False
+    )
+
+
+def check_base(model: ModelConfig, user: ModelConfig, recorded: str | None, own: Path, mine: bool) -> None:
+    """Raise ConfigError if the base that an adapter's config.yaml, `own`, names is not one to load without a flag.
+
+    It may lie on another machine, be another base than the one of the adapter's weights, or name a version whose code
+    would run. user: without what `own` says. recorded: the base in its adapter_config.json; both are the same where a
+    run of ours wrote them. mine: a run on this machine wrote `own` there.
+    """
+    if model.trust_remote_code and model.revision != user.revision:
+        raise ConfigError(
+            f"model.revision: {own} names {model.revision}, whose Python code would run; give --revision too if you "
+            "trust it"
+        )
+    if mine or model.name == user.name:
+        return
+    if is_address(model.name):
+        raise ConfigError(f"model.name: {own} names the address {model.name}; give it as --model_name if it is meant")
+    if recorded and model.name not in (recorded, os.path.abspath(own.parent / recorded), os.path.abspath(recorded)):
+        raise ConfigError(
+            f"model.name: {own} names {model.name}, but adapter_config.json beside it {recorded}; give --model_name with "
+            "the one that is meant"
+        )
+
+
+def with_data(config: Config, theirs: Config, own: Path, given: list[Path], beside: Path) -> Config:
+    """Return the configuration with the data set to evaluate on; raise ConfigError if the user has not named it.
+
+    theirs: what the adapter's config.yaml, `own`, says. It counts if it names what the user's file names.
+    """
+    if "data.dataset" in config.flags or any("dataset" in (read_yaml(path).get("data") or {}) for path in given):
+        return config
+    asked, dataset = load_config(given or ([beside] if beside.is_file() else [])).data.dataset, theirs.data.dataset
+    if asked != dataset or is_address(dataset):
+        raise ConfigError(
+            f"data.dataset: which data is read is not decided by a file in an adapter's folder ({own} says {dataset}, "
+            f"and no run on this machine has written it there); give --dataset {dataset} if you want to use this data"
+        )
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, dataset=dataset))
+
+
+def ignored_edits(config: Config, may_set: Collection[str], own: Path, beside: Path) -> list[str]:
     """Return a list with a line that names the settings in which `beside` differs from a run's own config.yaml.
 
     It is empty unless `beside` names the folder and the model of that run, since it then belongs to another run.
+    config: what is used; its settings in `may_set` came from the run's config.yaml, unless they are flags.
     """
     if not beside.is_file():
         return []
-    edited, run = load_config(beside), load_config(own)
+    edited = load_config(beside)
     folder = Path(edited.training.output_dir).expanduser().resolve()
-    if folder != own.parent.resolve() or edited.model.name != run.model.name:
+    if folder != own.parent.resolve() or edited.model.name != config.model.name:
         return []
-    mine, theirs = settings(edited), settings(run)
+    mine, theirs = settings(edited), settings(config)
     # training.* is about the next run; it does not matter for an adapter that exists
-    asked = [key for key in mine if key.split(".")[0] not in ("training", "generation") and key not in overrides]
+    asked = [key for key in mine if key in may_set and not key.startswith("training.") and key not in config.flags]
     differing = [f"{key} {shown(theirs[key])} (not {shown(mine[key])})" for key in asked if mine[key] != theirs[key]]
     if not differing:
         return []

@@ -8,11 +8,15 @@ import shutil
 
 import pytest
 
-from tests.faults import hostile_checkpoints, hostile_configs
+from tests.faults import hostile_adapters, hostile_checkpoints, hostile_configs, hostile_templates
 from tests.faults.adversary import CODE, Ground, ask, execute, make_ground
 
-# How many of a kind run every time; the rest is marked `long`.
-KINDS = {"checkpoints": (hostile_checkpoints, 18), "configs": (hostile_configs, 6)}
+KINDS = {
+    "configs": (hostile_configs, 6),
+    "templates": (hostile_templates, 14),
+    "adapters": (hostile_adapters, 18),
+    "checkpoints": (hostile_checkpoints, 18),
+}  # how many of a kind run every time; the rest is marked `long`
 
 
 def cases() -> list:
