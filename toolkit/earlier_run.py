@@ -95,7 +95,8 @@ def read_settings(checkpoint: Path) -> tuple[dict[str, Any], int] | None:
     try:
         state = dict(read_tree(checkpoint)[1]["items"])
         before, window = dict(state["config"]["items"]), dict(state["shape"]["items"])["window"]
-        return (before, window) if is_shallow(before) and is_shallow(window) else None
+        sound = type(window) is int and is_shallow(before) and all(isinstance(name, str) for name in before)
+        return (before, window) if sound else None
     except (ValueError, KeyError, TypeError):
         return None
 

@@ -58,7 +58,7 @@ def on_state(change: Callable[[dict, dict], object], says: str = REFUSED, harmle
     return on_files(lambda output: rewrite(output, change), says=says, harmless=harmless)
 
 
-def put(*keys: object, value: object) -> Build:
+def put(*keys: object, value: object, says: str = REFUSED) -> Build:
     """Return an attack that sets one value of the state, given by its keys."""
 
     def change(adapter: dict, state: dict) -> None:
@@ -66,7 +66,7 @@ def put(*keys: object, value: object) -> Build:
             state = state[key]
         state[keys[-1]] = value
 
-    return on_state(change)
+    return on_state(change, says)
 
 
 @functools.cache
@@ -249,8 +249,12 @@ ATTACKS: dict[str, Build] = {
     "settings nested": put("config", "lora.rank", value=[[[[[[[[[[4]]]]]]]]]]),
     "settings of numbers": put("config", value={1: 2}),
     "fingerprint empty": put("fingerprint", value={}),
-    "fingerprint of another base": put("fingerprint", "weights", value="0" * 64),
-    "fingerprint of other data": put("fingerprint", "data", value="0" * 64),
+    "fingerprint of another base": put(
+        "fingerprint", "weights", value="0" * 64, says="model.name: its content has changed"
+    ),
+    "fingerprint of other data": put(
+        "fingerprint", "data", value="0" * 64, says="data.dataset: its content has changed"
+    ),
     "fingerprint of numbers": put("fingerprint", "model", value=5),
     # JSON
     "state of 100,000 brackets": tree("[" * 100_000),
