@@ -50,7 +50,8 @@ def knob(default: Any, help: str, *, resumable: bool = False, path: bool = False
 
     limits: at_least, above, below, at_most (numbers), choices and may_be_empty (strings), example (how a list is
     written). `path` marks a setting that may name a local file. Such a file is looked up in the current folder, then
-    in the folder of the config file. `words` are values of such a setting that are not paths.
+    in the folder of the config file. `words` are values of such a setting that are not paths. `home` marks a folder
+    that need not exist yet; a leading ~ means the user's home.
     """
     return dataclasses.field(default=default, metadata={"help": help, "resumable": resumable, "path": path, **limits})
 
@@ -214,7 +215,7 @@ class TrainingConfig(Section):
         path=True,
         words=("auto", "never"),
     )
-    output_dir: str = free_knob("output_qlora_qwen_3b", "folder for everything that a run writes")
+    output_dir: str = free_knob("output_qlora_qwen_3b", "folder for everything that a run writes", home=True)
     report_to: str = free_knob(
         "none", "experiment tracker that accelerate supports, such as tensorboard or wandb; or none"
     )
@@ -415,6 +416,7 @@ def _convert(leaf: Leaf, value: Any) -> Any:
             return "on" if value else "off"
         raise ValueError
     if isinstance(value, str) and str in kinds:
+        value.encode()  # a UnicodeEncodeError, which is a ValueError, for a path that is no valid UTF-8
         if value in choices or (not choices and (value.strip() or "may_be_empty" in limits)):
             return value
         raise ValueError
@@ -574,12 +576,14 @@ def _locate(leaf: Leaf, value: Any, files: Sequence[Path]) -> Any:
     It is looked up in the current folder, then in the folders of the config files. An address is not looked up, since
     that alone would connect to another machine.
     """
+    if "home" in leaf.field.metadata:
+        return os.path.expanduser(value)
     if not leaf.field.metadata["path"] or value in leaf.field.metadata.get("words", ()) or is_address(value):
         return value
     for folder in (Path.cwd(), *(path.resolve().parent for path in files)):
         try:
             candidate = folder / Path(value).expanduser()
-            if candidate.exists():
+            if os.path.lexists(candidate):  # a link that leads nowhere is a local file too, which is missing
                 return os.path.abspath(candidate)
         except (
             OSError,
@@ -805,6 +809,8 @@ def missing_model(name: str, parts: Sequence[str] = MODEL_PARTS) -> list[str]:
     Only names of files are looked at, so that the answer needs no torch. A hub id is not checked here.
     """
     path = Path(name)
+    if os.path.islink(path) and not os.path.exists(path):
+        return [f"model.name: {name} is a link to {os.readlink(path)}, which does not exist"]
     if path.suffix.lower() == ".gguf":
         return [
             f"model.name: GGUF files cannot be loaded, got {name}; give the original model in safetensors (its hub id "

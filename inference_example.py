@@ -20,7 +20,7 @@ from typing import Any
 from config import Config, ConfigError, build_parser, counted, load_config, missing_model, parse_arguments
 from toolkit.earlier_run import config_with_adapter
 from toolkit.encodings import not_utf8
-from toolkit.startup import before_heavy_imports, leave, reader_gone, report, wake_gpu
+from toolkit.startup import before_heavy_imports, leave, out_of_memory, reader_gone, report, unusable, wake_gpu
 from toolkit.template_files import check_template_files
 
 TAKES = ("model", "quantization", "performance", "generation")  # the other sections of config.yaml are for training
@@ -187,6 +187,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
         help="the base to add the adapter to: the dequantised weights, or the original ones (default: dequantized)",
     )
     options, overrides = parse_arguments(parser, argv)
+    if problems := unusable(vars(options)):
+        raise ConfigError(*problems)
     check_options(options)
     options.rows = read_prompts(Path(options.prompts)) if options.prompts else []
     options.finished = finished_rows(Path(options.output), options.rows) if options.rows else (0, 0)
@@ -667,7 +669,12 @@ def main(argv: list[str] | None = None) -> int:
     except torch.OutOfMemoryError as error:
         say(f"error: out of GPU memory: {str(error).splitlines()[0]}")
         return 3
-    except (OSError, SafetensorError) as error:
+    except (MemoryError, RuntimeError, OSError, SafetensorError) as error:
+        if out_of_memory(error):
+            say(f"error: out of main memory: {' '.join(str(error).split())[:200]}")
+            return 3
+        if isinstance(error, RuntimeError):
+            raise
         if not (isinstance(error, BrokenPipeError) and reader_gone("\n")):
             say(f"error: {' '.join(str(error).split())}")
         return 1

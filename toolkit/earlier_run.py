@@ -5,9 +5,11 @@ an error is shown.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
+import stat
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ from config import (
 from toolkit.adapter_config import read_adapter_config, refuse_large
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+FILES = ("adapter_model.safetensors", "adapter_config.json", "training_state.safetensors", "training_state.json")
 NAMES = ("model.name", "data.dataset")  # a path may change if its content is the same
 WINDOW = "training.batch_size x training.gradient_accumulation_steps"  # only their product must stay the same
 
@@ -54,12 +57,47 @@ def settings(config: Config) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------ training again
 
 
+def read_file(path: Path, most: int) -> bytes:
+    """Return the content of a file of at most `most` bytes; raise ValueError for anything else, such as a pipe."""
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode) or found.st_size > most:  # a pipe would never end, a device neither
+        raise ValueError(f"{path.name} is no file of at most {most:,} bytes")
+    return path.read_bytes()
+
+
+def read_tree(checkpoint: Path) -> tuple[dict[str, str], Any]:
+    """Return (checksums by file, the content of training_state.json); raise ValueError if the checkpoint is damaged.
+
+    The larger files only have to exist: their checksums take longer.
+    """
+    try:
+        sums = json.loads(read_file(checkpoint / "checksums.json", 2**16))
+        content = read_file(checkpoint / "training_state.json", 2**30)  # a million logged steps take a third of it
+        if hashlib.sha256(content).hexdigest() != sums["training_state.json"]:
+            raise ValueError("training_state.json does not match its checksum")
+        for name in FILES:
+            if not stat.S_ISREG(os.stat(checkpoint / name).st_mode):
+                raise ValueError(f"{name} is no file")
+        return sums, json.loads(content)
+    except (OSError, KeyError, TypeError, RecursionError) as error:  # a RecursionError: thousands of brackets
+        raise ValueError(f"{type(error).__name__}: {error}".replace("\n", " ")) from None
+
+
+def is_shallow(value: Any, levels: int = 6) -> bool:
+    """Return whether nothing in a value lies deeper than `levels`, so that it can be compared and shown."""
+    if not isinstance(value, (dict, list)):
+        return True
+    return levels > 0 and all(is_shallow(v, levels - 1) for v in (value.values() if isinstance(value, dict) else value))
+
+
 def read_settings(checkpoint: Path) -> tuple[dict[str, Any], int] | None:
     """Return a checkpoint's settings and its sequences per optimizer step; None if they cannot be read."""
     try:
-        state = dict(json.loads((checkpoint / "training_state.json").read_text(encoding="utf-8"))["items"])
-        return dict(state["config"]["items"]), dict(state["shape"]["items"])["window"]
-    except (OSError, ValueError, KeyError, TypeError):
+        state = dict(read_tree(checkpoint)[1]["items"])
+        before, window = dict(state["config"]["items"]), dict(state["shape"]["items"])["window"]
+        sound = type(window) is int and is_shallow(before) and all(isinstance(name, str) for name in before)
+        return (before, window) if sound else None
+    except (ValueError, KeyError, TypeError):
         return None
 
 
@@ -99,6 +137,12 @@ def _sizes(path: str) -> list[int]:
     return sorted(f.stat().st_size for f in files if f.suffix.lower() in (*DATA_FILES, ".safetensors") and f.is_file())
 
 
+def continues(output_dir: str) -> str:
+    """Return the end of an error message: that the same command continues, if there is a checkpoint to continue from."""
+    found = output_dir and checkpoints(Path(output_dir))
+    return "; the same command continues from the last checkpoint" if found else ""
+
+
 def other_run(changes: list[str], training: TrainingConfig) -> ConfigError:
     """Return the error that refuses to continue from a checkpoint: what changed, and what to do instead."""
     output_dir = Path(training.output_dir)
@@ -110,6 +154,11 @@ def other_run(changes: list[str], training: TrainingConfig) -> ConfigError:
     if training.resume != "auto":  # with another folder alone the run would still continue from that checkpoint
         remedy = "use --overwrite to replace it, or choose another --output_dir and set training.resume to auto"
     return ConfigError(f"{'; '.join(changes)}; {output_dir} holds {kind}: {remedy}")
+
+
+def all_damaged(output_dir: Path) -> ConfigError:
+    """Return the error about an output folder in which no checkpoint can be read."""
+    return ConfigError(f"training.resume: all checkpoints in {output_dir} are damaged; use --overwrite to start over")
 
 
 def refuse_other_run(config: Config, overwrite: bool) -> None:
@@ -129,7 +178,8 @@ def refuse_other_run(config: Config, overwrite: bool) -> None:
         remedy = ", or use --overwrite to replace it" if resume in ("auto", "never") else ""
         raise ConfigError(f"training.output_dir: {output_dir} holds {kind}; choose another --output_dir{remedy}")
     window = training.batch_size * training.gradient_accumulation_steps
-    for checkpoint in {"auto": found, "never": []}.get(resume, [folder]):
+    candidates = {"auto": found, "never": []}.get(resume, [folder])
+    for checkpoint in candidates:
         if (read := read_settings(checkpoint)) is not None:  # a damaged one is skipped later too
             before, now = read[0], settings(config)
             names = [key for key in NAMES if not may_have_moved(before.get(key), now[key])]
@@ -138,6 +188,8 @@ def refuse_other_run(config: Config, overwrite: bool) -> None:
             if changes:
                 raise other_run(list(changes.values()), training)
             return
+    if resume == "auto" and candidates:
+        raise all_damaged(output_dir)
 
 
 # ------------------------------------------------------------------------------------------------ using its adapter

@@ -87,11 +87,44 @@ def before_heavy_imports() -> None:
     home = os.path.join(os.environ.get("TRITON_HOME", os.path.expanduser("~")), ".triton", "cache")
     beside = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     os.environ.setdefault("TRITON_CACHE_DIR", os.path.join(beside, "triton") if beside else home)
+    sys.excepthook = in_one_line
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the process without a traceback
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]  # None makes `import kernels` fail
     with compiling_later():
         import bitsandbytes  # noqa: F401  (calls torch.compile for four functions that are rarely used)
+
+
+def unusable(flags: dict[str, Any]) -> list[str]:
+    """Return a message if the current folder is gone, and one for each path or text that files in UTF-8 cannot hold.
+
+    flags: what the user typed, by the name of the flag.
+    """
+    try:
+        texts: dict[str, Any] = {"the current folder": os.getcwd()}
+    except FileNotFoundError:
+        return ["the current folder does not exist any more; change to another one"]
+    problems = []
+    for name, value in (texts | {f"--{name.split('.')[-1]}": value for name, value in flags.items()}).items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and text != text.encode("utf-8", "ignore").decode():
+                problems.append(f"{name}: expected valid UTF-8, got {text!r}")
+    return problems
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Return whether an error means that main memory is exhausted. Only Python's own has a type of its own."""
+    text = str(error).lower()
+    known = ("bad_alloc", "can't allocate memory", "cannot allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(words in text for words in known)
+
+
+def in_one_line(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """As sys.excepthook: print a line instead of a traceback if memory runs out, as it may while torch is imported."""
+    if out_of_memory(error):
+        print("error: out of main memory", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def redact(text: str) -> str:

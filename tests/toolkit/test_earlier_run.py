@@ -56,7 +56,9 @@ def test_the_newest_readable_checkpoint_counts(tmp_path):
     (problem,) = refused(tmp_path)
     assert problem.startswith("training.seed: was 1 in checkpoint-2, is 42 now; ")
     (tmp_path / "checkpoint-2" / "training_state.json").write_text("half", encoding="utf-8")
-    assert refused(tmp_path) == ()  # loading says that none is sound
+    assert refused(tmp_path) == (
+        f"training.resume: all checkpoints in {tmp_path} are damaged; use --overwrite to start over",
+    )
 
 
 def test_only_what_is_learned_may_not_change(tmp_path):
