@@ -270,8 +270,8 @@ def evaluate_adapter(config: Config, adapter: str | None, stride: int | None) ->
     attention.use_causal_attention(model)
     if samples := sample_counts(blocks)[:1]:
         attention.keep_samples_apart(model, config.data.max_length, samples)
-    objective = evaluation_objective(model, effective)
-    together, pad = max(1, EVALUATED_TOGETHER // config.data.max_length), tokenizer.pad_token_id
+    objective, pad = evaluation.objective_of(model, effective), tokenizer.pad_token_id
+    together = max(1, evaluation.TOGETHER // config.data.max_length)
     sums = evaluation.evaluate_base_and_adapter(model, objective, blocks, accelerator, together, pad, say)
     if adapter is not None:
         result = comparison(dataset, blocks, stride, sums)
@@ -279,25 +279,6 @@ def evaluate_adapter(config: Config, adapter: str | None, stride: int | None) ->
         if accelerator.is_main_process:
             evaluation.save_evaluation(result, Path(adapter))
     return 0
-
-
-EVALUATED_TOGETHER = 8192  # tokens of a micro-batch, enough to fill a large GPU; a 3B needs 1.2 GiB for them
-
-
-def evaluation_objective(model: PreTrainedModel | PeftModel, config: Config) -> CausalLMLoss:
-    """Return the loss of a model in eval mode, computed as training's own evaluation computes it on this device."""
-    objective = CausalLMLoss(model.eval(), compute_dtype_of(config))
-    if model.device.type != "cuda":
-        return objective
-    free = memory.free_bytes(model.device, config.performance.memory_limit_gib)
-    objective.logit_chunk = default_logit_chunk(len(objective.head.weight), free)
-    if isinstance(model, PeftModel):
-        fast = choice.choose_fast_path(config.performance, model, objective.dtype, model.device, offload=False)
-        if fast.fused_lora:
-            layers.fuse(model, dropout.DropoutClock(0, model.device), 0.0, fast.kernels)
-        if fast.fused_lora and fast.kernels:
-            objective.chunk_loss = kernel_chunk_loss
-    return objective
 
 
 # ------------------------------------------------------------------------------------------------ set-up

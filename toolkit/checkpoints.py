@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import bitsandbytes as bnb
 import torch
@@ -38,10 +38,11 @@ from transformers.utils import CHAT_TEMPLATE_FILE
 from config import Config, ConfigError, LoraSettings, TrainingConfig, counted, flatten, save_config
 from fast_path.optimizers import OPTIMIZERS
 from quantization_utils import compute_dtype_of, create_lora_config
-from toolkit.data_blocks import Blocks
-from toolkit.data_formats import FUNCTION
 from toolkit.earlier_run import FILES, checkpoints, read_tree, step_of
 from toolkit.startup import redact
+
+if TYPE_CHECKING:  # it imports datasets, which inference does not need
+    from toolkit.data_blocks import Blocks
 
 try:
     import fcntl
@@ -501,7 +502,7 @@ def save_adapter(
     tokenizer: PreTrainedTokenizerBase,
     config: Config,
     progress: Progress,
-    blocks: Blocks,
+    blocks: "Blocks",
 ) -> None:
     """Write the adapter as peft does, its model card and the tokenizer; files get their names after all are on disk.
 
@@ -566,7 +567,7 @@ def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, template: s
         path.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def model_card(card: str, model: PeftModel, config: Config, progress: Progress, blocks: Blocks) -> str:
+def model_card(card: str, model: PeftModel, config: Config, progress: Progress, blocks: "Blocks") -> str:
     """Return the model card of this run, with the YAML header of peft's `card`."""
     results = "not evaluated (no held-out part)"
     if evaluations := progress.evaluations:
@@ -584,7 +585,7 @@ def model_card(card: str, model: PeftModel, config: Config, progress: Progress, 
         header=card[: card.index("\n---", 3) + 4] if card.startswith("---") else "",
         precision=precision,
         how=how,
-        dataset=blocks.dataset if blocks.dataset == FUNCTION else f"`{blocks.dataset}`",
+        dataset=blocks.shown_dataset,
         targets=targets if isinstance(targets, str) else ", ".join(sorted(targets)),
         tokens=blocks.tokens,
         steps=counted(progress.step, "optimizer step"),

@@ -293,6 +293,11 @@ class Blocks:
         return self._stream.slice(start, stop - start).to_numpy().astype(np.int64)
 
     @property
+    def shown_dataset(self) -> str:
+        """The name of the data in Markdown."""
+        return self.dataset if self.dataset == FUNCTION else f"`{self.dataset}`"
+
+    @property
     def tokens(self) -> int:
         """The number of tokens in all blocks."""
         return int(self.cuts[-1] - self.cuts[0])

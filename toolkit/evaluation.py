@@ -19,12 +19,17 @@ from safetensors.torch import load_file
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from config import ConfigError, counted, load_config
-from fast_path.loss import Objective, perplexity
+from config import Config, ConfigError, counted, load_config
+from fast_path.choice import choose_fast_path
+from fast_path.dropout import DropoutClock
+from fast_path.layers import fuse
+from fast_path.loss import CausalLMLoss, Objective, default_logit_chunk, kernel_chunk_loss, perplexity
 from fast_path.micro_step import Learner, let_go
+from quantization_utils import compute_dtype_of
 from toolkit.checkpoints import refusing, write_atomically, write_picture
 from toolkit.data_blocks import Blocks, batches
 from toolkit.earlier_run import settings
+from toolkit.memory import free_bytes
 
 # ------------------------------------------------------------------------------------------------ losses on blocks
 
@@ -98,6 +103,24 @@ def mean_loss(sums: torch.Tensor) -> float:
 
 
 # ------------------------------------------------------------------------------------------------ base and adapter
+
+TOGETHER = 8192  # tokens of a micro-batch, enough to fill a large GPU; a 3B needs 1.2 GiB for them
+
+
+def objective_of(model: PreTrainedModel | PeftModel, config: Config) -> CausalLMLoss:
+    """Return the loss of a model in eval mode, computed as training's own evaluation computes it on this device."""
+    objective = CausalLMLoss(model.eval(), compute_dtype_of(config))
+    if model.device.type != "cuda":
+        return objective
+    free = free_bytes(model.device, config.performance.memory_limit_gib)
+    objective.logit_chunk = default_logit_chunk(len(objective.head.weight), free)
+    if isinstance(model, PeftModel):
+        fast = choose_fast_path(config.performance, model, objective.dtype, model.device)
+        if fast.fused_lora:
+            fuse(model, DropoutClock(0, model.device), 0.0, fast.kernels)
+        if fast.fused_lora and fast.kernels:
+            objective.chunk_loss = kernel_chunk_loss
+    return objective
 
 
 def evaluate_base_and_adapter(
