@@ -22,7 +22,7 @@ import reprlib
 import sys
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +50,10 @@ class Section:
 def knob(default: Any, help: str, *, resumable: bool = False, path: bool = False, **limits: Any) -> Any:
     """Declare one setting of a section.
 
-    limits: at_least, above, below, at_most, zero_or_at_least (numbers), choices and may_be_empty (strings), example (how a list is
-    written). `path` marks a setting that may name a local file. Such a file is looked up in the current folder, then
-    in the folder of the config file. `words` are values of such a setting that are not paths.
+    limits: at_least, above, below, at_most, zero_or_at_least (numbers), choices and may_be_empty (strings), example
+    (how a list is written). `path` marks a setting that may name a local file. Such a file is looked up in the current
+    folder, then in the folder of the config file. `words` are values of such a setting that are not paths. `home` marks
+    a folder that need not exist yet; a leading ~ means the user's home.
     """
     return dataclasses.field(default=default, metadata={"help": help, "resumable": resumable, "path": path, **limits})
 
@@ -234,7 +235,7 @@ class TrainingConfig(Section):
         path=True,
         words=("auto", "never"),
     )
-    output_dir: str = free_knob("output_qlora_qwen_3b", "folder for everything that a run writes")
+    output_dir: str = free_knob("output_qlora_qwen_3b", "folder for everything that a run writes", home=True)
     report_to: str = free_knob(
         "none", "experiment tracker that accelerate supports, such as tensorboard or wandb; or none"
     )
@@ -359,6 +360,16 @@ LEAVES: dict[str, Leaf] = {leaf.name: leaf for leaf in leaves()}
 _KEYS = [leaf.key for leaf in LEAVES.values()]
 SHORT: dict[str, str] = {leaf.key: leaf.name for leaf in LEAVES.values() if _KEYS.count(leaf.key) == 1}
 SHORT["model_name"] = "model.name"
+
+# What the config.yaml in an adapter's folder may set: what the adapter was trained on and with. The folder may come from
+# anybody, so whatever runs code, reaches a network, writes, or says where, is not in this list and comes from the user:
+# from a flag, a given --config, or the config.yaml beside the script. A new setting is in it only after it is added here.
+FROM_ADAPTER = frozenset(name for name in LEAVES if name.startswith(("quantization.", "lora.")))
+FROM_ADAPTER |= {"model.name", "model.revision", "model.attn_implementation", "training.seed"}
+FROM_ADAPTER |= {f"data.{key}" for key in ("dataset_config", "train_split", "validation_split", "validation_fraction")}
+FROM_ADAPTER |= {f"data.{key}" for key in ("text_column", "format", "rows", "completion_only", "max_length", "packing")}
+FROM_ADAPTER |= {f"data.{key}" for key in ("max_train_samples", "max_eval_samples")}
+FROM_OWN_RUN = FROM_ADAPTER | {"data.dataset", "performance.memory_limit_gib"}  # if the user's own run left it there
 
 
 # Names that other tools and papers use for a key, if they are not spelt like the key.
@@ -665,14 +676,17 @@ def _contradictions(config: Config) -> Iterator[str]:
 def _locate(leaf: Leaf, value: Any, files: Sequence[Path]) -> Any:
     """Return the absolute path of a local file or folder; return any other value, such as a hub id, unchanged.
 
-    It is looked up in the current folder, then in the folders of the config files.
+    It is looked up in the current folder, then in the folders of the config files. An address is not looked up, since
+    that alone would connect to another machine.
     """
-    if not leaf.field.metadata["path"] or value in leaf.field.metadata.get("words", ()):
+    if "home" in leaf.field.metadata:
+        return os.path.expanduser(value)
+    if not leaf.field.metadata["path"] or value in leaf.field.metadata.get("words", ()) or is_address(value):
         return value
     for folder in (Path.cwd(), *(path.resolve().parent for path in files)):
         try:
             candidate = folder / Path(value).expanduser()
-            if candidate.exists():
+            if os.path.lexists(candidate):  # a link that leads nowhere is a local file too, which is missing
                 return os.path.abspath(candidate)
         except (
             OSError,
@@ -683,16 +697,25 @@ def _locate(leaf: Leaf, value: Any, files: Sequence[Path]) -> Any:
     return value
 
 
-def load_config(paths: Sequence[str | Path] | str | Path = (), overrides: dict[str, Any] | None = None) -> Config:
+def load_config(
+    paths: Sequence[str | Path] | str | Path = (),
+    overrides: dict[str, Any] | None = None,
+    adapters: Path | None = None,
+    may_set: Collection[str] = (),
+) -> Config:
     """Return the configuration: the schema's defaults, replaced by each file in turn, then by `overrides`.
 
     The keys of `overrides` are names such as lora.rank. A value that is a str is read like the text of a flag. All
-    problems are reported together in one ConfigError.
+    problems are reported together in one ConfigError. adapters: the config.yaml in an adapter's folder, which is read
+    before the other files and sets nothing but the settings in `may_set`.
     """
     files = [Path(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
     values: dict[str, Any] = {}
     problems: list[str] = []
     overrides = overrides or {}
+    if adapters is not None:
+        found = {name: value for name, value in _values(read_yaml(adapters), problems).items() if name in may_set}
+        values = {name: _locate(LEAVES[name], value, [adapters]) for name, value in found.items()}
     for path in files:
         for name, value in _values(read_yaml(path), problems).items():
             values[name] = _locate(LEAVES[name], value, [path])
@@ -726,6 +749,11 @@ DATA_FILES = {".txt": "text", ".csv": "csv", ".json": "json", ".jsonl": "json", 
 def is_hub_id(name: str) -> bool:
     """Return whether a name has the form of a hub id, `name` or `owner/name`; otherwise it is a local path."""
     return len(name) < 200 and re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) is not None
+
+
+def is_address(name: Any) -> bool:
+    """Return whether a name leads to another machine: https://..., s3://..., or \\\\server\\share on Windows."""
+    return isinstance(name, str) and ("://" in name or name.startswith(("//", "\\\\")))
 
 
 def missing_data(dataset: str) -> list[str]:
@@ -897,6 +925,8 @@ def missing_model(name: str, parts: Sequence[str] = MODEL_PARTS) -> list[str]:
     Only names of files are looked at, so that the answer needs no torch. A hub id is not checked here.
     """
     path = Path(name)
+    if os.path.islink(path) and not os.path.exists(path):
+        return [f"model.name: {name} is a link to {os.readlink(path)}, which does not exist"]
     if path.suffix.lower() == ".gguf":
         return [
             f"model.name: GGUF files cannot be loaded, got {name}; give the original model in safetensors (its hub id "

@@ -10,6 +10,7 @@ python inference_example.py --mode merge --output merged      write a bfloat16 m
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -18,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from config import Config, ConfigError, build_parser, counted, load_config, missing_model, parse_arguments
-from toolkit.earlier_run import config_with_adapter, left_by_run
+from toolkit.earlier_run import config_with_adapter
 from toolkit.encodings import check_config, not_utf8
 from toolkit.locks import exclusive, lock_of
-from toolkit.startup import before_heavy_imports, reader_gone, report, visible
+from toolkit.startup import before_heavy_imports, leave, out_of_memory, reader_gone, report, unusable, visible, wake_gpu
+from toolkit.template_files import check_template_files
 
 TAKES = ("model", "quantization", "performance", "generation")  # the other sections of config.yaml are for training
 # The flags that --help shows first.
@@ -39,6 +41,9 @@ def say(line: str) -> None:
 def show(text: str) -> None:
     """Print a text on stdout for a person to read."""
     print(visible(text), flush=True)
+
+
+say_once = functools.cache(say)  # for what holds for every prompt
 
 
 # ------------------------------------------------------------------------------------------------ command line
@@ -207,6 +212,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
         help="the base to add the adapter to: the dequantised weights, or the original ones (default: dequantized)",
     )
     options, overrides = parse_arguments(parser, argv)
+    if problems := unusable(vars(options)):
+        raise ConfigError(*problems)
     check_options(options)
     options.rows = read_prompts(Path(options.prompts)) if options.prompts else []
     if options.output is None or not lock_of(Path(options.output)).exists():
@@ -223,6 +230,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     config, options.notes = config_with_adapter(options.adapter, given, beside, overrides)
     if problems := missing_model(config.model.name):
         raise ConfigError(*problems)
+    check_template_files(config.model.name)
     return options, config
 
 
@@ -234,20 +242,20 @@ if __name__ == "__main__":  # --help and errors in options or configuration appe
     if sys.stderr.isatty():  # the imports alone take seconds
         say(f"loading {name} ...")
     before_heavy_imports()
+    wake_gpu()
 
 import dataclasses
 import signal
 import time
 from collections.abc import Callable
 
+import psutil
 import torch
 import transformers
-from jinja2 import TemplateError
 from peft import PeftModel
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
-from transformers.utils import CHAT_TEMPLATE_FILE
 
 from config import LEAVES, GenerationConfig, coerce_flag
 from fast_path.decoder import Watch
@@ -255,11 +263,12 @@ from quantization_utils import (
     SLOW_BF16,
     keep_packing,
     known_positions,
-    load_adapter,
     load_base,
     quiet_libraries,
     replaces_bf16,
 )
+from toolkit.adapters import load_adapter
+from toolkit.chat_templates import CHANGES, adopt_template, changes_words, render_chats, template_file
 from toolkit.checkpoints import edited_line, effective
 from toolkit.generation import Generator, VisibleStreamer, by_length
 from toolkit.machine import no_gpu_reason
@@ -301,9 +310,7 @@ def load(config: Config, adapter: Path | None = None, quantized: bool = True) ->
     model, tokenizer = load_base(config, device, quantized)
     for line in edited_line(config, effective(config, model)) if quantized else ():
         say(line)  # an adapter works best on the base that it was trained on
-    if adapter is not None and tokenizer.chat_template is None:
-        for path in left_by_run(adapter, CHAT_TEMPLATE_FILE):
-            tokenizer.chat_template = path.read_text(encoding="utf-8")
+    adopt_template(tokenizer, adapter)
     return model, tokenizer
 
 
@@ -363,10 +370,10 @@ def encode(engine: Engine, prompt: Prompt, system_prompt: str | None) -> list[in
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if system_prompt is not None and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system_prompt}, *messages]
-    try:
-        return engine.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-    except TemplateError as error:
-        raise ConfigError(f"the chat template refuses these messages: {error}") from None
+    (text,) = render_chats(engine.tokenizer, [messages], add_generation_prompt=True)
+    if changes_words(messages, text):
+        say_once(f"warning: the chat template of {template_file(engine.tokenizer)} {CHANGES}")
+    return engine.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def room_after(engine: Engine, length: int, settings: GenerationConfig) -> int:
@@ -408,14 +415,19 @@ def generate_ids(
 
 
 def stream_answer(
-    engine: Engine, ids: list[int], settings: GenerationConfig, note: Callable, as_generated: bool = False
+    engine: Engine,
+    ids: list[int],
+    settings: GenerationConfig,
+    note: Callable,
+    began: float | None = None,
+    as_generated: bool = False,
 ) -> tuple[str, bool]:
     """Print the answer to one prompt while it is made, give its speed to `note`; return it and whether Ctrl-C came.
 
-    as_generated: print control characters as they are.
+    began: see Watch. as_generated: print control characters as they are.
     """
     kind = TextStreamer if as_generated else VisibleStreamer
-    watch, streamer = Watch(), kind(engine.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    watch, streamer = Watch(began), kind(engine.tokenizer, skip_prompt=True, skip_special_tokens=True)
     new = generate_ids(engine, [ids], settings, watch, streamer)[0]
     traffic = engine.generator.traffic()
     traffic.add(watch, 1, len(ids))
@@ -430,7 +442,8 @@ def answer_prompt(engine: Engine, config: Config, prompt: str) -> int:
     """Print the answer to one prompt, and nothing else, on stdout; return the exit code."""
     ids = encode(engine, prompt, config.generation.system_prompt)
     transformers.set_seed(config.training.seed)
-    _, stopped = stream_answer(engine, ids, config.generation, say, as_generated=not sys.stdout.isatty())
+    began = time.perf_counter() - (time.time() - psutil.Process().create_time())
+    _, stopped = stream_answer(engine, ids, config.generation, say, began, as_generated=not sys.stdout.isatty())
     return 130 if stopped else 0
 
 
@@ -700,7 +713,12 @@ def main(argv: list[str] | None = None) -> int:
     except torch.OutOfMemoryError as error:
         say(f"error: out of GPU memory: {str(error).splitlines()[0]}")
         return 3
-    except (OSError, SafetensorError) as error:
+    except (MemoryError, RuntimeError, OSError, SafetensorError) as error:
+        if out_of_memory(error):
+            say(f"error: out of main memory: {' '.join(str(error).split())[:200]}")
+            return 3
+        if isinstance(error, RuntimeError):
+            raise
         if not (isinstance(error, BrokenPipeError) and reader_gone("\n")):
             say(f"error: {' '.join(str(error).split())}")
         return 1
@@ -709,4 +727,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

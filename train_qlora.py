@@ -28,7 +28,8 @@ from config import (
 )
 from toolkit.earlier_run import config_with_adapter, refuse_other_run
 from toolkit.encodings import check_config
-from toolkit.startup import before_heavy_imports, reader_gone, report, visible
+from toolkit.startup import before_heavy_imports, leave, reader_gone, report, unusable, visible, wake_gpu
+from toolkit.template_files import check_template_files
 
 # What --help shows first.
 EVERYDAY = ["config", "model_name", "dataset", "output_dir", "num_epochs", "learning_rate", "rank"]
@@ -47,6 +48,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     add("--output", metavar="FILE", help="with --compare: the picture (default: compare.png)")
     add("--overwrite", action="store_true", help="start over in an output_dir that holds a run, and replace it")
     options, overrides = parse_arguments(parser, argv)
+    if problems := unusable(vars(options)):
+        raise ConfigError(*problems)
     options.notes = []
     for name, owner in (("adapter", "evaluate"), ("stride", "evaluate"), ("output", "compare")):
         if getattr(options, name) and not getattr(options, owner):
@@ -60,7 +63,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     for path in given or [beside]:
         check_config(path)
     if options.adapter:
-        config, options.notes = config_with_adapter(Path(options.adapter), given, beside, overrides)
+        config, options.notes = config_with_adapter(Path(options.adapter), given, beside, overrides, evaluate=True)
     else:
         config = load_config(given or [beside], overrides)
     if options.stride is not None and not 1 <= options.stride <= config.data.max_length:
@@ -71,6 +74,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
         problems.append(f"training.output_dir: expected a folder, got the file {config.training.output_dir}")
     if problems:
         raise ConfigError(*problems)
+    check_template_files(config.model.name)
     if not (options.plan or options.evaluate):
         refuse_other_run(config, options.overwrite)
     return options, config
@@ -82,6 +86,7 @@ if __name__ == "__main__":  # --help and every error in the configuration answer
     except ConfigError as error:
         sys.exit(report(error))
     before_heavy_imports()
+    wake_gpu()
 import contextlib
 import dataclasses
 import math
@@ -110,12 +115,14 @@ from fast_path.micro_step import Learner, be_deterministic
 from fast_path.optimizers import create_optimizer
 from quantization_utils import compute_dtype_of, create_lora_config, load_base, prepare_model_for_training
 from toolkit import checkpoints, data_blocks, data_formats, earlier_run, evaluation, machine, memory, memory_plan
-from toolkit.checkpoints import Found
+from toolkit.adapters import load_adapter
+from toolkit.chat_templates import adopt_template
 from toolkit.data_blocks import Blocks, batches, make_blocks, sample_counts, step_windows
 from toolkit.data_formats import load_rows, tokenize_rows
 from toolkit.evaluation import comparison, difference_line, mean_loss, plot_training_curves
 from toolkit.memory import peak_gib
 from toolkit.memory_plan import GIB, MemoryPlan
+from toolkit.resume import Found, check_resumable, check_tensors, find_checkpoint, fingerprint, restore_schedule
 
 # ------------------------------------------------------------------------------------------------ main
 
@@ -146,17 +153,8 @@ def main(argv: list[str] | None = None) -> int:
         return 3
     except ConfigError as error:
         return report(error)
-    except (OSError, SafetensorError, torch.AcceleratorError) as error:  # a full disk, a driver that was reset
-        if isinstance(error, BrokenPipeError) and reader_gone("\n"):
-            return 1
-        report(ConfigError(f"{type(error).__name__}: {str(error).splitlines()[0]}{continues(output_dir)}"))
-        return 1
-    except RuntimeError as error:
-        if "does not have a deterministic implementation" not in str(error):
-            raise
-        operator = str(error).split()[0]
-        problem = f"{operator} has no form that gives the same bits each time; use false"
-        return report(ConfigError(f"performance.deterministic: {problem}"))
+    except (MemoryError, OSError, RuntimeError, SafetensorError, torch.AcceleratorError) as error:
+        return machine.failed(error, earlier_run.continues(output_dir))
     finally:
         reader_gone()
 
@@ -169,12 +167,6 @@ def quiet_datasets() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ the commands
-
-
-def continues(output_dir: str) -> str:
-    """Return the end of an error message: that the same command continues, if there is a checkpoint to continue from."""
-    found = output_dir and earlier_run.checkpoints(Path(output_dir))
-    return "; the same command continues from the last checkpoint" if found else ""
 
 
 def fine_tune(config: Config, overwrite: bool) -> int:
@@ -191,7 +183,7 @@ def fine_tune(config: Config, overwrite: bool) -> int:
         if quantization_utils.replaces_bf16(config):
             log.say(quantization_utils.SLOW_BF16)
         memory.cap_memory(device, config.performance.memory_limit_gib)
-        found = checkpoints.find_checkpoint(config.training, overwrite, log.say)
+        found = find_checkpoint(config.training, overwrite, log.say)
         run = build_run(config, accelerator, log, found)
         describe_data(run)
         start_run(run, found)
@@ -219,16 +211,26 @@ def execute(run: Run, request: checkpoints.StopRequest) -> int:
             say(line)
         return 3
     finally:
-        if accelerator.is_main_process and progress.history:
-            plot_training_curves(progress.history, run.output_dir / "training_curves.png")
+        unwritten = curves_and_log(run)
         if run.config.training.report_to != "none":
             accelerator.end_training()
-    run.log.flush()
-    if run.unsaved:
+    for problem in filter(None, (run.unsaved, unwritten)):
         advice = "the adapter is complete" if done else "free some disk space and start the same command again"
-        say(f"error: step {progress.step}: {run.unsaved}; {advice}")
+        say(f"error: step {progress.step}: {problem}; {advice}")
+    if run.unsaved or unwritten:
         return 1
     return 0 if done else 128 + (request.signum or 2)
+
+
+def curves_and_log(run: Run) -> str:
+    """Draw the curves and write what the log still holds; return why that failed, or an empty text."""
+    try:
+        if run.accelerator.is_main_process and run.progress.history:
+            plot_training_curves(run.progress.history, run.output_dir / "training_curves.png")
+        run.log.flush()
+    except OSError as error:
+        return f"the curves or the log cannot be written ({error})"
+    return ""
 
 
 def epoch_line(config: Config, sequences_per_step: int) -> str:
@@ -256,6 +258,7 @@ def evaluate_adapter(config: Config, adapter: str | None, stride: int | None) ->
     if quantization_utils.replaces_bf16(config):
         say(quantization_utils.SLOW_BF16)
     model, tokenizer = load_base(config, accelerator.device)
+    adopt_template(tokenizer, Path(adapter) if adapter else None)
     effective = checkpoints.effective(config, model)
     lines = checkpoints.edited_line(config, effective)
     for line in (*lines, *quantization_utils.check_length(config.data.max_length, model.config)):
@@ -266,12 +269,13 @@ def evaluate_adapter(config: Config, adapter: str | None, stride: int | None) ->
         raise ConfigError("data.validation_fraction: nothing is held out to evaluate on")
     dataset, blocks = blocks.dataset, blocks if stride is None else data_blocks.windows_of(blocks, stride)
     if adapter is not None:
-        model = quantization_utils.load_adapter(model, adapter)
+        model = load_adapter(model, adapter)
     attention.use_causal_attention(model)
     if samples := sample_counts(blocks)[:1]:
         attention.keep_samples_apart(model, config.data.max_length, samples)
-    objective = CausalLMLoss(model.eval(), compute_dtype_of(effective))
-    sums = evaluation.evaluate_base_and_adapter(model, objective, blocks, accelerator, tokenizer.pad_token_id, say)
+    objective, pad = evaluation.objective_of(model, effective), tokenizer.pad_token_id
+    together = max(1, evaluation.TOGETHER // config.data.max_length)
+    sums = evaluation.evaluate_base_and_adapter(model, objective, blocks, accelerator, together, pad, say)
     if adapter is not None:
         result = comparison(dataset, blocks, stride, sums)
         say(difference_line(result))
@@ -339,7 +343,7 @@ def build_run(config: Config, accelerator: Accelerator, log: checkpoints.Log, fo
     )
     with accelerator.main_process_first():
         blocks = make_blocks(prepare_dataset(config, tokenizer), tokenizer, config.data, training.seed)
-    model, _ = load_base(config, device)
+    model, _ = load_base(config, device, tokenizer=tokenizer)
     say(memory.memory_line(device))
     for line in quantization_utils.check_length(config.data.max_length, model.config):
         say(line)
@@ -367,7 +371,7 @@ def build_run(config: Config, accelerator: Accelerator, log: checkpoints.Log, fo
         plan=plan,
         sequences_per_step=per_step,
         total_steps=total_steps,
-        fingerprint=checkpoints.fingerprint(learner.model, tokenizer, blocks),
+        fingerprint=fingerprint(learner.model, tokenizer, blocks),
     )
 
 
@@ -464,39 +468,38 @@ def start_run(run: Run, found: Found | None) -> None:
     """Restore the checkpoint, if there is one, and open the output folder. A refusal comes before anything is written."""
     log = run.log
     if found is not None:
-        folder, adapter, state = found
-        errors = (KeyError, TypeError, ValueError, AttributeError, RuntimeError)
-        with checkpoints.refusing(f"training.resume: {folder} is of another model or version", *errors):
-            # A checkpoint from before 2026-11-29 has the configured settings only.
-            before, now = (state["effective"], run.effective) if "effective" in state else (state["config"], run.config)
-            known = {**state, "config": before}
-            checkpoints.check_resumable(known, now, run.fingerprint, run.sequences_per_step, folder.name)
-            restore(run, adapter, state)
+        folder, _, state = found
+        # A checkpoint from before 2026-11-29 has the configured settings only.
+        before, now = (state["effective"], run.effective) if "effective" in state else (state["config"], run.config)
+        known = {**state, "config": before}
+        check_resumable(known, now, run.fingerprint, run.sequences_per_step, folder.name)
+        check_tensors(found, run.model, run.optimizer, run.learner.scaler, run.blocks["validation"])
+        restore(run, found)
     checkpoints.check_space(run.config.training, [p.numel() for p in run.learner.parameters])
     run.accelerator.wait_for_everyone()
     if run.accelerator.is_main_process:
         history, template = run.progress.history, run.blocks["train"].template
         log.open(checkpoints.open_output(run.effective, history, found is None, template))
+    for line in checkpoints.secrets_line(run.effective):
+        log.say(line)
     if found is not None:
         log.say(f"resuming from {folder} at step {run.progress.step} of {run.total_steps}")
         asked = earlier_run.settings(run.config)
-        if any(state["config"][key] != asked[key] for key in ("training.num_epochs", "training.max_steps")):
+        if any(state["config"].get(key) != asked[key] for key in ("training.num_epochs", "training.max_steps")):
             log.say(f"from here on the learning rate follows the schedule of {counted(run.total_steps, 'step')}")
 
 
-def restore(run: Run, adapter: dict[str, torch.Tensor], state: dict) -> None:
-    """Put the run into the state that the checkpoint holds."""
+def restore(run: Run, found: Found) -> None:
+    """Put the run into the state that the checkpoint holds. What the configuration decides is not read from it."""
+    _, adapter, state = found
     run.progress = checkpoints.Progress(**state["progress"])
     run.best_adapter = state["best_adapter"] or None
     run.held_out = state.get("held_out", {})  # a checkpoint from before 2026-11-24 has none
     set_peft_model_state_dict(run.model, adapter)
-    run.optimizer.load_state_dict(state["optimizer"])
+    groups = run.optimizer.state_dict()["param_groups"]
+    run.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
     run.learner.scaler.load_state_dict(state["scaler"])
-    schedule = run.scheduler.lr_lambdas  # of this run's total_steps, which may be more than before
-    run.scheduler.load_state_dict(state["scheduler"])
-    run.scheduler.lr_lambdas = schedule
-    for group, rate in zip(run.optimizer.param_groups, run.scheduler.base_lrs, strict=True):
-        group["lr"] = rate * schedule[0](run.progress.step)
+    restore_schedule(run.scheduler, run.optimizer, run.progress.step)
 
 
 # ------------------------------------------------------------------------------------------------ the loop
@@ -654,7 +657,7 @@ def micro_batches(run: Run, numbers: np.ndarray) -> Iterator[tuple[dict[str, tor
     rank, processes = run.accelerator.process_index, run.accelerator.num_processes
     mine, pad, device = numbers[rank::processes], run.tokenizer.pad_token_id, run.accelerator.device
     for batch, tokens, positions in batches(run.blocks["train"], mine, run.plan.micro_batch, pad, device):
-        yield batch, tokens, torch.from_numpy(rank + processes * positions)
+        yield batch, int(tokens.sum()), torch.from_numpy(rank + processes * positions)
 
 
 def use_less_memory(run: Run, problem: torch.OutOfMemoryError) -> None:
@@ -773,4 +776,4 @@ def finish(run: Run) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -1,6 +1,17 @@
-"""The kernels of a batch's decode step through 4-bit weights; decode_step.py says what a step is made of."""
+"""The Triton kernels of a batch's decode step through 4-bit weights, other than those of attention.
 
-from fast_path.decode_kernels import _begin, _constant, _member, _place, _sum, _wait
+decode_step.py launches them and describes the whole step. decode_kernels.py explains the order of x and its words
+(member, run); here a word holds eight consecutive 4-bit weights of a row.
+"""
+
+from fast_path.decode_kernels import (
+    find_member,
+    input_place,
+    let_next_kernel_start,
+    quantisation_constants,
+    sum_of_parts,
+    wait_for_earlier_kernels,
+)
 from fast_path.nf4 import lane_level, levels, tl, triton
 
 
@@ -8,7 +19,7 @@ from fast_path.nf4 import lane_level, levels, tl, triton
 def _words(
     codes, absmax, row, rows, start, end, WORDS: tl.constexpr, BLOCKSIZE: tl.constexpr, STEP: tl.constexpr
 ):  # fmt: skip
-    """Return words of some rows, [rows, STEP], and the constants of each eight as they are stored, [rows, STEP / 8]."""
+    """Load words of some rows, [rows, STEP], and the constant of each eight words as stored, [rows, STEP / 8]."""
     word, run = start + tl.arange(0, STEP), start // 8 + tl.arange(0, STEP // 8)
     real = (row < rows)[:, None]
     words = tl.load(codes + row[:, None] * WORDS + word[None], mask=real & (word < end)[None], other=0)
@@ -18,9 +29,9 @@ def _words(
 
 @triton.jit
 def _dots(total, words, constant, x, lut, level, dtype: tl.constexpr, SHUFFLE: tl.constexpr):
-    """Return total + W x for words of W, whose weights are rounded as the dequantised matrix's are.
+    """Return total + W x for some words of W. The weights are rounded to half precision, as in the dequantised matrix.
 
-    words: [rows, STEP]; constant: fp32 [rows, STEP / 8]; x: eight times [STEP, M]; total: fp32 [rows, M].
+    words: [rows, STEP]; constant: fp32 [rows, STEP / 8]; x: eight slices [STEP, M]; total: fp32 [rows, M].
     """
     wide: tl.constexpr = (words.shape[0], words.shape[1] // 8, 8)
     constant = tl.reshape(tl.broadcast_to(constant[:, :, None], wide), words.shape)
@@ -41,7 +52,10 @@ def _batch_product(
     dtype: tl.constexpr, K: tl.constexpr, M: tl.constexpr, NESTED: tl.constexpr, BLOCKSIZE: tl.constexpr,
     BLOCKSIZE2: tl.constexpr, STEP: tl.constexpr, SHUFFLE: tl.constexpr, OVERLAP: tl.constexpr, TWO: tl.constexpr,
 ):  # fmt: skip
-    """Return W x of the words from start to end for some rows of W and, if TWO, of a second matrix, fp32 [rows, M]."""
+    """Return W x for some rows of W and, if TWO, of a second matrix, fp32 [rows, M] each, over words start to end.
+
+    The words of the next STEP are loaded while the present ones are used, because reading them takes long.
+    """
     WORDS: tl.constexpr = K // 8
     level = lane_level(lut, SHUFFLE)
     shift = tl.load(offset) if NESTED else 0.0
@@ -58,7 +72,8 @@ def _batch_product(
         next_words2, next_constant2 = words2, constant2
         if TWO:
             next_words2, next_constant2 = _words(codes2, absmax2, row, rows, next, end, WORDS, BLOCKSIZE, STEP)
-        _wait(OVERLAP)  # every time: it keeps the compiler from putting those loads off to where they are used
+        # In every pass, since it keeps the compiler from moving these loads to where they are used.
+        wait_for_earlier_kernels(OVERLAP)
         word = first + tl.arange(0, STEP)
         inside = (word < end)[:, None]
         tile = x + word[:, None] * M + tl.arange(0, M)[None]
@@ -71,10 +86,10 @@ def _batch_product(
         run = first // 8 + tl.arange(0, STEP // 8)
         block = (row[:, None] * (WORDS // 8) + run[None]) * 64 // BLOCKSIZE
         real = (row < rows)[:, None] & (run * 8 < end)[None]
-        constant = _constant(constant, second, shift, code2, block, real, NESTED, BLOCKSIZE2)
+        constant = quantisation_constants(constant, second, shift, code2, block, real, NESTED, BLOCKSIZE2)
         total = _dots(total, words, constant, slices, lut, level, dtype, SHUFFLE)
         if TWO:
-            constant2 = _constant(constant2, second2, shift2, code2, block, real, NESTED, BLOCKSIZE2)
+            constant2 = quantisation_constants(constant2, second2, shift2, code2, block, real, NESTED, BLOCKSIZE2)
             total2 = _dots(total2, words2, constant2, slices, lut, level, dtype, SHUFFLE)
         words, constant, words2, constant2 = next_words, next_constant, next_words2, next_constant2
     return total, total2
@@ -85,9 +100,9 @@ def _batch_adapter(
     y, u, B, bias, row, rows, rank, scale, split, M: tl.constexpr, MEMBERS: tl.constexpr, RANK: tl.constexpr,
     PARTS: tl.constexpr, SPLITS: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Return y + scale B u, of this split's parts of u, and the first split's + bias; y: [rows, M].
+    """Return y + scale B u for this split's parts of u; the first split also adds the bias. y: [rows, M].
 
-    u: [PARTS, M, MEMBERS, RANK] from this member on.
+    u: [PARTS, M, MEMBERS, RANK], starting at this member.
     """
     if BIAS:
         y += tl.load(bias + row, mask=row < tl.where(split == 0, rows, 0), other=0.0).to(tl.float32)[:, None]
@@ -99,12 +114,12 @@ def _batch_adapter(
             sums += tl.load(place, mask=(j < rank)[:, None], other=0.0)
         inside = (row < rows)[:, None] & (j < rank)[None]
         b = tl.load(B + row[:, None] * rank + j[None], mask=inside, other=0.0).to(tl.float32)
-        y = tl.dot(b, sums * scale, y, input_precision="tf32x3")  # as good as fp32
+        y = tl.dot(b, sums * scale, y, input_precision="tf32x3")  # about as exact as fp32
     return y
 
 
 @triton.jit(do_not_specialize=["rank0", "rank1", "rank2"])
-def _batch_linear_kernel(
+def batch_linear_kernel(
     x, u, out, lut, code2,
     codes0, absmax0, second0, offset0, bias0, B0, rows0, rank0, scale0,
     codes1, absmax1, second1, offset1, bias1, B1, rows1, rank1, scale1,
@@ -114,17 +129,23 @@ def _batch_linear_kernel(
     BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
     SHUFFLE: tl.constexpr, HALF: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Up to three 4-bit linears with adapters that read one x of M sequences, each weight read once for all.
+    """Compute up to three 4-bit linears with their adapters on the x of M sequences, in one launch.
 
-    SWIGLU: silu(first) * second to out in the order of x. Else: fp32 [SPLITS, M, OUTPUTS] to out, shares of the
-    inputs, which the next kernel adds in their order.
+    Grid: dimension 0 takes tiles of ROWS outputs of one member, dimension 1 takes SPLITS shares of the inputs. A
+    program walks over its share in steps of STEP words. Each weight is read once and dequantised once for all
+    sequences, so the reading of weights is the limit for few sequences, and the arithmetic for many
+    (docs/measurements.md, `GPU_ROWS`).
+
+    With SWIGLU, silu(first) * second is written to out in the order of x, and there is one share. Otherwise each share
+    writes its sums to out, fp32 [SPLITS, M, OUTPUTS], and the next kernel adds them up. They are always added in the
+    same order, so the result does not depend on the order in which programs run.
     """
-    _begin(OVERLAP)
+    let_next_kernel_start(OVERLAP)
     program, split = tl.program_id(0), tl.program_id(1)
     first_outputs = 0
     member = 0
     if not SWIGLU:
-        program, first_outputs, member, codes0, absmax0, second0, offset0, bias0, B0, rows0, rank0, scale0 = _member(
+        program, first_outputs, member, codes0, absmax0, second0, offset0, bias0, B0, rows0, rank0, scale0 = find_member(
             program, ROWS,
             codes0, absmax0, second0, offset0, bias0, B0, rows0, rank0, scale0,
             codes1, absmax1, second1, offset1, bias1, B1, rows1, rank1, scale1,
@@ -146,31 +167,37 @@ def _batch_linear_kernel(
             up, u + RANK, B1, bias1, row, rows1, rank1, scale1, split, M, MEMBERS, RANK, PARTS, SPLITS, BIAS
         )  # fmt: skip
         y = (y / (1.0 + tl.exp(-y)) * up).to(HALF)
-        tl.store(out + _place(row[:, None], OUTPUTS, M, m[None]), y, mask=inside)
+        tl.store(out + input_place(row[:, None], OUTPUTS, M, m[None]), y, mask=inside)
     else:
         place = (split * M + m)[None] * OUTPUTS + first_outputs + row[:, None]
         tl.store(out + place, y, mask=inside)
 
 
 @triton.jit(do_not_specialize=["rank0", "rank1", "rank2"])
-def _batch_norm_kernel(
+def batch_norm_kernel(
     x, parts, weight, total, out, u, A0, A1, A2, rank0, rank1, rank2, eps,
     K: tl.constexpr, M: tl.constexpr, PARTS: tl.constexpr, MEMBERS: tl.constexpr, RANK: tl.constexpr,
     ORDERED: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Total = x + parts, RMS norm of it and u [M, MEMBERS, RANK] = A norm(total): a program for each sequence and
-    member. x, total: [sequences, K]; parts: fp32 [PARTS, M, K].
+    """Add up the residual (total = x + parts), and write its RMS norm and u = A norm(total) of the next adapters.
+
+    Grid: sequences, members. Every program computes the norm of its sequence in one tile of BLOCK numbers, since each
+    member's adapter needs it; only the program of member 0 writes total and the norm. It then takes its member's A in
+    tiles of TILE rows. Each number of A is read once per sequence, for one multiplication and addition.
+
+    x, total: [sequences, K]; parts: fp32 [PARTS, M, K]; u: [M, MEMBERS, RANK]. With ORDERED the norm is written in the
+    order of `input_place`, otherwise as [sequences, K].
     """
-    _begin(OVERLAP)
+    let_next_kernel_start(OVERLAP)
     sequence, member = tl.program_id(0), tl.program_id(1)
     dtype = out.dtype.element_ty
     k = tl.arange(0, BLOCK)
     inside = k < K
     factor = tl.load(weight + k, mask=inside, other=0.0).to(tl.float32)
-    _wait(OVERLAP)
+    wait_for_earlier_kernels(OVERLAP)
     value = tl.load(x + sequence * K + k, mask=inside, other=0.0).to(tl.float32)
     if PARTS > 0:
-        value += _sum(parts + sequence * K + k, inside, PARTS, M * K)
+        value += sum_of_parts(parts + sequence * K + k, inside, PARTS, M * K)
     value = value.to(dtype)
     if member == 0:
         tl.store(total + sequence * K + k, value, mask=inside)
@@ -178,7 +205,7 @@ def _batch_norm_kernel(
     value = (value * tl.rsqrt(tl.sum(value * value) / K + eps)).to(dtype).to(tl.float32)
     value = (value * factor).to(dtype)
     if member == 0:
-        tl.store(out + (_place(k, K, M, sequence) if ORDERED else sequence * K + k), value, mask=inside)
+        tl.store(out + (input_place(k, K, M, sequence) if ORDERED else sequence * K + k), value, mask=inside)
     if RANK > 0:
         if member == 2:
             A0, rank0 = A2, rank2
@@ -193,17 +220,22 @@ def _batch_norm_kernel(
 
 
 @triton.jit
-def _batch_inner_kernel(
+def batch_inner_kernel(
     x, A, u, rank, K: tl.constexpr, M: tl.constexpr, RANK: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
 ):  # fmt: skip
-    """u [parts, M, RANK], whose parts add up to A x: a program for each BLOCK of inputs. x: in the order above."""
-    _begin(OVERLAP)
+    """Compute u [parts, M, RANK], whose parts add up to A x, for the down projection's adapter.
+
+    One-dimensional grid: each program takes BLOCK inputs, all RANK rows of A and all M sequences. A and x are read
+    once, and the inputs are split among programs because the rows of A alone are too few to occupy a GPU. x: in the
+    order of `input_place`.
+    """
+    let_next_kernel_start(OVERLAP)
     part = tl.program_id(0)
     j, m = tl.arange(0, RANK), tl.arange(0, M)
     word = part * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
     inside = word < K // 8
     total = tl.zeros((RANK, M), tl.float32)
-    _wait(OVERLAP)
+    wait_for_earlier_kernels(OVERLAP)
     for i in tl.static_range(8):
         a = tl.load(A + j[:, None] * K + word[None] * 8 + i, mask=(j < rank)[:, None] & inside[None], other=0.0)
         value = tl.load(x + (i * (K // 8) + word)[:, None] * M + m[None], mask=inside[:, None], other=0.0)

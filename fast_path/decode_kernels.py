@@ -1,32 +1,41 @@
-"""The kernels of a decode step through 4-bit weights; decode_step.py says what a model's step is made of."""
+"""The Triton kernels of a decode step through 4-bit weights. decode_step.py launches them and describes the whole step.
+
+Words used here: a member is one of up to three linears that read the same x in one launch; a run is 64 consecutive
+weights of a row, which one thread processes; a piece is BLOCKS runs of a row, which a program processes at a time.
+"""
 
 from fast_path.nf4 import lane_level, levels, tl, triton
 
-# Products read x as the 4-bit words want it: a thread takes 64 inputs, whose 32 pairs lie where 32 threads' loads of
-# 16 bytes are consecutive: pair p of the words of half h is at [h, p, run of 64, word], each [2, 4, inputs / 64, 4].
+# x lies in another order than the model's, so that it fits the 4-bit words that it is multiplied with. A word holds
+# the codes of eight consecutive weights of a row.
 #
-# Those of a batch read x as [8, inputs / 8, M]: input k at [k % 8, k // 8]. A word has eight consecutive weights of a
-# row, so the j-th weights of its words meet slice j in a product of their own, and no weights have to be interleaved.
-# M: 1, or the sequences as a power of two; those that are none read zeros.
+# One sequence: x is stored as pairs of inputs, [2, 4, inputs / 64, 4]. Pair p of word w in half h (the first or the
+# last four words) of a run is at [h, p, run, w]. A thread loads 16 bytes at a time, the pairs p of four words, and the
+# loads of the 32 threads of a warp are consecutive in memory.
+#
+# A batch: x is stored as [8, inputs / 8, M], with input k at [k % 8, k // 8]. The j-th weights of all words are
+# multiplied with slice j in a matrix product of their own, so weights never have to be interleaved. M is 1 for one
+# sequence; for a batch it is the number of sequences rounded up to a power of two, at least 16. The additional
+# sequences read zeros.
 
 
 @triton.jit
-def _begin(OVERLAP: tl.constexpr):
-    """Let the next kernel start as soon as there is room for it: it loads weights, and waits in `_wait`."""
+def let_next_kernel_start(OVERLAP: tl.constexpr):
+    """Let the next kernel start as soon as there is room for it. It first loads weights and then waits."""
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
-def _wait(OVERLAP: tl.constexpr):
-    """Wait until all that earlier kernels wrote is there; what stands before it may be weights only."""
+def wait_for_earlier_kernels(OVERLAP: tl.constexpr):
+    """Wait until everything that earlier kernels wrote is in memory. Before this call only weights may be read."""
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
-def _place(k, K: tl.constexpr, M: tl.constexpr = 1, m=0):
-    """Return where input k of sequence m of M lies in the order above."""
+def input_place(k, K: tl.constexpr, M: tl.constexpr = 1, m=0):
+    """Return the place of input k of sequence m of M, in the order described above."""
     if M > 1:
         return (k % 8 * (K // 8) + k // 8) * M + m
     else:
@@ -35,14 +44,14 @@ def _place(k, K: tl.constexpr, M: tl.constexpr = 1, m=0):
 
 @triton.jit
 def _input(place, K: tl.constexpr):
-    """Return which input of one sequence lies at a place of that order."""
+    """Return the input at a place of x for one sequence: the inverse of `input_place`."""
     run = place // 8 % (K // 64) * 64 + place // (K // 2) * 32
     return run + place // 2 % 4 * 8 + place // (K // 8) % 4 * 2 + place % 2
 
 
 @triton.jit
 def _pair(x, dtype: tl.constexpr):
-    """Return the two numbers of half precision in each 32-bit word, as fp32."""
+    """Return the two 16-bit numbers in each 32-bit word, as fp32."""
     x = x.to(tl.uint32, bitcast=True)
     first = (x & 0xFFFF).to(tl.uint16).to(dtype, bitcast=True)
     return first.to(tl.float32), (x >> 16).to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
@@ -50,10 +59,11 @@ def _pair(x, dtype: tl.constexpr):
 
 @triton.jit
 def _issued(COMPILED: tl.constexpr):
-    """Return 0, known only when all loads that stand before have been issued.
+    """Return 0, but only after all earlier loads have been issued.
 
-    ptxas sinks loads for the next pass of a loop to its end, behind all that they should overlap. It keeps them
-    before a barrier, and what is computed from the barrier's result behind it.
+    ptxas moves the loads for the next pass of a loop to the end of the loop, after everything that they should overlap
+    with. It does not move them across a barrier, and anything computed from the barrier's result stays after the
+    barrier.
     """
     if COMPILED:
         return tl.inline_asm_elementwise(
@@ -66,9 +76,10 @@ def _issued(COMPILED: tl.constexpr):
 
 @triton.jit
 def _arrivals(count, expected, COMPILED: tl.constexpr):
-    """Return 0, once `expected` programs of this kernel have added to the count; what they wrote is there then.
+    """Return 0 once `expected` programs of this kernel have added 1 to the count. What they wrote is in memory then.
 
-    They have lower numbers than the one that waits, so they run already. The interpreter runs all in their order.
+    Those programs have lower numbers than the one that waits, so they have started already, and the wait ends. The
+    interpreter runs programs one after another in the order of their numbers, so there is nothing to wait for.
     """
     if COMPILED:
         return tl.inline_asm_elementwise(
@@ -88,7 +99,10 @@ def _arrivals(count, expected, COMPILED: tl.constexpr):
 
 @triton.jit
 def _inputs(x, piece, RUNS: tl.constexpr, BLOCKS: tl.constexpr):
-    """Return the 32 pairs that a thread's 64 weights meet, eight times [1, BLOCKS, 4] words of two halves each."""
+    """Return the inputs that a piece is multiplied with: eight tensors of words [1, BLOCKS, 4], two inputs per word.
+
+    Each thread gets the 32 pairs of inputs of its run. Past the end of x the inputs are 0.
+    """
     run = piece * BLOCKS + tl.arange(0, BLOCKS)
     inside = (run < RUNS)[None, :, None]
     x += (run * 4)[None, :, None] + tl.arange(0, 4)[None, None]
@@ -103,7 +117,7 @@ def _inputs(x, piece, RUNS: tl.constexpr, BLOCKS: tl.constexpr):
 
 @triton.jit
 def _half(total, words, x0, x1, x2, x3, lut, level, dtype: tl.constexpr, SHUFFLE: tl.constexpr):
-    """Add the products of 32 of a thread's 64 weights to the total. words, total: [rows, BLOCKS, 4]."""
+    """Return the total after adding the products of 32 of each run's 64 weights. words, total: [rows, BLOCKS, 4]."""
     l0, l1, l2, l3, l4, l5, l6, l7 = levels(words, lut, level, SHUFFLE)
     a, b = _pair(x0, dtype)
     total += l0 * a
@@ -121,8 +135,11 @@ def _half(total, words, x0, x1, x2, x3, lut, level, dtype: tl.constexpr, SHUFFLE
 
 
 @triton.jit
-def _constant(code, second, shift, code2, block, real, NESTED: tl.constexpr, BLOCKSIZE2: tl.constexpr):
-    """Return the constants of blocks of weights, fp32. NESTED: code is a code of 8 bits, else the constant."""
+def quantisation_constants(code, second, shift, code2, block, real, NESTED: tl.constexpr, BLOCKSIZE2: tl.constexpr):
+    """Return the quantisation constants of blocks of weights, fp32.
+
+    code: with NESTED (double quantisation) the 8-bit code of the constant, otherwise the constant itself.
+    """
     if NESTED:
         code = tl.load(code2 + code.to(tl.int32))
         code = code * tl.load(second + block // BLOCKSIZE2, mask=real, other=0.0) + shift
@@ -131,7 +148,7 @@ def _constant(code, second, shift, code2, block, real, NESTED: tl.constexpr, BLO
 
 @triton.jit
 def _places(row, rows, piece, RUNS: tl.constexpr, BLOCKS: tl.constexpr):
-    """Return which runs of 64 weights of the matrix a piece of some rows has, and whether they exist."""
+    """Return the numbers of a piece's runs within the matrix, and whether these runs exist, [rows, BLOCKS] each."""
     run = piece * BLOCKS + tl.arange(0, BLOCKS)
     return row[:, None] * RUNS + run[None], (row < rows)[:, None] & (run < RUNS)[None]
 
@@ -141,15 +158,18 @@ def _weights(
     codes, absmax, second, row, rows, piece, RUNS: tl.constexpr, BLOCKS: tl.constexpr, NESTED: tl.constexpr,
     BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr,
 ):  # fmt: skip
-    """Return 64 weights a thread of a piece of some rows as words of eight codes, [rows, BLOCKS, 4] twice, their
-    constants as they are stored and those constants' own, [rows, BLOCKS].
+    """Load a piece of some rows of a matrix: one run of 64 weights per thread.
+
+    Returns the words of the first and of the second 32 weights of each run, [rows, BLOCKS, 4] each; the quantisation
+    constants of the runs as they are stored, [rows, BLOCKS]; and with NESTED the constants that those are multiplied
+    by, [rows, BLOCKS], otherwise the former again.
     """
     place, real = _places(row, rows, piece, RUNS, BLOCKS)
     words = codes + (place * 8)[:, :, None] + tl.arange(0, 4)[None, None]
     block = place // (BLOCKSIZE // 64)
     constant = tl.load(absmax + block, mask=real, other=0)
     factor = tl.load(second + block // BLOCKSIZE2, mask=real, other=0.0) if NESTED else constant
-    # What lies outside is multiplied by a constant or by inputs of 0, whatever it is.
+    # Words outside of the matrix may hold anything: they are multiplied by a constant of 0 or by inputs of 0.
     return tl.load(words, mask=real[:, :, None]), tl.load(words + 4, mask=real[:, :, None]), constant, factor
 
 
@@ -157,7 +177,7 @@ def _weights(
 def _products(
     low, high, constant, x, lut, level, BLOCKS: tl.constexpr, dtype: tl.constexpr, SHUFFLE: tl.constexpr
 ):  # fmt: skip
-    """Return each thread's share of W x, fp32 [rows, BLOCKS], from what `_weights` and `_inputs` loaded."""
+    """Return each run's part of W x, fp32 [rows, BLOCKS], from what `_weights` and `_inputs` loaded."""
     total = tl.zeros((low.shape[0], BLOCKS, 4), tl.float32)
     total = _half(total, low, x[0], x[1], x[2], x[3], lut, level, dtype, SHUFFLE)
     total = _half(total, high, x[4], x[5], x[6], x[7], lut, level, dtype, SHUFFLE)
@@ -169,7 +189,10 @@ def _adapter_sums(
     u, rank, MEMBERS: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr,
     PARTS_2: tl.constexpr,
 ):  # fmt: skip
-    """Return the adapter's A x and zeros, [WIDTH], from its parts. u: [PARTS, MEMBERS, RANK] from this member on."""
+    """Return the adapter's A x, summed over its parts and followed by zeros, [WIDTH].
+
+    u: [PARTS, MEMBERS, RANK], starting at this member.
+    """
     j, part = tl.arange(0, WIDTH), tl.arange(0, PARTS_2)
     inside = (part < PARTS)[:, None] & (j < rank)[None]
     return tl.sum(tl.load(u + part[:, None] * (MEMBERS * RANK) + j[None], mask=inside, other=0.0), 0)
@@ -180,8 +203,10 @@ def _results(
     u, inverse, zero, member, rank0, scale0, rank1, scale1, NORM: tl.constexpr, SWIGLU: tl.constexpr,
     MEMBERS: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, PARTS_2: tl.constexpr,
 ):  # fmt: skip
-    """Return what `_adapter_program` left: the 1 / root mean square, 1 without NORM, a member's scaled sums A x and,
-    with SWIGLU, the second one's, else the same once more. zero: 0, known when all that is there.
+    """Load the results of `_adapter_program`: 1 / root mean square, and scaled A x of a member and of a second one.
+
+    Without NORM the first is 1. Without SWIGLU there is no second member, and the first one's A x is returned twice.
+    zero: 0, computed from something that is known only when the results are in memory; it keeps the loads after that.
     """
     root = tl.full((), 1.0, tl.float32)
     sums = tl.zeros((WIDTH,), tl.float32)
@@ -200,7 +225,7 @@ def _results(
 def _adapter_rows(
     B, bias, row, rows, rank, RANK: tl.constexpr, WIDTH: tl.constexpr, BIAS: tl.constexpr
 ):  # fmt: skip
-    """Return rows of B and zeros, [rows, WIDTH], and their biases, 0 without."""
+    """Load rows of B, followed by zeros, [rows, WIDTH], and the biases of these rows, 0 if there are none."""
     b, offset = tl.zeros((row.shape[0], 1), tl.float32), tl.zeros((row.shape[0],), tl.float32)
     if BIAS:
         offset = tl.load(bias + row, mask=row < rows, other=0.0).to(tl.float32)
@@ -217,7 +242,7 @@ def _two_weights(
     BLOCKS: tl.constexpr, NESTED: tl.constexpr, BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr,
     TWO: tl.constexpr,
 ):  # fmt: skip
-    """Return `_weights` of some rows and, if TWO, of those `half` further on; else the same once more."""
+    """Load `_weights` of some rows and, if TWO, of the rows `half` further on; without TWO the first twice."""
     w = _weights(codes0, absmax0, second0, row, rows0, piece, RUNS, BLOCKS, NESTED, BLOCKSIZE, BLOCKSIZE2)
     w1 = w
     if TWO:
@@ -232,7 +257,7 @@ def _two_adapters(
     B0, bias0, rows0, rank0, B1, bias1, rows1, rank1, row, half, RANK: tl.constexpr, WIDTH: tl.constexpr,
     BIAS: tl.constexpr, TWO: tl.constexpr,
 ):  # fmt: skip
-    """Return `_adapter_rows` in the same way."""
+    """Load `_adapter_rows` of some rows and, if TWO, of the rows `half` further on; without TWO the first twice."""
     b, bias = _adapter_rows(B0, bias0, row, rows0, rank0, RANK, WIDTH, BIAS)
     b1, bias1_ = b, bias
     if TWO:
@@ -242,9 +267,9 @@ def _two_adapters(
 
 @triton.jit
 def _finished(total, sums, b, bias, RANK: tl.constexpr, BLOCKS: tl.constexpr):
-    """Return bias + the sums over all threads of their shares of W x and of B (A x), fp32 [rows]."""
+    """Return bias + W x + B (A x), fp32 [rows]. total: the runs' parts of W x, [rows, BLOCKS]; sums: A x."""
     if RANK > 0:
-        if RANK <= BLOCKS:  # one sum of both
+        if RANK <= BLOCKS:  # then one reduction adds up both products
             total += b * sums[None]
         else:
             bias += tl.sum(b * sums[None], 1)
@@ -253,12 +278,12 @@ def _finished(total, sums, b, bias, RANK: tl.constexpr, BLOCKS: tl.constexpr):
 
 @triton.jit
 def _add(hidden, out, weight, row, rows, y, OUTPUTS: tl.constexpr, NEXT: tl.constexpr):
-    """Write rows of hidden and, with NEXT, of the next product's x, hidden times its norm's weight."""
+    """Write rows of hidden and, with NEXT, of the next product's x: hidden times the weight of its norm."""
     y = y.to(hidden.dtype.element_ty)
     tl.store(hidden + row, y, mask=row < rows)
     if NEXT:
         factor = tl.load(weight + row, mask=row < rows, other=0.0).to(tl.float32)
-        tl.store(out + _place(row, OUTPUTS), (y.to(tl.float32) * factor).to(y.dtype), mask=row < rows)
+        tl.store(out + input_place(row, OUTPUTS), (y.to(tl.float32) * factor).to(y.dtype), mask=row < rows)
 
 
 @triton.jit
@@ -266,10 +291,10 @@ def _leave(
     hidden, out, weight, row, row1, rows, rows1, y, y1, MODE: tl.constexpr, OUTPUTS: tl.constexpr,
     NEXT: tl.constexpr, TWO: tl.constexpr,
 ):  # fmt: skip
-    """Write the outputs of some rows and, if TWO, of row1, as `_linear_kernel` says."""
+    """Write the outputs of some rows and, if TWO, of row1, in the way that `linear_kernel` describes for MODE."""
     if MODE == "swiglu":
         y = y / (1.0 + tl.exp(-y)) * y1
-        tl.store(out + _place(row, OUTPUTS), y.to(out.dtype.element_ty), mask=row < rows)
+        tl.store(out + input_place(row, OUTPUTS), y.to(out.dtype.element_ty), mask=row < rows)
     elif MODE == "stack":
         tl.store(out + row, y, mask=row < rows)
     else:
@@ -279,14 +304,16 @@ def _leave(
 
 
 @triton.jit
-def _member(
+def find_member(
     program, EACH: tl.constexpr,
     codes0, absmax0, second0, offset0, bias0, B0, rows0, rank0, scale0,
     codes1, absmax1, second1, offset1, bias1, B1, rows1, rank1, scale1,
     codes2, absmax2, second2, offset2, bias2, B2, rows2, rank2, scale2,
 ):  # fmt: skip
-    """Return a program's number within its linear, the outputs before that one, which it is, and what it has, where
-    the programs of each take EACH of its rows.
+    """Return the member that a program works on, if each program takes EACH rows of one member.
+
+    Returns the program's number within the member, the number of outputs of the members before it, the member's number,
+    and then the member's own arguments.
     """
     end0 = tl.cdiv(rows0, EACH)
     end1 = end0 + tl.cdiv(rows1, EACH)
@@ -313,9 +340,11 @@ def _adapter_program(
     K: tl.constexpr, MEMBERS: tl.constexpr, RANK: tl.constexpr, TAKE: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK: tl.constexpr, NORM: tl.constexpr, COUNT: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """u [parts, MEMBERS, RANK], whose parts add up to A x: TAKE rows of A and a CHUNK of inputs; then COUNT adds 1.
+    """Write TAKE numbers of one part of u [parts, MEMBERS, RANK], whose parts add up to A x.
 
-    NORM: x is norm(hidden); its 1 / root mean square, times `scale`, is written to `inverse`.
+    A part sums over CHUNK inputs, in blocks of BLOCK. With NORM, x is the RMS norm of hidden, and the first program
+    writes its 1 / root mean square, times `scale`, to `inverse`. With COUNT, the program adds 1 to `count` at the end,
+    for the programs that wait in `_arrivals`. `count_before`, the count of the product before, is set back to 0.
     """
     TILES: tl.constexpr = RANK // TAKE if RANK > 0 else 1
     member, part = program // TILES % MEMBERS, program // (TILES * MEMBERS)
@@ -324,12 +353,12 @@ def _adapter_program(
     elif member == 1:
         A0, rank0 = A1, rank1
     j = program % TILES * TAKE + tl.arange(0, TAKE)
-    place = part * CHUNK + tl.arange(0, BLOCK)  # of x, whose order A's columns follow
+    place = part * CHUNK + tl.arange(0, BLOCK)  # in x; the columns of A are loaded in the same order
     rows = A0 + j[:, None] * K
     real = (j < rank0)[:, None]
     a = tl.load(rows + (place if NORM else _input(place, K))[None], mask=real & (place < K)[None], other=0.0)
     factor = tl.load(weight + place, mask=place < K, other=0.0) if NORM else 1.0
-    _wait(OVERLAP)
+    wait_for_earlier_kernels(OVERLAP)
     if program == 0:
         tl.store(count_before, 0)
     products = tl.zeros((TAKE, BLOCK), tl.float32)
@@ -354,26 +383,31 @@ def _adapter_program(
     if RANK > 0:
         tl.store(u + (part * MEMBERS + member) * RANK + j, total)
     if COUNT:
-        tl.debug_barrier()  # the one thread that adds speaks for all
+        tl.debug_barrier()  # one thread adds 1 for all, so all must have written first
         tl.atomic_add(count, 1, sem="release")
 
 
 @triton.jit(do_not_specialize=["rank0", "rank1", "rank2"])
-def _adapter_kernel(
+def adapter_kernel(
     x, hidden, weight, eps, scale, u, inverse, count, count_before, A0, A1, A2, rank0, rank1, rank2,
     K: tl.constexpr, MEMBERS: tl.constexpr, RANK: tl.constexpr, TAKE: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK: tl.constexpr, NORM: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """The programs of `_adapter_program` ahead of the product that reads what they leave."""
-    _begin(OVERLAP)
+    """Compute u = A x of up to three adapters and, with NORM, 1 / root mean square, ahead of the product.
+
+    One-dimensional grid: each program takes TAKE rows of one A and a CHUNK of the inputs, see `_adapter_program`. Each
+    number of A is read once, for one multiplication and addition. It is a launch of its own where the programs of the
+    product are short, since these would need u before it is ready.
+    """
+    let_next_kernel_start(OVERLAP)
     _adapter_program(
         tl.program_id(0), x, hidden, weight, eps, scale, u, inverse, count, count_before, A0, A1, A2, rank0, rank1,
         rank2, K, MEMBERS, RANK, TAKE, CHUNK, BLOCK, NORM, False, OVERLAP,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["rank0", "rank1", "rank2"])  # a rank of 1 would be of another type than one of 0
-def _linear_kernel(
+@triton.jit(do_not_specialize=["rank0", "rank1", "rank2"])  # to Triton a rank of 1 would be of another type than 0
+def linear_kernel(
     x, hidden, weight, eps, scale, u, inverse, count, count_before, out, next_weight, lut, code2, A0, A1, A2,
     codes0, absmax0, second0, offset0, bias0, B0, rows0, rank0, scale0,
     codes1, absmax1, second1, offset1, bias1, B1, rows1, rank1, scale1,
@@ -384,16 +418,23 @@ def _linear_kernel(
     BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr, ROWS: tl.constexpr, LOOP: tl.constexpr,
     BLOCKS: tl.constexpr, TWO: tl.constexpr, SHUFFLE: tl.constexpr, HALF: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Up to three 4-bit linears with adapters that read one x; a program takes LOOP times ROWS rows of one.
+    """Compute up to three 4-bit linears with their adapters on the x of one sequence, in one launch.
 
-    TWO: and as many more with the same inputs, of the second matrix in MODE "swiglu" or of its own second half. Rows
-    are taken in pieces of BLOCKS runs of 64 weights; the next piece's weights are loaded while the present one's are
-    used. The first ADAPTERS programs compute what the others add after their first products, if it is not there yet: the
-    adapters' u and, with NORM, where x is hidden times the norm's weight, the 1 / root mean square that it lacks.
-    MODE "stack": out [outputs of all], fp32. "residual": y is added to hidden, and with NEXT hidden times next_weight
-    goes to out in the order of `_place`. "swiglu": silu(first) * second to out in that order.
+    One-dimensional grid. A program computes LOOP times ROWS outputs (rows of W) of one member, in pieces of BLOCKS
+    runs. With TWO it computes as many more outputs from the same inputs: of the second matrix in MODE "swiglu",
+    otherwise of the second half of the same matrix. Every weight is read once, for one multiplication and addition, so
+    reading the weights is the limit. Therefore the weights of the next piece are loaded while the present ones are
+    used.
+
+    The first ADAPTERS programs compute what the other programs add after their first products: u of the adapters and,
+    with NORM, 1 / root mean square. With NORM x is hidden times the norm's weight, so only this factor is missing. If
+    an earlier launch has computed them, ADAPTERS is 0.
+
+    MODE says where the outputs go. "stack": to out, fp32 [outputs of all members]. "residual": they are added to
+    hidden, and with NEXT hidden times next_weight is written to out in the order of `input_place`. "swiglu":
+    silu(first) * second is written to out in that order.
     """
-    _begin(OVERLAP)
+    let_next_kernel_start(OVERLAP)
     program = tl.program_id(0)
     if program < ADAPTERS:
         _adapter_program(
@@ -410,13 +451,13 @@ def _linear_kernel(
     MORE: tl.constexpr = LOOP * PIECES > 1
     WIDTH: tl.constexpr = RANK if RANK > BLOCKS else BLOCKS
     if MODE == "stack":
-        program, first_outputs, member, codes0, absmax0, second0, offset0, bias0, B0, rows0, rank0, scale0 = _member(
+        program, first_outputs, member, codes0, absmax0, second0, offset0, bias0, B0, rows0, rank0, scale0 = find_member(
             program, ROWS * LOOP,
             codes0, absmax0, second0, offset0, bias0, B0, rows0, rank0, scale0,
             codes1, absmax1, second1, offset1, bias1, B1, rows1, rank1, scale1,
             codes2, absmax2, second2, offset2, bias2, B2, rows2, rank2, scale2,
         )  # fmt: skip
-    half = 0  # where the second rows begin
+    half = 0  # the first of the second rows
     if TWO and not SWIGLU:
         codes1, absmax1, second1, offset1, bias1, B1 = codes0, absmax0, second0, offset0, bias0, B0
         rows1, rank1, scale1 = rows0, rank0, scale0
@@ -434,10 +475,10 @@ def _linear_kernel(
     b, bias, b1, bias1_ = _two_adapters(
         B0, bias0, rows0, rank0, B1, bias1, rows1, rank1, row, half, RANK, WIDTH, BIAS, TWO
     )  # fmt: skip
-    _wait(OVERLAP)
+    wait_for_earlier_kernels(OVERLAP)
     pairs = x.to(tl.pointer_type(tl.int32))
-    inputs = _inputs(pairs, 0, RUNS, BLOCKS)  # stay in registers if there is one piece
-    HERE: tl.constexpr = ADAPTERS == 0  # they are there already
+    inputs = _inputs(pairs, 0, RUNS, BLOCKS)  # if there is only one piece, they stay in registers
+    HERE: tl.constexpr = ADAPTERS == 0  # the results of `_adapter_program` are in memory already
     root, sums, sums1 = _results(
         u, inverse, 0, member, rank0, scale0, rank1, scale1, NORM and HERE, SWIGLU, MEMBERS, RANK if HERE else 0,
         WIDTH, PARTS, PARTS_2,
@@ -447,7 +488,7 @@ def _linear_kernel(
     for i in range(LOOP):
         next_row = row + stride
         next_b, next_bias, next_b1, next_bias1 = b, bias, b1, bias1_
-        if LOOP > 1:  # nothing is loaded past the last row
+        if LOOP > 1:  # loads past the last row are masked
             next_b, next_bias, next_b1, next_bias1 = _two_adapters(
                 B0, bias0, rows0, rank0, B1, bias1, rows1, rank1, next_row, half, RANK, WIDTH, BIAS, TWO
             )  # fmt: skip
@@ -497,27 +538,32 @@ def _linear_kernel(
 
 
 @triton.jit
-def _norm_kernel(
+def norm_kernel(
     x, weight, out, eps, K: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
 ):  # fmt: skip
-    """RMS norm of x; FIRST: x times the weight alone, in the order of `_place`, as the first product reads it."""
-    _begin(OVERLAP)
+    """Write the RMS norm of x; with FIRST, write x times the weight alone, in the order of `input_place`.
+
+    A single program takes all of x in one tile of BLOCK numbers: this is little work, and a step launches this kernel
+    only twice. The first launch (FIRST) makes the x of the first product, the second one is the norm before the head;
+    all norms in between are part of other kernels.
+    """
+    let_next_kernel_start(OVERLAP)
     k = tl.arange(0, BLOCK)
     inside = k < K
     factor = tl.load(weight + k, mask=inside, other=0.0).to(tl.float32)
-    _wait(OVERLAP)
+    wait_for_earlier_kernels(OVERLAP)
     dtype = out.dtype.element_ty
     value = tl.load(x + k, mask=inside, other=0.0).to(tl.float32)
     if FIRST:
-        tl.store(out + _place(k, K), (value * factor).to(dtype), mask=inside)
+        tl.store(out + input_place(k, K), (value * factor).to(dtype), mask=inside)
     else:
         value = (value * tl.rsqrt(tl.sum(value * value) / K + eps)).to(dtype).to(tl.float32)
         tl.store(out + k, (value * factor).to(dtype), mask=inside)
 
 
 @triton.jit
-def _sum(x, mask, PARTS: tl.constexpr, STRIDE: tl.constexpr):
-    """Return the sum of PARTS tensors that lie STRIDE apart."""
+def sum_of_parts(x, mask, PARTS: tl.constexpr, STRIDE: tl.constexpr):
+    """Load PARTS tensors that are STRIDE apart and return their sum."""
     total = tl.load(x, mask=mask, other=0.0)
     for part in tl.static_range(1, PARTS):
         total += tl.load(x + part * STRIDE, mask=mask, other=0.0)
@@ -528,10 +574,13 @@ def _sum(x, mask, PARTS: tl.constexpr, STRIDE: tl.constexpr):
 def _rotated(
     x, weight, c, s, eps, rows, NORM: tl.constexpr, HALF: tl.constexpr, PARTS: tl.constexpr, STRIDE: tl.constexpr
 ):  # fmt: skip
-    """Return both halves of heads after their norm and rotary embedding, fp32 [heads, HALF]. rows: bool."""
+    """Return both halves of heads after their norm and rotary embedding, fp32 [heads, HALF] each.
+
+    rows: which heads exist, bool [heads, 1].
+    """
     j = tl.arange(0, HALF)[None]
-    first = _sum(x + j, rows, PARTS, STRIDE)
-    second = _sum(x + HALF + j, rows, PARTS, STRIDE)
+    first = sum_of_parts(x + j, rows, PARTS, STRIDE)
+    second = sum_of_parts(x + HALF + j, rows, PARTS, STRIDE)
     if NORM:
         square = tl.sum(first * first, 1) + tl.sum(second * second, 1)
         inverse = tl.rsqrt(square / (2 * HALF) + eps)[:, None]
@@ -542,13 +591,13 @@ def _rotated(
 
 @triton.jit
 def _share(here, begin, SPLITS: tl.constexpr, POSITIONS: tl.constexpr):
-    """Return how many positions a program of a sequence's attention takes, a multiple of POSITIONS."""
+    """Return how many positions each program takes of a sequence's attention: a multiple of POSITIONS."""
     return tl.cdiv(tl.cdiv(here + 1 - begin, SPLITS), POSITIONS) * POSITIONS
 
 
 @triton.jit
 def _tile(keys, values, n, here, j, wide, SIZE: tl.constexpr, HALF: tl.constexpr):
-    """Return both halves of the keys, and the values, of some positions before this one."""
+    """Load both halves of the keys, and the values, of positions n; from `here` on they are 0."""
     old = (n < here)[:, None]
     first = tl.load(keys + n[:, None] * SIZE + j, mask=old, other=0.0)
     second = tl.load(keys + n[:, None] * SIZE + HALF + j, mask=old, other=0.0)
@@ -557,7 +606,10 @@ def _tile(keys, values, n, here, j, wide, SIZE: tl.constexpr, HALF: tl.constexpr
 
 @triton.jit
 def _softened(score, value, top, weight, total):
-    """Return the largest score, the sum of weights and that of weighted values with one more tile in them."""
+    """Return the largest score, the sum of weights and the sum of weighted values after one more tile has been added.
+
+    The weights are powers of 2 of the score minus the largest score so far (online softmax).
+    """
     higher = tl.maximum(top, tl.max(score, 1))
     p = tl.exp2(score - higher[:, None])
     fade = tl.exp2(top - higher)
@@ -565,25 +617,32 @@ def _softened(score, value, top, weight, total):
 
 
 @triton.jit
-def _attention_kernel(
+def attention_kernel(
     qkv, keys, values, position, starts, cos, sin, q_weight, k_weight, mixed, logs, eps, scale, stride,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr, SPLITS: tl.constexpr,
     POSITIONS: tl.constexpr, NORM: tl.constexpr, M: tl.constexpr, PARTS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Attention of one position's heads to a share of the cache, and the new key and value into the cache.
+    """Compute the attention of a new token to a share of the cache, and write its key and value into the cache.
 
-    Shares are as equal as tiles of POSITIONS allow; each leaves its mean of the values [HEADS, SPLITS, 2 HALF] and
-    the base-2 logarithm of its sum of weights, -inf where it had nothing. qkv: fp32 [PARTS, M, outputs], whose
-    parts add up; keys, values: [KV_HEADS, stride, 2 HALF]. Sequences (M > 1) all begin with another axis, and see
-    the cache, and count positions, from their own `starts` on.
+    Grid: heads of k and v, SPLITS shares of the positions, sequences. A program computes all query heads of its head of
+    k and v (GROUP, a power of two that covers them), in tiles of POSITIONS positions. Each key and value is read once
+    for all of these heads, with few operations per number, so reading the cache is the limit. There are few heads of k
+    and v, so the positions are split as well; otherwise most multiprocessors would have no work. Shares are as equal as
+    whole tiles allow.
+
+    Each share writes its mean of the values to mixed [HEADS, SPLITS, 2 HALF] and the base-2 logarithm of its sum of
+    weights to logs [HEADS, SPLITS], -inf if it has no positions; `combine_kernel` puts them together. qkv: fp32
+    [PARTS, M, outputs], whose parts are added up here; keys, values: [KV_HEADS, stride, 2 HALF]. With several sequences
+    (M > 1) mixed, logs, keys and values have one more dimension in front, and each sequence uses the cache, and counts
+    positions, from its own `starts` on.
     """
-    _begin(OVERLAP)
+    let_next_kernel_start(OVERLAP)
     kv, split = tl.program_id(0), tl.program_id(1)
     dtype = keys.dtype.element_ty
     SIZE: tl.constexpr = 2 * HALF
     EACH: tl.constexpr = HEADS // KV_HEADS
     OUTPUTS: tl.constexpr = (HEADS + 2 * KV_HEADS) * SIZE
-    # Before the wait: what earlier steps left.
+    # The loads before the wait read only what earlier steps wrote.
     here = tl.load(position).to(tl.int32)
     begin = 0
     if M > 1:
@@ -604,7 +663,7 @@ def _attention_kernel(
     end = tl.minimum(start + share, here + 1)
     n = start + tl.arange(0, POSITIONS)
     next1, next2, next_value = _tile(keys, values, n, tl.minimum(here, end), j, wide, SIZE, HALF)
-    _wait(OVERLAP)
+    wait_for_earlier_kernels(OVERLAP)
     group = tl.arange(0, GROUP)
     head = kv * EACH + group
     real = (group < EACH)[:, None]
@@ -614,7 +673,7 @@ def _attention_kernel(
     one = (tl.arange(0, 1) < 1)[:, None]
     k1, k2 = _rotated(new, k_weight, c, s, eps, one, NORM, HALF, PARTS, M * OUTPUTS)
     k1, k2 = k1.to(dtype), k2.to(dtype)
-    v = _sum(qkv + (HEADS + KV_HEADS + kv) * SIZE + wide, one, PARTS, M * OUTPUTS).to(dtype)
+    v = sum_of_parts(qkv + (HEADS + KV_HEADS + kv) * SIZE + wide, one, PARTS, M * OUTPUTS).to(dtype)
     top = tl.full((GROUP,), -float("inf"), tl.float32)
     weight = tl.zeros((GROUP,), tl.float32)
     total = tl.zeros((GROUP, SIZE), tl.float32)
@@ -640,14 +699,18 @@ def _attention_kernel(
 
 
 @triton.jit
-def _combine_kernel(
+def combine_kernel(
     mixed, logs, position, starts, out, A, u, rank, K: tl.constexpr, M: tl.constexpr, SIZE: tl.constexpr,
     SPLITS: tl.constexpr, POSITIONS: tl.constexpr, RANK: tl.constexpr, TILE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Add the shares of a head of a sequence, and its part of o_proj's u = A x: u [heads, M, RANK], whose parts
-    add up.
+    """Combine the shares of attention to o_proj's x, and compute each head's part of u = A x for o_proj's adapter.
+
+    Grid: heads, sequences. A program reads the SPLITS means of its head, weighs them by their sums of weights, and
+    writes SIZE numbers of x in the order of `input_place`. From these it computes its part of u [heads, M, RANK], whose
+    parts add up to A x, in tiles of TILE rows of A. It does so here because it has x in registers. Every number is read
+    once, for one multiplication and addition.
     """
-    _begin(OVERLAP)
+    let_next_kernel_start(OVERLAP)
     head, sequence = tl.program_id(0), tl.program_id(1)
     dtype = out.dtype.element_ty
     split, wide, j = tl.arange(0, SPLITS), tl.arange(0, SIZE), tl.arange(0, TILE)
@@ -662,13 +725,13 @@ def _combine_kernel(
         logs += sequence * (K // SIZE * SPLITS)
         u += sequence * RANK
     used = split * _share(positions, begin, SPLITS, POSITIONS) <= positions - begin
-    _wait(OVERLAP)
+    wait_for_earlier_kernels(OVERLAP)
     place = head * SPLITS + split
     parts = tl.load(mixed + place[:, None] * SIZE + wide[None], mask=used[:, None], other=0.0)
     log = tl.load(logs + place, mask=used, other=-float("inf"))
     weight = tl.exp2(log - tl.max(log, 0))
     x = (tl.sum(parts * weight[:, None], 0) / tl.sum(weight, 0)).to(dtype)
-    tl.store(out + _place(head * SIZE + wide, K, M, sequence), x)
+    tl.store(out + input_place(head * SIZE + wide, K, M, sequence), x)
     if RANK > 0:
         for start in range(0, RANK, TILE):
             tl.store(u + head * (M * RANK) + start + j, tl.sum(a.to(tl.float32) * x.to(tl.float32)[None], 1))

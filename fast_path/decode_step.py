@@ -1,16 +1,19 @@
-"""The decode step, a token of each sequence in and their logits out, as seven kernels a layer that a CUDA graph can hold.
+"""The decode step: from one token per sequence to their logits, in Triton kernels that a CUDA graph can hold.
 
-A step reads every weight once, so it is bound by memory: 4-bit weights are dequantised in registers on their way into
-the product, and norms, adapters, biases, SwiGLU and residuals ride in the kernels that are there anyway (but the
-adapters of q, k and v, and the first and last norm). One sequence takes products of a vector, a batch those of the
-tensor cores and nine kernels a layer.
+A step reads every weight once, so memory traffic is its limit. Therefore 4-bit weights are dequantised in registers on
+their way into the product, and norms, adapters, biases, SwiGLU and residuals are computed inside the kernels of the
+products. Exceptions are the adapters of q, k and v, and the first and the last norm, which have kernels of their own.
+
+For one sequence the products are matrix times vector, with seven kernels per layer. For a batch they are matrix
+products on tensor cores; all norms and the adapter of down_proj then have kernels of their own, nine kernels per layer.
 """
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import bitsandbytes as bnb
 import torch
@@ -28,44 +31,44 @@ from fast_path.packed_weights import is_plain_lora
 
 
 class Unsupported(ValueError):
-    """Says in one line why a model's decode step has no kernels."""
+    """The kernels cannot run a model's decode step. The message says why, in one line."""
 
 
 class Tile(NamedTuple):
-    """What a program of a batch's product takes at a time."""
+    """The part of a matrix that one program of a batch's product processes at a time."""
 
-    rows: int  # outputs, of gate and of up with SwiGLU
-    words: int  # of eight weights of each row
+    rows: int  # outputs; with SwiGLU this many of gate and this many of up
+    words: int  # words per row, of eight weights each
     warps: int
 
 
 @dataclasses.dataclass
 class Layout:
-    """How the kernels are laid on a GPU."""
+    """How the work of the kernels is divided among the programs and warps of a GPU."""
 
-    # Outputs that a program of a product takes side by side (with SwiGLU of gate and of up), each in the same threads: 2
-    # took 1.2x as long, 4 1.5x.
+    # Outputs that a program of a product computes side by side in the same threads; with SwiGLU this many of gate and
+    # this many of up. More are slower (docs/measurements.md).
     rows: int = 1
-    runs: int = 64  # of 64 weights that it takes of a row at a time, each a thread's: 2 warps
-    # Warps of a multiprocessor, which share out the outputs: with 128 registers a thread it has room for 16.
+    runs: int = 64  # runs of 64 weights that a program processes of a row at a time; one per thread, so 2 warps
+    # Warps per multiprocessor, among which the outputs are divided. With 128 registers per thread it has room for 16.
     warps: int = 16
-    light_warps: int = 24  # the same where each then has a single output, which takes 80 registers
-    positions: int = 32  # of a tile of the cache
-    # On sm_90 and later a kernel may start, and load its weights, before the kernel before it has ended.
+    light_warps: int = 24  # the same if each program has a single output; a thread then uses 80 registers
+    positions: int = 32  # positions in a tile of the cache
+    # On sm_90 and later a kernel may start, and load its weights, before the previous kernel has ended.
     overlap: bool = True
-    programs: int = 128  # that attention is split into, about one for each of the 132 multiprocessors of an H100
+    programs: int = 128  # programs of attention for one sequence, about one per multiprocessor of an H100 (132)
     tile: Tile = Tile(64, 32, 4)
-    swiglu_tile: Tile = Tile(16, 32, 2)  # of two matrices; the fastest of nine at 32 sequences (docs/measurements.md)
-    batch_programs: int = 512  # that a batch's products, by their inputs, and its attention are split into
+    swiglu_tile: Tile = Tile(16, 32, 2)  # for two matrices; the fastest of nine at 32 sequences (docs/measurements.md)
+    batch_programs: int = 512  # about this many programs for a batch's product (its inputs are split) or attention
 
 
 LAYOUT = Layout()
-RUN = 64  # weights of a row that a thread takes at a time; constants of quantisation change at its ends only
-CHUNK = 2048  # inputs of a program of the adapter's first product in down_proj
-ADAPTERS = 48  # warps that such products of a launch take, more only where each program would have over TAKE rows of A
+RUN = 64  # weights of a row that a thread processes at a time; they share one quantisation constant
+CHUNK = 2048  # inputs per program of u = A x in down_proj
+ADAPTERS = 48  # warps per launch that compute u = A x; more only where each program would have over TAKE rows of A
 TAKE = 8
-BATCH_CHUNK = 256  # the same for a batch, whose program takes all rows of A and all sequences
-BATCH = 64  # sequences at most: more would want their weights dequantised once for several tiles
+BATCH_CHUNK = 256  # CHUNK for a batch, where a program takes all rows of A and all sequences
+BATCH = 64  # most sequences: with more, each weight should be dequantised once for several tiles of sequences
 
 # ------------------------------------------------------------------------------------------------ what a model has
 
@@ -76,7 +79,10 @@ def _check(condition: bool, reason: str) -> None:
 
 
 class Member:
-    """A 4-bit linear and its adapter as the kernels read them, in the modules' own memory. A, B: None without one."""
+    """A 4-bit linear and its adapter as the kernels read them, from the modules' own memory.
+
+    A, B: None if there is no active adapter. Raises Unsupported.
+    """
 
     def __init__(self, module: nn.Module, name: str):
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
@@ -91,7 +97,8 @@ class Member:
         self.offset = state.offset if nested else self.absmax
         self.code2 = state.state2.code if nested else self.absmax
         self.kind = nested, state.blocksize, state.state2.blocksize if nested else 1, state.quant_type
-        self.A = self.B = None
+        self.A: torch.Tensor | None = None
+        self.B: torch.Tensor | None = None
         self.rank, self.scale = 0, 0.0
         if module is not base:
             self._adapter(module, name)
@@ -107,7 +114,11 @@ class Member:
 
 
 class Norm:
-    """An RMS norm as the kernels read it. Its weight is `scale` times `factor`, which times hidden stays in range."""
+    """An RMS norm as the kernels read it. Raises Unsupported.
+
+    Its weight is `scale` times `factor`. Kernels store hidden times `factor`; with a smaller factor this does not
+    overflow in float16.
+    """
 
     def __init__(self, module: nn.Module):
         family = families.of(module)
@@ -120,19 +131,25 @@ class Norm:
 
 
 def _options() -> dict[str, bool]:
-    """Return the options of every launch. From Triton 3.10 on it no longer fuses a product with a sum unasked."""
+    """Return the options of every launch.
+
+    From Triton 3.10 on a multiplication and an addition are fused only if `enable_fp_fusion` asks for it.
+    """
     overlap = LAYOUT.overlap and not INTERPRETED and torch.cuda.is_available()
     overlap = overlap and torch.cuda.get_device_capability() >= (9, 0)
     return {"OVERLAP": overlap, "enable_fp_fusion": True, **({"launch_pdl": True} if overlap else {})}
 
 
 class Linears:
-    """Up to three linears that read one x, as one launch.
+    """Up to three linears that read the same x, as the kernels of one launch read them. Subclasses launch the kernels.
 
-    mode: see `_linear_kernel`. norm: what x still lacks, if it is hidden times this norm's factor. parts: sums that
-    u = A x is split into; alone: u comes with x, else this computes it. x: what the launch before writes and this one
-    reads, in the order of `_place`. m: the M of the kernels.
+    The previous launch writes the attribute x, in the order of `input_place`, and this launch reads it. mode: see
+    `linear_kernel`. norm: the norm of x, if x is only hidden times this norm's factor. parts: the number of sums that
+    u = A x is split into. alone: whether the previous launch writes u as well; otherwise this object computes it. m:
+    the M of the kernels.
     """
+
+    splits = 1  # the number of parts in which the launch writes its sums
 
     def __init__(
         self, modules: dict[str, nn.Module], mode: str, dtype: torch.dtype, norm: Norm | None = None, parts: int = 1,
@@ -148,7 +165,7 @@ class Linears:
         _check(len(biases) == 1 and len(types) < 2, f"{', '.join(modules)} differ in their biases or adapters' dtypes")
         self.mode, self.norm, self.parts, self.alone, self.m = mode, norm, parts, alone, m
         self.ranks = [member.rank for member in self.members]
-        smallest = 16 if m > 1 else 1  # of tl.dot
+        smallest = 16 if m > 1 else 1  # the smallest size that tl.dot accepts
         self.rank = max(smallest, triton.next_power_of_2(max(self.ranks))) if adapted else 0
         self.columns, self.rows = first.columns, [member.rows for member in self.members]
         self.x = torch.zeros(self.columns * m, dtype=dtype, device=first.codes.device)
@@ -175,25 +192,32 @@ class Linears:
             HALF=tl.bfloat16 if dtype is torch.bfloat16 else tl.float16, **_options(),
         )  # fmt: skip
 
+
+class SingleLinears(Linears):
+    """Linears for one sequence: products of a matrix and a vector."""
+
     def adapters(self, warps: int, most: float) -> dict[str, int]:
-        """Return how the programs are laid that compute the adapters' u and what x lacks: in `most` warps, if they can."""
+        """Return the layout of the programs that compute u = A x, and 1 / root mean square if x still needs the norm.
+
+        They use `most` warps at most, unless each program would then have more than TAKE rows of A.
+        """
         chunk = triton.cdiv(self.columns, self.parts)
         rows, take = max(self.rank, 1) * len(self.members) * self.parts, 1
         while rows * warps > take * most and take < min(TAKE, self.rank):
             take *= 2
-        block = min(triton.next_power_of_2(chunk), 2048 * warps // take)  # 64 numbers a thread
+        block = min(triton.next_power_of_2(chunk), 2048 * warps // take)  # 64 numbers per thread
         return dict(ADAPTERS=rows // take, TAKE=take, BLOCK=block, CHUNK=triton.cdiv(chunk, block) * block)
 
     def layout(self) -> tuple[int, bool, dict[str, Any]]:
-        """Return the number of programs, whether the adapters' are a launch of their own, and how all are laid.
+        """Return the number of programs, whether u = A x gets a launch of its own, and the layout as kernel options.
 
-        Where the programs of a product are short, they would all ask for u before it is there. Then u is computed in a
+        If the programs of a product are short, all of them would need u before it is ready. Then u is computed in a
         launch of its own, ahead of the product.
         """
         swiglu, runs = self.mode == "swiglu", self.columns // RUN
         blocks = min(LAYOUT.runs, max(32, triton.next_power_of_2(runs)))
         warps = max(1, blocks // 32)
-        two = swiglu or (self.mode == "residual" and runs > blocks)  # outputs in pieces share loads of x
+        two = swiglu or (self.mode == "residual" and runs > blocks)  # with several pieces two outputs share loads of x
         rows = self.rows if self.mode == "stack" else self.rows[:1]
         each = LAYOUT.rows if swiglu or not two else 2 * LAYOUT.rows
         shares, adapters = sum(triton.cdiv(n, each) for n in rows), self.adapters(warps, ADAPTERS)
@@ -202,27 +226,31 @@ class Linears:
         some = not self.alone and bool(self.norm or self.rank)
         apart = adapters["ADAPTERS"] if some and not light else 0
         loop = 1 if light else triton.cdiv(shares, max(1, self.multiprocessors * resident // warps - apart))
-        # ptxas would take 167 for gate and up, which leaves room for 12 warps.
+        # Without a limit ptxas uses 167 registers per thread for gate and up, which leaves room for only 12 warps.
         registers = {} if INTERPRETED else {"maxnreg": 65536 // (32 * resident) // 8 * 8}
         options = dict(LOOP=loop, ROWS=LAYOUT.rows, BLOCKS=blocks, TWO=two, num_warps=warps, num_stages=1, **registers)
         programs = apart + sum(triton.cdiv(n, each * loop) for n in rows)
         return programs, some and light, adapters | options | {"ADAPTERS": apart}
 
     def __call__(
-        self, hidden: torch.Tensor, out: torch.Tensor, before: "Linears", follow: "Linears | None" = None
+        self, hidden: torch.Tensor, out: torch.Tensor, before: "SingleLinears", follow: "SingleLinears | None" = None
     ) -> None:
-        """Launch. before: the product of a launch before this one, whose count is set back. follow: what reads hidden."""
+        """Launch the kernels.
+
+        before: the product of an earlier launch, whose count is set back to 0 here. follow: the product that reads
+        hidden next, or None after the last layer.
+        """
         norm, A = self.norm, self.A * 3
         programs, ahead, options = self.layout()
         reads = self.x, hidden, *((norm.weight, norm.eps, norm.scale) if norm else (self.x, 0.0, 1.0))
         reads += self.u, self.inverse, self.count, before.count
         if ahead:
             adapters, ranks = self.adapters(4, math.inf), (self.ranks + [0, 0])[:3]
-            kernels._adapter_kernel[(adapters.pop("ADAPTERS"),)](
+            kernels.adapter_kernel[(adapters.pop("ADAPTERS"),)](
                 *reads, *A[:3], *ranks, **adapters, NORM=norm is not None, num_warps=4, **_options(),
                 **{name: self.constants[name] for name in ("K", "MEMBERS", "RANK")},
             )  # fmt: skip
-        kernels._linear_kernel[(programs,)](
+        kernels.linear_kernel[(programs,)](
             *reads, out, follow.norm.factor if follow else self.x, *self.arguments[:2], *A[:3], *self.arguments[2:],
             **self.constants, **options, MODE=self.mode, NORM=norm is not None, NEXT=follow is not None,
             OUTPUTS=self.rows[0], PARTS_2=triton.next_power_of_2(self.parts),
@@ -230,7 +258,11 @@ class Linears:
 
 
 class BatchLinears(Linears):
-    """The same for a batch; unless SwiGLU follows it leaves `splits` parts of its sums, [splits, m, outputs]."""
+    """Linears for a batch: matrix products on tensor cores.
+
+    Unless the mode is "swiglu", it writes `splits` parts of its sums, [splits, m, outputs]; the next kernel adds them
+    up.
+    """
 
     def __init__(self, *arguments: Any, **keywords: Any):
         super().__init__(*arguments, **keywords)
@@ -239,20 +271,20 @@ class BatchLinears(Linears):
         self.tiles = sum(triton.cdiv(n, self.tile.rows) for n in (self.rows[:1] if swiglu else self.rows))
         steps = triton.cdiv(self.columns, 8 * self.tile.words)
         splits = 1 if swiglu else min(steps, max(1, LAYOUT.batch_programs // self.tiles))
-        self.splits = triton.cdiv(steps, triton.cdiv(steps, splits))  # none of them empty
+        self.splits = triton.cdiv(steps, triton.cdiv(steps, splits))  # so that no part is empty
 
     def __call__(self, out: torch.Tensor) -> None:
         rows, words, warps = self.tile
-        decode_batch_kernels._batch_linear_kernel[(self.tiles, self.splits)](
+        decode_batch_kernels.batch_linear_kernel[(self.tiles, self.splits)](
             self.x, self.u, out, *self.arguments, **self.constants, SWIGLU=self.mode == "swiglu", OUTPUTS=self.outputs,
             M=self.m, SPLITS=self.splits, ROWS=rows, STEP=words, num_warps=warps,
-            num_stages=1,  # Triton's own would load x before the kernel waits for it
+            num_stages=1,  # with more stages Triton would load x before the kernel waits for it
         )  # fmt: skip
 
 
 def _norm(x: torch.Tensor, norm: Norm, out: torch.Tensor, first: bool = False) -> None:
-    """Write norm(x) to out; first: x times the norm's factor, as the first product reads it."""
-    kernels._norm_kernel[(1,)](
+    """Write norm(x) to out; with `first`, write x times the norm's factor instead, as the first product reads it."""
+    kernels.norm_kernel[(1,)](
         x, norm.factor if first else norm.weight, out, norm.eps, K=x.numel(), FIRST=first,
         BLOCK=triton.next_power_of_2(x.numel()), num_warps=4 if x.numel() <= 4096 else 8, **_options(),
     )  # fmt: skip
@@ -262,9 +294,10 @@ def _batch_norm(
     x: torch.Tensor, parts: torch.Tensor, total: torch.Tensor, norm: Norm, out: torch.Tensor,
     linears: Linears | None = None,
 ) -> None:  # fmt: skip
-    """Write total = x + parts, and its norm to out as it is or to where `linears` read it, with their adapters' u.
+    """Write total = x + parts, and the norm of total to out.
 
-    x, total: [sequences, width]; parts: [parts, m, width].
+    With `linears`, out is in the order in which they read it, and u of their adapters is computed too. x, total:
+    [sequences, width]; parts: [parts, m, width].
     """
     sequences, width = x.shape
     adapters, rank, members = (x, *[x] * 3, 0, 0, 0), 0, 1
@@ -272,8 +305,8 @@ def _batch_norm(
         A, ranks, rank, members = linears.A * 3, linears.ranks + [0, 0], linears.rank, len(linears.A)
         adapters = linears.u, *A[:3], *ranks[:3]
     block = triton.next_power_of_2(width)
-    tile = min(max(rank, 1), max(1, 16384 // block))  # rows of A at a time: 64 numbers a thread
-    decode_batch_kernels._batch_norm_kernel[(sequences, members)](
+    tile = min(max(rank, 1), max(1, 16384 // block))  # rows of A at a time: 64 numbers per thread
+    decode_batch_kernels.batch_norm_kernel[(sequences, members)](
         x, parts, norm.weight, total, out, *adapters, norm.eps, K=width, M=parts.shape[1],
         PARTS=len(parts), MEMBERS=members, RANK=rank, ORDERED=linears is not None, BLOCK=block, TILE=tile,
         num_warps=8, **_options(),
@@ -287,7 +320,7 @@ def _check_layer(layer: nn.Module, cache: Any) -> None:
     _check(hasattr(attention, "q_norm") == families.of(attention).head_norms, "other norms of q and k")
     activation = ACTIVATIONS[families.of(mlp).activation]
     _check(isinstance(mlp.act_fn, activation), f"an MLP with {type(mlp.act_fn).__name__}")
-    # Qwen's attention says itself whether it slides, Mistral's reads its config.
+    # Qwen's attention has an attribute for its sliding window, Mistral's reads its config.
     window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
     _check(window is None and type(cache) is StaticLayer, "attention in a sliding window, or no plain static cache")
     _check(cache.is_initialized, "the cache has no tensors yet; see its early_initialization")
@@ -297,18 +330,22 @@ def _check_layer(layer: nn.Module, cache: Any) -> None:
 
 
 class Scratch(NamedTuple):
-    """What layers leave to their own next kernel; one after the other they share it."""
+    """Buffers between the kernels of one layer. All layers share them, since they run one after another."""
 
     qkv: torch.Tensor  # fp32 [splits, m, outputs of q, k and v]
     mixed: torch.Tensor  # fp32 [sequences, heads, splits, head size]
     logs: torch.Tensor  # fp32 [sequences, heads, splits]
-    parts: torch.Tensor  # fp32 [splits, m, width], of a batch
+    parts: torch.Tensor  # fp32 [splits, m, width]; used for a batch only
 
 
-class Layer:
-    """A decoder layer: its weights, its part of the cache, and its seven launches."""
+Kind = TypeVar("Kind", bound=Linears)
 
-    kind, chunk = Linears, CHUNK
+
+class Layer(Generic[Kind]):
+    """A decoder layer: its weights, its part of the cache, and its attention. Subclasses launch a whole layer."""
+
+    kind: type[Kind]  # the class of its linears
+    chunk: int  # inputs per program of u = A x in down_proj
 
     def __init__(self, layer: nn.Module, cache: Any, dtype: torch.dtype):
         _check_layer(layer, cache)
@@ -316,9 +353,12 @@ class Layer:
         sequences, kv_heads, length, size = cache.keys.shape
         self.m = m = 1 if sequences == 1 else max(16, triton.next_power_of_2(sequences))
 
-        def linears(owner: nn.Module, names: Iterable[str], mode: str, *arguments: Any, **keywords: Any) -> Linears:
+        def linears(
+            owner: nn.Module, names: Iterable[str], mode: str, norm: Norm | None = None, parts: int = 1,
+            alone: bool = False,
+        ) -> Kind:  # fmt: skip
             modules = {name: getattr(owner, name) for name in names}
-            return self.kind(modules, mode, dtype, *arguments, m=m, **keywords)
+            return self.kind(modules, mode, dtype, norm, parts, alone, m)
 
         self.norms = Norm(layer.input_layernorm), Norm(layer.post_attention_layernorm)
         self.keys, self.values = cache.keys, cache.values
@@ -338,39 +378,49 @@ class Layer:
         self.shape = dict(
             HEADS=heads, KV_HEADS=kv_heads, HALF=size // 2, GROUP=max(16, triton.next_power_of_2(heads // kv_heads)),
             SPLITS=splits, POSITIONS=LAYOUT.positions, NORM=hasattr(attention, "q_norm"), M=m,
-            PARTS=getattr(self.qkv, "splits", 1),
+            PARTS=self.qkv.splits,
         )  # fmt: skip
 
     def scratch(self) -> Scratch:
         new = functools.partial(torch.zeros, device=self.keys.device, dtype=torch.float32)
         sequences, shares = len(self.keys), (self.shape["HEADS"], self.shape["SPLITS"])
-        splits = max(getattr(linears, "splits", 1) for linears in (self.out, self.down))
         return Scratch(
             qkv=new(self.shape["PARTS"], self.m, sum(self.qkv.rows)),
             mixed=new(sequences, *shares, self.keys.shape[3]),
             logs=new(sequences, *shares),
-            parts=new(splits, self.m, self.out.rows[0]),
+            parts=new(max(self.out.splits, self.down.splits), self.m, self.out.rows[0]),
         )
 
     def attend(self, position: torch.Tensor, starts: torch.Tensor, rotary: list, scratch: Scratch) -> None:
-        """From the sums of q, k and v to what o_proj reads, by way of the cache."""
+        """Compute x of o_proj from the sums of q, k and v, and write k and v into the cache.
+
+        position, starts: as in DecodeStep; rotary: cos and sin, [positions, head size].
+        """
         out, shape, sequences = self.out, self.shape, len(self.keys)
-        kernels._attention_kernel[(shape["KV_HEADS"], shape["SPLITS"], sequences)](
+        kernels.attention_kernel[(shape["KV_HEADS"], shape["SPLITS"], sequences)](
             scratch.qkv, self.keys, self.values, position, starts, *rotary, *self.head_norms, scratch.mixed,
             scratch.logs, *self.numbers, **shape, num_warps=4, **_options(),
         )  # fmt: skip
-        kernels._combine_kernel[(shape["HEADS"], sequences)](
+        kernels.combine_kernel[(shape["HEADS"], sequences)](
             scratch.mixed, scratch.logs, position, starts, out.x, out.A[0], out.u, out.ranks[0], K=out.columns, M=self.m,
             SIZE=self.keys.shape[3], SPLITS=shape["SPLITS"], POSITIONS=shape["POSITIONS"], RANK=out.rank,
             TILE=min(max(out.rank, 1), 16), num_warps=4, **_options(),
         )  # fmt: skip
 
+
+class SingleLayer(Layer[SingleLinears]):
+    """A decoder layer for one sequence, in seven launches."""
+
+    kind, chunk = SingleLinears, CHUNK
+
     def __call__(
-        self, hidden: torch.Tensor, position: torch.Tensor, rotary: list, scratch: Scratch, before: Linears,
-        follow: Linears | None,
+        self, hidden: torch.Tensor, position: torch.Tensor, rotary: list, scratch: Scratch,
+        before: SingleLinears, follow: SingleLinears | None,
     ) -> None:  # fmt: skip
-        """Add the layer to hidden, [width], in place. rotary: cos and sin, [positions, head size]; before, follow: the
-        products before and after the layer.
+        """Add the layer's output to hidden, [width], in place.
+
+        rotary: cos and sin, [positions, head size]. before, follow: the last product of the layer before and the first
+        one of the layer after; follow is None for the last layer.
         """
         self.qkv(hidden, scratch.qkv, before)
         self.attend(position, position, rotary, scratch)
@@ -379,8 +429,8 @@ class Layer:
         self.down(hidden, follow.x if follow else hidden, self.gate_up, follow)
 
 
-class BatchLayer(Layer):
-    """The same for a batch."""
+class BatchLayer(Layer[BatchLinears]):
+    """A decoder layer for a batch, in nine launches."""
 
     kind, chunk = BatchLinears, BATCH_CHUNK
 
@@ -388,9 +438,10 @@ class BatchLayer(Layer):
         self, hidden: torch.Tensor, other: torch.Tensor, known: torch.Tensor, position: torch.Tensor,
         starts: torch.Tensor, rotary: list, scratch: Scratch,
     ) -> torch.Tensor:  # fmt: skip
-        """Take in hidden + known and leave the layer's output in hidden and, still to be added, what it returns.
+        """Compute the layer on hidden + known; its output is hidden plus the returned parts.
 
-        hidden, other: [sequences, width]; known and returned: fp32 [parts, m, width]; starts: int64 [sequences, 1].
+        hidden: [sequences, width], overwritten; other: a buffer of the same shape; known and returned: fp32 [parts, m,
+        width], parts that are still to be added; starts: int64 [sequences, 1].
         """
         down, parts = self.down, scratch.parts
         _batch_norm(hidden, known, other, self.norms[0], self.qkv.x, self.qkv)
@@ -400,7 +451,7 @@ class BatchLayer(Layer):
         _batch_norm(other, parts[: self.out.splits], hidden, self.norms[1], self.gate_up.x, self.gate_up)
         self.gate_up(down.x)
         if down.rank:
-            decode_batch_kernels._batch_inner_kernel[(down.parts,)](
+            decode_batch_kernels.batch_inner_kernel[(down.parts,)](
                 down.x, down.A[0], down.u, down.ranks[0], K=down.columns, M=self.m, RANK=down.rank, BLOCK=BATCH_CHUNK,
                 num_warps=4, **_options(),
             )  # fmt: skip
@@ -409,13 +460,16 @@ class BatchLayer(Layer):
 
 
 class DecodeStep:
-    """A token of each sequence through a 4-bit model with at most one active LoRA adapter; families.py says which.
+    """Runs one token of each sequence through a 4-bit model with at most one active LoRA adapter.
 
-    ids: int64 [sequences, 1]; position: int64 [1] on the model's device, the slot of the cache that all write to;
-    starts: int64 [sequences, 1], the slots of their first tokens, before which there is padding (None: 0, as always of
-    one sequence) -> logits [sequences, vocabulary], fp32. Attends to slots starts to `position` of the cache, where it
-    writes the new keys and values; the cache's own count of tokens is left alone. Nothing is read on the host, so a CUDA graph can hold a call once a first one has
-    compiled. Weights are read where the modules have them; which adapter is active is settled here. Raises Unsupported.
+    A call returns the logits, fp32 [sequences, vocabulary]. ids: int64 [sequences, 1]. position: int64 [1] on the
+    model's device, the slot of the cache where all sequences write their new keys and values. starts: int64 [sequences,
+    1], the slot of each sequence's first token, with padding before it; None means 0, and with one sequence it is
+    always 0. Attention covers the slots from starts to `position`. The cache's own count of tokens does not change.
+
+    A call reads nothing on the host, so a CUDA graph can capture it after a first call has compiled the kernels.
+    Weights are read from the modules' own memory; which adapter is active is decided when the object is made.
+    families.py says which models are supported; making the object for another one raises Unsupported.
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel, cache: StaticCache):
@@ -433,8 +487,11 @@ class DecodeStep:
         _check(len(decoder.layers) == len(cache.layers), "the cache has another number of layers than the model")
         _check(cache.layers[0].is_initialized, "the cache has no tensors yet; see its early_initialization")
         sequences = len(cache.layers[0].keys)
-        kind = Layer if sequences == 1 else BatchLayer
-        self.layers = [kind(*pair, dtype) for pair in zip(decoder.layers, cache.layers, strict=True)]
+        pairs = list(zip(decoder.layers, cache.layers, strict=True))
+        # One of these is empty.
+        self.single_layers = [SingleLayer(*pair, dtype) for pair in pairs] if sequences == 1 else []
+        self.batch_layers = [BatchLayer(*pair, dtype) for pair in pairs] if sequences > 1 else []
+        self.layers: list[Layer] = [*self.single_layers, *self.batch_layers]
         kinds = {(layer.keys.shape, layer.keys.dtype, layer.keys.device, layer.qkv.x.device) for layer in self.layers}
         _check(
             kinds == {(self.layers[0].keys.shape, dtype, device, device)},
@@ -452,19 +509,17 @@ class DecodeStep:
     @torch.no_grad()
     def __call__(self, ids: torch.Tensor, position: torch.Tensor, starts: torch.Tensor | None = None) -> torch.Tensor:
         hidden = self.embedding(ids)[:, 0]
-        if len(self.last) == 1:
-            first = self.layers[0].qkv
+        if self.single_layers:
+            first, before = self.single_layers[0].qkv, self.single_layers[-1].down
             _norm(hidden, first.norm, first.x, first=True)
-            before = self.layers[-1].down
-            for layer, follow in zip(self.layers, [*self.layers[1:], None], strict=True):
-                layer(hidden[0], position, self.rotary, self.scratch, before, follow and follow.qkv)
+            for layer, follow in itertools.zip_longest(self.single_layers, self.single_layers[1:]):
+                layer(hidden[0], position, self.rotary, self.scratch, before, follow.qkv if follow else None)
                 before = layer.down
             _norm(hidden, self.norm, self.last)
         else:
             other, parts = torch.empty_like(hidden), self.scratch.parts[:0]
-            for layer in self.layers:
-                parts = layer(
-                    hidden, other, parts, position, self.starts if starts is None else starts, self.rotary, self.scratch
-                )
+            starts = self.starts if starts is None else starts
+            for batch_layer in self.batch_layers:
+                parts = batch_layer(hidden, other, parts, position, starts, self.rotary, self.scratch)
             _batch_norm(hidden, parts, other, self.norm, self.last)
         return self.head(self.last)[:, 0].float()

@@ -1,5 +1,6 @@
-"""From prompts to tokens through a static cache: the step and the choice of a token as CUDA graphs that the GPU
-runs without waiting for Python.
+"""Generation from prompts to tokens, through a cache of fixed size.
+
+On a GPU the step of a token and the choice of the next one are CUDA graphs, so the GPU never waits for Python.
 """
 
 import inspect
@@ -31,26 +32,30 @@ from fast_path.layers import plain_linears
 from fast_path.nf4 import runs_on
 from fast_path.sampling import sample
 
-CHUNK = 2048  # tokens of prompts that one forward processes: 90 MiB of a 3B's widest activation
+CHUNK = 2048  # tokens of prompts per forward pass: the widest activation of a 3B model then takes 90 MiB
 # The rest of a prompt is padded to this length and replayed as one graph, since a forward pass in Python is slower.
 SHORT_CHUNK = 128
-PAGE = 256  # cache lengths are multiples of it, so that a prompt a little longer needs no new graphs
-SHORTEST = 1024  # positions that one sequence's cache has at least: 37 MB of a 3B's, 2 % of what a step reads
-# Not cuDNN's: it builds a plan for every length of a prompt.
+PAGE = 256  # cache lengths are multiples of it, so that a slightly longer prompt needs no new graphs
+SHORTEST = 1024  # least length of one sequence's cache: 37 MB for a 3B model, 2 % of the bytes that a step reads
+# Without cuDNN's attention, which builds a new plan for every length of a prompt.
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
-# ------------------------------------------------------------------------------------------------ what limits
+# ------------------------------------------------------------------------------------------------ status line
 
 
 class Watch(transformers.StoppingCriteria):
-    """Counts the tokens of an answer, notes when the first and the last came, and stops where asked."""
+    """Counts the tokens of an answer, notes the times of the first and the last one, and stops on request.
 
-    def __init__(self) -> None:
+    began: when the user began to wait, if not now, in seconds of time.perf_counter.
+    """
+
+    def __init__(self, began: float | None = None) -> None:
         self.start, self.first, self.last = time.perf_counter(), 0.0, 0.0
+        self.began = began
         self.tokens, self.stop = 0, False
 
     def count(self) -> None:
-        """Note that a token came, of each sequence of a batch."""
+        """Note that a token has arrived, one for each sequence of a batch."""
         self.last = time.perf_counter()
         self.first = self.first or self.last
         self.tokens += 1
@@ -60,13 +65,18 @@ class Watch(transformers.StoppingCriteria):
         return torch.full((len(input_ids),), self.stop, dtype=torch.bool, device=input_ids.device)
 
     def line(self, cut: bool, limits: str) -> str:
-        """Return how many tokens came, why no more, tokens/s after the first one, the seconds until that one, and
-        what limits.
+        """Return the status line: tokens, reason of the end, what the user waited for, tokens/s, first token, limits.
+
+        The rate counts the tokens after the first one. cut: whether the answer reached max_new_tokens; limits: text
+        that says what limits the speed.
         """
         why = ", stopped" if self.stop else ", cut at max_new_tokens" if cut else ""
         rate = (self.tokens - 1) / (self.last - self.first) if self.tokens > 1 else 1 / (self.last - self.start)
         first = f"first token after {self.first - self.start:.2f} s"
-        return f"[{counted(self.tokens, 'token')}{why} | {rate:.1f} tokens/s | {first} | {limits}]"
+        waited = f"{self.last - self.start:.1f} s"
+        if self.began is not None:
+            waited = f"{self.last - self.began:.1f} s, {self.start - self.began:.1f} of them to start"
+        return f"[{counted(self.tokens, 'token')}{why} in {waited} | {rate:.1f} tokens/s | {first} | {limits}]"
 
 
 # ------------------------------------------------------------------------------------------------ sampling
@@ -75,14 +85,14 @@ NEAREST = 256  # scores
 
 
 def processors(config: GenerationConfig) -> LogitsProcessorList:
-    """Return what turns logits into scores, in the order of transformers' `generate`."""
+    """Return the processors that turn logits into scores, in the order of transformers' `generate`."""
     found: list = []
     if (config.repetition_penalty or 1.0) != 1.0:
         found.append(RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
     if config.do_sample:
         if (config.temperature or 1.0) != 1.0:
             found.append(TemperatureLogitsWarper(config.temperature))
-        top_k = 50 if config.top_k is None else config.top_k  # as in `generate`, where 0 is off
+        top_k = 50 if config.top_k is None else config.top_k  # the default of `generate`, where 0 means off
         found += [TopKLogitsWarper(top_k)] if top_k else []
         if config.top_p is not None and config.top_p < 1.0:
             found.append(TopPLogitsWarper(config.top_p))
@@ -98,10 +108,11 @@ def end_tokens(config: GenerationConfig) -> list[int]:
 
 
 def draw(scores: torch.Tensor, sample: bool) -> torch.Tensor:
-    """Return the likeliest token of each row, or one drawn from the softmax. scores: fp32 [batch, vocabulary].
+    """Return the most likely token of each sequence or, with `sample`, one drawn from the softmax.
 
-    p / e with e drawn from Exp(1) is largest at i with probability p_i; torch.multinomial does the same, after a check
-    that waits for the GPU and cannot be captured.
+    scores: fp32 [batch, vocabulary]. If e is drawn from Exp(1) for each token, p / e is largest at token i with
+    probability p_i. torch.multinomial uses the same method, but first makes a check that waits for the GPU, so it
+    cannot be captured.
     """
     if not sample:
         return scores.argmax(-1)
@@ -110,25 +121,26 @@ def draw(scores: torch.Tensor, sample: bool) -> torch.Tensor:
 
 
 def choose_tokens(config: GenerationConfig, history: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """Return the next token of each row, [batch]. history: what the repetition penalty sees; logits: fp32 [batch,
-    vocabulary].
+    """Return the next token of each sequence, [batch].
 
-    transformers' top_p sorts the whole vocabulary, which is a tenth of a token's time or more. Without top_k the kernels of
-    sampling.py draw without sorting. If top_k <= NEAREST / 2, only the NEAREST largest logits are looked at; the spare
-    half holds logits that tie with the k-th one, which transformers keeps.
+    history: the tokens that the repetition penalty counts; logits: fp32 [batch, vocabulary]. transformers' top_p sorts
+    the whole vocabulary, which takes a considerable part of a token's time (docs/measurements.md). Without top_k the
+    kernels of sampling.py draw without sorting. If top_k <= NEAREST / 2, only the NEAREST largest logits are used; the
+    spare half holds logits that tie with the k-th one, which transformers keeps.
     """
     known = processors(config)
     top_k = next((p.top_k for p in known if isinstance(p, TopKLogitsWarper)), None)
     if config.do_sample and top_k is None and runs_on(logits.device):
-        alone = (RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper)  # they change each score by itself
+        alone = (RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper)  # each score changes independently
         scores = LogitsProcessorList(p for p in known if isinstance(p, alone))(history, logits)
-        # From torch's generator, on the device: manual_seed fixes the answer, and each replay of a graph draws anew.
+        # The seed comes from torch's generator on the device, so manual_seed determines the answer, and each replay of a
+        # graph draws new tokens.
         seed = torch.randint(2**62, (1,), device=logits.device)
         return sample(scores, seed, config.top_p, config.min_p)
     nearest = top_k is not None and top_k <= NEAREST // 2
     if not nearest or logits.shape[-1] <= NEAREST:
         return draw(known(history, logits), config.do_sample)
-    # The penalty counts by token; the others look at the scores only, in any order.
+    # The penalty finds tokens by their index, so it comes before topk. The others depend only on the scores.
     penalties = [p for p in known if isinstance(p, RepetitionPenaltyLogitsProcessor)]
     values, tokens = LogitsProcessorList(penalties)(history, logits).topk(NEAREST)
     scores = LogitsProcessorList(p for p in known if p not in penalties)(history, values)
@@ -139,10 +151,10 @@ def choose_tokens(config: GenerationConfig, history: torch.Tensor, logits: torch
 
 
 class SlotCache(Cache):
-    """Keys and values at fixed addresses, [batch, heads, length, head_dim] a layer, written to `slots` [positions].
+    """Keys and values at fixed addresses, [batch, heads, length, head_dim] per layer.
 
-    Every layer has the whole length, one with a sliding window too: it gets its window by its mask, and a cache that
-    has everything can go back to any prefix. Attention sees the first `end` slots.
+    New ones are written to `slots` [positions], and attention sees the first `end` slots. Every layer has the whole
+    length, even one with a sliding window, whose mask limits it to its window. So the cache can go back to any prefix.
     """
 
     def __init__(self, layers: int, length: int):
@@ -158,7 +170,7 @@ class SlotCache(Cache):
         return layer.keys[:, :, : self.end], layer.values[:, :, : self.end]
 
     def take_prefix(self, other: "SlotCache", positions: int) -> None:
-        """Copy the first positions of a shorter cache."""
+        """Copy the keys and values of the first `positions` positions of a shorter cache."""
         for layer, old in zip(self.layers, other.layers, strict=True):
             layer.lazy_initialization(old.keys, old.values)
             layer.keys[:, :, :positions] = old.keys[:, :, :positions]
@@ -166,30 +178,30 @@ class SlotCache(Cache):
 
 
 def cache_argument(model: PeftModel | PreTrainedModel, cache: Cache) -> dict[str, Cache]:
-    """Return the cache under the name that the model's forward gives it, another from transformers 5.24 on."""
+    """Return the cache as a keyword argument of the model's forward. Its name changes in transformers 5.24."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     return {"cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values": cache}
 
 
 def attention_windows(config: Any) -> dict[str, int | None]:
-    """Return the kinds of attention that a model's layers have, each with its window, None for all positions."""
+    """Map each kind of attention that a model's layers have to its sliding window, None if it sees all positions."""
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"]
     return {kind: window if kind == "sliding_attention" else None for kind in sorted(set(kinds))}
 
 
 def lora_layers(model: nn.Module) -> list[LoraLayer]:
-    """Return the modules with adapters. Callers keep the list, since walking through all modules takes milliseconds."""
+    """Return the modules with adapters. Callers keep the list, since walking through all modules is slow."""
     return [module for module in model.modules() if isinstance(module, LoraLayer)]
 
 
 def adapters_off(layers: list[LoraLayer]) -> bool:
-    """Return whether adapters are switched off, as within peft's `disable_adapter`."""
+    """Return whether the adapters are switched off, for example within peft's `disable_adapter`."""
     return any(layer.disable_adapters for layer in layers)
 
 
 def common_prefix(one: list[int], other: list[int]) -> int:
-    """Return how many tokens the lists begin with in common."""
+    """Return the length of the lists' common prefix, in tokens."""
     pairs = zip(one, other, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
@@ -198,11 +210,12 @@ def common_prefix(one: list[int], other: list[int]) -> int:
 
 
 class Decoder:
-    """Prompts to tokens through a static cache; everything of a token is on the device, in graphs where it is CUDA.
+    """Generates tokens after prompts, through a cache of fixed size.
 
-    After an answer the cache of a single sequence stays: the next prompt computes only what differs. Sampling takes
-    torch's default generator, so `torch.manual_seed` before a call fixes the answer. `kernels`: the step by decode_step,
-    where it knows the model and the batch is not too large.
+    Each token is computed and chosen on the device; on CUDA this is a graph. The cache of a single sequence is kept
+    after an answer, so the next prompt computes only the tokens that differ. Sampling uses torch's default generator,
+    so `torch.manual_seed` before a call determines the answer. kernels: whether to use the kernels of decode_step,
+    where they support the model and the size of the batch.
     """
 
     def __init__(self, model: PeftModel | PreTrainedModel, kernels: bool):
@@ -213,43 +226,43 @@ class Decoder:
         self.adapted = lora_layers(model)
         self.windows = attention_windows(self.base.config.get_text_config())
         self.batch = self.length = self.prompts = 0
-        self.held: list[int] = []  # the tokens whose keys and values the cache has, of a single sequence
+        self.held: list[int] = []  # the tokens whose keys and values are in the cache; for a single sequence only
         self.off = False  # whether `held` was computed without the adapters
-        self.note = ""  # why the step is not decode_step's
+        self.note = ""  # the reason why the kernels of decode_step are not used
 
     # -------------------------------------------------------------------------------------------- buffers
 
     def reserve(self, batch: int, length: int) -> None:
-        """Have room for `length` positions of `batch` sequences; what the cache holds stays."""
+        """Make room for `length` positions of `batch` sequences, keeping the contents of a single sequence's cache."""
         if batch == self.batch and length <= self.length:
             return
         grown = 2 * self.length if batch == self.batch else SHORTEST if batch == 1 else 0
         length = -(-max(length, min(grown, length + 16 * PAGE)) // PAGE) * PAGE
         old, kept = getattr(self, "cache", None), len(self.held) if batch == self.batch == 1 else 0
-        self.batch = 0  # should memory run out below, the next call begins anew
-        self.graphs: dict[Any, Callable] = {}  # they write to the old buffers
+        self.batch = 0  # so that the next call starts afresh if memory runs out below
+        self.graphs: dict[Any, Callable] = {}  # the old graphs write to the old buffers
         self.steps: dict[bool, Callable] = {}
-        self.captured: list[Callable] = []  # a graph reads what its function holds, which must not be freed
+        self.captured: list[Callable] = []  # a graph reads tensors that its function refers to, so it must not be freed
         self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
         self.cache = SlotCache(self.base.config.get_text_config().num_hidden_layers, length)
         if kept:
             self.cache.take_prefix(old, kept)
         zeros = {"dtype": torch.long, "device": self.device}
-        self.token = torch.zeros(batch, 1, **zeros)  # fed to the next step
-        self.position = torch.zeros(1, **zeros)  # and the slot where it goes: rows are padded on the left
-        self.starts = torch.zeros(batch, 1, **zeros)  # each row's first slot that is not padding
-        self.history = torch.zeros(batch, length, **zeros)  # what the repetition penalty sees
+        self.token = torch.zeros(batch, 1, **zeros)  # the input of the next step
+        self.position = torch.zeros(1, **zeros)  # its slot, one for all sequences, since they are padded on the left
+        self.starts = torch.zeros(batch, 1, **zeros)  # each sequence's first slot that is not padding
+        self.history = torch.zeros(batch, length, **zeros)  # the tokens that the repetition penalty counts
         self.finished = torch.zeros(batch, dtype=torch.bool, device=self.device)
         self.logits = torch.zeros(batch, self.vocabulary, device=self.device)
         self.piece = torch.zeros(batch, SHORT_CHUNK, **zeros)
-        self.last = torch.zeros(1, **zeros)  # the column of `piece` whose logits count
+        self.last = torch.zeros(1, **zeros)  # the column of `piece` whose logits are needed
         pinned = self.device.type == "cuda"
         self.posted = [torch.zeros(batch, dtype=torch.long, pin_memory=pinned) for _ in range(2)]
         self.events = [torch.cuda.Event() if pinned else None for _ in range(2)]
         self.held, self.batch, self.length = self.held[:kept], batch, length
 
     def run(self, key: tuple, build: Callable[[], Callable[[], None]]) -> None:
-        """Run a function of the buffers, which is built at the first call, on CUDA as a graph."""
+        """Run the function that `build` returns, on CUDA as a graph. It is built at the first call with this key."""
         if key not in self.graphs:
             self.graphs[key] = self._capture(build()) if self.device.type == "cuda" else build()
         self.graphs[key]()
@@ -257,17 +270,19 @@ class Decoder:
     def _capture(self, function: Callable[[], None]) -> Callable[[], None]:
         state = [self.token, self.position, self.history, self.finished, self.logits]
         before = [tensor.clone() for tensor in state]
-        torch.cuda.empty_cache()  # blocks belong to a stream: the warm-up cannot use what earlier forwards reserved
-        with torch.random.fork_rng([self.device]):  # what the warm-up draws must not change an answer
+        # Blocks belong to a stream, so the warm-up cannot use the memory that earlier forward passes reserved.
+        torch.cuda.empty_cache()
+        with torch.random.fork_rng([self.device]):  # the warm-up draws random numbers; they must not change an answer
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                function()  # compiles, and lets every library allocate its workspace outside of the graph
+                function()  # compiles kernels, and lets every library allocate its workspace outside of the graph
             torch.cuda.current_stream().wait_stream(stream)
-            torch._C._cuda_clearCublasWorkspaces()  # 32 MiB a stream on an H100; what a graph needs is in its pool
+            # cuBLAS keeps 32 MiB per stream on an H100; the workspace that a graph needs is in the graph's pool.
+            torch._C._cuda_clearCublasWorkspaces()
             torch.cuda.empty_cache()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool):  # graphs share memory: what outlives one is in the buffers
+            with torch.cuda.graph(graph, pool=self.pool):  # graphs share this memory; results are kept in the buffers
                 function()
         for tensor, value in zip(state, before, strict=True):
             tensor.copy_(value)
@@ -277,19 +292,22 @@ class Decoder:
     # -------------------------------------------------------------------------------------------- forward
 
     def _mask(self, slots: torch.Tensor, end: int, window: int | None) -> torch.Tensor:
-        """Return 0 where a row's position sees one of the first `end` slots, else a minimum: [batch, 1, positions, end]."""
+        """Return the attention mask, [batch, 1, positions, end].
+
+        It is 0 where a position sees a slot and the smallest number of the model's dtype elsewhere.
+        """
         key, query = torch.arange(end, device=self.device), slots[:, None]
         seen = key <= query
         if window:
             seen = seen & (key > query - window)
-        # Padding sees itself: a row of nothing but minus infinity would be NaN, and stay so in the cache.
+        # Padding sees itself. A position that sees nothing would become NaN, and NaN would stay in the cache.
         seen = (seen & (key >= self.starts[:, :, None]) | (key == query))[:, None]
-        # As numbers to add: of a bool every layer would make these for itself.
+        # Numbers to add, since every layer would convert a bool mask to them again.
         zero = torch.zeros((), dtype=self.base.dtype, device=self.device)
         return zero.where(seen, torch.finfo(self.base.dtype).min)
 
     def _forward(self, ids: torch.Tensor, slots: torch.Tensor, end: int, last: torch.Tensor) -> None:
-        """Process ids [batch, positions] at slots [positions]; the logits of column `last` go to the buffer."""
+        """Process ids [batch, positions] at slots [positions], and write the logits of column `last` to the buffer."""
         masks = {kind: self._mask(slots, end, window) for kind, window in self.windows.items()}
         self.cache.slots, self.cache.end = slots, end
         with sdpa_kernel(BACKENDS):
@@ -308,11 +326,14 @@ class Decoder:
         self._forward(self.piece, slots, self.length, self.last)
 
     def prefill(self, rows: list[list[int]]) -> None:
-        """Compute the cache of the prompts, as far as it is not there, and the logits after each."""
+        """Fill the cache with the prompts, apart from a prefix that it already holds, and compute the logits.
+
+        rows: the tokens of each prompt. The logits are those after its last token.
+        """
         longest, off = max(map(len, rows)), adapters_off(self.adapted)
         known = common_prefix(self.held, rows[0][:-1]) if self.batch == 1 and off == self.off else 0
         self.held, self.off = [], off
-        # In place of padding stands the row's first token, which adds nothing to what the repetition penalty sees.
+        # Padding repeats the prompt's first token, which does not change what the repetition penalty counts.
         padded = torch.tensor([[row[0]] * (longest - len(row)) + row for row in rows])
         self.starts.copy_(torch.tensor([[longest - len(row)] for row in rows]))
         self.history.copy_(padded[:, :1].expand(-1, self.length))
@@ -320,7 +341,7 @@ class Decoder:
         while known < longest:
             size = min(max(1, CHUNK // self.batch), longest - known)
             slots = torch.arange(known, known + size, device=self.device)
-            # The process's first prompt is quicker as it is: capturing takes a few forwards.
+            # Capturing takes the time of a few forward passes, so the first prompt of a process is faster without it.
             if self.batch == 1 and size <= SHORT_CHUNK and self.prompts:
                 self.position.fill_(known)
                 self.piece[:, :size] = ids[:, known:]
@@ -328,7 +349,7 @@ class Decoder:
                 self.run(("chunk", off), lambda: self._short_chunk)
             else:
                 last = torch.tensor([size - 1], device=self.device)
-                # bitsandbytes' own kernels are loaded at once, where Triton's may have to be compiled.
+                # For the first prompt use bitsandbytes' kernels, since those of Triton may have to be compiled first.
                 with nullcontext() if self.prompts else plain_linears(self.base):
                     self._forward(ids[:, known : known + size], slots, known + size, last)
             known += size
@@ -336,9 +357,9 @@ class Decoder:
         self.prompts += 1
 
     def _step_function(self) -> Callable[[], None]:
-        """Return the step of one token a sequence: from `token` at `position` to `logits`."""
+        """Return the function that computes a step, one token per sequence: from `token` at `position` to `logits`."""
         if self.kernels and not self.off:
-            from fast_path import decode_step  # not at the top: it needs Triton, and only this path needs it
+            from fast_path import decode_step  # not at the top: only this path needs it, and it needs Triton
 
             try:
                 with plain_linears(self.base):
@@ -357,7 +378,10 @@ class Decoder:
     # -------------------------------------------------------------------------------------------- tokens
 
     def _choice(self, config: GenerationConfig) -> Callable[[], None]:
-        """Return what takes the next token of each row from the logits; rows that ended get padding."""
+        """Return the function that chooses each sequence's next token from the logits.
+
+        A sequence that has ended gets padding.
+        """
         ends = torch.tensor(end_tokens(config), dtype=torch.long, device=self.device)
         pad = config.pad_token_id or 0
 
@@ -371,13 +395,16 @@ class Decoder:
         return function
 
     def choose(self, config: GenerationConfig, key: str) -> None:
-        """Choose the tokens after a prompt. key: what the choice depends on."""
-        if self.prompts == 1:  # the process's first prompt, as in `prefill`
+        """Choose the first tokens after the prompts. key: a text that differs whenever the settings of `config` do."""
+        if self.prompts == 1:  # the first prompt of a process, as in `prefill`
             return self._choice(config)()
         self.run(("choose", key), lambda: self._choice(config))
 
     def step(self, config: GenerationConfig, key: str) -> None:
-        """Compute the logits after `token`, move on and choose again: one graph, since each costs the GPU a pause."""
+        """Compute the logits after `token`, go to the next position and choose the next tokens.
+
+        This is a single graph, since the GPU pauses between two graphs.
+        """
 
         def build() -> Callable[[], None]:
             if self.off not in self.steps:
@@ -394,13 +421,13 @@ class Decoder:
         self.run(("step", self.off, key), build)
 
     def post(self, number: int) -> None:
-        """Start to copy the tokens just chosen to the host."""
+        """Start to copy the tokens that were just chosen to the host."""
         self.posted[number % 2].copy_(self.token[:, 0], non_blocking=True)
         if self.events[0]:
             self.events[number % 2].record()
 
     def fetch(self, number: int) -> list[int]:
-        """Wait for the posted tokens, the only wait in a token."""
+        """Return the posted tokens. Waiting for them is the only wait per token."""
         if self.events[0]:
             self.events[number % 2].synchronize()
         return self.posted[number % 2].tolist()
@@ -409,10 +436,11 @@ class Decoder:
     def generate(
         self, rows: list[list[int]], config: GenerationConfig, watch: Watch, streamer: Any = None, batch: int = 1
     ) -> list[list[int]]:
-        """Return the tokens after each prompt, up to an end token and with it, at most config.max_new_tokens.
+        """Return the tokens after each prompt, up to and including an end token, at most config.max_new_tokens.
 
-        rows: the tokens of the prompts. batch: sequences that the buffers are for, if more than rows: with the same
-        number a last, smaller batch draws what it would draw in a larger one, and needs no new graphs.
+        rows: the tokens of each prompt. batch: the number of sequences in the buffers, if larger than the number of
+        rows. If it stays the same, a last, smaller batch draws the same tokens as within a larger one, and needs no new
+        graphs.
         """
         count, longest = len(rows), max(map(len, rows))
         self.reserve(max(batch, count), longest + max(config.max_new_tokens, SHORT_CHUNK))
@@ -427,8 +455,8 @@ class Decoder:
         while not read or not (
             read == config.max_new_tokens or watch.stop or all(answer[-1] in ends for answer in answers)
         ):
-            # One token ahead of the reader, so that the GPU never waits for Python; a token past the end is thrown
-            # away. Not before the first one: its step may have to be captured.
+            # Launch one token ahead of the one being read, so that the GPU never waits for Python; a token after the
+            # end is discarded. Do not launch ahead of the first token, because the step may have to be captured.
             while launched < min(config.max_new_tokens, read + 2 if read else 1):
                 (self.step if launched else self.choose)(config, key)
                 self.post(launched)

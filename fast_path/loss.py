@@ -1,4 +1,4 @@
-"""The objective that a run minimises: the summed cross entropy of a batch.
+"""The objective that a run minimises: the summed cross entropy of its sequences.
 
 With a frozen head, the logits of a whole batch never exist at once.
 """
@@ -25,7 +25,7 @@ CROSS_ENTROPY = Launch(block_m=1, block_k=16384, warps=32)
 
 
 class Objective(Protocol):
-    """The quantity that a run minimises: for each batch, the sum of its losses and the weight of that sum.
+    """The quantity that a run minimises: for each sequence, the sum of its losses and the weight of that sum.
 
     Sums and weights are added up over micro-batches and processes and divided once, by `mean`. So an update and an
     evaluation do not depend on how the sequences were divided among micro-batches and processes.
@@ -36,9 +36,12 @@ class Objective(Protocol):
     def __call__(self, *columns: Any, **batch: torch.Tensor) -> torch.Tensor:
         """Return the sum of the losses of a batch on the model's device: a scalar, fp32, with its gradient."""
 
+    def sequence_sums(self, *columns: Any, **batch: torch.Tensor) -> torch.Tensor:
+        """Return the sum of the losses of each sequence of a batch, fp32 [batch], without gradients."""
+
     @staticmethod
-    def weight(batch: dict[str, torch.Tensor]) -> int:
-        """Return the weight of the batch's sum, such as the number of its supervised tokens.
+    def weights(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return the weight of each sequence's sum, such as the number of its supervised tokens, int64 [batch].
 
         The batch is still in main memory.
         """
@@ -67,7 +70,7 @@ def default_logit_chunk(vocabulary: int, free_bytes: int | None = None) -> int:
 
 
 def _chunk_loss(rows, weight, bias, targets, with_gradient: bool):
-    """Return a chunk's summed loss and the gradient of `rows`, or None without it.
+    """Return the loss of each position of a chunk, fp32, and the gradient of `rows`, or None without it.
 
     rows: [logit_chunk, width]; targets: [logit_chunk].
     """
@@ -75,12 +78,12 @@ def _chunk_loss(rows, weight, bias, targets, with_gradient: bool):
     kept = (targets != IGNORED).float()[:, None]
     index = targets.clamp_min(0)[:, None]
     log_sum = torch.logsumexp(logits, -1, keepdim=True)
-    loss = ((log_sum - logits.gather(1, index)) * kept).sum()
+    losses = ((log_sum - logits.gather(1, index)) * kept)[:, 0]
     if not with_gradient:
-        return loss, None
+        return losses, None
     one_hot = torch.arange(len(weight), device=weight.device)[None] == index
     logits.sub_(log_sum).exp_().sub_(one_hot.float()).mul_(kept)  # softmax - one-hot, over the logits
-    return loss, (logits.to(weight.dtype) @ weight).to(rows.dtype)
+    return losses, (logits.to(weight.dtype) @ weight).to(rows.dtype)
 
 
 class _FrozenHeadCrossEntropy(torch.autograd.Function):
@@ -91,7 +94,7 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), logit_chunk):
             piece = slice(start, start + logit_chunk)
             part, rows = chunk_loss(hidden[piece], weight, bias, labels[piece], gradient is not None)
-            loss += part
+            loss += part.sum()
             if gradient is not None:
                 gradient[piece] = rows
         ctx.save_for_backward(gradient)
@@ -124,6 +127,24 @@ def chunked_cross_entropy(
     return _FrozenHeadCrossEntropy.apply(hidden, weight, bias, labels, logit_chunk, chunk_loss)
 
 
+@torch.no_grad()
+def position_losses(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    logit_chunk: int | None = None,
+    chunk_loss: Callable = _chunk_loss,
+) -> torch.Tensor:
+    """Return the cross entropy of each position, fp32 [positions], 0 where unsupervised, without gradients.
+
+    The arguments are those of chunked_cross_entropy.
+    """
+    size = logit_chunk or default_logit_chunk(len(weight))
+    pieces = zip(hidden.split(size), labels.split(size), strict=True)
+    return torch.cat([chunk_loss(rows, weight, bias, targets, False)[0] for rows, targets in pieces])
+
+
 @functools.cache
 def compiled_chunk_loss() -> Callable:
     """Return a version of `_chunk_loss` that is compiled at its first call.
@@ -154,7 +175,7 @@ def kernel_chunk_loss(rows, weight, bias, targets, with_gradient: bool):
     logits = F.linear(rows.to(weight.dtype), weight, bias)
     losses = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
     cross_entropy(logits, targets, losses, with_gradient)
-    return losses.sum(), (logits @ weight).to(rows.dtype) if with_gradient else None
+    return losses, (logits @ weight).to(rows.dtype) if with_gradient else None
 
 
 def shift_labels(labels: torch.Tensor) -> torch.Tensor:
@@ -186,12 +207,12 @@ class CausalLMLoss(Objective):
         self.chunked = self._head_is_plain()
 
     @staticmethod
-    def weight(batch: dict[str, torch.Tensor]) -> int:
-        """Return the number of supervised tokens of a batch.
+    def weights(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return the number of supervised tokens of each sequence, int64 [batch].
 
         The first token of a sequence does not count: there is no token before it that could predict it.
         """
-        return int((batch["labels"][:, 1:] != IGNORED).sum())
+        return (batch["labels"][:, 1:] != IGNORED).sum(1)
 
     def autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32)
@@ -209,6 +230,16 @@ class CausalLMLoss(Objective):
         self.base.train(training)
         return same
 
+    def _of_positions(self, chunked: Callable, reduction: str, input_ids, labels, packed) -> torch.Tensor:
+        """Return the losses of a batch by `chunked`, or by torch with this reduction where all logits are computed."""
+        targets = shift_labels(labels).flatten()
+        with self.autocast():
+            if self.chunked:
+                hidden = self.decoder(input_ids=input_ids, use_cache=False, **packed).last_hidden_state.flatten(0, 1)
+                return chunked(hidden, self.head.weight, targets, self.head.bias, self.logit_chunk, self.chunk_loss)
+            logits = self.base(input_ids=input_ids, use_cache=False, **packed).logits
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=IGNORED, reduction=reduction)
+
     def __call__(self, input_ids: torch.Tensor, labels: torch.Tensor, **packed: torch.Tensor) -> torch.Tensor:
         """Return the summed loss of a batch.
 
@@ -216,11 +247,10 @@ class CausalLMLoss(Objective):
         unsupervised. packed: the position_ids of packed samples. They start at 0 again for each sample, so that
         attention stays within a sample.
         """
-        targets = shift_labels(labels).flatten()
-        with self.autocast():
-            if self.chunked:
-                hidden = self.decoder(input_ids=input_ids, use_cache=False, **packed).last_hidden_state.flatten(0, 1)
-                weight, bias = self.head.weight, self.head.bias
-                return chunked_cross_entropy(hidden, weight, targets, bias, self.logit_chunk, self.chunk_loss)
-            logits = self.base(input_ids=input_ids, use_cache=False, **packed).logits
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=IGNORED, reduction="sum")
+        return self._of_positions(chunked_cross_entropy, "sum", input_ids, labels, packed)
+
+    @torch.no_grad()
+    def sequence_sums(self, input_ids: torch.Tensor, labels: torch.Tensor, **packed: torch.Tensor) -> torch.Tensor:
+        """Return the summed loss of each sequence of a batch, fp32 [batch], without gradients; arguments as above."""
+        losses = self._of_positions(position_losses, "none", input_ids, labels, packed)
+        return losses.view(input_ids.shape).sum(1)

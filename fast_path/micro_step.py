@@ -107,7 +107,7 @@ class GradientSums:
 class Captured:
     """A function of a batch as one CUDA graph: one launch per micro-batch instead of thousands.
 
-    step(input_ids=, labels=, ...) -> a scalar, without host synchronisation. names: the names of its arguments, each
+    step(input_ids=, labels=, ...) -> a tensor, without host synchronisation. names: the names of its arguments, each
     int64 [batch, length]. Gradients accumulate in the memory of the parameters' .grad. This memory must exist before the
     capture, and its values are wrong after warm-up and capture. All other tensors that the step reads (the dropout
     clock, the weights) are read again at every replay.
@@ -134,7 +134,7 @@ class Captured:
             self.result = self.step(**self.batch)
 
     def __call__(self, **batch: torch.Tensor) -> torch.Tensor:
-        """Replay the graph for a batch of at most the captured shape. The next replay overwrites the returned loss."""
+        """Replay the graph for a batch of at most the captured shape. The next replay overwrites the returned tensor."""
         for name, tensor in batch.items():
             rows, length = tensor.shape
             if tensor.shape != self.batch[name].shape:
@@ -186,11 +186,14 @@ class Learner:
             self.scaler.scale(loss).backward()
 
     @torch.no_grad()
-    def evaluation_loss(self, **batch: torch.Tensor) -> torch.Tensor:
-        """Return a batch's summed loss, from a captured graph where there is one; the model must be in eval mode."""
+    def evaluation_sums(self, **batch: torch.Tensor) -> torch.Tensor:
+        """Return the summed loss of each sequence of a batch; the model must be in eval mode.
+
+        Where a graph was captured, it is replayed: the sums of the sequences that the batch does not fill are 0.
+        """
         if self.fast.cuda_graphs and self.captured is None:
             self._capture(batch)
-        return (self.captured_evaluation or self.objective)(**batch)
+        return (self.captured_evaluation or self.objective.sequence_sums)(**batch)
 
     # The methods below are for CUDA graphs, and for changing the shape of a micro-batch when memory runs out.
 
@@ -207,13 +210,9 @@ class Learner:
         self.backward(loss)
         return loss.detach()
 
-    @torch.no_grad()
-    def _loss_alone(self, **batch: torch.Tensor) -> torch.Tensor:
-        return self.objective(**batch)
-
     @torch.enable_grad()
     def _capture(self, names: Iterable[str]) -> None:
-        """Capture the micro-step and the evaluation's loss. Gradients are zero afterwards.
+        """Capture the micro-step and the evaluation's sums. Gradients are zero afterwards.
 
         Both warm-ups run before both captures, so the memory of the warm-ups is free again when the graphs reserve
         theirs. The graphs share one pool.
@@ -223,7 +222,7 @@ class Learner:
         self.clock.set(0, torch.arange(self.batch_shape[0]))
         graphs = []
         try:
-            for training, step in ((True, self._forward_backward), (False, self._loss_alone)):
+            for training, step in ((True, self._forward_backward), (False, self.objective.sequence_sums)):
                 self.model.train(training)
                 graphs.append(Captured(step, self.clock.step.device, *self.batch_shape, names))
             for training, graph in zip((True, False), graphs, strict=True):

@@ -92,3 +92,28 @@ def create_optimizer(
     if issubclass(kind, bnb.optim.optimizer.Optimizer8bit):  # the base class of all optimizers of bitsandbytes
         kind = without_waits(kind)
     return kind(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
+
+
+def state_after_a_step(optimizer: Any) -> dict[int, dict[str, Any]]:
+    """Return what an optimizer keeps for each of its parameters, by number: a new state, of meta tensors.
+
+    They have a shape and a dtype and no memory. The step and bitsandbytes' tables of 8-bit values are real.
+    """
+    groups = [dict(group) for group in optimizer.param_groups]
+    for group in groups:
+        group["params"] = [nn.Parameter(torch.empty_like(p, device="meta")) for p in group["params"]]
+    twin = type(optimizer)(groups)
+    if not isinstance(twin, bnb.optim.optimizer.Optimizer8bit):
+        for parameter in (p for group in groups for p in group["params"]):
+            parameter.grad = torch.empty_like(parameter)
+        twin.step()
+        return twin.state_dict()["state"]
+    twin.is_paged, tables = False, dict(twin.name2qmap)  # the twin's own become meta tensors
+    for number, group in enumerate(twin.param_groups):
+        for i, parameter in enumerate(group["params"]):
+            twin.init_state(group, parameter, number, i)
+    states = [twin.state[parameter] for group in twin.param_groups for parameter in group["params"]]
+    for state in states:
+        if "qmap1" in state:
+            state |= {"qmap1": tables["dynamic"], "qmap2": tables["udynamic"]}
+    return dict(enumerate(states))

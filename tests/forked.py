@@ -69,6 +69,10 @@ def watch(folder: str, report: str) -> None:
 
     def foreign(name: object) -> bool:
         name = os.fsdecode(name) if isinstance(name, str | bytes) else ""
+        if name.startswith(
+            "<"
+        ):  # such as <string>, code that a library writes: no file, though it would seem to lie in `folder`
+            return False
         return "transformers_modules" in name or os.path.realpath(name).startswith(home + os.sep)
 
     def found(event: str, arguments: tuple) -> bool:
@@ -76,7 +80,11 @@ def watch(folder: str, report: str) -> None:
             return True
         if event == "subprocess.Popen":  # the toolkit may start itself, for what could hang or burst
             program = shutil.which(os.fsdecode(arguments[0])) or os.fsdecode(arguments[0])
-            return os.path.realpath(program) != python or any(foreign(word) for word in arguments[1][1:2])
+            if os.path.basename(program) == "fc-list":  # matplotlib looks for fonts once for each MPLCONFIGDIR
+                return False
+            return os.path.realpath(program) != python or any(
+                foreign(word) for word in arguments[1][1:3] if os.path.exists(word)
+            )
         if event == "exec":
             return foreign(arguments[0].co_filename)
         if event == "compile":

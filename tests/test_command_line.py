@@ -530,7 +530,7 @@ def test_out_of_memory_says_what_was_being_done_and_what_is_left(train, monkeypa
     import train_qlora
     from toolkit import evaluation
 
-    def full(*_):
+    def full(*_, **keywords):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nand more")
 
     with monkeypatch.context() as patch:

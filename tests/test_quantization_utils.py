@@ -38,7 +38,6 @@ from quantization_utils import (
     create_bnb_config,
     create_lora_config,
     known_positions,
-    load_adapter,
     load_model_and_tokenizer,
     load_tokenizer,
     parameter_line,
@@ -46,6 +45,7 @@ from quantization_utils import (
     set_gradient_checkpointing,
 )
 from toolkit import machine
+from toolkit.adapters import load_adapter
 from toolkit.machine import check_nf4
 from toolkit.memory_plan import PLAIN, model_shape, plan_memory
 

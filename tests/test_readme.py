@@ -32,8 +32,9 @@ def test_inference_commands_parse(command, monkeypatch, tmp_path):
     """The adapter and the prompts are the reader's to make."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "output_tiny").mkdir()
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        (tmp_path / "output_tiny" / name).touch()
+    (tmp_path / "output_tiny" / "adapter_model.safetensors").touch()
+    described = '{"peft_type": "LORA", "r": 16, "lora_alpha": 32}'
+    (tmp_path / "output_tiny" / "adapter_config.json").write_text(described, encoding="utf-8")
     (tmp_path / "questions.txt").write_text("Hello\n", encoding="utf-8")
     _, *arguments = shlex.split(command)
     assert inference_example.parse(arguments)[0].adapter == Path("output_tiny")

@@ -39,12 +39,12 @@ from fast_path.micro_step import be_deterministic
 from quantization_utils import (
     create_bnb_config,
     create_lora_config,
-    load_adapter,
     load_base,
     load_model_and_tokenizer,
     prepare_model_for_training,
 )
 from toolkit import evaluation, machine, memory, memory_plan
+from toolkit.adapters import load_adapter
 from toolkit.checkpoints import read_checkpoint
 from toolkit.data_formats import IGNORED, PLAIN_TEMPLATE
 from toolkit.earlier_run import checkpoints
@@ -445,19 +445,19 @@ def test_evaluation_is_the_mean_over_tokens(train, watch):
     blocks = session.blocks["validation"]
     assert code == 0 and len(blocks) > 4 and len(blocks[len(blocks) - 1]) < 64
     model = session.model.eval()
-    total, count = 0.0, 0
+    table = []
     with torch.no_grad():
         for i in range(len(blocks)):
             ids = torch.from_numpy(blocks[i])[None]
             logits = model(input_ids=ids).logits.double()
-            total += F.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum").item()
-            count += ids.shape[1] - 1
-    expected = total / count
+            loss = F.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum").item()
+            table.append((loss, ids.shape[1] - 1))
+    expected = sum(loss for loss, _ in table) / sum(count for _, count in table)
     for size in (1, 3, 4):
-        value = mean_loss(
-            block_losses(session.learner.objective, blocks, session.accelerator, size, session.tokenizer.pad_token_id)
-        )
-        assert value == pytest.approx(expected, rel=1e-5)
+        sums_of, pad = session.learner.objective.sequence_sums, session.tokenizer.pad_token_id
+        found = block_losses(sums_of, blocks, session.accelerator, size, pad)
+        torch.testing.assert_close(found, torch.tensor(table, dtype=torch.float64), rtol=1e-5, atol=0)
+        assert mean_loss(found) == pytest.approx(expected, rel=1e-5)
     assert evaluations_of(folder)[-1]["eval_loss"] == pytest.approx(expected, rel=1e-5)  # the last step is the best one
     assert evaluations_of(folder)[-1]["perplexity"] == pytest.approx(math.exp(expected), rel=1e-5)
 
@@ -468,7 +468,9 @@ def test_step_0_evaluates_the_base(train, watch, tiny_model):
     assert code == 0 and rows_of(folder)[0].keys() == {"step", "eval_loss", "perplexity"}
     assert rows_of(folder)[0]["step"] == 0
     loss = CausalLMLoss(load(tiny_model, adapter=False), torch.float32)
-    value = mean_loss(block_losses(loss, seen.session.blocks["validation"], seen.session.accelerator, 2, 0))
+    value = mean_loss(
+        block_losses(loss.sequence_sums, seen.session.blocks["validation"], seen.session.accelerator, 2, 0)
+    )
     assert rows_of(folder)[0]["eval_loss"] == pytest.approx(value, rel=1e-6)
 
 
@@ -1251,6 +1253,43 @@ def test_prepare_dataset_without_a_train_split_is_one_line(train, few, monkeypat
     monkeypatch.setattr(train_qlora, "prepare_dataset", tutorials_prepare_dataset({"test": str(few)}))
     assert train()[0] == 2
     assert "prepare_dataset" in capsys.readouterr().err
+
+
+def test_a_regular_expression_of_your_own_is_written_as_the_modules_that_it_matched(train, few, monkeypatch):
+    """In checkpoints too: whoever loads the adapter matches nothing."""
+    made = train_qlora.create_lora_config
+
+    def edited(**asked):
+        config = made(**asked)
+        config.target_modules, config.exclude_modules = r".*\.(q|v)_proj", r".*\.1\..*"
+        return config
+
+    monkeypatch.setattr(train_qlora, "create_lora_config", edited)
+    code, folder = train("--dataset", few, "--max_steps", 1)
+    assert code == 0
+    expected = [f"model.layers.{i}.self_attn.{kind}_proj" for i in (0, 2, 3) for kind in "qv"]
+    for place in (folder, folder / "checkpoint-1"):
+        found = json.loads((place / "adapter_config.json").read_text(encoding="utf-8"))
+        assert (found["target_modules"], found["exclude_modules"]) == (expected, None)
+        names = {name.split(".lora_")[0] for name in load_file(place / "adapter_model.safetensors")}
+        assert names == {f"base_model.model.{name}" for name in expected}
+    assert main(["--evaluate", "--adapter", str(folder)]) == 0
+
+
+def test_a_secret_is_not_in_the_model_card_and_config_yaml_is_named(train, few, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MY_API_KEY", "tell-nobody-17")
+    data = tmp_path / "data-tell-nobody-17.txt"
+    data.write_bytes(few.read_bytes())
+    prompt = "I am hf_abcdefghijklmnopqrstuv"
+    code, folder = train("--dataset", data, "--max_steps", 1, "--system_prompt", prompt)
+    assert code == 0
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "tell-nobody-17" not in card and "data-***.txt" in card
+    line = f"config.yaml and the checkpoints in {folder} hold what looks like a secret, in data.dataset, "
+    assert line + "generation.system_prompt: take it out before you share the folder" in capsys.readouterr().out
+    assert prompt in (folder / "config.yaml").read_text(encoding="utf-8")  # a resumed run compares it
+    code, plain = train("--dataset", few, "--max_steps", 1, output_dir=tmp_path / "plain")
+    assert code == 0 and "looks like a secret" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("targets", ["all-linear", "[lm_head, q_proj]"])

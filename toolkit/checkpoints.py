@@ -1,7 +1,7 @@
-"""What a run writes to disk, and how it continues from there: checkpoints, resume, log and model card, signals.
+"""What a run writes to disk: checkpoints, log, model card, adapter; the lock of its folder, and signals.
 
 A checkpoint folder holds `adapter_model.safetensors`, `adapter_config.json` (so it is a peft adapter),
-`training_state.safetensors` (optimizer states, best adapter), `training_state.json` (everything else) and, last,
+`training_state.safetensors` (optimizer states, best adapter), `training_state.json` (all the rest) and, last,
 `checksums.json`. Nothing is pickled.
 """
 
@@ -15,15 +15,15 @@ import json
 import os
 import shutil
 import signal
+import stat
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import bitsandbytes as bnb
-import numpy as np
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
@@ -36,18 +36,18 @@ from transformers.utils import CHAT_TEMPLATE_FILE
 from config import Config, ConfigError, LoraSettings, TrainingConfig, counted, flatten, save_config
 from fast_path.optimizers import OPTIMIZERS
 from quantization_utils import compute_dtype_of, create_lora_config
-from toolkit.data_blocks import Blocks
-from toolkit.data_formats import FUNCTION
-from toolkit.earlier_run import changed_line, changed_settings, checkpoints, other_run, settings, step_of
+from toolkit.earlier_run import FILES, checkpoints, read_tree, step_of
 from toolkit.locks import exclusive
 from toolkit.startup import redact, visible
 
+if TYPE_CHECKING:  # it imports datasets, which inference does not need
+    from toolkit.data_blocks import Blocks
+
 TEMPORARY, REPLACED, LOCK = ".writing-", ".replaced-", ".lock"
-FILES = ("adapter_model.safetensors", "adapter_config.json", "training_state.safetensors", "training_state.json")
-STATE = {"progress", "optimizer", "scheduler", "scaler", "best_adapter", "config", "fingerprint", "shape"}
 RESULTS = ["metrics.jsonl", "training_log.txt", "training_curves.png", "adapter_model.safetensors", "evaluation.json"]
 RESULTS += [CHAT_TEMPLATE_FILE, "tokenizer.json", "tokenizer_config.json"]
-Found = tuple[Path, dict[str, torch.Tensor], dict]  # a checkpoint: its folder, adapter and state
+APPENDED = (LOCK, "training_log.txt")
+REPLACED_FILES = (*RESULTS, "config.yaml", "README.md", "adapter_config.json")
 
 
 @contextlib.contextmanager
@@ -87,13 +87,26 @@ def write_picture(figure: Any, path: Path) -> None:
     write_atomically(path, picture.getvalue())
 
 
+def remove(path: Path) -> None:
+    """Delete a file, a link (not what it leads to) or a folder with its content, also if it is read-only."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+        return
+    try:
+        shutil.rmtree(path)
+    except PermissionError:
+        path.chmod(stat.S_IRWXU)
+        shutil.rmtree(path)
+
+
 def clean_up(output_dir: Path) -> None:
     """Remove incomplete files of a killed run, and put back a checkpoint that it was about to replace."""
-    for leftover in output_dir.glob(REPLACED + "*"):
+    for leftover in output_dir.glob(f"{REPLACED}checkpoint-*"):
         original = output_dir / leftover.name.removeprefix(REPLACED)
-        shutil.rmtree(leftover) if original.exists() else os.rename(leftover, original)
+        remove(leftover) if os.path.lexists(original) else os.rename(leftover, original)
     for leftover in output_dir.glob(TEMPORARY + "*"):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        with contextlib.suppress(OSError):  # such as one of another user: it only uses space
+            remove(leftover)
 
 
 # ------------------------------------------------------------------------------------------------ run state
@@ -133,26 +146,15 @@ def adapter_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
 
 
 def adapter_settings(model: PeftModel, model_name: str) -> dict[str, Any]:
-    """Return the content of peft's adapter_config.json for a base with this name."""
+    """Return the content of peft's adapter_config.json for a base with this name.
+
+    It lists the modules instead of a regular expression, which peft would match again each time the adapter is loaded.
+    """
     found = model.peft_config["default"].to_dict()
+    if isinstance(found["target_modules"], str) or isinstance(found.get("exclude_modules"), str):
+        found |= {"target_modules": set(model.base_model.targeted_module_names), "exclude_modules": None}
     plain = {key: sorted(v) if isinstance(v, set) else getattr(v, "value", v) for key, v in found.items()}
     return plain | {"inference_mode": True, "base_model_name_or_path": model_name}
-
-
-def fingerprint(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, blocks: dict[str, Blocks | None]
-) -> dict[str, str]:
-    """Return hashes of the base's weights (a sample of each), the tokenizer and the blocks, to detect changes."""
-    weights, tokens = hashlib.sha256(), hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            sample = parameter.detach().flatten()[:256].cpu().contiguous().view(torch.uint8).numpy()
-            weights.update(name.encode() + sample.tobytes())
-    for part in blocks.values():
-        for array in (*part.pieces, part.cuts) if part is not None else ():
-            tokens.update(np.ascontiguousarray(array))
-    vocabulary = hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode())
-    return {"model": weights.hexdigest(), "data": tokens.hexdigest(), "tokenizer": vocabulary.hexdigest()}
 
 
 def flatten_state(state: Any, prefix: str, tensors: dict[str, torch.Tensor]) -> Any:
@@ -169,10 +171,10 @@ def flatten_state(state: Any, prefix: str, tensors: dict[str, torch.Tensor]) -> 
 
 
 def restore_state(state: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    """Undo flatten_state. Dictionaries keep the types of their keys; tuples come back as lists."""
+    """Undo flatten_state, which empties `tensors`. Dictionaries keep the types of their keys; tuples become lists."""
     if isinstance(state, dict):
         if "tensor" in state:
-            return tensors[state["tensor"]]
+            return tensors.pop(state["tensor"])  # a second mention is an error: two states would share their memory
         return {key: restore_state(value, tensors) for key, value in state["items"]}
     if isinstance(state, list):
         return [restore_state(value, tensors) for value in state]
@@ -190,7 +192,8 @@ def write_checkpoint(
     state: nested dicts, lists, numbers, texts and tensors. The folder gets its name only after all files are on disk.
     """
     final, temporary, replaced = (output_dir / f"{mark}checkpoint-{step}" for mark in ("", TEMPORARY, REPLACED))
-    shutil.rmtree(temporary, ignore_errors=True)
+    if os.path.lexists(temporary):
+        remove(temporary)
     temporary.mkdir(parents=True)
     tensors: dict[str, torch.Tensor] = {}
     tree = flatten_state(state, "state", tensors)
@@ -205,7 +208,7 @@ def write_checkpoint(
     try:
         for name, content in files.items():
             write_atomically(temporary / name, content)
-        if final.exists():  # from an earlier attempt; not every file system can replace a folder in one call
+        if os.path.lexists(final):  # from an earlier attempt; not every file system can replace a folder in one call
             os.rename(final, replaced)
         os.rename(temporary, final)
         _flush_folder(output_dir)
@@ -214,7 +217,8 @@ def write_checkpoint(
             clean_up(output_dir)
         raise
     with contextlib.suppress(OSError):  # Windows deletes no file that is being read; that does not matter
-        shutil.rmtree(replaced, ignore_errors=True)
+        if os.path.lexists(replaced):
+            remove(replaced)
         _delete_old(output_dir, step, keep)
     return final
 
@@ -227,14 +231,20 @@ def _flush_folder(folder: Path) -> None:
 
 
 def _delete_old(output_dir: Path, step: int, keep: int) -> None:
-    """Delete the checkpoints after `step`, left by a run that was set back to it, and all but the newest `keep`."""
+    """Delete the checkpoints after `step`, left by a run that was set back to it, and all but the newest `keep`.
+
+    A folder that is read-only stays: somebody has protected it.
+    """
     found = checkpoints(output_dir)
     future = [folder for folder in found if step_of(folder) > step]
     for old in future + found[len(future) :][keep:]:
+        if not os.access(old, os.W_OK) and not old.is_symlink():
+            continue
         doomed = old.with_name(TEMPORARY + old.name)
-        shutil.rmtree(doomed, ignore_errors=True)
+        if os.path.lexists(doomed):
+            remove(doomed)
         os.rename(old, doomed)  # a half-deleted checkpoint must not look like one
-        shutil.rmtree(doomed)
+        remove(doomed)
 
 
 def last_good(output_dir: Path) -> str:
@@ -246,18 +256,30 @@ def last_good(output_dir: Path) -> str:
 def read_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict]:
     """Return (adapter, state) of a checkpoint; raise a ValueError that says what is damaged or missing."""
     try:
-        sums = json.loads((folder / "checksums.json").read_text(encoding="utf-8"))
+        sums, tree = read_tree(folder)
         for name in FILES:
-            if hashlib.sha256((folder / name).read_bytes()).hexdigest() != sums[name]:
+            if _sha256(folder / name) != sums[name]:
                 raise ValueError(f"{name} does not match its checksum")
-        tree = json.loads((folder / "training_state.json").read_text(encoding="utf-8"))
-        state = restore_state(tree, load_file(folder / "training_state.safetensors"))
+        tensors = load_file(folder / "training_state.safetensors")
+        state = restore_state(tree, tensors)
+        if tensors:
+            raise ValueError("training_state.safetensors holds tensors that training_state.json does not name")
         return load_file(folder / "adapter_model.safetensors"), state
-    except (OSError, SafetensorError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{type(error).__name__}: {error}".replace("\n", " ")) from None
 
 
-def latest_checkpoint(output_dir: Path, say: Callable[[str], None]) -> Found | None:
+def _sha256(path: Path) -> str:
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(2**20):
+            found.update(part)
+    return found.hexdigest()
+
+
+def latest_checkpoint(
+    output_dir: Path, say: Callable[[str], None]
+) -> tuple[Path, dict[str, torch.Tensor], dict] | None:
     """Return the newest undamaged checkpoint as (folder, adapter, state); log a line for each one that is skipped."""
     for folder in checkpoints(output_dir):
         try:
@@ -265,56 +287,6 @@ def latest_checkpoint(output_dir: Path, say: Callable[[str], None]) -> Found | N
         except ValueError as error:
             say(f"{folder.name} is damaged ({error}): skipped")
     return None
-
-
-# ------------------------------------------------------------------------------------------------ resume
-
-
-def find_checkpoint(training: TrainingConfig, overwrite: bool, say: Callable[[str], None]) -> Found | None:
-    """Return the checkpoint to continue from as (folder, adapter, state), or None to start at step 0."""
-    if overwrite or training.resume == "never":
-        return None
-    output_dir, folder = Path(training.output_dir), Path(training.resume)
-    if training.resume == "auto":
-        if (found := latest_checkpoint(output_dir, say)) is None and checkpoints(output_dir):
-            raise ConfigError(
-                f"training.resume: all checkpoints in {output_dir} are damaged; use --overwrite to start over"
-            )
-    else:
-        with refusing(f"training.resume: cannot continue from {folder}", ValueError):
-            found = (folder, *read_checkpoint(folder))
-    if found is not None and (missing := STATE - found[2].keys()):
-        lacks = f"{found[0]} was written by another version of the toolkit: it has no {', '.join(sorted(missing))}"
-        raise ConfigError(f"training.resume: {lacks}; use --overwrite to start over")
-    return found
-
-
-# Inputs of a run: their name, their key in `fingerprint`, and the settings that change them.
-CONTENTS = (
-    ("model.name", "model", ("model.", "quantization.", "lora.")),  # an adapter renames the weights it is attached to
-    ("data.dataset", "data", ("data.", "training.seed", "model.")),  # the tokens depend on the tokenizer
-    ("the tokenizer", "tokenizer", ("model.",)),
-)
-
-
-def check_resumable(state: dict, config: Config, prints: dict[str, str], sequences_per_step: int, name: str) -> None:
-    """Raise a ConfigError if something has changed that a resumed run must not change.
-
-    It names each changed setting with its value in checkpoint `name` and now. Changed content (model, data, tokenizer)
-    is named only if no changed setting explains it.
-    """
-    before, now = state["config"], settings(config)
-    changes = changed_settings(before, config, (state["shape"]["window"], sequences_per_step), name)
-    contents = {}
-    for key, part, causes in CONTENTS:
-        if state["fingerprint"][part] == prints[part] or any(changed.startswith(causes) for changed in changes):
-            continue
-        if key in now and before.get(key) != now[key]:
-            changes[key] = changed_line(key, before.get(key), now[key], name)
-        else:
-            contents[key] = f"{key}: its content has changed since {name} was written"
-    if changes or contents:
-        raise other_run([*changes.values(), *contents.values()], config.training)
 
 
 # ------------------------------------------------------------------------------------------------ the output folder
@@ -325,12 +297,29 @@ def check_output(training: TrainingConfig) -> None:
     output_dir = Path(training.output_dir)
     parent = next(p for p in (output_dir, *output_dir.parents) if os.path.exists(p))
     with refusing(f"training.output_dir: cannot write in {parent}", OSError):
+        _refuse_odd_files(output_dir)
         if os.path.exists(output_dir / LOCK):
             with exclusive(output_dir / LOCK, _busy(output_dir)):
                 pass  # an early check; `locked` takes the lock for the run
         # a trial, since os.access checks neither Windows' permissions nor read-only file systems
-        with tempfile.TemporaryDirectory(dir=parent, prefix=TEMPORARY) as trial:
-            (Path(trial) / output_dir.name).mkdir(exist_ok=True)  # the name may be too long, or empty (`.`)
+        trial = Path(tempfile.mkdtemp(dir=parent, prefix=TEMPORARY))
+        inner = trial / output_dir.name  # the name may be too long, or empty (`.`)
+        inner.mkdir(exist_ok=True)
+        for folder in dict.fromkeys((inner, trial)):
+            folder.rmdir()  # tempfile's own way of deleting never returns where a folder lets nobody delete
+
+
+def _refuse_odd_files(output_dir: Path) -> None:
+    """Raise ConfigError if one of a run's files is a folder, or if one that a run appends to is a link or a pipe.
+
+    A link may lead out of the output folder, and opening a pipe waits for ever.
+    """
+    for name in (*APPENDED, *REPLACED_FILES):
+        if os.path.lexists(path := output_dir / name):
+            mode = os.lstat(path).st_mode
+            if stat.S_ISDIR(mode) or (name in APPENDED and not stat.S_ISREG(mode)):
+                kind = "a folder" if stat.S_ISDIR(mode) else "a link or a pipe"
+                raise ConfigError(f"training.output_dir: expected a file, got {kind}: {path}; remove it")
 
 
 def _busy(output_dir: Path) -> str:
@@ -359,7 +348,7 @@ def check_space(training: TrainingConfig, sizes: list[int]) -> None:
     states = sum(OPTIMIZERS[training.optim].saved_bytes(size) for size in sizes)
     checkpoint = sum(sizes) * 8 + states + len(sizes) * 3072 + 2**20  # 2**20: the metrics so far, and headers
     output_dir, kept = Path(training.output_dir), training.save_total_limit + 1
-    there = sum(file.stat().st_size for file in output_dir.glob("checkpoint-*/*"))
+    there = sum(file.stat().st_size for file in output_dir.glob("checkpoint-*/*") if file.is_file())
     needed = kept * checkpoint + sum(sizes) * 4 - there
     parent = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
     if (free := shutil.disk_usage(parent).free) < needed:
@@ -480,7 +469,7 @@ def save_adapter(
     tokenizer: PreTrainedTokenizerBase,
     config: Config,
     progress: Progress,
-    blocks: Blocks,
+    blocks: "Blocks",
 ) -> None:
     """Write the adapter as peft does, its model card and the tokenizer; files get their names after all are on disk.
 
@@ -491,7 +480,7 @@ def save_adapter(
     try:
         model.save_pretrained(folder, save_embedding_layers=False)
         card = model_card((folder / "README.md").read_text(encoding="utf-8"), model, config, progress, blocks)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        (folder / "README.md").write_text(redact(card), encoding="utf-8")  # the card is made to be shared
         # In peft's own file the order of a set differs from run to run. Only the owner can read safetensors' file.
         described = json.dumps(adapter_settings(model, config.model.name), indent=2, sort_keys=True)
         (folder / "adapter_config.json").write_text(described, encoding="utf-8")
@@ -507,6 +496,17 @@ def save_adapter(
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def secrets_line(config: Config) -> list[str]:
+    """Return a list with a line that names the settings in which config.yaml holds a secret in clear, or []."""
+    held = [name for name, value in flatten(config).items() if redact(str(value)) != str(value)]
+    if not held:
+        return []
+    return [
+        f"config.yaml and the checkpoints in {config.training.output_dir} hold what looks like a secret, in "
+        f"{', '.join(held)}: take it out before you share the folder"
+    ]
+
+
 def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, template: str | None) -> None:
     """Write the tokenizer so that AutoTokenizer loads the same one, with the chat template used in training.
 
@@ -514,7 +514,7 @@ def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, template: s
     an output folder means that the model has no template of its own.
     """
     exact = copy.deepcopy(tokenizer)
-    exact.chat_template = tokenizer.chat_template or template
+    exact.chat_template = template if tokenizer.chat_template is None else tokenizer.chat_template
     if not exact.is_fast:
         exact.save_pretrained(folder, save_jinja_files=False)
         return
@@ -534,7 +534,7 @@ def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, template: s
         path.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def model_card(card: str, model: PeftModel, config: Config, progress: Progress, blocks: Blocks) -> str:
+def model_card(card: str, model: PeftModel, config: Config, progress: Progress, blocks: "Blocks") -> str:
     """Return the model card of this run, with the YAML header of peft's `card`."""
     results = "not evaluated (no held-out part)"
     if evaluations := progress.evaluations:
@@ -552,7 +552,7 @@ def model_card(card: str, model: PeftModel, config: Config, progress: Progress, 
         header=card[: card.index("\n---", 3) + 4] if card.startswith("---") else "",
         precision=precision,
         how=how,
-        dataset=blocks.dataset if blocks.dataset == FUNCTION else f"`{blocks.dataset}`",
+        dataset=blocks.shown_dataset,
         targets=targets if isinstance(targets, str) else ", ".join(sorted(targets)),
         tokens=blocks.tokens,
         steps=counted(progress.step, "optimizer step"),

@@ -293,6 +293,11 @@ class Blocks:
         return self._stream.slice(start, stop - start).to_numpy().astype(np.int64)
 
     @property
+    def shown_dataset(self) -> str:
+        """The name of the data in Markdown."""
+        return self.dataset if self.dataset == FUNCTION else f"`{self.dataset}`"
+
+    @property
     def tokens(self) -> int:
         """The number of tokens in all blocks."""
         return int(self.cuts[-1] - self.cuts[0])
@@ -715,13 +720,13 @@ def collate(rows: Sequence[np.ndarray], pad: int) -> dict[str, torch.Tensor]:
 
 def batches(
     blocks: Blocks, numbers: np.ndarray, size: int, pad: int, device: torch.device
-) -> Iterator[tuple[dict[str, torch.Tensor], int, np.ndarray]]:
-    """Yield (batch on the device, number of its supervised tokens, places in `numbers`) for the blocks `numbers`."""
+) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor, np.ndarray]]:
+    """Yield (batch on the device, supervised tokens of each sequence, places in `numbers`) for the blocks `numbers`."""
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     for start in range(0, len(numbers), size):
         part = numbers[start : start + size]
         batch = collate([blocks[i] for i in part], pad)
-        tokens = CausalLMLoss.weight(batch)
+        tokens = CausalLMLoss.weights(batch)
         if stream is not None:  # copy while the GPU still works on earlier batches
             with torch.cuda.stream(stream):
                 batch = {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in batch.items()}
@@ -736,13 +741,14 @@ def epoch_order(blocks: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(blocks)
 
 
-def step_windows(blocks: int, window: int, seed: int, step: int) -> Iterator[tuple[int, np.ndarray]]:
+def step_windows(blocks: int, sequences_per_step: int, seed: int, step: int) -> Iterator[tuple[int, np.ndarray]]:
     """Yield (epoch, numbers of the blocks) for every optimizer step after `step`, without end.
 
-    window: blocks per optimizer step; the last step of an epoch may have fewer.
+    The last step of an epoch may have fewer blocks than sequences_per_step.
     """
-    per_epoch = -(-blocks // window)
+    per_epoch = -(-blocks // sequences_per_step)
     while True:
         epoch, position = divmod(step, per_epoch)
-        yield epoch, epoch_order(blocks, seed, epoch)[position * window : (position + 1) * window]
+        first = position * sequences_per_step
+        yield epoch, epoch_order(blocks, seed, epoch)[first : first + sequences_per_step]
         step += 1

@@ -6,6 +6,7 @@ Running text has tokens only. Chats and pairs are samples: they have labels in a
 `train_qlora.prepare_dataset` calls the two functions above, and data_blocks.py makes blocks of what it returns.
 """
 
+import contextlib
 import copy
 import glob
 import hashlib
@@ -25,12 +26,12 @@ import torch.nn.functional as F
 from datasets import Dataset, DatasetDict
 from datasets.data_files import DataFilesDict, get_data_patterns
 from datasets.fingerprint import Hasher
-from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from config import DATA_FILES, ConfigError, DataConfig, missing_data
 from fast_path.loss import IGNORED
 from quantization_utils import cache_problem, hub_problem
+from toolkit.chat_templates import CHANGES, changes_words, render_chats
 from toolkit.encodings import not_utf8
 
 BUILDERS = DATA_FILES  # by suffix, the builder of datasets that reads such files
@@ -45,6 +46,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },  # rows; else a whole row group is decoded at once, which may repeat one long text
 }
 DEEPEST = 200  # levels of JSON; of 10,000 pyarrow 26 dies (a segmentation fault), sooner in threads of a small stack
+MOST_COLUMNS = 10_000  # of a .csv; datasets needs minutes for ten times as many
 AS_SQUARE, NO_BRACKETS = bytes.maketrans(b"{}", b"[]"), bytes(set(range(256)) - set(b'[]{}"\n'))
 
 # ------------------------------------------------------------------------------------------------ rows
@@ -130,7 +132,12 @@ def check_encoding(files: dict[str, list[str]]) -> None:
     Parquet always stores text as UTF-8.
     """
     for name in itertools.chain(*files.values()):
-        problem = not_parquet(name) if BUILDERS[Path(name).suffix.lower()] == "parquet" else not_utf8(name)
+        kind = BUILDERS[Path(name).suffix.lower()]
+        problem = not_parquet(name) if kind == "parquet" else not_utf8(name)
+        if not problem and kind == "csv":
+            with open(name, "rb") as file:
+                columns = file.readline().count(b",") + 1
+            problem = f"expected at most {MOST_COLUMNS:,} columns, got {columns:,}" if columns > MOST_COLUMNS else None
         if problem:
             raise ConfigError(f"data.dataset: cannot read {name}: {problem}")
 
@@ -211,6 +218,7 @@ PLAIN_TEMPLATE = (
     "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
+TOGETHER = 16  # rows that go to the process that renders at once
 MARKS = "\ufdd0", "\ufdd1"  # noncharacters: Unicode reserves them for use inside a program, so no text contains them
 
 
@@ -267,32 +275,75 @@ def to_messages(row: dict[str, Any], columns: tuple[str, ...]) -> list[dict[str,
     return messages
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> tuple[str, list[tuple[int, int]]]:
-    """Return the chat as the template writes it, and the spans [start, stop) of the assistant's words in it.
+Rendered = tuple[str, list[tuple[int, int]]]  # a chat as the template writes it, spans [start, stop) of the answers
+
+
+def marked(messages: list[dict[str, str]], trim: bool) -> list[dict[str, str]]:
+    """Return a chat with a mark before and after each answer of the assistant, without the spaces around it if `trim`."""
+    before, after = MARKS
+    return [
+        m | {"content": before + (m["content"].strip() if trim else m["content"]) + after}
+        if m["role"] == "assistant"
+        else m
+        for m in messages
+    ]
+
+
+def answer_spans(text: str, with_marks: str, answers: int) -> list[tuple[int, int]] | None:
+    """Return where the answers stand in a rendered chat; None if it differs from the one with marks by more than these."""
+    pieces = re.split(f"([{''.join(MARKS)}])", with_marks)
+    parts, marks = pieces[::2], pieces[1::2]
+    if "".join(parts) != text or marks != [*MARKS] * answers:
+        return None
+    ends = list(itertools.accumulate(map(len, parts)))
+    return list(zip(ends[0:-1:2], ends[1::2], strict=True))
+
+
+def render(tokenizer: PreTrainedTokenizerBase, chats: list[list[dict[str, str]]]) -> Iterator[Rendered]:
+    """Yield each chat as the template writes it, and the spans [start, stop) of the assistant's words in it.
 
     A second rendering, with a mark before and after the assistant's words, shows the spans. Without its marks it must
     equal the first one. Otherwise the template rewrites an answer (such as a `<think>` part), so that its span is not
     known: ValueError.
     """
-    template = None if tokenizer.chat_template else PLAIN_TEMPLATE
+    template = PLAIN_TEMPLATE if tokenizer.chat_template is None else None
+    texts = render_chats(tokenizer, [c for chat in chats for c in (chat, marked(chat, trim=False))], template)
+    for chat in chats:
+        text, with_marks = next(texts), next(texts)
+        answers = sum(message["role"] == "assistant" for message in chat)
+        spans = answer_spans(text, with_marks, answers)
+        if spans is None:  # many templates trim answers; with marks around them they cannot
+            (with_marks,) = render_chats(tokenizer, [marked(chat, trim=True)], template)
+            spans = answer_spans(text, with_marks, answers)
+        if spans is None:
+            raise ValueError(
+                "the chat template rewrites an answer of the assistant, so the tokens to train on cannot be found"
+            )
+        yield text, spans
 
-    def apply(before: str, after: str, trim: bool) -> str:
-        marked = [dict(message) for message in messages]
-        for message in marked:
-            if message["role"] == "assistant":
-                words = message["content"].strip() if trim else message["content"]
-                message["content"] = before + words + after
-        return tokenizer.apply_chat_template(marked, tokenize=False, chat_template=template)
 
-    text = apply("", "", trim=False)
-    answers = sum(message["role"] == "assistant" for message in messages)
-    for trim in (False, True):  # many templates trim answers; with marks around them they cannot
-        pieces = re.split(f"([{''.join(MARKS)}])", apply(*MARKS, trim=trim))
-        parts, marks = pieces[::2], pieces[1::2]
-        if "".join(parts) == text and marks == [*MARKS] * answers:
-            ends = list(itertools.accumulate(map(len, parts)))
-            return text, list(zip(ends[0:-1:2], ends[1::2], strict=True))
-    raise ValueError("the chat template rewrites an answer of the assistant, so the tokens to train on cannot be found")
+@contextlib.contextmanager
+def naming_row(index: int) -> Iterator[None]:
+    """Have a ValueError name the row, by its number from 1."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(f"data.dataset: row {index + 1}: {error}") from None
+
+
+def render_rows(
+    tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], columns: tuple[str, ...], indices: list[int]
+) -> list[tuple[list[dict[str, str]], str, list[tuple[int, int]]]]:
+    """Return the messages of each row and what `render` makes of them; raise ConfigError, which names the row."""
+    chats, found = [], []
+    for index, row in zip(indices, rows, strict=True):
+        with naming_row(index):
+            chats.append(to_messages(row, columns))
+    rendered = render(tokenizer, [chat for chat in chats if chat])
+    for index, chat in zip(indices, chats, strict=True):
+        with naming_row(index):
+            found.append((chat, *(next(rendered) if chat else ("", []))))
+    return found
 
 
 def answer_labels(encoding: Any, text: str, spans: list[tuple[int, int]], specials: set[int]) -> np.ndarray:
@@ -353,16 +404,12 @@ def sample_encoder(
     backend, specials = copy.deepcopy(tokenizer.backend_tokenizer), set(tokenizer.added_tokens_decoder)
     backend.post_processor = None  # it would cut the spaces at a token's edges from its offsets
 
-    def read(row: dict, index: int) -> tuple[str, list[tuple[int, int]]]:
-        try:
-            messages = to_messages(row, columns)
-            return render(tokenizer, messages) if messages else ("", [])
-        except (ValueError, TemplateError) as error:
-            raise ConfigError(f"data.dataset: row {index + 1}: {error}") from None
-
     def encode(batch: dict, indices: list[int]) -> dict:
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*map(batch.get, columns), strict=True)]
-        chats = list(map(read, rows, indices))
+        chats = []
+        for start in range(0, len(rows), TOGETHER):
+            part = slice(start, start + TOGETHER)
+            chats += [(text, spans) for _, text, spans in render_rows(tokenizer, rows[part], columns, indices[part])]
         encodings = backend.encode_batch([text for text, _ in chats], add_special_tokens=False)
         ids = [np.array(encoding.ids, np.int32) for encoding in encodings]
         places, labels = zip(encodings, chats, strict=True), ids
@@ -403,11 +450,13 @@ def tokenize_rows(rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, data: D
             split, encode = split.with_format("arrow"), text_encoder(tokenizer, data.text_column)
         else:
             encode = sample_encoder(tokenizer, columns, data.completion_only)
+            out.template = PLAIN_TEMPLATE if tokenizer.chat_template is None else None
             own = "the tokenizer's chat template"
-            out.source += (
-                f", through {own if tokenizer.chat_template else 'User: … Assistant: …, as it has no chat template'}"
-            )
-            out.template = None if tokenizer.chat_template else PLAIN_TEMPLATE
+            out.source += f", through {'User: … Assistant: …, as it has no chat template' if out.template else own}"
+            [(messages, text, _)] = render_rows(
+                tokenizer, [split[0]], columns, [0]
+            )  # seen even if all rows come from the cache
+            out.source += f", which {CHANGES}" if changes_words(messages, text) else ""
         try:
             out[name] = split.map(
                 encode,
@@ -433,9 +482,13 @@ def untrained_chat_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizer
     direction as the rows beyond the tokenizer's vocabulary, which no text can train (the idea of Land and Bartolo,
     "Fishing for Magikarp", 2024).
     """
-    if not tokenizer.chat_template:
+    if tokenizer.chat_template is None:
         return []
-    text, _ = render(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    try:
+        chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        [(text, _)] = render(tokenizer, [chat])
+    except ValueError as error:  # it may want more than this, such as a system prompt
+        return [f"whether the base model knows the tokens of its chat template was not checked: {error}"]
     added = tokenizer.added_tokens_decoder
     chat = sorted(set(tokenizer(text, add_special_tokens=False)["input_ids"]) & set(added))
     rows = model.get_input_embeddings().weight.detach()

@@ -5,15 +5,35 @@ an error is shown.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
+import stat
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from config import DATA_FILES, LEAVES, Config, ConfigError, TrainingConfig, flatten, is_hub_id, load_config, shown
+from config import (
+    DATA_FILES,
+    FROM_ADAPTER,
+    FROM_OWN_RUN,
+    LEAVES,
+    Config,
+    ConfigError,
+    ModelConfig,
+    TrainingConfig,
+    flatten,
+    is_address,
+    is_hub_id,
+    load_config,
+    read_yaml,
+    shown,
+)
+from toolkit.adapter_config import read_adapter_config, refuse_large
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+FILES = ("adapter_model.safetensors", "adapter_config.json", "training_state.safetensors", "training_state.json")
 NAMES = ("model.name", "data.dataset")  # a path may change if its content is the same
 WINDOW = "training.batch_size x training.gradient_accumulation_steps"  # only their product must stay the same
 
@@ -37,12 +57,47 @@ def settings(config: Config) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------ training again
 
 
+def read_file(path: Path, most: int) -> bytes:
+    """Return the content of a file of at most `most` bytes; raise ValueError for anything else, such as a pipe."""
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode) or found.st_size > most:  # a pipe would never end, a device neither
+        raise ValueError(f"{path.name} is no file of at most {most:,} bytes")
+    return path.read_bytes()
+
+
+def read_tree(checkpoint: Path) -> tuple[dict[str, str], Any]:
+    """Return (checksums by file, the content of training_state.json); raise ValueError if the checkpoint is damaged.
+
+    The larger files only have to exist: their checksums take longer.
+    """
+    try:
+        sums = json.loads(read_file(checkpoint / "checksums.json", 2**16))
+        content = read_file(checkpoint / "training_state.json", 2**30)  # a million logged steps take a third of it
+        if hashlib.sha256(content).hexdigest() != sums["training_state.json"]:
+            raise ValueError("training_state.json does not match its checksum")
+        for name in FILES:
+            if not stat.S_ISREG(os.stat(checkpoint / name).st_mode):
+                raise ValueError(f"{name} is no file")
+        return sums, json.loads(content)
+    except (OSError, KeyError, TypeError, RecursionError) as error:  # a RecursionError: thousands of brackets
+        raise ValueError(f"{type(error).__name__}: {error}".replace("\n", " ")) from None
+
+
+def is_shallow(value: Any, levels: int = 6) -> bool:
+    """Return whether nothing in a value lies deeper than `levels`, so that it can be compared and shown."""
+    if not isinstance(value, (dict, list)):
+        return True
+    return levels > 0 and all(is_shallow(v, levels - 1) for v in (value.values() if isinstance(value, dict) else value))
+
+
 def read_settings(checkpoint: Path) -> tuple[dict[str, Any], int] | None:
     """Return a checkpoint's settings and its sequences per optimizer step; None if they cannot be read."""
     try:
-        state = dict(json.loads((checkpoint / "training_state.json").read_text(encoding="utf-8"))["items"])
-        return dict(state["config"]["items"]), dict(state["shape"]["items"])["window"]
-    except (OSError, ValueError, KeyError, TypeError):
+        state = dict(read_tree(checkpoint)[1]["items"])
+        before, window = dict(state["config"]["items"]), dict(state["shape"]["items"])["window"]
+        sound = type(window) is int and is_shallow(before) and all(isinstance(name, str) for name in before)
+        return (before, window) if sound else None
+    except (ValueError, KeyError, TypeError):
         return None
 
 
@@ -82,6 +137,12 @@ def _sizes(path: str) -> list[int]:
     return sorted(f.stat().st_size for f in files if f.suffix.lower() in (*DATA_FILES, ".safetensors") and f.is_file())
 
 
+def continues(output_dir: str) -> str:
+    """Return the end of an error message: that the same command continues, if there is a checkpoint to continue from."""
+    found = output_dir and checkpoints(Path(output_dir))
+    return "; the same command continues from the last checkpoint" if found else ""
+
+
 def other_run(changes: list[str], training: TrainingConfig) -> ConfigError:
     """Return the error that refuses to continue from a checkpoint: what changed, and what to do instead."""
     output_dir = Path(training.output_dir)
@@ -93,6 +154,11 @@ def other_run(changes: list[str], training: TrainingConfig) -> ConfigError:
     if training.resume != "auto":  # with another folder alone the run would still continue from that checkpoint
         remedy = "use --overwrite to replace it, or choose another --output_dir and set training.resume to auto"
     return ConfigError(f"{'; '.join(changes)}; {output_dir} holds {kind}: {remedy}")
+
+
+def all_damaged(output_dir: Path) -> ConfigError:
+    """Return the error about an output folder in which no checkpoint can be read."""
+    return ConfigError(f"training.resume: all checkpoints in {output_dir} are damaged; use --overwrite to start over")
 
 
 def refuse_other_run(config: Config, overwrite: bool) -> None:
@@ -112,7 +178,8 @@ def refuse_other_run(config: Config, overwrite: bool) -> None:
         remedy = ", or use --overwrite to replace it" if resume in ("auto", "never") else ""
         raise ConfigError(f"training.output_dir: {output_dir} holds {kind}; choose another --output_dir{remedy}")
     window = training.batch_size * training.gradient_accumulation_steps
-    for checkpoint in {"auto": found, "never": []}.get(resume, [folder]):
+    candidates = {"auto": found, "never": []}.get(resume, [folder])
+    for checkpoint in candidates:
         if (read := read_settings(checkpoint)) is not None:  # a damaged one is skipped later too
             before, now = read[0], settings(config)
             names = [key for key in NAMES if not may_have_moved(before.get(key), now[key])]
@@ -121,6 +188,8 @@ def refuse_other_run(config: Config, overwrite: bool) -> None:
             if changes:
                 raise other_run(list(changes.values()), training)
             return
+    if resume == "auto" and candidates:
+        raise all_damaged(output_dir)
 
 
 # ------------------------------------------------------------------------------------------------ using its adapter
@@ -137,36 +206,136 @@ def left_by_run(adapter: Path, name: str) -> list[Path]:
 
 
 def config_with_adapter(
-    adapter: Path | None, given: list[Path], beside: Path, overrides: dict[str, str]
+    adapter: Path | None, given: list[Path], beside: Path, overrides: dict[str, str], evaluate: bool = False
 ) -> tuple[Config, list[str]]:
     """Return the configuration for using an adapter, and a list with a line about edits of `beside` without effect.
 
-    Each of these overrides the ones before it: schema, the run's own config.yaml, `given` (--config), flags. For
+    Each of these overrides the ones before it: schema, the adapter's own config.yaml, `given` (--config), flags. For
     generation.*, which training does not use: schema, `beside` (the config.yaml beside the script), `given`, flags.
     An adapter without its own config.yaml uses `given`, or `beside` if nothing is given.
+    The adapter's folder may come from anybody: config.FROM_ADAPTER says what it may set. evaluate: the data is read too.
+    Raises ConfigError.
     """
     own = left_by_run(adapter, "config.yaml") if adapter else []
-    config = load_config(own + given or [beside], overrides)
+    recorded = read_adapter_config(adapter).get("base_model_name_or_path") if adapter else None
+    user = config = load_config(given or ([] if own else [beside]), overrides)
+    mine, lines = False, []
+    if adapter and own:
+        theirs = read_own(own[0])
+        mine = is_own(adapter, theirs)
+        may_set = FROM_OWN_RUN if mine else FROM_ADAPTER
+        config = load_config(given, overrides, own[0], may_set)
+        check_base(config.model, user.model, recorded, own[0], mine)
+        if evaluate and not mine:
+            config = with_data(config, theirs, own[0], given, beside)
+        lines = [] if given else ignored_edits(config, may_set, own[0], beside)
+    if adapter and not mine and "model.name" not in overrides and _inside(config.model.name, adapter):
+        raise ConfigError(
+            f"model.name: {config.model.name} lies in the adapter's folder; give --model_name {config.model.name} "
+            "if this base is meant"
+        )
+    model = dataclasses.replace(config.model, trust_remote_code=consent(config, user, adapter, given, beside))
+    if model.trust_remote_code and model.name != user.model.name:
+        lines = [*lines, f"model.trust_remote_code: running the code of {model.name}, the base that {own[0]} names"]
     drawn = {name: value for name, value in overrides.items() if name.startswith("generation.")}
     generation = load_config([path for path in (beside, *given) if path.is_file()], drawn).generation
-    lines = [] if given or not own else ignored_edits(own[0], beside, overrides)
-    return dataclasses.replace(config, generation=generation), lines
+    return dataclasses.replace(config, generation=generation, model=model), lines
 
 
-def ignored_edits(own: Path, beside: Path, overrides: dict[str, str]) -> list[str]:
+def consent(config: Config, user: Config, adapter: Path | None, given: list[Path], beside: Path) -> bool:
+    """Return whether the user has agreed that code which comes with the base runs.
+
+    A flag is meant for this command. A given --config, and the config.yaml beside the script, count for the base that
+    they name, and never for one in the adapter's folder. user: the configuration without what the folder says.
+    """
+    if "model.trust_remote_code" in config.flags:
+        return config.model.trust_remote_code
+    agreed = user.model if given else load_config(beside).model if beside.is_file() else Config().model
+    same = (agreed.name, agreed.revision) == (config.model.name, config.model.revision)
+    return agreed.trust_remote_code and same and not (adapter and _inside(agreed.name, adapter))
+
+
+def read_own(own: Path) -> Config:
+    """Return all that the config.yaml in an adapter's folder says; raise ConfigError if it is too large."""
+    refuse_large(own)
+    return load_config(own)
+
+
+def is_own(adapter: Path, theirs: Config) -> bool:
+    """Return whether a run on this machine left the adapter where it is: its config.yaml has the folder's full path.
+
+    Only texts are compared: a path in a stranger's file may be a link that leads back to the current folder.
+    """
+    said = theirs.training.output_dir
+    folders = {os.path.abspath(adapter), os.path.realpath(adapter)}
+    folders |= {os.path.dirname(folder) for folder in folders if CHECKPOINT.fullmatch(os.path.basename(folder))}
+    return os.path.normcase(said) in map(os.path.normcase, folders)
+
+
+def _inside(name: str, folder: Path) -> bool:
+    """Return whether a model's name is a path in a folder, or the folder itself."""
+    if is_address(name) or not os.path.exists(name):
+        return False
+    path, top = os.path.realpath(name), os.path.realpath(folder)
+    return (
+        os.path.commonpath([path, top]) == top if os.path.splitdrive(path)[0] == os.path.splitdrive(top)[0] else False
+    )
+
+
+def check_base(model: ModelConfig, user: ModelConfig, recorded: str | None, own: Path, mine: bool) -> None:
+    """Raise ConfigError if the base that an adapter's config.yaml, `own`, names is not one to load without a flag.
+
+    It may lie on another machine, be another base than the one of the adapter's weights, or name a version whose code
+    would run. user: without what `own` says. recorded: the base in its adapter_config.json; both are the same where a
+    run of ours wrote them. mine: a run on this machine wrote `own` there.
+    """
+    if model.trust_remote_code and model.revision != user.revision:
+        raise ConfigError(
+            f"model.revision: {own} names {model.revision}, whose Python code would run; give --revision too if you "
+            "trust it"
+        )
+    if mine or model.name == user.name:
+        return
+    if is_address(model.name):
+        raise ConfigError(f"model.name: {own} names the address {model.name}; give it as --model_name if it is meant")
+    if recorded and model.name not in (recorded, os.path.abspath(own.parent / recorded), os.path.abspath(recorded)):
+        raise ConfigError(
+            f"model.name: {own} names {model.name}, but adapter_config.json beside it {recorded}; give --model_name with "
+            "the one that is meant"
+        )
+
+
+def with_data(config: Config, theirs: Config, own: Path, given: list[Path], beside: Path) -> Config:
+    """Return the configuration with the data set to evaluate on; raise ConfigError if the user has not named it.
+
+    theirs: what the adapter's config.yaml, `own`, says. It counts if it names what the user's file names.
+    """
+    if "data.dataset" in config.flags or any("dataset" in (read_yaml(path).get("data") or {}) for path in given):
+        return config
+    asked, dataset = load_config(given or ([beside] if beside.is_file() else [])).data.dataset, theirs.data.dataset
+    if asked != dataset or is_address(dataset):
+        raise ConfigError(
+            f"data.dataset: which data is read is not decided by a file in an adapter's folder ({own} says {dataset}, "
+            f"and no run on this machine has written it there); give --dataset {dataset} if you want to use this data"
+        )
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, dataset=dataset))
+
+
+def ignored_edits(config: Config, may_set: Collection[str], own: Path, beside: Path) -> list[str]:
     """Return a list with a line that names the settings in which `beside` differs from a run's own config.yaml.
 
     It is empty unless `beside` names the folder and the model of that run, since it then belongs to another run.
+    config: what is used; its settings in `may_set` came from the run's config.yaml, unless they are flags.
     """
     if not beside.is_file():
         return []
-    edited, run = load_config(beside), load_config(own)
+    edited = load_config(beside)
     folder = Path(edited.training.output_dir).expanduser().resolve()
-    if folder != own.parent.resolve() or edited.model.name != run.model.name:
+    if folder != own.parent.resolve() or edited.model.name != config.model.name:
         return []
-    mine, theirs = settings(edited), settings(run)
+    mine, theirs = settings(edited), settings(config)
     # training.* is about the next run; it does not matter for an adapter that exists
-    asked = [key for key in mine if key.split(".")[0] not in ("training", "generation") and key not in overrides]
+    asked = [key for key in mine if key in may_set and not key.startswith("training.") and key not in config.flags]
     differing = [f"{key} {shown(theirs[key])} (not {shown(mine[key])})" for key in asked if mine[key] != theirs[key]]
     if not differing:
         return []

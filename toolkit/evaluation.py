@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import sys
@@ -18,24 +19,31 @@ from safetensors.torch import load_file
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from config import ConfigError, counted, load_config
-from fast_path.loss import Objective, perplexity
+from config import Config, ConfigError, counted, load_config
+from fast_path.choice import choose_fast_path
+from fast_path.dropout import DropoutClock
+from fast_path.layers import fuse
+from fast_path.loss import CausalLMLoss, Objective, default_logit_chunk, kernel_chunk_loss, perplexity
 from fast_path.micro_step import Learner, let_go
+from quantization_utils import compute_dtype_of
 from toolkit.checkpoints import refusing, write_atomically, write_picture
 from toolkit.data_blocks import Blocks, batches
 from toolkit.earlier_run import settings
 from toolkit.locks import exclusive, lock_of
+from toolkit.memory import free_bytes
 from toolkit.startup import visible
 
 # ------------------------------------------------------------------------------------------------ losses on blocks
 
 
 @torch.no_grad()
-def block_losses(loss: Callable, blocks: Blocks, accelerator: Accelerator, micro_batch: int, pad: int) -> torch.Tensor:
-    """Return the summed loss and the supervised tokens of every micro-batch, fp64 [blocks, 2].
+def block_losses(
+    sums_of: Callable, blocks: Blocks, accelerator: Accelerator, micro_batch: int, pad: int
+) -> torch.Tensor:
+    """Return the summed loss and the supervised tokens of every block, fp64 [blocks, 2].
 
-    The sums of a micro-batch stand in the row of its first block; its other rows are zero. loss: an Objective or a
-    captured graph of one, whose model is in eval mode. pad: the token that fills short rows.
+    sums_of: an Objective's `sequence_sums` or a captured graph of it, whose model is in eval mode. pad: the token that
+    fills short rows.
     """
     sums = torch.zeros(len(blocks), 2, dtype=torch.float64, device=accelerator.device)
     mine = np.arange(accelerator.process_index, len(blocks), accelerator.num_processes)
@@ -43,9 +51,35 @@ def block_losses(loss: Callable, blocks: Blocks, accelerator: Accelerator, micro
     count = math.ceil(len(mine) / micro_batch)
     todo = batches(blocks, mine, micro_batch, pad, accelerator.device)
     for batch, tokens, positions in tqdm(todo, "evaluating", count, leave=False, disable=hidden):
-        sums[mine[positions[0]], 0] = loss(**batch)
-        sums[mine[positions[0]], 1] = tokens
+        rows = torch.from_numpy(mine[positions])
+        sums[rows, 0] = sums_of(**batch)[: len(rows)].double()
+        sums[rows, 1] = tokens.to(sums)
     return accelerator.reduce(sums, "sum") if accelerator.num_processes > 1 else sums
+
+
+def losses_that_fit(
+    ways: list[Callable],
+    blocks: Blocks,
+    accelerator: Accelerator,
+    micro_batch: int,
+    pad: int,
+    say: Callable[[str], None],
+) -> torch.Tensor:
+    """Return block_losses on the CPU, by the first of the ways to compute the sums that does not run out of GPU memory.
+
+    Each next way has half the micro-batch, and the last one is repeated with ever smaller ones.
+    """
+    for number in itertools.count():
+        sums_of = ways[min(number, len(ways) - 1)]
+        try:
+            return block_losses(sums_of, blocks, accelerator, micro_batch, pad).cpu()
+        except torch.OutOfMemoryError:
+            if micro_batch == 1 and number >= len(ways) - 1:
+                raise
+        micro_batch = max(1, micro_batch // 2)
+        say(f"an evaluation ran out of GPU memory; repeating it with {counted(micro_batch, 'sequence')} at a time")
+        let_go()
+    raise AssertionError("unreachable: the last way returns or raises")
 
 
 def evaluate_in_memory(
@@ -53,22 +87,16 @@ def evaluate_in_memory(
 ) -> torch.Tensor:
     """Return block_losses of the model that is being trained, on the CPU, and leave the model in eval mode.
 
-    Where GPU memory runs out, the evaluation is repeated without a CUDA graph and with half the micro-batch, until it
-    fits. The micro-batch of training stays as it is.
+    Where GPU memory runs out, the evaluation is repeated without a CUDA graph. The micro-batch of training stays as it is.
     """
     learner.model.eval()
-    loss: Callable = learner.evaluation_loss
-    while True:
-        try:
-            return block_losses(loss, blocks, accelerator, micro_batch, pad).cpu()
-        except torch.OutOfMemoryError:
-            if micro_batch == 1 and loss is learner.objective:
-                raise
-        micro_batch, loss = max(1, micro_batch // 2), learner.objective
-        smaller = f"repeating it with {counted(micro_batch, 'sequence')} at a time and without a CUDA graph"
-        say(f"an evaluation ran out of GPU memory; {smaller}")
+    graph = [learner.evaluation_sums] if learner.fast.cuda_graphs else []
+
+    def without_graph(**batch: torch.Tensor) -> torch.Tensor:
         learner.captured_evaluation = None
-        let_go()
+        return learner.objective.sequence_sums(**batch)
+
+    return losses_that_fit([*graph, without_graph], blocks, accelerator, micro_batch, pad, say)
 
 
 def mean_loss(sums: torch.Tensor) -> float:
@@ -78,24 +106,40 @@ def mean_loss(sums: torch.Tensor) -> float:
 
 # ------------------------------------------------------------------------------------------------ base and adapter
 
+TOGETHER = 8192  # tokens of a micro-batch, enough to fill a large GPU; a 3B needs 1.2 GiB for them
+
+
+def objective_of(model: PreTrainedModel | PeftModel, config: Config) -> CausalLMLoss:
+    """Return the loss of a model in eval mode, computed as training's own evaluation computes it on this device."""
+    objective = CausalLMLoss(model.eval(), compute_dtype_of(config))
+    if model.device.type != "cuda":
+        return objective
+    free = free_bytes(model.device, config.performance.memory_limit_gib)
+    objective.logit_chunk = default_logit_chunk(len(objective.head.weight), free)
+    if isinstance(model, PeftModel):
+        fast = choose_fast_path(config.performance, model, objective.dtype, model.device)
+        if fast.fused_lora:
+            fuse(model, DropoutClock(0, model.device), 0.0, fast.kernels)
+        if fast.fused_lora and fast.kernels:
+            objective.chunk_loss = kernel_chunk_loss
+    return objective
+
 
 def evaluate_base_and_adapter(
     model: PreTrainedModel | PeftModel,
     loss: Objective,
     blocks: Blocks,
     accelerator: Accelerator,
+    micro_batch: int,
     pad: int,
     say: Callable[[str], None],
 ) -> dict[str, torch.Tensor]:
-    """Return block_losses of the base and, of a model with an adapter, of both, and say each loss and perplexity.
-
-    One sequence at a time, so that the standard error is over blocks.
-    """
+    """Return block_losses of the base and, of a model with an adapter, of both, and say each loss and perplexity."""
     names = ["base", "adapter"] if isinstance(model, PeftModel) else ["base"]
     sums = {}
     for name in names:
         with contextlib.nullcontext() if name == names[-1] else model.disable_adapter():
-            sums[name] = block_losses(loss, blocks, accelerator, 1, pad).cpu()
+            sums[name] = losses_that_fit([loss.sequence_sums], blocks, accelerator, micro_batch, pad, say)
         mean = mean_loss(sums[name])
         say(f"{name:<8} loss {mean:.4f} | perplexity {perplexity(mean):.3f} | {counted(blocks.supervised, 'token')}")
     return sums
@@ -105,9 +149,9 @@ def loss_difference(before: torch.Tensor, after: torch.Tensor) -> tuple[float, f
     """Return how much the mean loss changed, and the standard error of that change.
 
     before, after: block_losses of the same blocks. The standard error is that of a ratio estimator (Cochran, Sampling
-    Techniques, 1977, section 2.11) over the micro-batches: whatever makes the text of one hard counts before and after
-    and cancels. It is None for a single micro-batch, and where memory ran out in between, so that the micro-batches
-    differ.
+    Techniques, 1977, section 2.11) over the blocks: whatever makes the text of one hard counts before and after and
+    cancels. It is None for a single block, and where the two were not summed by the same parts: checkpoints from before
+    2026-11-29 hold sums of micro-batches.
     """
     mean = mean_loss(after) - mean_loss(before)
     tokens, change = before[:, 1], after[:, 0] - before[:, 0]
@@ -130,16 +174,14 @@ def comparison(dataset: str, blocks: Blocks, stride: int | None, sums: dict[str,
         result[name] = {"loss": mean, "perplexity": perplexity(mean)}
     if len(sums) == 2:
         change, error = loss_difference(sums["base"], sums["adapter"])
-        parts = int((sums["base"][:, 1] > 0).sum())  # micro-batches
-        result["difference"] = {"loss": change, "standard_error": error, "parts": parts}
+        result["difference"] = {"loss": change, "standard_error": error}
     return result
 
 
 def difference_line(result: dict) -> str:
     """Return a comparison's difference as text."""
-    change, error, parts = result["difference"].values()
-    kind = "blocks" if parts == result["blocks"] else "micro-batches"
-    sure = "" if error is None else f" ± {error:.4f} (standard error over {parts:,} {kind})"
+    change, error = result["difference"].values()
+    sure = "" if error is None else f" ± {error:.4f} (standard error over {counted(result['blocks'], 'block')})"
     return f"adapter - base: {change:+.4f}{sure}"
 
 

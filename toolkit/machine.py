@@ -19,15 +19,15 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import LoggerType
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from config import LEAVES, Config, ConfigError, DataConfig, ModelConfig, PerformanceConfig, TrainingConfig
 from fast_path.micro_step import let_go
 from quantization_utils import bf16_missing, load_base, quiet_libraries, usable_dtype
-from toolkit.data_blocks import batches
 from toolkit.memory_plan import unplanned
-from toolkit.startup import CANNOT_RUN, import_failures
+from toolkit.startup import CANNOT_RUN, import_failures, out_of_memory, reader_gone, report
 
 # ------------------------------------------------------------------------------------------------ the machine
 
@@ -99,6 +99,23 @@ def installed(*packages: str) -> list[str]:
     return [f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in packages)]
 
 
+def failed(error: Exception, advice: str) -> int:
+    """Report an error of the machine in one line and return the exit code; raise any other error."""
+    first = (str(error).splitlines() or [""])[0]
+    if out_of_memory(error):
+        report(ConfigError(f"out of main memory: {first or type(error).__name__}{advice}"))
+        return 3
+    if "does not have a deterministic implementation" in first:
+        problem = f"{first.split()[0]} has no form that gives the same bits each time; use false"
+        return report(ConfigError(f"performance.deterministic: {problem}"))
+    if isinstance(error, BrokenPipeError) and reader_gone("\n"):
+        return 1
+    if not isinstance(error, (OSError, SafetensorError, torch.AcceleratorError)):
+        raise error
+    report(ConfigError(f"{type(error).__name__}: {first}{advice}"))  # a full disk, a driver that was reset
+    return 1
+
+
 # ------------------------------------------------------------------------------------------------ installation check
 
 
@@ -141,7 +158,11 @@ def check_step(device: torch.device, performance: PerformanceConfig) -> tuple[fl
         learner = train.build_learner(config, model, unplanned(config, 2, layers=2), lines.append)
         optimizer = train.create_optimizer(learner.parameters, training, device, lines.append)
         blocks: Any = list(torch.randint(512, (2, 64), generator=torch.Generator().manual_seed(0)).numpy())
-        batch, tokens, places = next(batches(blocks, np.arange(2), 2, tokenizer.pad_token_id, device))
+        batches = importlib.import_module(
+            "toolkit.data_blocks"
+        ).batches  # imports datasets, which inference never needs
+        batch, counts, places = next(batches(blocks, np.arange(2), 2, tokenizer.pad_token_id, device))
+        tokens = int(counts.sum())
         losses = []
         for step in range(2):
             learner.model.train()

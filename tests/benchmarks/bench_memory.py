@@ -126,7 +126,7 @@ def measure(name: str, config: Config, plan: memory_plan.MemoryPlan) -> float:
     optimizer = optimizers.create_optimizer(learner.parameters, config.training, device, print)
     ids = torch.randint(0, 30000, (plan.micro_batch, config.data.max_length), device=device)
     learner.objective.base.eval()
-    learner.evaluation_loss(input_ids=ids, labels=ids)
+    learner.evaluation_sums(input_ids=ids, labels=ids)
     learner.model.train()
     for step in range(2):
         learner.zero_gradients()

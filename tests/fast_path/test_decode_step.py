@@ -297,7 +297,7 @@ def test_kernels_compile_within_the_shared_memory_of_each_card(capability):
 
     every = packed(capability) | {"ROWS": decode_step.LAYOUT.rows, "OUTPUTS": 11008}
     narrow, wide = every | {"K": 2048, "BLOCKS": 32}, every | {"K": 11008, "BLOCKS": 64, "LOOP": 1}
-    linear, half, single = kernels._linear_kernel, "*bf16", "*fp32"
+    linear, half, single = kernels.linear_kernel, "*bf16", "*fp32"
     first = {"RANK": 16, "TAKE": 1, "CHUNK": 2048, "BLOCK": 2048, "NORM": True}
     one = {"PARTS": 1, "PARTS_2": 1, "NEXT": False, **first}
     qkv = {"MODE": "stack", "MEMBERS": 3, "BIAS": True, "TWO": False, "LOOP": 1, "ADAPTERS": 0}
@@ -307,13 +307,13 @@ def test_kernels_compile_within_the_shared_memory_of_each_card(capability):
     overlap = {"OVERLAP": capability >= 90}
     combine = {"K": 2048, "M": 1, "SIZE": 128, "SPLITS": 64, "POSITIONS": 32, "RANK": 16, "TILE": 16}
     done = [
-        compiled(capability, kernels._adapter_kernel, first | {"K": 2048, "MEMBERS": 3} | overlap, 4),
+        compiled(capability, kernels.adapter_kernel, first | {"K": 2048, "MEMBERS": 3} | overlap, 4),
         compiled(capability, linear, narrow | one | qkv, 1, maxnreg=80, out=single),
         compiled(capability, linear, narrow | one | gate_up, 1, maxnreg=128, out=half),
         compiled(capability, linear, wide | down, 2, maxnreg=128, out=half),
-        compiled(capability, kernels._norm_kernel, {"K": 2048, "FIRST": False, "BLOCK": 2048, **overlap}, 4, out=half),
-        compiled(capability, kernels._attention_kernel, attention(capability, 64, 1, 1), 4),
-        compiled(capability, kernels._combine_kernel, combine | overlap, 4, out=half),
+        compiled(capability, kernels.norm_kernel, {"K": 2048, "FIRST": False, "BLOCK": 2048, **overlap}, 4, out=half),
+        compiled(capability, kernels.attention_kernel, attention(capability, 64, 1, 1), 4),
+        compiled(capability, kernels.combine_kernel, combine | overlap, 4, out=half),
     ]
     check_compiled(capability, done)
 
@@ -336,21 +336,21 @@ def test_a_batchs_kernels_compile_within_the_shared_memory_of_each_card(capabili
     norm = {"K": 2048, "PARTS": 8, "MEMBERS": 3, "ORDERED": True, "BLOCK": 2048, "TILE": 8}
     combine = {"K": 2048, "SIZE": 128, "SPLITS": 8, "POSITIONS": 32, "TILE": 16}
     products = [
-        compiled(capability, decode_batch_kernels._batch_linear_kernel, tile | qkv, warps, 1, out="*fp32"),
-        compiled(capability, decode_batch_kernels._batch_linear_kernel, tile2 | gate_up, warps2, 1, out="*bf16"),
-        compiled(capability, decode_batch_kernels._batch_linear_kernel, tile | down, warps, 1, out="*fp32"),
+        compiled(capability, decode_batch_kernels.batch_linear_kernel, tile | qkv, warps, 1, out="*fp32"),
+        compiled(capability, decode_batch_kernels.batch_linear_kernel, tile2 | gate_up, warps2, 1, out="*bf16"),
+        compiled(capability, decode_batch_kernels.batch_linear_kernel, tile | down, warps, 1, out="*fp32"),
     ]
     for kernel in products:
         assert "ld.global.v4.b32" in kernel.asm["ptx"]
     done = [
-        compiled(capability, decode_batch_kernels._batch_norm_kernel, norm | rank, 8, out="*bf16"),
+        compiled(capability, decode_batch_kernels.batch_norm_kernel, norm | rank, 8, out="*bf16"),
         compiled(
             capability,
-            decode_batch_kernels._batch_inner_kernel,
+            decode_batch_kernels.batch_inner_kernel,
             {"K": 11008, "BLOCK": decode_step.BATCH_CHUNK, **rank},
             4,
         ),
-        compiled(capability, kernels._attention_kernel, attention(capability, 8, m, 4), 4),
-        compiled(capability, kernels._combine_kernel, combine | rank, 4, out="*bf16"),
+        compiled(capability, kernels.attention_kernel, attention(capability, 8, m, 4), 4),
+        compiled(capability, kernels.combine_kernel, combine | rank, 4, out="*bf16"),
     ]
     check_compiled(capability, products + done)

@@ -13,7 +13,14 @@ from transformers import AutoModelForCausalLM
 from fast_path import micro_step, optimizers
 from fast_path.attention import use_causal_attention
 from fast_path.dropout import DropoutClock, StatelessDropout, drop_threshold, use_stateless_dropout
-from fast_path.loss import IGNORED, CausalLMLoss, chunked_cross_entropy, default_logit_chunk, shift_labels
+from fast_path.loss import (
+    IGNORED,
+    CausalLMLoss,
+    chunked_cross_entropy,
+    default_logit_chunk,
+    position_losses,
+    shift_labels,
+)
 from quantization_utils import (
     create_bnb_config,
     create_lora_config,
@@ -379,6 +386,17 @@ def test_chunked_loss_needs_no_gradient_in_evaluation():
     )
 
 
+@pytest.mark.parametrize("chunk", [1, 8, 36, 1000, None])
+@pytest.mark.parametrize("masked", ["none", "some", "chunk", "all"])
+def test_losses_of_positions_are_the_dense_ones(chunk, masked):
+    hidden, weight, labels, offset = problem(bias=True, masked=masked)
+    logits = hidden.detach().double() @ weight.double().T + offset.double()
+    expected = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
+    found = position_losses(hidden, weight, labels, offset, chunk)
+    assert found.dtype is torch.float32 and not found.requires_grad
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
+
+
 def test_chunks_bound_the_logits():
     assert default_logit_chunk(151_936) * 151_936 * 4 <= 256 * 2**20 < (default_logit_chunk(151_936) + 1) * 151_936 * 4
     assert default_logit_chunk(10**9) == 16
@@ -395,13 +413,13 @@ def test_the_mean_of_an_objective_does_not_depend_on_how_a_batch_is_divided():
     losses = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").sum(1)
     expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
     for size in (1, 2, 3, 6):
-        weight = sum(CausalLMLoss.weight({"labels": part}) for part in labels.split(size))
+        weight = sum(CausalLMLoss.weights({"labels": part}).sum() for part in labels.split(size))
         assert weight == int((targets != IGNORED).sum())
         total = sum(part.sum() for part in losses.split(size))
         assert CausalLMLoss.mean(total.item(), weight) == pytest.approx(expected.item(), rel=1e-12)
         assert CausalLMLoss.mean(1, torch.tensor(float(weight))).item() == pytest.approx(1 / weight)
     nothing = {"labels": torch.full((2, 4), IGNORED)}
-    assert CausalLMLoss.weight(nothing) == 0 and CausalLMLoss.mean(0.0, 0) == 0.0
+    assert CausalLMLoss.weights(nothing).sum() == 0 and CausalLMLoss.mean(0.0, 0) == 0.0
 
 
 class TornBackward(torch.autograd.Function):

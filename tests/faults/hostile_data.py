@@ -227,7 +227,7 @@ ATTACKS: dict[str, Build] = {
     "columns of an agent's trace": data(
         "a.jsonl", rows({"type": "session_meta", "payload": {"id": "x"}, "timestamp": "2020"}), r"data\."
     ),
-    "a hundred thousand keys": data("a.jsonl", rows({f"k{i}": i for i in range(100_000)}), r"data\."),
+    "ten thousand keys": data("a.jsonl", rows({f"k{i}": i for i in range(10_000)}), r"data\."),
     "columns that change": data(
         "a.jsonl", rows(*[{"text": "a", "b": v} for v in (1, "x", [], {}, None, {"c": [1]})]), "", codes=FINE
     ),
@@ -236,10 +236,10 @@ ATTACKS: dict[str, Build] = {
     "key written twice": data("a.jsonl", '{"text": "a", "text": ["b"]}\n'),
     "zero bytes in csv": data("a.csv", b"text\n" + b"\0" * 10_000 + b"\n", "", codes=FINE),
     "a quote that never closes": data("a.csv", 'text\n"' + "x\n" * 100_000),
-    "a hundred thousand columns": data("a.csv", many_columns),
+    "a hundred thousand columns": data("a.csv", many_columns, "100,000 columns"),
     "formulas": data("a.csv", 'text\n"=cmd|\'/C calc\'!A0"\n"' + PROSE + '"\n', "", codes=FINE),
-    "one huge line": data("a.txt", PROSE * 20_000, "", codes=FINE),
-    "only line breaks": data("a.txt", "\n" * 5_000_000),
+    "one huge line": data("a.txt", PROSE * 2_000, "", codes=FINE),
+    "only line breaks": data("a.txt", "\n" * 300_000),
     "pickle named parquet": data("a.parquet", pickle.dumps(Evil()), "it is not a parquet file"),
     "gzip named parquet": data("a.parquet", gzip.compress(b"\0" * 10**8), "it is not a parquet file"),
     "gzip named jsonl": data("a.jsonl", gzip.compress(rows({"text": "x"}).encode() * 10**5)),

@@ -19,16 +19,12 @@ from toolkit import checkpoints as checkpoints_module
 from toolkit.checkpoints import (
     LOCK,
     RESULTS,
-    STATE,
     TEMPORARY,
     Log,
     Progress,
     check_output,
-    check_resumable,
     check_space,
     clean_up,
-    find_checkpoint,
-    fingerprint,
     flatten_state,
     latest_checkpoint,
     locked,
@@ -41,6 +37,7 @@ from toolkit.checkpoints import (
 )
 from toolkit.data_blocks import Blocks
 from toolkit.earlier_run import checkpoints, settings
+from toolkit.resume import check_resumable, find_checkpoint, fingerprint
 
 FILES = {
     "adapter_model.safetensors",
@@ -101,6 +98,20 @@ def write(folder, number: int, keep: int = 10, **more):
     """A checkpoint whose content depends on its number."""
     adapter = {"a.lora_A.weight": torch.full((2, 3), float(number))}
     return write_checkpoint(folder, number, adapter, {"r": 2}, {"progress": {"step": number}, **more}, keep)
+
+
+def state_of(step: int) -> dict:
+    """The state that a run of the default settings leaves after a step, without its tensors."""
+    return {
+        "progress": dataclasses.asdict(Progress(step=step)),
+        "optimizer": {},
+        "scheduler": {"last_epoch": step},
+        "scaler": {},
+        "best_adapter": {},
+        "config": settings(Config()),
+        "fingerprint": prints_of(),
+        "shape": {"window": 16, "micro_batch": 1, "checkpointed": 0, "processes": 1},
+    }
 
 
 def ignore(line: str) -> None:
@@ -431,16 +442,59 @@ def prints_of(weight: float = 0.0, token: int = 7, cut: int = 4, word: str = "a"
 @pytest.mark.parametrize(
     ("change", "part"),
     [
-        ({}, None),
-        ({"weight": 1.0}, "model"),
-        ({"token": 8}, "data"),
-        ({"cut": 3}, "data"),
-        ({"word": "b"}, "tokenizer"),
+        ({}, set()),
+        ({"weight": 1.0}, {"model", "weights"}),
+        ({"token": 8}, {"data"}),
+        ({"cut": 3}, {"data"}),
+        ({"word": "b"}, {"tokenizer"}),
     ],
 )
 def test_fingerprint_tells_apart_what_a_run_learns_from(change, part):
     before, now = prints_of(), prints_of(**change)
-    assert {name for name in before if before[name] != now[name]} == ({part} if part else set())
+    assert {name for name in before if before[name] != now[name]} == part
+
+
+def sized(model: torch.nn.Module) -> dict[str, str]:
+    part = Blocks((np.array([1, 2, 3, 4, 5], np.int32),), 4, np.array([0, 4, 5]), 1, 1)
+    return fingerprint(model, SimpleNamespace(get_vocab=lambda: {"a": 0}), {"train": part, "validation": None})
+
+
+@pytest.mark.parametrize("element", [0, 256, 4001, 100 * 100 - 1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_fingerprint_sees_one_element_anywhere(element, dtype):
+    model = torch.nn.Linear(100, 100, bias=False, dtype=dtype).requires_grad_(False)
+    before = sized(model)
+    model.weight.view(-1)[element] += 1
+    now = sized(model)
+    assert before["weights"] != now["weights"] and (before["model"] != now["model"]) == (element < 256)
+
+
+def test_fingerprint_sees_swapped_rows_and_other_scales():
+    """Both keep what the other hash looks at: the sum of the bytes, and the packed weights."""
+    model = torch.nn.Linear(128, 128, bias=False).requires_grad_(False)
+    before = sized(model)
+    model.weight.copy_(model.weight[list(range(64)) + list(range(127, 63, -1))])
+    assert sized(model)["weights"] != before["weights"]
+    packed = bnb.nn.Linear4bit(128, 128, bias=False, quant_storage=torch.uint8)
+    packed.weight = bnb.nn.Params4bit(model.weight, requires_grad=False).to("cpu")
+    packed.weight = packed.weight if packed.weight.quant_state else packed.weight._quantize("cpu")
+    before = sized(packed)
+    packed.weight.quant_state.absmax[-1] += 1
+    now = sized(packed)
+    assert before["model"] == now["model"] and before["weights"] != now["weights"]
+
+
+def test_checkpoint_from_before_the_second_hash_is_compared_by_the_first():
+    """Their fingerprint has three hashes: what it cannot tell is not asked, and what it can tell is."""
+    old = {name: value for name, value in prints_of().items() if name != "weights"}
+    state = {"config": settings(Config()), "fingerprint": old, "shape": {"window": 16}}
+    now = prints_of()
+    check_resumable(state, Config(), now | {"weights": "another"}, 16, "checkpoint-2")
+    with pytest.raises(ConfigError, match="^model.name: its content has changed since checkpoint-2"):
+        check_resumable(state, Config(), now | {"model": "another"}, 16, "checkpoint-2")
+    new = state | {"fingerprint": now}
+    with pytest.raises(ConfigError, match="^model.name: its content has changed since checkpoint-2"):
+        check_resumable(new, Config(), now | {"weights": "another"}, 16, "checkpoint-2")
 
 
 def test_resume_refuses_every_change_of_what_is_learned_and_no_other():
@@ -500,13 +554,13 @@ def test_changed_content_is_named_by_the_setting_that_explains_it(changes, now, 
 
 def test_checkpoint_to_go_on_from(tmp_path):
     for number in (2, 4):
-        write(tmp_path, number, **dict.fromkeys(STATE - {"progress"}))
+        write(tmp_path, number, **state_of(number))
     training = dataclasses.replace(Config().training, output_dir=str(tmp_path))
     assert find_checkpoint(training, False, ignore)[0].name == "checkpoint-4"
     assert find_checkpoint(training, True, ignore) is None
     assert find_checkpoint(dataclasses.replace(training, resume="never"), False, ignore) is None
     older = dataclasses.replace(training, resume=str(tmp_path / "checkpoint-2"))
-    assert find_checkpoint(older, False, ignore)[2]["progress"] == {"step": 2}
+    assert find_checkpoint(older, False, ignore)[2]["progress"]["step"] == 2
     with pytest.raises(ConfigError, match="training.resume: cannot continue from nowhere"):
         find_checkpoint(dataclasses.replace(training, resume="nowhere"), False, ignore)
     for folder in checkpoints(tmp_path):
@@ -517,7 +571,7 @@ def test_checkpoint_to_go_on_from(tmp_path):
         find_checkpoint(training, False, ignore)
     write(tmp_path, 6)
     with pytest.raises(
-        ConfigError, match="checkpoint-6 was written by another version of the toolkit: it has no best_adapter, config"
+        ConfigError, match="checkpoint-6 is of another model or version, .* its state: expected best_adapter, config"
     ):
         find_checkpoint(training, False, ignore)
 

@@ -1,12 +1,15 @@
 """What an earlier run left in a folder is read without torch; the command line's side is in test_command_line.py."""
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
-from config import Config, ConfigError, load_config
+from config import FROM_ADAPTER, FROM_OWN_RUN, LEAVES, Config, ConfigError, Leaf, load_config
 from toolkit import earlier_run
 from toolkit.checkpoints import write_checkpoint
 from toolkit.earlier_run import may_have_moved, read_settings, refuse_other_run, settings
@@ -53,7 +56,9 @@ def test_the_newest_readable_checkpoint_counts(tmp_path):
     (problem,) = refused(tmp_path)
     assert problem.startswith("training.seed: was 1 in checkpoint-2, is 42 now; ")
     (tmp_path / "checkpoint-2" / "training_state.json").write_text("half", encoding="utf-8")
-    assert refused(tmp_path) == ()  # loading says that none is sound
+    assert refused(tmp_path) == (
+        f"training.resume: all checkpoints in {tmp_path} are damaged; use --overwrite to start over",
+    )
 
 
 def test_only_what_is_learned_may_not_change(tmp_path):
@@ -96,3 +101,146 @@ def test_another_name_is_another_content_where_that_is_sure(tmp_path):
 @pytest.mark.parametrize("name", ["x" * 5000, "a\0b"])
 def test_a_name_that_no_folder_can_have_is_left_to_who_makes_it(name):
     assert refused(Path(name)) == ()
+
+
+# ------------------------------------------------------------------------------------------------ an adapter's folder
+
+
+def folder_of(place: Path, settings: dict[str, object], base: str = "some/base") -> Path:
+    """Make an adapter's folder without weights, with these settings by dotted name in its config.yaml."""
+    place.mkdir()
+    described = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "base_model_name_or_path": base}
+    (place / "adapter_config.json").write_text(json.dumps(described), encoding="utf-8")
+    tree: dict[str, dict[str, object]] = {}
+    for name, value in ({"model.name": base} | settings).items():
+        section, key = name.split(".")
+        tree.setdefault(section, {})[key] = value
+    (place / "config.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
+    return place
+
+
+def used(adapter: Path, text: str = "", given: list[Path] | tuple = (), evaluate: bool = False, **flags: str) -> Config:
+    """Return the configuration with an adapter. text: of the config.yaml beside the script."""
+    beside = adapter.parent / "beside.yaml"
+    beside.write_text(text, encoding="utf-8")
+    overrides = {name.replace("__", "."): value for name, value in flags.items()}
+    return earlier_run.config_with_adapter(adapter, list(given), beside, overrides, evaluate)[0]
+
+
+def another(leaf: Leaf) -> object:
+    """Return a valid value that is not the leaf's default, as YAML has it."""
+    default, limits = leaf.field.default, leaf.field.metadata
+    if bool in leaf.kinds:
+        return not default
+    if tuple in leaf.kinds:
+        return ["one"]
+    if "choices" in limits:
+        return next(choice for choice in limits["choices"] if choice != default)
+    if float in leaf.kinds:
+        return 0.5 if default != 0.5 else 0.25
+    return 77 if int in leaf.kinds else "another"
+
+
+@pytest.mark.parametrize("name", [name for name in LEAVES if name not in FROM_ADAPTER])
+def test_a_setting_that_is_not_on_the_list_has_no_effect_in_an_adapters_folder(name, tmp_path):
+    value = another(LEAVES[name])
+    assert load_config((), {name: value}) != Config()  # it is another value
+    with_it = used(folder_of(tmp_path / "with", {name: value}))
+    assert with_it == used(folder_of(tmp_path / "without", {}))
+    if name in FROM_OWN_RUN:
+        own = folder_of(tmp_path / "own", {name: value, "training.output_dir": str(tmp_path / "own")})
+        assert settings(used(own))[name] == value
+
+
+@pytest.mark.parametrize("name", sorted(FROM_ADAPTER))
+def test_a_setting_on_the_list_is_read_in_an_adapters_folder(name, tmp_path):
+    value = another(LEAVES[name])
+    folder = folder_of(tmp_path / "with", {name: value}, "another" if name == "model.name" else "some/base")
+    assert settings(used(folder))[name] == value
+
+
+def test_consent_comes_from_the_user(tmp_path):
+    trust = {"model.trust_remote_code": True}
+    adapter = folder_of(tmp_path / "adapter", trust)
+    text = "model: {name: some/base, trust_remote_code: true}\n"
+    other, given = text.replace("some/base", "other/base"), tmp_path / "given.yaml"
+    assert not used(adapter).model.trust_remote_code
+    assert used(adapter, model__trust_remote_code="true").model.trust_remote_code
+    assert used(adapter, text).model.trust_remote_code  # the config.yaml beside the script, of that very base
+    assert not used(adapter, other).model.trust_remote_code
+    assert not used(adapter, text, model__trust_remote_code="false").model.trust_remote_code
+    given.write_text(text, encoding="utf-8")
+    assert used(adapter, given=[given]).model.trust_remote_code
+    given.write_text("model: {trust_remote_code: true}\n", encoding="utf-8")  # of no base in particular
+    assert not used(adapter, given=[given]).model.trust_remote_code
+    (adapter / "config.yaml").unlink()  # what is beside the script is used, with another base by flag
+    assert used(adapter, text).model.trust_remote_code
+    assert not used(adapter, text, model__name="other/base").model.trust_remote_code
+
+
+def test_a_version_that_the_adapter_names_is_no_version_that_the_user_trusts(tmp_path):
+    adapter = folder_of(tmp_path / "adapter", {"model.revision": "refs/pr/1"})
+    text = "model: {name: some/base, trust_remote_code: true}\n"
+    assert used(adapter).model.revision == "refs/pr/1"  # weights only
+    assert not used(adapter, text).model.trust_remote_code
+    with pytest.raises(ConfigError, match="model.revision: .* names refs/pr/1, whose Python code would run"):
+        used(adapter, model__trust_remote_code="true")
+    found = used(adapter, model__trust_remote_code="true", model__revision="refs/pr/1")
+    assert found.model.trust_remote_code
+
+
+def test_a_base_in_the_adapters_folder_needs_a_flag(tmp_path, monkeypatch):
+    adapter = folder_of(tmp_path / "adapter", {}, "base")
+    (adapter / "base").mkdir()
+    with pytest.raises(ConfigError, match="model.name: .* lies in the adapter's folder; give --model_name"):
+        used(adapter)
+    named = used(adapter, model__name=str(adapter / "base"))
+    assert named.model.name == str(adapter / "base")
+    monkeypatch.chdir(adapter)  # a hub id of the user's file is then the name of a folder that came with the adapter
+    (adapter / "some" / "base").mkdir(parents=True)
+    (adapter / "config.yaml").unlink()
+    with pytest.raises(ConfigError, match="lies in the adapter's folder"):
+        used(adapter, "model: {name: some/base, trust_remote_code: true}\n")
+    monkeypatch.chdir(tmp_path)
+    assert used(adapter, "model: {name: some/base}\n").model.name == "some/base"
+
+
+def test_a_flag_is_not_looked_up_in_the_adapters_folder(tmp_path):
+    adapter = folder_of(tmp_path / "adapter", {})
+    (adapter / "their" / "model").mkdir(parents=True)
+    assert used(adapter, model__name="their/model", model__trust_remote_code="true").model.name == "their/model"
+
+
+def test_two_bases_in_one_folder_need_a_flag(tmp_path):
+    adapter = folder_of(tmp_path / "adapter", {"model.name": "other/base"})
+    with pytest.raises(
+        ConfigError, match="names other/base, but adapter_config.json beside it some/base; give --model"
+    ):
+        used(adapter)
+    assert used(adapter, model__name="some/base").model.name == "some/base"
+
+
+def test_data_to_evaluate_on_is_named_by_the_user_or_by_a_run_of_this_machine(tmp_path, monkeypatch):
+    data = {"data.dataset": "some/data", "data.max_length": 64}
+    foreign = folder_of(tmp_path / "foreign", data)
+    own = folder_of(tmp_path / "own", data | {"training.output_dir": str(tmp_path / "own")})
+    (own / "checkpoint-3").mkdir()
+    for name in ("adapter_config.json",):
+        (own / "checkpoint-3" / name).write_bytes((own / name).read_bytes())
+    for folder in (own, own / "checkpoint-3"):
+        assert used(folder, evaluate=True).data.dataset == "some/data"
+    with pytest.raises(ConfigError, match="data.dataset: .*give --dataset some/data if you want"):
+        used(foreign, evaluate=True)
+    found = used(foreign, evaluate=True, data__dataset="other/data").data
+    assert (found.dataset, found.max_length) == ("other/data", 64)
+    assert used(foreign, "data: {dataset: some/data}\n", evaluate=True).data.dataset == "some/data"  # the user's too
+    given = tmp_path / "given.yaml"
+    given.write_text("data: {dataset: other/data}\n", encoding="utf-8")
+    assert used(foreign, given=[given], evaluate=True).data.dataset == "other/data"
+    assert used(foreign).data.dataset == Config().data.dataset  # an answer needs none
+    monkeypatch.chdir(tmp_path)
+    for output_dir in ("foreign", "./foreign", "/proc/self/cwd/foreign", str(tmp_path / "other" / ".." / "foreign")):
+        pretends = data | {"training.output_dir": output_dir, "model.name": "some/base"}
+        shutil.rmtree(foreign)
+        with pytest.raises(ConfigError, match="give --dataset"):
+            used(folder_of(tmp_path / "foreign", pretends), evaluate=True)

@@ -276,14 +276,14 @@ def test_a_smaller_micro_batch_after_running_out_learns_the_same(train, monkeypa
 
 def test_an_evaluation_that_runs_out_changes_the_evaluation_only(train, monkeypatch, tmp_path):
     code, want = train(*FP32, output_dir=tmp_path / "told")
-    real = micro_step.Learner.evaluation_loss
+    real = CausalLMLoss.sequence_sums
 
-    def evaluation_loss(learner, **batch):
+    def sequence_sums(objective, **batch):
         if len(batch["input_ids"]) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory. (injected)")
-        return real(learner, **batch)
+        return real(objective, **batch)
 
-    monkeypatch.setattr(micro_step.Learner, "evaluation_loss", evaluation_loss)
+    monkeypatch.setattr(CausalLMLoss, "sequence_sums", sequence_sums)
     code, found = train(*FP32, output_dir=tmp_path / "found")
     assert code == 0
     log = (found / "training_log.txt").read_text(encoding="utf-8")

@@ -1,0 +1,90 @@
+"""Put an adapter on its base: its files may come from anybody, so each is checked before peft uses it."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
+from transformers import PreTrainedModel
+
+from config import ConfigError
+from quantization_utils import LOADING_ERRORS, count_parameters
+from toolkit.adapter_config import read_adapter_config, resolve_patterns
+
+WEIGHTS = "adapter_model.safetensors"
+TYPES = ("F32", "F16", "BF16")
+PREFIX = "base_model.model."
+LARGEST = 1e6  # bound of an entry of the update of a weight, whose own entries are below 10
+
+
+def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
+    """Return the model with a folder's adapter, in eval mode; raise ConfigError if the two do not fit together."""
+    folder = Path(folder)
+    settings = read_adapter_config(folder)
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise ConfigError(f"--adapter: no {WEIGHTS} in {folder} (pickled weights are not loaded)")
+    misfit = f"--adapter: {folder} does not fit {model.name_or_path}"
+    try:
+        names = check_tensors(path, settings, count_parameters(model)[1])
+        modules = [name for name, _ in model.named_modules()]
+        adapted = list(dict.fromkeys(n.removeprefix(PREFIX).partition(".lora_")[0] for n in names if ".lora_" in n))
+        found = resolve_patterns(settings, modules, adapted, f"--adapter: {folder / 'adapter_config.json'}")
+        check_replication(found, model, misfit)
+        with warnings.catch_warnings():
+            # peft only warns about layers that the file lacks, and ignores those that the model lacks.
+            warnings.simplefilter("ignore", UserWarning)
+            own = LoraConfig(**{key: value for key, value in found.items() if key != "peft_type"})
+            peft_model = PeftModel.from_pretrained(model, str(folder), config=own).eval()
+    except ConfigError:
+        raise
+    except LOADING_ERRORS as error:
+        raise ConfigError(f"{misfit}: {type(error).__name__}: {' '.join(str(error).split())[:250]}") from None
+    odd = names ^ set(get_peft_model_state_dict(peft_model, save_embedding_layers=False))
+    for name in sorted(odd):
+        owner = "adapter" if name in names else "model"
+        raise ConfigError(f"{misfit}: only the {owner} has {name}")
+    return peft_model
+
+
+def check_tensors(path: Path, settings: dict[str, Any], weights: int) -> set[str]:
+    """Return the names of the tensors in an adapter's file, all of them of finite and sound numbers; raise ConfigError.
+
+    settings: those of read_adapter_config. weights: how many the base has.
+    """
+    limit = 12 * weights + 2**26  # of a file with three times the base's weights in fp32
+    if (size := path.stat().st_size) > limit:
+        raise ConfigError(f"--adapter: {path}: expected at most {limit:,} bytes for this base, got {size:,}")
+    largest, rank = {"lora_A": 0.0, "lora_B": 0.0}, 0
+    with safe_open(path, framework="pt") as file:
+        names = set(file.keys())
+        for name in sorted(names):
+            if (kind := file.get_slice(name).get_dtype()) not in TYPES:
+                raise ConfigError(f"--adapter: {name} in {path}: expected one of {', '.join(TYPES)}, got {kind}")
+            tensor = file.get_tensor(name)
+            if not torch.isfinite(tensor).all():
+                raise ConfigError(f"--adapter: {name} in {path}: expected finite numbers, got infinite ones or NaN")
+            rank = max(rank, len(tensor)) if "lora_A" in name or "lora_embedding_A" in name else rank
+            for part in largest:
+                if part in name and tensor.numel():
+                    largest[part] = max(largest[part], tensor.abs().max().item())
+    scale = max([settings["lora_alpha"], *settings.get("alpha_pattern", {}).values()])
+    if (bound := scale * largest["lora_A"] * largest["lora_B"]) > LARGEST:
+        raise ConfigError(
+            f"--adapter: {path.parent}: expected lora_alpha and weights of a usual size, got an update of up to {bound:.0e}"
+        )
+    asked = max([settings["r"], *settings.get("rank_pattern", {}).values()])
+    if asked > 8 * rank:  # peft allocates the matrices before it compares; some ranks may be used by no module
+        raise ConfigError(f"--adapter: {path.parent}: r: expected the rank of its weights, {rank}, got {asked}")
+    return names
+
+
+def check_replication(settings: dict[str, Any], model: PreTrainedModel, misfit: str) -> None:
+    """Raise ConfigError if an adapter's layer_replication names layers that the base lacks, or far too many."""
+    pairs, count = settings.get("layer_replication", ()), model.config.get_text_config().num_hidden_layers
+    if any(not start < end <= count for start, end in pairs) or sum(end - start for start, end in pairs) > 4 * count:
+        raise ConfigError(
+            f"{misfit}: layer_replication: expected pairs [first, end] of its {count} layers, at most 4 times"
+        )
