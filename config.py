@@ -605,8 +605,9 @@ def read_yaml(path: Path) -> dict:
 
 
 def _word(key: Any) -> str:
-    """Return an unknown key as a message shows it: cut, if it is no word at all."""
-    return str(key) if len(str(key)) <= 80 else f"{str(key)[:80]}…"
+    """Return an unknown key, flag or argument as a message shows it: cut, and quoted if it is no word at all."""
+    word = str(key) if len(str(key)) <= 80 else f"{str(key)[:80]}…"
+    return word if word.isprintable() and word.strip() else repr(word)
 
 
 def _usual(word: str) -> str | None:
@@ -885,7 +886,7 @@ def _unknown(flag: str, known: Sequence[str]) -> str:
     if name is not None and f"--{name}" not in known:
         here = [f"; here it is --{key}" for key, names in USUAL_NAMES.items() if word in names and f"--{key}" in known]
         return f"{flag}: belongs to train_qlora.py{'' if word in (usual, name) else f', as --{usual}'}{''.join(here)}"
-    return f"{flag}: unknown flag{_nearest(flag, known)}"
+    return f"{_word(flag)}: unknown flag{_nearest(flag, known)}"
 
 
 def parse_arguments(
@@ -900,7 +901,7 @@ def parse_arguments(
     known = [option for action in parser._actions for option in action.option_strings]
     problems = [_unknown(flag, known) for flag in flags]
     if unknown and not flags:
-        problems = [f"unexpected argument{'s' if len(unknown) > 1 else ''}: {' '.join(unknown)}"]
+        problems = [f"unexpected argument{'s' if len(unknown) > 1 else ''}: {' '.join(map(_word, unknown))}"]
     if problems:
         raise ConfigError(*problems)
     overrides = {name: value for name, value in vars(namespace).items() if name in LEAVES}

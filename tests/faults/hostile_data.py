@@ -198,7 +198,7 @@ def depth(opening: Iterable[str], levels: int, closing: str = "") -> str:
 
 def copy_of_rows(folder: Path, ground: Ground) -> Attack:
     """Not hostile at all: what a terminal wrote, with more brackets in its texts than any guard of depth allows."""
-    texts = ["\x1b[31m" * 5000, "if(x){ " * 5000, '"[' * 5000]
+    texts = ["\x1b[31m" * 4100, "if(x){" * 4100]
     (folder / "a.jsonl").write_text(rows(*[{"text": text} for text in texts]))
     return train("--dataset", folder / "a.jsonl", codes=(0,), says="adapter, curves and log are in")
 
@@ -236,7 +236,7 @@ ATTACKS: dict[str, Build] = {
     "key written twice": data("a.jsonl", '{"text": "a", "text": ["b"]}\n'),
     "zero bytes in csv": data("a.csv", b"text\n" + b"\0" * 10_000 + b"\n", "", codes=FINE),
     "a quote that never closes": data("a.csv", 'text\n"' + "x\n" * 100_000),
-    "a hundred thousand columns": data("a.csv", many_columns, "100,000 columns"),
+    "a hundred thousand columns": data("a.csv", many_columns, "at most 10,000 columns, got 100,000"),
     "formulas": data("a.csv", 'text\n"=cmd|\'/C calc\'!A0"\n"' + PROSE + '"\n', "", codes=FINE),
     "one huge line": data("a.txt", PROSE * 2_000, "", codes=FINE),
     "only line breaks": data("a.txt", "\n" * 300_000),
