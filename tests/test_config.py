@@ -339,6 +339,22 @@ def test_a_file_with_nothing_but_unknown_keys_is_forty_lines(tmp_path):
         assert len(problems(from_yaml, tmp_path, text)) == 41
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain, größer, 中文\n\tstays", None),
+        ("\x1b[2J\x1b]52;c;x\x07", r"\x1b[2J\x1b]52;c;x\x07"),
+        ("a\rb\x7f\x9b\x00", r"a\rb\x7f\x9b\x00"),
+        ("a\u202eb\u2028c", r"a\u202eb\u2028c"),
+        ("of Windows\r\n", "of Windows\n"),
+    ],
+)
+def test_control_characters_are_made_visible(text, shown, capsys):
+    assert startup.visible(text) == (text if shown is None else shown)
+    assert startup.report(ConfigError(f"data: {text}")) == 2
+    assert set("\x1b\x07\r\x7f\x9b\0\u202e").isdisjoint(capsys.readouterr().err)
+
+
 def test_every_number_has_a_tested_range():
     numbers = {name for name, leaf in LEAVES.items() if {int, float} & set(leaf.kinds)}
     assert {name for name, _, _ in RANGES} == numbers

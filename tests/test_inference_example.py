@@ -1,20 +1,23 @@
 """inference_example.py through its entry point, on the tiny model in real NF4 with a random adapter."""
 
+import contextlib
 import dataclasses
 import functools
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
@@ -25,7 +28,7 @@ from config import ConfigError, load_config, save_config
 from fast_path.decoder import Watch
 from inference_example import Conversation, Engine, attach, create_engine, encode, fitted, generate_ids, load, take_turn
 from quantization_utils import create_lora_config, keep_packing, load_model_and_tokenizer
-from toolkit import merge
+from toolkit import locks, merge
 from toolkit.data_formats import IGNORED, PLAIN_TEMPLATE, load_rows, tokenize_rows
 from toolkit.generation import Generator
 
@@ -318,11 +321,57 @@ def test_a_second_call_goes_on_where_the_first_stopped(run: Callable, tmp_path: 
     output.write_bytes(b"".join(lines[:8]) + lines[8][:20])  # killed while it wrote the ninth row
     code, _, err = run(*flags)
     assert code == 0 and "2 answers" in err and output.read_bytes() == whole
+    assert f"continuing {output} after 8 answers, which keep the settings of the call that made them" in err
     code, _, err = run(*flags)
     assert code == 0 and "nothing left to do" in err and output.read_bytes() == whole
+    assert "made with the adapter and settings of an earlier call; choose another --output" in err
     for foreign in (b"my notes, without an end", b'{"prompt": "another", "completion": ""}\n', whole + lines[0]):
         output.write_bytes(foreign)
         assert run(*flags)[0] == 2 and output.read_bytes() == foreign
+
+
+def test_what_another_call_is_writing_is_refused(
+    run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once, and also where the other one began after this one had looked."""
+    questions, output = tmp_path / "q.txt", tmp_path / "new" / "a.jsonl"
+    questions.write_text("\n".join(PROMPTS), encoding="utf-8")
+    flags = ("--mode", "text", "--prompts", questions, "--output", output)
+    busy = f"error: --output: another call is writing {output}; wait until it ends, or choose another --output\n"
+    with locks.exclusive(locks.lock_of(output), "held"):
+        assert run(*flags) == (2, "", busy)
+        assert run("--mode", "merge", "--output", output)[0] == 2
+    assert not output.parent.exists()
+    real = locks.exclusive
+
+    @contextlib.contextmanager
+    def after_the_other(*arguments: object) -> Iterator[None]:
+        with real(*arguments):
+            output.write_bytes(b"of the other\n")
+            yield
+
+    monkeypatch.setattr(inference_example, "exclusive", after_the_other)
+    assert run(*flags)[0] == 2 and output.read_bytes() == b"of the other\n"
+    assert [path.name for path in output.parent.iterdir()] == [output.name]
+
+
+def test_escapes_of_the_model_reach_no_terminal(run: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Text mode into a pipe stays as generated; newlines and tabs stay everywhere."""
+    decode = transformers.PreTrainedTokenizerFast.decode
+
+    def hostile(*arguments: object, **keywords: object) -> str:
+        return re.sub("[a-z]", "\x1b", re.sub("[A-Z ]", "\t", decode(*arguments, **keywords)))
+
+    monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "decode", hostile)
+    text = ("--mode", "text", "--prompt", "To be", "--temperature", 0)
+    code, piped, _ = run(*text)
+    assert code == 0 and "\x1b" in piped and "\\x1b" not in piped
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    code, shown, _ = run(*text)
+    assert code == 0 and shown == piped.replace("\x1b", "\\x1b") and "\t" in shown
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: False)
+    for code, out, err in (run("--mode", "demo"), run(stdin="Hello\n/set \x1b[2J\n/quit\n")):
+        assert code == 0 and "\x1b" not in out + err and "\\x1b" in out
 
 
 def test_a_second_call_goes_on_within_a_window(run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
