@@ -98,7 +98,7 @@ class LoraSettings(Section):
     rank: int = knob(
         16, "rank r of the adapter's matrices A and B; the update of a weight is B A", at_least=1, at_most=16384
     )
-    alpha: float = knob(32.0, "the update B A is multiplied by alpha / rank", at_least=1e-6, at_most=1e6)
+    alpha: float = knob(32.0, "the update B A is multiplied by alpha / rank", at_least=1e-6, at_most=10**6)
     dropout: float = knob(
         0.05, "share of the adapter's inputs that dropout sets to zero during training", at_least=0, at_most=0.999
     )
@@ -188,7 +188,7 @@ class TrainingConfig(Section):
     )
     weight_decay: float = knob(0.0, "decoupled weight decay (AdamW) of the adapter's weights", at_least=0, at_most=100)
     max_grad_norm: float = knob(
-        0.3, "a gradient with a larger norm is scaled down to this norm", at_least=1e-6, at_most=1e9
+        0.3, "a gradient with a larger norm is scaled down to this norm", at_least=1e-6, at_most=10**9
     )
     optim: str = knob(
         "paged_adamw_8bit",
