@@ -125,12 +125,13 @@ def loss_difference(before: torch.Tensor, after: torch.Tensor) -> tuple[float, f
 
     before, after: block_losses of the same blocks. The standard error is that of a ratio estimator (Cochran, Sampling
     Techniques, 1977, section 2.11) over the blocks: whatever makes the text of one hard counts before and after and
-    cancels. It is None for a single block.
+    cancels. It is None for a single block, and where the base's sums in a checkpoint from before 2026-11-29 are those
+    of micro-batches.
     """
     mean = mean_loss(after) - mean_loss(before)
     tokens, change = before[:, 1], after[:, 0] - before[:, 0]
     count = int((tokens > 0).sum())
-    if count < 2:
+    if count < 2 or not torch.equal(tokens, after[:, 1]):
         return mean, None
     spread = (change - mean * tokens).square().sum() * count / (count - 1)
     return mean, (spread.sqrt() / tokens.sum()).item()
