@@ -12,11 +12,13 @@ import contextlib
 import copy
 import dataclasses
 import difflib
+import itertools
 import json
 import math
 import operator
 import os
 import re
+import reprlib
 import sys
 import types
 import typing
@@ -48,10 +50,10 @@ class Section:
 def knob(default: Any, help: str, *, resumable: bool = False, path: bool = False, **limits: Any) -> Any:
     """Declare one setting of a section.
 
-    limits: at_least, above, below, at_most (numbers), choices and may_be_empty (strings), example (how a list is
-    written). `path` marks a setting that may name a local file. Such a file is looked up in the current folder, then
-    in the folder of the config file. `words` are values of such a setting that are not paths. `home` marks a folder
-    that need not exist yet; a leading ~ means the user's home.
+    limits: at_least, above, below, at_most, zero_or_at_least (numbers), choices and may_be_empty (strings), example
+    (how a list is written). `path` marks a setting that may name a local file. Such a file is looked up in the current
+    folder, then in the folder of the config file. `words` are values of such a setting that are not paths. `home` marks
+    a folder that need not exist yet; a leading ~ means the user's home.
     """
     return dataclasses.field(default=default, metadata={"help": help, "resumable": resumable, "path": path, **limits})
 
@@ -62,6 +64,7 @@ def free_knob(default: Any, help: str, **limits: Any) -> Any:
 
 
 SWITCH = ("auto", "on", "off")
+MANY = 10**9  # upper bound of counts. A number without an upper bound overflows somewhere late in a run.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,10 +95,12 @@ class QuantizationConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class LoraSettings(Section):
-    rank: int = knob(16, "rank r of the adapter's matrices A and B; the update of a weight is B A", at_least=1)
-    alpha: float = knob(32.0, "the update B A is multiplied by alpha / rank", above=0)
+    rank: int = knob(
+        16, "rank r of the adapter's matrices A and B; the update of a weight is B A", at_least=1, at_most=16384
+    )
+    alpha: float = knob(32.0, "the update B A is multiplied by alpha / rank", at_least=1e-6, at_most=1e6)
     dropout: float = knob(
-        0.05, "share of the adapter's inputs that dropout sets to zero during training", at_least=0, below=1
+        0.05, "share of the adapter's inputs that dropout sets to zero during training", at_least=0, at_most=0.999
     )
     target_modules: tuple[str, ...] | str = knob(
         ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
@@ -141,29 +146,37 @@ class DataConfig(Section):
         choices=("auto", "documents", "lines"),
     )
     completion_only: bool = knob(True, "chat and prompt data: train on the answers only")
-    max_length: int = knob(512, "tokens per sequence", at_least=8)
+    max_length: int = knob(512, "tokens per sequence", at_least=8, at_most=2**20)
     packing: bool = knob(
         True, "join rows into full blocks of max_length tokens; false: one row per sequence, with padding"
     )
-    max_train_samples: int | None = knob(None, "train on at most this many rows; null means all rows", at_least=1)
-    max_eval_samples: int | None = knob(None, "evaluate on at most this many rows; null means all rows", at_least=1)
+    max_train_samples: int | None = knob(
+        None, "train on at most this many rows; null means all rows", at_least=1, at_most=MANY
+    )
+    max_eval_samples: int | None = knob(
+        None, "evaluate on at most this many rows; null means all rows", at_least=1, at_most=MANY
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig(Section):
-    num_epochs: float = free_knob(3.0, "passes over the data", above=0)
+    num_epochs: float = free_knob(3.0, "passes over the data", above=0, at_most=10**6)
     max_steps: int | None = free_knob(
         None,
         "stop after this many optimizer steps instead of num_epochs; null means that num_epochs decides",
         at_least=1,
+        at_most=MANY,
     )
-    batch_size: int = free_knob(1, "sequences per micro-batch; auto_fit may choose another number", at_least=1)
+    batch_size: int = free_knob(
+        1, "sequences per micro-batch; auto_fit may choose another number", at_least=1, at_most=2**16
+    )
     gradient_accumulation_steps: int = free_knob(
         16,
         "micro-batches per optimizer step; auto_fit may change it, but keeps its product with batch_size",
         at_least=1,
+        at_most=2**16,
     )
-    learning_rate: float = knob(2e-4, "peak learning rate", above=0)
+    learning_rate: float = knob(2e-4, "peak learning rate", above=0, at_most=100)
     lr_scheduler: str = knob(
         "cosine", "how the learning rate changes after the warm-up", choices=("cosine", "linear", "constant")
     )
@@ -173,8 +186,10 @@ class TrainingConfig(Section):
         at_least=0,
         below=1,
     )
-    weight_decay: float = knob(0.0, "decoupled weight decay (AdamW) of the adapter's weights", at_least=0)
-    max_grad_norm: float = knob(0.3, "a gradient with a larger norm is scaled down to this norm", above=0)
+    weight_decay: float = knob(0.0, "decoupled weight decay (AdamW) of the adapter's weights", at_least=0, at_most=100)
+    max_grad_norm: float = knob(
+        0.3, "a gradient with a larger norm is scaled down to this norm", at_least=1e-6, at_most=1e9
+    )
     optim: str = knob(
         "paged_adamw_8bit",
         "optimizer; the paged ones move their states to main memory when the GPU's memory is full",
@@ -185,6 +200,7 @@ class TrainingConfig(Section):
         "recompute activations in the backward pass to save memory: true (all layers), false, N (the first N layers), "
         "auto, or offload (all layers, with their inputs kept in main memory); auto_fit may choose fewer layers",
         at_least=0,
+        at_most=MANY,
         choices=("auto", "offload"),
     )
     seed: int = knob(
@@ -193,21 +209,25 @@ class TrainingConfig(Section):
         at_least=0,
         at_most=2**32 - 1,
     )  # numpy's range
-    logging_steps: int = free_knob(10, "optimizer steps between two lines of the log", at_least=1)
+    logging_steps: int = free_knob(10, "optimizer steps between two lines of the log", at_least=1, at_most=MANY)
     eval_steps: int | None = free_knob(
-        None, "optimizer steps between two evaluations; null means once per epoch", at_least=1
+        None, "optimizer steps between two evaluations; null means once per epoch", at_least=1, at_most=MANY
     )
     save_steps: int | None = free_knob(
         None,
         "optimizer steps between two checkpoints, in addition to save_minutes; null means no checkpoints by step count",
         at_least=1,
+        at_most=MANY,
     )
     save_minutes: float | None = free_knob(
-        15.0, "minutes between two checkpoints; null means no checkpoints by time", above=0
+        15.0, "minutes between two checkpoints; null means no checkpoints by time", above=0, at_most=10**6
     )
-    save_total_limit: int = free_knob(2, "number of checkpoints to keep", at_least=1)
+    save_total_limit: int = free_knob(2, "number of checkpoints to keep", at_least=1, at_most=10**6)
     early_stopping_patience: int | None = free_knob(
-        None, "stop after this many evaluations in a row without a better loss; null means never", at_least=1
+        None,
+        "stop after this many evaluations in a row without a better loss; null means never",
+        at_least=1,
+        at_most=MANY,
     )
     resume: str = free_knob(
         "auto",
@@ -237,15 +257,22 @@ class PerformanceConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class GenerationConfig(Section):
-    max_new_tokens: int = free_knob(128, "longest answer, in tokens", at_least=1)
+    max_new_tokens: int = free_knob(128, "longest answer, in tokens", at_least=1, at_most=2**20)
     temperature: float = free_knob(
-        0.7, "how random the choice of tokens is; 0 always chooses the most likely token", at_least=0
+        0.7,
+        "how random the choice of tokens is; 0 always chooses the most likely token",
+        zero_or_at_least=0.001,
+        at_most=100,
     )
     top_p: float = free_knob(
         0.9, "sample from the smallest set of most likely tokens whose probabilities add up to this", above=0, at_most=1
     )
-    top_k: int | None = free_knob(None, "sample from the k most likely tokens only; null means all tokens", at_least=1)
-    repetition_penalty: float = free_knob(1.0, "a number above 1 makes repetition less likely", above=0)
+    top_k: int | None = free_knob(
+        None, "sample from the k most likely tokens only; null means all tokens", at_least=1, at_most=MANY
+    )
+    repetition_penalty: float = free_knob(
+        1.0, "a number above 1 makes repetition less likely", at_least=0.01, at_most=100
+    )
     system_prompt: str | None = free_knob(
         None, "system message of a chat; null means the one in the chat template, if it has one", may_be_empty=True
     )
@@ -268,7 +295,8 @@ class Config(Section):
 SECTIONS: dict[str, Any] = {  # the class of each section, by name
     field.name: type(field.default) for field in dataclasses.fields(Config) if field.name != "flags"
 }
-BOUNDS = {
+BOUNDS: dict[str, tuple[str, Any]] = {
+    "zero_or_at_least": ("0, or >=", lambda value, limit: value == 0 or value >= limit),
     "at_least": (">=", operator.ge),
     "above": (">", operator.gt),
     "at_most": ("<=", operator.le),
@@ -397,10 +425,24 @@ def coerce(leaf: Leaf, value: Any) -> Any:
     try:
         return _convert(leaf, value)
     except (ValueError, OverflowError):
-        # Python refuses to print an integer of more than 4,300 digits in decimal.
-        shown = hex(value) if isinstance(value, int) and abs(value) >= 2**64 else repr(value)
-        shown = shown if len(shown) <= 200 else f"{shown[:200]}… ({len(shown):,} characters)"
-        raise ConfigError(f"{leaf.name}: expected {leaf.expected}, got {shown}") from None
+        text = isinstance(value, str) and str in leaf.kinds and "choices" not in leaf.field.metadata
+        more = " without control characters" if text and value.strip() else ""
+        raise ConfigError(f"{leaf.name}: expected {leaf.expected}{more}, got {brief(value)}") from None
+
+
+def brief(value: Any) -> str:
+    """Return a value's repr, cut to 200 characters.
+
+    Of a list or a mapping only the first items are expanded: with aliases a small file can hold one that fills the
+    memory when it is printed.
+    """
+    if isinstance(value, (list, tuple, dict)):
+        short = reprlib.Repr()
+        short.maxlevel, short.maxlist, short.maxdict, short.maxstring, short.maxother = 3, 12, 12, 80, 80
+        return short.repr(value)[:200]
+    # Python refuses to print an integer of more than 4,300 digits in decimal.
+    text = hex(value) if isinstance(value, int) and abs(value) >= 2**64 else repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}… ({len(text):,} characters)"
 
 
 def _convert(leaf: Leaf, value: Any) -> Any:
@@ -416,16 +458,17 @@ def _convert(leaf: Leaf, value: Any) -> Any:
             return "on" if value else "off"
         raise ValueError
     if isinstance(value, str) and str in kinds:
-        value.encode()  # a UnicodeEncodeError, which is a ValueError, for a path that is no valid UTF-8
-        if value in choices or (not choices and (value.strip() or "may_be_empty" in limits)):
+        if value in choices or (not choices and _is_text(value, "may_be_empty" in limits)):
             return value
         raise ValueError
     if isinstance(value, (list, tuple)) and tuple in kinds:
-        if value and all(isinstance(item, str) and item.strip() for item in value):
+        if value and all(isinstance(item, str) and _is_text(item) for item in value):
             return tuple(value)
         raise ValueError
-    if isinstance(value, (int, float, str)) and float in kinds:
-        value = float(value)  # also for a str: YAML 1.1 reads 2e-4, which has no decimal point, as a str
+    if isinstance(value, str) and float in kinds and re.fullmatch(r"[-+]?[0-9.]+([eE][-+]?[0-9]+)?", value):
+        value = float(value)  # YAML 1.1 reads 2e-4, which has no decimal point, as a str
+    if isinstance(value, (int, float)) and float in kinds:
+        value = float(value)
         if not math.isfinite(value):
             raise ValueError
     elif not (isinstance(value, int) and int in kinds):
@@ -435,14 +478,24 @@ def _convert(leaf: Leaf, value: Any) -> Any:
     return value
 
 
+def _is_text(value: str, long: bool = False) -> bool:
+    """Return whether a str may be the value of a text setting: not blank, and without control characters.
+
+    No path and no name has control characters, and UTF-8 cannot store half of a surrogate pair. long: a text that may
+    be empty and have several lines.
+    """
+    refused = "[\0\ud800-\udfff]" if long else "[\0-\x1f\x7f-\x9f\ud800-\udfff]"
+    return bool(long or value.strip()) and re.search(refused, value) is None
+
+
 def coerce_flag(leaf: Leaf, text: str) -> Any:
     """Read a flag's text as YAML would, but keep the value of a text setting: `--output_dir 2024` names a folder."""
     if leaf.kinds in ((str,), (str, types.NoneType)) and leaf.field.metadata.get("choices") != SWITCH:
         return coerce(leaf, None if leaf.optional and text in ("null", "~") else text)
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)  # a SafeLoader
     except (yaml.YAMLError, ValueError, RecursionError):
-        raise ConfigError(f"{leaf.name}: expected {leaf.expected}, got {text!r}{_list_hint(leaf)}") from None
+        raise ConfigError(f"{leaf.name}: expected {leaf.expected}, got {brief(text)}{_list_hint(leaf)}") from None
     try:
         return coerce(leaf, _plain_names(leaf, value))
     except ConfigError as error:
@@ -469,7 +522,24 @@ def _list_hint(leaf: Leaf) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Like yaml.safe_load, but refuse a key that is written twice: YAML forbids it, PyYAML silently keeps the last."""
+    """A SafeLoader of plain values: text, numbers, true, false, null, lists and mappings.
+
+    It refuses tags such as `!!bool`, which force a type on any text, many aliases, with which a small file becomes a
+    huge value, and a key that is written twice: YAML forbids it, PyYAML silently keeps the last.
+    """
+
+    aliases = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event, problem = self.peek_event(), ""
+        if isinstance(event, yaml.AliasEvent):
+            self.aliases += 1
+            problem = f"expected at most {MOST_ALIASES} aliases (*name)" if self.aliases > MOST_ALIASES else ""
+        elif event.tag is not None:
+            problem = f"expected a plain value, got the tag {brief(event.tag)}"
+        if problem:
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
@@ -478,16 +548,41 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.MarkedYAMLError(problem="a key must be a word", problem_mark=key.start_mark)
             if key.value in seen:
                 raise yaml.MarkedYAMLError(
-                    problem=f"the key {key.value!r} is written twice", problem_mark=key.start_mark
+                    problem=f"the key {brief(key.value)} is written twice", problem_mark=key.start_mark
                 )
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
+MOST_ALIASES, MOST_BYTES, MOST_PROBLEMS = 20, 2**20, 40
+# Of YAML 1.1's notations these stay text: dates, 1:30 (90), 0x1f (31) and 010 (8).
+_Loader.yaml_implicit_resolvers = {}
+for _kind, _form, _first in (
+    ("bool", "yes|Yes|YES|no|No|NO|true|True|TRUE|false|False|FALSE|on|On|ON|off|Off|OFF", "yYnNtTfFoO"),
+    ("int", "[-+]?(?:0|[1-9][0-9_]*)", "-+0123456789"),
+    ("float", r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9]+)(?:[eE][-+][0-9]+)?", "-+.0123456789"),
+    ("float", r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", "-+."),
+    ("null", "~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("merge", "<<", "<"),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"(?:{_form})\\Z"), list(_first))
+
+
+def _config_text(path: Path) -> str:
+    """Return the text of a config file; raise OSError or UnicodeDecodeError."""
+    if path.is_fifo() and path.parent.name != "fd":  # of a shell's <(...); any other would be waited for without end
+        raise OSError("expected a file, got a named pipe")
+    with open(path, "rb") as file:
+        content = file.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise OSError(f"expected at most {MOST_BYTES:,} bytes")
+    return content.decode("utf-8")
+
+
 def read_yaml(path: Path) -> dict:
     """Return the mapping in a YAML file; an empty file is an empty mapping."""
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a SafeLoader executes nothing in the file
+        tree = yaml.load(_config_text(path), _Loader)  # a SafeLoader executes nothing in the file
     except FileNotFoundError:
         raise ConfigError(f"--config: no such file: {path}") from None
     except UnicodeDecodeError as error:
@@ -509,6 +604,11 @@ def read_yaml(path: Path) -> dict:
     return tree
 
 
+def _word(key: Any) -> str:
+    """Return an unknown key as a message shows it: cut, if it is no word at all."""
+    return str(key) if len(str(key)) <= 80 else f"{str(key)[:80]}…"
+
+
 def _usual(word: str) -> str | None:
     """Return the one key that other tools call `word`, or whose initials `word` is (`bs`: batch_size); else None."""
     word = word.replace("-", "_").lower().rpartition(".")[2]
@@ -519,9 +619,10 @@ def _usual(word: str) -> str | None:
 
 def _nearest(word: str, known: Sequence[str]) -> str:
     """Return `; did you mean …?` with the name in `known` that `word` most likely means, or an empty text."""
-    dashes = "--" if str(word).startswith("--") else ""
-    usual = dashes + (_usual(str(word)[len(dashes) :]) or "")
-    written = str(word).replace("-", "_") if not dashes else dashes + str(word)[2:].replace("-", "_")
+    word = str(word)[:80]
+    dashes = "--" if word.startswith("--") else ""
+    usual = dashes + (_usual(word[len(dashes) :]) or "")
+    written = word.replace("-", "_") if not dashes else dashes + word[2:].replace("-", "_")
     match = [usual] if usual in known else difflib.get_close_matches(written, known, n=1, cutoff=0.5)
     return f"; did you mean {match[0]}?" if match else ""
 
@@ -539,13 +640,15 @@ def _values(tree: dict, problems: list[str]) -> dict[str, Any]:
     """Return the checked values of a config file's tree by their names; add whatever is wrong to `problems`."""
     values = {}
     for section, body in tree.items():
+        if len(problems) > MOST_PROBLEMS:
+            break
         if section not in SECTIONS:
             hint = f"; did you mean {SHORT[section]}?" if section in SHORT else _nearest(section, list(SECTIONS))
-            problems.append(f"{section}: unknown section{hint}")
+            problems.append(f"{_word(section)}: unknown section{hint}")
         elif body is not None and not isinstance(body, dict):
-            problems.append(f"{section}: expected keys and values, got {body!r}")
+            problems.append(f"{section}: expected keys and values, got {brief(body)}")
         else:
-            for key, value in (body or {}).items():
+            for key, value in itertools.islice((body or {}).items(), len(LEAVES) + MOST_PROBLEMS):
                 name = f"{section}.{key}"
                 if name in LEAVES:
                     with _collecting(problems):
@@ -555,7 +658,7 @@ def _values(tree: dict, problems: list[str]) -> dict[str, Any]:
                     usual = key if key in SHORT else _usual(str(key))
                     elsewhere = usual in SHORT and usual not in own
                     hint = f"; did you mean {SHORT[usual]}?" if elsewhere else _nearest(key, own)
-                    problems.append(f"{name}: unknown key{hint}")
+                    problems.append(f"{section}.{_word(key)}: unknown key{hint}")
     return values
 
 
@@ -623,6 +726,10 @@ def load_config(
         read = coerce_flag if isinstance(value, str) else coerce
         with _collecting(problems):
             values[name] = _locate(LEAVES[name], read(LEAVES[name], value), files[::-1])
+    if len(problems) > MOST_PROBLEMS:
+        raise ConfigError(
+            *problems[:MOST_PROBLEMS], "--config: more is wrong than the lines above; is it a config file?"
+        )
     if problems:
         raise ConfigError(*problems)
     sections = {
@@ -761,9 +868,18 @@ def build_parser(
     return parser
 
 
+# The flags that one script has beside the settings, and the other does not have.
+SCRIPTS = {
+    "train_qlora.py": ("plan", "evaluate", "stride", "compare", "overwrite"),
+    "inference_example.py": ("mode", "prompt", "prompts", "raw", "merge_base"),
+}
+
+
 def _unknown(flag: str, known: Sequence[str]) -> str:
-    """Return the message about an unknown flag: that it belongs to train_qlora.py, or which flag has a similar name."""
+    """Return the message about an unknown flag: that it belongs to another script, or which flag has a similar name."""
     word = flag.lstrip("-").replace("-", "_")
+    if owner := [script for script, flags in SCRIPTS.items() if word in flags]:
+        return f"{flag}: belongs to {owner[0]}"
     usual = word if word in SHORT else _usual(word)
     name = word if word in LEAVES else SHORT.get(usual or "")
     if name is not None and f"--{name}" not in known:

@@ -14,13 +14,15 @@ import functools
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from config import Config, ConfigError, build_parser, counted, load_config, missing_model, parse_arguments
 from toolkit.earlier_run import config_with_adapter
-from toolkit.encodings import not_utf8
-from toolkit.startup import before_heavy_imports, leave, out_of_memory, reader_gone, report, unusable, wake_gpu
+from toolkit.encodings import check_config, not_utf8
+from toolkit.locks import exclusive, lock_of
+from toolkit.startup import before_heavy_imports, leave, out_of_memory, reader_gone, report, unusable, visible, wake_gpu
 from toolkit.template_files import check_template_files
 
 TAKES = ("model", "quantization", "performance", "generation")  # the other sections of config.yaml are for training
@@ -33,7 +35,12 @@ Prompt = str | list[dict[str, str]]  # a text, or the messages of a chat, of whi
 
 def say(line: str) -> None:
     """Print a line that is not part of an answer, on stderr."""
-    print(line, file=sys.stderr, flush=True)
+    print(visible(line), file=sys.stderr, flush=True)
+
+
+def show(text: str) -> None:
+    """Print a text on stdout for a person to read."""
+    print(visible(text), flush=True)
 
 
 say_once = functools.cache(say)  # for what holds for every prompt
@@ -134,6 +141,24 @@ def check_options(options: argparse.Namespace) -> None:
         raise ConfigError(*problems)
 
 
+@contextlib.contextmanager
+def writing(options: argparse.Namespace) -> Iterator[None]:
+    """Hold the lock of --output, if one is given, and look at it again: another call may have written it meanwhile."""
+    if options.output is None:
+        yield
+        return
+    output = Path(options.output)
+    busy = f"--output: another call is writing {output}; wait until it ends, or choose another --output"
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(exclusive(lock_of(output), busy, say))
+        except OSError as error:
+            raise ConfigError(f"--output: cannot write {output}: {error.strerror or error}") from None
+        check_options(options)
+        options.finished = finished_rows(output, options.rows) if options.rows else (0, 0)
+        yield
+
+
 def find_adapter(given: str | None, paths: list[Path], overrides: dict[str, str]) -> Path | None:
     """Return the adapter's folder (--adapter, otherwise training.output_dir); None for the base alone.
 
@@ -191,8 +216,14 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
         raise ConfigError(*problems)
     check_options(options)
     options.rows = read_prompts(Path(options.prompts)) if options.prompts else []
-    options.finished = finished_rows(Path(options.output), options.rows) if options.rows else (0, 0)
+    if options.output is None or not lock_of(Path(options.output)).exists():
+        options.finished = finished_rows(Path(options.output), options.rows) if options.rows else (0, 0)
+    else:  # a first answer, before torch is imported
+        with writing(options):
+            pass
     given, beside = [Path(options.config)] if options.config else [], Path(__file__).with_name("config.yaml")
+    for path in given or [beside]:
+        check_config(path)
     options.adapter = find_adapter(options.adapter, given or [beside], overrides)
     if options.seed is not None:
         overrides["training.seed"] = options.seed
@@ -239,7 +270,7 @@ from quantization_utils import (
 from toolkit.adapters import load_adapter
 from toolkit.chat_templates import CHANGES, CHILD, adopt_template, changes_words, render_chats, template_file
 from toolkit.checkpoints import edited_line, effective
-from toolkit.generation import Generator, by_length
+from toolkit.generation import Generator, VisibleStreamer, by_length
 from toolkit.machine import no_gpu_reason
 from toolkit.memory import cap_memory, free_bytes
 from toolkit.merge import logits_on, merge_adapter, plain_copy, write_folder
@@ -385,13 +416,19 @@ def generate_ids(
 
 
 def stream_answer(
-    engine: Engine, ids: list[int], settings: GenerationConfig, note: Callable, began: float | None = None
+    engine: Engine,
+    ids: list[int],
+    settings: GenerationConfig,
+    note: Callable,
+    began: float | None = None,
+    as_generated: bool = False,
 ) -> tuple[str, bool]:
     """Print the answer to one prompt while it is made, give its speed to `note`; return it and whether Ctrl-C came.
 
-    began: see Watch.
+    began: see Watch. as_generated: print control characters as they are.
     """
-    watch, streamer = Watch(began), TextStreamer(engine.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    kind = TextStreamer if as_generated else VisibleStreamer
+    watch, streamer = Watch(began), kind(engine.tokenizer, skip_prompt=True, skip_special_tokens=True)
     new = generate_ids(engine, [ids], settings, watch, streamer)[0]
     traffic = engine.generator.traffic()
     traffic.add(watch, 1, len(ids))
@@ -406,8 +443,8 @@ def answer_prompt(engine: Engine, config: Config, prompt: str) -> int:
     """Print the answer to one prompt, and nothing else, on stdout; return the exit code."""
     ids = encode(engine, prompt, config.generation.system_prompt)
     transformers.set_seed(config.training.seed)
-    since_start = time.time() - psutil.Process().create_time()
-    _, stopped = stream_answer(engine, ids, config.generation, say, time.perf_counter() - since_start)
+    began = time.perf_counter() - (time.time() - psutil.Process().create_time())
+    _, stopped = stream_answer(engine, ids, config.generation, say, began, as_generated=not sys.stdout.isatty())
     return 130 if stopped else 0
 
 
@@ -435,9 +472,10 @@ def answer_file(engine: Engine, config: Config, prompts: list[Prompt], output: P
     rows = [encode(engine, prompt, settings.system_prompt) for prompt in prompts]
     longest = max(map(len, rows))  # room_after refuses a prompt that is too long, before anything is written
     size = batch_size(engine, config, longest + room_after(engine, longest, settings))
-    output.parent.mkdir(parents=True, exist_ok=True)
     start, tokens, traffic, written = time.perf_counter(), 0, engine.generator.traffic(), first
     waiting: dict[int, str] = {}
+    if first:
+        say(f"continuing {output} after {counted(first, 'answer')}, which keep the settings of the call that made them")
     bar = tqdm(total=len(prompts), initial=first, unit="prompt", disable=not sys.stderr.isatty())
     with open(output, "ab") as file, bar:
         file.truncate(good_bytes)
@@ -474,13 +512,13 @@ def demo(engine: Engine, config: Config, adapter: Path | None) -> int:
     voices = {f"base: {config.model.name}": engine.model.disable_adapter if adapter else contextlib.nullcontext}
     voices |= {f"adapter: {adapter}": contextlib.nullcontext} if adapter else {}
     for number, prompt in enumerate(DEMO_PROMPTS, 1):
-        print(f"{'=' * 80}\n[{number}/{len(DEMO_PROMPTS)}] {prompt}")
+        show(f"{'=' * 80}\n[{number}/{len(DEMO_PROMPTS)}] {prompt}")
         ids = encode(engine, prompt, config.generation.system_prompt)
         for label, voice in voices.items():
-            print(f"\n--- {label}", flush=True)
+            show(f"\n--- {label}")
             transformers.set_seed(config.training.seed)
             with voice():
-                _, stopped = stream_answer(engine, ids, config.generation, print)
+                _, stopped = stream_answer(engine, ids, config.generation, show)
             if stopped:
                 return 130
     return 0
@@ -517,7 +555,8 @@ def set_knob(talk: Conversation, key: str, value: str) -> None:
         talk.settings = dataclasses.replace(talk.settings, **change)
     for name in [key] if key else names:
         now = talk.settings[name]
-        print(f"{name} =", {None: "null", "": '""'}.get(now, now))
+        shown = {None: "null", "": '""'}.get(now, now)
+        show(f"{name} = {shown}")
 
 
 def save(talk: Conversation, path: str) -> None:
@@ -527,11 +566,12 @@ def save(talk: Conversation, path: str) -> None:
     prompt = talk.settings.system_prompt
     system = [] if prompt is None else [{"role": "system", "content": prompt}]
     try:
-        with open(Path(path).expanduser(), "a", encoding="utf-8", newline="\n") as file:
-            file.write(json.dumps({"messages": system + talk.messages}, ensure_ascii=False) + "\n")
+        # One write without a buffer, so that two sessions which save into one file do not mix their lines.
+        with open(Path(path).expanduser(), "ab", buffering=0) as file:
+            file.write((json.dumps({"messages": system + talk.messages}, ensure_ascii=False) + "\n").encode())
     except OSError as error:
         raise ConfigError(f"/save: {error}") from None
-    print(f"added the conversation ({counted(len(talk.messages), 'message')}) to {path}")
+    show(f"added the conversation ({counted(len(talk.messages), 'message')}) to {path}")
 
 
 def command(line: str, talk: Conversation) -> bool:
@@ -575,7 +615,7 @@ def take_turn(engine: Engine, line: str, talk: Conversation) -> None:
     """Answer a line, after the conversation so far unless the engine is raw. A turn that fails changes nothing."""
     messages = [*talk.messages, {"role": "user", "content": line}]
     ids = encode(engine, line, None) if engine.raw else fitted(engine, messages, talk.settings)
-    text, _ = stream_answer(engine, ids, talk.settings, print)
+    text, _ = stream_answer(engine, ids, talk.settings, show)
     talk.messages = [*messages, {"role": "assistant", "content": text}]
 
 
@@ -585,7 +625,7 @@ def interactive(engine: Engine, config: Config, adapter: Path | None) -> int:
         import readline  # noqa: F401  # importing it gives input() line editing; Windows has its own
     talk, going_on = Conversation(config.generation), True
     how = "plain continuation, no history" if engine.raw else "chat"
-    print(f"{config.model.name} | adapter: {adapter or 'none'} | {how} | /help lists the commands", flush=True)
+    show(f"{config.model.name} | adapter: {adapter or 'none'} | {how} | /help lists the commands")
     transformers.set_seed(config.training.seed)
     while going_on:
         try:
@@ -598,7 +638,7 @@ def interactive(engine: Engine, config: Config, adapter: Path | None) -> int:
             print()
             return 0
         except ConfigError as error:
-            print("\n".join(error.problems))
+            show("\n".join(error.problems))
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             print("\nout of GPU memory: the message was dropped; use /reset, or /set a smaller max_new_tokens")
@@ -619,7 +659,7 @@ def merge(config: Config, adapter: Path, folder: Path, base: str) -> int:
     merged = merge_adapter(load_adapter(plain, adapter))
     difference = ((found := logits_on(merged, ids)) - expected).abs()
     write_folder(merged, tokenizer, folder)
-    print(
+    show(
         f"merged the {base} base and {adapter} in bfloat16; the model is in {folder}\n"
         f"largest logit difference to base + adapter on {counted(len(ids), 'token')} of text: {difference.max():.4f} "
         f"(mean {difference.mean():.4f}, logits up to {expected.abs().max():.1f}, the same most likely token at "
@@ -634,7 +674,10 @@ def merge(config: Config, adapter: Path, folder: Path, base: str) -> int:
 def run(options: argparse.Namespace, config: Config) -> int:
     """Run the mode that was chosen and return the exit code."""
     if options.rows and options.finished[0] == len(options.rows):
-        say(f"nothing left to do: {options.output} answers all of {counted(len(options.rows), 'prompt')}")
+        say(
+            f"nothing left to do: {options.output} has an answer to each of {counted(len(options.rows), 'prompt')}, made "
+            "with the adapter and settings of an earlier call; choose another --output for new answers"
+        )
         return 0
     prompt = clean(sys.stdin.read().removesuffix("\n") if options.prompt == "-" else options.prompt or "")
     if options.prompt and not prompt.strip():
@@ -662,7 +705,8 @@ def main(argv: list[str] | None = None) -> int:
             say(line)
         quiet_libraries()
         signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on Ctrl-C stops an answer, or the session
-        return run(options, config)
+        with writing(options):
+            return run(options, config)
     except ConfigError as error:
         return report(error)
     except KeyboardInterrupt:

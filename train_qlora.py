@@ -27,7 +27,8 @@ from config import (
     parse_arguments,
 )
 from toolkit.earlier_run import config_with_adapter, refuse_other_run
-from toolkit.startup import before_heavy_imports, leave, reader_gone, report, unusable, wake_gpu
+from toolkit.encodings import check_config
+from toolkit.startup import before_heavy_imports, leave, reader_gone, report, unusable, visible, wake_gpu
 from toolkit.template_files import check_template_files
 
 # What --help shows first.
@@ -59,6 +60,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
         raise ConfigError(f"--adapter: no adapter_config.json in {options.adapter}")
     given = [Path(options.config)] if options.config else []
     beside = Path(__file__).with_name("config.yaml")
+    for path in given or [beside]:
+        check_config(path)
     if options.adapter:
         config, options.notes = config_with_adapter(Path(options.adapter), given, beside, overrides, evaluate=True)
     else:
@@ -134,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
         if options.plan:
             return memory.print_plan(config, epoch_line)
         for line in options.notes:
-            print(line, file=sys.stderr)
+            print(visible(line), file=sys.stderr)
         if options.evaluate:
             doing = "evaluating"
             return evaluate_adapter(config, options.adapter, options.stride)
@@ -143,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
         output_dir = config.training.output_dir
         return fine_tune(config, options.overwrite)
     except memory.NoFit as error:
-        print(error, file=sys.stderr)
+        print(visible(str(error)), file=sys.stderr)
         return 3
     except torch.OutOfMemoryError as error:
         report(ConfigError(f"out of GPU memory while {doing}: {str(error).splitlines()[0]}"))
@@ -175,7 +178,7 @@ def fine_tune(config: Config, overwrite: bool) -> int:
     machine.refuse_without_gpu(config, device)
     with contextlib.ExitStack() as held:
         if accelerator.is_main_process:
-            held.enter_context(checkpoints.locked(Path(config.training.output_dir)))
+            held.enter_context(checkpoints.locked(Path(config.training.output_dir), log.say))
         log.say(machine.device_block(device, compute_dtype_of(config), accelerator.num_processes))
         if quantization_utils.replaces_bf16(config):
             log.say(quantization_utils.SLOW_BF16)
@@ -251,7 +254,7 @@ def evaluate_adapter(config: Config, adapter: str | None, stride: int | None) ->
     """
     accelerator = machine.create_accelerator(config.training)
     machine.refuse_without_gpu(config, accelerator.device)
-    say = print if accelerator.is_main_process else (lambda line: None)
+    say = (lambda line: print(visible(line))) if accelerator.is_main_process else (lambda line: None)
     if quantization_utils.replaces_bf16(config):
         say(quantization_utils.SLOW_BF16)
     model, tokenizer = load_base(config, accelerator.device)

@@ -64,8 +64,8 @@ def refused(train, tmp_path, monkeypatch, capfd) -> Callable[..., list[str]]:
         (["--rnak", "8"], ["--rnak: unknown flag; did you mean --rank?"]),
         (["--rank"], ["argument --lora.rank/--rank: expected one argument"]),
         (["extra"], ["unexpected argument: extra"]),
-        (["--rank", "eight"], ["lora.rank: expected an integer >= 1, got 'eight'"]),
-        (["--rank", "0"], ["lora.rank: expected an integer >= 1, got 0"]),
+        (["--rank", "eight"], ["lora.rank: expected an integer >= 1 and <= 16384, got 'eight'"]),
+        (["--rank", "0"], ["lora.rank: expected an integer >= 1 and <= 16384, got 0"]),
         (["--seed", "true"], ["training.seed: expected an integer"]),
         (
             ["--rank", "0", "--top_p", "2", "--quant_type", "int8"],
@@ -86,8 +86,9 @@ def test_config_file(refused, tmp_path):
     path = tmp_path / "own.yaml"
     path.write_text("lora: {rnak: 8, rank: x}\ntrainin: {}\n", encoding="utf-8")
     assert [p.split(":")[0] for p in refused("--config", path)] == ["lora.rnak", "lora.rank", "trainin"]
-    path.write_bytes(b"\xff\xfe\x00")
-    assert "UTF-8" in refused("--config", path)[0]
+    path.write_bytes("lora: {rank: 8}  # größer\n".encode("utf-16"))
+    expected = f"--config: cannot read {path}: line 1 is not UTF-8: it looks like UTF-16; save the file as UTF-8"
+    assert refused("--config", path) == [expected]
 
 
 # ------------------------------------------------------------------------------------------------ data

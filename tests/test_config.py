@@ -1,6 +1,7 @@
 """The schema, config.yaml and the flags say the same, and every mistake is named."""
 
 import dataclasses
+import json
 import os
 import re
 import subprocess
@@ -237,36 +238,36 @@ def test_a_text_in_a_file_must_be_text_and_not_empty(tmp_path, name):
 
 
 TINY = 1e-12
-RANGES = [  # leaf, values inside (the edge first), values outside (the edge first where it is open)
-    ("lora.rank", [1, 1024], [0, -1]),
-    ("lora.alpha", [TINY, 512.0], [0.0, -1.0]),
-    ("lora.dropout", [0.0, 1 - TINY], [1.0, -TINY]),
-    ("data.max_length", [8, 32768], [7, 0]),
+RANGES = [  # leaf, values inside (the edges among them), values outside (an open edge among them)
+    ("lora.rank", [1, 16384], [0, -1, 16385, 10**9]),
+    ("lora.alpha", [1e-6, 512.0, 1e6], [0.0, -1.0, 1e-320, 1e38]),
+    ("lora.dropout", [0.0, 0.999], [1.0, -TINY, 0.9999999999999999]),
+    ("data.max_length", [8, 2**20], [7, 0, 2**20 + 1, 10**30]),
     ("data.validation_fraction", [0.0, 1 - TINY], [1.0, -TINY]),
-    ("data.max_train_samples", [1], [0, -5]),
-    ("data.max_eval_samples", [1], [0]),
-    ("training.num_epochs", [TINY, 100.0], [0.0, -1.0]),
-    ("training.max_steps", [1], [0]),
-    ("training.batch_size", [1, 64], [0]),
-    ("training.gradient_accumulation_steps", [1], [0]),
-    ("training.learning_rate", [TINY, 1.0], [0.0, -2e-4]),
+    ("data.max_train_samples", [1, 10**9], [0, -5, 10**9 + 1]),
+    ("data.max_eval_samples", [1, 10**9], [0, 10**400]),
+    ("training.num_epochs", [TINY, 1e6], [0.0, -1.0, 1e308]),
+    ("training.max_steps", [1, 10**9], [0, 10**9 + 1, 10**400]),
+    ("training.batch_size", [1, 2**16], [0, 2**16 + 1]),
+    ("training.gradient_accumulation_steps", [1, 2**16], [0, 2**16 + 1]),
+    ("training.learning_rate", [TINY, 100.0], [0.0, -2e-4, 100.1, 1e308]),
     ("training.warmup_ratio", [0.0, 1 - TINY], [1.0, -TINY]),
-    ("training.weight_decay", [0.0, 0.1], [-TINY]),
-    ("training.max_grad_norm", [TINY, 1e9], [0.0]),
-    ("training.gradient_checkpointing", [0, 36], [-1]),
-    ("training.seed", [0, 2**32 - 1], [-1, 2**32]),  # what numpy takes
-    ("training.logging_steps", [1], [0]),
-    ("training.eval_steps", [1], [0]),
-    ("training.save_steps", [1], [0]),
-    ("training.save_minutes", [TINY, 600.0], [0.0]),
-    ("training.save_total_limit", [1], [0]),
-    ("training.early_stopping_patience", [1], [0]),
-    ("performance.memory_limit_gib", [TINY, 141.0], [0.0]),
-    ("generation.max_new_tokens", [1], [0]),
-    ("generation.temperature", [0.0, 2.0], [-TINY]),
+    ("training.weight_decay", [0.0, 100.0], [-TINY, 1e308]),
+    ("training.max_grad_norm", [1e-6, 1e9], [0.0, 1e-320, 1e10]),
+    ("training.gradient_checkpointing", [0, 10**9], [-1, 10**9 + 1]),
+    ("training.seed", [0, 2**32 - 1], [-1, 2**32]),  # numpy's range
+    ("training.logging_steps", [1, 10**9], [0, 10**9 + 1]),
+    ("training.eval_steps", [1, 10**9], [0, 10**9 + 1]),
+    ("training.save_steps", [1, 10**9], [0, 10**9 + 1]),
+    ("training.save_minutes", [TINY, 1e6], [0.0, 1e7]),
+    ("training.save_total_limit", [1, 10**6], [0, 10**400]),
+    ("training.early_stopping_patience", [1, 10**9], [0, 10**9 + 1]),
+    ("performance.memory_limit_gib", [TINY, 141.0], [0.0, 4097.0]),
+    ("generation.max_new_tokens", [1, 2**20], [0, 2**20 + 1]),
+    ("generation.temperature", [0.0, 0.001, 100.0], [-TINY, 1e-320, 0.0009, 101.0]),
     ("generation.top_p", [1.0, TINY], [0.0, 1 + TINY]),
-    ("generation.top_k", [1], [0]),
-    ("generation.repetition_penalty", [TINY, 1.3], [0.0]),
+    ("generation.top_k", [1, 10**9], [0, 10**9 + 1]),
+    ("generation.repetition_penalty", [0.01, 1.3, 100.0], [0.0, 1e-320, 101.0]),
 ]
 
 
@@ -277,6 +278,65 @@ def test_ranges_hold_at_their_edges(name, inside, outside):
         assert load_config([], {name: value})[section][key] == value
     for value in outside:
         assert name in problems(load_config, [], {name: value})[0]
+
+
+@pytest.mark.parametrize("value", ["a\0b", "\x1b[2J", "a\nb", "\udcff"])
+def test_a_path_or_a_name_has_no_control_characters(tmp_path, value):
+    for name in ("training.output_dir", "model.name", "lora.target_modules"):
+        given = [value] if name == "lora.target_modules" else value
+        assert problems(load_config, [], {name: given})[0].startswith(f"{name}: expected ")
+    if value != "\udcff":
+        section = f"training: {{output_dir: {json.dumps(value)}}}"
+        assert problems(from_yaml, tmp_path, section)[0].startswith("training.output_dir: expected ")
+    assert problems(load_config, [], {"generation.system_prompt": "a\0"})
+    assert load_config([], {"generation.system_prompt": "a\n\tb"}).generation.system_prompt == "a\n\tb"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["!!bool 1", '!!int ""', '!!float ""', "!!timestamp soon", "1:30", "0x10", "010", "٣", "1e1_0", "2001-01-01"],
+)
+@pytest.mark.parametrize("name", ["training.seed", "training.learning_rate", "lora.target_modules"])
+def test_a_number_is_written_as_a_plain_number(tmp_path, name, text):
+    if (name, text) == ("training.learning_rate", "010"):
+        return  # float("010") is 10
+    section, key = name.split(".")
+    assert problems(from_flags, f"--{name}", text)[0].startswith(f"{name}: expected ")
+    assert len(problems(from_yaml, tmp_path, f"{section}: {{{key}: {text}}}")) == 1
+
+
+@pytest.mark.parametrize("place", ["seed", "target_modules", "unknown"])
+def test_a_value_of_many_aliases_is_cut_before_it_is_written_out(tmp_path, place):
+    """Nine times as much at each level: of a dozen levels a repr would fill the memory."""
+    levels = "".join(f"k{i}: &b{i} [{', '.join([f'*b{i - 1}'] * 3)}]\n" for i in range(1, 7))
+    text = f"k0: &b0 [{', '.join('x' * 9)}]\n{levels}training: {{{place}: *b6}}\nlora: *b6\n"
+    started = time.perf_counter()
+    said = problems(from_yaml, tmp_path, text)
+    assert time.perf_counter() - started < 2 and all(len(line) < 500 for line in said) and len(said) >= 8
+
+
+def test_a_value_that_doubles_forty_times_is_refused_for_its_aliases(tmp_path):
+    levels = "".join(f"  k{i}: &b{i} [*b{i - 1}, *b{i - 1}]\n" for i in range(1, 40))
+    (said,) = problems(from_yaml, tmp_path, f"training:\n  k0: &b0 [x]\n{levels}  seed: *b39\n")
+    assert "expected at most 20 aliases" in said
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_what_is_no_config_file_is_not_read_to_its_end(tmp_path):
+    (tmp_path / "large.yaml").write_text("# " + "x" * 2**20)
+    os.mkfifo(tmp_path / "pipe.yaml")
+    for name, reason in (("large", "expected at most 1,048,576 bytes"), ("pipe", "expected a file, got a named pipe")):
+        path = tmp_path / f"{name}.yaml"
+        assert problems(load_config, path) == (f"--config: cannot read {path} as UTF-8 text: {reason}",)
+    assert "expected at most" in problems(load_config, "/dev/zero")[0]
+
+
+def test_a_file_with_nothing_but_unknown_keys_is_forty_lines(tmp_path):
+    for text in (
+        "".join(f"x{i}: 1\n" for i in range(20_000)),
+        "lora:\n" + "".join(f"  x{i}: 1\n" for i in range(20_000)),
+    ):
+        assert len(problems(from_yaml, tmp_path, text)) == 41
 
 
 def test_every_number_has_a_tested_range():
@@ -462,6 +522,20 @@ def test_all_problems_are_reported_together(tmp_path):
     assert [problem.split(":")[0] for problem in said] == names
 
 
+def test_a_flag_of_the_other_script_is_named_as_such():
+    import inference_example
+    import train_qlora
+
+    scripts = {"train_qlora.py": train_qlora, "inference_example.py": inference_example}
+    for script, flags in config.SCRIPTS.items():
+        (other,) = set(scripts) - {script}
+        for flag in flags:
+            assert problems(scripts[other].parse, [f"--{flag}"]) == (f"--{flag}: belongs to {script}",)
+            with pytest.raises(ConfigError) as caught:  # its own script has it, and finds something else wrong
+                scripts[script].parse([f"--{flag}", "--nowhere"])
+            assert not any(problem.startswith(f"--{flag}: ") for problem in caught.value.problems)
+
+
 def test_an_unknown_override_names_the_nearest():
     assert problems(load_config, [], {"lora.rnak": 8}) == ("lora.rnak: unknown key; did you mean lora.rank?",)
 
@@ -481,7 +555,13 @@ BROKEN = [
     ("lora: {rank: *nowhere}\n", "not valid YAML"),
     ("? [lora]\n: {rank: 8}\n", "not valid YAML"),  # a key that is a list
     ("lora: {rank: 8}\n---\nlora: {rank: 9}\n", "not valid YAML"),
-    ("lora: {rank: 2001-99-99}\n", "not valid YAML"),  # looks like a date and is none
+    (
+        "lora: {rank: !!bool 1}\n",
+        "line 1, column 14: not valid YAML: expected a plain value, got the tag 'tag:yaml.org,2002:bool'",
+    ),
+    ("lora: {rank: !mine 1}\n", "not valid YAML"),
+    ("!!timestamp soon: 1\n", "not valid YAML"),
+    ("a: &a [1]\nb: [" + "*a, " * 21 + "1]\n", "expected at most 20 aliases"),
     ("lora: {rank: 8\0}\n", "not valid YAML"),
 ]
 
@@ -569,7 +649,7 @@ def test_words_are_not_taken_for_paths(tmp_path, monkeypatch):
     assert from_flags("--resume", "auto").training.resume == "auto"
 
 
-@pytest.mark.parametrize("value", ["~nobody-of-that-name/x", "x" * 5000, "a\0b", "https://example.org/a?b", "C:\\data"])
+@pytest.mark.parametrize("value", ["~nobody-of-that-name/x", "x" * 5000, "https://example.org/a?b", "C:\\data"])
 def test_names_that_cannot_be_paths_are_left_as_they_are(value):
     assert load_config([], {"data.dataset": value}).data.dataset == value
 
@@ -705,7 +785,7 @@ def test_shipped_configurations_load():
 
 def test_a_number_of_thousands_of_digits_is_one_short_line():
     with pytest.raises(ConfigError) as caught:
-        load_config((), {"training.seed": "0x" + "f" * 5000})
+        load_config((), {"training.seed": int("f" * 5000, 16)})
     assert len(caught.value.problems) == 1 and len(caught.value.problems[0]) < 400
     assert "expected an integer" in caught.value.problems[0] and "5,002 characters" in caught.value.problems[0]
 

@@ -10,7 +10,6 @@ import copy
 import dataclasses
 import errno
 import hashlib
-import importlib
 import io
 import json
 import os
@@ -19,11 +18,10 @@ import signal
 import stat
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import bitsandbytes as bnb
 import torch
@@ -39,16 +37,11 @@ from config import Config, ConfigError, LoraSettings, TrainingConfig, counted, f
 from fast_path.optimizers import OPTIMIZERS
 from quantization_utils import compute_dtype_of, create_lora_config
 from toolkit.earlier_run import FILES, checkpoints, read_tree, step_of
-from toolkit.startup import redact
+from toolkit.locks import exclusive
+from toolkit.startup import redact, visible
 
 if TYPE_CHECKING:  # it imports datasets, which inference does not need
     from toolkit.data_blocks import Blocks
-
-try:
-    import fcntl
-except ImportError:  # Windows has msvcrt instead
-    fcntl = None
-msvcrt = importlib.import_module("msvcrt") if os.name == "nt" else None
 
 TEMPORARY, REPLACED, LOCK = ".writing-", ".replaced-", ".lock"
 RESULTS = ["metrics.jsonl", "training_log.txt", "training_curves.png", "adapter_model.safetensors", "evaluation.json"]
@@ -306,7 +299,8 @@ def check_output(training: TrainingConfig) -> None:
     with refusing(f"training.output_dir: cannot write in {parent}", OSError):
         _refuse_odd_files(output_dir)
         if os.path.exists(output_dir / LOCK):
-            _open_locked(output_dir / LOCK).close()  # an early check; `locked` takes the lock for the run
+            with exclusive(output_dir / LOCK, _busy(output_dir)):
+                pass  # an early check; `locked` takes the lock for the run
         # a trial, since os.access checks neither Windows' permissions nor read-only file systems
         trial = Path(tempfile.mkdtemp(dir=parent, prefix=TEMPORARY))
         try:
@@ -329,48 +323,21 @@ def _refuse_odd_files(output_dir: Path) -> None:
                 raise ConfigError(f"training.output_dir: expected a file, got {kind}: {path}; remove it")
 
 
-def _open_locked(path: Path) -> BinaryIO:
-    """Return the lock file, locked; raise ConfigError if a live run holds it."""
-    for _ in range(10):  # another process of this launch may hold it for a moment, for its own check
-        file = open(path, "ab")  # noqa: SIM115  # closed by the caller, which ends the lock
-        try:
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            elif msvcrt is not None:
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                return file
-        except OSError as error:
-            if not isinstance(error, (BlockingIOError, PermissionError, FileNotFoundError)):
-                return file  # some network file systems have no locks: run without one
-        file.close()  # held, or just deleted by its holder: a lock on a deleted file protects nothing
-        time.sleep(0.05)
-    raise ConfigError(f"training.output_dir: another run is writing in {path.parent}; wait until it ends, or stop it")
+def _busy(output_dir: Path) -> str:
+    return f"training.output_dir: another run is writing in {output_dir}; wait until it ends, or stop it"
 
 
 @contextlib.contextmanager
-def locked(output_dir: Path) -> Iterator[None]:
+def locked(output_dir: Path, say: Callable[[str], None] = lambda line: None) -> Iterator[None]:
     """Lock the output folder, creating it if needed, against other runs; raise ConfigError if one is using it.
 
-    It is a lock of the operating system, which ends with the process in every case. At the end its file is removed, and
-    the folder too if it is new and still empty.
+    At the end the folder is removed if it is new and still empty. say: as in `locks.exclusive`.
     """
-    made = [path for path in (output_dir, *output_dir.parents) if not path.exists()]
-    with refusing(f"training.output_dir: cannot write in {output_dir}", OSError):
-        output_dir.mkdir(parents=True, exist_ok=True)
-        file = _open_locked(output_dir / LOCK)
-        clean_up(output_dir)  # now, since it may put back the checkpoint to continue from
-    try:
+    with contextlib.ExitStack() as held:
+        with refusing(f"training.output_dir: cannot write in {output_dir}", OSError):
+            held.enter_context(exclusive(output_dir / LOCK, _busy(output_dir), say))
+            clean_up(output_dir)  # now, since it may put back the checkpoint to continue from
         yield
-    finally:
-        if os.name == "nt":  # Windows removes no open file; elsewhere remove it while it is locked
-            file.close()
-        with contextlib.suppress(OSError):
-            (output_dir / LOCK).unlink()
-        file.close()
-        with contextlib.suppress(OSError):
-            for folder in made:
-                folder.rmdir()
 
 
 def check_space(training: TrainingConfig, sizes: list[int]) -> None:
@@ -431,7 +398,7 @@ class Log:
     def say(self, line: str) -> None:
         if self.silent:
             return
-        line = redact(line)
+        line = visible(redact(line))
         with contextlib.suppress(OSError), tqdm.external_write_mode():  # a closed console must not end the run
             print(line, flush=True)
         self._add("training_log.txt", line + "\n")

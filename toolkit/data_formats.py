@@ -11,6 +11,7 @@ import copy
 import glob
 import hashlib
 import itertools
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,10 +21,10 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import torch.nn.functional as F
 from datasets import Dataset, DatasetDict
 from datasets.data_files import DataFilesDict, get_data_patterns
-from datasets.exceptions import DatasetsError
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -40,9 +41,13 @@ NO_ROWS = ("at least one example", "corresponds to no data", "BatchSize must be 
 OPTIONS: dict[str, dict[str, Any]] = {
     "text": {"keep_linebreaks": True, "encoding": "utf-8-sig"},
     "csv": {"keep_default_na": False},
+    "parquet": {
+        "batch_size": 10_000
+    },  # rows; else a whole row group is decoded at once, which may repeat one long text
 }
-DEEPEST = 4000  # levels of JSON: pyarrow refuses more than 64, but crashes at 10,000 (version 26)
-AS_SQUARE, NO_BRACKETS = bytes.maketrans(b"{}", b"[]"), bytes(set(range(256)) - set(b"[]{}"))
+DEEPEST = 200  # levels of JSON; of 10,000 pyarrow 26 dies (a segmentation fault), sooner in threads of a small stack
+MOST_COLUMNS = 10_000  # of a .csv; datasets needs minutes for ten times as many
+AS_SQUARE, NO_BRACKETS = bytes.maketrans(b"{}", b"[]"), bytes(set(range(256)) - set(b'[]{}"\n'))
 
 # ------------------------------------------------------------------------------------------------ rows
 
@@ -55,7 +60,10 @@ def local_files(dataset: str) -> tuple[str, dict[str, list[str]]] | None:
             raise ConfigError(f"data.dataset: expected one of {', '.join(BUILDERS)}, got {path}")
         return BUILDERS[path.suffix.lower()], {"train": [str(path)]}
     if path.is_dir():
-        kinds = sorted({p.suffix.lower() for p in path.rglob("*") if p.suffix.lower() in BUILDERS})
+        inside = [p for p in path.rglob("*") if p.suffix.lower() in BUILDERS]
+        for odd in [p for p in inside if not (p.is_file() or p.is_dir())][:1]:  # reading a named pipe would never end
+            raise ConfigError(f"data.dataset: expected a file, got {odd}, which is {_kind_of(odd)}")
+        kinds = sorted({p.suffix.lower() for p in inside})
         if len({BUILDERS[kind] for kind in kinds}) != 1:
             found = f"a mixture of {', '.join(kinds)}" if kinds else "none"
             raise ConfigError(
@@ -67,32 +75,88 @@ def local_files(dataset: str) -> tuple[str, dict[str, list[str]]] | None:
         return BUILDERS[kinds[0]], {split: names for split, names in files.items() if names}
     if problems := missing_data(dataset):
         raise ConfigError(*problems)
+    if os.path.lexists(dataset):
+        raise ConfigError(f"data.dataset: expected a file or a folder, got {dataset}, which is {_kind_of(path)}")
     return None
+
+
+def _kind_of(path: Path) -> str:
+    """Return in words what a path is that is no regular file."""
+    return "a link to nothing" if path.is_symlink() and not path.exists() else "a pipe, a socket or a device"
+
+
+class Nesting:
+    """How deeply the brackets of a JSON text, given in blocks, are nested. Brackets in strings do not count.
+
+    JSON has no line breaks in strings, so each line begins outside of one, whatever came before. The depth counts from
+    the lowest level so far: in a text of wrong brackets it is never less than what a reader meets that begins at a line.
+    """
+
+    def __init__(self) -> None:
+        self.rest, self.inside, self.above = b"", 0, 0  # a backslash at a block's end, within a string, levels above
+
+    def deepest(self, block: bytes) -> int:
+        """Return the largest depth in the next block."""
+        block = (self.rest + block).replace(rb"\\", b"")
+        self.rest = b"\\" if block.endswith(b"\\") else b""
+        signs = np.frombuffer(block.replace(rb"\"", b"").translate(AS_SQUARE, NO_BRACKETS), np.uint8)
+        quotes = np.cumsum(signs == ord('"'), dtype=np.int64) + self.inside  # up to each sign
+        before_line = np.maximum.accumulate(np.where(signs == ord("\n"), quotes, 0))
+        inside = (quotes - before_line) & 1
+        steps = np.where(inside, 0, (signs == ord("[")).astype(np.int64) - (signs == ord("]")))
+        level = np.concatenate([[self.above], self.above + np.cumsum(steps)])
+        depth = level - np.minimum(np.minimum.accumulate(level), 0)
+        self.inside, self.above = int(inside[-1]) if len(inside) else self.inside, int(depth[-1])
+        return int(depth.max())
 
 
 def content_digest(files: dict[str, list[str]]) -> str:
     """Return a hash of the files' bytes as a key for datasets' cache, which by itself looks at paths and times only.
 
-    Raise ValueError if a JSON file opens DEEPEST brackets in a row without closing one.
+    Raise ValueError if a JSON file is nested more than DEEPEST levels deep.
     """
     digest = hashlib.sha256()
     for name in itertools.chain(*files.values()):
-        brackets = b""
+        nesting = Nesting() if BUILDERS[Path(name).suffix.lower()] == "json" else None
         with open(name, "rb") as file:
             while block := file.read(2**22):
                 digest.update(block)
-                if BUILDERS[Path(name).suffix.lower()] == "json":
-                    brackets = brackets[-DEEPEST:] + block.translate(AS_SQUARE, NO_BRACKETS)
-                if b"[" * DEEPEST in brackets:
+                if nesting and nesting.deepest(block) > DEEPEST:
                     raise ValueError(f"nested more than {DEEPEST:,} levels deep")
     return digest.hexdigest()[:32]
 
 
 def check_encoding(files: dict[str, list[str]]) -> None:
-    """Raise ConfigError for a text file that is not UTF-8. Parquet always stores text as UTF-8."""
+    """Raise ConfigError for a text file that is not UTF-8, and for a .parquet file that is something else.
+
+    Parquet always stores text as UTF-8.
+    """
     for name in itertools.chain(*files.values()):
-        if BUILDERS[Path(name).suffix.lower()] != "parquet" and (problem := not_utf8(name)):
+        kind = BUILDERS[Path(name).suffix.lower()]
+        problem = not_parquet(name) if kind == "parquet" else not_utf8(name)
+        if not problem and kind == "csv":
+            with open(name, "rb") as file:
+                columns = file.readline().count(b",") + 1
+            problem = f"expected at most {MOST_COLUMNS:,} columns, got {columns:,}" if columns > MOST_COLUMNS else None
+        if problem:
             raise ConfigError(f"data.dataset: cannot read {name}: {problem}")
+
+
+def not_parquet(name: str) -> str | None:
+    """Return why a .parquet file is not read: it is another kind of file, or repeats one row without end; or None.
+
+    datasets would unpack an archive of this name. A few kilobytes of parquet may hold a row a thousand million times.
+    """
+    with open(name, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        if file.read(4) != b"PAR1":
+            return "it is not a parquet file"
+    found = pq.read_metadata(name)
+    unpacked = sum(found.row_group(i).total_byte_size for i in range(found.num_row_groups))
+    if found.num_rows > size or unpacked > 1000 * size:
+        return f"{found.num_rows:,} rows, {unpacked:,} bytes when unpacked, in a file of {size:,} bytes"
+    return None
 
 
 def unreadable(error: Exception, dataset: str, local: bool) -> ConfigError:
@@ -124,7 +188,7 @@ def load_rows(data: DataConfig) -> DatasetDict:
             )
     except ConfigError:
         raise
-    except (DatasetsError, OSError, ValueError, RecursionError, StopIteration, pa.ArrowException) as error:
+    except Exception as error:  # the readers of datasets, pandas and pyarrow raise anything about a strange file
         raise unreadable(error, data.dataset, local is not None) from None
     only = next(iter(loaded)) if local is not None and len(loaded) == 1 else data.train_split
     if only not in loaded:

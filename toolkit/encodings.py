@@ -1,9 +1,12 @@
 """What encoding a text file that is not UTF-8 seems to be saved in. Imports no torch."""
 
 import codecs
+import contextlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
+
+from config import ConfigError
 
 # How the most frequent characters of a legacy encoding begin: (its name, Python's codec, first bytes, smallest second
 # byte). They are the punctuation, the kana and the more frequent half of the ideographs, in the order of each standard.
@@ -51,6 +54,13 @@ def _is_utf16(sample: bytes) -> bool:
         if len(usual) > 0.9 * len(text):
             return True
     return False
+
+
+def check_config(path: Path) -> None:
+    """Raise ConfigError if a config file is not UTF-8, with a guess at what it is. All else is found when it is read."""
+    with contextlib.suppress(OSError):
+        if path.is_file() and (problem := not_utf8(path)):
+            raise ConfigError(f"--config: cannot read {path}: {problem}")
 
 
 def not_utf8(path: str | Path) -> str | None:

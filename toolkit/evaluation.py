@@ -29,7 +29,9 @@ from quantization_utils import compute_dtype_of
 from toolkit.checkpoints import refusing, write_atomically, write_picture
 from toolkit.data_blocks import Blocks, batches
 from toolkit.earlier_run import settings
+from toolkit.locks import exclusive, lock_of
 from toolkit.memory import free_bytes
+from toolkit.startup import visible
 
 # ------------------------------------------------------------------------------------------------ losses on blocks
 
@@ -185,7 +187,9 @@ def difference_line(result: dict) -> str:
 
 def save_evaluation(result: dict, folder: Path) -> None:
     """Write evaluation.json into an adapter's folder."""
-    write_atomically(folder / "evaluation.json", (json.dumps(result, indent=2) + "\n").encode())
+    path = folder / "evaluation.json"
+    with exclusive(lock_of(path), f"--adapter: another command is writing {path}"):
+        write_atomically(path, (json.dumps(result, indent=2) + "\n").encode())
 
 
 # ------------------------------------------------------------------------------------------------ comparing runs
@@ -271,10 +275,11 @@ def compare_runs(folders: list[str], output: str) -> int:
     if len(folders) < 2:
         raise ConfigError(f"--compare: expected two folders or more, got {folders[0]}")
     runs = [read_run(Path(folder)) for folder in folders]
-    print(compare_table(runs))
-    with refusing(f"--output: cannot write {output}", OSError):
+    print(visible(compare_table(runs)))
+    busy = f"--output: another command is writing {output}"
+    with refusing(f"--output: cannot write {output}", OSError), exclusive(lock_of(Path(output)), busy):
         plot_comparison(runs, Path(output))
-    print(f"curves are in {output}")
+    print(visible(f"curves are in {output}"))
     return 0
 
 

@@ -9,7 +9,7 @@ import bitsandbytes as bnb
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, TextStreamer
 
 from fast_path.attention import GROUPED
 from fast_path.decoder import (
@@ -27,6 +27,7 @@ from fast_path.layers import fuse, plain_linears
 from fast_path.nf4 import HAS_TRITON
 from quantization_utils import rope_parameters
 from toolkit.memory import peak_gib
+from toolkit.startup import visible
 
 # ------------------------------------------------------------------------------------------------ memory traffic
 
@@ -127,6 +128,13 @@ def by_length(rows: list[list[int]], size: int, window: int) -> list[list[int]]:
         order = sorted(range(start, min(start + window, len(rows))), key=lambda i: (-len(rows[i]), i))
         batches += [order[i : i + size] for i in range(0, len(order), size)]
     return batches
+
+
+class VisibleStreamer(TextStreamer):
+    """Prints an answer while it is made, with control characters made visible."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        super().on_finalized_text(visible(text), stream_end)
 
 
 class Generator:

@@ -135,10 +135,23 @@ def redact(text: str) -> str:
     return re.sub(r"\bhf_\w{16,}|(?<=://)[^\s/@]+(?=@)", "***", text)
 
 
+def visible(text: str) -> str:
+    """Return a text with its control characters as Python writes them, such as \\x1b; newlines and tabs stay.
+
+    Data, file names and models come from others: an escape sequence could clear the screen, write into the clipboard or
+    show other words than are there. So do characters that reverse the direction of writing.
+    """
+    return re.sub(
+        "[\0-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]",
+        lambda found: repr(found[0])[1:-1],
+        text.replace("\r\n", "\n"),
+    )
+
+
 def report(error: ConfigError) -> int:
     """Print one line per problem on stderr and return exit code 2."""
     for problem in error.problems:
-        line = "error: " + redact(" ".join(problem.splitlines()))
+        line = "error: " + visible(redact(" ".join(problem.splitlines())))
         line = line if len(line) < 600 else f"{line[:400]} ... {line[-150:]}"  # a value may be a whole file
         encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
         with contextlib.suppress(

@@ -8,11 +8,12 @@ import shutil
 
 import pytest
 
-from tests.faults import hostile_adapters, hostile_checkpoints, hostile_configs, hostile_templates
+from tests.faults import hostile_adapters, hostile_checkpoints, hostile_configs, hostile_data, hostile_templates
 from tests.faults.adversary import CODE, Ground, ask, execute, make_ground
 
 KINDS = {
-    "configs": (hostile_configs, 6),
+    "configs": (hostile_configs, 8),
+    "data": (hostile_data, 8),
     "templates": (hostile_templates, 14),
     "adapters": (hostile_adapters, 18),
     "checkpoints": (hostile_checkpoints, 18),

@@ -138,14 +138,9 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_config_file(refused, tmp_path, capfd, name):
+def test_config_file(refused, tmp_path, name):
     path = tmp_path / "own.yaml"
     path.write_bytes(CONFIGS[name])
-    if name == "laughs":  # its nine letters are nine unknown sections
-        assert train_qlora.main(["--config", str(path)]) == 2
-        lines = capfd.readouterr().err.splitlines()
-        assert len(lines) == 10 and all(line.startswith("error: ") and len(line) < 700 for line in lines)
-        return
     assert refused("--config", path)
     assert not list(tmp_path.rglob("executed"))
 
@@ -816,7 +811,7 @@ def test_output_dir_that_is_no_folder(refused, tmp_path, make):
 
 
 def test_resume_from_what_is_no_checkpoint(refused, tmp_path, adapter):
-    for path in (adapter / "config.yaml", adapter, "a\x00b", "x" * 5000):
+    for path in (adapter / "config.yaml", adapter, "x" * 5000):
         assert refused("--resume", path, output_dir=tmp_path / "new").startswith(
             "training.resume: cannot continue from"
         )

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -28,7 +27,6 @@ from toolkit.checkpoints import (
     check_output,
     check_space,
     clean_up,
-    fcntl,
     flatten_state,
     latest_checkpoint,
     locked,
@@ -666,58 +664,6 @@ def test_lock_is_one_runs_alone_and_leaves_nothing(tmp_path):
         (folder / "metrics.jsonl").touch()
     assert [path.name for path in folder.iterdir()] == ["metrics.jsonl"]
     check_output(training)
-
-
-HOLDER = "import fcntl, sys, time; file = open(sys.argv[1], 'ab'); fcntl.flock(file, fcntl.LOCK_EX); print(1, flush=True); time.sleep(60)"
-
-
-@pytest.mark.skipif(fcntl is None, reason="needs fcntl")
-def test_lock_of_a_dead_process_is_nobodys(tmp_path):
-    command = [sys.executable, "-c", HOLDER, str(tmp_path / LOCK)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as holder:
-        holder.stdout.readline()
-        with pytest.raises(ConfigError, match="another run"), locked(tmp_path):
-            pytest.fail("two runs in one folder")
-        holder.kill()
-    with locked(tmp_path):
-        assert (tmp_path / LOCK).exists()
-    assert not list(tmp_path.iterdir())
-
-
-def test_lock_on_a_file_that_its_holder_removed_guards_nothing(tmp_path, monkeypatch):
-    """Opened before the holder's end and locked after it, the file has no name any more: the next one is taken."""
-    real, times = os.stat, iter(range(9))
-
-    def stat(path, **keywords):
-        if path == tmp_path / LOCK and next(times) == 0:
-            os.unlink(path)
-        return real(path, **keywords)
-
-    monkeypatch.setattr(os, "stat", stat)
-    with locked(tmp_path), pytest.raises(ConfigError), locked(tmp_path):
-        pytest.fail("two runs in one folder")
-    assert next(times) > 1
-
-
-def test_lock_without_fcntl_is_windows_or_none(tmp_path, monkeypatch):
-    def locking(descriptor, mode, size):
-        raise PermissionError(13, "held by another process")
-
-    monkeypatch.setattr(checkpoints_module, "fcntl", None)
-    with locked(tmp_path):
-        pass
-    monkeypatch.setattr(checkpoints_module, "msvcrt", SimpleNamespace(locking=locking, LK_NBLCK=2))
-    with pytest.raises(ConfigError, match="another run"), locked(tmp_path):
-        pytest.fail("two runs in one folder")
-
-
-def test_file_system_without_locks_costs_no_run(tmp_path, monkeypatch):
-    def flock(*_):
-        raise OSError(37, "No locks available")
-
-    monkeypatch.setattr(checkpoints_module, "fcntl", SimpleNamespace(flock=flock, LOCK_EX=2, LOCK_NB=4))
-    with locked(tmp_path):
-        pass
 
 
 def test_taking_the_folder_puts_back_what_a_kill_left_between_two_names(tmp_path):

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import os
+import random
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -434,7 +435,7 @@ def test_rows_without_any_text_are_refused(tmp_path, tokenizer, texts):
 
 
 @pytest.mark.parametrize(
-    ("depth", "problem"), [(500, "RecursionError: .*recursion"), (10_000, "ValueError: nested more than 4,000 levels")]
+    ("depth", "problem"), [(150, "ArrowInvalid: .*[Rr]ecursion"), (10_000, "ValueError: nested more than 200 levels")]
 )
 def test_json_that_is_too_deep_is_refused_in_one_line(tmp_path, depth, problem):
     value = '{"a": ' * depth + "1" + "}" * depth
@@ -444,6 +445,66 @@ def test_json_that_is_too_deep_is_refused_in_one_line(tmp_path, depth, problem):
             load_rows(settings(path))
     many = write_jsonl(tmp_path / "many.jsonl", ["[{", "}]"] * 5000)
     assert len(load_rows(settings(many))["train"]) == 10_000  # width is no depth
+
+
+@pytest.mark.parametrize("opening", ['{"a":[],"b":', '{"a":"]","b":', '{"a":"\\\\","b":', "[[],"])
+def test_json_that_closes_brackets_on_its_way_down_is_refused_too(tmp_path, opening):
+    path = write_txt(tmp_path / "a.jsonl", "}" * 60_000 + "\n" + opening * 50_000 + "1\n")
+    with pytest.raises(ConfigError, match="nested more than 200 levels"):
+        load_rows(settings(path))
+
+
+@pytest.mark.parametrize(
+    "text", ["[ " * 5000, "\x1b[31m" * 5000, "if(x){ " * 5000, '\\"[' * 5000, "\\" * 5001 + "[" * 5000]
+)
+def test_brackets_in_a_text_are_no_depth(tmp_path, text):
+    rows = load_rows(settings(write_jsonl(tmp_path / "a.jsonl", [text, "two"])))["train"]
+    assert rows["text"] == [text, "two"]
+
+
+def depth_by_character(text: str) -> int:
+    deepest = depth = 0
+    inside = escaped = False
+    for char in text:
+        if inside:
+            inside, escaped = escaped or char != '"', char == "\\" and not escaped
+        elif char == '"':
+            inside = True
+        else:
+            depth += (char in "[{") - (char in "]}")
+            deepest = max(deepest, depth)
+    return deepest
+
+
+def test_depth_of_json_is_as_counted_character_by_character():
+    draw = random.Random(5)
+
+    def value(levels: int):
+        kind = draw.random()
+        if levels == 0 or kind < 0.3:
+            return "".join(draw.choice('[]{}"\\a/\té\n') for _ in range(draw.randrange(9)))
+        items = [value(levels - 1) for _ in range(draw.randrange(4))]
+        return items if kind < 0.6 else {value(0): item for item in items}
+
+    for _ in range(300):
+        shown = [json.dumps(value(draw.randrange(8)), ensure_ascii=False, indent=draw.choice([None, 1])) for _ in "abc"]
+        content, nesting, found = "\n".join(shown).encode(), data_formats.Nesting(), 0
+        while content:
+            size = draw.randrange(1, 12)  # blocks end anywhere: in a string, after a backslash, in a character
+            found, content = max(found, nesting.deepest(content[:size])), content[size:]
+        assert found == depth_by_character("\n".join(shown))
+
+
+def test_reader_that_raises_anything_is_one_line(tmp_path, monkeypatch):
+    """Columns that datasets takes for an agent's trace need a package of their own: an ImportError."""
+
+    def load(*_, **__):
+        raise ImportError("please install 'teich'\nor not")
+
+    monkeypatch.setattr(data_formats.datasets, "load_dataset", load)
+    path = write_jsonl(tmp_path / "a.jsonl", ["one"])
+    with pytest.raises(ConfigError, match=r"^data\.dataset: cannot read .*: ImportError: please install 'teich'$"):
+        load_rows(settings(path))
 
 
 def test_tokenising_again_finds_the_cache(tmp_path, tiny_model):
