@@ -617,6 +617,54 @@ def _softened(score, value, top, weight, total):
 
 
 @triton.jit
+def _new_token(
+    qkv, q_weight, k_weight, c, s, eps, kv, head, real, wide, dtype: tl.constexpr, HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr, PARTS: tl.constexpr, STRIDE: tl.constexpr,
+):  # fmt: skip
+    """Return both halves of the new token's query heads, both halves of its key, and its value, in the cache's dtype.
+
+    c, s: cosine and sine of its position, [1, HALF]; head, real: the query heads of head kv, and which of them exist.
+    """
+    SIZE: tl.constexpr = 2 * HALF
+    q1, q2 = _rotated(qkv + head[:, None] * SIZE, q_weight, c, s, eps, real, NORM, HALF, PARTS, STRIDE)
+    q1, q2 = q1.to(dtype), q2.to(dtype)
+    new = qkv + (HEADS + kv + tl.zeros((1, 1), tl.int32)) * SIZE
+    one = (tl.arange(0, 1) < 1)[:, None]
+    k1, k2 = _rotated(new, k_weight, c, s, eps, one, NORM, HALF, PARTS, STRIDE)
+    k1, k2 = k1.to(dtype), k2.to(dtype)
+    v = sum_of_parts(qkv + (HEADS + KV_HEADS + kv) * SIZE + wide, one, PARTS, STRIDE).to(dtype)
+    return q1, q2, k1, k2, v
+
+
+@triton.jit
+def _attend(
+    keys, values, q1, q2, k1, k2, v, next1, next2, next_value, start, end, here, scale, GROUP: tl.constexpr,
+    HALF: tl.constexpr, POSITIONS: tl.constexpr,
+):  # fmt: skip
+    """Return the largest score, the sum of weights and the sum of weighted values over positions start to end.
+
+    next1, next2, next_value: the first tile, which is loaded already; each pass loads the next tile. Position `here` is
+    the new token, whose k1, k2 and v are not in the cache yet.
+    """
+    SIZE: tl.constexpr = 2 * HALF
+    j, wide = tl.arange(0, HALF)[None], tl.arange(0, SIZE)[None]
+    top = tl.full((GROUP,), -float("inf"), tl.float32)
+    weight = tl.zeros((GROUP,), tl.float32)
+    total = tl.zeros((GROUP, SIZE), tl.float32)
+    for first in range(start, end, POSITIONS):
+        n = first + tl.arange(0, POSITIONS)
+        own = (n == here)[:, None]
+        key1, key2, value = tl.where(own, k1, next1), tl.where(own, k2, next2), tl.where(own, v, next_value)
+        next1, next2, next_value = _tile(
+            keys, values, n + POSITIONS, tl.minimum(here, end), j, wide, SIZE, HALF
+        )  # fmt: skip
+        score = tl.dot(q1, tl.trans(key1)) + tl.dot(q2, tl.trans(key2))
+        score = tl.where((n < end)[None], score * (scale * 1.4426950408889634), -float("inf"))
+        top, weight, total = _softened(score, value, top, weight, total)
+    return top, weight, total
+
+
+@triton.jit
 def attention_kernel(
     qkv, keys, values, position, starts, cos, sin, q_weight, k_weight, mixed, logs, eps, scale, stride,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr, SPLITS: tl.constexpr,
@@ -667,26 +715,12 @@ def attention_kernel(
     group = tl.arange(0, GROUP)
     head = kv * EACH + group
     real = (group < EACH)[:, None]
-    q1, q2 = _rotated(qkv + head[:, None] * SIZE, q_weight, c, s, eps, real, NORM, HALF, PARTS, M * OUTPUTS)
-    q1, q2 = q1.to(dtype), q2.to(dtype)
-    new = qkv + (HEADS + kv + tl.zeros((1, 1), tl.int32)) * SIZE
-    one = (tl.arange(0, 1) < 1)[:, None]
-    k1, k2 = _rotated(new, k_weight, c, s, eps, one, NORM, HALF, PARTS, M * OUTPUTS)
-    k1, k2 = k1.to(dtype), k2.to(dtype)
-    v = sum_of_parts(qkv + (HEADS + KV_HEADS + kv) * SIZE + wide, one, PARTS, M * OUTPUTS).to(dtype)
-    top = tl.full((GROUP,), -float("inf"), tl.float32)
-    weight = tl.zeros((GROUP,), tl.float32)
-    total = tl.zeros((GROUP, SIZE), tl.float32)
-    for first in range(start, end, POSITIONS):
-        n = first + tl.arange(0, POSITIONS)
-        own = (n == here)[:, None]
-        key1, key2, value = tl.where(own, k1, next1), tl.where(own, k2, next2), tl.where(own, v, next_value)
-        next1, next2, next_value = _tile(
-            keys, values, n + POSITIONS, tl.minimum(here, end), j, wide, SIZE, HALF
-        )  # fmt: skip
-        score = tl.dot(q1, tl.trans(key1)) + tl.dot(q2, tl.trans(key2))
-        score = tl.where((n < end)[None], score * (scale * 1.4426950408889634), -float("inf"))
-        top, weight, total = _softened(score, value, top, weight, total)
+    q1, q2, k1, k2, v = _new_token(
+        qkv, q_weight, k_weight, c, s, eps, kv, head, real, wide, dtype, HEADS, KV_HEADS, HALF, NORM, PARTS, M * OUTPUTS
+    )  # fmt: skip
+    top, weight, total = _attend(
+        keys, values, q1, q2, k1, k2, v, next1, next2, next_value, start, end, here, scale, GROUP, HALF, POSITIONS
+    )  # fmt: skip
     if (start <= here) & (here < start + share):
         place = here * SIZE
         tl.store(keys + place + j, k1)

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from config import DATA_FILES, missing_data
+from config import DATA_FILES, load_config, missing_data
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "tiny" / "config.yaml"
@@ -454,6 +454,13 @@ def test_edited_and_run_again(refused, train, tmp_path, corpus, state):
     assert train(*flags, "--max_steps", 1, "--overwrite", output_dir=output)[0] == 0
     assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-1"]
     assert train(*flags, "--max_steps", 1, output_dir=output)[0] == 0  # and the same again is no other run
+
+
+def test_home_folder_of_output_dir_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "own.yaml").write_text("training: {output_dir: ~/runs/a}\n", encoding="utf-8")
+    assert load_config(tmp_path / "own.yaml").training.output_dir == str(tmp_path / "runs" / "a")
+    assert load_config((), {"training.output_dir": "~/b"}).training.output_dir == str(tmp_path / "b")
 
 
 def test_edited_data_is_named_after_it_is_read(refused, train, tmp_path, corpus):

@@ -647,7 +647,13 @@ def scripted(monkeypatch) -> Callable[[list[float]], None]:
 
     def script(losses: list[float]) -> None:
         values = iter(losses)
-        monkeypatch.setattr(evaluation, "block_losses", lambda *_: torch.tensor([[next(values), 1.0]]))
+
+        def block_losses(loss, blocks, *_):
+            sums = torch.zeros(len(blocks), 2, dtype=torch.float64)
+            sums[0] = torch.tensor([next(values), 1.0])
+            return sums
+
+        monkeypatch.setattr(evaluation, "block_losses", block_losses)
 
     return script
 
@@ -754,6 +760,34 @@ def test_validation_loss_that_is_not_finite_stops(train, scripted, capsys):
     code, folder = train("--eval_steps", 2, "--save_steps", 1)
     assert code == 1 and checkpoints(folder)[0].name == "checkpoint-1"
     assert "validation loss is nan" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("what", ["log", "curves"])
+def test_last_files_that_cannot_be_written_do_not_hide_the_adapter(train, monkeypatch, capsys, what):
+    def fails(*arguments):
+        raise OSError(28, "No space left on device")
+
+    if what == "curves":
+        monkeypatch.setattr(train_qlora, "plot_training_curves", fails)
+    else:
+        monkeypatch.setattr(train_qlora.checkpoints.Log, "flush", fails)
+    code, folder = train("--max_steps", 1)
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert code == 1 and (folder / "adapter_model.safetensors").is_file()
+    assert line.startswith("error: step 1: the curves or the log cannot be written") and "; the adapter is comp" in line
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")]
+)
+def test_main_memory_that_runs_out_is_one_line(train, monkeypatch, capsys, error):
+    def fails(*arguments):
+        raise error
+
+    monkeypatch.setattr(train_qlora, "train", fails)
+    code, _ = train("--max_steps", 1)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert code == 3 and line.startswith("error: out of main memory: ")
 
 
 # ------------------------------------------------------------------------------------------------ what a run leaves

@@ -38,10 +38,14 @@ class Child:
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         return subprocess.Popen(command, **pipes)
 
-    def ask(self, chats: list[Messages], options: dict[str, Any]) -> list[dict[str, str]]:
-        """Return an answer for each chat, as `template_child.answer` makes it, up to the first that ends the process."""
+    def prepare(self) -> None:
+        """Start the process, if it is not running, without waiting for its imports."""
         if self.process is None or self.process.poll() is not None:  # not started, or ended from outside
             self.process = self.start()
+
+    def ask(self, chats: list[Messages], options: dict[str, Any]) -> list[dict[str, str]]:
+        """Return an answer for each chat, as `template_child.answer` makes it, up to the first that ends the process."""
+        self.prepare()
         started = time.monotonic()
         lines: list[bytes] = []
         try:

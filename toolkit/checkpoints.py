@@ -303,10 +303,11 @@ def check_output(training: TrainingConfig) -> None:
                 pass  # an early check; `locked` takes the lock for the run
         # a trial, since os.access checks neither Windows' permissions nor read-only file systems
         trial = Path(tempfile.mkdtemp(dir=parent, prefix=TEMPORARY))
-        inner = trial / output_dir.name  # the name may be too long, or empty (`.`)
-        inner.mkdir(exist_ok=True)
-        for folder in dict.fromkeys((inner, trial)):
-            folder.rmdir()  # tempfile's own way of deleting never returns where a folder lets nobody delete
+        try:
+            (trial / output_dir.name).mkdir(exist_ok=True)  # the name may be too long, or empty (`.`)
+        finally:  # tempfile's own way of deleting never ends where a folder lets nobody delete
+            for folder in (*trial.iterdir(), trial):
+                folder.rmdir()
 
 
 def _refuse_odd_files(output_dir: Path) -> None:

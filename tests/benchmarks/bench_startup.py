@@ -25,7 +25,7 @@ LIBRARIES = "import torch, transformers, peft, bitsandbytes"
 STAGES = (
     ("quantization_utils", "load_tokenizer", "tokenizer"),
     ("transformers.AutoModelForCausalLM", "from_pretrained", "read and quantise the weights"),
-    ("quantization_utils", "load_adapter", "attach the adapter"),
+    ("toolkit.adapters", "load_adapter", "attach the adapter"),
     ("train_qlora", "prepare_dataset", "read and tokenise the data"),
     ("train_qlora", "build_learner", "attach a fresh adapter, fuse"),
     ("fast_path.micro_step.Learner", "_capture", "compile and capture the step"),

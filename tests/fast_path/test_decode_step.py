@@ -1,4 +1,4 @@
-"""The decode kernels give what the model's own forward does: in Triton's interpreter, and on a GPU if there is one."""
+"""The decode kernels compute the same as the model's own forward, in Triton's interpreter and on a GPU."""
 
 import json
 import shutil
@@ -38,7 +38,7 @@ NAMES = [f"{family}-{len(starts)}" for family, _, starts, _ in CASES]
 
 @pytest.fixture(scope="module")
 def folders(random_models, tmp_path_factory):
-    """The families' folders; Mistral's without its window of 16 positions."""
+    """Return the families' folders; Mistral has no sliding window here, other than in `random_models`."""
     mistral = tmp_path_factory.mktemp("mistral") / "without_window"
     shutil.copytree(random_models("mistral"), mistral)
     config = json.loads((mistral / "config.json").read_text(encoding="utf-8"))
@@ -47,9 +47,10 @@ def folders(random_models, tmp_path_factory):
 
 
 def loaded(folder, options, dtype, device):
-    """Return a model, with a non-zero adapter if there are options, that attends as transformers does.
+    """Return a model with transformers' own attention and, if there are options, with a non-zero adapter.
 
-    Biases and the norms' weights, zeros and ones in a new model, become what a wrong kernel would show.
+    Biases and the norms' weights are zeros and ones in a new model; they get random values, so that a kernel that
+    forgets them fails.
     """
     if options is None:
         base = model = load_model_and_tokenizer(str(folder), create_bnb_config(compute_dtype=dtype), device=device)[0]
@@ -70,7 +71,7 @@ def new_cache(model, length=LENGTH):
 
 
 def filled(caches: list[StaticCache], starts: list[int], before: int, model) -> StaticCache:
-    """Return one cache of what several of a sequence hold, each from its start on; what lies before is NaN."""
+    """Return one cache with the contents of several, each from its start on; before a start there is NaN."""
     joint, config = new_cache(model), model.config
     joint.early_initialization(len(starts), config.num_key_value_heads, 64, model.dtype, model.device)
     for layer, *own in zip(joint.layers, *(cache.layers for cache in caches), strict=True):
@@ -82,7 +83,7 @@ def filled(caches: list[StaticCache], starts: list[int], before: int, model) -> 
 
 
 def check_cache(mine: StaticCache, plain: list, reference: list, starts: list[int], before: int, steps: int) -> None:
-    """Compare the keys and values that were written, and see that nothing else was touched."""
+    """Compare the keys and values that were written, and check that nothing else was changed."""
     for i, start in enumerate(starts):
         written = slice(before - start, before - start + steps)
         for a, b, c in zip(mine.layers, plain[i].layers, reference[i].layers, strict=True):
@@ -101,8 +102,9 @@ def check_cache(mine: StaticCache, plain: list, reference: list, starts: list[in
 def check_case(
     folder, options, starts, before: int, dtype: str, device: str, wrap=lambda step: step, steps: int = 2
 ) -> None:
-    """Compare steps after prompts with the model's own, a sequence at a time, both against fp32 on the same 4-bit
-    weights.
+    """Compare steps after prompts with the model's own forward pass, which takes one sequence at a time.
+
+    Both are measured by their distance from fp32 on the same 4-bit weights.
     """
     ids = torch.randint(0, 4096, (len(starts), before + steps), generator=torch.Generator().manual_seed(5)).to(device)
     model, exact = (loaded(folder, options, kind, device) for kind in (dtype, "float32"))
@@ -157,13 +159,13 @@ def check_all(folders: dict[str, str], dtype: str, device: str, numbers: tuple[i
 @pytest.mark.minutes
 @pytest.mark.parametrize("numbers", [EACH_KIND, pytest.param(REST, marks=pytest.mark.long)], ids=["kinds", "rest"])
 def test_a_step_equals_the_models_own_in_tritons_interpreter(folders, numbers):
-    """In float16: the interpreter rounds bfloat16 wrongly."""
+    """In float16, because the interpreter rounds bfloat16 wrongly."""
     paths = {name: str(folder) for name, folder in folders.items()}
     interpret("tests.fast_path.test_decode_step", f"check_all({paths!r}, 'float16', 'cpu', {numbers!r})")
 
 
 class Captured:
-    """A step as one CUDA graph, as its callers run it."""
+    """A step captured as one CUDA graph, which is how the decoder runs it."""
 
     def __init__(self, step: DecodeStep):
         self.step = step  # a graph does not keep the buffers that it reads alive
@@ -251,7 +253,7 @@ POINTERS = {
 def compiled(
     capability: int, kernel, constants: dict, warps: int, stages: int = 3, maxnreg: int | None = None, **types: str
 ):  # fmt: skip
-    """Return a kernel compiled for a card, its pointers aligned as PyTorch aligns them."""
+    """Return a kernel compiled for a card, with pointers aligned as PyTorch's are."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -270,7 +272,7 @@ def compiled(
 
 
 def packed(capability: int) -> dict:
-    """Return the constants of all products, with Qwen2.5's quantisation and an adapter of rank 16."""
+    """Return the constants that all products share, for Qwen2.5's quantisation and an adapter of rank 16."""
     import triton
 
     constants = {"BIAS": False, "NESTED": True, "BLOCKSIZE": 64, "BLOCKSIZE2": 256, "RANK": 16}
@@ -322,7 +324,7 @@ def test_kernels_compile_within_the_shared_memory_of_each_card(capability):
 @pytest.mark.parametrize("m", [32, 64])
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_a_batchs_kernels_compile_within_the_shared_memory_of_each_card(capability, m):
-    """With the constants of Qwen2.5-3B; words of weights are loaded 16 bytes at a time."""
+    """With the constants of Qwen2.5-3B. Words of weights must be loaded 16 bytes at a time."""
     from fast_path import decode_batch_kernels
     from fast_path import decode_kernels as kernels
 

@@ -1,4 +1,4 @@
-"""The table of families: each row against transformers' own classes, and that a new Llama-like family takes one row."""
+"""The table of families: each row matches transformers' classes, and a new Llama-like family needs only one row."""
 
 import importlib
 import json
@@ -53,7 +53,7 @@ def test_no_class_stands_in_two_rows():
 
 
 def test_the_groups_of_linears_that_share_a_mask_are_those_of_earlier_runs():
-    """Their names are in the masks' hashes: with others a run that is resumed would learn something else."""
+    """Their names are part of the masks' hashes, so with other names a resumed run would learn something different."""
     qkv, gate_up = (
         dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv"),
         dict.fromkeys(("gate_proj", "up_proj"), "gate_up"),

@@ -1,4 +1,4 @@
-"""The fast path equals the plain one: operators, kernels (in Triton's interpreter, and on a GPU where there is one), layers."""
+"""The fast path computes the same as the plain one: operators, kernels (in the interpreter and on a GPU), layers."""
 
 import dataclasses
 import functools
@@ -107,7 +107,7 @@ def test_a_norm_that_is_trained_stays_in_its_layer(random_models):
 
 @pytest.mark.parametrize("members, rank, behind_norm", [(1, 16, False), (3, 8, True), (2, 16, True), (0, 0, True)])
 def test_the_operator_is_what_it_tells_the_compiler(members, rank, behind_norm):
-    """Shapes and strides of what it returns, nothing of it shared, the gradient registered."""
+    """Its results have the shapes and strides it declares and share no memory, and its gradient is registered."""
     weights = packed_weights((64,) * max(1, members), 64, "nf4", True, "cpu", torch.float32)
     x = torch.randn(6, 64, requires_grad=True)
     A, B = ([torch.randn(shape, requires_grad=True) for _ in range(members)] for shape in ((rank, 64), (64, rank)))
@@ -199,7 +199,7 @@ def test_evaluation_and_the_base_alone_run_through_the_fused_layers(random_model
 
 
 def test_error_in_bfloat16_is_no_larger_than_pefts(random_models):
-    """Both against fp32 on the same dequantised weights."""
+    """Both are compared with fp32 on the same dequantised weights."""
     _, reference = gradients(*prepared(random_models("qwen2")))
     _, plain = gradients(*prepared(random_models("qwen2"), dtype="bfloat16"))
     model, clock, loss = prepared(random_models("qwen2"), dtype="bfloat16")
@@ -215,7 +215,7 @@ def test_error_in_bfloat16_is_no_larger_than_pefts(random_models):
 
 @pytest.mark.compiled
 def test_torchs_cache_of_compiled_layers_knows_the_operators_version(random_models, tmp_path):
-    """A layer with another version's strides in it would end a run."""
+    """A cached layer that expects the strides of another version would end a run."""
     changed = types.ModuleType("changed")
     changed.__file__ = str(tmp_path / "changed.py")
     tags = []
@@ -252,7 +252,7 @@ def test_layers_are_compiled_once_and_never_again(random_models):
 
 @pytest.mark.compiled
 def test_a_layer_compiled_in_pieces_is_said(train, monkeypatch, tmp_path):
-    """It learns the same, so that nothing else would tell."""
+    """Its results do not change, so only the log can show it."""
     whole, flags = _fused_mlp, ("--max_steps", 1, "--fused_lora", "on", "--compile", "on")
 
     def broken(self, x):
@@ -333,7 +333,7 @@ def test_the_fast_path_trains_from_the_command_line_on_a_cpu_and_resumes_on_the_
     "QLORA_REAL_MODEL" not in os.environ, reason="needs QLORA_REAL_MODEL, the folder of SmolLM2-135M-Instruct"
 )
 def test_fifty_steps_on_a_real_model_follow_the_plain_path(train, corpus, tmp_path):
-    """The fused curve is no further from the plain one than bfloat16 itself takes the plain one from that of fp32."""
+    """The fused curve is no further from the plain one than the plain one in bfloat16 is from the one in fp32."""
     curves = []
     for fused, dtype in (("off", "float32"), ("off", "bfloat16"), ("on", "bfloat16")):
         flags = ("--model_name", os.environ["QLORA_REAL_MODEL"], "--fused_lora", fused, "--compute_dtype", dtype)
@@ -370,8 +370,8 @@ class Replayed(micro_step.Captured):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_captured_run_learns_what_an_uncaptured_one_does(train, chats, varlen_on_cpu, monkeypatch, tmp_path, packed):
-    """All but the graph itself: static inputs, a short last micro-batch, masks, what the warm-up leaves in the gradients;
-    of packed samples varlen attention, where the uncaptured run takes a mask.
+    """Everything but the graph itself is tested: static inputs, a short last micro-batch, masks, and gradients after
+    the warm-up. With packed samples the captured run uses varlen attention, the uncaptured one a mask.
     """
     flags = (
         "--compute_dtype",
@@ -420,7 +420,7 @@ def packed_weights(
 
 
 def check_kernels(device: str, dtype: torch.dtype, tolerance: float) -> None:
-    """Compare each kernel with the same operator's torch calls in fp32, on sizes that divide nothing; pieces of W with it."""
+    """Compare each kernel with the same operator's torch calls in fp32, with sizes that no tile divides."""
     torch.manual_seed(0)
     for double, quant_type, outputs in (
         (True, "nf4", (64, 32)),
@@ -469,7 +469,7 @@ def check_kernels(device: str, dtype: torch.dtype, tolerance: float) -> None:
 
 
 def check_widen_backward(wide, x, A, masks, norm, members: int, tolerance: float) -> None:
-    """Compare dx, dA and the members' dB with the torch calls in fp32, behind a norm in either way."""
+    """Compare dx, dA and the members' dB with the torch calls in fp32, with a norm before the operator and without."""
     dB = torch.randn(12 * members, len(A), device=x.device)
     outputs = [16, 12, 8][:members] if members == 3 else [12] * members
 
@@ -488,8 +488,10 @@ def check_widen_backward(wide, x, A, masks, norm, members: int, tolerance: float
 
 
 def check_cross_entropy(device: str, dtype: torch.dtype, tolerance: float) -> None:
-    """Compare the kernel with torch's cross entropy in fp64: a row of less than a block and of more, unlabelled rows, logits
-    whose exponential overflows, a target at either end.
+    """Compare the kernel with torch's cross entropy in fp64.
+
+    Rows are shorter and longer than a block, some have no label, some logits overflow when exponentiated, and there are
+    targets at both ends.
     """
     torch.manual_seed(0)
     for vocabulary, size in ((101, 1.0), (20_000, 1.0), (101, 100.0)):
@@ -504,7 +506,7 @@ def check_cross_entropy(device: str, dtype: torch.dtype, tolerance: float) -> No
         ):  # one row after another, or all at once
             with mock.patch.object(loss_module, "multiprocessors", lambda _, programs=programs: programs):
                 loss, gradient = kernel_chunk_loss(rows, weight, None, targets, with_gradient)
-            assert abs(loss.item() / want.item() - 1) < 1e-5, (vocabulary, size)
+            assert abs(loss.sum().item() / want.item() - 1) < 1e-5, (vocabulary, size)
         assert apart(gradient, logits.grad.float() @ weight.float()) < tolerance, (vocabulary, size)
         assert not gradient[2].any()
 
@@ -514,8 +516,10 @@ def apart(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def check_swiglu_backward(device: str, dtype: torch.dtype, tolerance: float) -> None:
-    """Compare the kernel with its torch twin in fp32: shares, blocks of rows and of columns that are not full, ranks that
-    are no power of two or not the same, no adapter here or on gate and up, one beyond what the kernel takes.
+    """Compare the kernel with its torch twin in fp32.
+
+    There are several shares, and blocks of rows and of columns that are not full. Ranks are no powers of two, or
+    differ. Some cases have no adapter here or on gate and up, and one has a larger rank than the kernel supports.
     """
     torch.manual_seed(0)
     columns, length = 160, 20
@@ -550,8 +554,9 @@ def check_swiglu_backward(device: str, dtype: torch.dtype, tolerance: float) -> 
 
 
 def check_rotate(device: str, dtype: torch.dtype, tolerance: float) -> None:
-    """Compare the operator and its gradient with apply_rotary_pos_emb in fp32: few and many heads of k and v, widths that
-    are no power of two, positions of their own for each row or for all.
+    """Compare the operator and its gradient with apply_rotary_pos_emb in fp32.
+
+    There are few and many heads of k and v, widths that are no power of two, and positions per sequence or for all.
     """
     torch.manual_seed(0)
     batch, length = 3, 7
@@ -577,7 +582,7 @@ def check_rotate(device: str, dtype: torch.dtype, tolerance: float) -> None:
 
 
 def check_layers(folder: str) -> None:
-    """Compare the gradients of fused layers on their kernels, in half precision, with plain ones' in fp32 and peft's."""
+    """Compare gradients of fused layers with kernels, in half precision, with plain ones in fp32 and with peft's."""
     _, reference = gradients(*prepared(folder))
     _, plain = gradients(*prepared(folder, dtype="float16"))
     model, clock, loss = prepared(folder, dtype="float16", checkpointing=True)
@@ -591,7 +596,7 @@ def check_layers(folder: str) -> None:
 @pytest.mark.triton
 @pytest.mark.minutes
 def test_kernels_in_tritons_interpreter():
-    """Half precision: it rounds bfloat16 wrongly, and tl.dot takes its bits for numbers."""
+    """In float16, because the interpreter rounds bfloat16 wrongly and its tl.dot reads bfloat16 bits as integers."""
     interpret(
         "tests.fast_path.test_layers",
         "check_kernels('cpu', torch.float16, 2e-3); check_swiglu_backward('cpu', torch.float16, 2e-3); "
@@ -606,7 +611,7 @@ def test_layers_learn_the_same_from_kernels_in_tritons_interpreter(random_models
 
 
 def signature(kernel, pointers: dict[str, str]) -> dict[str, str]:
-    """Return the types of a kernel's arguments: pointers as given, the rest 32-bit numbers."""
+    """Return the types of a kernel's arguments: pointers as given, all others 32-bit numbers."""
     names = [name for name in kernel.arg_names if name.upper() != name or name in pointers]
     floats = ("scale", "inverse", "epsilon")
     return {name: pointers.get(name, "fp32" if name in floats else "i32") for name in names}
@@ -624,7 +629,7 @@ MASKS = {"step": WHOLE, "sequences": WHOLE, "salt": WHOLE}
 
 
 def compile_for(capability: int, kernel, pointers: dict[str, str], constants: dict, warps: int, **options) -> str:
-    """Return the PTX of a kernel compiled for a card, whose shared memory has room for it."""
+    """Return the PTX of a kernel compiled for a card, after checking that it fits the card's shared memory."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -641,7 +646,7 @@ def compile_for(capability: int, kernel, pointers: dict[str, str], constants: di
 @pytest.mark.triton
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_kernels_compile_within_the_shared_memory_of_each_card(capability):
-    """Those of the forward, the loss and rotary."""
+    """The kernels of the forward pass, the loss and the rotary embedding."""
     compile_ = functools.partial(compile_for, capability)
     launch = DEQUANTIZE
     weights = {"packed": WHOLE, "absmax": "*u8", "out": HALF, "stacked": HALF}
@@ -792,7 +797,7 @@ def test_fused_error_on_the_gpu_is_no_larger_than_pefts(random_models, compiled)
 
 
 def packed_blocks() -> tuple[list[np.ndarray], list[int]]:
-    """Return blocks of random samples, two of them not full, and how many samples the fullest hold."""
+    """Return blocks of random samples, two of them not full, and the largest number of samples in a block."""
     random, rows = np.random.default_rng(0), []
     for sizes in ([40, 23, 17], [9, 30, 2, 21], [64]):
         ids, positions = random.integers(0, 4096, sum(sizes)), np.concatenate([np.arange(size) for size in sizes])
@@ -801,7 +806,7 @@ def packed_blocks() -> tuple[list[np.ndarray], list[int]]:
 
 
 def learned(model, loss, step, *batches) -> tuple[torch.Tensor, dict]:
-    """Return the logits of all real tokens of the batches, [tokens, vocabulary], and the gradients of their summed loss."""
+    """Return the logits of all real tokens, [tokens, vocabulary], and the gradients of the batches' summed loss."""
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     logits = []
@@ -814,15 +819,16 @@ def learned(model, loss, step, *batches) -> tuple[torch.Tensor, dict]:
 
 
 def on_device(rows: list[np.ndarray], device: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Return the batch of blocks and where in it real tokens stand, bool [batch, length]."""
+    """Return the batch of blocks and a mask of its real tokens, bool [batch, length]."""
     batch = collate(rows, 0)
     real = torch.arange(batch["labels"].shape[1])[None] < torch.tensor([row.shape[1] for row in rows])[:, None]
     return {name: tensor.to(device) for name, tensor in batch.items()}, real.to(device)
 
 
 def check_packed_path(folder: Path, path: str, device: str, dtype: str) -> list[tuple[float, float]]:
-    """Return how far logits and gradients of packed blocks are from those of each sample alone in fp32: with a mask, and
-    with varlen attention. path: plain, fused, compiled or captured.
+    """Return the errors of logits and gradients of packed blocks, with a mask and with varlen attention.
+
+    The reference is each sample alone in fp32. path: plain, fused, compiled or captured.
     """
     rows, counts = packed_blocks()
     alone = [part for row in rows for part in np.split(row, np.flatnonzero(row[2] == 0)[1:], axis=1)]
@@ -876,7 +882,7 @@ def test_packed_samples_learn_the_same_with_a_mask_and_with_varlen_attention(ran
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])  # as many heads of k and v as of q, and fewer
 @pytest.mark.parametrize("path", ["plain", "fused", "compiled", "captured"])
 def test_varlen_attention_on_the_gpu_errs_no_more_than_a_mask(random_models, kind, path):
-    """In bfloat16, both against fp32; on a CPU a mask is 0.02 off, and 0.8 to 0.9 where samples see each other."""
+    """In bfloat16, both against fp32. On a CPU a mask has an error of 0.02; if samples see each other, 0.8 to 0.9."""
     mask, varlen = check_packed_path(random_models(kind), path, "cuda", "bfloat16")
     print(f"{kind} {path}: errors of logits and gradients {mask} with a mask, {varlen} with varlen attention")
     assert varlen[0] <= 1.1 * mask[0] and varlen[1] <= 1.1 * mask[1] and max(varlen) < 0.1
@@ -903,7 +909,7 @@ def test_a_run_on_packed_chats_on_the_gpu_learns_what_it_does_with_a_mask(train,
 
 @pytest.fixture
 def cudnn_on_cpu(monkeypatch) -> list[str]:
-    """Have `cudnn_attention` run here on the kernels that SDPA has for CPUs; returns the list of its calls."""
+    """Let `cudnn_attention` run on a CPU, with SDPA's kernels for CPUs, and return the list of its calls."""
     aten, calls = torch.ops.aten, []
     cpu, cpu_backward = (getattr(aten, f"_scaled_dot_product_flash_attention_for_cpu{x}") for x in ("", "_backward"))
 
@@ -983,7 +989,7 @@ def test_cudnns_attention_is_for_hopper_in_half_precision_and_no_deterministic_r
 @pytest.mark.gpu
 @pytest.mark.parametrize("first, second", [("plain", "compiled"), ("compiled", "plain"), ("fused", "compiled")])
 def test_gradients_of_cudnns_attention_are_right_whichever_path_comes_first(random_models, first, second):
-    """In bfloat16 against fp32; torch's own operator gave gradients 150 % off to the second path of a process."""
+    """In bfloat16 against fp32. With torch's own operator the second path of a process had gradients 150 % off."""
     folder = random_models("qwen3")  # fewer heads of k and v than of q
     _, want = gradients(*prepared(folder, p=0.0, device="cuda"), length=40)
     for path in (first, second):

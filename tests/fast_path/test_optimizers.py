@@ -1,4 +1,4 @@
-"""The table of optimizers: the schema names the same ones, and its sizes are those of the states that they keep."""
+"""The table of optimizers has the names of the schema, and its sizes are those of the optimizers' states."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 
 
 def tensors_in(state) -> list[torch.Tensor]:
-    """All tensors of a nested state_dict."""
+    """Return all tensors of a nested state_dict."""
     if isinstance(state, torch.Tensor):
         return [state]
     values = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
@@ -20,7 +20,7 @@ def tensors_in(state) -> list[torch.Tensor]:
 
 
 def stepped(name: str, sizes: list[int]) -> torch.optim.Optimizer:
-    """An optimizer of this name after a step of parameters of these sizes, on a CPU."""
+    """Return an optimizer of this name after one step on a CPU, with parameters of these sizes."""
     parameters = [torch.nn.Parameter(torch.randn(size)) for size in sizes]
     optimizer = create_optimizer(parameters, dataclasses.replace(TrainingConfig(), optim=name), CPU, lambda line: None)
     for parameter in parameters:
@@ -36,7 +36,7 @@ def test_the_schema_offers_what_the_table_has():
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("size", [512, 4096, 2**20])
 def test_saved_bytes_are_those_of_the_states_in_a_checkpoint(name, size):
-    """Counted in a state_dict. In 8 bit it holds two tables of 256 numbers per tensor besides, which bound the gap."""
+    """Sizes are counted in a state_dict. In 8 bit it also has two tables of 256 numbers per tensor: the largest gap."""
     found = sum(tensor.nbytes for tensor in tensors_in(stepped(name, [size]).state_dict()["state"]))
     saved = OPTIMIZERS[name].saved_bytes(size)
     assert found <= saved + 2 * 1024 + 64 and saved <= 1.05 * found
@@ -51,7 +51,7 @@ def test_state_bytes_are_those_of_the_two_moments(name):
 
 
 def test_paged_optimizers_are_bitsandbytes_paged_ones():
-    """By bitsandbytes' own word, not by their names here."""
+    """According to bitsandbytes' own attribute, not to their names in the table."""
     for choice in OPTIMIZERS.values():
         if choice.kind is not torch.optim.AdamW:
             optimizer = choice.kind([torch.nn.Parameter(torch.zeros(8))])

@@ -38,7 +38,7 @@ def clock_at(step: int = 0, sequences: tuple[int, ...] = (0,), seed: int = 42) -
 
 
 def adapted(folder, dropout: float = P, checkpointing: bool | int = False, clock: DropoutClock | None = None, **lora):
-    """(model in training mode with stateless dropout, its clock); every lora_B is off zero."""
+    """Return (model in training mode with stateless dropout, its clock); no lora_B is zero."""
     model, _ = load_model_and_tokenizer(str(folder), create_bnb_config(compute_dtype="float32"), device="cpu")
     torch.manual_seed(0)
     model = prepare_model_for_training(model, create_lora_config(dropout=dropout, **lora), checkpointing)
@@ -84,7 +84,7 @@ def test_what_drops_is_a_share_of_all_hashes():
 
 
 def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Pearson's, in units of its own standard deviation under independence."""
+    """Return Pearson's correlation, in units of its standard deviation under independence."""
     a, b = (x.double().flatten() for x in (a, b))
     a, b = a - a.mean(), b - b.mean()
     return float((a * b).mean() / (a.std() * b.std()) * math.sqrt(a.numel()))
@@ -137,7 +137,7 @@ def test_modules_of_a_model_have_masks_of_their_own_but_readers_of_one_x_share(r
 
 
 def test_mask_depends_on_nothing_but_its_coordinates():
-    """Not on the batch, its order or its padding: what accumulation, other processes and other lengths need."""
+    """It does not depend on the batch, its order or its padding, so accumulation and processes do not change it."""
     whole = clock_at(2, (0, 1, 2, 3)).keep(5, 32, 64, P)
     again = clock_at(2, (3, 1)).keep(5, 32, 64, P)
     assert torch.equal(again, whole[[3, 1]])
@@ -177,7 +177,7 @@ def test_dropout_of_infinite_input_drops_it():
 
 
 def test_gradient_is_autograds_of_explicit_masking(random_models):
-    """One adapted layer in the model's place: y = base(x) + scale * B A (mask * x / (1 - p))."""
+    """One adapted layer instead of a model: y = base(x) + scale * B A (mask * x / (1 - p))."""
     model, clock = adapted(random_models("llama"), dropout=0.2)
     layer = model.get_base_model().model.layers[0].mlp.down_proj
     clock.set(6, torch.tensor([0, 1]))
@@ -197,7 +197,7 @@ def test_gradient_is_autograds_of_explicit_masking(random_models):
 
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_dropout_reaches_the_whole_model_and_eval_has_none(random_models, use_dora):
-    """In training another step is another loss; in eval mode it is not, and equals a model without dropout."""
+    """In training mode the loss changes with the step. In eval mode it does not, and equals that without dropout."""
     ids = ids_of()
     model, clock = adapted(random_models("qwen2"), dropout=0.3, use_dora=use_dora)
     losses = []
@@ -232,7 +232,7 @@ def test_recompute_sees_the_same_mask(random_models, checkpointing):
 
 
 def test_gradients_of_a_batch_are_the_sum_of_its_rows(random_models):
-    """Batch rows keep their masks when they come one by one."""
+    """The sequences of a batch keep their masks when they are processed one by one."""
     model, clock = adapted(random_models("qwen2"), dropout=0.3)
     ids, total = ids_of(batch=3), {}
     clock.set(2, torch.arange(3))
@@ -289,7 +289,7 @@ def test_gradients_without_a_mask_tensor_are_those_of_sdpa(random_models, family
 
 @pytest.mark.parametrize("family", ["qwen2", "mistral"])
 def test_padding_on_the_right_does_not_reach_the_left(random_models, family):
-    """Why no mask is needed: a real token never looks at a pad."""
+    """No mask is needed, because a real token never attends to a pad."""
     model, _ = adapted(random_models(family), dropout=0.0)
     use_causal_attention(model)
     ids = ids_of(30, batch=1)
@@ -366,7 +366,7 @@ def test_chunked_loss_is_finite_where_exp_would_overflow():
 
 
 def test_chunked_loss_in_bfloat16_stays_near_the_dense_one():
-    """The products are bfloat16's, the sums fp32: 64 rows of a vocabulary of 4,096."""
+    """Products are computed in bfloat16 and summed in fp32, for 64 rows and a vocabulary of 4,096."""
     hidden, weight, labels, _ = problem(rows=64, width=64, vocabulary=4096)
     weight = weight / 8
     low = hidden.detach().bfloat16().requires_grad_()
@@ -403,7 +403,7 @@ def test_chunks_bound_the_logits():
 
 
 def test_the_mean_of_an_objective_does_not_depend_on_how_a_batch_is_divided():
-    """Its weight is what cross_entropy divides by: the labels that a position before them predicts."""
+    """Its weight is the divisor of cross_entropy: the number of labels that an earlier position predicts."""
     generator = torch.Generator().manual_seed(1)
     labels = torch.randint(0, 11, (6, 9), generator=generator)
     labels[torch.rand(labels.shape, generator=generator) < 0.3] = IGNORED
@@ -433,7 +433,7 @@ class TornBackward(torch.autograd.Function):
 
 
 def test_gradient_sums_are_autograds_own_in_the_same_memory():
-    """150 matrices: two launches of 64 and a rest; one that no loss reads, one without a gradient so far."""
+    """150 matrices need two launches of 64 and one of the rest. Two more: no loss uses one, one has no gradient yet."""
     torch.manual_seed(0)
     parameters = [torch.nn.Parameter(torch.randn(3, 5)) for _ in range(152)]
     idle, fresh = parameters[150:]

@@ -1,4 +1,4 @@
-"""The sampling kernels draw what transformers' processors leave: in Triton's interpreter, and on a GPU if there is one."""
+"""The sampling kernels draw from the tokens that transformers' processors keep, in the interpreter and on a GPU."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def kept(scores: torch.Tensor, top_p: float | None, min_p: float | None) -> torc
 
 
 def random_scores(rows: int, vocabulary: int, seed: int, device: str) -> torch.Tensor:
-    """Return scores, no two alike in a row, of which a tenth is -inf."""
+    """Return scores without equal ones within a row; a tenth of them is -inf."""
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randn(rows, vocabulary, generator=generator) * 1.5
     scores[torch.rand(rows, vocabulary, generator=generator) < 0.1] = float("-inf")
@@ -53,7 +53,7 @@ def random_scores(rows: int, vocabulary: int, seed: int, device: str) -> torch.T
 
 
 def check_equal(rows: int, vocabulary: int, seeds: int, device: str) -> None:
-    """Compare tokens with those of transformers' processors and the same noise; the race must have gone on."""
+    """Compare tokens with those of transformers' processors and the same noise; some races must have been repeated."""
     again = 0
     for top_p, min_p in CASES:
         for number in range(seeds):
@@ -71,7 +71,7 @@ def check_equal(rows: int, vocabulary: int, seeds: int, device: str) -> None:
 
 
 def check_small() -> None:
-    """Compare in the interpreter, in blocks so small that programs take several; a vocabulary that ends within one."""
+    """Compare in the interpreter. A program takes several small blocks, and the vocabulary ends within a block."""
     sampling.BLOCK, sampling.ROW_BLOCK, sampling.PROGRAMS = 64, 128, 9
     assert layout(3, 500) == (3, 3) and layout(2, 331) == (2, 3)
     check_equal(3, 500, 2, "cpu")
@@ -79,7 +79,7 @@ def check_small() -> None:
 
 
 def check_choices() -> None:
-    """Compare choose_tokens, with what comes before top_p, and see that a seed fixes what it draws."""
+    """Compare choose_tokens, with the processors before top_p, and check that a seed determines its tokens."""
     sampling.BLOCK, sampling.ROW_BLOCK = 256, 1024
     how = GenerationConfig(do_sample=True, temperature=0.7, top_p=0.8, top_k=0, min_p=0.02, repetition_penalty=1.3)
     logits, history = random_scores(3, 1000, 5, "cpu"), torch.arange(400).view(1, 400).expand(3, -1)
@@ -93,7 +93,7 @@ def check_choices() -> None:
 
 
 def check_edges() -> None:
-    """See that ties are all kept, and that rows of infinities and NaN end."""
+    """Check that all ties are kept, and that the loop ends for rows of infinities and NaN."""
     sampling.BLOCK, sampling.ROW_BLOCK = 64, 64
     scores = torch.full((15, 50), -1.0)
     scores[:, [3, 20, 41]] = 5.0
@@ -107,9 +107,10 @@ def check_edges() -> None:
 
 
 def check_frequencies(draws: int, compared: int, device: str) -> None:
-    """Take Pearson's chi-square of rows as draws, at a fixed seed below its 99.9 % quantile.
+    """Check that Pearson's chi-square of many draws with a fixed seed is below its 99.9 % quantile.
 
-    The interpreter takes 30 ms a row: only the first ones are compared, the rest is the reference's by the same noise.
+    The interpreter is slow, so only the first rows are compared. The frequencies are those of the reference, which has
+    the same noise.
     """
     scores = torch.linspace(2, -2, 30)[torch.randperm(30, generator=torch.Generator().manual_seed(0))].to(device)
     left, seed = kept(scores[None], 0.6, None), torch.tensor([7], device=device)
@@ -125,7 +126,7 @@ def check_frequencies(draws: int, compared: int, device: str) -> None:
 
 
 def check_noise(device: str) -> None:
-    """Compare the distribution of 8 million numbers with Exp(1), and see that small ones are not rounded to a few."""
+    """Compare the distribution of 8 million numbers with Exp(1), and check that small ones have many values."""
     e = noise(torch.tensor([3], device=device), 4, 2**21).flatten().cpu()
     count = e.numel()
     assert e.min() > 0 and e.max() < 17

@@ -7,6 +7,8 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import bitsandbytes as bnb
@@ -366,6 +368,39 @@ def test_old_checkpoint_that_cannot_be_deleted_is_no_failed_write(tmp_path, monk
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-6"]
 
 
+@pytest.mark.skipif(not hasattr(os, "setresuid") or os.geteuid() != 0, reason="becomes another user, as only root can")
+def test_read_only_checkpoint_stays_and_blocks_nothing():
+    """It is not deleted, and nothing is left that the next start stumbles over. As its owner: nothing is refused to root."""
+    with tempfile.TemporaryDirectory() as name:  # pytest's folders are closed to others
+        folder = Path(name)
+        write(folder, 2)
+        half = folder / f"{TEMPORARY}checkpoint-3"
+        half.mkdir()
+        (half / "a").write_bytes(b"half")
+        for path in (folder, half, folder / "checkpoint-2"):
+            os.chown(path, 65534, 65534)
+            path.chmod(0o700 if path == folder else 0o500)
+        os.setresuid(65534, 65534, 0)
+        try:
+            clean_up(folder)
+            for number in (4, 6):
+                write(folder, number, keep=1)
+            assert {path.name for path in folder.iterdir()} == {"checkpoint-2", "checkpoint-6"}
+        finally:
+            os.setresuid(0, 0, 0)
+
+
+def test_link_in_the_place_of_a_checkpoint_is_removed_and_not_followed(tmp_path):
+    outside = write(tmp_path / "outside", 2)
+    output_dir = tmp_path / "output"
+    output_dir.mkdir()
+    for name in ("checkpoint-2", f"{TEMPORARY}checkpoint-4", "checkpoint-4"):
+        (output_dir / name).symlink_to(outside)
+    write(output_dir, 4, keep=1)
+    assert [path.name for path in output_dir.iterdir()] == ["checkpoint-4"]
+    assert not (output_dir / "checkpoint-4").is_symlink() and {path.name for path in outside.iterdir()} == FILES
+
+
 def test_half_deleted_folder_is_never_one_with_the_name(tmp_path, monkeypatch):
     """rmtree that dies in the middle, with some files gone, is the worst of crashes."""
     real = shutil.rmtree
@@ -666,6 +701,17 @@ def test_space_is_what_checkpoints_take(train, monkeypatch, capsys, optim):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: training.output_dir: expected") and line.endswith("got 0 MB")
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_folder_that_lets_nobody_delete_is_refused(tmp_path, monkeypatch):
+    """As an append-only one: chattr +a."""
+
+    def refuse(path, **keywords):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "rmdir", refuse)
+    with pytest.raises(ConfigError, match="^training.output_dir: cannot write in .*: Operation not permitted$"):
+        check_output(dataclasses.replace(Config().training, output_dir=str(tmp_path / "output")))
 
 
 def test_log_waits_for_its_folder(tmp_path, capsys):

@@ -1521,6 +1521,9 @@ def test_the_standard_error_of_a_difference_is_that_of_resampled_blocks():
     assert mean == pytest.approx((after - before).sum() / tokens.sum())
     assert error == pytest.approx(np.std(resampled), rel=0.05)
     assert evaluation.loss_difference(tables[0][:1], tables[1][:1])[1] is None
+    together = torch.zeros_like(tables[0])  # the same sums by micro-batch, as in an older run's checkpoint
+    together[0] = tables[0].sum(0)
+    assert evaluation.loss_difference(together, tables[1]) == (pytest.approx(mean), None)
 
 
 def test_runs_are_compared_in_a_table_and_a_picture(train, tmp_path, capsys, monkeypatch):
