@@ -63,18 +63,18 @@ def refused(train, tmp_path, monkeypatch, capfd) -> Callable[..., str]:
 # ------------------------------------------------------------------------------------------------ flags
 
 FLAGS = [
-    ("--rank", "1.5", "lora.rank: expected an integer >= 1, got 1.5"),
+    ("--rank", "1.5", "lora.rank: expected an integer >= 1 and <= 16384, got 1.5"),
     ("--rank", ".nan", "lora.rank: expected an integer >= 1"),
     ("--rank", "9" * 5000, "lora.rank: "),
-    ("--rank", "[1", "lora.rank: expected an integer >= 1, got '[1'"),
+    ("--rank", "[1", "lora.rank: expected an integer >= 1 and <= 16384, got '[1'"),
     ("--rank", "", "lora.rank: "),
-    ("--alpha", ".inf", "lora.alpha: expected a number > 0"),
-    ("--alpha", "-1", "lora.alpha: expected a number > 0"),
-    ("--lora.dropout", "1", "lora.dropout: expected a number >= 0 and < 1, got 1"),
-    ("--learning_rate", "0", "training.learning_rate: expected a number > 0, got 0"),
+    ("--alpha", ".inf", "lora.alpha: expected a number >= 1e-06 and <= 1000000, got "),
+    ("--alpha", "-1", "lora.alpha: expected a number >= 1e-06 and <= 1000000, got "),
+    ("--lora.dropout", "1", "lora.dropout: expected a number >= 0 and <= 0.999, got 1"),
+    ("--learning_rate", "0", "training.learning_rate: expected a number > 0 and <= 100, got 0"),
     ("--learning_rate", "1e400", "training.learning_rate: "),
     ("--learning_rate", "2e-4x", "training.learning_rate: "),
-    ("--max_length", "7", "data.max_length: expected an integer >= 8, got 7"),
+    ("--max_length", "7", "data.max_length: expected an integer >= 8 and <= 1048576, got 7"),
     ("--batch_size", "0", "training.batch_size: expected an integer >= 1"),
     ("--gradient_accumulation_steps", "-3", "training.gradient_accumulation_steps: "),
     ("--num_epochs", "nan", "training.num_epochs: expected a number > 0"),
@@ -267,9 +267,10 @@ def test_the_one_line_of_many_that_is_not_utf8(refused, tmp_path):
 
 def test_config_in_another_encoding(refused, tmp_path):
     path = tmp_path / "own.yaml"
-    for codec, line in (("utf-16", 1), ("big5", 2)):
+    for codec, line, name in (("utf-16", 1, "UTF-16"), ("big5", 2, "Big5")):
         path.write_bytes("data:\n  dataset: 資料/我的文章.txt\n".encode(codec))
-        expected = f"--config: cannot read {path}: line {line} is not UTF-8; save the file as UTF-8"
+        guess = f"it looks like {name}; save the file as UTF-8"
+        expected = f"--config: cannot read {path}: line {line} is not UTF-8: {guess}"
         assert refused("--config", path) == expected
 
 

@@ -98,7 +98,7 @@ def test_another_name_is_another_content_where_that_is_sure(tmp_path):
             assert may_have_moved(before, now) == expected, (before, now)
 
 
-@pytest.mark.parametrize("name", ["x" * 5000, "a\0b"])
+@pytest.mark.parametrize("name", ["x" * 5000])
 def test_a_name_that_no_folder_can_have_is_left_to_who_makes_it(name):
     assert refused(Path(name)) == ()
 
