@@ -106,10 +106,10 @@ def watch(folder: str, report: str) -> None:
 
 
 class Ended(subprocess.CompletedProcess):
-    """What a child left: as subprocess.run says it, its peak of memory in bytes, its seconds, and what was watched for."""
+    """What a child left: as subprocess.run says it, its peak of memory in bytes, its seconds of computing, and what was watched for."""
 
     peak: int
-    seconds: float
+    cpu: float
     seen: list[str]
 
 
@@ -144,7 +144,7 @@ def serve() -> None:
                 os.kill(child, 9)
             time.sleep(0.01)
         code, peak = os.waitstatus_to_exitcode(ended[1]), ended[2].ru_maxrss * 1024
-        print(json.dumps([code, peak, time.monotonic() - started]), flush=True)
+        print(json.dumps([code, peak, ended[2].ru_utime + ended[2].ru_stime]), flush=True)
 
 
 class Forker:
@@ -176,10 +176,10 @@ class Forker:
             request |= {"watch": str(watch or ""), "report": str(streams[3])}
             self.server.stdin.write(json.dumps(request | {"streams": list(map(str, streams))}) + "\n")
             self.server.stdin.flush()
-            code, peak, seconds = json.loads(self.server.stdout.readline())
+            code, peak, cpu = json.loads(self.server.stdout.readline())
             out, err, seen = (stream.read_bytes().decode("utf-8", "replace") for stream in streams[1:])
         ended = Ended([script, *arguments], code, out, err)
-        ended.peak, ended.seconds, ended.seen = peak, seconds, seen.splitlines()
+        ended.peak, ended.cpu, ended.seen = peak, cpu, seen.splitlines()
         return ended
 
     def close(self) -> None:

@@ -192,6 +192,10 @@ def leave(code: int) -> NoReturn:
     """
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # a full disk or a reader that is gone: main has reported it
+        try:
             stream.flush()
+        except (OSError, ValueError) as error:  # such as a full disk; Python's own exit code is 120 too
+            code = code or 120
+            with contextlib.suppress(OSError, ValueError):
+                print(f"error: cannot write to {stream.name}: {error}", file=sys.stderr)
     os._exit(code)

@@ -15,9 +15,9 @@ from pathlib import Path
 from tests.forked import Ended, Forker
 
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS, GIB = 20, 2.0
+SECONDS, WAIT, GIB = 20, 60, 2.0  # of computing; of waiting, on cores that others use too; of memory
 CANARY = "canary"  # hostile code writes a file of this name, into the folder that the variable CANARY names
-LONG = "--max_length 32 --batch_size 2 --gradient_accumulation_steps 2 --compile off --rank 4 --logging_steps 1"
+LONG = "--max_eval_samples 40 --max_length 32 --batch_size 2 --gradient_accumulation_steps 2 --compile off --rank 4 --logging_steps 1"
 TRAIN = (*LONG.split(), "--fused_lora", "off", "--optim", "adamw_8bit")
 
 # Python that shows that it ran, for whatever a hostile file can hold.
@@ -85,11 +85,11 @@ def execute(attack: Attack, folder: Path, forker: Forker) -> list[str]:
     before = listing(folder, folder / attack.output_dir)
     flags = [str(flag) for flag in attack.flags]
     env = {**os.environ, **own, **attack.env}
-    ended = forker.run(attack.script, flags, folder, env, attack.input, 2 * SECONDS, watch=folder.parent)
+    ended = forker.run(attack.script, flags, folder, env, attack.input, WAIT, watch=folder.parent)
     problems = [f"seen: {line}" for line in ended.seen]
     problems += ["the canary was written"] if list(canaries.iterdir()) else []
     problems += [f"exit code {ended.returncode}, not {attack.codes}"] if ended.returncode not in attack.codes else []
-    problems += [f"{ended.seconds:.0f} s"] if ended.seconds > SECONDS else []
+    problems += [f"{ended.cpu:.0f} s"] if ended.cpu > SECONDS else []
     problems += [f"{ended.peak / 2**30:.1f} GiB"] if ended.peak > GIB * 2**30 else []
     lines = ended.stderr.splitlines()
     if "Traceback" in ended.stdout + ended.stderr:

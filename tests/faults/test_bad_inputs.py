@@ -435,7 +435,8 @@ MODELS = {
 def test_model(refused, model, name):
     MODELS[name](model)
     (model / "code.py").write_text("raise SystemExit('executed')", encoding="utf-8")
-    assert refused("--model_name", model).startswith("model.name: ")
+    setting = "model.trust_remote_code" if name == "remote code" else "model.name"
+    assert refused("--model_name", model).startswith(f"{setting}: ")
 
 
 def test_model_that_links_to_itself(refused, tmp_path):

@@ -1453,7 +1453,8 @@ def test_a_run_on_chats_says_what_it_reads(train, chats, capsys):
     assert losses(folder, "eval_loss")[-1] < losses(folder, "eval_loss")[0]
     assert main(["--evaluate", "--adapter", str(folder)]) == 0
     result = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
-    assert result["adapter"]["loss"] == pytest.approx(min(losses(folder, "eval_loss")), rel=1e-4)
+    # Another number of blocks together, and so another order of bfloat16's sums.
+    assert result["adapter"]["loss"] == pytest.approx(min(losses(folder, "eval_loss")), rel=3e-4)
     capsys.readouterr()
     assert main(["--evaluate", "--adapter", str(folder), "--stride", "16"]) == 2
     assert "--stride: works on running text only, got chat" in capsys.readouterr().err
