@@ -14,6 +14,7 @@ import functools
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from toolkit.locks import exclusive, lock_of
 from toolkit.startup import before_heavy_imports, leave, out_of_memory, reader_gone, report, unusable, visible, wake_gpu
 from toolkit.template_files import check_template_files
 
+BEGAN = time.perf_counter()  # when the user began to wait, but for the start of Python itself
 TAKES = ("model", "quantization", "performance", "generation")  # the other sections of config.yaml are for training
 # The flags that --help shows first.
 EVERYDAY = ["mode", "adapter", "prompt", "prompts", "output", "raw", "max_new_tokens"]
@@ -246,10 +248,8 @@ if __name__ == "__main__":  # --help and errors in options or configuration appe
 
 import dataclasses
 import signal
-import time
 from collections.abc import Callable
 
-import psutil
 import torch
 import transformers
 from peft import PeftModel
@@ -443,8 +443,7 @@ def answer_prompt(engine: Engine, config: Config, prompt: str) -> int:
     """Print the answer to one prompt, and nothing else, on stdout; return the exit code."""
     ids = encode(engine, prompt, config.generation.system_prompt)
     transformers.set_seed(config.training.seed)
-    began = time.perf_counter() - (time.time() - psutil.Process().create_time())
-    _, stopped = stream_answer(engine, ids, config.generation, say, began, as_generated=not sys.stdout.isatty())
+    _, stopped = stream_answer(engine, ids, config.generation, say, BEGAN, as_generated=not sys.stdout.isatty())
     return 130 if stopped else 0
 
 

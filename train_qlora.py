@@ -273,9 +273,7 @@ def evaluate_adapter(config: Config, adapter: str | None, stride: int | None) ->
     attention.use_causal_attention(model)
     if samples := sample_counts(blocks)[:1]:
         attention.keep_samples_apart(model, config.data.max_length, samples)
-    objective, pad = evaluation.objective_of(model, effective), tokenizer.pad_token_id
-    together = max(1, evaluation.TOGETHER // config.data.max_length)
-    sums = evaluation.evaluate_base_and_adapter(model, objective, blocks, accelerator, together, pad, say)
+    sums = evaluation.evaluate_base_and_adapter(model, effective, blocks, accelerator, tokenizer.pad_token_id, say)
     if adapter is not None:
         result = comparison(dataset, blocks, stride, sums)
         say(difference_line(result))

@@ -609,7 +609,10 @@ ERRORS = {
     "bad seed": (["--adapter", "none", "--seed", "x"], "training.seed: expected an integer"),
     "unknown flag": (["--temprature", "1"], "--temprature: unknown flag; did you mean --temperature?"),
     "unknown mode": (["--mode", "chat"], "--mode: invalid choice"),
-    "bad value": (["--temperature", "-1"], "generation.temperature: expected a number 0, or >= 0.001 and <= 100, got -1"),
+    "bad value": (
+        ["--temperature", "-1"],
+        "generation.temperature: expected a number 0, or >= 0.001 and <= 100, got -1",
+    ),
     "prompt in another mode": (["--prompt", "hi"], "--prompt: only works with --mode text"),
     "no prompt": (["--mode", "text"], "--mode text: expected one of"),
     "empty prompt": (["--mode", "text", "--prompt", " "], "--prompt: expected a text"),

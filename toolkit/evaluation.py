@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import math
 import sys
@@ -50,36 +49,34 @@ def block_losses(
     hidden = not (accelerator.is_main_process and sys.stderr.isatty())
     count = math.ceil(len(mine) / micro_batch)
     todo = batches(blocks, mine, micro_batch, pad, accelerator.device)
-    for batch, tokens, positions in tqdm(todo, "evaluating", count, leave=False, disable=hidden):
-        rows = torch.from_numpy(mine[positions])
-        sums[rows, 0] = sums_of(**batch)[: len(rows)].double()
-        sums[rows, 1] = tokens.to(sums)
+    losses, tokens = [], []  # kept apart until the end: the GPU never waits for the next batch
+    for batch, weights, _ in tqdm(todo, "evaluating", count, leave=False, disable=hidden):
+        losses.append(sums_of(**batch)[: len(weights)].double())
+        tokens.append(weights)
+    if losses:  # there may be fewer blocks than processes
+        sums[mine] = torch.stack([torch.cat(losses), torch.cat(tokens).to(sums)], 1)
     return accelerator.reduce(sums, "sum") if accelerator.num_processes > 1 else sums
 
 
-def losses_that_fit(
-    ways: list[Callable],
-    blocks: Blocks,
-    accelerator: Accelerator,
-    micro_batch: int,
-    pad: int,
-    say: Callable[[str], None],
-) -> torch.Tensor:
-    """Return block_losses on the CPU, by the first of the ways to compute the sums that does not run out of GPU memory.
+def halved(micro_batch: int, say: Callable[[str], None]) -> int:
+    """Return half of a micro-batch that ran out of GPU memory, say so, and let go of what nothing needs any more."""
+    smaller = max(1, micro_batch // 2)
+    say(f"an evaluation ran out of GPU memory; repeating it with {counted(smaller, 'sequence')} at a time")
+    let_go()
+    return smaller
 
-    Each next way has half the micro-batch, and the last one is repeated with ever smaller ones.
-    """
-    for number in itertools.count():
-        sums_of = ways[min(number, len(ways) - 1)]
+
+def losses_that_fit(
+    sums_of: Callable, blocks: Blocks, accelerator: Accelerator, micro_batch: int, pad: int, say: Callable[[str], None]
+) -> torch.Tensor:
+    """Return block_losses on the CPU, computed with half the micro-batch as often as GPU memory runs out."""
+    while True:
         try:
             return block_losses(sums_of, blocks, accelerator, micro_batch, pad).cpu()
         except torch.OutOfMemoryError:
-            if micro_batch == 1 and number >= len(ways) - 1:
+            if micro_batch == 1:
                 raise
-        micro_batch = max(1, micro_batch // 2)
-        say(f"an evaluation ran out of GPU memory; repeating it with {counted(micro_batch, 'sequence')} at a time")
-        let_go()
-    raise AssertionError("unreachable: the last way returns or raises")
+        micro_batch = halved(micro_batch, say)
 
 
 def evaluate_in_memory(
@@ -87,16 +84,16 @@ def evaluate_in_memory(
 ) -> torch.Tensor:
     """Return block_losses of the model that is being trained, on the CPU, and leave the model in eval mode.
 
-    Where GPU memory runs out, the evaluation is repeated without a CUDA graph. The micro-batch of training stays as it is.
+    Where GPU memory runs out, the evaluation is repeated without its CUDA graph, which is freed. The micro-batch of
+    training stays as it is.
     """
     learner.model.eval()
-    graph = [learner.evaluation_sums] if learner.fast.cuda_graphs else []
-
-    def without_graph(**batch: torch.Tensor) -> torch.Tensor:
+    if learner.fast.cuda_graphs:
+        with contextlib.suppress(torch.OutOfMemoryError):
+            return block_losses(learner.evaluation_sums, blocks, accelerator, micro_batch, pad).cpu()
         learner.captured_evaluation = None
-        return learner.objective.sequence_sums(**batch)
-
-    return losses_that_fit([*graph, without_graph], blocks, accelerator, micro_batch, pad, say)
+        micro_batch = halved(micro_batch, say)
+    return losses_that_fit(learner.objective.sequence_sums, blocks, accelerator, micro_batch, pad, say)
 
 
 def mean_loss(sums: torch.Tensor) -> float:
@@ -106,7 +103,7 @@ def mean_loss(sums: torch.Tensor) -> float:
 
 # ------------------------------------------------------------------------------------------------ base and adapter
 
-TOGETHER = 8192  # tokens of a micro-batch, enough to fill a large GPU; a 3B needs 1.2 GiB for them
+TOGETHER = 8192  # tokens of a micro-batch: the default shape of training on a large GPU; fewer where memory runs out
 
 
 def objective_of(model: PreTrainedModel | PeftModel, config: Config) -> CausalLMLoss:
@@ -127,19 +124,19 @@ def objective_of(model: PreTrainedModel | PeftModel, config: Config) -> CausalLM
 
 def evaluate_base_and_adapter(
     model: PreTrainedModel | PeftModel,
-    loss: Objective,
+    config: Config,
     blocks: Blocks,
     accelerator: Accelerator,
-    micro_batch: int,
     pad: int,
     say: Callable[[str], None],
 ) -> dict[str, torch.Tensor]:
     """Return block_losses of the base and, of a model with an adapter, of both, and say each loss and perplexity."""
+    sums_of, micro_batch = objective_of(model, config).sequence_sums, max(1, TOGETHER // config.data.max_length)
     names = ["base", "adapter"] if isinstance(model, PeftModel) else ["base"]
     sums = {}
     for name in names:
         with contextlib.nullcontext() if name == names[-1] else model.disable_adapter():
-            sums[name] = losses_that_fit([loss.sequence_sums], blocks, accelerator, micro_batch, pad, say)
+            sums[name] = losses_that_fit(sums_of, blocks, accelerator, micro_batch, pad, say)
         mean = mean_loss(sums[name])
         say(f"{name:<8} loss {mean:.4f} | perplexity {perplexity(mean):.3f} | {counted(blocks.supervised, 'token')}")
     return sums

@@ -158,9 +158,8 @@ def check_step(device: torch.device, performance: PerformanceConfig) -> tuple[fl
         learner = train.build_learner(config, model, unplanned(config, 2, layers=2), lines.append)
         optimizer = train.create_optimizer(learner.parameters, training, device, lines.append)
         blocks: Any = list(torch.randint(512, (2, 64), generator=torch.Generator().manual_seed(0)).numpy())
-        batches = importlib.import_module(
-            "toolkit.data_blocks"
-        ).batches  # imports datasets, which inference never needs
+        # Not imported above, since it imports datasets, which inference does not need.
+        batches = importlib.import_module("toolkit.data_blocks").batches
         batch, counts, places = next(batches(blocks, np.arange(2), 2, tokenizer.pad_token_id, device))
         tokens = int(counts.sum())
         losses = []

@@ -174,7 +174,7 @@ def reader_gone(last: str = "") -> bool:
 
 
 def wake_gpu() -> None:
-    """Create the context of the GPU while the other imports run, which saves a third of a second of waiting.
+    """Create the context of the GPU while the other imports run.
 
     Only the scripts call this, as soon as torch is imported, and not under a launcher, where each process has a GPU of
     its own.
