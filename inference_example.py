@@ -23,7 +23,16 @@ from config import Config, ConfigError, build_parser, counted, load_config, miss
 from toolkit.earlier_run import config_with_adapter
 from toolkit.encodings import check_config, not_utf8
 from toolkit.locks import exclusive, lock_of
-from toolkit.startup import before_heavy_imports, leave, out_of_memory, reader_gone, report, unusable, visible, wake_gpu
+from toolkit.startup import (
+    before_heavy_imports,
+    out_of_memory,
+    reader_gone,
+    report,
+    run_and_exit,
+    unusable,
+    visible,
+    wake_gpu,
+)
 from toolkit.template_files import check_template_files
 
 BEGAN = time.perf_counter()  # when the user began to wait, but for the start of Python itself
@@ -727,4 +736,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    run_and_exit(main)

@@ -28,7 +28,7 @@ from config import (
 )
 from toolkit.earlier_run import config_with_adapter, refuse_other_run
 from toolkit.encodings import check_config
-from toolkit.startup import before_heavy_imports, leave, reader_gone, report, unusable, visible, wake_gpu
+from toolkit.startup import before_heavy_imports, reader_gone, report, run_and_exit, unusable, visible, wake_gpu
 from toolkit.template_files import check_template_files
 
 # What --help shows first.
@@ -774,4 +774,4 @@ def finish(run: Run) -> None:
 
 
 if __name__ == "__main__":
-    leave(main())
+    run_and_exit(main)

@@ -40,6 +40,7 @@ def become(request: dict[str, Any]) -> None:
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
+    sys.dont_write_bytecode = True  # what a late import compiles would be a file written outside of the test's folder
     encoding, _, errors = os.environ.get("PYTHONIOENCODING", "utf-8").partition(":")
     for number, mode in enumerate(("r", "w", "w")):
         descriptor = os.open(request["streams"][number], os.O_RDWR)
@@ -115,11 +116,12 @@ class Ended(subprocess.CompletedProcess):
 
 def serve() -> None:
     """Fork a child for every line of JSON on stdin, and answer with its exit code."""
-    from toolkit.startup import before_heavy_imports
+    from toolkit.startup import after_heavy_imports, before_heavy_imports
 
     before_heavy_imports()
     for name in SCRIPTS:
         __import__(name)
+    after_heavy_imports()
     for line in sys.stdin:
         request = json.loads(line)
         if not (child := os.fork()):

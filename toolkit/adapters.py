@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from config import ConfigError
 from quantization_utils import LOADING_ERRORS, count_parameters
@@ -37,7 +38,8 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
             # peft only warns about layers that the file lacks, and ignores those that the model lacks.
             warnings.simplefilter("ignore", UserWarning)
             own = LoraConfig(**{key: value for key, value in found.items() if key != "peft_type"})
-            peft_model = PeftModel.from_pretrained(model, str(folder), config=own).eval()
+            with no_init_weights():  # random matrices that the file's replace would take most of a second for 36 layers
+                peft_model = PeftModel.from_pretrained(model, str(folder), config=own).eval()
     except ConfigError:
         raise
     except LOADING_ERRORS as error:

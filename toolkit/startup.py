@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import gc
 import importlib
 import logging
 import os
@@ -12,7 +13,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:  # config needs PyYAML, and the installation check must be able to say that it is missing
@@ -78,8 +79,9 @@ def before_heavy_imports() -> None:
     The scripts call this; importing a module does not.
     While it is imported, bitsandbytes would download a kernel from the hub if the package `kernels` is installed, and
     print a message if not. Where the system allows it, torch's allocator grows its segments, which reserves less
-    memory (docs/measurements.md).
+    memory (docs/measurements.md). `after_heavy_imports` undoes what holds for the imports alone.
     """
+    gc.disable()  # the imports make a million objects that stay; to look through them again and again takes a second
     if sys.platform != "win32" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     # Use Triton's own folder, or the one beside Inductor's cache, from the start. Otherwise Inductor changes the folder
@@ -91,6 +93,8 @@ def before_heavy_imports() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the process without a traceback
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]  # None makes `import kernels` fail
+    # transformers imports sklearn where it is installed, which takes 1.3 s, for one kind of assisted generation.
+    sys.modules.setdefault("sklearn", None)  # type: ignore[arg-type]
     with compiling_later():
         import bitsandbytes  # noqa: F401  (calls torch.compile for four functions that are rarely used)
 
@@ -183,6 +187,20 @@ def wake_gpu() -> None:
 
     if "LOCAL_RANK" not in os.environ and torch.cuda.is_available():
         threading.Thread(target=torch.cuda.synchronize, daemon=True).start()
+
+
+def after_heavy_imports() -> None:
+    """Undo what `before_heavy_imports` set for the imports alone."""
+    if sys.modules.get("sklearn", gc) is None:  # it may be imported from here on, for example by a model's own code
+        del sys.modules["sklearn"]
+    gc.freeze()  # what the imports made stays until the end
+    gc.enable()
+
+
+def run_and_exit(main: Callable[[], int]) -> NoReturn:
+    """Run a script's main after the imports, and end the process with the exit code that it returns."""
+    after_heavy_imports()
+    leave(main())
 
 
 def leave(code: int) -> NoReturn:

@@ -166,9 +166,12 @@ def run_single(case: dict, alone: Callable[[], None]) -> dict:
         import unsloth  # noqa: F401  (must be imported before transformers)
     sys.path.insert(0, str(ROOT))
     if case["peer"] == "ours":
-        from toolkit.startup import before_heavy_imports
+        from toolkit.startup import after_heavy_imports, before_heavy_imports
 
         before_heavy_imports()
+        import inference_example  # noqa: F401
+
+        after_heavy_imports()
     import torch
 
     gpu = torch.cuda.is_available()

@@ -22,7 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from config import Config, load_config
-from toolkit.startup import before_heavy_imports
+from toolkit.startup import after_heavy_imports, before_heavy_imports
 
 before_heavy_imports()
 
@@ -34,6 +34,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwe
 import train_qlora
 from fast_path import micro_step, optimizers
 from toolkit import memory_plan
+
+after_heavy_imports()
 
 GIB = 2**30
 ATTENTION = "[q_proj, k_proj, v_proj, o_proj]"

@@ -50,7 +50,7 @@ def child(report: str, script: str, arguments: list[str]) -> None:
     for names in (("torch",), ("transformers", "peft"), (script,)):
         start = time.time()
         if names != ("torch",):
-            from toolkit.startup import before_heavy_imports
+            from toolkit.startup import after_heavy_imports, before_heavy_imports
 
             before_heavy_imports()
         for name in names:
@@ -79,6 +79,7 @@ def child(report: str, script: str, arguments: list[str]) -> None:
         for other in (script, "toolkit.evaluation", "toolkit.generation", "quantization_utils"):
             if hasattr(sys.modules.get(other), name) and not isinstance(owner, type):
                 setattr(sys.modules[other], name, function)
+    after_heavy_imports()
     code = sys.modules[script].main(arguments)
     Path(report).write_text(json.dumps({"table": table, "main ended": time.time() - began}), encoding="utf-8")
     sys.exit(code)

@@ -251,9 +251,12 @@ def run_single(case: dict, alone: Callable[[], None]) -> dict:
         import unsloth  # noqa: F401  (must be imported before transformers)
     if case["peer"] == "ours":
         sys.path.insert(0, str(ROOT))
-        from toolkit.startup import before_heavy_imports
+        from toolkit.startup import after_heavy_imports, before_heavy_imports
 
         before_heavy_imports()
+        import train_qlora  # noqa: F401
+
+        after_heavy_imports()
     import torch
 
     context = confine(case)

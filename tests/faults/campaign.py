@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from toolkit.startup import before_heavy_imports  # noqa: E402  # found by the path above
+from toolkit.startup import after_heavy_imports, before_heavy_imports  # noqa: E402  # found by the path above
 
 before_heavy_imports()
 import matplotlib.backends.backend_agg  # noqa: E402  # else every run imports it for its picture
@@ -43,6 +43,8 @@ import torch  # noqa: E402
 import train_qlora  # noqa: E402
 from toolkit.checkpoints import REPLACED, TEMPORARY, flatten_state, read_checkpoint  # noqa: E402
 from toolkit.earlier_run import checkpoints  # noqa: E402
+
+after_heavy_imports()
 
 PATHS = {
     "plain": ("--fused_lora", "off", "--optim", "adamw_8bit"),

@@ -203,7 +203,8 @@ SETTINGS: dict[str, Callable[[Path, Ground], Attack]] = {
         settings(f"{NAMED}data: {{dataset: {TEXT}}}\ntraining: {{output_dir: evil}}\n"), says="give --dataset"
     ),
     "no memory": asked(settings(f"{NAMED}performance: {{memory_limit_gib: 1.0e-9}}\n"), codes=(0,)),
-    "an endless answer": asked(settings(f"{NAMED}generation: {{max_new_tokens: 100000000}}\n"), codes=(0,)),
+    "an endless answer": asked(settings(f"{NAMED}generation: {{max_new_tokens: 100000000}}\n"), says="max_new_tokens"),
+    "a very long answer": asked(settings(f"{NAMED}generation: {{max_new_tokens: 1000000}}\n"), codes=(0,)),
     "a system prompt": asked(settings(f"{NAMED}generation: {{system_prompt: '{{{{1/0}}}}'}}\n"), codes=(0,)),
     "a huge config.yaml": asked(settings("#" * 5_000_000), says="config.yaml: expected at most"),
     "config.yaml a link to a file of the user": asked(replaced("config.yaml", link("/etc/passwd")), says="config.yaml"),

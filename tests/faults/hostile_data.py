@@ -200,7 +200,8 @@ def copy_of_rows(folder: Path, ground: Ground) -> Attack:
     """Not hostile at all: what a terminal wrote, with more brackets in its texts than any guard of depth allows."""
     texts = ["\x1b[31m" * 4100, "if(x){" * 4100]
     (folder / "a.jsonl").write_text(rows(*[{"text": text} for text in texts]))
-    return train("--dataset", folder / "a.jsonl", codes=(0,), says="adapter, curves and log are in")
+    quick = ("--max_steps", 1, "--max_eval_samples", 1)
+    return train("--dataset", folder / "a.jsonl", *quick, codes=(0,), says="adapter, curves and log are in")
 
 
 ATTACKS: dict[str, Build] = {
