@@ -101,6 +101,7 @@ def main() -> None:
     parser.add_argument("--model", help="folder of a model; without it tiny/ is used")
     parser.add_argument("--data", help="folder of texts for it")
     parser.add_argument("--tokens", type=int, default=64, help="length of the answer")
+    parser.add_argument("--blocks", type=int, default=100, help="blocks of an evaluation, at most")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         flags = ["--config", str(ROOT / "tiny" / "config.yaml")]
@@ -109,6 +110,7 @@ def main() -> None:
             settings["data"] = {"dataset": os.path.abspath(options.data)}
             (Path(folder) / "c.yaml").write_text(json.dumps(settings), encoding="utf-8")  # JSON is YAML
             flags = ["--config", "c.yaml"]
+        flags += ["--max_eval_samples", str(options.blocks)]
         out = ["--output_dir", "out"]
         answer = ["--mode", "text", "--prompt", "Why is the sky blue?", "--max_new_tokens", str(options.tokens)]
         commands = {
