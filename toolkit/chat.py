@@ -15,7 +15,7 @@ import shutil
 import sys
 import tempfile
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,8 @@ HELP = '''\
 /retry            answer the last message again
 /undo             forget the last message and its answer
 /reset            forget the conversation
-/system TEXT      set the system prompt; without TEXT: use the template's own again
-/set KEY VALUE    change a setting; without VALUE: show it; without KEY: show all
+/system TEXT      set the system prompt; /system alone: the template's own
+/set KEY VALUE    change a setting; /set KEY shows it, /set alone shows all
 /save FILE        add the conversation to FILE, as a line of .jsonl
 /load FILE        continue the last conversation in such a file
 /exit             leave; exit, /quit, /bye and Ctrl-D do the same (on Windows:
@@ -91,51 +91,50 @@ class History:
     """
 
     def __init__(self) -> None:
-        self.lost = False
+        self.file: Any = None  # open while lines can be added
+        self.kept: list[str] = []  # the newest lines of earlier chats, the oldest of them first
+        with self._or_say_why():
+            path = history_file()
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if path.exists() and not path.is_file():  # opening a pipe would wait for its other end
+                raise OSError(f"{path} is not a file")
+            self.kept = self._newest(path)
+            # Without a buffer each line is one write, so that two chats do not mix their lines.
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            self.file = open(descriptor, "ab", buffering=0)  # noqa: SIM115  # until the chat ends
 
     @contextlib.contextmanager
-    def _unless_lost(self) -> Any:
+    def _or_say_why(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            self.lost = True
+            self.file = None
             remark(f"[what you type is not kept for the next chat: {error}; --no_history hides this line]")
 
-    def read(self) -> list[str]:
-        """Return the newest messages, the oldest of them first, and cut a file that has grown to twice their size."""
-        kept: list[str] = []
-        with self._unless_lost():
-            path = history_file()
-            if not path.exists():
-                return kept
-            if not path.is_file():  # opening a pipe would wait for its other end
-                raise OSError(f"{path} is not a file")
-            with open(path, "rb") as file:
-                size = file.seek(0, os.SEEK_END)
-                file.seek(max(0, size - HISTORY_BYTES))
-                lines = file.read().splitlines(keepends=True)
-            for line in lines:
-                with contextlib.suppress(ValueError, RecursionError):  # a torn line
-                    text = json.loads(line)
-                    kept += [text] if isinstance(text, str) else []
-            if size > 2 * HISTORY_BYTES:
-                new, name = tempfile.mkstemp(dir=path.parent)  # only the user can read it
-                with open(new, "wb") as file:
-                    file.writelines(lines[1:])
-                os.replace(name, path.resolve())
-        return kept
+    def _newest(self, path: Path) -> list[str]:
+        """Return the newest lines of the file, and shorten a file that has grown to twice their size."""
+        if not path.exists():
+            return []
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - HISTORY_BYTES))
+            lines = file.read().splitlines(keepends=True)
+        if size > 2 * HISTORY_BYTES:
+            descriptor, name = tempfile.mkstemp(dir=path.parent)  # only the user can read it
+            with open(descriptor, "wb") as file:
+                file.writelines(lines[1:])
+            os.replace(name, path.resolve())
+        texts = []
+        for line in lines:
+            with contextlib.suppress(ValueError, RecursionError):  # a torn line
+                texts.append(json.loads(line))
+        return [text for text in texts if isinstance(text, str)]
 
     def add(self, text: str) -> None:
         """Write a message at the end of the file."""
-        if self.lost:
-            return
-        with self._unless_lost():
-            path = history_file()
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            # One write without a buffer, so that two chats do not mix their lines.
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-            with open(descriptor, "ab", buffering=0) as file:
-                file.write((json.dumps(text) + "\n").encode())
+        if self.file:
+            with self._or_say_why():
+                self.file.write((json.dumps(text) + "\n").encode())
 
 
 def use_utf8_locale() -> None:
@@ -164,7 +163,7 @@ class Keyboard:
 
     def __init__(self, keeps_history: bool = True) -> None:
         self.readline: Any = None
-        self.history = History() if keeps_history else None
+        self.history: History | None = None
         self.in_block = False
         if os.name == "nt" or not (sys.stdin.isatty() and sys.stdout.isatty()):  # Windows has line editing of its own
             return
@@ -176,7 +175,8 @@ class Keyboard:
             readline.set_auto_history(False)  # it would add each line of a block
             if "libedit" not in (readline.__doc__ or ""):  # which has no such setting
                 readline.parse_and_bind("set enable-bracketed-paste on")  # Python turns it off
-            for text in self.history.read() if self.history else ():
+            self.history = History() if keeps_history else None
+            for text in self.history.kept if self.history else ():
                 with contextlib.suppress(ValueError):  # characters that this locale does not have
                     readline.add_history(text)
 
@@ -186,7 +186,7 @@ class Keyboard:
 
     def remember(self, text: str) -> None:
         """Put a message into the history of this chat, and into that of the next ones."""
-        if self.readline and text.strip():
+        if self.readline and text.strip() and text.rstrip() not in LEAVE:
             self.readline.add_history(text)
             if self.history:
                 self.history.add(text)
