@@ -14,11 +14,6 @@ ROOT = Path(__file__).resolve().parents[1]
 UP, CTRL_C, CTRL_D, BACKSPACE = "\x1b[A", "\x03", "\x04", "\x7f"
 
 
-def pasted(text: str) -> str:
-    """Return what a terminal sends when a text is pasted: between marks, with the Enter key for each end of a line."""
-    return f"\x1b[200~{text}\x1b[201~".replace("\n", "\r")
-
-
 def environment(home: Path, **changes: str) -> dict[str, str]:
     """Return the environment for a program in an xterm of a user with another home folder, in UTF-8 unless changed."""
     own = ("LC_", "LANG", "NO_COLOR", "XDG_", "COLUMNS")  # of whoever runs the tests
@@ -56,6 +51,11 @@ class Terminal:
         """Type, wait until a text appears after what was waited for before, and return what was shown up to it."""
         self._send(*keys)
         return self.wait(then)
+
+    def pasted(self, text: str) -> str:
+        """Return what a terminal sends for a pasted text: Enter for each end of a line, and marks if they are asked for."""
+        asked = self.raw.rfind(b"\x1b[?2004h") > self.raw.rfind(b"\x1b[?2004l")
+        return (f"\x1b[200~{text}\x1b[201~" if asked else text).replace("\n", "\r")
 
     def enter(self, *keys: str, then: str) -> str:
         """Type a message and Enter, wait for a text and for the next prompt; return what was shown up to the text.

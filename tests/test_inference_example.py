@@ -481,7 +481,7 @@ def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on(run: Callable, ctrl
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no pseudo-terminals")
 def test_a_chat_in_a_terminal(adapter: Path, tiny_model: Path, tmp_path: Path) -> None:
     """Loading is announced at once; pasted lines, Chinese in the C locale, and Ctrl-C, which ends only the answer."""
-    from tests.terminal import BACKSPACE, CTRL_C, Terminal, environment, pasted
+    from tests.terminal import BACKSPACE, CTRL_C, Terminal, environment
 
     flags = [
         "--adapter",
@@ -498,7 +498,7 @@ def test_a_chat_in_a_terminal(adapter: Path, tiny_model: Path, tmp_path: Path) -
     with Terminal(command, environment(tmp_path, LC_ALL="C")) as screen:
         assert screen.wait(f"loading {tiny_model} ...\n") == ""
         assert screen.wait("\n\n> ", 300) == f"{tiny_model} | adapter: {adapter} | chat | /help lists the commands"
-        for message in (pasted(five), f"吗你{BACKSPACE}x"):
+        for message in (screen.pasted(five), f"吗你{BACKSPACE}x"):
             screen.type(message, "\r", then="\n")
             screen.wait(" ")  # within the answer
             screen.type(CTRL_C, then=", stopped in ")

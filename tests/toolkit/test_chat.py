@@ -18,7 +18,7 @@ from toolkit import chat
 from toolkit.chat import HELP, HISTORY_BYTES, Conversation, History, Keyboard, command, load, save
 
 with contextlib.suppress(ImportError):  # Windows
-    from tests.terminal import BACKSPACE, CTRL_C, CTRL_D, UP, Terminal, environment, pasted
+    from tests.terminal import BACKSPACE, CTRL_C, CTRL_D, UP, Terminal, environment
 
 ROOT = Path(__file__).resolve().parents[2]
 FIVE = "one\n\ttwo\n\n/four: 你好\nfive"
@@ -86,19 +86,19 @@ def never(message: str, talk: Conversation) -> None:
 @in_terminal
 def test_pasted_lines_are_one_message_and_so_is_a_block(terminal: Callable) -> None:
     screen = terminal()
-    screen.type(pasted(FIVE), then="five")
+    screen.type(screen.pasted(FIVE), then="five")
     screen.enter(then=f"0 before {FIVE!r}")
-    screen.enter(pasted(FIVE + "\n"), then=f"2 before {FIVE!r}")  # with the last line's end
+    screen.enter(screen.pasted(FIVE + "\n"), then=f"2 before {FIVE!r}")  # with the last line's end
     screen.type('"""\r', then="\n... ")
     screen.type("/reset\r", then="\n... ")
     screen.enter('exit"""', then="4 before '/reset\\nexit'")
     screen.enter('"""/reset"""', then="6 before '/reset'")
-    screen.enter(pasted('"""A program.\n"""\nx = 1'), then=repr('"""A program.\n"""\nx = 1'))
-    screen.enter(pasted('"""A\nB"""'), then="10 before 'A\\nB'")
+    screen.enter(screen.pasted('"""A program.\n"""\nx = 1'), then=repr('"""A program.\n"""\nx = 1'))
+    screen.enter(screen.pasted('"""A\nB"""'), then="10 before 'A\\nB'")
     screen.type('"""\r', then="\n... ")
     screen.type(CTRL_D, then='the message was not sent: expected """ at its end\n')
     screen.wait("\n> ")
-    screen.enter("/system ", pasted("One.\nTwo."), then="system_prompt = One.\nTwo.\n")
+    screen.enter("/system ", screen.pasted("One.\nTwo."), then="system_prompt = One.\nTwo.\n")
     screen.enter(UP, UP, then="12 before 'A\\nB'")  # a message of several lines comes back whole
     assert screen.left("exit\r") == 0
 
@@ -299,7 +299,7 @@ def test_half_a_character_in_a_file_becomes_a_question_mark(talk: Conversation, 
 @in_terminal
 def test_what_was_typed_is_there_in_the_next_chat(terminal: Callable, tmp_path: Path) -> None:
     screen = terminal()
-    screen.enter(pasted(FIVE), then="0 before")
+    screen.enter(screen.pasted(FIVE), then="0 before")
     screen.enter("/set top_p", then="top_p = ")
     assert screen.left("exit\r") == 0
     file = tmp_path / ".local" / "state" / "qlora" / "chat_history.jsonl"
