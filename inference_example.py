@@ -526,7 +526,7 @@ def demo(engine: Engine, config: Config, adapter: Path | None) -> int:
             show(f"\n--- {label}")
             transformers.set_seed(config.training.seed)
             with voice():
-                _, stopped = stream_answer(engine, ids, config.generation, show)
+                _, stopped = stream_answer(engine, ids, config.generation, remark)
             if stopped:
                 return 130
     return 0
@@ -547,7 +547,7 @@ def fitted(engine: Engine, messages: list[dict[str, str]], settings: GenerationC
     room_after(engine, len(ids), settings)
     if first:
         del messages[:first]
-        dropped = counted(first // 2, "oldest turn")
+        dropped = counted(first // 2, "oldest turn").removeprefix("1 ")
         remark(f"[dropped the {dropped}: the chat no longer fits the {engine.limit:,}-token context]")
     return ids
 

@@ -177,17 +177,20 @@ class Keyboard:
                 readline.parse_and_bind("set enable-bracketed-paste on")  # Python turns it off
             self.history = History() if keeps_history else None
             for text in self.history.kept if self.history else ():
-                with contextlib.suppress(ValueError):  # characters that this locale does not have
-                    readline.add_history(text)
+                self._offer(text)
 
     def half_typed(self) -> bool:
         """Return whether Ctrl-C, which has just come, interrupted a message; without readline only a block is known."""
         return self.in_block or bool(self.readline and self.readline.get_line_buffer())
 
+    def _offer(self, text: str) -> None:
+        with contextlib.suppress(ValueError):  # a null, or characters that this locale does not have
+            self.readline.add_history(text)
+
     def remember(self, text: str) -> None:
         """Put a message into the history of this chat, and into that of the next ones."""
         if self.readline and text.strip() and text.rstrip() not in LEAVE:
-            self.readline.add_history(text)
+            self._offer(text)
             if self.history:
                 self.history.add(text)
 

@@ -312,6 +312,15 @@ def test_what_was_typed_is_there_in_the_next_chat(terminal: Callable, tmp_path: 
     screen.enter(UP, UP, then=f"0 before {FIVE!r}")
 
 
+@in_terminal
+def test_a_history_of_another_locale_is_no_hindrance(terminal: Callable, tmp_path: Path) -> None:
+    (tmp_path / ".local" / "state" / "qlora").mkdir(parents=True)
+    file = tmp_path / ".local" / "state" / "qlora" / "chat_history.jsonl"
+    file.write_text('"known"\n"a\\u0000b"\n"\\ud83d"\n"\\u4f60"\n', encoding="utf-8")
+    screen = terminal(LC_ALL="C", PYTHONUTF8="0", LANG="C")
+    screen.enter(UP, then="0 before 'known'")
+
+
 def test_the_history_follows_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     assert chat.history_file() == tmp_path / "qlora" / "chat_history.jsonl"
