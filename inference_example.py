@@ -208,7 +208,11 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
         default=None,
         help="do not keep what is typed into the chat for the next chat, and do not offer what was typed before",
     )
-    add("--raw", action="store_true", help="continue plain text, without a chat template and without a history")
+    add(
+        "--raw",
+        action="store_true",
+        help="continue plain text, without a chat template and without the messages before",
+    )
     add("--seed", metavar="N", help="random seed of sampling (default: the run's training.seed)")
     add(
         "--merge_base",
@@ -568,7 +572,7 @@ def take_turn(engine: Engine, line: str, talk: Conversation) -> None:
 
 def interactive(engine: Engine, config: Config, adapter: Path | None, keeps_history: bool = True) -> int:
     """Chat until the user leaves; return 0. keeps_history: for the next chat, what the user types."""
-    how = "plain continuation, no history" if engine.raw else "chat"
+    how = "plain continuation of each message" if engine.raw else "chat"
     show(f"{config.model.name} | adapter: {adapter or 'none'} | {how} | /help lists the commands")
     transformers.set_seed(config.training.seed)
     return chat(Conversation(config.generation), functools.partial(take_turn, engine), Keyboard(keeps_history))

@@ -101,6 +101,7 @@ class History:
             self.kept = self._newest(path)
             # Without a buffer each line is one write, so that two chats do not mix their lines.
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            os.fchmod(descriptor, 0o600)  # a copied file may be open to others
             self.file = open(descriptor, "ab", buffering=0)  # noqa: SIM115  # until the chat ends
 
     @contextlib.contextmanager

@@ -305,11 +305,13 @@ def test_what_was_typed_is_there_in_the_next_chat(terminal: Callable, tmp_path: 
     file = tmp_path / ".local" / "state" / "qlora" / "chat_history.jsonl"
     assert [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] == [FIVE, "/set top_p"]
     assert (stat.S_IMODE(file.stat().st_mode), stat.S_IMODE(file.parent.stat().st_mode)) == (0o600, 0o700)
+    file.chmod(0o644)
     screen = terminal("--no_history")
     screen.enter(UP, "new", then="0 before 'new'")
     assert screen.left("exit\r") == 0 and "new" not in file.read_text(encoding="utf-8")
     screen = terminal(LC_ALL="C")
     screen.enter(UP, UP, then=f"0 before {FIVE!r}")
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
 
 @in_terminal
