@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import io
 import json
-import os
 import re
 import shutil
 import signal
