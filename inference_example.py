@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from config import Config, ConfigError, build_parser, counted, load_config, missing_model, parse_arguments
+from toolkit.chat import Conversation, Keyboard, chat, remark, show
 from toolkit.earlier_run import config_with_adapter
 from toolkit.encodings import check_config, not_utf8
 from toolkit.locks import exclusive, lock_of
@@ -47,11 +48,6 @@ Prompt = str | list[dict[str, str]]  # a text, or the messages of a chat, of whi
 def say(line: str) -> None:
     """Print a line that is not part of an answer, on stderr."""
     print(visible(line), file=sys.stderr, flush=True)
-
-
-def show(text: str) -> None:
-    """Print a text on stdout for a person to read."""
-    print(visible(text), flush=True)
 
 
 say_once = functools.cache(say)  # for what holds for every prompt
@@ -129,7 +125,7 @@ def check_options(options: argparse.Namespace) -> None:
     output = Path(options.output) if options.output else None
     there = next(p for p in Path(os.path.abspath(output or ".")).parents if p.exists())
     given = {name for name, value in vars(options).items() if value is not None}
-    owners = {"prompt": "text", "prompts": "text", "merge_base": "merge"}
+    owners = {"prompt": "text", "prompts": "text", "merge_base": "merge", "no_history": "interactive"}
     wrong = [name for name, mode in owners.items() if name in given and mode != options.mode]
     problems = [f"--{name}: only works with --mode {owners[name]}" for name in wrong]
     if text and len(given & {"prompt", "prompts"}) != 1:
@@ -215,7 +211,17 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
         metavar="PATH",
         help="the .jsonl file for the answers to --prompts, or the folder for the merged model",
     )
-    add("--raw", action="store_true", help="continue plain text, without a chat template and without a history")
+    add(
+        "--no_history",
+        action="store_true",
+        default=None,
+        help="do not keep what is typed into the chat for the next chat, and do not offer what was typed before",
+    )
+    add(
+        "--raw",
+        action="store_true",
+        help="continue plain text, without a chat template and without the messages before",
+    )
     add("--seed", metavar="N", help="random seed of sampling (default: the run's training.seed)")
     add(
         "--merge_base",
@@ -266,7 +272,7 @@ from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from config import LEAVES, GenerationConfig, coerce_flag
+from config import LEAVES, GenerationConfig
 from fast_path.decoder import Watch
 from quantization_utils import (
     SLOW_BF16,
@@ -395,6 +401,16 @@ def room_after(engine: Engine, length: int, settings: GenerationConfig) -> int:
     return int(min(settings.max_new_tokens, engine.limit - length))
 
 
+@contextlib.contextmanager
+def stopped_by_ctrl_c(watch: Watch) -> Iterator[None]:
+    """Have Ctrl-C end the answer after the current token, instead of raising an exception in the middle of the work."""
+    previous = signal.signal(signal.SIGINT, lambda signum, frame: setattr(watch, "stop", True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
 def generate_ids(
     engine: Engine,
     rows: list[list[int]],
@@ -416,12 +432,8 @@ def generate_ids(
         pad_token_id=engine.tokenizer.pad_token_id or 0,
         **(sampling if settings.temperature > 0 else {}),
     )
-    # Ctrl-C ends the answer after the current token, instead of raising an exception in the middle of the work.
-    previous = signal.signal(signal.SIGINT, lambda signum, frame: setattr(watch, "stop", True))
-    try:
+    with stopped_by_ctrl_c(watch):
         return engine.generator.generate(rows, how, watch, streamer, batch)
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 def stream_answer(
@@ -438,11 +450,12 @@ def stream_answer(
     """
     kind = TextStreamer if as_generated else VisibleStreamer
     watch, streamer = Watch(began), kind(engine.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    new = generate_ids(engine, [ids], settings, watch, streamer)[0]
-    traffic = engine.generator.traffic()
-    traffic.add(watch, 1, len(ids))
-    note(watch.line(new[-1] not in engine.ends, traffic.line()))
-    return engine.tokenizer.decode(new, skip_special_tokens=True), watch.stop
+    with stopped_by_ctrl_c(watch):  # also after the last token, so that a Ctrl-C just too late does nothing else
+        new = generate_ids(engine, [ids], settings, watch, streamer)[0]
+        traffic = engine.generator.traffic()
+        traffic.add(watch, 1, len(ids))
+        note(watch.line(new[-1] not in engine.ends, traffic.line()))
+        return engine.tokenizer.decode(new, skip_special_tokens=True), watch.stop
 
 
 # ------------------------------------------------------------------------------------------------ text and demo
@@ -526,80 +539,13 @@ def demo(engine: Engine, config: Config, adapter: Path | None) -> int:
             show(f"\n--- {label}")
             transformers.set_seed(config.training.seed)
             with voice():
-                _, stopped = stream_answer(engine, ids, config.generation, show)
+                _, stopped = stream_answer(engine, ids, config.generation, remark)
             if stopped:
                 return 130
     return 0
 
 
 # ------------------------------------------------------------------------------------------------ interactive
-
-HELP = """\
-/help             show these lines
-/reset            forget the conversation
-/system TEXT      set the system prompt; without TEXT: use the template's own again
-/set KEY VALUE    change a setting; without VALUE: show it; without KEY: show all
-/save FILE        add the conversation to FILE, as a line of .jsonl
-/quit             leave; Ctrl-D does the same (on Windows: Ctrl-Z, Enter)
-Ctrl-C stops an answer; at the prompt it leaves.
-Any other line is a message. Put a space before a message that begins with a slash."""
-
-
-@dataclasses.dataclass
-class Conversation:
-    """What an interactive session remembers."""
-
-    settings: GenerationConfig
-    messages: list[dict[str, str]] = dataclasses.field(default_factory=list)  # user, assistant, user, …
-
-
-def set_knob(talk: Conversation, key: str, value: str) -> None:
-    """Set a generation.* key as a flag would and show it; without a value only show it, without a key show all."""
-    names = [field.name for field in dataclasses.fields(GenerationConfig)]
-    if key and key not in names:
-        raise ConfigError(f"/set: there is no key {key}; the keys are {', '.join(names)}")
-    if value:
-        change: dict[str, Any] = {key: coerce_flag(LEAVES[f"generation.{key}"], "" if value == '""' else value)}
-        talk.settings = dataclasses.replace(talk.settings, **change)
-    for name in [key] if key else names:
-        now = talk.settings[name]
-        shown = {None: "null", "": '""'}.get(now, now)
-        show(f"{name} = {shown}")
-
-
-def save(talk: Conversation, path: str) -> None:
-    """Append the conversation, with the system prompt if one is set, to a file: {"messages": [...]}."""
-    if not path or not talk.messages:
-        raise ConfigError("/save: the conversation is still empty" if path else "/save: expected the name of a file")
-    prompt = talk.settings.system_prompt
-    system = [] if prompt is None else [{"role": "system", "content": prompt}]
-    try:
-        # One write without a buffer, so that two sessions which save into one file do not mix their lines.
-        with open(Path(path).expanduser(), "ab", buffering=0) as file:
-            file.write((json.dumps({"messages": system + talk.messages}, ensure_ascii=False) + "\n").encode())
-    except OSError as error:
-        raise ConfigError(f"/save: {error}") from None
-    show(f"added the conversation ({counted(len(talk.messages), 'message')}) to {path}")
-
-
-def command(line: str, talk: Conversation) -> bool:
-    """Carry out a line that begins with a slash; return False for /quit. Raise ConfigError if it cannot be done."""
-    word, _, rest = line.strip().partition(" ")
-    key, _, value = rest.strip().partition(" ")
-    if word == "/help":
-        print(HELP)
-    elif word == "/reset":
-        talk.messages.clear()
-        print("the conversation is forgotten")
-    elif word == "/system":
-        set_knob(talk, "system_prompt", rest.strip() or "null")
-    elif word == "/set":
-        set_knob(talk, key, value.strip())
-    elif word == "/save":
-        save(talk, rest.strip())
-    elif word != "/quit":
-        raise ConfigError(f"{word}: no such command; /help lists them")
-    return word != "/quit"
 
 
 def fitted(engine: Engine, messages: list[dict[str, str]], settings: GenerationConfig) -> list[int]:
@@ -614,8 +560,8 @@ def fitted(engine: Engine, messages: list[dict[str, str]], settings: GenerationC
     room_after(engine, len(ids), settings)
     if first:
         del messages[:first]
-        dropped = counted(first // 2, "oldest turn")
-        print(f"[dropped the {dropped}: the chat no longer fits the {engine.limit:,}-token context]")
+        dropped = counted(first // 2, "oldest turn").removeprefix("1 ")
+        remark(f"[dropped the {dropped}: the chat no longer fits the {engine.limit:,}-token context]")
     return ids
 
 
@@ -623,34 +569,22 @@ def take_turn(engine: Engine, line: str, talk: Conversation) -> None:
     """Answer a line, after the conversation so far unless the engine is raw. A turn that fails changes nothing."""
     messages = [*talk.messages, {"role": "user", "content": line}]
     ids = encode(engine, line, None) if engine.raw else fitted(engine, messages, talk.settings)
-    text, _ = stream_answer(engine, ids, talk.settings, show)
+    try:
+        text, _ = stream_answer(engine, ids, talk.settings, remark)
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        raise ConfigError(
+            "out of GPU memory: the message was dropped; use /reset, or /set a smaller max_new_tokens"
+        ) from None
     talk.messages = [*messages, {"role": "assistant", "content": text}]
 
 
-def interactive(engine: Engine, config: Config, adapter: Path | None) -> int:
-    """Read lines and answer them until /quit, the end of the input or Ctrl-C at the prompt; return 0."""
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  # importing it gives input() line editing; Windows has its own
-    talk, going_on = Conversation(config.generation), True
-    how = "plain continuation, no history" if engine.raw else "chat"
+def interactive(engine: Engine, config: Config, adapter: Path | None, keeps_history: bool = True) -> int:
+    """Chat until the user leaves; return 0. keeps_history: for the next chat, what the user types."""
+    how = "plain continuation of each message" if engine.raw else "chat"
     show(f"{config.model.name} | adapter: {adapter or 'none'} | {how} | /help lists the commands")
     transformers.set_seed(config.training.seed)
-    while going_on:
-        try:
-            line = input("\n> ")
-            if line.startswith("/"):
-                going_on = command(line, talk)
-            elif line.strip():
-                take_turn(engine, line, talk)
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return 0
-        except ConfigError as error:
-            show("\n".join(error.problems))
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            print("\nout of GPU memory: the message was dropped; use /reset, or /set a smaller max_new_tokens")
-    return 0
+    return chat(Conversation(config.generation), functools.partial(take_turn, engine), Keyboard(keeps_history))
 
 
 # ------------------------------------------------------------------------------------------------ merge
@@ -702,7 +636,9 @@ def run(options: argparse.Namespace, config: Config) -> int:
         return answer_file(engine, config, options.rows, Path(options.output), options.finished)
     if options.mode == "text":
         return answer_prompt(engine, config, prompt)
-    return (demo if options.mode == "demo" else interactive)(engine, config, options.adapter)
+    if options.mode == "demo":
+        return demo(engine, config, options.adapter)
+    return interactive(engine, config, options.adapter, not options.no_history)
 
 
 def main(argv: list[str] | None = None) -> int:

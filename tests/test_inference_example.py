@@ -5,11 +5,9 @@ import dataclasses
 import functools
 import io
 import json
-import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -479,16 +477,38 @@ def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on(run: Callable, ctrl
     assert len(rows_of(tmp_path / "talk.jsonl")[0]["messages"]) == 4
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no pseudo-terminals")
-def test_a_terminal_is_told_at_once_that_the_model_is_loading(adapter: Path, tiny_model: Path) -> None:
-    ours, theirs = os.openpty()
-    command = [sys.executable, inference_example.__file__, "--adapter", str(adapter)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=theirs) as child:
-        os.close(theirs)
-        with open(ours, encoding="utf-8") as terminal:
-            assert terminal.readline() == f"loading {tiny_model} ...\n"
-            assert child.communicate(b"/quit\n", timeout=300)[0].startswith(str(tiny_model).encode())
-    assert child.returncode == 0
+def test_a_chat_in_a_terminal(adapter: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """Loading is announced at once; pasted lines, Chinese in the C locale, and Ctrl-C, which ends only the answer."""
+    if "libedit" in (pytest.importorskip("readline").__doc__ or ""):
+        pytest.skip("Python has no GNU readline here")
+    from tests.terminal import BACKSPACE, CTRL_C, Terminal, environment
+
+    flags = [
+        "--adapter",
+        str(adapter),
+        "--max_new_tokens",
+        "900",
+        "--temperature",
+        "9",
+        "--top_p",
+        "1",
+    ]  # which does not end soon
+    command = [sys.executable, inference_example.__file__, *flags]
+    five, file = "one\ntwo: 你好\n\n/four\nfive", tmp_path / "talk.jsonl"
+    with Terminal(command, environment(tmp_path, LC_ALL="C")) as screen:
+        assert screen.wait(f"loading {tiny_model} ...\n") == ""
+        assert screen.wait("\n\n> ", 300) == f"{tiny_model} | adapter: {adapter} | chat | /help lists the commands"
+        for message in (screen.pasted(five), f"吗你{BACKSPACE}x"):
+            screen.type(message, "\r", then="\n")
+            screen.wait(" ")  # within the answer
+            screen.type(CTRL_C, then=", stopped in ")
+            screen.wait("\n\n> ")
+            assert screen.raw.decode().rindex("\x1b[36m[") < screen.raw.decode().rindex(", stopped in ")
+        screen.enter("/set max_new_tokens 1", then="max_new_tokens = 1\n")
+        screen.enter("/retry", then="[1 token, cut at max_new_tokens in ")
+        screen.enter(f"/save {file}", then="added the conversation (4 messages) to ")
+        assert screen.left("/bye\r") == 0 and "Traceback" not in screen.text
+    assert [message["content"] for message in rows_of(file)[0]["messages"][::2]] == [five, "吗x"]
 
 
 def test_ctrl_c_at_the_prompt_leaves(run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -616,6 +636,7 @@ ERRORS = {
     "prompt in another mode": (["--prompt", "hi"], "--prompt: only works with --mode text"),
     "no prompt": (["--mode", "text"], "--mode text: expected one of"),
     "empty prompt": (["--mode", "text", "--prompt", " "], "--prompt: expected a text"),
+    "history": (["--mode", "demo", "--no_history"], "--no_history: only works with --mode interactive"),
     "prompts without output": (["--mode", "text", "--prompts", "q.txt"], "--output: needed by"),
     "prompts as output": (["--mode", "text", "--prompts", "q.jsonl", "--output", "q.jsonl"], "--output: expected"),
     "no such prompts": (["--mode", "text", "--prompts", "no.txt", "--output", "a.jsonl"], "--prompts: no.txt"),
