@@ -60,7 +60,7 @@ from config import (
     is_hub_id,
     missing_model,
 )
-from fast_path.families import known_positions, rope_parameters
+from fast_path.families import decoder_layers, known_positions, rope_parameters
 from fast_path.packed_weights import keep_packing
 
 DEFAULT_TARGETS = LoraSettings().target_modules
@@ -498,7 +498,7 @@ def prepare_model_for_training(
 def set_gradient_checkpointing(model: nn.Module, layers: bool | int) -> int:
     """Checkpoint all decoder layers (True), none (False) or the first N; return how many are checkpointed."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    found = base.get_decoder().layers
+    found = decoder_layers(base)
     count = len(found) if layers is True else min(int(layers), len(found))
     # Non-reentrant, since the frozen embedding's output needs no gradient. Our dropout has no RNG state to preserve.
     recompute = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)

@@ -109,7 +109,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 import quantization_utils
 from config import TrainingConfig, flatten
-from fast_path import attention, choice, compiled, dropout, layers
+from fast_path import attention, choice, compiled, dropout, families, layers
 from fast_path.loss import CausalLMLoss, compiled_chunk_loss, default_logit_chunk, kernel_chunk_loss, perplexity
 from fast_path.micro_step import Learner, be_deterministic
 from fast_path.optimizers import create_optimizer
@@ -348,7 +348,7 @@ def build_run(config: Config, accelerator: Accelerator, log: checkpoints.Log, fo
     if isinstance(blocks["train"], data_blocks.SampleBlocks):
         for line in data_formats.untrained_chat_tokens(model, tokenizer):
             say(line)
-    plan = plan or memory_plan.unplanned(config, sequences, len(model.get_decoder().layers))
+    plan = plan or memory_plan.unplanned(config, sequences, len(families.decoder_layers(model)))
     learner = build_learner(config, model, plan, say, sample_counts(*blocks.values())[:per_step])
     optimizer = create_optimizer(learner.parameters, training, device, say)
     effective = checkpoints.effective(config, learner.model)
@@ -423,7 +423,7 @@ def build_learner(
     if device.type == "cuda":
         free = memory.free_bytes(device, config.performance.memory_limit_gib)  # for a shape that has no plan
         objective.logit_chunk = plan.logit_chunk or default_logit_chunk(len(objective.head.weight), free)
-    for line in (fast.line, *apart):
+    for line in (fast.line, *apart, *dropout.own_dropout_line(model)):
         say(line)
     # The losses are sums over tokens, so the gradients are large already: torch's first scale, 2**16, would make them
     # overflow in fp16 at once.
@@ -611,7 +611,7 @@ def training_step(run: Run, step: int, numbers: np.ndarray, stop: bool) -> StepR
     stop: whether this process was asked to stop, which all processes learn from the result.
     """
     learner, scaler = run.learner, run.learner.scaler
-    learner.model.train()
+    learner.train()
     while True:  # once, or again with a smaller shape where memory runs out
         learner.zero_gradients()
         loss_sum, tokens = torch.zeros((), device=run.accelerator.device), 0

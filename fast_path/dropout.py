@@ -1,10 +1,17 @@
-"""Dropout on the inputs of adapters without random state: the mask is a hash of each input's place in the training."""
+"""Dropout on the inputs of adapters without random state: the mask is a hash of each input's place in the training.
 
+It is the only randomness of a training step: the frozen base computes in training what it computes in inference.
+"""
+
+import contextlib
 import zlib
+from collections.abc import Iterator
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers import PretrainedConfig
 
 from fast_path import families
 
@@ -128,3 +135,50 @@ def use_stateless_dropout(model: nn.Module, p: float, clock: DropoutClock) -> in
                 module.lora_dropout[adapter] = StatelessDropout(p, clock, salt_of(name, readers))
                 count += 1
     return count
+
+
+# ------------------------------------------------------------------------------------------------ the base's own
+
+
+def train_adapters(model: PeftModel) -> None:
+    """Put the adapters into training mode, and the frozen base into that of inference, but for its decoder layers.
+
+    A base may draw random numbers of its own in training: dropout, skipped layers, noise in a router. They regularise
+    weights that are trained, and these are frozen. With them a checkpointed layer would be recomputed with other
+    numbers than its forward pass had, so that gradients were wrong, and a resumed run could not draw the same ones.
+    The decoder layers stay in training mode, because that is where transformers switches checkpointing on.
+    """
+    base = model.get_base_model()
+    model.train()
+    for module in base.get_decoder().modules():
+        module.training = False
+    for layer in families.decoder_layers(base):
+        layer.training = True
+        for name in own_dropout(layer):
+            setattr(layer, name, 0.0)
+    for module in base.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.train()
+
+
+def own_dropout(owner: nn.Module | PretrainedConfig) -> dict[str, float]:
+    """Return the rates above 0 of dropout and of random noise that are attributes of a module or of a config."""
+    rates = {name: value for name, value in vars(owner).items() if "drop" in name or "jitter" in name}
+    return {name: value for name, value in rates.items() if isinstance(value, float | int) and 0 < value <= 1}
+
+
+def own_dropout_line(model: nn.Module) -> list[str]:
+    """Return a log line with the dropout that the base was trained with and that does not act here; [] without one."""
+    rates = ", ".join(f"{name} {value:g}" for name, value in own_dropout(model.config.get_text_config()).items())
+    return [f"the base's own {rates} is off: the base is frozen (lora.dropout acts on the adapters)"] if rates else []
+
+
+@contextlib.contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Put each module afterwards back into the mode, of training or inference, that it has now."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

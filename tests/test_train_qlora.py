@@ -1485,7 +1485,7 @@ def gradients_of_a_micro_batch(folder: Path, repeats: int) -> list[list[torch.Te
                 parameter.normal_(std=0.02)
     found = []
     for _ in range(repeats):
-        learner.model.train()
+        learner.train()
         learner.zero_gradients()
         learner.micro_step(0, torch.arange(4), {"input_ids": ids, "labels": ids})
         found.append([parameter.grad.clone() for parameter in learner.parameters])

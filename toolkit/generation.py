@@ -11,6 +11,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, TextStreamer
 
+from fast_path import families
 from fast_path.attention import GROUPED
 from fast_path.decoder import (
     Decoder,
@@ -45,9 +46,8 @@ def weight_bytes(model: nn.Module) -> int:
 def position_bytes(model: PreTrainedModel) -> int:
     """Return the bytes of the keys and values that the cache holds per position of a sequence."""
     config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
+    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 0)
+    return 2 * config.num_hidden_layers * heads * families.head_width(config) * model.dtype.itemsize
 
 
 def card_bandwidth(device: torch.device) -> float | None:
