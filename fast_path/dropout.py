@@ -92,6 +92,13 @@ class DropoutClock:
         """Return the run's seed and a module's salt, combined into one signed 32-bit number."""
         return int32(self.seed * 0x9E3779B1 ^ salt)
 
+    def length(self, rows: int) -> int:
+        """Return the tokens per sequence of an input with this many rows: a micro-batch's tokens, one below the other.
+
+        An input with another number of rows, such as the tokens that a router chose, counts as one sequence.
+        """
+        return rows if rows % len(self.sequences) else rows // len(self.sequences)
+
     def keep(self, salt: int, length: int, features: int, p: float) -> torch.Tensor:
         """Return which inputs are kept, bool [batch, length, features].
 
@@ -104,7 +111,10 @@ class DropoutClock:
 
 
 class StatelessDropout(nn.Module):
-    """Replaces peft's nn.Dropout on an adapter's input. x: [batch, length, features]; the identity in eval mode."""
+    """Replaces peft's nn.Dropout on an adapter's input; the identity in eval mode.
+
+    x: [batch, length, features], or with batch and length in one, as some models have it.
+    """
 
     def __init__(self, p: float, clock: DropoutClock, salt: int):
         super().__init__()
@@ -113,8 +123,9 @@ class StatelessDropout(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training:
             return x
-        keep = self.clock.keep(self.salt, x.shape[-2], x.shape[-1], self.p)
-        return torch.where(keep, x, 0) * (1 / (1 - self.p))
+        rows, features = x.numel() // x.shape[-1], x.shape[-1]
+        keep = self.clock.keep(self.salt, self.clock.length(rows), features, self.p).flatten(0, 1)[:rows]
+        return torch.where(keep.view(x.shape), x, 0) * (1 / (1 - self.p))
 
 
 def salt_of(name: str, readers: dict[str, str]) -> int:

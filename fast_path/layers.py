@@ -64,7 +64,7 @@ class Group:
             norm = Norm(self.norm.weight, inverse_rms(rows.detach(), self.norm.variance_epsilon, self.kernels))
         y, u = run_linear(
             rows, self.weight, Adapters(A, B, self.scale),
-            Masks(self.clock.step, self.clock.sequences, self.salt, shape[-1], p),
+            Masks(self.clock.step, self.clock.sequences, self.salt, self.clock.length(len(rows)), p),
             bias=self.bias.to(x.dtype) if self.bias is not None else None, norm=norm, swiglu=swiglu, handed=handed,
             kernels=self.kernels, pieces=self.pieces,
         )  # fmt: skip
