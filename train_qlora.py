@@ -343,7 +343,7 @@ def build_run(config: Config, accelerator: Accelerator, log: checkpoints.Log, fo
         blocks = make_blocks(prepare_dataset(config, tokenizer), tokenizer, config.data, training.seed)
     model, _ = load_base(config, device, tokenizer=tokenizer)
     say(memory.memory_line(device))
-    for line in quantization_utils.check_length(config.data.max_length, model.config):
+    for line in quantization_utils.base_lines(config, model):
         say(line)
     if isinstance(blocks["train"], data_blocks.SampleBlocks):
         for line in data_formats.untrained_chat_tokens(model, tokenizer):
@@ -423,7 +423,7 @@ def build_learner(
     if device.type == "cuda":
         free = memory.free_bytes(device, config.performance.memory_limit_gib)  # for a shape that has no plan
         objective.logit_chunk = plan.logit_chunk or default_logit_chunk(len(objective.head.weight), free)
-    for line in (fast.line, *apart, *dropout.own_dropout_line(model)):
+    for line in (fast.line, *apart):
         say(line)
     # The losses are sums over tokens, so the gradients are large already: torch's first scale, 2**16, would make them
     # overflow in fp16 at once.
