@@ -72,9 +72,9 @@ class ModelConfig(Section):
     name: str = knob("Qwen/Qwen2.5-3B-Instruct", "hub id or local folder of a causal language model", path=True)
     revision: str | None = knob(None, "branch, tag or commit on the hub; null means the newest version")
     attn_implementation: str = knob(
-        "sdpa",
-        "attention implementation of transformers; sdpa needs no extra package",
-        choices=("sdpa", "eager", "flash_attention_2"),
+        "auto",
+        "attention implementation of transformers; auto is sdpa if the model has it, otherwise eager",
+        choices=("auto", "sdpa", "eager", "flash_attention_2"),
     )
     trust_remote_code: bool = knob(
         False, "run Python code that comes with the model; use it only for sources that you trust"

@@ -60,7 +60,8 @@ from config import (
     is_hub_id,
     missing_model,
 )
-from fast_path.families import known_positions, rope_parameters
+from fast_path.dropout import own_dropout_line
+from fast_path.families import decoder_layers, known_positions, rope_parameters
 from fast_path.packed_weights import keep_packing
 
 DEFAULT_TARGETS = LoraSettings().target_modules
@@ -268,9 +269,7 @@ def cannot_load(model_name: str, error: Exception) -> ConfigError:
             "rights; give --trust_remote_code true if you trust it"
         )
     if match := re.match(r"(\w+) does not support an attention implementation", text):
-        return ConfigError(
-            f"model.attn_implementation: {match[1]} supports neither sdpa nor flash attention here; use eager"
-        )
+        return ConfigError(f"model.attn_implementation: {match[1]} does not have the asked one; use auto or eager")
     if "safetensors" in text and "no file named" in text:
         return ConfigError(
             f"model.name: expected safetensors weights in {model_name}, found none (pickled weights are not loaded)"
@@ -353,7 +352,7 @@ def load_model_and_tokenizer(
     *,
     compute_dtype: str | torch.dtype = "bfloat16",
     revision: str | None = None,
-    attn_implementation: str = "sdpa",
+    attn_implementation: str = "auto",
     trust_remote_code: bool = False,
     device: torch.device | str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -379,7 +378,7 @@ def load_model_and_tokenizer(
             quantization_config=None if stored_in_4bit(model_config, model_name) else bnb_config,
             dtype=dtype,
             device_map={"": device},
-            attn_implementation=attn_implementation,
+            attn_implementation=None if attn_implementation == "auto" else attn_implementation,
             use_safetensors=True,
             output_loading_info=True,
             **source,
@@ -419,6 +418,16 @@ def check_length(max_length: int, config: PretrainedConfig) -> list[str]:
     if positions and max_length > positions and not rope_parameters(config):
         raise ConfigError(f"data.max_length: expected at most the model's {positions:,} positions, got {max_length:,}")
     return beyond_positions(max_length, positions)
+
+
+def base_lines(config: Config, model: PreTrainedModel) -> list[str]:
+    """Return the log lines about a loaded base: what of it is unusual in training. Raises ConfigError, as check_length."""
+    lines = check_length(config.data.max_length, model.config)
+    attention = model.config._attn_implementation
+    if config.model.attn_implementation == "auto" and attention != "sdpa":
+        name = type(model).__name__
+        lines.append(f"attention: {attention}, since {name} has no sdpa; it stores the scores of all pairs of tokens")
+    return lines + own_dropout_line(model)
 
 
 def load_base(
@@ -498,7 +507,7 @@ def prepare_model_for_training(
 def set_gradient_checkpointing(model: nn.Module, layers: bool | int) -> int:
     """Checkpoint all decoder layers (True), none (False) or the first N; return how many are checkpointed."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    found = base.get_decoder().layers
+    found = decoder_layers(base)
     count = len(found) if layers is True else min(int(layers), len(found))
     # Non-reentrant, since the frozen embedding's output needs no gradient. Our dropout has no RNG state to preserve.
     recompute = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)

@@ -109,7 +109,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 import quantization_utils
 from config import TrainingConfig, flatten
-from fast_path import attention, choice, compiled, dropout, layers
+from fast_path import attention, choice, compiled, dropout, families, layers
 from fast_path.loss import CausalLMLoss, compiled_chunk_loss, default_logit_chunk, kernel_chunk_loss, perplexity
 from fast_path.micro_step import Learner, be_deterministic
 from fast_path.optimizers import create_optimizer
@@ -343,12 +343,12 @@ def build_run(config: Config, accelerator: Accelerator, log: checkpoints.Log, fo
         blocks = make_blocks(prepare_dataset(config, tokenizer), tokenizer, config.data, training.seed)
     model, _ = load_base(config, device, tokenizer=tokenizer)
     say(memory.memory_line(device))
-    for line in quantization_utils.check_length(config.data.max_length, model.config):
+    for line in quantization_utils.base_lines(config, model):
         say(line)
     if isinstance(blocks["train"], data_blocks.SampleBlocks):
         for line in data_formats.untrained_chat_tokens(model, tokenizer):
             say(line)
-    plan = plan or memory_plan.unplanned(config, sequences, len(model.get_decoder().layers))
+    plan = plan or memory_plan.unplanned(config, sequences, len(families.decoder_layers(model)))
     learner = build_learner(config, model, plan, say, sample_counts(*blocks.values())[:per_step])
     optimizer = create_optimizer(learner.parameters, training, device, say)
     effective = checkpoints.effective(config, learner.model)
@@ -611,7 +611,7 @@ def training_step(run: Run, step: int, numbers: np.ndarray, stop: bool) -> StepR
     stop: whether this process was asked to stop, which all processes learn from the result.
     """
     learner, scaler = run.learner, run.learner.scaler
-    learner.model.train()
+    learner.train()
     while True:  # once, or again with a smaller shape where memory runs out
         learner.zero_gradients()
         loss_sum, tokens = torch.zeros((), device=run.accelerator.device), 0

@@ -16,6 +16,7 @@ from transformers.masking_utils import sdpa_mask
 
 from config import ConfigError
 from fast_path import families, training_kernels
+from fast_path.dropout import modes_kept
 from fast_path.nf4 import Launch, triton
 
 CAUSAL = "sdpa_causal"  # the name of `attend`, for training
@@ -212,7 +213,7 @@ def cudnn_serves(model: nn.Module) -> bool:
     A deterministic run does not use it, because PyTorch does not count these kernels as deterministic.
     """
     config, device, dtype = model.config, model.device, model.get_input_embeddings().weight.dtype
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = families.head_width(config)
     return (
         any(families.fused("attention", module) for module in model.modules())
         and device.type == "cuda"
@@ -222,7 +223,6 @@ def cudnn_serves(model: nn.Module) -> bool:
         and dtype in (torch.bfloat16, torch.float16)
         and width % 8 == 0
         and width <= 128
-        and not getattr(config, "attention_dropout", 0.0)
     )
 
 
@@ -249,7 +249,7 @@ def varlen_obstacle(model: nn.Module, length: int) -> str | None:
     """Return why packed samples in blocks of `length` tokens need a mask; None where varlen attention works."""
     config, device, dtype = model.config, model.device, model.get_input_embeddings().weight.dtype
     known = any(families.fused("attention", module) for module in model.modules())
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = families.head_width(config)
     window = getattr(config, "sliding_window", None) or length
     if config._attn_implementation != CAUSAL:
         return f"model.attn_implementation {config._attn_implementation}"
@@ -265,8 +265,6 @@ def varlen_obstacle(model: nn.Module, length: int) -> str | None:
         return f"FlashAttention does not train heads {width} wide"
     if window < length:
         return f"a sliding window of {window} tokens"
-    if getattr(config, "attention_dropout", 0.0):
-        return "attention_dropout"
     return None
 
 
@@ -277,15 +275,16 @@ def _check_packing(model: nn.Module) -> None:
 
     The second sample's hidden states must not change when another sample is put before it.
     """
-    training, decoder = model.training, model.eval().get_decoder()
+    decoder = model.get_decoder()
     samples = torch.arange(1, 17, device=model.device).view(2, 8)  # 2 sequences: a batch of 1 may run other kernels
     positions = torch.arange(4, device=model.device).repeat(2, 2)
     others = torch.cat([samples.flip(0)[:, :4], samples[:, 4:]], 1)  # another sample before the last 4 tokens
-    first, second = (
-        decoder(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state[:, 4:]
-        for ids in (samples, others)
-    )
-    model.train(training)
+    with modes_kept(model):
+        model.eval()
+        first, second = (
+            decoder(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state[:, 4:]
+            for ids in (samples, others)
+        )
     if not torch.allclose(first, second, rtol=1e-2, atol=1e-2):
         raise ConfigError(
             f"data.packing: {type(model).__name__} with model.attn_implementation {model.config._attn_implementation} "

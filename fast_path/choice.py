@@ -6,6 +6,7 @@ import torch
 from peft import PeftModel
 
 from config import ConfigError, PerformanceConfig
+from fast_path import families
 from fast_path.layers import plain_parts
 from fast_path.nf4 import HAS_TRITON
 from fast_path.packed_weights import fusable
@@ -31,7 +32,7 @@ def choose_fast_path(
     main memory for the backward pass.
     """
     gpu, runs, reasons = device.type == "cuda", {}, {}
-    layers = model.get_base_model().get_decoder().layers
+    layers = families.decoder_layers(model.get_base_model())
     fusables = any(fusable(module) and hasattr(module, "lora_A") for layer in layers for module in layer.modules())
 
     def decide(name: str, obstacle: str | None) -> bool:

@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from fast_path import attention, dropout, fused_linear, packed_weights
+from fast_path import attention, dropout, families, fused_linear, packed_weights
 from fast_path.fused_linear import LINEAR_ARGUMENTS
 
 
@@ -72,7 +72,7 @@ def compile_layers(model: PeftModel) -> None:
             hidden = hidden.detach().requires_grad_()
         return (compiled if layer.training else _run_layer)(layer, hidden, **kwargs)
 
-    for layer in model.get_base_model().get_decoder().layers:
+    for layer in families.decoder_layers(model.get_base_model()):
         layer.recompute = layer.gradient_checkpointing
         layer.gradient_checkpointing = False  # transformers would put its own checkpoint around the compiled layer
         layer.forward = functools.partial(run, layer)

@@ -1,10 +1,17 @@
-"""Dropout on the inputs of adapters without random state: the mask is a hash of each input's place in the training."""
+"""Dropout on the inputs of adapters without random state: the mask is a hash of each input's place in the training.
 
+It is the only randomness of a training step: the frozen base computes in training what it computes in inference.
+"""
+
+import contextlib
 import zlib
+from collections.abc import Iterator
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers import PretrainedConfig
 
 from fast_path import families
 
@@ -85,6 +92,13 @@ class DropoutClock:
         """Return the run's seed and a module's salt, combined into one signed 32-bit number."""
         return int32(self.seed * 0x9E3779B1 ^ salt)
 
+    def length(self, rows: int) -> int:
+        """Return the tokens per sequence of an input with this many rows: a micro-batch's tokens, one below the other.
+
+        An input with another number of rows, such as the tokens that a router chose, counts as one sequence.
+        """
+        return rows if rows % len(self.sequences) else rows // len(self.sequences)
+
     def keep(self, salt: int, length: int, features: int, p: float) -> torch.Tensor:
         """Return which inputs are kept, bool [batch, length, features].
 
@@ -97,7 +111,10 @@ class DropoutClock:
 
 
 class StatelessDropout(nn.Module):
-    """Replaces peft's nn.Dropout on an adapter's input. x: [batch, length, features]; the identity in eval mode."""
+    """Replaces peft's nn.Dropout on an adapter's input; the identity in eval mode.
+
+    x: [batch, length, features], or with batch and length in one, as some models have it.
+    """
 
     def __init__(self, p: float, clock: DropoutClock, salt: int):
         super().__init__()
@@ -106,8 +123,9 @@ class StatelessDropout(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training:
             return x
-        keep = self.clock.keep(self.salt, x.shape[-2], x.shape[-1], self.p)
-        return torch.where(keep, x, 0) * (1 / (1 - self.p))
+        rows, features = x.numel() // x.shape[-1], x.shape[-1]
+        keep = self.clock.keep(self.salt, self.clock.length(rows), features, self.p).flatten(0, 1)[:rows]
+        return torch.where(keep.view(x.shape), x, 0) * (1 / (1 - self.p))
 
 
 def salt_of(name: str, readers: dict[str, str]) -> int:
@@ -128,3 +146,50 @@ def use_stateless_dropout(model: nn.Module, p: float, clock: DropoutClock) -> in
                 module.lora_dropout[adapter] = StatelessDropout(p, clock, salt_of(name, readers))
                 count += 1
     return count
+
+
+# ------------------------------------------------------------------------------------------------ the base's own
+
+
+def train_adapters(model: PeftModel) -> None:
+    """Put the adapters into training mode, and the frozen base into that of inference, but for its decoder layers.
+
+    A base may draw random numbers of its own in training: dropout, skipped layers, noise in a router. They regularise
+    weights that are trained, and these are frozen. With them a checkpointed layer would be recomputed with other
+    numbers than its forward pass had, so that gradients were wrong, and a resumed run could not draw the same ones.
+    The decoder layers stay in training mode, because that is where transformers switches checkpointing on.
+    """
+    base = model.get_base_model()
+    model.train()
+    for module in base.get_decoder().modules():
+        module.training = False
+    for layer in families.decoder_layers(base):
+        layer.training = True
+        for name in own_dropout(layer):
+            setattr(layer, name, 0.0)
+    for module in base.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.train()
+
+
+def own_dropout(owner: nn.Module | PretrainedConfig) -> dict[str, float]:
+    """Return the rates above 0 of dropout and of random noise that are attributes of a module or of a config."""
+    rates = {name: value for name, value in vars(owner).items() if "drop" in name or "jitter" in name}
+    return {name: value for name, value in rates.items() if isinstance(value, float | int) and 0 < value <= 1}
+
+
+def own_dropout_line(model: nn.Module) -> list[str]:
+    """Return a log line with the dropout that the base was trained with and that does not act here; [] without one."""
+    rates = ", ".join(f"{name} {value:g}" for name, value in own_dropout(model.config.get_text_config()).items())
+    return [f"the base's own {rates} is off: the base is frozen (lora.dropout acts on the adapters)"] if rates else []
+
+
+@contextlib.contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Put each module afterwards back into the mode, of training or inference, that it has now."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

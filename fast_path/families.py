@@ -11,6 +11,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from config import ConfigError
+
 if TYPE_CHECKING:  # this file imports no heavy library, since it is read before torch is imported
     from transformers import PretrainedConfig
 
@@ -130,6 +132,29 @@ def fused(part: str, module: object) -> bool:
         "model": family.plain_decode,
     }  # fmt: skip
     return type(module).__name__ == getattr(family, part) and plain[part] is None
+
+
+# ------------------------------------------------------------------------------------------------ any model
+
+
+def decoder_layers(model: Any) -> Any:
+    """Return the list of the decoder's layers, which models name layers, h, blocks or otherwise; raise ConfigError.
+
+    model: a causal language model of transformers, also one whose decoder is a part of it, as in models that read images.
+    """
+    decoder = model.get_decoder()
+    lists = [part for part in decoder.children() if type(part).__name__ == "ModuleList" and len(part)]
+    layers = [part for part in lists if all(hasattr(layer, "gradient_checkpointing") for layer in part)] or lists
+    if not layers:
+        raise ConfigError(f"model.name: expected a decoder with a list of layers, got {type(decoder).__name__}")
+    return layers[0]
+
+
+def head_width(config: PretrainedConfig) -> int:
+    """Return the features of an attention head; 0 for a model without attention."""
+    text = config.get_text_config()
+    heads = getattr(text, "num_attention_heads", None)
+    return getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else 0)
 
 
 # ------------------------------------------------------------------------------------------------ positions

@@ -83,7 +83,9 @@ def _swiglu_backward(gate_up: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
 
 
 def _drop(x: torch.Tensor, masks: "Masks") -> torch.Tensor:
-    keep = dropout_mask(masks.step, masks.sequences, masks.salt, masks.length, x.shape[1], masks.p).flatten(0, 1)
+    keep = dropout_mask(masks.step, masks.sequences, masks.salt, masks.length, x.shape[1], masks.p).flatten(0, 1)[
+        : len(x)
+    ]
     return torch.where(keep, x, 0) * (1 / (1 - masks.p))
 
 

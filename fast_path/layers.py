@@ -64,7 +64,7 @@ class Group:
             norm = Norm(self.norm.weight, inverse_rms(rows.detach(), self.norm.variance_epsilon, self.kernels))
         y, u = run_linear(
             rows, self.weight, Adapters(A, B, self.scale),
-            Masks(self.clock.step, self.clock.sequences, self.salt, shape[-1], p),
+            Masks(self.clock.step, self.clock.sequences, self.salt, self.clock.length(len(rows)), p),
             bias=self.bias.to(x.dtype) if self.bias is not None else None, norm=norm, swiglu=swiglu, handed=handed,
             kernels=self.kernels, pieces=self.pieces,
         )  # fmt: skip
@@ -191,7 +191,7 @@ def plain_parts(model: PeftModel) -> dict[str, list[str]]:
     base = model.get_base_model()
     reasons: dict[str, dict] = {}
     family = families.of(base).name or type(base).__name__.removesuffix("ForCausalLM")
-    for layer in base.get_decoder().layers:
+    for layer in families.decoder_layers(base):
         for part, obstacle in (("attention", attention_obstacle), ("MLP", mlp_obstacle)):
             known = [module for module in layer.modules() if families.fused(part.lower(), module)]
             for reason in filter(None, map(obstacle, known)) if known else [family]:
@@ -227,7 +227,7 @@ def fuse(model: PeftModel, clock: DropoutClock, p: float, kernels: bool, in_piec
         _switch(norm, _left_to_the_reader)
         return norm
 
-    for layer in base.get_decoder().layers:
+    for layer in families.decoder_layers(base):
         for module in list(layer.modules()):
             if families.fused("attention", module) and attention_obstacle(module) is None:
                 qkv, out = _attention_linears(module)

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fast_path import training_kernels
+from fast_path.dropout import modes_kept
 from fast_path.nf4 import Launch, multiprocessors
 
 IGNORED = -100  # the label of a position that is not supervised; PyTorch's default ignore_index
@@ -222,12 +223,11 @@ class CausalLMLoss(Objective):
         """Return whether the model's logits are exactly the frozen head's product, by a test on eight tokens."""
         if type(self.head) is not nn.Linear or self.head.weight.requires_grad:
             return False
-        training, probe = self.base.training, torch.arange(1, 9, device=self.device)[None]
-        self.base.eval()
-        with self.autocast():
+        probe = torch.arange(1, 9, device=self.device)[None]
+        with modes_kept(self.base), self.autocast():
+            self.base.eval()
             hidden = self.decoder(input_ids=probe, use_cache=False).last_hidden_state
             same = torch.equal(self.head(hidden), self.base(input_ids=probe, use_cache=False).logits)
-        self.base.train(training)
         return same
 
     def _of_positions(self, chunked: Callable, reduction: str, input_ids, labels, packed) -> torch.Tensor:

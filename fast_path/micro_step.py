@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from peft import PeftModel
 from torch import nn
 
-from fast_path import choice, dropout
+from fast_path import choice, dropout, families
 from fast_path.loss import IGNORED, Objective
 
 # ------------------------------------------------------------------------------------------------ memory
@@ -174,7 +174,7 @@ class Learner:
         if self.fast.cuda_graphs:
             return self._replay(step, sequences, batch)
         self.clock.set(step, sequences)
-        hidden_shape = (*batch["input_ids"].shape, self.model.config.hidden_size)
+        hidden_shape = (*batch["input_ids"].shape, self.model.config.get_text_config().hidden_size)
         with inputs_in_main_memory(hidden_shape) if self.offload else contextlib.nullcontext():
             loss = self.objective(**batch)
         self.backward(loss)
@@ -204,6 +204,14 @@ class Learner:
         self.clock.set(step, F.pad(sequences, (0, self.batch_shape[0] - len(sequences))))
         return self.captured(**batch)
 
+    def train(self) -> None:
+        """Put the model into the mode of a training step."""
+        dropout.train_adapters(self.model)
+
+    def eval(self) -> None:
+        """Put the model into the mode of an evaluation."""
+        self.model.eval()
+
     def _forward_backward(self, **batch: torch.Tensor) -> torch.Tensor:
         """Run the captured part of a micro-step: everything but the dropout clock, which is set before each replay."""
         loss = self.objective(**batch)
@@ -218,20 +226,18 @@ class Learner:
         theirs. The graphs share one pool.
         """
         self.zero_gradients()  # creates them where they do not exist yet
-        mode, pool = self.model.get_base_model().training, torch.cuda.graph_pool_handle()
+        pool = torch.cuda.graph_pool_handle()
         self.clock.set(0, torch.arange(self.batch_shape[0]))
         graphs = []
-        try:
-            for training, step in ((True, self._forward_backward), (False, self.objective.sequence_sums)):
-                self.model.train(training)
+        # The mode is restored also when memory runs out: the evaluation is then repeated without a graph, and would
+        # otherwise run with dropout.
+        with dropout.modes_kept(self.model):
+            for mode, step in ((self.train, self._forward_backward), (self.eval, self.objective.sequence_sums)):
+                mode()
                 graphs.append(Captured(step, self.clock.step.device, *self.batch_shape, names))
-            for training, graph in zip((True, False), graphs, strict=True):
-                self.model.train(training)
+            for mode, graph in zip((self.train, self.eval), graphs, strict=True):
+                mode()
                 graph.capture(pool)
-        finally:
-            # Restore the mode also when memory runs out: the evaluation is then repeated without a graph, and would
-            # otherwise run with dropout.
-            self.model.train(mode)
         self.captured, self.captured_evaluation = graphs
         self.zero_gradients()
 
@@ -241,7 +247,7 @@ class Learner:
         self.batch_shape, self.offload = (micro_batch, self.batch_shape[1]), offload
         # A graph cannot contain copies to main memory.
         self.fast = dataclasses.replace(self.fast, cuda_graphs=self.fast.cuda_graphs and not offload)
-        layers = self.model.get_base_model().get_decoder().layers
+        layers = families.decoder_layers(self.model.get_base_model())
         for number, layer in enumerate(layers):
             setattr(layer, "recompute" if self.fast.compile else "gradient_checkpointing", number < checkpointed)
         let_go()

@@ -33,6 +33,7 @@ from config import ConfigError
 from fast_path import layers as layers_module
 from quantization_utils import (
     DEFAULT_TARGETS,
+    base_lines,
     check_length,
     count_parameters,
     create_bnb_config,
@@ -183,7 +184,7 @@ def test_dora_has_magnitudes_that_leave_the_start_unchanged_and_learn(random_mod
 
 @pytest.mark.parametrize("family", ["qwen2", "llama", "mistral", "qwen3", "gemma2"])
 def test_linear_layers_are_packed_and_the_rest_keeps_the_compute_dtype(random_models, family):
-    model = load(random_models(family), attn_implementation="eager" if family == "gemma2" else "sdpa")
+    model = load(random_models(family))
     packed = linears_4bit(model)
     assert len(packed) == 2 * 7 and not any("lm_head" in name for name in packed)
     for module in packed.values():
@@ -226,9 +227,18 @@ def test_without_4bit_the_base_stays_whole(random_models, compute_dtype):
 
 def test_attention_that_the_model_lacks_is_named_by_its_key(random_models):
     with pytest.raises(ConfigError) as caught:
-        load(random_models("gemma2"))  # transformers gives Gemma2 no sdpa: its scores are soft-capped
+        load(random_models("gemma2"), attn_implementation="sdpa")  # Gemma2 has none: its scores are soft-capped
     (problem,) = caught.value.problems
-    assert problem.startswith("model.attn_implementation: ") and "sdpa" in problem and "eager" in problem
+    assert problem.startswith("model.attn_implementation: Gemma2ForCausalLM does not have") and "eager" in problem
+
+
+def test_auto_takes_what_the_model_has_and_says_what_it_costs(random_models):
+    config = schema.load_config([], {})
+    found = {family: base_lines(config, load(random_models(family))) for family in ("qwen2", "gemma2")}
+    assert found["qwen2"] == []
+    assert [line.partition(";")[0] for line in found["gemma2"]] == [
+        "attention: eager, since Gemma2ForCausalLM has no sdpa"
+    ]
 
 
 def test_pickled_weights_are_refused(random_models, tmp_path):

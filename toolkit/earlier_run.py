@@ -35,6 +35,7 @@ from toolkit.adapter_config import read_adapter_config, refuse_large
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 FILES = ("adapter_model.safetensors", "adapter_config.json", "training_state.safetensors", "training_state.json")
 NAMES = ("model.name", "data.dataset")  # a path may change if its content is the same
+ATTENTION = "model.attn_implementation"
 WINDOW = "training.batch_size x training.gradient_accumulation_steps"  # only their product must stay the same
 
 
@@ -115,6 +116,8 @@ def changed_settings(before: dict[str, Any], config: Config, windows: tuple[int,
     now, default = settings(config), settings(Config())
     fixed = [key for key in now if not LEAVES[key].field.metadata["resumable"] and key not in NAMES]
     pairs = {key: (before.get(key, default[key]), now[key]) for key in fixed} | {WINDOW: windows}
+    if set(pairs[ATTENTION]) == {"auto", "sdpa"}:  # the default before; the model had sdpa, and auto means that too
+        del pairs[ATTENTION]
     return {key: changed_line(key, *pair, name) for key, pair in pairs.items() if pair[0] != pair[1]}
 
 

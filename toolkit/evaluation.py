@@ -87,7 +87,7 @@ def evaluate_in_memory(
     Where GPU memory runs out, the evaluation is repeated without its CUDA graph, which is freed. The micro-batch of
     training stays as it is.
     """
-    learner.model.eval()
+    learner.eval()
     if learner.fast.cuda_graphs:
         with contextlib.suppress(torch.OutOfMemoryError):
             return block_losses(learner.evaluation_sums, blocks, accelerator, micro_batch, pad).cpu()

@@ -1,6 +1,7 @@
 """Make tokens from prompts in the fastest way that works here, and tell what limits the speed."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -11,6 +12,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, TextStreamer
 
+from fast_path import families
 from fast_path.attention import GROUPED
 from fast_path.decoder import (
     Decoder,
@@ -45,9 +47,8 @@ def weight_bytes(model: nn.Module) -> int:
 def position_bytes(model: PreTrainedModel) -> int:
     """Return the bytes of the keys and values that the cache holds per position of a sequence."""
     config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
+    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 0)
+    return 2 * config.num_hidden_layers * heads * families.head_width(config) * model.dtype.itemsize
 
 
 def card_bandwidth(device: torch.device) -> float | None:
@@ -92,11 +93,11 @@ COVERED |= {"eos_token_id", "pad_token_id", "bos_token_id", "use_cache", "transf
 def obstacle(model: PreTrainedModel) -> str | None:
     """Return why a model's step cannot be captured as a CUDA graph, or None if it can."""
     config = model.config.get_text_config()
-    if not model._can_compile_fullgraph or not set(attention_windows(config)) <= {
-        "full_attention",
-        "sliding_attention",
-    }:
+    if not model._can_compile_fullgraph or not holds_keys_and_values(model):
         return f"{type(model).__name__} reads its data in Python, or its cache holds more than keys and values"
+    missing = {"position_ids", "logits_to_keep"} - set(inspect.signature(model.forward).parameters)
+    if missing or getattr(config, "alibi", False):
+        return f"{type(model).__name__} {f'takes no {min(missing)}' if missing else 'has no positions but ALiBi'}"
     if getattr(config, "attention_chunk_size", None):
         return "the model computes attention in chunks"
     if any(rope.get("rope_type") in ("dynamic", "longrope") for rope in rope_parameters(config)):
@@ -106,6 +107,17 @@ def obstacle(model: PreTrainedModel) -> str | None:
     if len({p.device for p in model.parameters()}) > 1:
         return "the model is spread over more than one device"
     return None
+
+
+def holds_keys_and_values(model: PreTrainedModel) -> bool:
+    """Return whether a model's cache holds the keys and values of its positions, and nothing else.
+
+    Layers with convolutions, linear attention or another recurrent state keep that, which nothing can cut back to an
+    earlier position.
+    """
+    kinds = set(attention_windows(model.config.get_text_config()))
+    stateful = getattr(model, "_is_stateful", False) or not model._supports_default_dynamic_cache()
+    return not stateful and kinds <= {"full_attention", "sliding_attention"}
 
 
 def use_own_precision(model: PeftModel) -> None:
@@ -141,7 +153,7 @@ class Generator:
     """Answer prompts in the fastest way that works here: with the Decoder, or with transformers' `generate`.
 
     Both keep the cache of the last prompt and answer, so a prompt that begins with the same tokens computes only the
-    rest. fast: None uses the Decoder on CUDA only. On a CPU `generate` is as fast, since attention over a static cache
+    rest; a model whose cache holds more than keys and values makes its own cache for each prompt. fast: None uses the Decoder on CUDA only. On a CPU `generate` is as fast, since attention over a static cache
     computes all of its positions, used or not.
     """
 
@@ -153,6 +165,7 @@ class Generator:
         self.reason = obstacle(base) if gpu or fast else ""  # on a CPU generate() is usual: no message
         self.decoder = Decoder(model, kernels=gpu and HAS_TRITON) if self.reason is None else None
         self.adapted, self.cache, self.off = lora_layers(model), None, False
+        self.keeps = holds_keys_and_values(base)
         self.held: list[int] = []
         if self.decoder and gpu and isinstance(model, PeftModel):
             use_own_precision(model)
@@ -208,7 +221,7 @@ class Generator:
                 generation_config=config,
                 stopping_criteria=[watch],
                 streamer=streamer,
-                **(cache_argument(self.model, self._prefix(rows[0])) if one else {}),
+                **(cache_argument(self.model, self._prefix(rows[0])) if one and self.keeps else {}),
             )
         ends = end_tokens(config)
         answers = output[:, longest:].tolist()  # [batch, new tokens]; shorter answers are padded

@@ -164,7 +164,7 @@ def check_step(device: torch.device, performance: PerformanceConfig) -> tuple[fl
         tokens = int(counts.sum())
         losses = []
         for step in range(2):
-            learner.model.train()
+            learner.train()
             learner.zero_gradients()
             losses.append(learner.micro_step(step, torch.from_numpy(places), batch).item() / tokens)
             learner.scaler.unscale_(optimizer)

@@ -129,7 +129,7 @@ def measure(name: str, config: Config, plan: memory_plan.MemoryPlan) -> float:
     ids = torch.randint(0, 30000, (plan.micro_batch, config.data.max_length), device=device)
     learner.objective.base.eval()
     learner.evaluation_sums(input_ids=ids, labels=ids)
-    learner.model.train()
+    learner.train()
     for step in range(2):
         learner.zero_gradients()
         for _ in range(2):

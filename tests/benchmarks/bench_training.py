@@ -165,7 +165,7 @@ def load_ours(case: dict):
     if case["attention"] == "mask":
         model.config.attention_choice = model.config.attention_choice._replace(varlen_samples=None)
     positions = (torch.arange(length, device="cuda") % (packed or length)).repeat(case["batch"], 1)
-    learner.model.train()
+    learner.train()
     learner.zero_gradients()
     optimizer = optimizers.create_optimizer(learner.parameters, config.training, torch.device("cuda:0"), print)
     sequences = torch.arange(case["batch"])

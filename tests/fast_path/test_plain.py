@@ -176,6 +176,15 @@ def test_dropout_of_infinite_input_drops_it():
     assert not out.isnan().any() and (out == 0).any()  # a product with the mask would give NaN
 
 
+def test_tokens_in_one_dimension_get_the_masks_of_their_sequences():
+    """OPT and the shared expert of Qwen2-MoE hand adapters [batch * length, features]; a router any number of rows."""
+    module, x = StatelessDropout(0.5, clock_at(sequences=(3, 8)), 1), torch.ones(2, 6, 16)
+    assert torch.equal(module(x.flatten(0, 1)), module(x).flatten(0, 1))
+    assert torch.equal(module(x.view(2, 2, 3, 16)), module(x).view(2, 2, 3, 16))
+    some = module(torch.ones(5, 16))
+    assert some.shape == (5, 16) and (some == 0).any() and (some == 2).any()
+
+
 def test_gradient_is_autograds_of_explicit_masking(random_models):
     """One adapted layer instead of a model: y = base(x) + scale * B A (mask * x / (1 - p))."""
     model, clock = adapted(random_models("llama"), dropout=0.2)

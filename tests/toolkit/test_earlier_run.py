@@ -48,6 +48,13 @@ def test_settings_are_read_back_as_they_were_written(tmp_path):
     assert read_settings(tmp_path / "none") is None
 
 
+def test_runs_that_began_when_sdpa_was_the_default_continue(tmp_path):
+    write(tmp_path, 2, **{"model.attn_implementation": "sdpa"})
+    assert refused(tmp_path) == () == refused(tmp_path, model__attn_implementation="sdpa")
+    (problem,) = refused(tmp_path, model__attn_implementation="eager")
+    assert problem.startswith("model.attn_implementation: was sdpa in checkpoint-2, is eager now; ")
+
+
 def test_the_newest_readable_checkpoint_counts(tmp_path):
     write(tmp_path, 2, **{"training.seed": 1})
     write(tmp_path, 10)

@@ -9,7 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    FalconConfig,
+    GenerationConfig,
+    Lfm2Config,
+    MambaConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3_5TextConfig,
+    RecurrentGemmaConfig,
+)
 
 import fast_path
 from fast_path import decoder as decoder_module
@@ -75,6 +86,37 @@ def test_greedy_is_generates_alone_in_a_batch_in_chunks_and_from_a_prefix(
     assert decode(Decoder(model, kernels=False), LONG, SHORT, MIDDLE) == expected
     chunked = Decoder(model, kernels=False)
     assert [decode(chunked, row)[0] for row in (LONG, SHORT, MIDDLE)] == expected
+
+
+HYBRIDS = {  # layers with a state besides keys and values, and models whose positions are biases of attention
+    "convolutions": lambda **sizes: Lfm2Config(**sizes, full_attn_idxs=[1], block_dim=64, block_ff_dim=128),
+    "recurrent": lambda **sizes: RecurrentGemmaConfig(**sizes, lru_width=64, attention_window_size=16),
+    "state space": lambda **sizes: MambaConfig(**sizes),
+    "linear attention": lambda **sizes: Qwen3_5TextConfig(
+        **sizes, head_dim=16, linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=16,
+        linear_value_head_dim=16, layer_types=["linear_attention", "full_attention", "linear_attention"],
+    ),
+    "alibi": lambda **sizes: BloomConfig(**sizes),
+    "rotary or alibi": lambda **sizes: FalconConfig(**sizes, alibi=True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_a_model_with_another_state_uses_its_own_cache(name: str) -> None:
+    sizes = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(HYBRIDS[name](**sizes)).eval()
+    for parameter in model.parameters():
+        parameter.data *= 3  # far from a tie
+    generator, prompt = Generator(model, pytest.fail, fast=False), [5, 6, 7, 8, 9, 10, 11]
+    assert obstacle(model) is not None
+    how = GenerationConfig(do_sample=False, max_new_tokens=24, pad_token_id=0, eos_token_id=2)
+    for row in (prompt, [*prompt[:5], 20], [*prompt, 21, 22]):  # each begins as the one before it
+        ids = list(row)
+        while len(ids) < len(row) + 24 and (ids == row or ids[-1] != 2):
+            ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        assert generator.generate([row], how, Watch()) == [ids[len(row) :]]
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
