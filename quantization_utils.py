@@ -51,6 +51,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file
 
 from config import (
@@ -61,7 +62,7 @@ from config import (
     missing_model,
 )
 from fast_path.dropout import own_dropout_line
-from fast_path.families import decoder_layers, known_positions, rope_parameters
+from fast_path.families import decoder_layers, head_width, known_positions, rope_parameters, towers
 from fast_path.packed_weights import keep_packing
 
 DEFAULT_TARGETS = LoraSettings().target_modules
@@ -424,10 +425,32 @@ def base_lines(config: Config, model: PreTrainedModel) -> list[str]:
     """Return the log lines about a loaded base: what of it is unusual in training. Raises ConfigError, as check_length."""
     lines = check_length(config.data.max_length, model.config)
     attention = model.config._attn_implementation
-    if config.model.attn_implementation == "auto" and attention != "sdpa":
+    if config.model.attn_implementation == "auto" and attention != "sdpa" and head_width(model.config):
         name = type(model).__name__
         lines.append(f"attention: {attention}, since {name} has no sdpa; it stores the scores of all pairs of tokens")
-    return lines + own_dropout_line(model)
+    return lines + own_dropout_line(model) + (unpacked_line(model) if config.quantization.load_in_4bit else [])
+
+
+def unpacked_line(model: nn.Module) -> list[str]:
+    """Return a line if a hundredth of the weights or more stays in 16 bit besides embedding and head, else [].
+
+    bitsandbytes packs linear layers alone: not the experts of a mixture, which are tensors of three dimensions, nor
+    classes derived from nn.Linear.
+    """
+    left: dict[str, int] = {}
+    apart = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter.ndim > 1 and not isinstance(parameter, bnb.nn.Params4bit) and id(parameter) not in apart:
+                left[type(module).__name__] = left.get(type(module).__name__, 0) + parameter.numel()
+    total, packed = (
+        count_parameters(model)[1],
+        sum(weight_count(p) for p in model.parameters() if isinstance(p, bnb.nn.Params4bit)),
+    )
+    named = ", ".join(f"{count:,} of {name}" for name, count in left.items() if count >= total / 100)
+    return (
+        [f"in 4 bit: {packed:,} of {total:,} weights; in 16 bit besides embedding and head: {named}"] if named else []
+    )
 
 
 def load_base(
@@ -469,11 +492,12 @@ def quiet_libraries() -> None:
 def linear_names(model: nn.Module) -> list[str]:
     """Return the different last names of the linear layers (without the output head), in the order of the model."""
     head = model.get_output_embeddings()
-    linears = (name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head)
+    linears = (name for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head)
     return list(dict.fromkeys(name.rpartition(".")[2] for name in linears))
 
 
-def _check_targets(model: nn.Module, targets: set[str] | list[str] | str) -> None:
+def check_targets(model: nn.Module, targets: set[str] | list[str] | tuple[str, ...] | str) -> None:
+    """Raise ConfigError if a model, which may be on the meta device, lacks a target of the adapters."""
     if isinstance(targets, str):  # all-linear
         return
     modules = dict(model.named_modules())
@@ -481,7 +505,7 @@ def _check_targets(model: nn.Module, targets: set[str] | list[str] | str) -> Non
     if missing:
         raise ConfigError(
             f"lora.target_modules: the model has no {', '.join(missing)}; "
-            f"its linear layers are {', '.join(linear_names(model))}"
+            f"its own are --target_modules {','.join(linear_names(model))}"
         )
 
 
@@ -494,11 +518,18 @@ def prepare_model_for_training(
     prepare_model_for_kbit_training this casts nothing to fp32: the embedding of Qwen2.5-3B alone would need 0.58 GiB
     more.
     """
-    _check_targets(model, lora_config.target_modules)
+    check_targets(model, lora_config.target_modules)
     model.config.use_cache = False
+    if apart := towers(model):
+        lora_config.exclude_modules = "|".join(rf"{re.escape(name)}\..*" for name in apart)
     try:
         peft_model = get_peft_model(model, lora_config)  # freezes the base and makes the adapters in fp32
     except ValueError as error:
+        if "ParamWrapper" in str(error):
+            raise ConfigError(
+                "lora.target_modules: these names include the experts, whose adapters peft computes without dropout; "
+                "use --dropout 0, or --target_modules q_proj,k_proj,v_proj,o_proj for attention alone"
+            ) from None
         raise ConfigError(f"lora.target_modules: {' '.join(str(error).split())[:300]}") from None
     set_gradient_checkpointing(peft_model, use_gradient_checkpointing)
     return peft_model

@@ -175,6 +175,7 @@ def train_adapters(model: PeftModel) -> None:
 def own_dropout(owner: nn.Module | PretrainedConfig) -> dict[str, float]:
     """Return the rates above 0 of dropout and of random noise that are attributes of a module or of a config."""
     rates = {name: value for name, value in vars(owner).items() if "drop" in name or "jitter" in name}
+    rates = {name: value for name, value in rates.items() if not name.startswith(("classifier", "summary"))}
     return {name: value for name, value in rates.items() if isinstance(value, float | int) and 0 < value <= 1}
 
 

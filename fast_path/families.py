@@ -150,6 +150,22 @@ def decoder_layers(model: Any) -> Any:
     return layers[0]
 
 
+def towers(model: Any) -> list[str]:
+    """Return the names of the parts beside the decoder that have layers of their own, such as a vision tower; usually [].
+
+    Training on text never runs them.
+    """
+    head, decoder = model.get_output_embeddings(), model.get_decoder()
+    path = next(name for name, module in model.named_modules() if module is decoder).split(".")
+    found: dict[str, None] = {}
+    for name, module in model.named_modules():
+        parts = name.split(".")
+        if module is not head and parts[: len(path)] != path and type(module).__name__.endswith("Linear"):
+            depth = next(i for i, part in enumerate(parts) if i >= len(path) or part != path[i])
+            found[".".join(parts[: depth + 1])] = None
+    return list(found)
+
+
 def head_width(config: PretrainedConfig) -> int:
     """Return the features of an attention head; 0 for a model without attention."""
     text = config.get_text_config()

@@ -17,11 +17,14 @@ from peft import PeftModel, get_peft_model
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    FalconConfig,
+    Gemma3Config,
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
     MambaConfig,
     OPTConfig,
+    Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
 )
@@ -44,11 +47,12 @@ from quantization_utils import (
     parameter_line,
     prepare_model_for_training,
     set_gradient_checkpointing,
+    unpacked_line,
 )
 from toolkit import machine
 from toolkit.adapters import load_adapter
 from toolkit.machine import check_nf4
-from toolkit.memory_plan import PLAIN, model_shape, plan_memory
+from toolkit.memory_plan import PLAIN, adapter_parameters, configured_shape, model_shape, plan_memory
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
@@ -239,6 +243,43 @@ def test_auto_takes_what_the_model_has_and_says_what_it_costs(random_models):
     assert [line.partition(";")[0] for line in found["gemma2"]] == [
         "attention: eager, since Gemma2ForCausalLM has no sdpa"
     ]
+
+
+SIZES = {"vocab_size": 4096, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+LLAMA_LIKE = SIZES | {"num_key_value_heads": 2, "intermediate_size": 128, "head_dim": 16}
+SEEING = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+OTHERS = {
+    "gpt2": GPT2Config(vocab_size=4096, n_embd=64, n_layer=2, n_head=4),
+    "falcon": FalconConfig(**SIZES),
+    "gemma3": Gemma3Config(
+        text_config=LLAMA_LIKE | {"sliding_window": 16}, vision_config=SEEING | {"image_size": 28, "patch_size": 14}
+    ),
+    "phi3": Phi3Config(**{key: value for key, value in LLAMA_LIKE.items() if key != "head_dim"}, pad_token_id=0),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_plan_counts_what_a_run_of_another_family_has(tiny_model, tmp_path, name):
+    """Conv1D is packed, FalconLinear is not; adapters stay in the language half of a model that sees."""
+    AutoModelForCausalLM.from_config(OTHERS[name]).save_pretrained(tmp_path)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_model / file, tmp_path)
+    flags = {"model.name": str(tmp_path), "lora.dropout": 0.0}
+    if name != "gemma3":  # whose two halves have linears of the seven default names
+        with pytest.raises(ConfigError, match="its own are --target_modules ") as caught:
+            configured_shape(schema.load_config([], flags))
+        own = str(caught.value).rpartition(" ")[2].split(",")
+        flags["lora.target_modules"] = own
+    config = schema.load_config([], flags | {"quantization.compute_dtype": "float32"})
+    shape, model = configured_shape(config), load(tmp_path, compute_dtype="float32")
+    assert {n for n, _, _ in shape.linears} == set(linears_4bit(model))
+    lines = unpacked_line(model)
+    assert ("FalconLinear" in " ".join(lines)) == (name == "falcon")
+    prepared = prepare_model_for_training(model, create_lora_config(**vars(config.lora)), False)
+    trained = [n for n, p in prepared.named_parameters() if p.requires_grad]
+    assert adapter_parameters(shape, config) == count_parameters(prepared)[0] > 0
+    assert shape.parameters == count_parameters(prepared)[1] - count_parameters(prepared)[0]
+    assert name != "gemma3" or all("language_model" in n for n in trained)
 
 
 def test_pickled_weights_are_refused(random_models, tmp_path):

@@ -10,15 +10,16 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
-from config import Config, ConfigError
+from config import Config
 from fast_path import families
 from fast_path.families import Family
 from fast_path.loss import default_logit_chunk
 from fast_path.nf4 import HAS_TRITON
 from fast_path.optimizers import OPTIMIZERS
 from fast_path.packed_weights import adapter_columns, operand_columns
-from quantization_utils import LOADING_ERRORS, cannot_load, known_positions
+from quantization_utils import LOADING_ERRORS, cannot_load, check_targets, known_positions
 
 GIB = 2**30
 BLOCK, NESTED_BLOCK = 64, 256  # weights per quantisation constant, constants per second-level one (QLoRA, section 3)
@@ -36,8 +37,11 @@ class ModelShape:
     """The sizes of a model that the plan needs; config.json is enough to find them."""
 
     linears: tuple[tuple[str, int, int], ...]  # (name, out_features, in_features) of every layer that is quantised
+    towers: tuple[str, ...]  # parts beside the decoder, which get no adapters
+    plain_linears: tuple[tuple[str, int, int], ...]  # of those that bitsandbytes leaves in 16 bit
+    experts: int  # parameters of the routed experts, tensors of three dimensions, which stay in 16 bit
     embedding: int  # parameters of embedding and head, counted once if they are tied
-    other_parameters: int  # norms and biases; like the embedding they are kept in the compute dtype
+    other_parameters: int  # norms, biases and plain_linears; like the embedding they are kept in the compute dtype
     layers: int
     hidden: int
     vocabulary: int
@@ -48,7 +52,8 @@ class ModelShape:
 
     @property
     def parameters(self) -> int:
-        return sum(out * into for _, out, into in self.linears) + self.embedding + self.other_parameters
+        packed = sum(out * into for _, out, into in self.linears)
+        return packed + self.embedding + self.experts + self.other_parameters
 
     def width(self, *names: str) -> int:
         """Return the sum of the output widths of these linears in one layer; a linear that is missing counts 0."""
@@ -66,36 +71,46 @@ class ModelShape:
     @property
     def inner(self) -> int:
         """The width inside the MLP."""
-        return max(into for _, _, into in self.linears)
+        return max((into for _, _, into in (*self.linears, *self.plain_linears)), default=self.hidden)
 
 
-def model_shape(model_name: str, revision: str | None = None, trust_remote_code: bool = False) -> ModelShape:
-    """Return the sizes of the model with this hub id or folder; only config.json (a few kB) is read, no weights."""
+def model_skeleton(model_name: str, revision: str | None = None, trust_remote_code: bool = False) -> nn.Module:
+    """Return the model with this hub id or folder on the meta device; only config.json (a few kB) is read, no weights."""
     try:
         model_config = AutoConfig.from_pretrained(model_name, revision=revision, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code)
+            return AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code)
     except LOADING_ERRORS as error:
         raise cannot_load(model_name, error) from None
-    return shape_of(model)
+
+
+def model_shape(model_name: str, revision: str | None = None, trust_remote_code: bool = False) -> ModelShape:
+    """Return the sizes of the model with this hub id or folder."""
+    return shape_of(model_skeleton(model_name, revision, trust_remote_code))
 
 
 def shape_of(model: nn.Module) -> ModelShape:
     """Return the sizes of a model that is not quantised yet; its weights may be on the meta device."""
     model.tie_weights()
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
-    linears = tuple(
-        (name, module.out_features, module.in_features)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
-    )
+    packed: list[tuple[str, int, int]] = []
+    plain: list[tuple[str, int, int]] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D) and module is not head:
+            out, into = reversed(module.weight.shape) if isinstance(module, Conv1D) else module.weight.shape
+            # bitsandbytes packs these two classes, not those derived from them.
+            (packed if type(module) in (nn.Linear, Conv1D) else plain).append((name, out, into))
+    experts = sum(p.numel() for layer in families.decoder_layers(model) for p in layer.parameters() if p.ndim == 3)
     embedding = sum(p.numel() for p in {head.weight, table.weight})
     total = sum(p.numel() for p in model.parameters())
     text = model.config.get_text_config()
     return ModelShape(
-        linears=linears,
+        linears=tuple(packed),
+        towers=tuple(families.towers(model)),
+        plain_linears=tuple(plain),
+        experts=experts,
         embedding=embedding,
-        other_parameters=total - embedding - sum(out * into for _, out, into in linears),
+        other_parameters=total - embedding - experts - sum(out * into for _, out, into in packed),
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
         vocabulary=text.vocab_size,
@@ -108,9 +123,11 @@ def shape_of(model: nn.Module) -> ModelShape:
 
 def adapted(shape: ModelShape, targets: tuple[str, ...] | str) -> list[tuple[str, int, int]]:
     """Return the linear layers that get an adapter."""
+    apart = tuple(f"{name}." for name in shape.towers)
+    linears = [linear for linear in (*shape.linears, *shape.plain_linears) if not linear[0].startswith(apart)]
     if isinstance(targets, str):
-        return list(shape.linears)
-    return [linear for linear in shape.linears if any(linear[0] == t or linear[0].endswith("." + t) for t in targets)]
+        return linears
+    return [linear for linear in linears if any(linear[0] == t or linear[0].endswith("." + t) for t in targets)]
 
 
 def adapter_parameters(shape: ModelShape, config: Config) -> int:
@@ -258,6 +275,7 @@ def static_parts(shape: ModelShape, config: Config, path: str) -> tuple[dict[str
         "quantisation constants": int(constants) if quantised else 0,
         "embedding and head": shape.embedding * width,
         "norms and biases": shape.other_parameters * width,
+        **({"experts, not in 4 bit": shape.experts * width} if shape.experts else {}),
         "adapters (fp32)": trainable * 4,
         "gradients (fp32)": trainable * 4,
         "optimizer states": states - paged,
@@ -313,11 +331,10 @@ SHAPE_KNOBS = ("training.batch_size", "training.gradient_accumulation_steps", "t
 
 
 def configured_shape(config: Config) -> ModelShape:
-    """Return the sizes of the configured model; raise ConfigError if it has none of the target modules."""
-    shape = model_shape(config.model.name, config.model.revision, config.model.trust_remote_code)
-    if not adapted(shape, config.lora.target_modules):
-        raise ConfigError(f"lora.target_modules: the model has none of {', '.join(config.lora.target_modules)}")
-    return shape
+    """Return the sizes of the configured model; raise ConfigError if it lacks a target module."""
+    model = model_skeleton(config.model.name, config.model.revision, config.model.trust_remote_code)
+    check_targets(model, config.lora.target_modules)
+    return shape_of(model)
 
 
 def pinned_layers(layers: int, config: Config) -> int:
