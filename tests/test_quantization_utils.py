@@ -471,7 +471,7 @@ def test_wrong_target_lists_the_linear_layers(random_models):
         )
     (problem,) = caught.value.problems
     assert problem.startswith("lora.target_modules: ") and "query" in problem and "wi" in problem
-    names = "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
+    names = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
     assert names in problem and "lm_head" not in problem
 
 
