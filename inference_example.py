@@ -657,7 +657,7 @@ def merge(config: Config, adapter: Path, folder: Path, base: str) -> int:
     del live, source
     merged = merge_adapter(load_adapter(plain, adapter))
     difference = ((found := logits_on(merged, ids)) - expected).abs()
-    write_folder(merged, tokenizer, folder)
+    write_folder(merged, tokenizer, folder, config.model.revision)
     show(
         f"merged the {base} base and {adapter} in bfloat16; the model is in {folder}\n"
         f"largest logit difference to base + adapter on {counted(len(ids), 'token')} of text: {difference.max():.4f} "

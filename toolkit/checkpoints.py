@@ -38,6 +38,7 @@ from fast_path.optimizers import OPTIMIZERS
 from quantization_utils import compute_dtype_of, create_lora_config
 from toolkit.earlier_run import FILES, checkpoints, read_tree, step_of
 from toolkit.locks import exclusive
+from toolkit.merged_folder import for_older_readers
 from toolkit.startup import redact, visible
 
 if TYPE_CHECKING:  # it imports datasets, which inference does not need
@@ -523,16 +524,8 @@ def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, template: s
     exact.backend_tokenizer.no_padding()
     exact.save_pretrained(folder, save_jinja_files=False)
     path = folder / "tokenizer_config.json"
-    found = json.loads(path.read_text(encoding="utf-8"))
-    if found.get("tokenizer_class") == "TokenizersBackend":
-        # Use the class name and the key for special tokens that transformers 4 reads too. This class uses
-        # tokenizer.json unchanged; others (GPT2Tokenizer, Qwen2Tokenizer) replace its pre-tokenizer by their own.
-        found["tokenizer_class"] = "PreTrainedTokenizerFast"
-        if isinstance(special := found.pop("extra_special_tokens", None), list):
-            found["additional_special_tokens"] = special
-        for key in ("backend", "is_local", "local_files_only"):
-            found.pop(key, None)
-        path.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    found = for_older_readers(json.loads(path.read_text(encoding="utf-8")))
+    path.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def model_card(card: str, model: PeftModel, config: Config, progress: Progress, blocks: "Blocks") -> str:

@@ -13,6 +13,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from config import ConfigError
+from toolkit.merged_folder import add_older_keys, write_tokenizer
 
 
 def plain_copy(model: PreTrainedModel, remote: bool) -> PreTrainedModel:
@@ -60,14 +61,20 @@ def logits_on(model: PeftModel | PreTrainedModel, ids: list[int]) -> torch.Tenso
     return model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0].float().cpu()
 
 
-def write_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a model that plain transformers loads. The folder gets its name only after all files are written."""
+def write_folder(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, revision: str | None = None
+) -> None:
+    """Write a model that plain transformers loads. The folder gets its name only after all files are written.
+
+    revision: of the tokenizer, if the base comes from the hub.
+    """
     folder = Path(os.path.abspath(folder))
     temporary = folder.with_name(".writing-" + folder.name)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         model.save_pretrained(temporary, max_shard_size="2GB")
-        tokenizer.save_pretrained(temporary)
+        add_older_keys(temporary, model.config)
+        write_tokenizer(temporary, tokenizer, revision)
         for path in temporary.iterdir():  # safetensors makes files that only their owner can read
             shutil.copymode(temporary / "config.json", path)
         if folder.is_dir():
