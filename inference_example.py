@@ -657,13 +657,15 @@ def merge(config: Config, adapter: Path, folder: Path, base: str) -> int:
     del live, source
     merged = merge_adapter(load_adapter(plain, adapter))
     difference = ((found := logits_on(merged, ids)) - expected).abs()
-    write_folder(merged, tokenizer, folder, config.model.revision)
+    lines = write_folder(merged, tokenizer, folder, config.model.revision)
     show(
         f"merged the {base} base and {adapter} in bfloat16; the model is in {folder}\n"
         f"largest logit difference to base + adapter on {counted(len(ids), 'token')} of text: {difference.max():.4f} "
         f"(mean {difference.mean():.4f}, logits up to {expected.abs().max():.1f}, the same most likely token at "
         f"{100 * (found.argmax(-1) == expected.argmax(-1)).float().mean():.1f} % of positions)"
     )
+    for line in lines:
+        say(line)
     return 0
 
 

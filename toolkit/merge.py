@@ -63,10 +63,10 @@ def logits_on(model: PeftModel | PreTrainedModel, ids: list[int]) -> torch.Tenso
 
 def write_folder(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, revision: str | None = None
-) -> None:
+) -> list[str]:
     """Write a model that plain transformers loads. The folder gets its name only after all files are written.
 
-    revision: of the tokenizer, if the base comes from the hub.
+    Return what `write_tokenizer` has to say. revision: of a base from the hub.
     """
     folder = Path(os.path.abspath(folder))
     temporary = folder.with_name(".writing-" + folder.name)
@@ -74,11 +74,12 @@ def write_folder(
     try:
         model.save_pretrained(temporary, max_shard_size="2GB")
         add_older_keys(temporary, model.config)
-        write_tokenizer(temporary, tokenizer, revision)
+        lines = write_tokenizer(temporary, tokenizer, revision)
         for path in temporary.iterdir():  # safetensors makes files that only their owner can read
             shutil.copymode(temporary / "config.json", path)
         if folder.is_dir():
             folder.rmdir()  # parse saw that it is empty; this raises an error if it is not any more
         os.rename(temporary, folder)
+        return lines
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

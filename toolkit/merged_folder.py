@@ -4,25 +4,31 @@ transformers 5 writes `rope_parameters` and tokenizers of the class TokenizersBa
 they compute with a rotary base of 10,000 without a warning, or refuse the tokenizer.
 """
 
-import contextlib
 import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+import transformers
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import cached_file
 
 from config import TOKENIZER_FILES, ConfigError
 from quantization_utils import LOADING_ERRORS, QUIETLY
 
 # Names of a tokenizer's files.
-FILES = (*TOKENIZER_FILES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
-FILES += ("chat_template.*", "additional_chat_templates/*.jinja")
-EXACT = "PreTrainedTokenizerFast"  # uses tokenizer.json unchanged, in transformers 4 and 5
-# Tokens of this text differ where a class replaces the steps in tokenizer.json by its own: digits, spaces, accents, CJK.
-SAMPLE_TEXT = " A1 in 1984,  x27\n\n\tnaïve Straße’s don't WE'LL 漢字とかな 한국어 🙂 ñ --- \u00a0end. "
+FILES = [*TOKENIZER_FILES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"]
+FILES += ["chat_template.*", "additional_chat_templates/*.jinja"]
+# Tokens of this text differ where a class replaces the steps in tokenizer.json by its own: digits, spaces, line breaks,
+# capitals, accents (one composed, one not), other scripts.
+SAMPLE_TEXT = "A1 in 1984,  x27\r\n\n\tnaïve Straße cafe\u0301 don't WE'LL I'M (2,5) ---\n  \n 漢字とかな 한국어 ٣٤ ไทย ① ﬁ 🙂\u00a0end. "
 
 
 # ------------------------------------------------------------------------------------------------ config.json
@@ -92,11 +98,11 @@ def _rope(settings: dict[str, Any]) -> Any:
 def for_older_readers(settings: dict[str, Any]) -> dict[str, Any]:
     """Return the content of a tokenizer_config.json in a form that transformers 4 reads too.
 
-    EXACT does the same as the class that transformers 5 names instead.
+    PreTrainedTokenizerFast uses tokenizer.json unchanged, as the class does that transformers 5 names instead.
     """
     found = dict(settings)
     if found.get("tokenizer_class") == "TokenizersBackend":
-        found["tokenizer_class"] = EXACT
+        found["tokenizer_class"] = "PreTrainedTokenizerFast"
         for key in ("backend", "is_local", "local_files_only"):
             found.pop(key, None)
     if isinstance(special := found.get("extra_special_tokens"), list):  # transformers 4 expects a mapping there
@@ -105,30 +111,44 @@ def for_older_readers(settings: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, revision: str | None = None) -> None:
+def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, revision: str | None = None) -> list[str]:
     """Write the tokenizer: the files of the base as they are, with the chat template that was taught.
 
-    tokenizer_config.json changes only where a reader would otherwise fail, or get other tokens or another template.
-    revision: of a base from the hub. Raises ConfigError if the files do not give this tokenizer.
+    tokenizer_config.json changes only where a reader would otherwise fail, or find another template. Return a list with
+    a line if AutoTokenizer makes other tokens of these files than the toolkit. revision: of a base from the hub.
     """
     name = tokenizer.name_or_path
     source = cached_file(name, "tokenizer.json", revision=revision, **QUIETLY)
     if source is None or "auto_map" in tokenizer.init_kwargs:  # a slow tokenizer, or one with code of its own
         tokenizer.save_pretrained(folder)
-        return
+        return []
     for path in [path for pattern in FILES for path in sorted(Path(source).parent.glob(pattern))]:
         copy_file(path, folder / path.relative_to(Path(source).parent))
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    found, changed = read_back(folder, settings, for_older_readers(settings))
-    if tokens_of(found) != tokens_of(tokenizer):
-        found, changed = read_back(folder, changed, changed | {"tokenizer_class": EXACT})
-    if found is not None and found.chat_template != tokenizer.chat_template:
+    changed = for_older_readers(settings)
+    if PreTrainedTokenizerFast.from_pretrained(folder).chat_template != tokenizer.chat_template:
         for template in folder.glob("chat_template.*"):  # it would be read instead
             template.unlink()
-        found, changed = read_back(folder, changed, changed | {"chat_template": tokenizer.chat_template})
-    if tokens_of(found) != tokens_of(tokenizer) or found.chat_template != tokenizer.chat_template:
-        raise ConfigError(f"--mode merge: the tokenizer of {name} would be read as another one from the merged folder")
+        changed["chat_template"] = tokenizer.chat_template
+    if changed != settings:
+        path.write_text(json.dumps(changed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return other_tokens(folder, tokenizer)
+
+
+def other_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return a list with a line if AutoTokenizer cannot read a folder, or reads it as another tokenizer than this one."""
+    try:
+        read = AutoTokenizer.from_pretrained(folder)
+        if read(SAMPLE_TEXT)["input_ids"] == tokenizer(SAMPLE_TEXT)["input_ids"]:
+            return []
+        problem = f"reads it as {type(read).__name__}, which makes other tokens of some texts than its tokenizer.json"
+    except LOADING_ERRORS as error:
+        problem = f"cannot read it ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+    return [
+        f"AutoTokenizer of transformers {transformers.__version__} {problem}, as it does with the base; "
+        "PreTrainedTokenizerFast.from_pretrained reads it exactly"
+    ]
 
 
 def copy_file(path: Path, target: Path) -> None:
@@ -141,21 +161,3 @@ def copy_file(path: Path, target: Path) -> None:
         raise ConfigError(f"--mode merge: expected a file of the tokenizer, got {path}, which leads to {there}")
     target.parent.mkdir(exist_ok=True)
     shutil.copyfile(there, target)
-
-
-def read_back(folder: Path, before: dict, settings: dict) -> tuple[PreTrainedTokenizerBase | None, dict]:
-    """Write tokenizer_config.json if `settings` differ from those `before`; return what anybody reads, and `settings`.
-
-    It is None if the folder cannot be read as a tokenizer.
-    """
-    if settings != before:
-        text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
-        (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
-    with contextlib.suppress(*LOADING_ERRORS):
-        return AutoTokenizer.from_pretrained(folder), settings
-    return None, settings
-
-
-def tokens_of(tokenizer: PreTrainedTokenizerBase | None) -> list[int] | None:
-    """Return the tokens of SAMPLE_TEXT."""
-    return None if tokenizer is None else tokenizer(SAMPLE_TEXT)["input_ids"]

@@ -152,23 +152,23 @@ def test_the_template_that_was_taught_is_the_one_that_is_read(tiny_model: Path, 
     assert settings["additional_special_tokens"] == ["<|im_start|>"] and "extra_special_tokens" not in settings
 
 
-def test_a_class_that_would_make_other_tokens_is_replaced(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_class_that_makes_other_tokens_is_named(tiny_model: Path, tmp_path: Path) -> None:
     base, folder = tmp_path / "base", tmp_path / "merged"
     base.mkdir(), folder.mkdir()
-    (folder / "config.json").write_bytes((tiny_model / "config.json").read_bytes())
-    vocabulary = json.loads((tiny_model / "tokenizer.json").read_text(encoding="utf-8"))
-    vocabulary["pre_tokenizer"] = {
-        "type": "ByteLevel",
-        "add_prefix_space": True,
-        "trim_offsets": True,
-        "use_regex": False,
-    }
-    (base / "tokenizer.json").write_text(json.dumps(vocabulary), encoding="utf-8")
-    settings = json.loads((tiny_model / "tokenizer_config.json").read_text()) | {"tokenizer_class": "GPT2Tokenizer"}
-    (base / "tokenizer_config.json").write_text(json.dumps(settings))
-    write_tokenizer(folder, load(base))
-    assert json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
-    assert (folder / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+    config = json.loads((tiny_model / "config.json").read_text())
+    for model_type, cls in (("llama", "PreTrainedTokenizerFast"), ("gpt2", "GPT2Tokenizer")):
+        (folder / "config.json").write_text(json.dumps(config | {"model_type": model_type}))
+        vocabulary = json.loads((tiny_model / "tokenizer.json").read_text(encoding="utf-8"))
+        vocabulary["pre_tokenizer"]["pretokenizers"][1]["add_prefix_space"] = True  # GPT2Tokenizer has its own, without
+        (base / "tokenizer.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+        settings = json.loads((tiny_model / "tokenizer_config.json").read_text()) | {"tokenizer_class": cls}
+        (base / "tokenizer_config.json").write_text(json.dumps(settings))
+        lines = write_tokenizer(folder, load(base))
+        assert (folder / "tokenizer_config.json").read_bytes() == (base / "tokenizer_config.json").read_bytes()
+        if cls == "GPT2Tokenizer":
+            assert len(lines) == 1 and "reads it as GPT2Tokenizer, which makes other tokens of some texts" in lines[0]
+        else:
+            assert lines == []
 
 
 def test_no_other_file_of_the_user_gets_into_the_folder(
