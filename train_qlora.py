@@ -123,6 +123,7 @@ from toolkit.evaluation import comparison, difference_line, mean_loss, plot_trai
 from toolkit.memory import peak_gib
 from toolkit.memory_plan import GIB, MemoryPlan
 from toolkit.resume import Found, check_resumable, check_tensors, find_checkpoint, fingerprint, restore_schedule
+from toolkit.turn_ends import left_beside, load_tokenizer, teach_ends
 
 # ------------------------------------------------------------------------------------------------ main
 
@@ -236,9 +237,7 @@ def curves_and_log(run: Run) -> str:
 def epoch_line(config: Config, sequences_per_step: int) -> str:
     """Return how many tokens and optimizer steps one epoch has, for --plan, which works without data and tokenizer."""
     try:
-        tokenizer = quantization_utils.load_tokenizer(
-            config.model.name, config.model.revision, config.model.trust_remote_code
-        )
+        tokenizer = load_tokenizer(config)
         blocks = make_blocks(prepare_dataset(config, tokenizer), tokenizer, config.data, config.training.seed)["train"]
     except ConfigError:
         return "one epoch: unknown, since the tokenizer or data.dataset cannot be read from here"
@@ -260,7 +259,7 @@ def evaluate_adapter(config: Config, adapter: str | None, stride: int | None) ->
     model, tokenizer = load_base(config, accelerator.device)
     adopt_template(tokenizer, Path(adapter) if adapter else None)
     effective = checkpoints.effective(config, model)
-    lines = checkpoints.edited_line(config, effective)
+    lines = [*checkpoints.edited_line(config, effective), *teach_ends(tokenizer)]
     for line in (*lines, *quantization_utils.check_length(config.data.max_length, model.config)):
         say(line)
     rows = prepare_dataset(config, tokenizer)
@@ -336,9 +335,7 @@ def build_run(config: Config, accelerator: Accelerator, log: checkpoints.Log, fo
     sequences, plan = per_step // accelerator.num_processes, None  # of this process
     if device.type == "cuda":  # before the weights are downloaded; a CPU runs the configured shape
         plan = memory.plan_run(config, accelerator, sequences, found[2]["shape"] if found else {}, say)
-    tokenizer = quantization_utils.load_tokenizer(
-        config.model.name, config.model.revision, config.model.trust_remote_code
-    )
+    tokenizer = load_tokenizer(config, say)
     with accelerator.main_process_first():
         blocks = make_blocks(prepare_dataset(config, tokenizer), tokenizer, config.data, training.seed)
     model, _ = load_base(config, device, tokenizer=tokenizer)
@@ -476,8 +473,8 @@ def start_run(run: Run, found: Found | None) -> None:
     checkpoints.check_space(run.config.training, [p.numel() for p in run.learner.parameters])
     run.accelerator.wait_for_everyone()
     if run.accelerator.is_main_process:
-        history, template = run.progress.history, run.blocks["train"].template
-        log.open(checkpoints.open_output(run.effective, history, found is None, template))
+        files = left_beside(run.model.get_base_model(), run.tokenizer, run.blocks["train"])
+        log.open(checkpoints.open_output(run.effective, run.progress.history, found is None, files))
     for line in checkpoints.secrets_line(run.effective):
         log.say(line)
     if found is not None:

@@ -18,7 +18,7 @@ import signal
 import stat
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +36,7 @@ from transformers.utils import CHAT_TEMPLATE_FILE
 from config import Config, ConfigError, LoraSettings, TrainingConfig, counted, flatten, save_config
 from fast_path.optimizers import OPTIMIZERS
 from quantization_utils import compute_dtype_of, create_lora_config
-from toolkit.earlier_run import FILES, checkpoints, read_tree, step_of
+from toolkit.earlier_run import FILES, GENERATION, checkpoints, read_tree, step_of
 from toolkit.locks import exclusive
 from toolkit.merged_folder import for_older_readers
 from toolkit.startup import redact, visible
@@ -46,7 +46,7 @@ if TYPE_CHECKING:  # it imports datasets, which inference does not need
 
 TEMPORARY, REPLACED, LOCK = ".writing-", ".replaced-", ".lock"
 RESULTS = ["metrics.jsonl", "training_log.txt", "training_curves.png", "adapter_model.safetensors", "evaluation.json"]
-RESULTS += [CHAT_TEMPLATE_FILE, "tokenizer.json", "tokenizer_config.json"]
+RESULTS += [CHAT_TEMPLATE_FILE, GENERATION, "tokenizer.json", "tokenizer_config.json"]
 APPENDED = (LOCK, "training_log.txt")
 REPLACED_FILES = (*RESULTS, "config.yaml", "README.md", "adapter_config.json")
 
@@ -360,11 +360,11 @@ def check_space(training: TrainingConfig, sizes: list[int]) -> None:
         )
 
 
-def open_output(config: Config, history: list[dict], fresh: bool, template: str | None = None) -> Path:
+def open_output(config: Config, history: list[dict], fresh: bool, files: Mapping[str, str] | None = None) -> Path:
     """Return the output folder, ready for the run, with metrics.jsonl cut back to `history`.
 
-    fresh: remove the results of an earlier run. template: the chat template used for a model without one, which
-    inference must use too.
+    fresh: remove the results of an earlier run. files: their names and texts, such as the chat template used for a model
+    without one, which inference must use too.
     """
     output_dir = Path(config.training.output_dir)
     if os.path.realpath(config.model.name) == os.path.realpath(output_dir):  # its tokenizer would be overwritten
@@ -378,8 +378,8 @@ def open_output(config: Config, history: list[dict], fresh: bool, template: str 
             os.rename(folder, folder.with_name(TEMPORARY + folder.name))
         clean_up(output_dir)
         write_atomically(output_dir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history).encode())
-        if template is not None:
-            write_atomically(output_dir / CHAT_TEMPLATE_FILE, template.encode())
+        for name, text in (files or {}).items():
+            write_atomically(output_dir / name, text.encode())
         save_config(dataclasses.replace(config, training=saved), output_dir / f"{TEMPORARY}config.yaml")
         os.replace(output_dir / f"{TEMPORARY}config.yaml", output_dir / "config.yaml")
     return output_dir

@@ -55,6 +55,13 @@ def merge_adapter(peft_model: PeftModel, dtype: torch.dtype = torch.bfloat16) ->
     return plain
 
 
+def with_ends(model: PreTrainedModel, ends: list[int]) -> None:
+    """Have `generate`, and whatever else reads the model's generation_config.json, stop at each of these tokens."""
+    model.generation_config = copy.deepcopy(model.generation_config)
+    model.generation_config.eos_token_id = ends
+    model.generation_config._from_model_config = False  # or transformers would make it anew from config.json
+
+
 @torch.inference_mode()
 def logits_on(model: PeftModel | PreTrainedModel, ids: list[int]) -> torch.Tensor:
     """Return the model's logits, fp32 on the CPU [tokens, vocabulary]."""

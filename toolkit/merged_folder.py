@@ -105,6 +105,9 @@ def for_older_readers(settings: dict[str, Any]) -> dict[str, Any]:
         found["tokenizer_class"] = "PreTrainedTokenizerFast"
         for key in ("backend", "is_local", "local_files_only"):
             found.pop(key, None)
+    if found.get("tokenizer_class") == "PreTrainedTokenizerFast":
+        # Otherwise transformers 4 adds token_type_ids, which its `generate` refuses.
+        found.setdefault("model_input_names", ["input_ids", "attention_mask"])
     if isinstance(special := found.get("extra_special_tokens"), list):  # transformers 4 expects a mapping there
         del found["extra_special_tokens"]
         found["additional_special_tokens"] = special

@@ -131,10 +131,21 @@ def load(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def test_the_files_of_the_base_stay_as_they_are(tiny_model: Path, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_bytes((tiny_model / "config.json").read_bytes())
-    write_tokenizer(tmp_path, load(tiny_model))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        assert (tmp_path / name).read_bytes() == (tiny_model / name).read_bytes()
+    base, folder = tmp_path / "base", tmp_path / "merged"
+    base.mkdir(), folder.mkdir()
+    (folder / "config.json").write_bytes((tiny_model / "config.json").read_bytes())
+    settings = json.loads((tiny_model / "tokenizer_config.json").read_text())
+    for changes in ({"tokenizer_class": "Qwen2Tokenizer"}, {"model_input_names": ["input_ids"]}):
+        (base / "tokenizer_config.json").write_text(json.dumps(settings | changes, indent=3))
+        (base / "tokenizer.json").write_bytes((tiny_model / "tokenizer.json").read_bytes())
+        write_tokenizer(folder, load(base))
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            assert (folder / name).read_bytes() == (base / name).read_bytes()
+    write_tokenizer(
+        folder, load(tiny_model)
+    )  # transformers 4 would give token_type_ids, which `generate` refuses there
+    added = {"model_input_names": ["input_ids", "attention_mask"]}
+    assert json.loads((folder / "tokenizer_config.json").read_text()) == settings | added
 
 
 def test_the_template_that_was_taught_is_the_one_that_is_read(tiny_model: Path, tmp_path: Path) -> None:
@@ -164,7 +175,7 @@ def test_a_class_that_makes_other_tokens_is_named(tiny_model: Path, tmp_path: Pa
         settings = json.loads((tiny_model / "tokenizer_config.json").read_text()) | {"tokenizer_class": cls}
         (base / "tokenizer_config.json").write_text(json.dumps(settings))
         lines = write_tokenizer(folder, load(base))
-        assert (folder / "tokenizer_config.json").read_bytes() == (base / "tokenizer_config.json").read_bytes()
+        assert json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == cls
         if cls == "GPT2Tokenizer":
             assert len(lines) == 1 and "reads it as GPT2Tokenizer, which makes other tokens of some texts" in lines[0]
         else:
