@@ -58,7 +58,9 @@ def merge_adapter(peft_model: PeftModel, dtype: torch.dtype = torch.bfloat16) ->
 def with_ends(model: PreTrainedModel, ends: list[int]) -> None:
     """Have `generate`, and whatever else reads the model's generation_config.json, stop at each of these tokens."""
     model.generation_config = copy.deepcopy(model.generation_config)
-    model.generation_config.eos_token_id = ends
+    own = model.generation_config.eos_token_id
+    own = own if isinstance(own, list) else [] if own is None else [own]
+    model.generation_config.eos_token_id = [*own, *(end for end in ends if end not in own)]
     model.generation_config._from_model_config = False  # or transformers would make it anew from config.json
 
 
