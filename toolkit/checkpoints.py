@@ -534,7 +534,8 @@ def model_card(card: str, model: PeftModel, config: Config, progress: Progress, 
     if evaluations := progress.evaluations:
         best = min(evaluations, key=lambda row: row["eval_loss"])
         before, after = evaluations[0]["perplexity"], best["perplexity"]
-        results = f"{before:.3f} before, {after:.3f} with this adapter (step {best['step']})"
+        start = "before" if config.lora.init_adapter is None else f"with the adapter in `{config.lora.init_adapter}`"
+        results = f"{before:.3f} {start}, {after:.3f} with this adapter (step {best['step']})"
     quantization, targets = config.quantization, model.peft_config["default"].target_modules
     precision, how = f"unquantised, in {quantization.compute_dtype}", f"dtype={quantization.compute_dtype!r}"
     if quantization.load_in_4bit:
@@ -619,7 +620,7 @@ def _effective_lora(asked: LoraSettings, model: PeftModel) -> LoraSettings:
     """Return the settings under `lora` that an adapter's own configuration has."""
     found = model.peft_config["default"]
     targets = found.target_modules
-    created = create_lora_config(**vars(asked)).target_modules
+    created = create_lora_config(**asked.arguments).target_modules
     if isinstance(targets, str):  # a regex, which config.yaml cannot hold: use the modules that it matched
         targets = model.base_model.targeted_module_names
     as_asked = created == asked.target_modules == "all-linear" or set(targets) == set(asked.target_modules)
