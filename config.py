@@ -114,7 +114,7 @@ class LoraSettings(Section):
     )
     init_adapter: str | None = knob(
         None,
-        "folder of an adapter to go on from, with a new optimizer; rank, alpha, targets and kind are then that adapter's",
+        "folder of an adapter to go on from; rank, alpha and targets are then that adapter's; null means a new adapter",
         path=True,
     )
 
@@ -694,7 +694,8 @@ def _locate(leaf: Leaf, value: Any, files: Sequence[Path]) -> Any:
     """
     if "home" in leaf.field.metadata:
         return os.path.expanduser(value)
-    if not leaf.field.metadata["path"] or value in leaf.field.metadata.get("words", ()) or is_address(value):
+    words = (None, *leaf.field.metadata.get("words", ()))
+    if not leaf.field.metadata["path"] or value in words or is_address(value):
         return value
     for folder in (Path.cwd(), *(path.resolve().parent for path in files)):
         try:
