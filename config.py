@@ -112,6 +112,16 @@ class LoraSettings(Section):
     use_dora: bool = knob(
         False, "weight-decomposed LoRA; slower, since it uses peft's own layers without the fast path"
     )
+    init_adapter: str | None = knob(
+        None,
+        "folder of an adapter to go on from; rank, alpha and targets are then that adapter's; null means a new adapter",
+        path=True,
+    )
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of create_lora_config, which makes a fresh adapter."""
+        return {key: value for key, value in vars(self).items() if key != "init_adapter"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -365,6 +375,7 @@ SHORT["model_name"] = "model.name"
 # anybody, so whatever runs code, reaches a network, writes, or says where, is not in this list and comes from the user:
 # from a flag, a given --config, or the config.yaml beside the script. A new setting is in it only after it is added here.
 FROM_ADAPTER = frozenset(name for name in LEAVES if name.startswith(("quantization.", "lora.")))
+FROM_ADAPTER -= {"lora.init_adapter"}  # another folder, which training would load
 FROM_ADAPTER |= {"model.name", "model.revision", "model.attn_implementation", "training.seed"}
 FROM_ADAPTER |= {f"data.{key}" for key in ("dataset_config", "train_split", "validation_split", "validation_fraction")}
 FROM_ADAPTER |= {f"data.{key}" for key in ("text_column", "format", "rows", "completion_only", "max_length", "packing")}
@@ -382,6 +393,7 @@ USUAL_NAMES = {
     "rank": ("r", "lora_r", "lora_rank"),
     "alpha": ("lora_alpha",),
     "dropout": ("lora_dropout",),
+    "init_adapter": ("adapter_name_or_path", "init_lora", "start_adapter"),
     "target_modules": ("targets", "lora_target", "lora_targets", "lora_target_modules"),
     "dataset": ("data", "dataset_name", "dataset_path", "train_file", "data_path"),
     "max_length": ("seq_len", "seq_length", "seqlen", "sequence_length", "sequence_len", "max_seq_length")
@@ -682,7 +694,8 @@ def _locate(leaf: Leaf, value: Any, files: Sequence[Path]) -> Any:
     """
     if "home" in leaf.field.metadata:
         return os.path.expanduser(value)
-    if not leaf.field.metadata["path"] or value in leaf.field.metadata.get("words", ()) or is_address(value):
+    words = (None, *leaf.field.metadata.get("words", ()))
+    if not leaf.field.metadata["path"] or value in words or is_address(value):
         return value
     for folder in (Path.cwd(), *(path.resolve().parent for path in files)):
         try:

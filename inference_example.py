@@ -288,7 +288,8 @@ from toolkit.checkpoints import edited_line, effective
 from toolkit.generation import Generator, VisibleStreamer, by_length
 from toolkit.machine import no_gpu_reason
 from toolkit.memory import cap_memory, free_bytes
-from toolkit.merge import logits_on, merge_adapter, plain_copy, write_folder
+from toolkit.merge import logits_on, merge_adapter, plain_copy, with_ends, write_folder
+from toolkit.turn_ends import adapter_ends, adopt_end, end_tokens
 
 # Limits of a batch of --prompts. Above 32 rows the time of a step goes into arithmetic and no longer into reading the
 # weights, so that larger batches gain little.
@@ -327,6 +328,7 @@ def load(config: Config, adapter: Path | None = None, quantized: bool = True) ->
     for line in edited_line(config, effective(config, model)) if quantized else ():
         say(line)  # an adapter works best on the base that it was trained on
     adopt_template(tokenizer, adapter)
+    adopt_end(tokenizer, adapter)
     return model, tokenizer
 
 
@@ -354,21 +356,15 @@ class Engine:
     generator: Generator
 
 
-def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return every token that ends an answer: from the model's files, the tokenizer and training.
+def create_engine(
+    model: PeftModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase, raw: bool, adapter: Path | None = None
+) -> Engine:
+    """Return the model in eval mode, so that only the settings under `generation` decide how it answers.
 
-    Training teaches <|im_end|> after a chat's turn and <|endoftext|> after a document, if the vocabulary has them.
+    adapter: its folder, which names the tokens that training ended answers with.
     """
-    vocabulary = tokenizer.get_vocab()
-    named = [model.generation_config.eos_token_id, getattr(model.config, "eos_token_id", None), tokenizer.eos_token_id]
-    named += [vocabulary.get("<|im_end|>"), vocabulary.get("<|endoftext|>")]
-    return sorted({i for ids in named for i in (ids if isinstance(ids, list) else [ids]) if i is not None})
-
-
-def create_engine(model: PeftModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase, raw: bool) -> Engine:
-    """Return the model in eval mode, so that only the settings under `generation` decide how it answers."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    ends = end_tokens(base, tokenizer)
+    ends = end_tokens(base, tokenizer, adapter_ends(adapter, tokenizer))
     # generate() fills settings that are not given from this, and Qwen2.5's file has top_k 20, repetition_penalty 1.05.
     base.generation_config = transformers.GenerationConfig()
     if not raw and tokenizer.chat_template is None:
@@ -600,13 +596,16 @@ def merge(config: Config, adapter: Path, folder: Path, base: str) -> int:
     del live, source
     merged = merge_adapter(load_adapter(plain, adapter))
     difference = ((found := logits_on(merged, ids)) - expected).abs()
-    write_folder(merged, tokenizer, folder)
+    with_ends(merged, end_tokens(merged, tokenizer, adapter_ends(adapter, tokenizer)))
+    lines = write_folder(merged, tokenizer, folder, config.model.revision)
     show(
         f"merged the {base} base and {adapter} in bfloat16; the model is in {folder}\n"
         f"largest logit difference to base + adapter on {counted(len(ids), 'token')} of text: {difference.max():.4f} "
         f"(mean {difference.mean():.4f}, logits up to {expected.abs().max():.1f}, the same most likely token at "
         f"{100 * (found.argmax(-1) == expected.argmax(-1)).float().mean():.1f} % of positions)"
     )
+    for line in lines:
+        say(line)
     return 0
 
 
@@ -631,7 +630,7 @@ def run(options: argparse.Namespace, config: Config) -> int:
     model = attach(model, options.adapter, config.model.name) if options.adapter else model
     if replaces_bf16(config):
         say(SLOW_BF16)
-    engine = create_engine(model, tokenizer, options.raw)
+    engine = create_engine(model, tokenizer, options.raw, options.adapter)
     if options.rows:
         return answer_file(engine, config, options.rows, Path(options.output), options.finished)
     if options.mode == "text":

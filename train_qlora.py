@@ -28,6 +28,7 @@ from config import (
 )
 from toolkit.earlier_run import config_with_adapter, refuse_other_run
 from toolkit.encodings import check_config
+from toolkit.start_adapter import with_start_adapter
 from toolkit.startup import before_heavy_imports, reader_gone, report, run_and_exit, unusable, visible, wake_gpu
 from toolkit.template_files import check_template_files
 
@@ -53,7 +54,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     options.notes = []
     for name, owner in (("adapter", "evaluate"), ("stride", "evaluate"), ("output", "compare")):
         if getattr(options, name) and not getattr(options, owner):
-            raise ConfigError(f"--{name}: goes with --{owner}")
+            hint = "; to go on from an adapter, use --init_adapter" if name == "adapter" else ""
+            raise ConfigError(f"--{name}: goes with --{owner}{hint}")
     if options.compare:
         return options, Config()
     if options.adapter and not (Path(options.adapter) / "adapter_config.json").is_file():
@@ -66,6 +68,10 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
         config, options.notes = config_with_adapter(Path(options.adapter), given, beside, overrides, evaluate=True)
     else:
         config = load_config(given or [beside], overrides)
+    if not options.evaluate:
+        config = with_start_adapter(config, writes=not options.plan)
+    elif "lora.init_adapter" in config.flags:
+        raise ConfigError("lora.init_adapter: is for training; --evaluate takes an adapter as --adapter")
     if options.stride is not None and not 1 <= options.stride <= config.data.max_length:
         raise ConfigError(f"--stride: expected 1 to data.max_length ({config.data.max_length}), got {options.stride}")
     problems = [] if options.plan else missing_data(config.data.dataset)
@@ -115,7 +121,7 @@ from fast_path.micro_step import Learner, be_deterministic
 from fast_path.optimizers import create_optimizer
 from quantization_utils import compute_dtype_of, create_lora_config, load_base, prepare_model_for_training
 from toolkit import checkpoints, data_blocks, data_formats, earlier_run, evaluation, machine, memory, memory_plan
-from toolkit.adapters import load_adapter
+from toolkit.adapters import load_adapter, start_from_adapter
 from toolkit.chat_templates import adopt_template
 from toolkit.data_blocks import Blocks, batches, make_blocks, sample_counts, step_windows
 from toolkit.data_formats import load_rows, tokenize_rows
@@ -123,6 +129,7 @@ from toolkit.evaluation import comparison, difference_line, mean_loss, plot_trai
 from toolkit.memory import peak_gib
 from toolkit.memory_plan import GIB, MemoryPlan
 from toolkit.resume import Found, check_resumable, check_tensors, find_checkpoint, fingerprint, restore_schedule
+from toolkit.turn_ends import left_beside, load_tokenizer, teach_ends
 
 # ------------------------------------------------------------------------------------------------ main
 
@@ -236,9 +243,7 @@ def curves_and_log(run: Run) -> str:
 def epoch_line(config: Config, sequences_per_step: int) -> str:
     """Return how many tokens and optimizer steps one epoch has, for --plan, which works without data and tokenizer."""
     try:
-        tokenizer = quantization_utils.load_tokenizer(
-            config.model.name, config.model.revision, config.model.trust_remote_code
-        )
+        tokenizer = load_tokenizer(config)
         blocks = make_blocks(prepare_dataset(config, tokenizer), tokenizer, config.data, config.training.seed)["train"]
     except ConfigError:
         return "one epoch: unknown, since the tokenizer or data.dataset cannot be read from here"
@@ -260,7 +265,7 @@ def evaluate_adapter(config: Config, adapter: str | None, stride: int | None) ->
     model, tokenizer = load_base(config, accelerator.device)
     adopt_template(tokenizer, Path(adapter) if adapter else None)
     effective = checkpoints.effective(config, model)
-    lines = checkpoints.edited_line(config, effective)
+    lines = [*checkpoints.edited_line(config, effective), *teach_ends(tokenizer)]
     for line in (*lines, *quantization_utils.check_length(config.data.max_length, model.config)):
         say(line)
     rows = prepare_dataset(config, tokenizer)
@@ -336,9 +341,7 @@ def build_run(config: Config, accelerator: Accelerator, log: checkpoints.Log, fo
     sequences, plan = per_step // accelerator.num_processes, None  # of this process
     if device.type == "cuda":  # before the weights are downloaded; a CPU runs the configured shape
         plan = memory.plan_run(config, accelerator, sequences, found[2]["shape"] if found else {}, say)
-    tokenizer = quantization_utils.load_tokenizer(
-        config.model.name, config.model.revision, config.model.trust_remote_code
-    )
+    tokenizer = load_tokenizer(config, say)
     with accelerator.main_process_first():
         blocks = make_blocks(prepare_dataset(config, tokenizer), tokenizer, config.data, training.seed)
     model, _ = load_base(config, device, tokenizer=tokenizer)
@@ -394,14 +397,16 @@ def prepare_dataset(config: Config, tokenizer: PreTrainedTokenizerBase) -> Datas
 def build_learner(
     config: Config, model: PreTrainedModel, plan: MemoryPlan, say: Callable[[str], None], samples: Sequence[int] = ()
 ) -> Learner:
-    """Attach a fresh adapter to the base model and set up how its micro-batches are computed.
+    """Attach the adapter, a fresh one or lora.init_adapter, to the base model and set up how its micro-batches are computed.
 
     plan: the shape of a micro-batch. samples: how many samples the fullest blocks hold, in descending order; the samples
     of one block must not see each other.
     """
     seed, device = config.training.seed, model.device
     transformers.set_seed(seed)  # for the fresh adapter
-    peft_model = prepare_model_for_training(model, create_lora_config(**vars(config.lora)), plan.checkpointed)
+    peft_model = start_from_adapter(model, config, plan.checkpointed, say)
+    if peft_model is None:
+        peft_model = prepare_model_for_training(model, create_lora_config(**config.lora.arguments), plan.checkpointed)
     config = checkpoints.effective(config, peft_model)  # somebody may have edited the functions that made it
     p, dtype = config.lora.dropout, compute_dtype_of(config)
     say(quantization_utils.parameter_line(peft_model))
@@ -476,8 +481,8 @@ def start_run(run: Run, found: Found | None) -> None:
     checkpoints.check_space(run.config.training, [p.numel() for p in run.learner.parameters])
     run.accelerator.wait_for_everyone()
     if run.accelerator.is_main_process:
-        history, template = run.progress.history, run.blocks["train"].template
-        log.open(checkpoints.open_output(run.effective, history, found is None, template))
+        files = left_beside(run.model.get_base_model(), run.tokenizer, run.blocks["train"])
+        log.open(checkpoints.open_output(run.effective, run.progress.history, found is None, files))
     for line in checkpoints.secrets_line(run.effective):
         log.say(line)
     if found is not None:
@@ -699,7 +704,7 @@ def evaluate_and_keep_best(run: Run) -> None:
         hint = "" if progress.step else ", before anything was learned: look at model.name's weights and compute_dtype"
         raise NumbersWentWrong(f"step {progress.step}: the validation loss is {loss}{hint}")
     if progress.step == 0:
-        run.held_out["base"] = sums
+        run.held_out |= evaluation.first_sums(run.learner, blocks, run.accelerator, sums, run.config.lora, pad, say)
     run.note({"step": progress.step, "eval_loss": loss, "perplexity": perplexity(loss)})
     progress.worse += 1
     line = f"step {progress.step}: validation loss {loss:.4f} | perplexity {perplexity(loss):.2f}"
@@ -761,13 +766,8 @@ def finish(run: Run) -> None:
     if run.accelerator.is_main_process:
         part = run.blocks["train"]
         checkpoints.save_adapter(run.output_dir, run.model, run.tokenizer, run.effective, progress, part)
-    if progress.evaluations:
-        before, after = progress.evaluations[0]["perplexity"], perplexity(progress.best_loss)
-        best = f"the adapter of step {progress.best_step}, the best by validation loss"
-        say(f"perplexity {before:.2f} before, {after:.2f} after ({best})")
-    if len(run.held_out) == 2:
-        held = run.blocks["validation"]
-        say(difference_line(comparison(held.dataset, held, None, run.held_out)))
+    for line in evaluation.result_lines(progress, run.held_out, run.blocks["validation"]):
+        say(line)
     planned = f" | planned {run.plan.reserved / GIB:.2f} for {run.plan.shape}" if run.plan.parts else ""
     say(f"peak memory {peak_gib(device):.2f} GiB{planned}")
     say(f"adapter, curves and log are in {run.output_dir}")

@@ -800,6 +800,7 @@ LEFT = {
     "config.yaml",
     "metrics.jsonl",
     "README.md",
+    "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
 }

@@ -1,6 +1,8 @@
 """Put an adapter on its base: its files may come from anybody, so each is checked before peft uses it."""
 
+import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +12,21 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from config import ConfigError
-from quantization_utils import LOADING_ERRORS, count_parameters
+from config import Config, ConfigError
+from quantization_utils import LOADING_ERRORS, count_parameters, set_gradient_checkpointing
 from toolkit.adapter_config import read_adapter_config, resolve_patterns
+from toolkit.start_adapter import WEIGHTS, naming_setting
 
-WEIGHTS = "adapter_model.safetensors"
 TYPES = ("F32", "F16", "BF16")
 PREFIX = "base_model.model."
 LARGEST = 1e6  # bound of an entry of the update of a weight, whose own entries are below 10
 
 
-def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
-    """Return the model with a folder's adapter, in eval mode; raise ConfigError if the two do not fit together."""
+def load_adapter(model: PreTrainedModel, folder: str | Path, dropout: float | None = None) -> PeftModel:
+    """Return the model with a folder's adapter, in eval mode; raise ConfigError if the two do not fit together.
+
+    dropout: None freezes the adapter; otherwise it is trained, with this dropout, and its weights are fp32.
+    """
     folder = Path(folder)
     settings = read_adapter_config(folder)
     path = folder / WEIGHTS
@@ -38,8 +43,9 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
             # peft only warns about layers that the file lacks, and ignores those that the model lacks.
             warnings.simplefilter("ignore", UserWarning)
             own = LoraConfig(**{key: value for key, value in found.items() if key != "peft_type"})
+            own.lora_dropout, trained = own.lora_dropout if dropout is None else dropout, dropout is not None
             with no_init_weights():  # random matrices that the file's replace would take most of a second for 36 layers
-                peft_model = PeftModel.from_pretrained(model, str(folder), config=own).eval()
+                peft_model = PeftModel.from_pretrained(model, str(folder), config=own, is_trainable=trained).eval()
     except ConfigError:
         raise
     except LOADING_ERRORS as error:
@@ -48,6 +54,30 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
     for name in sorted(odd):
         owner = "adapter" if name in names else "model"
         raise ConfigError(f"{misfit}: only the {owner} has {name}")
+    return peft_model
+
+
+def start_from_adapter(
+    model: PreTrainedModel, config: Config, checkpointed: bool | int, say: Callable[[str], None]
+) -> PeftModel | None:
+    """Return the model with the adapter of lora.init_adapter, ready for training, or None if a fresh one is asked for.
+
+    checkpointed: as in prepare_model_for_training, which this replaces.
+    """
+    if config.lora.init_adapter is None:
+        return None
+    model.config.use_cache = False
+    with naming_setting():
+        peft_model = load_adapter(model, config.lora.init_adapter, config.lora.dropout)
+    set_gradient_checkpointing(peft_model, checkpointed)
+    lora, found = config.lora, peft_model.peft_config["default"]
+    say(
+        f"starting from the adapter in {lora.init_adapter} (rank {found.r}, alpha {found.lora_alpha:g}), with a new "
+        "optimizer and schedule"
+    )
+    recorded = found.base_model_name_or_path
+    if recorded and os.path.abspath(recorded) != os.path.abspath(config.model.name):
+        say(f"warning: {lora.init_adapter} was trained on {recorded}; model.name is {config.model.name}")
     return peft_model
 
 

@@ -18,7 +18,7 @@ import signal
 import stat
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,8 +36,9 @@ from transformers.utils import CHAT_TEMPLATE_FILE
 from config import Config, ConfigError, LoraSettings, TrainingConfig, counted, flatten, save_config
 from fast_path.optimizers import OPTIMIZERS
 from quantization_utils import compute_dtype_of, create_lora_config
-from toolkit.earlier_run import FILES, checkpoints, read_tree, step_of
+from toolkit.earlier_run import FILES, GENERATION, checkpoints, read_tree, step_of
 from toolkit.locks import exclusive
+from toolkit.merged_folder import for_older_readers
 from toolkit.startup import redact, visible
 
 if TYPE_CHECKING:  # it imports datasets, which inference does not need
@@ -45,7 +46,7 @@ if TYPE_CHECKING:  # it imports datasets, which inference does not need
 
 TEMPORARY, REPLACED, LOCK = ".writing-", ".replaced-", ".lock"
 RESULTS = ["metrics.jsonl", "training_log.txt", "training_curves.png", "adapter_model.safetensors", "evaluation.json"]
-RESULTS += [CHAT_TEMPLATE_FILE, "tokenizer.json", "tokenizer_config.json"]
+RESULTS += [CHAT_TEMPLATE_FILE, GENERATION, "tokenizer.json", "tokenizer_config.json"]
 APPENDED = (LOCK, "training_log.txt")
 REPLACED_FILES = (*RESULTS, "config.yaml", "README.md", "adapter_config.json")
 
@@ -359,11 +360,11 @@ def check_space(training: TrainingConfig, sizes: list[int]) -> None:
         )
 
 
-def open_output(config: Config, history: list[dict], fresh: bool, template: str | None = None) -> Path:
+def open_output(config: Config, history: list[dict], fresh: bool, files: Mapping[str, str] | None = None) -> Path:
     """Return the output folder, ready for the run, with metrics.jsonl cut back to `history`.
 
-    fresh: remove the results of an earlier run. template: the chat template used for a model without one, which
-    inference must use too.
+    fresh: remove the results of an earlier run. files: their names and texts, such as the chat template used for a model
+    without one, which inference must use too.
     """
     output_dir = Path(config.training.output_dir)
     if os.path.realpath(config.model.name) == os.path.realpath(output_dir):  # its tokenizer would be overwritten
@@ -377,8 +378,8 @@ def open_output(config: Config, history: list[dict], fresh: bool, template: str 
             os.rename(folder, folder.with_name(TEMPORARY + folder.name))
         clean_up(output_dir)
         write_atomically(output_dir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history).encode())
-        if template is not None:
-            write_atomically(output_dir / CHAT_TEMPLATE_FILE, template.encode())
+        for name, text in (files or {}).items():
+            write_atomically(output_dir / name, text.encode())
         save_config(dataclasses.replace(config, training=saved), output_dir / f"{TEMPORARY}config.yaml")
         os.replace(output_dir / f"{TEMPORARY}config.yaml", output_dir / "config.yaml")
     return output_dir
@@ -523,16 +524,8 @@ def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, template: s
     exact.backend_tokenizer.no_padding()
     exact.save_pretrained(folder, save_jinja_files=False)
     path = folder / "tokenizer_config.json"
-    found = json.loads(path.read_text(encoding="utf-8"))
-    if found.get("tokenizer_class") == "TokenizersBackend":
-        # Use the class name and the key for special tokens that transformers 4 reads too. This class uses
-        # tokenizer.json unchanged; others (GPT2Tokenizer, Qwen2Tokenizer) replace its pre-tokenizer by their own.
-        found["tokenizer_class"] = "PreTrainedTokenizerFast"
-        if isinstance(special := found.pop("extra_special_tokens", None), list):
-            found["additional_special_tokens"] = special
-        for key in ("backend", "is_local", "local_files_only"):
-            found.pop(key, None)
-        path.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    found = for_older_readers(json.loads(path.read_text(encoding="utf-8")))
+    path.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def model_card(card: str, model: PeftModel, config: Config, progress: Progress, blocks: "Blocks") -> str:
@@ -541,7 +534,8 @@ def model_card(card: str, model: PeftModel, config: Config, progress: Progress, 
     if evaluations := progress.evaluations:
         best = min(evaluations, key=lambda row: row["eval_loss"])
         before, after = evaluations[0]["perplexity"], best["perplexity"]
-        results = f"{before:.3f} before, {after:.3f} with this adapter (step {best['step']})"
+        start = "before" if config.lora.init_adapter is None else f"with the adapter in `{config.lora.init_adapter}`"
+        results = f"{before:.3f} {start}, {after:.3f} with this adapter (step {best['step']})"
     quantization, targets = config.quantization, model.peft_config["default"].target_modules
     precision, how = f"unquantised, in {quantization.compute_dtype}", f"dtype={quantization.compute_dtype!r}"
     if quantization.load_in_4bit:
@@ -626,7 +620,7 @@ def _effective_lora(asked: LoraSettings, model: PeftModel) -> LoraSettings:
     """Return the settings under `lora` that an adapter's own configuration has."""
     found = model.peft_config["default"]
     targets = found.target_modules
-    created = create_lora_config(**vars(asked)).target_modules
+    created = create_lora_config(**asked.arguments).target_modules
     if isinstance(targets, str):  # a regex, which config.yaml cannot hold: use the modules that it matched
         targets = model.base_model.targeted_module_names
     as_asked = created == asked.target_modules == "all-linear" or set(targets) == set(asked.target_modules)

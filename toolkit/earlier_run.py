@@ -23,6 +23,7 @@ from config import (
     ConfigError,
     ModelConfig,
     TrainingConfig,
+    brief,
     flatten,
     is_address,
     is_hub_id,
@@ -206,6 +207,31 @@ def left_by_run(adapter: Path, name: str) -> list[Path]:
     folder = adapter.resolve()
     places = [folder, folder.parent] if folder.name.startswith("checkpoint-") else [folder]
     return [place / name for place in places if (place / name).is_file()][:1]
+
+
+GENERATION = "generation_config.json"
+MOST_ENDS = 100
+
+
+def read_ends(adapter: Path) -> tuple[Path | None, list[int]]:
+    """Return the generation_config.json that a run left with its adapter and the end tokens that it names.
+
+    The folder may come from anybody, so nothing else is read from the file. Raise ConfigError if it names no token ids.
+    """
+    for path in left_by_run(adapter, GENERATION):
+        refuse_large(path)
+        try:
+            found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(f"--adapter: cannot read {path} as JSON settings: {reason}") from None
+        ends = found if isinstance(found, list) else [] if found is None else [found]
+        if len(ends) > MOST_ENDS or not all(type(i) is int and 0 <= i < 2**31 for i in ends):
+            raise ConfigError(
+                f"--adapter: {path}: eos_token_id: expected at most {MOST_ENDS} token ids, got {brief(found)}"
+            )
+        return path, ends
+    return None, []
 
 
 def config_with_adapter(

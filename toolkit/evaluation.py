@@ -18,14 +18,14 @@ from safetensors.torch import load_file
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from config import Config, ConfigError, counted, load_config
+from config import Config, ConfigError, LoraSettings, counted, load_config
 from fast_path.choice import choose_fast_path
 from fast_path.dropout import DropoutClock
 from fast_path.layers import fuse
 from fast_path.loss import CausalLMLoss, Objective, default_logit_chunk, kernel_chunk_loss, perplexity
 from fast_path.micro_step import Learner, let_go
 from quantization_utils import compute_dtype_of
-from toolkit.checkpoints import refusing, write_atomically, write_picture
+from toolkit.checkpoints import Progress, refusing, write_atomically, write_picture
 from toolkit.data_blocks import Blocks, batches
 from toolkit.earlier_run import settings
 from toolkit.locks import exclusive, lock_of
@@ -94,6 +94,29 @@ def evaluate_in_memory(
         learner.captured_evaluation = None
         micro_batch = halved(micro_batch, say)
     return losses_that_fit(learner.objective.sequence_sums, blocks, accelerator, micro_batch, pad, say)
+
+
+def first_sums(
+    learner: Learner,
+    blocks: Blocks,
+    accelerator: Accelerator,
+    sums: torch.Tensor,
+    lora: LoraSettings,
+    pad: int,
+    say: Callable[[str], None],
+) -> dict[str, torch.Tensor]:
+    """Return block_losses from before the first step by name, and say that of the base.
+
+    sums: of the model as it is, which is the base, or, with lora.init_adapter, the start.
+    """
+    if lora.init_adapter is None:
+        return {"base": sums}
+    with learner.model.disable_adapter():
+        micro_batch = learner.batch_shape[0]
+        base = losses_that_fit(learner.objective.sequence_sums, blocks, accelerator, micro_batch, pad, say)
+    mean = mean_loss(base)
+    say(f"base: validation loss {mean:.4f} | perplexity {perplexity(mean):.2f}")
+    return {"base": base, "start": sums}
 
 
 def mean_loss(sums: torch.Tensor) -> float:
@@ -175,11 +198,32 @@ def comparison(dataset: str, blocks: Blocks, stride: int | None, sums: dict[str,
     return result
 
 
-def difference_line(result: dict) -> str:
-    """Return a comparison's difference as text."""
+def difference_line(result: dict, other: str = "base") -> str:
+    """Return a comparison's difference as text. other: what the adapter was compared with."""
     change, error = result["difference"].values()
     sure = "" if error is None else f" ± {error:.4f} (standard error over {counted(result['blocks'], 'block')})"
-    return f"adapter - base: {change:+.4f}{sure}"
+    return f"adapter - {other}: {change:+.4f}{sure}"
+
+
+def result_lines(progress: Progress, held_out: dict[str, torch.Tensor], blocks: Blocks | None) -> list[str]:
+    """Return lines with the perplexity before and after a run, and with how sure each difference is.
+
+    held_out: block_losses of the base, of the adapter that the run started from, if any, and of the best one.
+    """
+    if not progress.evaluations:
+        return []
+    before, after = progress.evaluations[0]["perplexity"], perplexity(progress.best_loss)
+    first = f"{before:.2f} before"
+    if "start" in held_out:
+        first = f"{perplexity(mean_loss(held_out['base'])):.2f} of the base, {before:.2f} at the start"
+    lines = [
+        f"perplexity {first}, {after:.2f} after (the adapter of step {progress.best_step}, the best by validation loss)"
+    ]
+    for other in ("base", "start"):
+        if blocks is not None and held_out.keys() >= {other, "adapter"}:
+            sums = {"base": held_out[other], "adapter": held_out["adapter"]}
+            lines.append(difference_line(comparison(blocks.dataset, blocks, None, sums), other))
+    return lines
 
 
 def save_evaluation(result: dict, folder: Path) -> None:

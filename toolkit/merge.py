@@ -13,6 +13,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from config import ConfigError
+from toolkit.merged_folder import add_older_keys, write_tokenizer
 
 
 def plain_copy(model: PreTrainedModel, remote: bool) -> PreTrainedModel:
@@ -54,24 +55,40 @@ def merge_adapter(peft_model: PeftModel, dtype: torch.dtype = torch.bfloat16) ->
     return plain
 
 
+def with_ends(model: PreTrainedModel, ends: list[int]) -> None:
+    """Have `generate`, and whatever else reads the model's generation_config.json, stop at each of these tokens."""
+    model.generation_config = copy.deepcopy(model.generation_config)
+    own = model.generation_config.eos_token_id
+    own = own if isinstance(own, list) else [] if own is None else [own]
+    model.generation_config.eos_token_id = [*own, *(end for end in ends if end not in own)]
+    model.generation_config._from_model_config = False  # or transformers would make it anew from config.json
+
+
 @torch.inference_mode()
 def logits_on(model: PeftModel | PreTrainedModel, ids: list[int]) -> torch.Tensor:
     """Return the model's logits, fp32 on the CPU [tokens, vocabulary]."""
     return model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0].float().cpu()
 
 
-def write_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a model that plain transformers loads. The folder gets its name only after all files are written."""
+def write_folder(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, revision: str | None = None
+) -> list[str]:
+    """Write a model that plain transformers loads. The folder gets its name only after all files are written.
+
+    Return what `write_tokenizer` has to say. revision: of a base from the hub.
+    """
     folder = Path(os.path.abspath(folder))
     temporary = folder.with_name(".writing-" + folder.name)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         model.save_pretrained(temporary, max_shard_size="2GB")
-        tokenizer.save_pretrained(temporary)
+        add_older_keys(temporary, model.config)
+        lines = write_tokenizer(temporary, tokenizer, revision)
         for path in temporary.iterdir():  # safetensors makes files that only their owner can read
             shutil.copymode(temporary / "config.json", path)
         if folder.is_dir():
             folder.rmdir()  # parse saw that it is empty; this raises an error if it is not any more
         os.rename(temporary, folder)
+        return lines
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

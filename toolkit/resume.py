@@ -256,7 +256,7 @@ def check_tensors(found: Found, model: PeftModel, optimizer: Any, scaler: Any, h
         evaluated = state["progress"].get("best_loss") is not None
         same_tensors(state["best_adapter"], weights if evaluated else {}, "best_adapter")
         sums = state.get("held_out", {})
-        expect(sums.keys() <= {"base", "adapter"}, "held_out", "base and adapter", list(sums))
+        expect(sums.keys() <= {"base", "start", "adapter"}, "held_out", "base, start and adapter", list(sums))
         rows = torch.empty(len(held_out) if held_out is not None else 0, 2, dtype=torch.float64, device="meta")
         same_tensors(sums, dict.fromkeys(sums, rows), "held_out")
         for name, sums_of in sums.items():
