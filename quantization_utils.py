@@ -98,7 +98,7 @@ def slow_bf16() -> bool:
     return not torch.cuda.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
-SLOW_BF16 = "quantization.compute_dtype: bfloat16 is many times slower on a CPU without AVX-512: using float32"
+SLOW_BF16 = "quantization.compute_dtype: float32, as bfloat16 is slow without AVX-512"
 
 
 def compute_dtype_of(config: Config) -> torch.dtype:

@@ -85,7 +85,7 @@ if __name__ == "__main__":  # --help and every error in the configuration answer
         parse(sys.argv[1:])
     except ConfigError as error:
         sys.exit(report(error))
-    before_heavy_imports()
+    before_heavy_imports(announce=True)
     wake_gpu()
 import contextlib
 import dataclasses
@@ -123,6 +123,8 @@ from toolkit.evaluation import comparison, difference_line, mean_loss, plot_trai
 from toolkit.memory import peak_gib
 from toolkit.memory_plan import GIB, MemoryPlan
 from toolkit.resume import Found, check_resumable, check_tensors, find_checkpoint, fingerprint, restore_schedule
+from toolkit.run_lines import data_lines, step_line
+from toolkit.text_width import for_stdout
 
 # ------------------------------------------------------------------------------------------------ main
 
@@ -185,7 +187,8 @@ def fine_tune(config: Config, overwrite: bool) -> int:
         memory.cap_memory(device, config.performance.memory_limit_gib)
         found = find_checkpoint(config.training, overwrite, log.say)
         run = build_run(config, accelerator, log, found)
-        describe_data(run)
+        for line in data_lines(run.blocks, config.data, run.tokenizer, run.total_steps, run.sequences_per_step):
+            log.say(line)
         start_run(run, found)
         return execute(run, held.enter_context(checkpoints.stop_on_signal(log.say)))
 
@@ -254,7 +257,7 @@ def evaluate_adapter(config: Config, adapter: str | None, stride: int | None) ->
     """
     accelerator = machine.create_accelerator(config.training)
     machine.refuse_without_gpu(config, accelerator.device)
-    say = (lambda line: print(visible(line))) if accelerator.is_main_process else (lambda line: None)
+    say = (lambda line: print(for_stdout(visible(line)))) if accelerator.is_main_process else (lambda line: None)
     if quantization_utils.replaces_bf16(config):
         say(quantization_utils.SLOW_BF16)
     model, tokenizer = load_base(config, accelerator.device)
@@ -445,23 +448,6 @@ def create_scheduler(optimizer: Any, training: TrainingConfig, total_steps: int)
     return LambdaLR(optimizer, lambda done: (done + 1) / warmup if done < warmup else theirs(done))
 
 
-def describe_data(run: Run) -> None:
-    """Say how many blocks there are and how many optimizer steps that makes, with and without packing."""
-    part, held, say = run.blocks["train"], run.blocks["validation"], run.log.say
-    held_out = f"{counted(held.tokens, 'token')} in {counted(len(held), 'block')}" if held else "nothing"
-    say(
-        f"data: {counted(part.rows, 'row')}, {counted(part.documents, 'document')}, {counted(part.tokens, 'token')} in "
-        f"{counted(len(part), 'block')} of {part.length}; held out: {held_out}"
-    )
-    unpacked = f"{math.ceil(part.rows / run.sequences_per_step):,} per epoch"
-    without = f"; without packing it would be {unpacked}" if run.config.data.packing else ""
-    steps, sequences = counted(run.total_steps, "optimizer step"), counted(run.sequences_per_step, "sequence")
-    say(f"steps: {steps} of {sequences} ({run.steps_per_epoch:,} per epoch{without})")
-    for line in (f"read as {part.source}", *part.notes, *(held.notes if held else ())):
-        say(f"data: {line}")
-    say(f"first block: {data_blocks.show_block(part[0], run.tokenizer)}")
-
-
 def start_run(run: Run, found: Found | None) -> None:
     """Restore the checkpoint, if there is one, and open the output folder. A refusal comes before anything is written."""
     log = run.log
@@ -490,7 +476,8 @@ def start_run(run: Run, found: Found | None) -> None:
 def restore(run: Run, found: Found) -> None:
     """Put the run into the state that the checkpoint holds. What the configuration decides is not read from it."""
     _, adapter, state = found
-    run.progress = checkpoints.Progress(**state["progress"])
+    # A checkpoint from before 2026-11-29 has no positions: the next logged speed counts its learned tokens only.
+    run.progress = checkpoints.Progress(**{"positions": state["progress"]["loss_tokens"]} | state["progress"])
     run.best_adapter = state["best_adapter"] or None
     run.held_out = state.get("held_out", {})  # a checkpoint from before 2026-11-24 has none
     set_peft_model_state_dict(run.model, adapter)
@@ -518,9 +505,10 @@ def train(run: Run, request: checkpoints.StopRequest) -> bool:
             _, numbers = next(windows)
             result = training_step(run, progress.step, numbers, request.signum is not None)
             seconds = time.perf_counter() - start
-            progress.count(result.loss_sum, result.tokens, seconds)
+            positions = run.blocks["train"].positions(numbers)
+            progress.count(result.loss_sum, result.tokens, positions, seconds)
             mean = run.learner.objective.mean(result.loss_sum, result.tokens)
-            bar.set_postfix(loss=f"{mean:.4f}", tokens_s=f"{result.tokens / seconds:,.0f}", refresh=False)
+            bar.set_postfix(loss=f"{mean:.4f}", tokens_s=f"{positions / seconds:,.0f}", refresh=False)
             bar.update()
             if progress.step == first_step + 1 and (reason := compiled.compiled_in_pieces()):
                 run.log.say(f"fast path: the layers are compiled in pieces, which costs speed and memory: {reason}")
@@ -578,16 +566,13 @@ def log_step(run: Run, result: StepResult, learning_rate: float) -> None:
         "learning_rate": learning_rate,
         "grad_norm": result.grad_norm if math.isfinite(result.grad_norm) else None,  # a step that the scaler left out
         "tokens": progress.tokens,
-        "tokens_per_second": round(progress.loss_tokens / progress.seconds, 1),
+        "tokens_per_second": round(progress.positions / progress.seconds, 1),
+        "learned_tokens_per_second": round(progress.loss_tokens / progress.seconds, 1),
         "peak_gib": round(peak_gib(run.accelerator.device), 3),
     }
-    progress.loss_sum, progress.loss_tokens, progress.seconds = 0.0, 0, 0.0
+    progress.loss_sum, progress.loss_tokens, progress.positions, progress.seconds = 0.0, 0, 0, 0.0
     run.note(row)
-    run.log.say(
-        f"step {row['step']}/{run.total_steps} | epoch {row['epoch']:.2f} | loss {row['loss']:.4f} | "
-        f"lr {learning_rate:.2e} | grad norm {result.grad_norm:.3f} | {row['tokens_per_second']:,.0f} tokens/s | "
-        f"peak {row['peak_gib']:.2f} GiB"
-    )
+    run.log.say(step_line(row, run.total_steps))
 
 
 # ------------------------------------------------------------------------------------------------ one optimizer step
@@ -763,8 +748,9 @@ def finish(run: Run) -> None:
         checkpoints.save_adapter(run.output_dir, run.model, run.tokenizer, run.effective, progress, part)
     if progress.evaluations:
         before, after = progress.evaluations[0]["perplexity"], perplexity(progress.best_loss)
-        best = f"the adapter of step {progress.best_step}, the best by validation loss"
-        say(f"perplexity {before:.2f} before, {after:.2f} after ({best})")
+        say(
+            f"perplexity {before:.2f} before, {after:.2f} after (step {progress.best_step}, the best by validation loss)"
+        )
     if len(run.held_out) == 2:
         held = run.blocks["validation"]
         say(difference_line(comparison(held.dataset, held, None, run.held_out)))

@@ -55,7 +55,11 @@ ROOT = Path(__file__).resolve().parent.parent
 STEP = train_qlora.training_step
 FP32 = ("--compute_dtype", "float32", "--optim", "adamw_torch", "--gradient_checkpointing", "false")
 EPOCHS = ("--max_steps", "null", "--num_epochs")
-VARYING = {"tokens_per_second", "peak_gib"}  # of a row of metrics: speed and memory of the machine
+VARYING = {
+    "tokens_per_second",
+    "learned_tokens_per_second",
+    "peak_gib",
+}  # of a row of metrics: speed and memory of the machine
 
 
 # ------------------------------------------------------------------------------------------------ helpers
@@ -477,7 +481,7 @@ def test_step_0_evaluates_the_base(train, watch, tiny_model):
 def test_evaluate_command_agrees_with_the_run(train, capsys):
     code, folder = train(*FP32)
     assert code == 0
-    ended = re.search(r"adapter - base: (.*) ± (.*) \(standard error", capsys.readouterr().out)
+    ended = re.search(r"adapter - base: loss (.*) ± (.*) \(standard error", capsys.readouterr().out)
     assert main(["--evaluate", "--adapter", str(folder)]) == 0
     printed = capsys.readouterr().out
     result = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
@@ -668,7 +672,7 @@ def test_adapter_of_the_lowest_validation_loss_is_the_one_saved(train, scripted,
         adapter, _ = read_checkpoint(folder / f"checkpoint-{step}")
         assert all(torch.equal(adapter[name], saved[name]) for name in saved) == (step == 2)
     lines = capsys.readouterr().out.splitlines()
-    assert "step 2" in lines[-4] and lines[-3] == "adapter - base: -2.0000"  # one block has no standard error
+    assert "step 2" in lines[-4] and lines[-3] == "adapter - base: loss -2.0000"  # one block has no standard error
     assert f"{math.exp(5):.3f} before, {math.exp(3):.3f} with" in (folder / "README.md").read_text(encoding="utf-8")
 
 
@@ -822,8 +826,10 @@ def test_output_folder_holds_what_the_spec_promises_and_nothing_else(train, tiny
         assert words in log
     # the rows of metrics.jsonl
     (row,) = steps_of(folder)
-    keys = ["step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "peak_gib"]
-    assert list(row) == keys and row["tokens_per_second"] > 0 and row["peak_gib"] > 0
+    keys = ["step", "epoch", "loss", "learning_rate", "grad_norm", "tokens"]
+    keys += ["tokens_per_second", "learned_tokens_per_second", "peak_gib"]
+    assert list(row) == keys and row["peak_gib"] > 0
+    assert 0 < row["learned_tokens_per_second"] < row["tokens_per_second"]  # a block's first token is only read
     # the model card: peft's header, and nothing left open
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert card.startswith("---\n") and str(tiny_model) in card and "[More Information Needed]" not in card

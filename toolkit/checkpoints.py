@@ -39,6 +39,7 @@ from quantization_utils import compute_dtype_of, create_lora_config
 from toolkit.earlier_run import FILES, checkpoints, read_tree, step_of
 from toolkit.locks import exclusive
 from toolkit.startup import redact, visible
+from toolkit.text_width import for_stdout
 
 if TYPE_CHECKING:  # it imports datasets, which inference does not need
     from toolkit.data_blocks import Blocks
@@ -118,20 +119,22 @@ class Progress:
 
     step: int = 0
     tokens: int = 0
-    loss_sum: float = 0.0  # since the last logged row, like the next two
+    loss_sum: float = 0.0  # since the last logged row, like the next three
     loss_tokens: int = 0
+    positions: int = 0  # tokens computed: those that are learned and those that are only read, without padding
     seconds: float = 0.0
     best_loss: float | None = None
     best_step: int = 0
     worse: int = 0  # evaluations since the best one
     history: list[dict] = dataclasses.field(default_factory=list)
 
-    def count(self, loss_sum: float, tokens: int, seconds: float) -> None:
-        """Add one optimizer step."""
+    def count(self, loss_sum: float, tokens: int, positions: int, seconds: float) -> None:
+        """Add one optimizer step. tokens: supervised ones. positions: tokens computed."""
         self.step += 1
         self.tokens += tokens
         self.loss_sum += loss_sum
         self.loss_tokens += tokens
+        self.positions += positions
         self.seconds += seconds
 
     @property
@@ -400,7 +403,7 @@ class Log:
             return
         line = visible(redact(line))
         with contextlib.suppress(OSError), tqdm.external_write_mode():  # a closed console must not end the run
-            print(line, flush=True)
+            print(for_stdout(line), flush=True)
         self._add("training_log.txt", line + "\n")
 
     def open(self, folder: Path) -> None:

@@ -39,6 +39,7 @@ from toolkit.data_formats import (
     local_files,
     whole_characters,
 )
+from toolkit.text_width import start_of
 
 # Wikitext marks an article by " = Title = " and its sections by " = = Title = = ".
 WIKITEXT_TITLE = r"^ ?= [^=](.*[^=])? = ?\n?$"
@@ -279,6 +280,10 @@ class Blocks:
             parts = [numbers[first : last + 1] for first, last in zip(low, high, strict=True)]
             found.append(np.concatenate(parts))
         return found
+
+    def positions(self, blocks: Iterable[int]) -> int:
+        """Return how many tokens these blocks hold, learned or only read."""
+        return int(sum(np.diff(self.spans(i)).sum() for i in blocks))
 
     def __getitem__(self, i: int) -> np.ndarray:
         """Return a block's tokens, int64 [tokens]."""
@@ -638,14 +643,14 @@ def sample_counts(*parts: Blocks | Windows | None) -> list[int]:
 def show_block(block: np.ndarray, tokenizer: PreTrainedTokenizerBase, most: int = 80) -> str:
     """Return a block's start decoded in one line, with [[ and ]] around supervised tokens.
 
-    Each part is cut to `most` characters. If the block cuts a character, its rest is not shown.
+    Each part is cut to `most` characters, running text to `most` columns. If the block cuts a character, its rest is not shown.
     """
     ids, learned = (block[:40], np.zeros(40, bool)) if block.ndim == 1 else (block[0], block[1] != IGNORED)
     shown = ""
     for marked, text in whole_characters(ids, learned, tokenizer):
         text = text.replace("\n", "\\n") if shown else text.lstrip(HALF).replace("\n", "\\n")
         if block.ndim == 1:
-            return text + " …"
+            return start_of(text, most) + " …"
         text = text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 2 :]}"
         shown += f"[[{text}]]" if marked else text
         if len(shown) > 5 * most:

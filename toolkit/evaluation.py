@@ -179,7 +179,7 @@ def difference_line(result: dict) -> str:
     """Return a comparison's difference as text."""
     change, error = result["difference"].values()
     sure = "" if error is None else f" ± {error:.4f} (standard error over {counted(result['blocks'], 'block')})"
-    return f"adapter - base: {change:+.4f}{sure}"
+    return f"adapter - base: loss {change:+.4f}{sure}"
 
 
 def save_evaluation(result: dict, folder: Path) -> None:

@@ -211,7 +211,8 @@ def memory_line(device: torch.device) -> str:
         return f"Memory: {psutil.Process().memory_info().rss / GIB:.2f} GiB in this process (no GPU)"
     free, _ = torch.cuda.mem_get_info(device)
     allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
-    return f"GPU Memory: Allocated={allocated / GIB:.2f}GB | Reserved={reserved / GIB:.2f}GB | Free={free / GIB:.2f}GB"
+    sizes = {"Allocated": allocated, "Reserved": reserved, "Free": free}
+    return "GPU Memory: " + " | ".join(f"{name}={size / GIB:.2f} GiB" for name, size in sizes.items())
 
 
 def peak_gib(device: torch.device) -> float:

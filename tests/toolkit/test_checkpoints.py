@@ -613,11 +613,12 @@ def test_checkpoint_to_go_on_from(tmp_path):
 
 def test_progress_counts_steps_and_finds_evaluations():
     progress = Progress()
-    progress.count(6.0, 3, 0.5)
-    progress.count(2.0, 1, 0.25)
+    progress.count(6.0, 3, 4, 0.5)
+    progress.count(2.0, 1, 7, 0.25)
     progress.history += [{"step": 0, "eval_loss": 2.0}, {"step": 2, "loss": 2.0}]
     fields = (progress.step, progress.tokens, progress.loss_sum, progress.loss_tokens, progress.seconds)
-    assert fields == (2, 4, 8.0, 4, 0.75) and progress.evaluations == progress.history[:1]
+    assert fields == (2, 4, 8.0, 4, 0.75) and progress.positions == 11
+    assert progress.evaluations == progress.history[:1]
     assert Progress(**dataclasses.asdict(progress)) == progress
 
 

@@ -1507,7 +1507,7 @@ def test_evaluation_tells_how_sure_a_difference_is(train, corpus, capsys):
         change = result["difference"]["loss"]
         assert change == pytest.approx(result["adapter"]["loss"] - result["base"]["loss"], abs=1e-9)
         assert result["stride"] == stride and 0 < result["difference"]["standard_error"] < abs(change)
-        assert re.search(r"adapter - base: -\d\.\d{4} ± \d\.\d{4} \(standard error over", capsys.readouterr().out)
+        assert re.search(r"adapter - base: loss -\d\.\d{4} ± \d\.\d{4} \(standard error over", capsys.readouterr().out)
 
 
 def test_the_standard_error_of_a_difference_is_that_of_resampled_blocks():

@@ -1,0 +1,48 @@
+"""The lines in which a training run says what it does. Each fits 80 columns in a usual run."""
+
+import math
+
+from transformers import PreTrainedTokenizerBase
+
+from config import DataConfig, counted
+from toolkit.data_blocks import Blocks, show_block
+
+
+def data_lines(
+    blocks: dict[str, Blocks | None],
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    steps: int,
+    sequences_per_step: int,
+) -> list[str]:
+    """Return lines about the blocks and the optimizer steps that they make, with and without packing.
+
+    blocks: the parts train and validation. steps: of the whole run.
+    """
+    part, held = blocks["train"], blocks["validation"]
+    per_epoch = math.ceil(len(part) / sequences_per_step)
+    unpacked = f" ({math.ceil(part.rows / sequences_per_step):,} without packing)" if data.packing else ""
+    held_out = f"{counted(held.tokens, 'token')} in {counted(len(held), 'block')}" if held else "nothing"
+    return [
+        f"data: {counted(part.rows, 'row')}, {counted(part.documents, 'document')}, {counted(part.tokens, 'token')} in "
+        f"{counted(len(part), 'block')} of {part.length}",
+        f"data: held out: {held_out}",
+        f"steps: {steps:,} of {counted(sequences_per_step, 'sequence')}; {per_epoch:,} per epoch{unpacked}",
+        *(f"data: {line}" for line in (f"read as {part.source}", *part.notes, *(held.notes if held else ()))),
+        f"first block: {show_block(part[0], tokenizer, 64)}",
+    ]
+
+
+def step_line(row: dict, total_steps: int) -> str:
+    """Return a logged row of metrics as text; its key names and more numbers are in metrics.jsonl.
+
+    Where more than one token in a hundred is only read, the speed of the learned ones stands there instead of the
+    learning rate, so that the line fits.
+    """
+    speed, learned = row["tokens_per_second"], row["learned_tokens_per_second"]
+    all_learned = learned > 0.99 * speed
+    rate = [f"lr {row['learning_rate']:.2e}"] if all_learned else []
+    norm = math.inf if row["grad_norm"] is None else row["grad_norm"]
+    speeds = f"{speed:,.0f} tokens/s" + ("" if all_learned else f" ({learned:,.0f} learned)")
+    parts = [f"step {row['step']}/{total_steps}", f"loss {row['loss']:.4f}", *rate, f"grad norm {norm:.3f}", speeds]
+    return " | ".join(parts)
