@@ -131,7 +131,7 @@ from toolkit.text_width import for_stdout
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    doing, output_dir = "loading", ""  # for the messages of errors
+    doing, output_dir, again = "loading", "", ""  # for the messages of errors
     try:
         options, config = parse(argv)
         quantization_utils.quiet_libraries()
@@ -146,7 +146,8 @@ def main(argv: list[str] | None = None) -> int:
         if options.compare:
             return evaluation.compare_runs(options.compare, options.output or "compare.png")
         output_dir = config.training.output_dir
-        return fine_tune(config, options.overwrite)
+        again = earlier_run.continuing_command(argv, config.training.resume)
+        return fine_tune(config, options.overwrite, again)
     except memory.NoFit as error:
         print(visible(str(error)), file=sys.stderr)
         return 3
@@ -156,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         return report(error)
     except (MemoryError, OSError, RuntimeError, SafetensorError, torch.AcceleratorError) as error:
-        return machine.failed(error, earlier_run.continues(output_dir))
+        return machine.failed(error, earlier_run.continues(output_dir, again))
     finally:
         reader_gone()
 
@@ -171,14 +172,17 @@ def quiet_datasets() -> None:
 # ------------------------------------------------------------------------------------------------ the commands
 
 
-def fine_tune(config: Config, overwrite: bool) -> int:
-    """Set a run up, train, leave the results in the output folder, and return the exit code."""
+def fine_tune(config: Config, overwrite: bool, again: str) -> int:
+    """Set a run up, train, leave the results in the output folder, and return the exit code.
+
+    again: the command that continues the run if it is stopped.
+    """
     checkpoints.check_output(config.training)
     accelerator = machine.create_accelerator(config.training)
     device = accelerator.device
     log = checkpoints.Log(silent=not accelerator.is_main_process)
     machine.refuse_without_gpu(config, device)
-    with contextlib.ExitStack() as held:
+    with checkpoints.interrupted_early(log.say), contextlib.ExitStack() as held:
         if accelerator.is_main_process:
             held.enter_context(checkpoints.locked(Path(config.training.output_dir), log.say))
         log.say(machine.device_block(device, compute_dtype_of(config), accelerator.num_processes))
@@ -190,11 +194,13 @@ def fine_tune(config: Config, overwrite: bool) -> int:
         for line in data_lines(run.blocks, config.data, run.tokenizer, run.total_steps, run.sequences_per_step):
             log.say(line)
         start_run(run, found)
-        return execute(run, held.enter_context(checkpoints.stop_on_signal(log.say)))
+        last = f"stopped at once; to continue from the last checkpoint, if there is one:\n  {again}"
+        return execute(run, held.enter_context(checkpoints.stop_on_signal(log.say, last)), again)
+    return 130  # Ctrl-C before the first step
 
 
-def execute(run: Run, request: checkpoints.StopRequest) -> int:
-    """Train, write the adapter and the curves, and return the exit code."""
+def execute(run: Run, request: checkpoints.StopRequest, again: str) -> int:
+    """Train, write the adapter and the curves, and return the exit code. again: the command that continues the run."""
     say, accelerator, progress = run.log.say, run.accelerator, run.progress
     if progress.step >= run.total_steps:
         say(f"nothing left to train: {run.output_dir} is at step {progress.step} of {run.total_steps}")
@@ -218,10 +224,12 @@ def execute(run: Run, request: checkpoints.StopRequest) -> int:
         if run.config.training.report_to != "none":
             accelerator.end_training()
     for problem in filter(None, (run.unsaved, unwritten)):
-        advice = "the adapter is complete" if done else "free some disk space and start the same command again"
+        advice = "the adapter is complete" if done else f"free some disk space and continue with: {again}"
         say(f"error: step {progress.step}: {problem}; {advice}")
     if run.unsaved or unwritten:
         return 1
+    if not done:
+        say(f"stopped after step {progress.step} of {run.total_steps}; to continue:\n  {again}")
     return 0 if done else 128 + (request.signum or 2)
 
 

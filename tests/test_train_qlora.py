@@ -593,6 +593,32 @@ def test_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(
     assert {p.name for p in checkpoints(tmp_path / "parts")} == {p.name for p in checkpoints(tmp_path / "whole")}
 
 
+def test_a_stopped_run_says_how_to_continue(train, few, tmp_path, monkeypatch, capsys):
+    """The command as it is printed: without what would start over."""
+    flags = (*RESUMABLE, "--dataset", few)
+    assert train(*flags, output_dir=tmp_path / "whole")[0] == 0
+    assert train(*flags, output_dir=tmp_path / "parts")[0] == 0  # a finished run that the next one replaces
+    with monkeypatch.context() as patch:
+        Watch(patch, after=stop_after(2, signal.SIGINT))
+        code, folder = train(*flags, "--overwrite", "--resume", "never", output_dir=tmp_path / "parts")
+    said, command = capsys.readouterr().out.splitlines()[-2:]
+    assert code == 130 and said == "stopped after step 2 of 6; to continue:"
+    assert said in (folder / "training_log.txt").read_text(encoding="utf-8")
+    assert eval(command, {"train_qlora": train_qlora}) == 0
+    assert f"resuming from {folder / 'checkpoint-2'} at step 2 of 6" in capsys.readouterr().out
+    assert same_rows(folder, tmp_path / "whole")
+
+
+def test_ctrl_c_before_the_first_step_leaves_nothing(train, tmp_path, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_qlora, "load_base", interrupted)
+    code, folder = train("--max_steps", 1)
+    assert code == 130 and not folder.exists()
+    assert capsys.readouterr().out.splitlines()[-1] == "stopped before the first step; the same command starts again"
+
+
 @pytest.mark.parametrize("flags, saved", [(("--save_minutes", "1e-9"), [3, 2]), (("--save_minutes", "null"), [3])])
 def test_checkpoints_come_by_the_clock_too(train, flags, saved):
     code, folder = train(*flags)

@@ -576,11 +576,11 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def stop_on_signal(say: Callable[[str], None]) -> Iterator[StopRequest]:
+def stop_on_signal(say: Callable[[str], None], last: str = "") -> Iterator[StopRequest]:
     """Turn the first SIGINT, SIGTERM, SIGHUP or Ctrl-Break into a request that the loop reads after each step.
 
     A second signal exits at once, except SIGHUP: when a terminal closes, the kernel and the shell both send it. A
-    signal that is ignored at the start, such as SIGHUP under nohup, stays ignored.
+    signal that is ignored at the start, such as SIGHUP under nohup, stays ignored. last: a line for the second signal.
     """
     request, hangup = StopRequest(), getattr(signal, "SIGHUP", None)
 
@@ -588,6 +588,9 @@ def stop_on_signal(say: Callable[[str], None]) -> Iterator[StopRequest]:
         if request.signum is not None:
             if signum == hangup:
                 return
+            with contextlib.suppress(RuntimeError):
+                if last:
+                    say(last)
             os._exit(128 + signum)  # safe: every file is renamed only when it is complete
         request.signum = signum
         with contextlib.suppress(RuntimeError):  # raised if the signal interrupted another print
@@ -602,6 +605,24 @@ def stop_on_signal(say: Callable[[str], None]) -> Iterator[StopRequest]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def interrupted_early(say: Callable[[str], None]) -> Iterator[None]:
+    """Let Ctrl-C end a run that has not made a step yet: say so and leave the block, whose locks are released.
+
+    The imports of a script have made Ctrl-C end the process at once; `stop_on_signal` takes over before the first step.
+    """
+    script = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    if script:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        say("stopped before the first step; the same command starts again")
+    finally:
+        if script:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def effective(config: Config, model: nn.Module) -> Config:
