@@ -117,13 +117,15 @@ from quantization_utils import compute_dtype_of, create_lora_config, load_base, 
 from toolkit import checkpoints, data_blocks, data_formats, earlier_run, evaluation, machine, memory, memory_plan
 from toolkit.adapters import load_adapter
 from toolkit.chat_templates import adopt_template
+from toolkit.compare import compare_runs
+from toolkit.curves import call_plot, plot_training_curves, rates_of
 from toolkit.data_blocks import Blocks, batches, make_blocks, sample_counts, step_windows
 from toolkit.data_formats import load_rows, tokenize_rows
-from toolkit.evaluation import comparison, difference_line, mean_loss, plot_training_curves
+from toolkit.evaluation import comparison, difference_line, mean_loss
 from toolkit.memory import peak_gib
-from toolkit.memory_plan import GIB, MemoryPlan
+from toolkit.memory_plan import MemoryPlan
 from toolkit.resume import Found, check_resumable, check_tensors, find_checkpoint, fingerprint, restore_schedule
-from toolkit.run_lines import data_lines, step_line
+from toolkit.run_lines import data_lines, end_lines, step_line
 from toolkit.text_width import for_stdout
 
 # ------------------------------------------------------------------------------------------------ main
@@ -144,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
             doing = "evaluating"
             return evaluate_adapter(config, options.adapter, options.stride)
         if options.compare:
-            return evaluation.compare_runs(options.compare, options.output or "compare.png")
+            return compare_runs(options.compare, options.output or "compare.png")
         output_dir = config.training.output_dir
         again = earlier_run.continuing_command(argv, config.training.resume)
         return fine_tune(config, options.overwrite, again)
@@ -237,7 +239,9 @@ def curves_and_log(run: Run) -> str:
     """Draw the curves and write what the log still holds; return why that failed, or an empty text."""
     try:
         if run.accelerator.is_main_process and run.progress.history:
-            plot_training_curves(run.progress.history, run.output_dir / "training_curves.png")
+            rates = rates_of(run.scheduler, run.progress.step)
+            path = run.output_dir / "training_curves.png"
+            call_plot(plot_training_curves, run.progress.history, path, rates)
         run.log.flush()
     except OSError as error:
         return f"the curves or the log cannot be written ({error})"
@@ -748,22 +752,15 @@ def save_state(run: Run) -> None:
 
 def finish(run: Run) -> None:
     """Write the best adapter and its model card into the output folder and say how the run ended."""
-    progress, say, device = run.progress, run.log.say, run.accelerator.device
+    progress, say = run.progress, run.log.say
     if run.best_adapter is not None:
         set_peft_model_state_dict(run.model, run.best_adapter)
     if run.accelerator.is_main_process:
         part = run.blocks["train"]
         checkpoints.save_adapter(run.output_dir, run.model, run.tokenizer, run.effective, progress, part)
-    if progress.evaluations:
-        before, after = progress.evaluations[0]["perplexity"], perplexity(progress.best_loss)
-        say(
-            f"perplexity {before:.2f} before, {after:.2f} after (step {progress.best_step}, the best by validation loss)"
-        )
-    if len(run.held_out) == 2:
-        held = run.blocks["validation"]
-        say(difference_line(comparison(held.dataset, held, None, run.held_out)))
-    planned = f" | planned {run.plan.reserved / GIB:.2f} for {run.plan.shape}" if run.plan.parts else ""
-    say(f"peak memory {peak_gib(device):.2f} GiB{planned}")
+    peak = peak_gib(run.accelerator.device)
+    for line in end_lines(progress, run.blocks["validation"], run.held_out, peak, run.plan):
+        say(line)
     say(f"adapter, curves and log are in {run.output_dir}")
 
 

@@ -2,10 +2,15 @@
 
 import math
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from config import DataConfig, counted
+from fast_path.loss import perplexity
+from toolkit.checkpoints import Progress
 from toolkit.data_blocks import Blocks, show_block
+from toolkit.evaluation import comparison, difference_line
+from toolkit.memory_plan import GIB, MemoryPlan
 
 
 def data_lines(
@@ -46,3 +51,21 @@ def step_line(row: dict, total_steps: int) -> str:
     speeds = f"{speed:,.0f} tokens/s" + ("" if all_learned else f" ({learned:,.0f} learned)")
     parts = [f"step {row['step']}/{total_steps}", f"loss {row['loss']:.4f}", *rate, f"grad norm {norm:.3f}", speeds]
     return " | ".join(parts)
+
+
+def end_lines(
+    progress: Progress, held: Blocks | None, sums: dict[str, torch.Tensor], peak: float, plan: MemoryPlan
+) -> list[str]:
+    """Return lines about what a finished run has reached and used.
+
+    held: the validation blocks. sums: block_losses of the base and the best adapter. peak: in GiB.
+    """
+    lines = []
+    if progress.evaluations:
+        before, after = progress.evaluations[0]["perplexity"], perplexity(progress.best_loss)
+        best = f"step {progress.best_step}, the best by validation loss"
+        lines.append(f"perplexity {before:.2f} before, {after:.2f} after ({best})")
+    if held is not None and len(sums) == 2:
+        lines.append(difference_line(comparison(held.dataset, held, None, sums)))
+    planned = f" | planned {plan.reserved / GIB:.2f} for {plan.shape}" if plan.parts else ""
+    return [*lines, f"peak memory {peak:.2f} GiB{planned}"]
