@@ -76,6 +76,9 @@ def drawable(texts: Sequence[str]) -> tuple[list[str], list[str]]:
     missing = {ord(char) for text in texts for char in text}
     missing -= font_manager.get_font(font_manager.findfont(families[0])).get_charmap().keys()
     for font in font_manager.fontManager.ttflist if missing else ():
+        usual = font.style == "normal" and font.weight in (400, "normal", "regular", "book")
+        if not usual or font.name.startswith("Last Resort"):  # matplotlib's own: a box for every character
+            continue
         with contextlib.suppress(OSError, RuntimeError):  # a font that matplotlib cannot read
             if held := missing & font_manager.get_font(font.fname).get_charmap().keys():
                 families.append(font.name)
