@@ -27,7 +27,7 @@ TARGETS = {
     "MLP": {"gate_proj", "up_proj", "down_proj"},
 }
 NARROWEST = 12  # columns of a run in the table; the runs that do not fit stand below
-LABEL = 56  # columns of a run in the picture's legend
+LABEL = 100  # columns of a run in the picture's legend
 SAME_LOSS = 2e-3  # relative: the same base on the same data, computed in another number format or on another device
 
 # ------------------------------------------------------------------------------------------------ one run
@@ -187,8 +187,16 @@ def legend_labels(runs: list[RunSummary]) -> list[str]:
     """Return what the picture calls each run: its name and in what it differs."""
     keys, names = differing(runs), without_common_folders([run.name for run in runs])
     columns = [[f"{short_name(key, runs[0])} {value}" for value in shown_values(key, runs)] for key in keys]
-    labels = [": ".join(filter(None, [names[i], ", ".join(column[i] for column in columns)])) for i in range(len(runs))]
-    return [label if width(label) <= LABEL else f"{start_of(label, LABEL - 2)} …" for label in labels]
+    labels = []
+    for i, name in enumerate(names):
+        label, separator = name if width(name) <= LABEL - 3 else f"{start_of(name, LABEL - 5)} …", ": "
+        for part in (column[i] for column in columns):
+            if width(label + separator + part) > LABEL - 3:
+                label += ", …"
+                break
+            label, separator = label + separator + part, ", "
+        labels.append(label)
+    return labels
 
 
 def compare_runs(folders: list[str], output: str) -> int:

@@ -95,7 +95,7 @@ def new_figure() -> tuple[Any, "Axes", "Axes"]:
     from matplotlib.figure import Figure  # opens no window, keeps no global state; takes a second to import
 
     figure = Figure(figsize=SIZE, layout="constrained")
-    left, right = figure.subplots(1, 2)
+    left, right = figure.subplots(1, 2, sharex=True)  # step 0 is in both, also of a single point
     for axes in (left, right):
         axes.grid(visible=True, alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -121,6 +121,7 @@ def plot_training_curves(history: list[dict], path: str | Path, schedule: Sequen
     left.set(title="Loss", **LOSS)
     left.legend()
     right.set(xlabel="optimizer step", ylabel="learning rate", title="Learning rate")
+    right.set_ylim(bottom=0)
     right.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     write_picture(figure, Path(path))
 

@@ -125,7 +125,10 @@ def test_the_legend_says_what_differs():
     assert legend_labels([run("out/a", lora__rank=4), run("out/b", lora__rank=8)]) == ["a: rank 4", "b: rank 8"]
     assert legend_labels([run("a"), run("b")]) == ["a", "b"]
     labels = legend_labels(differing_runs(3))
-    assert all(width(label) <= compare.LABEL for label in labels) and len(set(labels)) == 3
+    assert labels[1] == "實驗_b: rank 4, target_modules attention, gradient_accumulation_steps 16"
+    many = {"lora__rank": 3, "training__seed": 1, "data__dataset": "x" * 60, "data__text_column": "y" * 30}
+    for label in legend_labels([run("n" * 40), run("b" * 120, **many), run("c", **many)])[1:]:
+        assert width(label) <= compare.LABEL and label.endswith(" …")
 
 
 # ------------------------------------------------------------------------------------------------ warnings
