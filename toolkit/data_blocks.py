@@ -139,8 +139,11 @@ def check_ids(dataset: Dataset, split: str, vocabulary: int) -> None:
             first_row += len(chunk)
 
 
-def without_pads(dataset: Dataset) -> Dataset:
-    """Return the rows without padding. The attention mask tells where it is; a pad's id may also be a real token's."""
+def without_pads(dataset: Dataset, split: str) -> Dataset:
+    """Return the rows without padding. The attention mask tells where it is; a pad's id may also be a real token's.
+
+    Raises a ConfigError if the mask says that all is padding.
+    """
     if "attention_mask" not in dataset.column_names:
         return dataset
     names = [name for name in ("input_ids", "labels") if name in dataset.column_names]
@@ -154,9 +157,14 @@ def without_pads(dataset: Dataset) -> Dataset:
 
     features = {name: kind for name, kind in dataset.features.items() if name != "attention_mask"}
     features |= {name: datasets.List(datasets.Value("int32")) for name in names}
-    return dataset.map(
+    found = dataset.map(
         strip, batched=True, features=datasets.Features(features), remove_columns="attention_mask", desc="unpad"
     )
+    if row_lengths(dataset).any() and not row_lengths(found).any():
+        raise ConfigError(
+            f"prepare_dataset: attention_mask of {split}: expected 1 for each token and 0 for padding, got only zeros"
+        )
+    return found
 
 
 def numbered(dataset: Dataset) -> Dataset:
@@ -609,7 +617,7 @@ def make_blocks(
         check_rows(split, name)
         if not ours:
             check_ids(split, name, len(tokenizer))
-        splits[name] = without_pads(split)
+        splits[name] = without_pads(split, name)
     if not ours:
         data = dataclasses.replace(data, dataset=FUNCTION, rows="lines" if data.rows == "lines" else "documents")
         splits = {name: numbered(split) for name, split in splits.items()}

@@ -1167,6 +1167,11 @@ def test_rows_of_our_own_reader_stay_what_they_are_when_somebody_filters_them(tm
         ({"labels": [[5], [6, 7]]}, None, "row 1 of train: expected 2 labels, one per token, got 1"),
         ({"labels": [[5, 6], None]}, None, "row 2 of train: expected 2 labels, one per token, got null"),
         ({"attention_mask": [[1, 1], [1]]}, None, "row 2 of train: expected 2 attention_mask, one per token, got 1"),
+        (
+            {"attention_mask": [[0, 0], [0, 0]]},
+            None,
+            "attention_mask of train: expected 1 for each token and 0 for pad",
+        ),
         ({"input_ids": [[5, 6], None]}, None, "row 2 of train: expected a list of ids, got null"),
         ({"input_ids": [[[5, 6]], [[7, 8]]]}, None, "expected a list of integers in each row of input_ids, got List"),
         ({"input_ids": ["a", "b"]}, None, "expected a list of integers in each row of input_ids, got Value"),
