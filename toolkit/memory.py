@@ -112,7 +112,7 @@ def print_plan(config: Config, about_data: Callable[[Config, int], str]) -> int:
 
 
 def chosen_lines(config: Config, plan: MemoryPlan, limit: float | None) -> list[str]:
-    """Return the table of the plan, and a line with the shape of the run and the reason for it."""
+    """Return the table of the plan, whose title is the shape of the run, and a line with the reason for this shape."""
     if not config.performance.auto_fit:
         reason = "as configured (performance.auto_fit is off)"
     elif limit is None:
@@ -122,8 +122,8 @@ def chosen_lines(config: Config, plan: MemoryPlan, limit: float | None) -> list[
     else:
         pinned = [name for name in sorted(config.flags) if name in SHAPE_KNOBS]
         kept = f" with {' and '.join(pinned)} as given by flag" if pinned else ""
-        reason = f"estimated to be the fastest in {limit / GIB:.2f} GiB{kept}; the training result does not change"
-    return [plan.table(), f"shape: {plan.shape}; {reason}"]
+        reason = f"the fastest estimated in {limit / GIB:.2f} GiB{kept}; the training result stays the same"
+    return [plan.table(), f"shape: {reason}"]
 
 
 def facts(shape: ModelShape, config: Config, plan: MemoryPlan, device: torch.device | None) -> list[str]:
