@@ -41,11 +41,11 @@ def data_lines(
 def step_line(row: dict, total_steps: int) -> str:
     """Return a logged row of metrics as text; its key names and more numbers are in metrics.jsonl.
 
-    Where more than one token in a hundred is only read, the speed of the learned ones stands there instead of the
+    Where more than one token in ten is only read, the speed of the learned ones stands there instead of the
     learning rate, so that the line fits.
     """
     speed, learned = row["tokens_per_second"], row["learned_tokens_per_second"]
-    all_learned = learned > 0.99 * speed
+    all_learned = learned > 0.9 * speed
     rate = [f"lr {row['learning_rate']:.2e}"] if all_learned else []
     norm = math.inf if row["grad_norm"] is None else row["grad_norm"]
     speeds = f"{speed:,.0f} tokens/s" + ("" if all_learned else f" ({learned:,.0f} learned)")
