@@ -934,7 +934,7 @@ TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken
 
 
 def missing_model(name: str, parts: Sequence[str] = MODEL_PARTS) -> list[str]:
-    """Return a list with one message if model.name is a file or a folder that lacks one of `parts`, else [].
+    """Return a list with one message if model.name is a file, no folder or one that lacks one of `parts`, else [].
 
     Only names of files are looked at, so that the answer needs no torch. A hub id is not checked here.
     """
@@ -949,7 +949,7 @@ def missing_model(name: str, parts: Sequence[str] = MODEL_PARTS) -> list[str]:
     if path.is_file():
         return [f"model.name: expected a hub id or a model's folder, got the file {name}; its folder is {path.parent}"]
     if not path.is_dir():
-        return []
+        return [] if is_hub_id(name) else [f"model.name: no such folder: {name}"]
     if (path / "adapter_config.json").is_file():
         return [
             f"model.name: {name} holds an adapter, not a model: give it as --adapter, and its base {_base_of(path)}"

@@ -6,6 +6,7 @@ python quantization_utils.py     check the installation: import what a run impor
                                  line for each thing; exit code 1 if training cannot run
 """
 
+import contextlib
 import errno
 import functools
 import json
@@ -13,6 +14,7 @@ import logging
 import os
 import re
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,7 +102,7 @@ def slow_bf16() -> bool:
     return not torch.cuda.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
-SLOW_BF16 = "quantization.compute_dtype: bfloat16 is many times slower on a CPU without AVX-512: using float32"
+SLOW_BF16 = "quantization.compute_dtype: float32, as bfloat16 is slow without AVX-512"
 
 
 def compute_dtype_of(config: Config) -> torch.dtype:
@@ -239,6 +241,24 @@ def hub_problem(setting: str, name: str, error: BaseException) -> ConfigError | 
     )
 
 
+@contextlib.contextmanager
+def asking_hub(name: str, patience: float = 3.0) -> Iterator[None]:
+    """Say on stderr that the hub is being asked for `name` if that takes longer than `patience` seconds.
+
+    Without a connection huggingface_hub tries again for up to half a minute and says nothing.
+    """
+    line = f"still waiting for {constants.ENDPOINT} ({name}); without a connection this ends in half a minute"
+    asked = is_hub_id(name) and not os.path.exists(name) and not constants.HF_HUB_OFFLINE
+    timer = threading.Timer(patience, print, [line], {"file": sys.stderr})
+    timer.daemon = True
+    if asked and os.environ.get("LOCAL_RANK", "0") == "0":
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def check_repository(model_name: str, revision: str | None) -> None:
     """Raise an error for a model on the hub that cannot be reached or has no config.json. Local folders always pass.
 
@@ -246,7 +266,9 @@ def check_repository(model_name: str, revision: str | None) -> None:
     """
     if os.path.isdir(model_name) or not is_hub_id(model_name):
         return
-    if cached_file(model_name, "config.json", revision=revision) is None:
+    with asking_hub(model_name):
+        found = cached_file(model_name, "config.json", revision=revision)
+    if found is None:
         adapter = cached_file(model_name, "adapter_config.json", revision=revision, **QUIETLY)
         what = "it holds an adapter: give its base instead" if adapter else "is it in another format, such as GGUF?"
         raise ConfigError(f"model.name: {model_name} on the hub has no config.json: {what}")

@@ -91,7 +91,7 @@ if __name__ == "__main__":  # --help and every error in the configuration answer
         parse(sys.argv[1:])
     except ConfigError as error:
         sys.exit(report(error))
-    before_heavy_imports()
+    before_heavy_imports(announce=True)
     wake_gpu()
 import contextlib
 import dataclasses
@@ -123,12 +123,16 @@ from quantization_utils import compute_dtype_of, create_lora_config, load_base, 
 from toolkit import checkpoints, data_blocks, data_formats, earlier_run, evaluation, machine, memory, memory_plan
 from toolkit.adapters import load_adapter, start_from_adapter
 from toolkit.chat_templates import adopt_template
+from toolkit.compare import compare_runs
+from toolkit.curves import call_plot, plot_training_curves, rates_of
 from toolkit.data_blocks import Blocks, batches, make_blocks, sample_counts, step_windows
 from toolkit.data_formats import load_rows, tokenize_rows
-from toolkit.evaluation import comparison, difference_line, mean_loss, plot_training_curves
+from toolkit.evaluation import comparison, difference_line, mean_loss
 from toolkit.memory import peak_gib
-from toolkit.memory_plan import GIB, MemoryPlan
+from toolkit.memory_plan import MemoryPlan
 from toolkit.resume import Found, check_resumable, check_tensors, find_checkpoint, fingerprint, restore_schedule
+from toolkit.run_lines import data_lines, end_lines, step_line
+from toolkit.text_width import for_stdout
 from toolkit.turn_ends import left_beside, load_tokenizer, teach_ends
 
 # ------------------------------------------------------------------------------------------------ main
@@ -136,7 +140,7 @@ from toolkit.turn_ends import left_beside, load_tokenizer, teach_ends
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    doing, output_dir = "loading", ""  # for the messages of errors
+    doing, output_dir, again = "loading", "", ""  # for the messages of errors
     try:
         options, config = parse(argv)
         quantization_utils.quiet_libraries()
@@ -149,9 +153,10 @@ def main(argv: list[str] | None = None) -> int:
             doing = "evaluating"
             return evaluate_adapter(config, options.adapter, options.stride)
         if options.compare:
-            return evaluation.compare_runs(options.compare, options.output or "compare.png")
+            return compare_runs(options.compare, options.output or "compare.png")
         output_dir = config.training.output_dir
-        return fine_tune(config, options.overwrite)
+        again = earlier_run.continuing_command(argv, config.training.resume)
+        return fine_tune(config, options.overwrite, again)
     except memory.NoFit as error:
         print(visible(str(error)), file=sys.stderr)
         return 3
@@ -161,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         return report(error)
     except (MemoryError, OSError, RuntimeError, SafetensorError, torch.AcceleratorError) as error:
-        return machine.failed(error, earlier_run.continues(output_dir))
+        return machine.failed(error, earlier_run.continues(output_dir, again))
     finally:
         reader_gone()
 
@@ -176,14 +181,17 @@ def quiet_datasets() -> None:
 # ------------------------------------------------------------------------------------------------ the commands
 
 
-def fine_tune(config: Config, overwrite: bool) -> int:
-    """Set a run up, train, leave the results in the output folder, and return the exit code."""
+def fine_tune(config: Config, overwrite: bool, again: str) -> int:
+    """Set a run up, train, leave the results in the output folder, and return the exit code.
+
+    again: the command that continues the run if it is stopped.
+    """
     checkpoints.check_output(config.training)
     accelerator = machine.create_accelerator(config.training)
     device = accelerator.device
     log = checkpoints.Log(silent=not accelerator.is_main_process)
     machine.refuse_without_gpu(config, device)
-    with contextlib.ExitStack() as held:
+    with checkpoints.interrupted_early(log.say), contextlib.ExitStack() as held:
         if accelerator.is_main_process:
             held.enter_context(checkpoints.locked(Path(config.training.output_dir), log.say))
         log.say(machine.device_block(device, compute_dtype_of(config), accelerator.num_processes))
@@ -192,13 +200,16 @@ def fine_tune(config: Config, overwrite: bool) -> int:
         memory.cap_memory(device, config.performance.memory_limit_gib)
         found = find_checkpoint(config.training, overwrite, log.say)
         run = build_run(config, accelerator, log, found)
-        describe_data(run)
+        for line in data_lines(run.blocks, config.data, run.tokenizer, run.total_steps, run.sequences_per_step):
+            log.say(line)
         start_run(run, found)
-        return execute(run, held.enter_context(checkpoints.stop_on_signal(log.say)))
+        last = f"stopped at once; to continue from the last checkpoint, if there is one:\n  {again}"
+        return execute(run, held.enter_context(checkpoints.stop_on_signal(log.say, last)), again)
+    return 130  # Ctrl-C before the first step
 
 
-def execute(run: Run, request: checkpoints.StopRequest) -> int:
-    """Train, write the adapter and the curves, and return the exit code."""
+def execute(run: Run, request: checkpoints.StopRequest, again: str) -> int:
+    """Train, write the adapter and the curves, and return the exit code. again: the command that continues the run."""
     say, accelerator, progress = run.log.say, run.accelerator, run.progress
     if progress.step >= run.total_steps:
         say(f"nothing left to train: {run.output_dir} is at step {progress.step} of {run.total_steps}")
@@ -222,10 +233,12 @@ def execute(run: Run, request: checkpoints.StopRequest) -> int:
         if run.config.training.report_to != "none":
             accelerator.end_training()
     for problem in filter(None, (run.unsaved, unwritten)):
-        advice = "the adapter is complete" if done else "free some disk space and start the same command again"
+        advice = "the adapter is complete" if done else f"free some disk space and continue with: {again}"
         say(f"error: step {progress.step}: {problem}; {advice}")
     if run.unsaved or unwritten:
         return 1
+    if not done:
+        say(f"stopped after step {progress.step} of {run.total_steps}; to continue:\n  {again}")
     return 0 if done else 128 + (request.signum or 2)
 
 
@@ -233,7 +246,9 @@ def curves_and_log(run: Run) -> str:
     """Draw the curves and write what the log still holds; return why that failed, or an empty text."""
     try:
         if run.accelerator.is_main_process and run.progress.history:
-            plot_training_curves(run.progress.history, run.output_dir / "training_curves.png")
+            rates = rates_of(run.scheduler, run.progress.step)
+            path = run.output_dir / "training_curves.png"
+            call_plot(plot_training_curves, run.progress.history, path, rates)
         run.log.flush()
     except OSError as error:
         return f"the curves or the log cannot be written ({error})"
@@ -259,7 +274,7 @@ def evaluate_adapter(config: Config, adapter: str | None, stride: int | None) ->
     """
     accelerator = machine.create_accelerator(config.training)
     machine.refuse_without_gpu(config, accelerator.device)
-    say = (lambda line: print(visible(line))) if accelerator.is_main_process else (lambda line: None)
+    say = (lambda line: print(for_stdout(visible(line)))) if accelerator.is_main_process else (lambda line: None)
     if quantization_utils.replaces_bf16(config):
         say(quantization_utils.SLOW_BF16)
     model, tokenizer = load_base(config, accelerator.device)
@@ -450,23 +465,6 @@ def create_scheduler(optimizer: Any, training: TrainingConfig, total_steps: int)
     return LambdaLR(optimizer, lambda done: (done + 1) / warmup if done < warmup else theirs(done))
 
 
-def describe_data(run: Run) -> None:
-    """Say how many blocks there are and how many optimizer steps that makes, with and without packing."""
-    part, held, say = run.blocks["train"], run.blocks["validation"], run.log.say
-    held_out = f"{counted(held.tokens, 'token')} in {counted(len(held), 'block')}" if held else "nothing"
-    say(
-        f"data: {counted(part.rows, 'row')}, {counted(part.documents, 'document')}, {counted(part.tokens, 'token')} in "
-        f"{counted(len(part), 'block')} of {part.length}; held out: {held_out}"
-    )
-    unpacked = f"{math.ceil(part.rows / run.sequences_per_step):,} per epoch"
-    without = f"; without packing it would be {unpacked}" if run.config.data.packing else ""
-    steps, sequences = counted(run.total_steps, "optimizer step"), counted(run.sequences_per_step, "sequence")
-    say(f"steps: {steps} of {sequences} ({run.steps_per_epoch:,} per epoch{without})")
-    for line in (f"read as {part.source}", *part.notes, *(held.notes if held else ())):
-        say(f"data: {line}")
-    say(f"first block: {data_blocks.show_block(part[0], run.tokenizer)}")
-
-
 def start_run(run: Run, found: Found | None) -> None:
     """Restore the checkpoint, if there is one, and open the output folder. A refusal comes before anything is written."""
     log = run.log
@@ -495,7 +493,8 @@ def start_run(run: Run, found: Found | None) -> None:
 def restore(run: Run, found: Found) -> None:
     """Put the run into the state that the checkpoint holds. What the configuration decides is not read from it."""
     _, adapter, state = found
-    run.progress = checkpoints.Progress(**state["progress"])
+    # A checkpoint from before 2026-11-29 has no positions: the next logged speed counts its learned tokens only.
+    run.progress = checkpoints.Progress(**{"positions": state["progress"]["loss_tokens"]} | state["progress"])
     run.best_adapter = state["best_adapter"] or None
     run.held_out = state.get("held_out", {})  # a checkpoint from before 2026-11-24 has none
     set_peft_model_state_dict(run.model, adapter)
@@ -523,9 +522,10 @@ def train(run: Run, request: checkpoints.StopRequest) -> bool:
             _, numbers = next(windows)
             result = training_step(run, progress.step, numbers, request.signum is not None)
             seconds = time.perf_counter() - start
-            progress.count(result.loss_sum, result.tokens, seconds)
+            positions = run.blocks["train"].positions(numbers)
+            progress.count(result.loss_sum, result.tokens, positions, seconds)
             mean = run.learner.objective.mean(result.loss_sum, result.tokens)
-            bar.set_postfix(loss=f"{mean:.4f}", tokens_s=f"{result.tokens / seconds:,.0f}", refresh=False)
+            bar.set_postfix(loss=f"{mean:.4f}", tokens_s=f"{positions / seconds:,.0f}", refresh=False)
             bar.update()
             if progress.step == first_step + 1 and (reason := compiled.compiled_in_pieces()):
                 run.log.say(f"fast path: the layers are compiled in pieces, which costs speed and memory: {reason}")
@@ -583,16 +583,13 @@ def log_step(run: Run, result: StepResult, learning_rate: float) -> None:
         "learning_rate": learning_rate,
         "grad_norm": result.grad_norm if math.isfinite(result.grad_norm) else None,  # a step that the scaler left out
         "tokens": progress.tokens,
-        "tokens_per_second": round(progress.loss_tokens / progress.seconds, 1),
+        "tokens_per_second": round(progress.positions / progress.seconds, 1),
+        "learned_tokens_per_second": round(progress.loss_tokens / progress.seconds, 1),
         "peak_gib": round(peak_gib(run.accelerator.device), 3),
     }
-    progress.loss_sum, progress.loss_tokens, progress.seconds = 0.0, 0, 0.0
+    progress.loss_sum, progress.loss_tokens, progress.positions, progress.seconds = 0.0, 0, 0, 0.0
     run.note(row)
-    run.log.say(
-        f"step {row['step']}/{run.total_steps} | epoch {row['epoch']:.2f} | loss {row['loss']:.4f} | "
-        f"lr {learning_rate:.2e} | grad norm {result.grad_norm:.3f} | {row['tokens_per_second']:,.0f} tokens/s | "
-        f"peak {row['peak_gib']:.2f} GiB"
-    )
+    run.log.say(step_line(row, run.total_steps))
 
 
 # ------------------------------------------------------------------------------------------------ one optimizer step
@@ -760,16 +757,15 @@ def save_state(run: Run) -> None:
 
 def finish(run: Run) -> None:
     """Write the best adapter and its model card into the output folder and say how the run ended."""
-    progress, say, device = run.progress, run.log.say, run.accelerator.device
+    progress, say = run.progress, run.log.say
     if run.best_adapter is not None:
         set_peft_model_state_dict(run.model, run.best_adapter)
     if run.accelerator.is_main_process:
         part = run.blocks["train"]
         checkpoints.save_adapter(run.output_dir, run.model, run.tokenizer, run.effective, progress, part)
-    for line in evaluation.result_lines(progress, run.held_out, run.blocks["validation"]):
+    peak = peak_gib(run.accelerator.device)
+    for line in end_lines(progress, run.blocks["validation"], run.held_out, peak, run.plan):
         say(line)
-    planned = f" | planned {run.plan.reserved / GIB:.2f} for {run.plan.shape}" if run.plan.parts else ""
-    say(f"peak memory {peak_gib(device):.2f} GiB{planned}")
     say(f"adapter, curves and log are in {run.output_dir}")
 
 

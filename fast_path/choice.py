@@ -41,7 +41,7 @@ def choose_fast_path(
             raise ConfigError(f"performance.{name}: cannot be on here: {obstacle}")
         runs[name] = wanted == "on" or (wanted == "auto" and not obstacle and gpu)
         if not runs[name]:
-            reasons[name] = "off" if wanted == "off" else obstacle or "gains nothing on a CPU"
+            reasons[name] = "off" if wanted == "off" else "no gain on a CPU" if not gpu else obstacle or ""
         return runs[name]
 
     fused = decide("fused_lora", None if fusables else "no plain LoRA adapter on a 4-bit linear")
@@ -53,5 +53,7 @@ def choose_fast_path(
     line = "fast path: " + (", ".join(name for name, on in runs.items() if on) or "none")
     if fused:
         line += "".join(f" | {', '.join(parts)}: {reason}" for reason, parts in plain_parts(model).items())
-    line += "".join(f" | without {name}: {reason}" for name, reason in reasons.items())
+    for reason in dict.fromkeys(reasons.values()):
+        names = [name for name, other in reasons.items() if other == reason]
+        line += f" ({reason})" if len(names) == len(runs) else f" | without {', '.join(names)}: {reason}"
     return FastPath(fused, compiled, graphs, kernels, line)

@@ -625,12 +625,13 @@ def test_what_a_run_cannot_find_is_said_before_torch_is_imported(run_cli, tmp_pa
     result = child(
         run_cli,
         tmp_path,
-        *("--dataset", "none/of/these", "--output_dir", tmp_path / "file"),
+        *("--dataset", "none/of/these", "--output_dir", tmp_path / "file", "--model_name", "./none"),
         env={"PYTHONPATH": str(tmp_path)},
         fresh=True,
     )
     assert said(result.stderr) == [
         "data.dataset: no such file or folder: none/of/these",
+        "model.name: no such folder: ./none",
         f"training.output_dir: expected a folder, got the file {tmp_path / 'file'}",
     ]
 

@@ -89,6 +89,15 @@ def test_the_analysis_of_names_tells_them_apart():
     assert bound(ast.parse(source).body) == {"a", "x", "b"}
 
 
+def test_the_first_line_comes_before_torch(run_cli, tmp_path):
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch')", encoding="utf-8")
+    command = ("train_qlora.py", "--config", ROOT / "tiny" / "config.yaml")
+    done = run_cli(*command, env={"PYTHONPATH": str(tmp_path)}, fresh=True)
+    assert done.stderr == "loading torch, transformers, peft and bitsandbytes ...\ntorch\n" and done.stdout == ""
+    second = run_cli(*command, env={"PYTHONPATH": str(tmp_path), "LOCAL_RANK": "1"}, fresh=True)
+    assert second.stderr == "torch\n"
+
+
 @pytest.mark.both
 @pytest.mark.parametrize("script, flag", [("train_qlora.py", "--rank"), ("inference_example.py", "--max_new_tokens")])
 def test_a_script_runs_from_another_folder(run_cli, script, flag, tmp_path):

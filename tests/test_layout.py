@@ -76,7 +76,9 @@ def test_packages_are_empty():
     assert [(ROOT / package / "__init__.py").read_text(encoding="utf-8") for package in PACKAGES] == ["", ""]
 
 
-@pytest.mark.parametrize("name", ["config", "toolkit.startup", "toolkit.chat", "fast_path.families"])
+@pytest.mark.parametrize(
+    "name", ["config", "toolkit.startup", "toolkit.chat", "toolkit.text_width", "fast_path.families"]
+)
 def test_what_runs_first_imports_no_heavy_library(name):
     program = f"import sys, {name}; print({{'torch', 'transformers', 'numpy', 'datasets'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)

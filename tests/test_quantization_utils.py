@@ -7,12 +7,14 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import bitsandbytes as bnb
 import pytest
 import torch
 import torch.nn.functional as F
+from huggingface_hub import constants
 from peft import PeftModel, get_peft_model
 from transformers import (
     AutoConfig,
@@ -36,6 +38,7 @@ from config import ConfigError
 from fast_path import layers as layers_module
 from quantization_utils import (
     DEFAULT_TARGETS,
+    asking_hub,
     base_lines,
     check_length,
     count_parameters,
@@ -772,3 +775,15 @@ def test_real_model_knows_its_english_in_4bit():
     ids = tokenizer("The capital of France is Paris. The capital of Italy is", return_tensors="pt").input_ids
     with torch.no_grad():
         assert tokenizer.decode(model.eval()(ids).logits[0, -1].argmax()).strip() == "Rome"
+
+
+@pytest.mark.parametrize("name, offline, said", [("a/b", False, True), ("a/b", True, False), ("/a/b", False, False)])
+def test_a_hub_that_does_not_answer_is_named_while_it_is_asked(monkeypatch, capsys, name, offline, said):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    with asking_hub(name, 0.01):
+        time.sleep(0.3)
+    assert capsys.readouterr().err.startswith(f"still waiting for {constants.ENDPOINT} ({name}); ") == said
+    with asking_hub(name, 0.1):
+        pass
+    time.sleep(0.3)
+    assert capsys.readouterr().err == ""

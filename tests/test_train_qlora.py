@@ -55,7 +55,11 @@ ROOT = Path(__file__).resolve().parent.parent
 STEP = train_qlora.training_step
 FP32 = ("--compute_dtype", "float32", "--optim", "adamw_torch", "--gradient_checkpointing", "false")
 EPOCHS = ("--max_steps", "null", "--num_epochs")
-VARYING = {"tokens_per_second", "peak_gib"}  # of a row of metrics: speed and memory of the machine
+VARYING = {
+    "tokens_per_second",
+    "learned_tokens_per_second",
+    "peak_gib",
+}  # of a row of metrics: speed and memory of the machine
 
 
 # ------------------------------------------------------------------------------------------------ helpers
@@ -477,7 +481,7 @@ def test_step_0_evaluates_the_base(train, watch, tiny_model):
 def test_evaluate_command_agrees_with_the_run(train, capsys):
     code, folder = train(*FP32)
     assert code == 0
-    ended = re.search(r"adapter - base: (.*) ± (.*) \(standard error", capsys.readouterr().out)
+    ended = re.search(r"adapter - base: loss (.*) ± (.*) \(standard error", capsys.readouterr().out)
     assert main(["--evaluate", "--adapter", str(folder)]) == 0
     printed = capsys.readouterr().out
     result = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
@@ -589,6 +593,32 @@ def test_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(
     assert {p.name for p in checkpoints(tmp_path / "parts")} == {p.name for p in checkpoints(tmp_path / "whole")}
 
 
+def test_a_stopped_run_says_how_to_continue(train, few, tmp_path, monkeypatch, capsys):
+    """The command as it is printed: without what would start over."""
+    flags = (*RESUMABLE, "--dataset", few)
+    assert train(*flags, output_dir=tmp_path / "whole")[0] == 0
+    assert train(*flags, output_dir=tmp_path / "parts")[0] == 0  # a finished run that the next one replaces
+    with monkeypatch.context() as patch:
+        Watch(patch, after=stop_after(2, signal.SIGINT))
+        code, folder = train(*flags, "--overwrite", "--resume", "never", output_dir=tmp_path / "parts")
+    said, command = capsys.readouterr().out.splitlines()[-2:]
+    assert code == 130 and said == "stopped after step 2 of 6; to continue:"
+    assert said in (folder / "training_log.txt").read_text(encoding="utf-8")
+    assert eval(command, {"train_qlora": train_qlora}) == 0
+    assert f"resuming from {folder / 'checkpoint-2'} at step 2 of 6" in capsys.readouterr().out
+    assert same_rows(folder, tmp_path / "whole")
+
+
+def test_ctrl_c_before_the_first_step_leaves_nothing(train, tmp_path, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_qlora, "load_base", interrupted)
+    code, folder = train("--max_steps", 1)
+    assert code == 130 and not folder.exists()
+    assert capsys.readouterr().out.splitlines()[-1] == "stopped before the first step; the same command starts again"
+
+
 @pytest.mark.parametrize("flags, saved", [(("--save_minutes", "1e-9"), [3, 2]), (("--save_minutes", "null"), [3])])
 def test_checkpoints_come_by_the_clock_too(train, flags, saved):
     code, folder = train(*flags)
@@ -668,7 +698,7 @@ def test_adapter_of_the_lowest_validation_loss_is_the_one_saved(train, scripted,
         adapter, _ = read_checkpoint(folder / f"checkpoint-{step}")
         assert all(torch.equal(adapter[name], saved[name]) for name in saved) == (step == 2)
     lines = capsys.readouterr().out.splitlines()
-    assert "step 2" in lines[-4] and lines[-3] == "adapter - base: -2.0000"  # one block has no standard error
+    assert "step 2" in lines[-4] and lines[-3] == "adapter - base: loss -2.0000"  # one block has no standard error
     assert f"{math.exp(5):.3f} before, {math.exp(3):.3f} with" in (folder / "README.md").read_text(encoding="utf-8")
 
 
@@ -823,8 +853,10 @@ def test_output_folder_holds_what_the_spec_promises_and_nothing_else(train, tiny
         assert words in log
     # the rows of metrics.jsonl
     (row,) = steps_of(folder)
-    keys = ["step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "peak_gib"]
-    assert list(row) == keys and row["tokens_per_second"] > 0 and row["peak_gib"] > 0
+    keys = ["step", "epoch", "loss", "learning_rate", "grad_norm", "tokens"]
+    keys += ["tokens_per_second", "learned_tokens_per_second", "peak_gib"]
+    assert list(row) == keys and row["peak_gib"] > 0
+    assert 0 < row["learned_tokens_per_second"] < row["tokens_per_second"]  # a block's first token is only read
     # the model card: peft's header, and nothing left open
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert card.startswith("---\n") and str(tiny_model) in card and "[More Information Needed]" not in card

@@ -40,6 +40,7 @@ from toolkit.earlier_run import FILES, GENERATION, checkpoints, read_tree, step_
 from toolkit.locks import exclusive
 from toolkit.merged_folder import for_older_readers
 from toolkit.startup import redact, visible
+from toolkit.text_width import for_stdout
 
 if TYPE_CHECKING:  # it imports datasets, which inference does not need
     from toolkit.data_blocks import Blocks
@@ -119,20 +120,22 @@ class Progress:
 
     step: int = 0
     tokens: int = 0
-    loss_sum: float = 0.0  # since the last logged row, like the next two
+    loss_sum: float = 0.0  # since the last logged row, like the next three
     loss_tokens: int = 0
+    positions: int = 0  # tokens computed: those that are learned and those that are only read, without padding
     seconds: float = 0.0
     best_loss: float | None = None
     best_step: int = 0
     worse: int = 0  # evaluations since the best one
     history: list[dict] = dataclasses.field(default_factory=list)
 
-    def count(self, loss_sum: float, tokens: int, seconds: float) -> None:
-        """Add one optimizer step."""
+    def count(self, loss_sum: float, tokens: int, positions: int, seconds: float) -> None:
+        """Add one optimizer step. tokens: supervised ones. positions: tokens computed."""
         self.step += 1
         self.tokens += tokens
         self.loss_sum += loss_sum
         self.loss_tokens += tokens
+        self.positions += positions
         self.seconds += seconds
 
     @property
@@ -401,7 +404,7 @@ class Log:
             return
         line = visible(redact(line))
         with contextlib.suppress(OSError), tqdm.external_write_mode():  # a closed console must not end the run
-            print(line, flush=True)
+            print(for_stdout(line), flush=True)
         self._add("training_log.txt", line + "\n")
 
     def open(self, folder: Path) -> None:
@@ -567,11 +570,11 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def stop_on_signal(say: Callable[[str], None]) -> Iterator[StopRequest]:
+def stop_on_signal(say: Callable[[str], None], last: str = "") -> Iterator[StopRequest]:
     """Turn the first SIGINT, SIGTERM, SIGHUP or Ctrl-Break into a request that the loop reads after each step.
 
     A second signal exits at once, except SIGHUP: when a terminal closes, the kernel and the shell both send it. A
-    signal that is ignored at the start, such as SIGHUP under nohup, stays ignored.
+    signal that is ignored at the start, such as SIGHUP under nohup, stays ignored. last: a line for the second signal.
     """
     request, hangup = StopRequest(), getattr(signal, "SIGHUP", None)
 
@@ -579,6 +582,9 @@ def stop_on_signal(say: Callable[[str], None]) -> Iterator[StopRequest]:
         if request.signum is not None:
             if signum == hangup:
                 return
+            with contextlib.suppress(RuntimeError):
+                if last:
+                    say(last)
             os._exit(128 + signum)  # safe: every file is renamed only when it is complete
         request.signum = signum
         with contextlib.suppress(RuntimeError):  # raised if the signal interrupted another print
@@ -593,6 +599,24 @@ def stop_on_signal(say: Callable[[str], None]) -> Iterator[StopRequest]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def interrupted_early(say: Callable[[str], None]) -> Iterator[None]:
+    """Let Ctrl-C end a run that has not made a step yet: say so and leave the block, whose locks are released.
+
+    The imports of a script have made Ctrl-C end the process at once; `stop_on_signal` takes over before the first step.
+    """
+    script = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    if script:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        say("stopped before the first step; the same command starts again")
+    finally:
+        if script:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def effective(config: Config, model: nn.Module) -> Config:

@@ -39,6 +39,7 @@ from toolkit.data_formats import (
     local_files,
     whole_characters,
 )
+from toolkit.text_width import start_of
 
 # Wikitext marks an article by " = Title = " and its sections by " = = Title = = ".
 WIKITEXT_TITLE = r"^ ?= [^=](.*[^=])? = ?\n?$"
@@ -138,8 +139,11 @@ def check_ids(dataset: Dataset, split: str, vocabulary: int) -> None:
             first_row += len(chunk)
 
 
-def without_pads(dataset: Dataset) -> Dataset:
-    """Return the rows without padding. The attention mask tells where it is; a pad's id may also be a real token's."""
+def without_pads(dataset: Dataset, split: str) -> Dataset:
+    """Return the rows without padding. The attention mask tells where it is; a pad's id may also be a real token's.
+
+    Raises a ConfigError if the mask says that all is padding.
+    """
     if "attention_mask" not in dataset.column_names:
         return dataset
     names = [name for name in ("input_ids", "labels") if name in dataset.column_names]
@@ -153,9 +157,14 @@ def without_pads(dataset: Dataset) -> Dataset:
 
     features = {name: kind for name, kind in dataset.features.items() if name != "attention_mask"}
     features |= {name: datasets.List(datasets.Value("int32")) for name in names}
-    return dataset.map(
+    found = dataset.map(
         strip, batched=True, features=datasets.Features(features), remove_columns="attention_mask", desc="unpad"
     )
+    if row_lengths(dataset).any() and not row_lengths(found).any():
+        raise ConfigError(
+            f"prepare_dataset: attention_mask of {split}: expected 1 for each token and 0 for padding, got only zeros"
+        )
+    return found
 
 
 def numbered(dataset: Dataset) -> Dataset:
@@ -279,6 +288,10 @@ class Blocks:
             parts = [numbers[first : last + 1] for first, last in zip(low, high, strict=True)]
             found.append(np.concatenate(parts))
         return found
+
+    def positions(self, blocks: Iterable[int]) -> int:
+        """Return how many tokens these blocks hold, learned or only read."""
+        return int(sum(np.diff(self.spans(i)).sum() for i in blocks))
 
     def __getitem__(self, i: int) -> np.ndarray:
         """Return a block's tokens, int64 [tokens]."""
@@ -604,7 +617,7 @@ def make_blocks(
         check_rows(split, name)
         if not ours:
             check_ids(split, name, len(tokenizer))
-        splits[name] = without_pads(split)
+        splits[name] = without_pads(split, name)
     if not ours:
         data = dataclasses.replace(data, dataset=FUNCTION, rows="lines" if data.rows == "lines" else "documents")
         splits = {name: numbered(split) for name, split in splits.items()}
@@ -638,14 +651,14 @@ def sample_counts(*parts: Blocks | Windows | None) -> list[int]:
 def show_block(block: np.ndarray, tokenizer: PreTrainedTokenizerBase, most: int = 80) -> str:
     """Return a block's start decoded in one line, with [[ and ]] around supervised tokens.
 
-    Each part is cut to `most` characters. If the block cuts a character, its rest is not shown.
+    Each part is cut to `most` characters, running text to `most` columns. If the block cuts a character, its rest is not shown.
     """
     ids, learned = (block[:40], np.zeros(40, bool)) if block.ndim == 1 else (block[0], block[1] != IGNORED)
     shown = ""
     for marked, text in whole_characters(ids, learned, tokenizer):
         text = text.replace("\n", "\\n") if shown else text.lstrip(HALF).replace("\n", "\\n")
         if block.ndim == 1:
-            return text + " …"
+            return start_of(text, most) + " …"
         text = text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 2 :]}"
         shown += f"[[{text}]]" if marked else text
         if len(shown) > 5 * most:

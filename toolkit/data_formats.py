@@ -30,7 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from config import DATA_FILES, ConfigError, DataConfig, missing_data
 from fast_path.loss import IGNORED
-from quantization_utils import cache_problem, hub_problem
+from quantization_utils import asking_hub, cache_problem, hub_problem
 from toolkit.chat_templates import CHANGES, changes_words, render_chats
 from toolkit.encodings import not_utf8
 
@@ -178,7 +178,8 @@ def load_rows(data: DataConfig) -> DatasetDict:
     local = local_files(data.dataset)
     try:
         if local is None:
-            loaded = datasets.load_dataset(data.dataset, data.dataset_config)
+            with asking_hub(data.dataset):
+                loaded = datasets.load_dataset(data.dataset, data.dataset_config)
         else:
             builder, files = local
             check_encoding(files)

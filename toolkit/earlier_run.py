@@ -9,7 +9,10 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import stat
+import subprocess
+import sys
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -141,10 +144,33 @@ def _sizes(path: str) -> list[int]:
     return sorted(f.stat().st_size for f in files if f.suffix.lower() in (*DATA_FILES, ".safetensors") and f.is_file())
 
 
-def continues(output_dir: str) -> str:
-    """Return the end of an error message: that the same command continues, if there is a checkpoint to continue from."""
+def continuing_command(argv: list[str] | None, resume: str) -> str:
+    """Return the command that continues this run: the one that started it, without --overwrite and another --resume.
+
+    argv: the arguments of `main`; None means those of the process. resume: the run's training.resume, which may come
+    from a file.
+    """
+    kept: list[str] = []
+    words = iter(sys.argv[1:] if argv is None else argv)
+    for word in words:
+        flag, equals, _ = word.replace("-", "_").partition("=")
+        if flag in ("__resume", "__training.resume"):
+            None if equals else next(words, None)  # its value
+        elif flag != "__overwrite":
+            kept.append(word)
+    kept += ["--resume", "auto"] if resume != "auto" else []
+    if argv is not None:
+        return f"train_qlora.main({kept})"
+    started = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]  # python with its own options, and the script
+    if "LOCAL_RANK" in os.environ:
+        started = ["torchrun", "--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", "1"), sys.argv[0]]
+    return subprocess.list2cmdline([*started, *kept]) if os.name == "nt" else shlex.join([*started, *kept])
+
+
+def continues(output_dir: str, command: str) -> str:
+    """Return the end of an error message: the command that continues, if there is a checkpoint to continue from."""
     found = output_dir and checkpoints(Path(output_dir))
-    return "; the same command continues from the last checkpoint" if found else ""
+    return f"; to continue from the last checkpoint: {command}" if found else ""
 
 
 def other_run(changes: list[str], training: TrainingConfig) -> ConfigError:

@@ -21,8 +21,8 @@ LEGACY = (
 
 def looks_like(sample: bytes) -> str | None:
     """Return the encoding of a text that is not UTF-8, as a guess, or None."""
-    if sample.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or _is_utf16(sample):
-        return "UTF-16"
+    if wide := _wide_encoding(sample):
+        return wide
     if b"\0" in sample:
         return "binary data, not text"
     high = re.findall(rb"[\x80-\xff]", sample)
@@ -46,14 +46,20 @@ def _frequent_share(sample: bytes, codec: str, leads: Sequence[int], least: int)
     return sum(len(pair) == 2 and pair[0] in leads and pair[1] >= least for pair in pairs) / max(len(pairs), 1)
 
 
-def _is_utf16(sample: bytes) -> bool:
-    """Return whether bytes without a byte order mark are UTF-16, which gives ASCII, ideographs, kana and Hangul."""
-    for codec in ("utf-16-le", "utf-16-be") if b"\0" in sample else ():
-        text = sample[: len(sample) // 2 * 2].decode(codec, "replace")
-        usual = re.findall("[\t\n\r -~\u00a0-\u017f\u2010-\u2027\u3000-\u9fff\uac00-\ud7a3\uff01-\uff5e]", text)
-        if len(usual) > 0.9 * len(text):
-            return True
-    return False
+def _wide_encoding(sample: bytes) -> str | None:
+    """Return UTF-32 or UTF-16 for bytes in it, or None.
+
+    They begin with its byte order mark, or are ASCII, ideographs, kana and Hangul if read as it.
+    """
+    for name, size in (("UTF-32", 4), ("UTF-16", 2)):  # the mark of UTF-16 is the beginning of that of UTF-32
+        for codec in (f"{name.lower()}-le", f"{name.lower()}-be"):
+            if sample.startswith("\ufeff".encode(codec)):
+                return name
+            text = sample[: len(sample) // size * size].decode(codec, "replace") if b"\0" in sample else ""
+            usual = re.findall("[\t\n\r -~\u00a0-\u017f\u2010-\u2027\u3000-\u9fff\uac00-\ud7a3\uff01-\uff5e]", text)
+            if len(usual) > 0.9 * len(text):
+                return name
+    return None
 
 
 def check_config(path: Path) -> None:
@@ -67,7 +73,9 @@ def not_utf8(path: str | Path) -> str | None:
     """Return which line of a text file is not UTF-8, what it looks like and what to do; None if all lines are UTF-8."""
     with open(path, "rb") as file:
         done, sample = 0, file.read(2**16)
-        if not _is_utf16(sample):  # ASCII text in UTF-16 without a mark would be valid UTF-8 with zero bytes
+        if not _wide_encoding(
+            sample
+        ):  # ASCII text in UTF-16 or UTF-32 without a mark would be valid UTF-8 with zero bytes
             file.seek(0)
             while True:
                 block = b"".join(file.readlines(2**22))  # whole lines: none of them ends inside a character

@@ -1,36 +1,30 @@
-"""How good an adapter is: losses on blocks, the adapter beside the base, finished runs side by side, and both plots."""
+"""How good an adapter is: losses on blocks, and the adapter beside the base."""
 
 import contextlib
-import dataclasses
 import json
 import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from config import Config, ConfigError, LoraSettings, counted, load_config
+from config import Config, LoraSettings, counted
 from fast_path.choice import choose_fast_path
 from fast_path.dropout import DropoutClock
 from fast_path.layers import fuse
 from fast_path.loss import CausalLMLoss, Objective, default_logit_chunk, kernel_chunk_loss, perplexity
 from fast_path.micro_step import Learner, let_go
 from quantization_utils import compute_dtype_of
-from toolkit.checkpoints import Progress, refusing, write_atomically, write_picture
+from toolkit.checkpoints import write_atomically
 from toolkit.data_blocks import Blocks, batches
-from toolkit.earlier_run import settings
 from toolkit.locks import exclusive, lock_of
 from toolkit.memory import free_bytes
-from toolkit.startup import visible
 
 # ------------------------------------------------------------------------------------------------ losses on blocks
 
@@ -202,28 +196,7 @@ def difference_line(result: dict, other: str = "base") -> str:
     """Return a comparison's difference as text. other: what the adapter was compared with."""
     change, error = result["difference"].values()
     sure = "" if error is None else f" ± {error:.4f} (standard error over {counted(result['blocks'], 'block')})"
-    return f"adapter - {other}: {change:+.4f}{sure}"
-
-
-def result_lines(progress: Progress, held_out: dict[str, torch.Tensor], blocks: Blocks | None) -> list[str]:
-    """Return lines with the perplexity before and after a run, and with how sure each difference is.
-
-    held_out: block_losses of the base, of the adapter that the run started from, if any, and of the best one.
-    """
-    if not progress.evaluations:
-        return []
-    before, after = progress.evaluations[0]["perplexity"], perplexity(progress.best_loss)
-    first = f"{before:.2f} before"
-    if "start" in held_out:
-        first = f"{perplexity(mean_loss(held_out['base'])):.2f} of the base, {before:.2f} at the start"
-    lines = [
-        f"perplexity {first}, {after:.2f} after (the adapter of step {progress.best_step}, the best by validation loss)"
-    ]
-    for other in ("base", "start"):
-        if blocks is not None and held_out.keys() >= {other, "adapter"}:
-            sums = {"base": held_out[other], "adapter": held_out["adapter"]}
-            lines.append(difference_line(comparison(blocks.dataset, blocks, None, sums), other))
-    return lines
+    return f"adapter - {other}: loss {change:+.4f}{sure}"
 
 
 def save_evaluation(result: dict, folder: Path) -> None:
@@ -231,121 +204,3 @@ def save_evaluation(result: dict, folder: Path) -> None:
     path = folder / "evaluation.json"
     with exclusive(lock_of(path), f"--adapter: another command is writing {path}"):
         write_atomically(path, (json.dumps(result, indent=2) + "\n").encode())
-
-
-# ------------------------------------------------------------------------------------------------ comparing runs
-
-
-@dataclasses.dataclass(frozen=True)
-class RunSummary:
-    """What a finished run left in its folder; rows are those of metrics.jsonl."""
-
-    name: str
-    settings: dict[str, Any]
-    rows: list[dict]
-    parameters: int
-    adapter_bytes: int
-
-    def quantities(self) -> dict[str, str]:
-        """Return the table's entries for this run besides its settings."""
-        steps, evaluations = ([row for row in self.rows if key in row] for key in ("tokens", "eval_loss"))
-        done = np.diff([row["tokens"] for row in steps], prepend=0)
-        seconds = sum(tokens / row["tokens_per_second"] for tokens, row in zip(done, steps, strict=True))
-        best = min(evaluations, key=lambda row: row["eval_loss"], default=None)
-        return {
-            "trainable parameters": f"{self.parameters:,}",
-            "adapter": f"{self.adapter_bytes / 1e6:,.1f} MB",
-            "steps": f"{self.rows[-1]['step']:,}",
-            "validation loss": f"{best['eval_loss']:.4f} (step {best['step']})" if best else "-",
-            "perplexity": f"{best['perplexity']:.3f}" if best else "-",
-            "tokens/s": f"{done.sum() / seconds:,.0f}" if seconds else "-",
-            "peak GiB": f"{max((row['peak_gib'] for row in steps), default=0):.2f}",
-            "time": f"{seconds / 60:,.1f} min",
-        }
-
-
-def read_run(folder: Path) -> RunSummary:
-    """Return the summary of a run's folder; raises ConfigError where it holds no finished run."""
-    for name in ("config.yaml", "metrics.jsonl", "adapter_model.safetensors"):
-        if not (folder / name).is_file():
-            raise ConfigError(f"--compare: expected folders of finished runs, got {folder}, which has no {name}")
-    with refusing(f"--compare: cannot read {folder}", ValueError, OSError, SafetensorError):
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        adapter = load_file(folder / "adapter_model.safetensors")
-    if not rows:
-        raise ConfigError(f"--compare: expected logged steps, got none in {folder / 'metrics.jsonl'}")
-    parameters = sum(tensor.numel() for tensor in adapter.values())
-    size = (folder / "adapter_model.safetensors").stat().st_size
-    return RunSummary(str(folder), settings(load_config(folder / "config.yaml")), rows, parameters, size)
-
-
-def compare_table(runs: list[RunSummary]) -> str:
-    """Return a table with one column per run: the settings in which the runs differ, then their results."""
-    keys = [key for key in runs[0].settings if len({json.dumps(run.settings[key]) for run in runs}) > 1]
-    keys = [key for key in keys if key != "training.output_dir"]
-    results = [run.quantities() for run in runs]
-    columns = [["", *keys, *results[0]]]
-    for run, result in zip(runs, results, strict=True):
-        columns.append([run.name, *(str(run.settings[key]) for key in keys), *result.values()])
-    widths = [max(map(len, column)) for column in columns]
-    lines = []
-    for first, *cells in zip(*columns, strict=True):
-        aligned = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), *aligned]))
-    return "\n".join(lines)
-
-
-def plot_comparison(runs: list[RunSummary], path: Path) -> None:
-    """Draw the curves of several runs into one picture: training loss on the left, validation loss on the right."""
-    from matplotlib.figure import Figure  # opens no window, keeps no global state; takes a second to import
-
-    figure = Figure(figsize=(12, 4.5), layout="constrained")
-    for axes, key, title in zip(figure.subplots(1, 2), ("loss", "eval_loss"), ("Training", "Validation"), strict=True):
-        for run in runs:
-            rows = [row for row in run.rows if key in row]
-            steps, values = [row["step"] for row in rows], [row[key] for row in rows]
-            axes.plot(steps, values, marker="o", markersize=3, label=run.name)
-        axes.set(xlabel="optimizer step", ylabel="loss per token (nats)", title=title)
-        axes.grid(visible=True, alpha=0.3)
-        axes.legend()
-    write_picture(figure, path)
-
-
-def compare_runs(folders: list[str], output: str) -> int:
-    """Print the table of the runs in these folders and draw their curves; return 0."""
-    if len(folders) < 2:
-        raise ConfigError(f"--compare: expected two folders or more, got {folders[0]}")
-    runs = [read_run(Path(folder)) for folder in folders]
-    print(visible(compare_table(runs)))
-    busy = f"--output: another command is writing {output}"
-    with refusing(f"--output: cannot write {output}", OSError), exclusive(lock_of(Path(output)), busy):
-        plot_comparison(runs, Path(output))
-    print(visible(f"curves are in {output}"))
-    return 0
-
-
-# ------------------------------------------------------------------------------------------------ the curves of a run
-
-
-def plot_training_curves(history: list[dict], path: str | Path) -> None:
-    """Draw one run: training and validation loss on the left, the learning rate on the right.
-
-    history: rows of metrics.jsonl. path: of the PNG file.
-    """
-    from matplotlib.figure import Figure  # opens no window, keeps no global state; takes a second to import
-
-    figure = Figure(figsize=(12, 4.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for axes, key, style in (
-        (left, "loss", {"label": "training", "linewidth": 1.2}),
-        (left, "eval_loss", {"label": "validation", "marker": "o", "markersize": 4}),
-        (right, "learning_rate", {"color": "tab:green", "linewidth": 1.2}),
-    ):
-        rows = [row for row in history if key in row]
-        axes.plot([row["step"] for row in rows], [row[key] for row in rows], **style)
-        axes.grid(visible=True, alpha=0.3)
-    left.set(xlabel="optimizer step", ylabel="loss per token (nats)", title="Loss")
-    left.legend()
-    right.set(xlabel="optimizer step", ylabel="learning rate", title="Learning rate")
-    right.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    write_picture(figure, Path(path))

@@ -89,9 +89,10 @@ def device_block(device: torch.device, dtype: torch.dtype, processes: int) -> st
     if device.type == "cuda":
         found = torch.cuda.get_device_properties(device)
         gpu = f"GPU: {found.name} | {found.total_memory / 2**30:.1f} GiB | {found.multi_processor_count} SMs"
-    versions = " | ".join(installed("torch", "transformers", "peft", "bitsandbytes"))
+    versions = installed("torch", "transformers", "peft", "bitsandbytes")
     compute = f"Compute type: {dtype} | processes: {processes}"
-    return "\n".join(["=" * 60, f"Device: {device}", gpu, versions, compute, "=" * 60])
+    rows = [f"Device: {device}", gpu, " | ".join(versions[:3]), " | ".join(versions[3:]), compute]
+    return "\n".join(["=" * 60, *rows, "=" * 60])
 
 
 def installed(*packages: str) -> list[str]:

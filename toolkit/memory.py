@@ -34,6 +34,7 @@ from toolkit.memory_plan import (
     step_seconds,
     wants_offload,
 )
+from toolkit.text_width import for_stdout
 
 # ------------------------------------------------------------------------------------------------ decide and print
 
@@ -95,23 +96,23 @@ def print_plan(config: Config, about_data: Callable[[Config, int], str]) -> int:
     shape, limit = configured_shape(config), memory_limit(device, config.performance.memory_limit_gib)
     sequences = config.training.batch_size * config.training.gradient_accumulation_steps
     plan = choose_plan(shape, config, sequences, device, limit, saved={})
-    print(*chosen_lines(config, plan, limit), *facts(shape, config, plan, device), sep="\n")
-    print(about_data(config, sequences), *savings_lines(shape, config, plan, limit), sep="\n")
+    if device is None:
+        print("this machine has no GPU: the plan is that of a run on an NVIDIA GPU")
+    print(for_stdout("\n".join([*chosen_lines(config, plan, limit), *facts(shape, config, plan, device)])))
+    print(for_stdout("\n".join([about_data(config, sequences), *savings_lines(shape, config, plan, limit)])))
     if limit is None:
         return 0
     longest = longest_length(shape, config, limit)
     offload = " with their inputs in main memory" if expected_path(config) == COMPILED else ""
     last = ", all positions that the model supports" if longest == shape.positions else ""
-    print(
-        "longest data.max_length that fits, with one sequence per micro-batch and all layers checkpointed"
-        f"{offload}: {longest:,}{last}"
-    )
+    line = "longest data.max_length that fits, with one sequence per micro-batch and all layers checkpointed"
+    print(for_stdout(f"{line}{offload}: {longest:,}{last}"))
     print(f"{'fits' if plan.total <= limit else 'does not fit'} in {limit / GIB:.2f} GiB")
     return 0 if plan.total <= limit else 3
 
 
 def chosen_lines(config: Config, plan: MemoryPlan, limit: float | None) -> list[str]:
-    """Return the table of the plan, and a line with the shape of the run and the reason for it."""
+    """Return the table of the plan, whose title is the shape of the run, and a line with the reason for this shape."""
     if not config.performance.auto_fit:
         reason = "as configured (performance.auto_fit is off)"
     elif limit is None:
@@ -121,8 +122,8 @@ def chosen_lines(config: Config, plan: MemoryPlan, limit: float | None) -> list[
     else:
         pinned = [name for name in sorted(config.flags) if name in SHAPE_KNOBS]
         kept = f" with {' and '.join(pinned)} as given by flag" if pinned else ""
-        reason = f"estimated to be the fastest in {limit / GIB:.2f} GiB{kept}; the training result does not change"
-    return [plan.table(), f"shape: {plan.shape}; {reason}"]
+        reason = f"the fastest estimated in {limit / GIB:.2f} GiB{kept}; the training result stays the same"
+    return [plan.table(), f"shape: {reason}"]
 
 
 def facts(shape: ModelShape, config: Config, plan: MemoryPlan, device: torch.device | None) -> list[str]:
@@ -136,9 +137,16 @@ def facts(shape: ModelShape, config: Config, plan: MemoryPlan, device: torch.dev
     return [
         f"parameters: {shape.parameters:,}; trainable {trainable:,}, adapter {trainable * 4 / 1e6:.1f} MB",
         f"download: {2 * shape.parameters / 1e9:.2f} GB in 16 bit; loading uses about {loaded / 1e9 + 3:.1f} GB of RAM",
-        f"estimated with {card}: {tokens:,.0f} tokens/s, {1e6 / tokens / 3600:.2f} hours per million tokens",
+        f"estimated with {card}: {tokens:,.0f} tokens/s, {duration(1e6 / tokens)} per million tokens",
         *beyond_positions(config.data.max_length, shape.positions),
     ]
+
+
+def duration(seconds: float) -> str:
+    """Return a time in the unit that suits it: 1.3 s, 4.2 min or 2.5 hours."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} hours"
 
 
 def savings(shape: ModelShape, config: Config, plan: MemoryPlan, limit: float | None = None) -> list[tuple[int, str]]:
@@ -170,7 +178,9 @@ def savings_lines(
     shape: ModelShape, config: Config, plan: MemoryPlan, limit: float | None, count: int = 5
 ) -> list[str]:
     """Return a line for each of the `count` settings that would save most."""
-    return [f"{name} would save {saved / GIB:.2f} GiB" for saved, name in savings(shape, config, plan, limit)[:count]]
+    found = savings(shape, config, plan, limit)[:count]
+    sizes = [f"{saved / GIB:.2f} GiB" if saved > 0.1 * GIB else f"{saved / 2**20:.1f} MiB" for saved, _ in found]
+    return [f"{name} would save {size}" for size, (_, name) in zip(sizes, found, strict=True)]
 
 
 def ran_out(config: Config, plan: MemoryPlan, device: torch.device) -> list[str]:
@@ -211,7 +221,8 @@ def memory_line(device: torch.device) -> str:
         return f"Memory: {psutil.Process().memory_info().rss / GIB:.2f} GiB in this process (no GPU)"
     free, _ = torch.cuda.mem_get_info(device)
     allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
-    return f"GPU Memory: Allocated={allocated / GIB:.2f}GB | Reserved={reserved / GIB:.2f}GB | Free={free / GIB:.2f}GB"
+    sizes = {"Allocated": allocated, "Reserved": reserved, "Free": free}
+    return "GPU Memory: " + " | ".join(f"{name}={size / GIB:.2f} GiB" for name, size in sizes.items())
 
 
 def peak_gib(device: torch.device) -> float:

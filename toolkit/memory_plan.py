@@ -19,7 +19,7 @@ from fast_path.loss import default_logit_chunk
 from fast_path.nf4 import HAS_TRITON
 from fast_path.optimizers import OPTIMIZERS
 from fast_path.packed_weights import adapter_columns, operand_columns
-from quantization_utils import LOADING_ERRORS, cannot_load, check_targets, known_positions
+from quantization_utils import LOADING_ERRORS, asking_hub, cannot_load, check_targets, known_positions
 
 GIB = 2**30
 BLOCK, NESTED_BLOCK = 64, 256  # weights per quantisation constant, constants per second-level one (QLoRA, section 3)
@@ -77,7 +77,10 @@ class ModelShape:
 def model_skeleton(model_name: str, revision: str | None = None, trust_remote_code: bool = False) -> nn.Module:
     """Return the model with this hub id or folder on the meta device; only config.json (a few kB) is read, no weights."""
     try:
-        model_config = AutoConfig.from_pretrained(model_name, revision=revision, trust_remote_code=trust_remote_code)
+        with asking_hub(model_name):
+            model_config = AutoConfig.from_pretrained(
+                model_name, revision=revision, trust_remote_code=trust_remote_code
+            )
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code)
     except LOADING_ERRORS as error:

@@ -216,6 +216,7 @@ def check_progress(found: dict) -> None:
     expect_count(progress.step, "progress.step", 1)
     expect_count(progress.tokens, "progress.tokens", most=2**62)
     expect_count(progress.loss_tokens, "progress.loss_tokens", most=progress.tokens)
+    expect_count(progress.positions, "progress.positions", most=2**62)
     for name in ("loss_sum", "seconds"):
         expect_number(getattr(progress, name), f"progress.{name}")
     expect(progress.seconds >= 0, "progress.seconds", "0 or more", progress.seconds)

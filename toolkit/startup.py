@@ -73,14 +73,17 @@ def compiling_later() -> Iterator[None]:
         torch.compile = compile_now
 
 
-def before_heavy_imports() -> None:
+def before_heavy_imports(announce: bool = False) -> None:
     """Prepare for the heavy imports: make them quiet and quick, and let none run code from the hub.
 
+    announce: say on stderr that they begin, since they take seconds.
     The scripts call this; importing a module does not.
     While it is imported, bitsandbytes would download a kernel from the hub if the package `kernels` is installed, and
     print a message if not. Where the system allows it, torch's allocator grows its segments, which reserves less
     memory (docs/measurements.md). `after_heavy_imports` undoes what holds for the imports alone.
     """
+    if announce:
+        say_loading()
     gc.disable()  # the imports make a million objects that stay; to look through them again and again takes a second
     if sys.platform != "win32" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
@@ -97,6 +100,13 @@ def before_heavy_imports() -> None:
     sys.modules.setdefault("sklearn", None)  # type: ignore[arg-type]
     with compiling_later():
         import bitsandbytes  # noqa: F401  (calls torch.compile for four functions that are rarely used)
+
+
+def say_loading() -> None:
+    """Say on stderr that the imports begin; of several processes only the first one says so."""
+    if sys.stderr is not None and os.environ.get("LOCAL_RANK", "0") == "0":
+        with contextlib.suppress(OSError):  # a full disk, a closed console
+            print("loading torch, transformers, peft and bitsandbytes ...", file=sys.stderr, flush=True)
 
 
 def unusable(flags: dict[str, Any]) -> list[str]:

@@ -73,6 +73,19 @@ def test_the_line_names_what_a_family_does_not_get(random_models, kind, name):
     assert fast_line(model).startswith(f"fast path: fused_lora | attention plain, MLP plain: {name} | without")
 
 
+def test_the_line_gives_a_reason_once(random_models):
+    model, _, _ = prepared(random_models("qwen2"))
+    auto = {"performance.fused_lora": "auto"}
+    assert fast_line(model, **auto) == "fast path: none (no gain on a CPU)"
+    off = {f"performance.{name}": "off" for name in ("fused_lora", "compile", "cuda_graphs")}
+    assert fast_line(model, **off) == "fast path: none (off)"
+    assert fast_line(model) == "fast path: fused_lora | without compile, cuda_graphs: no gain on a CPU"
+    one = auto | {"performance.compile": "off"}
+    assert fast_line(model, **one) == (
+        "fast path: none | without fused_lora, cuda_graphs: no gain on a CPU | without compile: off"
+    )
+
+
 def test_the_line_says_what_a_setting_leaves_plain(random_models):
     model, _, _ = prepared(random_models("qwen2"), targets=["q_proj", "down_proj"])
     assert "| attention plain: its linears differ in their adapters or are not in 4 bit |" in fast_line(model)

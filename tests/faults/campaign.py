@@ -50,7 +50,7 @@ PATHS = {
     "plain": ("--fused_lora", "off", "--optim", "adamw_8bit"),
     "fused": ("--fused_lora", "on", "--compute_dtype", "float32", "--optim", "adamw_torch"),
 }
-VARYING = ("tokens_per_second", "peak_gib")
+VARYING = ("tokens_per_second", "learned_tokens_per_second", "peak_gib")
 FILES = ("adapter_model.safetensors", "adapter_config.json")
 
 

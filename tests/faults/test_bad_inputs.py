@@ -209,7 +209,8 @@ def test_data_file(refused, tmp_path, name):
 SPOKEN = {  # language: a text, and how Windows and Unix programs may save it: encoding: what it looks like
     "Traditional Chinese": (
         "今天天氣很好，我們去公園散步。量化是把權重存成較少的位元。",
-        {"cp950": "Big5", "big5": "Big5", "utf-16": "UTF-16", "utf-16-le": "UTF-16", "utf-16-be": "UTF-16"},
+        {"cp950": "Big5", "big5": "Big5", "utf-16": "UTF-16", "utf-16-le": "UTF-16", "utf-16-be": "UTF-16"}
+        | {"utf-32": "UTF-32", "utf-32-le": "UTF-32", "utf-32-be": "UTF-32"},
     ),
     "Simplified Chinese": (
         "今天天气很好，我们去公园散步。量化是把权重存成较少的位。",
@@ -221,7 +222,8 @@ SPOKEN = {  # language: a text, and how Windows and Unix programs may save it: e
     ),
     "Korean": ("양자화는 가중치를 더 적은 비트로 저장하는 것입니다.", {"cp949": "EUC-KR", "euc_kr": "EUC-KR"}),
     "French": ("Le café près de l'école, où j'étudie, m'a plu à Noël.", {"cp1252": "Western", "latin-1": "Western"}),
-    "German": ("größer", {"cp1252": "Western", "utf-16": "UTF-16", "utf-16-le": "UTF-16"}),
+    "German": ("größer", {"cp1252": "Western", "utf-16": "UTF-16", "utf-16-le": "UTF-16", "utf-32-le": "UTF-32"}),
+    "English": ("plain words", {"utf-16-be": "UTF-16", "utf-32-be": "UTF-32", "utf-32-le": "UTF-32"}),
     "Spanish": ("¿Dónde está el niño? ¡Mañana será otro día!", {"latin-1": "Western", "utf-16": "UTF-16"}),
 }
 SAVED = [(name, codec, looks) for name, (_, codecs) in SPOKEN.items() for codec, looks in codecs.items()]
@@ -240,7 +242,7 @@ def test_text_in_another_encoding(tmp_path, name, language, codec, looks):
     path.write_bytes(FORMATS[name].format(SPOKEN[language][0]).encode(codec))
     with pytest.raises(config.ConfigError) as caught:
         load_rows(DataConfig(dataset=str(path)))
-    line = 1 if "16" in codec else FORMATS[name].count("\n", 0, FORMATS[name].index("{}")) + 1
+    line = 1 if looks.startswith("UTF") else FORMATS[name].count("\n", 0, FORMATS[name].index("{}")) + 1
     guess = "Latin-1 or cp1252 (Western)" if looks == "Western" else looks
     said = f"cannot read {path}: line {line} is not UTF-8: it looks like {guess}; save the file as UTF-8"
     assert caught.value.problems == (f"data.dataset: {said}",)

@@ -28,6 +28,7 @@ from toolkit.checkpoints import (
     check_space,
     clean_up,
     flatten_state,
+    interrupted_early,
     latest_checkpoint,
     locked,
     open_output,
@@ -613,11 +614,12 @@ def test_checkpoint_to_go_on_from(tmp_path):
 
 def test_progress_counts_steps_and_finds_evaluations():
     progress = Progress()
-    progress.count(6.0, 3, 0.5)
-    progress.count(2.0, 1, 0.25)
+    progress.count(6.0, 3, 4, 0.5)
+    progress.count(2.0, 1, 7, 0.25)
     progress.history += [{"step": 0, "eval_loss": 2.0}, {"step": 2, "loss": 2.0}]
     fields = (progress.step, progress.tokens, progress.loss_sum, progress.loss_tokens, progress.seconds)
-    assert fields == (2, 4, 8.0, 4, 0.75) and progress.evaluations == progress.history[:1]
+    assert fields == (2, 4, 8.0, 4, 0.75) and progress.positions == 11
+    assert progress.evaluations == progress.history[:1]
     assert Progress(**dataclasses.asdict(progress)) == progress
 
 
@@ -805,9 +807,23 @@ def test_nohup_is_respected():
 
 
 def test_second_signal_exits_at_once(monkeypatch):
-    codes = []
+    codes, lines = [], []
     monkeypatch.setattr(os, "_exit", codes.append)
-    with stop_on_signal(ignore):
+    with stop_on_signal(lines.append, "how to continue"):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
-    assert codes == [128 + signal.SIGINT]
+    assert codes == [128 + signal.SIGINT] and lines[1] == "how to continue"
+
+
+def test_ctrl_c_before_the_first_step_is_a_line(monkeypatch):
+    """A script's imports leave SIGINT at its default, which ends the process without a word."""
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    lines = []
+    try:
+        with interrupted_early(lines.append):
+            signal.raise_signal(signal.SIGINT)
+            raise AssertionError("not interrupted")
+        assert lines == ["stopped before the first step; the same command starts again"]
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGINT, before)

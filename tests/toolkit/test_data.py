@@ -1167,6 +1167,11 @@ def test_rows_of_our_own_reader_stay_what_they_are_when_somebody_filters_them(tm
         ({"labels": [[5], [6, 7]]}, None, "row 1 of train: expected 2 labels, one per token, got 1"),
         ({"labels": [[5, 6], None]}, None, "row 2 of train: expected 2 labels, one per token, got null"),
         ({"attention_mask": [[1, 1], [1]]}, None, "row 2 of train: expected 2 attention_mask, one per token, got 1"),
+        (
+            {"attention_mask": [[0, 0], [0, 0]]},
+            None,
+            "attention_mask of train: expected 1 for each token and 0 for pad",
+        ),
         ({"input_ids": [[5, 6], None]}, None, "row 2 of train: expected a list of ids, got null"),
         ({"input_ids": [[[5, 6]], [[7, 8]]]}, None, "expected a list of integers in each row of input_ids, got List"),
         ({"input_ids": ["a", "b"]}, None, "expected a list of integers in each row of input_ids, got Value"),
@@ -1507,7 +1512,7 @@ def test_evaluation_tells_how_sure_a_difference_is(train, corpus, capsys):
         change = result["difference"]["loss"]
         assert change == pytest.approx(result["adapter"]["loss"] - result["base"]["loss"], abs=1e-9)
         assert result["stride"] == stride and 0 < result["difference"]["standard_error"] < abs(change)
-        assert re.search(r"adapter - base: -\d\.\d{4} ± \d\.\d{4} \(standard error over", capsys.readouterr().out)
+        assert re.search(r"adapter - base: loss -\d\.\d{4} ± \d\.\d{4} \(standard error over", capsys.readouterr().out)
 
 
 def test_the_standard_error_of_a_difference_is_that_of_resampled_blocks():
@@ -1536,12 +1541,14 @@ def test_runs_are_compared_in_a_table_and_a_picture(train, tmp_path, capsys, mon
     lines = [re.split(r"  +", line.strip()) for line in capsys.readouterr().out.splitlines()]
     table = {line[0]: line[1:] for line in lines[1:-1]}
     assert lines[0] == ["r4", "r8"] and lines[-1] == ["curves are in compare.png"]
-    assert [key for key in table if "." in key] == ["lora.rank"] and table["lora.rank"] == ["4", "8"]
+    assert next(iter(table)) == "rank" and table["rank"] == ["4", "8"]  # and no other setting
+    assert list(table)[1] == "trainable parameters"
     for i, name in enumerate(("r4", "r8")):
         adapter = load_file(tmp_path / name / "adapter_model.safetensors")
         assert table["trainable parameters"][i] == f"{sum(tensor.numel() for tensor in adapter.values()):,}"
         best = min(losses(tmp_path / name, "eval_loss"))
-        assert table["validation loss"][i].startswith(f"{best:.4f} (step ")
+        assert table["validation loss"][i] == f"{best:.4f}"
+        assert table["base loss"][i] == f"{losses(tmp_path / name, 'eval_loss')[0]:.4f}"
         assert table["perplexity"][i] == f"{np.exp(best):.3f}"
         assert float(table["peak GiB"][i]) > 0 and float(table["tokens/s"][i].replace(",", "")) > 0
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")

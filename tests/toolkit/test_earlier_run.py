@@ -12,7 +12,7 @@ import yaml
 from config import FROM_ADAPTER, FROM_OWN_RUN, LEAVES, Config, ConfigError, Leaf, load_config
 from toolkit import earlier_run
 from toolkit.checkpoints import write_checkpoint
-from toolkit.earlier_run import may_have_moved, read_settings, refuse_other_run, settings
+from toolkit.earlier_run import continues, continuing_command, may_have_moved, read_settings, refuse_other_run, settings
 
 
 def write(output_dir: Path, step: int, **changes: object) -> Path:
@@ -251,3 +251,44 @@ def test_data_to_evaluate_on_is_named_by_the_user_or_by_a_run_of_this_machine(tm
         shutil.rmtree(foreign)
         with pytest.raises(ConfigError, match="give --dataset"):
             used(folder_of(tmp_path / "foreign", pretends), evaluate=True)
+
+
+@pytest.mark.parametrize(
+    "flags, resume, kept",
+    [
+        ("--rank 8", "auto", "--rank 8"),
+        ("--overwrite --rank 8", "auto", "--rank 8"),
+        ("--rank 8 --resume never --seed 1", "never", "--rank 8 --seed 1 --resume auto"),
+        ("--training.resume=never", "never", "--resume auto"),
+        ("--resume out/checkpoint-3 --overwrite", "out/checkpoint-3", "--resume auto"),
+        ("--config c.yaml", "never", "--config c.yaml --resume auto"),  # the file says never
+        ("--resume=auto", "auto", ""),
+        ("--output-dir overwrite --output_dir=resume", "auto", "--output-dir overwrite --output_dir=resume"),
+    ],
+)
+def test_the_command_that_continues_a_run_is_the_one_that_started_it(flags, resume, kept, monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert continuing_command(flags.split(), resume) == f"train_qlora.main({kept.split()})"
+    monkeypatch.setattr(sys, "argv", ["../train_qlora.py", *flags.split()])
+    monkeypatch.setattr(sys, "orig_argv", ["python3", "-u", "../train_qlora.py", *flags.split()])
+    assert continuing_command(None, resume) == f"python3 -u ../train_qlora.py {kept}".strip()
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert continuing_command(None, resume) == f"torchrun --nproc_per_node 2 ../train_qlora.py {kept}".strip()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="quotes of a POSIX shell")
+def test_the_command_that_continues_can_be_pasted(monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    words = ["train_qlora.py", "--target_modules", "[q_proj, v_proj]", "--output_dir", "it's $HOME"]
+    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr(sys, "orig_argv", [sys.executable, *words])
+    echo = continuing_command(None, "auto").replace("train_qlora.py", "-c 'import sys; print(sys.argv[1:])'", 1)
+    shown = subprocess.run(["sh", "-c", echo], capture_output=True, text=True, check=True).stdout
+    assert shown == f"{words[1:]}\n"
+
+
+def test_only_a_folder_with_a_checkpoint_can_be_continued(tmp_path):
+    assert continues(str(tmp_path), "this") == continues("", "this") == ""
+    write(tmp_path, 2)
+    assert continues(str(tmp_path), "this").endswith(": this")

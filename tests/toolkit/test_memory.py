@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -225,7 +226,26 @@ def test_plan_command_needs_no_weights_and_no_gpu(qwen_3b, capsys, limit, code):
     out = capsys.readouterr().out
     assert ("does not fit" if code else "fits") in out and "trainable 29,933,568" in out and "119.7 MB" in out
     assert "longest data.max_length that fits" in out
-    assert "one epoch: unknown" in out and "would save" in out and "estimated with" in out
+    assert "one epoch: unknown" in out and "would save" in out
+    assert re.search(r"estimated with the speed of an RTX 4060: [\d,]+ tokens/s, \d+\.\d min per million tokens", out)
+    assert out.startswith("this machine has no GPU: the plan is that of a run on an NVIDIA GPU\n")
+
+
+def test_the_plan_of_a_small_model_has_no_zeros(tiny_model, capsys):
+    assert train_qlora.main(["--plan", "--model_name", str(tiny_model)]) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("  ")]
+    assert not any(re.search(r"\b0\.0+ (GiB|MiB|hours|min)", line) for line in said)
+    assert sum(" MiB" in line for line in said) >= 2
+
+
+def test_durations_have_the_unit_that_suits_them():
+    assert [memory.duration(s) for s in (0.74, 59.9, 60, 3599, 9000)] == [
+        "0.7 s",
+        "59.9 s",
+        "1.0 min",
+        "60.0 min",
+        "2.5 hours",
+    ]
 
 
 # ------------------------------------------------------------------------------------------------ out of memory

@@ -1,0 +1,151 @@
+"""Finished runs side by side: what the table says, how wide it is, and when it warns."""
+
+import pytest
+
+from config import Config, LoraSettings
+from toolkit import compare
+from toolkit.compare import RunSummary, compare_table, legend_labels, shown_targets, warnings, without_common_folders
+from toolkit.earlier_run import settings
+from toolkit.text_width import width
+
+SEVEN = list(LoraSettings().target_modules)
+
+
+def run(name: str, base: float | None = 6.21, **changes: object) -> RunSummary:
+    """A run of 20 steps that learned 4 tokens of 8 each, at 100 tokens/s."""
+    rows = [{"step": 0, "eval_loss": base, "perplexity": 9.0}] if base else []
+    for step in (10, 20):
+        row = {"step": step, "loss": 5.0, "learning_rate": 1e-4, "tokens": 4 * step, "peak_gib": step / 10}
+        rows.append(row | {"tokens_per_second": 100.0, "learned_tokens_per_second": 50.0})
+        rows.append({"step": step, "eval_loss": 4.0 + step / 100, "perplexity": 55.0})
+    changes = {key.replace("__", "."): value for key, value in changes.items()}
+    return RunSummary(name, settings(Config()) | changes, rows, 315_392, 1_261_568)
+
+
+def differing_runs(count: int) -> list[RunSummary]:
+    targets = [SEVEN, SEVEN[:4], ["q_proj", "v_proj"]]
+    return [
+        run(
+            f"/home/somebody/runs/實驗_{'abcdefgh'[i]}",
+            lora__rank=2 << i,
+            lora__target_modules=targets[i % 3],
+            training__gradient_accumulation_steps=16 if i else 8,
+            training__output_dir=str(i),
+        )
+        for i in range(count)
+    ]
+
+
+# ------------------------------------------------------------------------------------------------ the table
+
+
+def test_three_runs_fit_80_columns():
+    table = compare_table(differing_runs(3), 80)
+    assert table == (
+        "                                實驗_a     實驗_b   實驗_c\n"
+        "rank                                 2          4        8\n"
+        "target_modules               all seven  attention     q, v\n"
+        "gradient_accumulation_steps          8         16       16\n"
+        "trainable parameters           315,392    315,392  315,392\n"
+        "adapter                         1.3 MB     1.3 MB   1.3 MB\n"
+        "steps                               20         20       20\n"
+        "base loss                       6.2100     6.2100   6.2100\n"
+        "validation loss                 4.1000     4.1000   4.1000\n"
+        "best step                           10         10       10\n"
+        "perplexity                      55.000     55.000   55.000\n"
+        "tokens/s                           100        100      100\n"
+        "peak GiB                          2.00       2.00     2.00\n"
+        "time                           0.0 min    0.0 min  0.0 min"
+    )
+
+
+@pytest.mark.parametrize("columns", [80, 200])
+@pytest.mark.parametrize("count", [2, 3, 7])
+def test_every_run_is_in_a_table_as_wide_as_the_terminal(count, columns):
+    long = ["_".join(["name"] * 12)] + [f"short{i}" for i in range(count - 1)]
+    for names in (long, [f"r{i}" for i in range(count)]):
+        runs = [run(name, lora__rank=i + 1, data__dataset=f"/a/{name}.txt") for i, name in enumerate(names)]
+        table = compare_table(runs, columns)
+        assert max(map(width, table.splitlines())) <= columns
+        ranks = [part for line in table.splitlines() if line.startswith("rank ") for part in line.split()[1:]]
+        assert ranks == [str(i + 1) for i in range(count)]
+        assert len(table.split("\n\n")) == (1 if columns == 200 or count < 7 else 2)
+    assert "".join(compare_table(differing_runs(2), 40).split()).count("gradient_accumulation_steps") == 2
+
+
+def test_a_long_entry_takes_several_lines_and_loses_nothing():
+    name = "an_output_folder_with_a_name_of_more_columns_than_a_column_has"
+    table = compare_table([run(name), run("b"), run("c")], 80)
+    head = table[: table.index("trainable")].splitlines()
+    assert len(head) > 1 and "".join(line.split()[0] for line in head) == name
+    assert [line.split()[1:] for line in head] == [["b", "c"]] + [[]] * (len(head) - 1)
+
+
+def test_a_run_of_before_has_one_speed():
+    old = run("old")
+    for row in old.rows:
+        row.pop("learned_tokens_per_second", None)
+    assert old.quantities()["tokens/s"] == "100"
+
+
+def test_times_and_speeds_are_those_of_the_rows():
+    rows = [{"step": s, "loss": 1.0, "tokens": t, "peak_gib": 1.0} for s, t in ((10, 600), (20, 1800))]
+    rows[0] |= {"tokens_per_second": 20.0, "learned_tokens_per_second": 10.0}  # 60 s, 1,200 computed
+    rows[1] |= {"tokens_per_second": 30.0, "learned_tokens_per_second": 10.0}  # 120 s, 3,600 computed
+    found = RunSummary("a", settings(Config()), rows, 1, 1).quantities()
+    assert found["time"] == "3.0 min" and found["tokens/s"] == f"{4800 / 180:,.0f}"
+    assert found["base loss"] == found["validation loss"] == found["best step"] == found["perplexity"] == "-"
+
+
+# ------------------------------------------------------------------------------------------------ names
+
+
+def test_targets_are_given_by_name():
+    assert shown_targets(SEVEN[::-1]) == "all seven" and shown_targets(SEVEN[:4]) == "attention"
+    assert shown_targets(SEVEN[4:]) == "MLP" and shown_targets(["q_proj", "fc1"]) == "q, fc1"
+    assert shown_targets("all-linear") == "all-linear"
+
+
+@pytest.mark.parametrize(
+    "paths, shown",
+    [
+        (["/a/b/x", "/a/b/y"], ["x", "y"]),
+        (["/a/b/x", "/a/c/x"], ["b/x", "c/x"]),
+        (["runs/x", "runs/x"], ["x", "x"]),
+        (["x", "runs/y"], ["x", "runs/y"]),
+        (["/a/x", "a/y"], ["/a/x", "a/y"]),
+        (["Qwen/Qwen2.5-3B", "Qwen/Qwen3-4B"], ["Qwen2.5-3B", "Qwen3-4B"]),
+    ],
+)
+def test_common_folders_are_left_out(paths, shown):
+    assert without_common_folders(paths) == shown
+
+
+def test_the_legend_says_what_differs():
+    assert legend_labels([run("out/a", lora__rank=4), run("out/b", lora__rank=8)]) == ["a: rank 4", "b: rank 8"]
+    assert legend_labels([run("a"), run("b")]) == ["a", "b"]
+    labels = legend_labels(differing_runs(3))
+    assert labels[1] == "實驗_b: rank 4, target_modules attention, gradient_accumulation_steps 16"
+    many = {"lora__rank": 3, "training__seed": 1, "data__dataset": "x" * 60, "data__text_column": "y" * 30}
+    for label in legend_labels([run("n" * 40), run("b" * 120, **many), run("c", **many)])[1:]:
+        assert width(label) <= compare.LABEL and label.endswith(" …")
+
+
+# ------------------------------------------------------------------------------------------------ warnings
+
+
+def warned(*runs: RunSummary) -> list[str]:
+    return warnings(list(runs), compare.differing(list(runs)))
+
+
+def test_losses_that_cannot_be_compared_are_named():
+    assert warned(run("a"), run("b", 6.211, lora__rank=3), run("c", None)) == []  # the same but for the number format
+    (line,) = warned(run("a"), run("b", 5.0, data__dataset="x.txt", data__max_length=64))
+    assert line.startswith("warning: the data differ (dataset, max_length)")
+    (line,) = warned(run("a"), run("b", 6.0, training__seed=7))  # another held-out part of the same file
+    assert line.startswith("warning: the base's loss differs")
+    (line,) = warned(run("a"), run("b", 5.0, model__name="other"))
+    assert line.startswith("warning: the bases differ")
+    assert warned(run("a"), run("b", 6.5, quantization__quant_type="fp4")) == []  # another base, on the same data
+    assert warned(run("a"), run("b", data__max_train_samples=10)) == []  # other training data only: the table says it
+    assert all(width(line) <= 100 for line in warned(run("a"), run("b", data__rows="lines")))

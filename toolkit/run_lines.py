@@ -1,0 +1,76 @@
+"""The lines in which a training run says what it does. Each fits 80 columns in a usual run."""
+
+import math
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from config import DataConfig, counted
+from fast_path.loss import perplexity
+from toolkit.checkpoints import Progress
+from toolkit.data_blocks import Blocks, show_block
+from toolkit.evaluation import comparison, difference_line, mean_loss
+from toolkit.memory_plan import GIB, MemoryPlan
+
+
+def data_lines(
+    blocks: dict[str, Blocks | None],
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    steps: int,
+    sequences_per_step: int,
+) -> list[str]:
+    """Return lines about the blocks and the optimizer steps that they make, with and without packing.
+
+    blocks: the parts train and validation. steps: of the whole run.
+    """
+    part, held = blocks["train"], blocks["validation"]
+    per_epoch = math.ceil(len(part) / sequences_per_step)
+    unpacked = f" ({math.ceil(part.rows / sequences_per_step):,} without packing)" if data.packing else ""
+    held_out = f"{counted(held.tokens, 'token')} in {counted(len(held), 'block')}" if held else "nothing"
+    return [
+        f"data: {counted(part.rows, 'row')}, {counted(part.documents, 'document')}, {counted(part.tokens, 'token')} in "
+        f"{counted(len(part), 'block')} of {part.length}",
+        f"data: held out: {held_out}",
+        f"steps: {steps:,} of {counted(sequences_per_step, 'sequence')}; {per_epoch:,} per epoch{unpacked}",
+        *(f"data: {line}" for line in (f"read as {part.source}", *part.notes, *(held.notes if held else ()))),
+        f"first block: {show_block(part[0], tokenizer, 64)}",
+    ]
+
+
+def step_line(row: dict, total_steps: int) -> str:
+    """Return a logged row of metrics as text; its key names and more numbers are in metrics.jsonl.
+
+    Where more than one token in ten is only read, the speed of the learned ones stands there instead of the
+    learning rate, so that the line fits.
+    """
+    speed, learned = row["tokens_per_second"], row["learned_tokens_per_second"]
+    all_learned = learned > 0.9 * speed
+    rate = [f"lr {row['learning_rate']:.2e}"] if all_learned else []
+    norm = math.inf if row["grad_norm"] is None else row["grad_norm"]
+    speeds = f"{speed:,.0f} tokens/s" + ("" if all_learned else f" ({learned:,.0f} learned)")
+    parts = [f"step {row['step']}/{total_steps}", f"loss {row['loss']:.4f}", *rate, f"grad norm {norm:.3f}", speeds]
+    return " | ".join(parts)
+
+
+def end_lines(
+    progress: Progress, held: Blocks | None, sums: dict[str, torch.Tensor], peak: float, plan: MemoryPlan
+) -> list[str]:
+    """Return lines about what a finished run has reached and used.
+
+    held: the validation blocks. sums: block_losses of the base, of the adapter that the run started from, if any, and of
+    the best one. peak: in GiB.
+    """
+    lines = []
+    if progress.evaluations:
+        before, after = progress.evaluations[0]["perplexity"], perplexity(progress.best_loss)
+        best, first = f"step {progress.best_step}, the best by validation loss", f"{before:.2f} before"
+        if "start" in sums:
+            first = f"{perplexity(mean_loss(sums['base'])):.2f} of the base, {before:.2f} at the start"
+        lines.append(f"perplexity {first}, {after:.2f} after ({best})")
+    for other in ("base", "start"):
+        if held is not None and sums.keys() >= {other, "adapter"}:
+            pair = {"base": sums[other], "adapter": sums["adapter"]}
+            lines.append(difference_line(comparison(held.dataset, held, None, pair), other))
+    planned = f" | planned {plan.reserved / GIB:.2f} for {plan.shape}" if plan.parts else ""
+    return [*lines, f"peak memory {peak:.2f} GiB{planned}"]
