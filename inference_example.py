@@ -288,7 +288,7 @@ from toolkit.checkpoints import edited_line, effective
 from toolkit.generation import Generator, VisibleStreamer, by_length
 from toolkit.machine import no_gpu_reason
 from toolkit.memory import cap_memory, free_bytes
-from toolkit.merge import logits_on, merge_adapter, plain_copy, with_ends, write_folder
+from toolkit.merge import check_logits, logits_on, merge_adapter, moved_by_rounding, plain_copy, with_ends, write_folder
 from toolkit.turn_ends import adapter_ends, adopt_end, end_tokens
 
 # Limits of a batch of --prompts. Above 32 rows the time of a step goes into arithmetic and no longer into reading the
@@ -594,8 +594,12 @@ def merge(config: Config, adapter: Path, folder: Path, base: str) -> int:
     ids = tokenizer(REFERENCE_TEXT)["input_ids"]
     expected = logits_on(attach(live, adapter, config.model.name), ids)
     del live, source
-    merged = merge_adapter(load_adapter(plain, adapter))
-    difference = ((found := logits_on(merged, ids)) - expected).abs()
+    both = load_adapter(plain, adapter)
+    unmerged = logits_on(both, ids)
+    rounding = moved_by_rounding(both, ids, unmerged)
+    merged = merge_adapter(both)
+    check_logits(found := logits_on(merged, ids), unmerged, rounding)
+    difference = (found - expected).abs()
     with_ends(merged, end_tokens(merged, tokenizer, adapter_ends(adapter, tokenizer)))
     lines = write_folder(merged, tokenizer, folder, config.model.revision)
     show(

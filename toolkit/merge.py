@@ -3,16 +3,22 @@
 import copy
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes as bnb
 import torch
 from accelerate import init_empty_weights
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
 from config import ConfigError
+from fast_path.families import decoder_layers
 from toolkit.merged_folder import add_older_keys, write_tokenizer
 
 
@@ -26,14 +32,33 @@ def plain_copy(model: PreTrainedModel, remote: bool) -> PreTrainedModel:
     vars(model_config).pop("quantization_config", None)
     with init_empty_weights():  # parameters need no memory yet; buffers (rotary frequencies) are real
         plain = AutoModelForCausalLM.from_config(model_config, dtype=model.dtype, trust_remote_code=remote)
-    weights = {}
-    for name, p in model.named_parameters():
-        packed = isinstance(p, bnb.nn.Params4bit)
-        weights[name] = (bnb.functional.dequantize_4bit(p.data, p.quant_state) if packed else p.data).cpu()
-    plain.load_state_dict(weights, strict=False, assign=True)  # not strict: tied weights appear under one name only
+    tensors = dict(persistent_tensors(model))
+    found = plain.load_state_dict(tensors, strict=False, assign=True)  # tied weights appear under one name only
     plain.tie_weights()
+    absent = [name for name, tensor in plain.state_dict().items() if tensor.is_meta]
+    absent += set(found.missing_keys) & {name for name, _ in plain.named_buffers()}
+    if absent or found.unexpected_keys:
+        names = ", ".join([*absent, *found.unexpected_keys][:3])
+        raise ConfigError(f"--mode merge: {type(model).__name__} cannot be made anew from its configuration: {names}")
     plain.generation_config = model.generation_config
     return plain.eval()
+
+
+def persistent_tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the name and value, unpacked and on the CPU, of each tensor that a model's file holds.
+
+    Among the buffers are numbers that were learned, such as the biases with which DeepSeek's router chooses experts.
+    """
+    for prefix, module in model.named_modules():
+        kept = [name for name in module._buffers if name not in module._non_persistent_buffers_set]
+        for name, tensor in [*module._parameters.items(), *((name, module._buffers[name]) for name in kept)]:
+            if tensor is None:
+                continue
+            if isinstance(tensor, bnb.nn.Params4bit):
+                tensor = bnb.functional.dequantize_4bit(tensor.data, tensor.quant_state)
+                if getattr(module, "source_cls", None) is Conv1D:  # it holds [inputs, outputs]
+                    tensor = tensor.T.contiguous()
+            yield f"{prefix}.{name}" if prefix else name, tensor.data.cpu()
 
 
 def merge_adapter(peft_model: PeftModel, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
@@ -45,7 +70,7 @@ def merge_adapter(peft_model: PeftModel, dtype: torch.dtype = torch.bfloat16) ->
             "--mode merge: the adapter changes the output head, which shares its weight with the embedding"
         )
     for module in [m for m in peft_model.modules() if isinstance(m, LoraLayer)]:
-        weight = module.get_base_layer().weight
+        weight = module.get_param() if isinstance(module, ParamWrapper) else module.get_base_layer().weight
         weight.data = weight.data.float()
         module.merge(safe_merge=True)
         weight.data = weight.data.to(dtype)
@@ -62,6 +87,48 @@ def with_ends(model: PreTrainedModel, ends: list[int]) -> None:
     own = own if isinstance(own, list) else [] if own is None else [own]
     model.generation_config.eos_token_id = [*own, *(end for end in ends if end not in own)]
     model.generation_config._from_model_config = False  # or transformers would make it anew from config.json
+
+
+MOST_MOVED = 0.15  # of how much the logits vary. A forgotten tensor or adapter moves them by half of that or more.
+
+
+def moved(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return how far logits are apart, as a share of how much they vary. found, expected: [tokens, vocabulary]."""
+    varies = (expected - expected.mean(-1, keepdim=True)).square().mean().sqrt()
+    return float((found - expected).square().mean().sqrt() / varies)
+
+
+def moved_by_rounding(model: PeftModel, ids: list[int], expected: torch.Tensor) -> float:
+    """Return how far the logits move if each layer's output is off by as much as rounding to bfloat16 makes it.
+
+    Some models amplify that: a random Gemma 4 of two layers to 6 %. expected: the logits without it.
+    """
+    noise = torch.Generator().manual_seed(0)
+
+    def rounded(module: nn.Module, inputs: Any, output: Any) -> Any:
+        hidden, *rest = output if isinstance(output, tuple) else (output,)
+        off = 2**-9 * torch.randn(hidden.shape, generator=noise).to(hidden.device, hidden.dtype)
+        return (hidden + hidden * off, *rest) if isinstance(output, tuple) else hidden + hidden * off
+
+    hooks = [layer.register_forward_hook(rounded) for layer in decoder_layers(model.get_base_model())]
+    try:
+        return moved(logits_on(model, ids), expected)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def check_logits(found: torch.Tensor, expected: torch.Tensor, rounding: float) -> None:
+    """Raise ConfigError if the logits of a merged model are not, within rounding, those of base and adapter.
+
+    found, expected: [tokens, vocabulary]. rounding: moved_by_rounding. A layer has up to seven products, each with
+    rounded weights, where that has one rounding: their root is 2.6, and twice that is allowed.
+    """
+    if not (apart := moved(found, expected)) <= max(MOST_MOVED, 5.3 * rounding):
+        raise ConfigError(
+            f"--mode merge: expected the logits of base and adapter within rounding, got a difference of {apart:.0%} of "
+            "how much they vary; nothing is written. Use the adapter without merging"
+        )
 
 
 @torch.inference_mode()
