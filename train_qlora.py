@@ -118,7 +118,8 @@ from toolkit import checkpoints, data_blocks, data_formats, earlier_run, evaluat
 from toolkit.adapters import load_adapter
 from toolkit.chat_templates import adopt_template
 from toolkit.data_blocks import Blocks, batches, make_blocks, sample_counts, step_windows
-from toolkit.data_formats import load_rows, tokenize_rows
+from toolkit.data_files import load_rows
+from toolkit.data_formats import tokenize_rows
 from toolkit.evaluation import comparison, difference_line, mean_loss, plot_training_curves
 from toolkit.memory import peak_gib
 from toolkit.memory_plan import GIB, MemoryPlan

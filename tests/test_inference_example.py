@@ -29,7 +29,8 @@ from fast_path.decoder import Watch
 from inference_example import Conversation, Engine, attach, create_engine, encode, fitted, generate_ids, load, take_turn
 from quantization_utils import create_lora_config, keep_packing, load_model_and_tokenizer
 from toolkit import locks, merge
-from toolkit.data_formats import IGNORED, PLAIN_TEMPLATE, load_rows, tokenize_rows
+from toolkit.data_files import load_rows
+from toolkit.data_formats import IGNORED, PLAIN_TEMPLATE, tokenize_rows
 from toolkit.generation import Generator
 
 TEXT = "A lighthouse is a tower that shows sailors where they are. In 1822 Fresnel built a lens."

@@ -20,7 +20,7 @@ from tests.faults.adversary import CODE, Attack, Ground, train
 
 Build = Callable[[Path, Ground], Attack]
 FINE = (0, 1, 2)  # the content is odd, but may be text to learn from
-CUT = "nested more than 200 levels deep"
+CUT = "nested too deeply"
 PROSE = "It was a bright cold day in April, and the clocks were striking thirteen. " * 4
 ESCAPES = "\x1b]52;c;cm0gLXJmIH4=\x07\x1b[2J\x1b[1;1Hall is well\x9b31m\u202e"
 
