@@ -490,8 +490,21 @@ def _convert(leaf: Leaf, value: Any) -> Any:
 
 
 # What a chat template is given anyway, and what would replace the template.
-RESERVED = ("messages", "conversation", "conversations", "chat_template", "tools", "documents", "add_generation_prompt")
-RESERVED += ("continue_final_message", "return_assistant_tokens_mask", "tokenize", "tokenizer")
+RESERVED = frozenset(
+    [
+        "messages",
+        "conversation",
+        "conversations",
+        "chat_template",
+        "tools",
+        "documents",
+        "add_generation_prompt",
+        "continue_final_message",
+        "return_assistant_tokens_mask",
+        "tokenize",
+        "tokenizer",
+    ]
+)
 
 
 def _is_option(name: Any, value: Any) -> bool:

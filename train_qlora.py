@@ -119,7 +119,6 @@ from toolkit.adapters import load_adapter
 from toolkit.chat_templates import adopt_template
 from toolkit.data_blocks import Blocks, batches, make_blocks, sample_counts, step_windows
 from toolkit.data_files import load_rows
-from toolkit.data_formats import tokenize_rows
 from toolkit.evaluation import comparison, difference_line, mean_loss, plot_training_curves
 from toolkit.memory import peak_gib
 from toolkit.memory_plan import GIB, MemoryPlan
@@ -359,7 +358,7 @@ def build_run(config: Config, accelerator: Accelerator, log: checkpoints.Log, fo
     total_steps = training.max_steps or max(1, math.ceil(training.num_epochs * steps_per_epoch))
     return Run(
         config=config,
-        effective=effective,
+        effective=checkpoints.with_options_of(effective, blocks["train"]),
         accelerator=accelerator,
         log=log,
         tokenizer=tokenizer,
@@ -389,7 +388,7 @@ def prepare_dataset(config: Config, tokenizer: PreTrainedTokenizerBase) -> Datas
     You may write your own function here: packing and holding out a part come after it, and `load_dataset` is imported.
     Each row is a document; with a column labels it is a sample, and tokens labelled -100 are read but not learned.
     """
-    return tokenize_rows(load_rows(config.data), tokenizer, config.data)
+    return data_formats.tokenize_rows(load_rows(config.data), tokenizer, config.data)
 
 
 def build_learner(

@@ -26,7 +26,7 @@ from datasets import Dataset, DatasetDict
 
 from config import DATA_FILES, ConfigError, DataConfig, counted, data_suffix, missing_data
 from quantization_utils import cache_problem, hub_problem
-from toolkit.chat_rows import JSON_CELL, recognise
+from toolkit.chat_rows import CHATS, JSON_CELL, recognise
 from toolkit.encodings import not_utf8
 
 # Parts of the errors that datasets raises for files without rows; each format has its own.
@@ -48,17 +48,21 @@ MOST_NAMED = 20  # files with a line of their own
 
 
 class Rows(DatasetDict):
-    """Rows by split, with lines for the log that tell which file is used for what."""
+    """Rows by split, with lines for the log that tell which file is used for what, and the keys that turns of chats have."""
 
     notes: tuple[str, ...] = ()
+    keys_of_turns: frozenset[str] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
-    """What a file holds: its number of rows, and its columns, each with whether it holds texts (and nulls) only."""
+    """What a file holds: its number of rows, its columns, each with whether it holds texts (and nulls) only, and the keys of
+    the turns in its chats.
+    """
 
     rows: int
     columns: dict[str, bool]
+    keys: frozenset[str] = frozenset()
 
 
 # ------------------------------------------------------------------------------------------------ which files
@@ -211,6 +215,7 @@ def read_json(name: str) -> Iterator[dict[str, Any]]:
     with _open_text(name, "\n") as file:
         lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
         number, line = next(lines, (0, ""))
+        rows: Iterable[tuple[int, Any]]
         if line.lstrip().startswith("[") or (".json" in name.lower()[-8:] and line.strip() == "{"):
             file.seek(0)
             found = _decoded(file.read(), "")
@@ -239,7 +244,9 @@ def scan(name: str, kind: str) -> Contents:
     if kind == "text":
         with open(name, encoding="utf-8-sig") as file:
             return Contents(sum(1 for _ in file), {"text": True})
-    rows, columns = 0, {}
+    rows = 0
+    columns: dict[str, bool] = {}
+    keys: set[str] = set()
     for row in READERS[kind](name):
         rows += 1
         for column, value in row.items():
@@ -248,9 +255,11 @@ def scan(name: str, kind: str) -> Contents:
                 columns.setdefault(column, True)
             else:
                 columns[column] = value is None and columns.get(column, True)
+            if isinstance(value, list) and (column,) in CHATS:
+                keys.update(*(turn for turn in value if isinstance(turn, dict)))
         if len(columns) > MOST_COLUMNS:
             raise ValueError(f"expected at most {MOST_COLUMNS:,} columns, got more")
-    return Contents(rows, columns)
+    return Contents(rows, columns, frozenset(keys))
 
 
 def content_digest(files: Iterable[str]) -> str:
@@ -384,6 +393,7 @@ def local_rows(kind: str, splits: dict[str, list[str]], data: DataConfig) -> Row
                 raise ConfigError(f"data.dataset: {data.dataset} has no rows for {split}")
         filled = {split: [name for name in files if counts[name]] for split, files in chosen.items()}
         rows = Rows({split: read_files(files, kind, columns) for split, files in filled.items()})
+        rows.keys_of_turns = frozenset().union(*(contents.keys for contents in found.values()))
     if len(names) + len(unused) > 1:
         rows.notes = tuple(file_lines(chosen, unused, counts, Path(data.dataset)))
     return rows

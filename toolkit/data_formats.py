@@ -30,7 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from config import ConfigError, DataConfig
 from fast_path.loss import IGNORED
 from toolkit import chat_rows
-from toolkit.chat_rows import BESIDE, JSON_CELL, KEYS, Chat, Message, recognise, to_chat, value_of
+from toolkit.chat_rows import BESIDE, JSON_CELL, KEYS, THOUGHTS, Chat, Message, recognise, to_chat, value_of
 from toolkit.chat_templates import CHANGES, changes_words, render_chats
 
 # ------------------------------------------------------------------------------------------------ formats
@@ -366,7 +366,8 @@ def template_of(rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, data: Dat
     Where no learned turn holds a thought, a template that knows enable_thinking is told not to think, so that a prompt
     ends at inference as it does before what is learned.
     """
-    template, notes = Template(tokenizer, dict(data.template_options or {})), []
+    template = Template(tokenizer, dict(data.template_options or {}))
+    notes: list[str] = []
     form, columns = recognise(rows["train"].column_names, data)
     if form == "text" or not template.thinks:
         return template, notes
@@ -385,16 +386,18 @@ def columns_read(split: Dataset, form: str, columns: tuple[str, ...]) -> list[st
     return [*columns, *(name for name in beside if name in split.column_names and name not in columns)]
 
 
-def unused_lines(rows: DatasetDict, form: str, columns: tuple[str, ...]) -> Iterator[str]:
-    """Yield lines that name the columns and the keys of turns that nothing reads."""
+def unused_lines(rows: DatasetDict, template: Template, form: str, columns: tuple[str, ...]) -> Iterator[str]:
+    """Yield lines that name the columns and the keys of turns that nothing reads, and where thoughts stand."""
     split = rows["train"]
     read = columns_read(split, form, columns)
     if unused := [name for name in split.column_names if name not in read]:
         yield f"columns not used: {', '.join(unused)}"
     kind = getattr(split.features[columns[0]], "feature", None)
-    keys = {*getattr(rows, "keys_of_turns", ()), *(kind if form == "chat" and isinstance(kind, dict) else ())}
-    if form == "chat" and (unknown := sorted(keys - KEYS)):
+    keys = {*getattr(rows, "keys_of_turns", ()), *(kind if isinstance(kind, dict) else ())} if form == "chat" else set()
+    if unknown := sorted(keys - KEYS):
         yield f"keys of turns not used: {', '.join(unknown)}"
+    if (thoughts := sorted(keys & {*THOUGHTS})) and "reasoning_content" not in template.source:
+        yield f"{', '.join(thoughts)} stands as <think>…</think> before the answer: the chat template has no place for it"
 
 
 def unwritten_lines(template: Template, chat: Chat) -> Iterator[str]:
@@ -451,7 +454,7 @@ def tokenize_rows(rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, data: D
             shown = ", ".join(columns)
             raise ConfigError(f"data.text_column: column {shown!r} in {data.dataset} is not UTF-8: {error}") from None
     form, columns = recognise(rows["train"].column_names, data)
-    out.notes = (*getattr(rows, "notes", ()), *unused_lines(rows, form, columns), *notes)
+    out.notes = (*getattr(rows, "notes", ()), *unused_lines(rows, template, form, columns), *notes)
     return out
 
 
