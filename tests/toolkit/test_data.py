@@ -1025,6 +1025,23 @@ def test_chat_tokens_that_were_never_trained_are_named(tokenizer, tiny_model):
     assert untrained_chat_tokens(AutoModelForCausalLM.from_pretrained(tiny_model), tokenizer) == []
 
 
+def test_a_trained_row_near_the_direction_of_unused_rows_is_no_untrained_one(tokenizer):
+    """As in Qwen2.5-Coder-0.5B-Instruct: unused rows are one direction, <|im_start|> is trained and has cosine 0.93 to it."""
+    draw = torch.Generator().manual_seed(0)
+    rows = torch.randn(len(tokenizer) + 16, 64, generator=draw)
+    unused, trained = torch.nn.functional.normalize(torch.randn(2, 64, generator=draw), dim=1)
+    trained = torch.nn.functional.normalize(trained - (trained @ unused) * unused, dim=0)
+    rows[len(tokenizer) :] = unused + 2e-4 * torch.randn(16, 64, generator=draw)
+    rows[1] = 1.1 * (0.93 * unused + (1 - 0.93**2) ** 0.5 * trained)
+    assert untrained_chat_tokens(embedding_model(rows), tokenizer) == []
+    rows[TURN_END] = unused + 2e-4 * torch.randn(64, generator=draw)
+    (line,) = untrained_chat_tokens(embedding_model(rows), tokenizer)
+    assert re.findall(r"<\|\w+\|>", line) == ["<|im_end|>"]
+    rows[1] = rows[-1]
+    (line,) = untrained_chat_tokens(embedding_model(rows), tokenizer)
+    assert re.findall(r"<\|\w+\|>", line) == ["<|im_start|>", "<|im_end|>"]
+
+
 @pytest.mark.real_model
 @pytest.mark.skipif(not os.environ.get("QLORA_REAL_MODEL"), reason="QLORA_REAL_MODEL names no folder")
 def test_real_chat_tokens_are_trained():
