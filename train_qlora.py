@@ -346,7 +346,7 @@ def build_run(config: Config, accelerator: Accelerator, log: checkpoints.Log, fo
     for line in quantization_utils.check_length(config.data.max_length, model.config):
         say(line)
     if isinstance(blocks["train"], data_blocks.SampleBlocks):
-        for line in data_formats.untrained_chat_tokens(model, tokenizer, blocks["train"]):
+        for line in data_formats.untrained_chat_tokens(model, tokenizer, blocks["train"][0]):
             say(line)
     plan = plan or memory_plan.unplanned(config, sequences, len(model.get_decoder().layers))
     learner = build_learner(config, model, plan, say, sample_counts(*blocks.values())[:per_step])

@@ -357,10 +357,21 @@ def load_rows(data: DataConfig) -> Rows:
         raise
     except Exception as error:  # the readers of datasets and pyarrow raise anything about a strange file
         raise unreadable(error, data.dataset, local is not None) from None
-    for split in rows.values():
+    for name, split in rows.items():
         if not len(split):
             raise ConfigError(f"data.dataset: {data.dataset} has no rows")
+        if "string_view" in str(split.features):  # Arrow's newer type of text, which datasets cannot write or cut
+            rows[name] = split.cast(_without_views(split.features))
     return rows
+
+
+def _without_views(kind: Any) -> Any:
+    """Return features with string instead of string_view."""
+    if isinstance(kind, dict):
+        return type(kind)({name: _without_views(part) for name, part in kind.items()})
+    if isinstance(kind, (datasets.List, datasets.LargeList)):
+        return dataclasses.replace(kind, feature=_without_views(kind.feature))
+    return datasets.Value("string") if kind == datasets.Value("string_view") else kind
 
 
 def hub_rows(data: DataConfig) -> Rows:

@@ -14,11 +14,10 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -27,7 +26,7 @@ from datasets import Dataset, DatasetDict
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from config import ConfigError, DataConfig
+from config import ConfigError, DataConfig, counted
 from fast_path.loss import IGNORED
 from toolkit import chat_rows
 from toolkit.chat_rows import BESIDE, JSON_CELL, KEYS, THOUGHTS, Chat, Message, recognise, to_chat, value_of
@@ -338,7 +337,7 @@ def sample_encoder(
 
 def _check_text(split: Dataset, data: DataConfig) -> None:
     kind = split.features[data.text_column]
-    if getattr(kind, "dtype", None) in ("string", "large_string", "string_view", "null"):
+    if getattr(kind, "dtype", None) in ("string", "large_string", "null"):
         return
     got = getattr(kind, "dtype", kind)
     if isinstance(kind, dict) and kind.keys() == {JSON_CELL}:
@@ -373,7 +372,7 @@ def template_of(rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, data: Dat
         return template, notes
     thinking, plain = thoughts_counted(rows["train"], columns, columns_read(rows["train"], form, columns))
     if thinking and plain:
-        notes.append(f"{thinking:,} answers with a thought, {plain:,} without: the model learns both")
+        notes.append(f"{counted(thinking, 'answer')} with a thought, {plain:,} without: the model learns both")
     elif not thinking and "enable_thinking" in template.source and "enable_thinking" not in template.options:
         template = dataclasses.replace(template, options=template.options | {"enable_thinking": False})
         notes.append("no answer holds a thought: data.template_options gets enable_thinking: false")
@@ -400,11 +399,22 @@ def unused_lines(rows: DatasetDict, template: Template, form: str, columns: tupl
         yield f"{', '.join(thoughts)} stands as <think>…</think> before the answer: the chat template has no place for it"
 
 
-def unwritten_lines(template: Template, chat: Chat) -> Iterator[str]:
-    """Yield lines that tell what a chat has and the template does not write."""
-    texts = list(template.render([(chat.messages, {}), (chat.messages, {"tools": chat.tools})])) if chat.tools else []
-    if texts and texts[0] == texts[1]:
+def unwritten_lines(template: Template, chat: Chat, written: str) -> Iterator[str]:
+    """Yield lines that tell what a chat has and the template does not write, or writes unlike the prompt at inference.
+
+    written: the chat up to its last learned turn or further, as the template writes it.
+    """
+    own = {"tools": chat.tools} if chat.tools else {}
+    if own and [*template.render([(chat.messages, {})])] == [*template.render([(chat.messages, own)])]:
         yield "warning: the chat template does not write tools: column tools is not used"
+    turns = [number for number, learns in enumerate(chat.learned) if learns and number]
+    if turns:
+        (prompt,) = template.render([(chat.messages[: turns[-1]], own | {"add_generation_prompt": True})])
+        if not written.startswith(prompt):
+            yield (
+                f"warning: at inference the prompt ends with {prompt[-40:]!r}, which does not stand before the answers "
+                "that are learned; data.template_options may change it"
+            )
 
 
 def tokenize_rows(rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> Tokenized:
@@ -429,8 +439,6 @@ def tokenize_rows(rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, data: D
         out.source = f"{form}, from column{'s'[: len(read) > 1]} {', '.join(read)}"
         if form == "text":
             _check_text(split, data)
-            if split.features[columns[0]] == datasets.Value("string_view"):  # datasets cannot write it
-                split = split.cast_column(columns[0], datasets.Value("string"))
             split, encode = split.with_format("arrow"), text_encoder(tokenizer, data.text_column)
         else:
             encode = sample_encoder(template, columns, data.completion_only)
@@ -440,7 +448,7 @@ def tokenize_rows(rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, data: D
             # seen even if all rows come from the cache
             [(chat, samples)] = render_rows(template, [split.select_columns(read)[0]], columns, [0])
             out.source += f", which {CHANGES}" if changes_words(chat.messages, samples[-1].text) else ""
-            notes += unwritten_lines(template, chat) if name == "train" else ()
+            notes += unwritten_lines(template, chat, samples[-1].text) if name == "train" else ()
         try:
             out[name] = split.map(
                 encode,
@@ -462,7 +470,7 @@ def tokenize_rows(rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, data: D
 
 
 def untrained_chat_tokens(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, blocks: Sequence[np.ndarray] = ()
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, block: np.ndarray | None = None
 ) -> list[str]:
     """Return a list with a warning that names the chat template's tokens whose embedding was never trained, or [].
 
@@ -471,7 +479,7 @@ def untrained_chat_tokens(
     "Fishing for Magikarp", 2024). Those rows may be one direction: their cosines with it differ by 2e-6 in
     Qwen2.5-Coder-0.5B-Instruct, where the trained row of <|im_start|> has 0.93. So a row counts only if it is not much
     farther from that direction than they are.
-    blocks: of the data; the tokens in the first of them are looked at too, such as those around a tool call.
+    block: one of the data, int64 [2 or 3, tokens]; its tokens are looked at too, such as those around a tool call.
     """
     if tokenizer.chat_template is None:
         return []
@@ -481,7 +489,7 @@ def untrained_chat_tokens(
     except ValueError as error:  # it may want more than this, such as a system prompt
         return [f"whether the base model knows the tokens of its chat template was not checked: {error}"]
     added = tokenizer.added_tokens_decoder
-    ids = {*tokenizer(text, add_special_tokens=False)["input_ids"], *(blocks[0][0].tolist() if len(blocks) else ())}
+    ids = {*tokenizer(text, add_special_tokens=False)["input_ids"], *(block[0].tolist() if block is not None else ())}
     chat = sorted(ids & set(added))
     rows = model.get_input_embeddings().weight.detach()
     own = rows[chat].float()
