@@ -118,7 +118,7 @@ def _turns_of_pair(row: dict[str, Any], columns: tuple[str, ...]) -> list[dict[s
     *asked, answer = (row[name] for name in columns)
     for name, value in ((columns[0], asked[0]), (columns[-1], answer)):
         if value is None:
-            raise ValueError(f"column {name!r} is empty")
+            raise ValueError(f"column {name!r} is empty; fill it in or remove the row")
     if isinstance(asked[0], list):
         before = [turn | {"train": False} for turn in _turns(asked[0], columns[0])]
     else:

@@ -202,7 +202,7 @@ def _decoded(text: str, where: str) -> Any:
         raise ValueError(f"{where}nested too deeply") from None
     except json.JSONDecodeError as error:
         line = where or f"line {error.lineno}: "
-        raise ValueError(f"{line}{error.msg} at column {error.colno}") from None
+        raise ValueError(f"{line}{error.msg} (column {error.colno})") from None
     except ValueError as error:
         raise ValueError(f"{where}{str(error)[:200]}") from None
 

@@ -279,7 +279,9 @@ def test_what_cannot_be_read_is_refused_by_its_row(qwen, tmp_path, row, problem)
 
 
 def test_an_empty_answer_of_a_csv_is_refused_like_null(qwen, tmp_path):
-    with pytest.raises(ConfigError, match=r"^data\.dataset: row 2: column 'completion' is empty$"):
+    with pytest.raises(
+        ConfigError, match=r"^data\.dataset: row 2: column 'completion' is empty; fill it in or remove the row$"
+    ):
         tokenised(case("empty_answer_learned/empty.csv"), qwen, tmp_path)
 
 
