@@ -385,6 +385,11 @@ def hub_rows(data: DataConfig) -> Rows:
         rows["validation"] = loaded[data.validation_split]
     if unused := [name for name in loaded if name not in (data.train_split, data.validation_split)]:
         rows.notes = (f"not used: the split{'s'[: len(unused) > 1]} {', '.join(unused)} of {data.dataset}",)
+    if (kind := rows["train"].info.builder_name) in READERS:
+        rows.notes += (
+            f"warning: datasets reads the .{kind} files of the hub and guesses types: 0042 may become 42, and a date a time; "
+            "for the text as it is, download the files and give their folder as data.dataset",
+        )
     return rows
 
 

@@ -507,7 +507,7 @@ def untrained_chat_tokens(
         return []
     return [
         f"warning: {', '.join(names)}: the base model never learned these tokens of its chat template; "
-        "use the Instruct model, or train on plain text"
+        "use a model that did, such as its Instruct model, or train on plain text"
     ]
 
 
