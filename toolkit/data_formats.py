@@ -417,6 +417,17 @@ def unwritten_lines(template: Template, chat: Chat, written: str) -> Iterator[st
             )
 
 
+def _mapped(split: Dataset, encode: Callable[..., Any], key: str, what: str, data: DataConfig) -> Dataset:
+    """Return the rows that a batched function makes of a split's, from datasets' cache if it has them by this key."""
+    names = split.column_names
+    try:
+        made = split.map(encode, batched=True, with_indices=True, remove_columns=names, new_fingerprint=key, desc=what)
+    except UnicodeDecodeError as error:  # Arrow does not check the bytes of texts in Parquet
+        read = ", ".join(name for name in recognise(names, data)[1])
+        raise ConfigError(f"data.text_column: column {read!r} in {data.dataset} is not UTF-8: {error}") from None
+    return made.with_format(None)
+
+
 def tokenize_rows(rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> Tokenized:
     """Return the rows with input_ids and their numbers in the split; nothing is cut.
 
@@ -449,18 +460,7 @@ def tokenize_rows(rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, data: D
             [(chat, samples)] = render_rows(template, [split.select_columns(read)[0]], columns, [0])
             out.source += f", which {CHANGES}" if changes_words(chat.messages, samples[-1].text) else ""
             notes += unwritten_lines(template, chat, samples[-1].text) if name == "train" else ()
-        try:
-            out[name] = split.map(
-                encode,
-                batched=True,
-                with_indices=True,
-                remove_columns=split.column_names,
-                new_fingerprint=key,
-                desc=f"tokenise {name}",
-            ).with_format(None)
-        except UnicodeDecodeError as error:  # Arrow does not check the bytes of texts in Parquet
-            shown = ", ".join(columns)
-            raise ConfigError(f"data.text_column: column {shown!r} in {data.dataset} is not UTF-8: {error}") from None
+        out[name] = _mapped(split, encode, key, f"tokenise {name}", data)
     form, columns = recognise(rows["train"].column_names, data)
     out.notes = (*getattr(rows, "notes", ()), *unused_lines(rows, template, form, columns), *notes)
     return out
