@@ -128,7 +128,7 @@ class LoraSettings(Section):
 class DataConfig(Section):
     dataset: str = knob(
         "Salesforce/wikitext",
-        "hub id, or a local .txt, .csv, .json, .jsonl or .parquet file, or a folder of them",
+        "hub id, or a local .txt, .csv, .tsv, .json, .jsonl or .parquet file, or a folder of them",
         path=True,
     )
     dataset_config: str | None = knob(
@@ -165,6 +165,9 @@ class DataConfig(Section):
     )
     max_eval_samples: int | None = knob(
         None, "evaluate on at most this many rows; null means all rows", at_least=1, at_most=MANY
+    )
+    template_options: dict | None = knob(
+        None, "options of the chat template, in training and at inference; null: as the template has them"
     )
 
 
@@ -347,6 +350,8 @@ class Leaf:
             words.append(" ".join(["an integer" if int in self.kinds else "a number", " and ".join(bounds)]).strip())
         if tuple in self.kinds:
             words.append(f"a list of names such as {self.example}")
+        if dict in self.kinds:
+            words.append("names and values such as {enable_thinking: false}")
         if "choices" in limits:
             words.append(("one of " if len(limits["choices"]) > 1 else "the word ") + ", ".join(limits["choices"]))
         elif str in self.kinds:
@@ -379,7 +384,7 @@ FROM_ADAPTER -= {"lora.init_adapter"}  # another folder, which training would lo
 FROM_ADAPTER |= {"model.name", "model.revision", "model.attn_implementation", "training.seed"}
 FROM_ADAPTER |= {f"data.{key}" for key in ("dataset_config", "train_split", "validation_split", "validation_fraction")}
 FROM_ADAPTER |= {f"data.{key}" for key in ("text_column", "format", "rows", "completion_only", "max_length", "packing")}
-FROM_ADAPTER |= {f"data.{key}" for key in ("max_train_samples", "max_eval_samples")}
+FROM_ADAPTER |= {f"data.{key}" for key in ("max_train_samples", "max_eval_samples", "template_options")}
 FROM_OWN_RUN = FROM_ADAPTER | {"data.dataset", "performance.memory_limit_gib"}  # if the user's own run left it there
 
 
@@ -426,6 +431,8 @@ def shown(value: Any) -> str:
     """Return a value as it is written in config.yaml, for a message: null, true, [q_proj, v_proj]."""
     if isinstance(value, (tuple, list)):
         return f"[{', '.join(map(shown, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {shown(part)}' for key, part in value.items())}}}"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -469,6 +476,10 @@ def _convert(leaf: Leaf, value: Any) -> Any:
         if choices == SWITCH:  # YAML 1.1 reads a bare on/off as a boolean
             return "on" if value else "off"
         raise ValueError
+    if isinstance(value, dict) and dict in kinds:
+        if all(_is_option(name, of) for name, of in value.items()):
+            return value
+        raise ValueError
     if isinstance(value, str) and str in kinds:
         if value in choices or (not choices and _is_text(value, "may_be_empty" in limits)):
             return value
@@ -488,6 +499,32 @@ def _convert(leaf: Leaf, value: Any) -> Any:
     if not all(holds(value, limits[key]) for key, (_, holds) in BOUNDS.items() if key in limits):
         raise ValueError
     return value
+
+
+# What a chat template is given anyway, and what would replace the template.
+RESERVED = frozenset(
+    [
+        "messages",
+        "conversation",
+        "conversations",
+        "chat_template",
+        "tools",
+        "documents",
+        "add_generation_prompt",
+        "continue_final_message",
+        "return_assistant_tokens_mask",
+        "tokenize",
+        "tokenizer",
+    ]
+)
+
+
+def _is_option(name: Any, value: Any) -> bool:
+    """Return whether this may be an option of a chat template: a name of its own with a plain value."""
+    if not isinstance(name, str) or not name.isidentifier() or name in RESERVED or name.endswith("_token"):
+        return False
+    plain = value is None or isinstance(value, (bool, int)) or (isinstance(value, float) and math.isfinite(value))
+    return plain or (isinstance(value, str) and _is_text(value, long=True))
 
 
 def _is_text(value: str, long: bool = False) -> bool:
@@ -756,8 +793,14 @@ def load_config(
     return config
 
 
-# Suffixes of data files, each with the builder of datasets that reads it.
-DATA_FILES = {".txt": "text", ".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+# Endings of data files, each with the kind of its content; toolkit/data_files.py reads them.
+DATA_FILES = {".txt": "text", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+DATA_FILES |= {f"{ending}.gz": DATA_FILES[ending] for ending in (".csv", ".tsv", ".json", ".jsonl")}
+
+
+def data_suffix(name: str) -> str | None:
+    """Return the ending of a data file's name as DATA_FILES has it, or None if it is no data file."""
+    return next((ending for ending in DATA_FILES if name.lower().endswith(ending)), None)
 
 
 def is_hub_id(name: str) -> bool:

@@ -37,7 +37,8 @@ from toolkit.startup import (
 from toolkit.template_files import check_template_files
 
 BEGAN = time.perf_counter()  # when the user began to wait, but for the start of Python itself
-TAKES = ("model", "quantization", "performance", "generation")  # the other sections of config.yaml are for training
+# What config.yaml has beside these is for training.
+TAKES = ("model", "quantization", "data.template_options", "performance", "generation")
 # The flags that --help shows first.
 EVERYDAY = ["mode", "adapter", "prompt", "prompts", "output", "raw", "max_new_tokens"]
 EVERYDAY += ["temperature", "top_p", "system_prompt"]
@@ -354,6 +355,7 @@ class Engine:
     limit: float  # positions that the model supports
     raw: bool  # plain continuation instead of the chat template
     generator: Generator
+    template_options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def create_engine(
@@ -382,7 +384,7 @@ def encode(engine: Engine, prompt: Prompt, system_prompt: str | None) -> list[in
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if system_prompt is not None and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system_prompt}, *messages]
-    (text,) = render_chats(engine.tokenizer, [messages], add_generation_prompt=True)
+    (text,) = render_chats(engine.tokenizer, [messages], add_generation_prompt=True, **engine.template_options)
     if changes_words(messages, text):
         say_once(f"warning: the chat template of {template_file(engine.tokenizer)} {CHANGES}")
     return engine.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -635,6 +637,7 @@ def run(options: argparse.Namespace, config: Config) -> int:
     if replaces_bf16(config):
         say(SLOW_BF16)
     engine = create_engine(model, tokenizer, options.raw, options.adapter)
+    engine = dataclasses.replace(engine, template_options=config.data.template_options or {})
     if options.rows:
         return answer_file(engine, config, options.rows, Path(options.output), options.finished)
     if options.mode == "text":

@@ -126,7 +126,7 @@ from toolkit.chat_templates import adopt_template
 from toolkit.compare import compare_runs
 from toolkit.curves import call_plot, plot_training_curves, rates_of
 from toolkit.data_blocks import Blocks, batches, make_blocks, sample_counts, step_windows
-from toolkit.data_formats import load_rows, tokenize_rows
+from toolkit.data_files import load_rows
 from toolkit.evaluation import comparison, difference_line, mean_loss
 from toolkit.memory import peak_gib
 from toolkit.memory_plan import MemoryPlan
@@ -364,7 +364,7 @@ def build_run(config: Config, accelerator: Accelerator, log: checkpoints.Log, fo
     for line in quantization_utils.base_lines(config, model):
         say(line)
     if isinstance(blocks["train"], data_blocks.SampleBlocks):
-        for line in data_formats.untrained_chat_tokens(model, tokenizer):
+        for line in data_formats.untrained_chat_tokens(model, tokenizer, blocks["train"][0]):
             say(line)
     plan = plan or memory_plan.unplanned(config, sequences, len(families.decoder_layers(model)))
     learner = build_learner(config, model, plan, say, sample_counts(*blocks.values())[:per_step])
@@ -376,7 +376,7 @@ def build_run(config: Config, accelerator: Accelerator, log: checkpoints.Log, fo
     total_steps = training.max_steps or max(1, math.ceil(training.num_epochs * steps_per_epoch))
     return Run(
         config=config,
-        effective=effective,
+        effective=checkpoints.with_options_of(effective, blocks["train"]),
         accelerator=accelerator,
         log=log,
         tokenizer=tokenizer,
@@ -406,7 +406,7 @@ def prepare_dataset(config: Config, tokenizer: PreTrainedTokenizerBase) -> Datas
     You may write your own function here: packing and holding out a part come after it, and `load_dataset` is imported.
     Each row is a document; with a column labels it is a sample, and tokens labelled -100 are read but not learned.
     """
-    return tokenize_rows(load_rows(config.data), tokenizer, config.data)
+    return data_formats.tokenize_rows(load_rows(config.data), tokenizer, config.data)
 
 
 def build_learner(

@@ -116,7 +116,10 @@ DATA = {  # name of the file: content, what is said
         r"data\.text_column: no column 'text' in .*; it has body, n",
     ),
     "column.csv": ("body,n\na,1\n", r"data\.text_column: no column 'text' in .*; it has body, n"),
-    "number.csv": ("text\n1\n2\n", r"data\.text_column: expected text in column 'text', got int64"),
+    "number.jsonl": (
+        '{"text": "a"}\n{"text": 5}\n',
+        r"data\.text_column: expected text in column 'text', got 5 in row 2",
+    ),
     "list.jsonl": ('{"text": ["a", "b"]}\n', r"data\.text_column: expected text in column 'text', got "),
     "dict.jsonl": ('{"text": {"a": "b"}}\n', r"data\.text_column: expected text in column 'text', got "),
     "number.parquet": (
@@ -134,7 +137,7 @@ DATA = {  # name of the file: content, what is said
     "latin.csv": ("text\ngrößer\n".encode("latin-1"), r"cannot read .*(utf-8|UTF)"),
     "latin.jsonl": ('{"text": "größer"}\n'.encode("latin-1"), r"latin\.jsonl.* UTF-8"),
     "utf16.txt": ("some text\n".encode("utf-16"), r"cannot read .*(utf-8|UTF)"),
-    "letter.docx": ("text", r"expected one of \.txt, \.csv, \.json, \.jsonl, \.parquet"),
+    "letter.docx": ("text", r"expected one of \.txt, \.csv, \.tsv, \.json, \.jsonl, \.parquet, \.csv\.gz"),
     "no_ending": ("text", r"expected one of \.txt"),
 }
 
@@ -173,12 +176,11 @@ def test_missing_data(refused, name):
 def test_missing_data_is_said_alike_by_who_loads_it(name):
     """From a notebook prepare_dataset may be called without the command line."""
     from config import ConfigError, DataConfig
-    from toolkit.data_formats import BUILDERS, load_rows
+    from toolkit.data_files import load_rows
 
     with pytest.raises(ConfigError) as caught:
         load_rows(DataConfig(dataset=name))
     assert list(caught.value.problems) == missing_data(name)
-    assert tuple(BUILDERS) == tuple(DATA_FILES) == (".txt", ".csv", ".json", ".jsonl", ".parquet")
 
 
 def test_names_of_the_hub_are_not_looked_for_on_the_disk(tmp_path, monkeypatch):
@@ -201,7 +203,7 @@ def test_folders_of_data(refused, tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
     assert refused("--dataset", folder) == [
-        f"data.dataset: expected files of one kind (.txt, .csv, .json, .jsonl, .parquet) in {folder}, got none"
+        f"data.dataset: expected files of one kind ({', '.join(DATA_FILES)}) in {folder}, got none"
     ]
     (folder / "README.md").write_text("no data", encoding="utf-8")
     assert "got none" in refused("--dataset", folder)[0]

@@ -27,7 +27,8 @@ lora:         {rank: 16, alpha: 32.0, dropout: 0.05,
                use_rslora: false, use_dora: false, init_adapter: null}
 data:         {dataset: Salesforce/wikitext, dataset_config: wikitext-2-raw-v1, train_split: train,
                validation_split: validation, validation_fraction: 0.05, text_column: text, format: auto, rows: auto,
-               completion_only: true, max_length: 512, packing: true, max_train_samples: null, max_eval_samples: null}
+               completion_only: true, max_length: 512, packing: true, max_train_samples: null, max_eval_samples: null,
+               template_options: null}
 training:     {num_epochs: 3, max_steps: null, batch_size: 1, gradient_accumulation_steps: 16, learning_rate: 2.0e-4,
                lr_scheduler: cosine, warmup_ratio: 0.03, weight_decay: 0.0, max_grad_norm: 0.3,
                optim: paged_adamw_8bit, gradient_checkpointing: true, seed: 42, logging_steps: 10, eval_steps: null,
@@ -709,6 +710,8 @@ def test_each_leaf_survives_saving_at_another_value(tmp_path):
             value = next(value for key, inside, _ in RANGES if key == name for value in inside if value != default)
         elif choices:
             value = next(choice for choice in choices if choice != default)
+        elif dict in leaf.kinds:
+            value = {"enable_thinking": False, "style": "plain: 'a'"}
         else:
             value = "another"
         changed = load_config([], {name: value})
@@ -845,3 +848,21 @@ def test_scripts_import_no_inductor_and_leave_tritons_cache_where_it_is():
     environment |= {"TRITON_HOME": "somewhere", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.stdout.split() == ["False", "torch", os.path.join("somewhere", ".triton", "cache")], done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["{chat_template: x}", "{tools: 1}", "{eos_token: x}", "{a-b: 1}", "{1: 2}", "{a: [1]}", "{a: {b: 1}}", "[a]", "x"],
+)
+def test_an_option_of_a_template_is_a_name_of_its_own_with_a_plain_value(value):
+    """What would replace the template or the messages is refused."""
+    with pytest.raises(
+        ConfigError, match=r"data\.template_options: expected names and values such as .*, or null, got"
+    ):
+        load_config([], {"data.template_options": yaml.safe_load(value)})
+
+
+def test_options_of_a_template_as_a_flag():
+    parser = build_parser("")
+    _, overrides = parse_arguments(parser, ["--template_options", "{enable_thinking: false, n: 2}"])
+    assert load_config([], overrides).data.template_options == {"enable_thinking": False, "n": 2}

@@ -27,7 +27,8 @@ from fast_path.decoder import Watch
 from inference_example import Conversation, Engine, attach, create_engine, encode, fitted, generate_ids, load, take_turn
 from quantization_utils import create_lora_config, keep_packing, load_model_and_tokenizer
 from toolkit import locks, merge
-from toolkit.data_formats import IGNORED, PLAIN_TEMPLATE, load_rows, tokenize_rows
+from toolkit.data_files import load_rows
+from toolkit.data_formats import IGNORED, PLAIN_TEMPLATE, tokenize_rows
 from toolkit.generation import Generator
 
 TEXT = "A lighthouse is a tower that shows sailors where they are. In 1822 Fresnel built a lens."
@@ -833,3 +834,12 @@ def test_the_default_model_without_a_gpu_is_announced_as_slow(run: Callable) -> 
     assert (
         code == 2 and "will be slow on this CPU" in err.splitlines()[0] and "error: model.name" in err.splitlines()[1]
     )
+
+
+def test_options_of_the_template_reach_the_prompt(tiny_model):
+    """As an adapter's config.yaml has them: asked as it was taught."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.chat_template = "{{ messages[0].content }}{% if enable_thinking is false %}<|im_end|>{% endif %}"
+    for options, ending in (({}, "heron"), ({"enable_thinking": False}, "heron<|im_end|>")):
+        engine = inference_example.Engine(None, tokenizer, [], 64, False, None, options)
+        assert tokenizer.decode(inference_example.encode(engine, "heron", None)) == ending

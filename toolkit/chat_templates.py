@@ -24,7 +24,7 @@ from toolkit import template_child
 from toolkit.earlier_run import left_by_run
 from toolkit.template_files import check_template, read_template
 
-Messages = list[dict[str, str]]
+Messages = list[dict[str, Any]]
 
 
 class Child:
@@ -43,13 +43,19 @@ class Child:
         if self.process is None or self.process.poll() is not None:  # not started, or ended from outside
             self.process = self.start()
 
-    def ask(self, chats: list[Messages], options: dict[str, Any]) -> list[dict[str, str]]:
-        """Return an answer for each chat, as `template_child.answer` makes it, up to the first that ends the process."""
+    def ask(
+        self, chats: list[Messages], options: dict[str, Any], own: list[dict[str, Any]] | None = None
+    ) -> list[dict[str, str]]:
+        """Return an answer for each chat, as `template_child.answer` makes it, up to the first that ends the process.
+
+        options: of all chats. own: those of each chat, which come before them.
+        """
+        requests = list(zip(chats, own or [{}] * len(chats), strict=True))
         self.prepare()
         started = time.monotonic()
         lines: list[bytes] = []
         try:
-            self.process.stdin.write(json.dumps([chats, options]).encode() + b"\n")
+            self.process.stdin.write(json.dumps([requests, options]).encode() + b"\n")
             self.process.stdin.flush()
             while len(lines) < len(chats) and (line := self.process.stdout.readline()).endswith(b"\n"):
                 lines.append(line)
@@ -113,29 +119,43 @@ def render_chats(
     tokenizer: PreTrainedTokenizerBase,
     chats: list[Messages],
     template: str | None = None,
-    add_generation_prompt: bool = False,
+    each: list[dict[str, Any]] | None = None,
+    **options: Any,
 ) -> Iterator[str]:
     """Yield each chat as the tokenizer's template writes it, exactly as `apply_chat_template(tokenize=False)` does.
 
-    template: instead of the tokenizer's own. A chat that cannot be rendered raises a ConfigError, which names the
-    template's file and what is wrong. Time and memory are limited (template_child.py).
+    template: instead of the tokenizer's own. options: add_generation_prompt and those of the template, for all chats;
+    each: more of them for each chat, such as its tools. A chat that cannot be rendered raises a ConfigError, which names
+    the template's file and what is wrong. Time and memory are limited (template_child.py).
     """
-    prompt = {"add_generation_prompt": add_generation_prompt}
+    own = [{"add_generation_prompt": False} | options | more for more in each or [{}] * len(chats)]
+    for start in range(0, len(chats), template_child.MOST):
+        part = slice(start, start + template_child.MOST)
+        for answer in _answers(tokenizer, chats[part], template, own[part]):
+            if "text" not in answer:
+                ((verb, reason),) = answer.items()
+                what = "refuses these messages" if verb == "refuses" else "fails"
+                raise ConfigError(f"{template_file(tokenizer)}: the chat template {what}: {visible(reason)[:400]}")
+            yield answer["text"]
+
+
+def _answers(
+    tokenizer: PreTrainedTokenizerBase, chats: list[Messages], template: str | None, own: list[dict[str, Any]]
+) -> list[dict[str, str]]:
+    """Return for each chat its text, or why there is none, up to the first that ends the process."""
     try:
         if type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
             # A class with a method of its own comes with trust_remote_code: the user trusts that code.
-            answers = [{"text": tokenizer.apply_chat_template(chat, tokenize=False, **prompt)} for chat in chats]
-        else:
-            chosen = tokenizer.get_chat_template(template)
-            answers = CHILD.ask(chats, tokenizer.special_tokens_map | {"chat_template": chosen} | prompt)
-    except (ValueError, TypeError, KeyError, AttributeError, TemplateError) as error:
-        answers = [{"fails": template_child.described(error)}]
-    for answer in answers:
-        if "text" not in answer:
-            ((verb, reason),) = answer.items()
-            what = "refuses these messages" if verb == "refuses" else "fails"
-            raise ConfigError(f"{template_file(tokenizer)}: the chat template {what}: {visible(reason)[:400]}")
-        yield answer["text"]
+            pairs = zip(chats, own, strict=True)
+            return [{"text": tokenizer.apply_chat_template(chat, tokenize=False, **more)} for chat, more in pairs]
+        chosen = tokenizer.get_chat_template(template)
+        own = [dict(more) for more in own]
+        for more in (more for more in own if more.get("tools")):  # a tokenizer may have a template of its own for tools
+            with_tools = tokenizer.get_chat_template(template, more["tools"])
+            more |= {"chat_template": with_tools} if with_tools != chosen else {}
+        return CHILD.ask(chats, tokenizer.special_tokens_map | {"chat_template": chosen}, own)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, TemplateError) as error:
+        return [{"fails": template_child.described(error)}]
 
 
 CHANGES = "leaves out or changes what the user or the system prompt says"

@@ -640,6 +640,12 @@ def effective(config: Config, model: nn.Module) -> Config:
     return dataclasses.replace(config, quantization=quantization, lora=lora, flags=flags)
 
 
+def with_options_of(config: Config, blocks: "Blocks") -> Config:
+    """Return the configuration with the options of the chat template that the blocks' chats were rendered with."""
+    options = blocks.template_options or config.data.template_options
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, template_options=options))
+
+
 def _effective_lora(asked: LoraSettings, model: PeftModel) -> LoraSettings:
     """Return the settings under `lora` that an adapter's own configuration has."""
     found = model.peft_config["default"]

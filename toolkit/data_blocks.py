@@ -11,7 +11,6 @@ Any DatasetDict with input_ids will do, so that the tutorial's own prepare_datas
 
 import dataclasses
 import functools
-import glob
 import itertools
 import os
 from bisect import bisect_left, insort
@@ -29,16 +28,8 @@ from transformers import PreTrainedTokenizerBase
 
 from config import ConfigError, DataConfig, counted
 from fast_path.loss import IGNORED, CausalLMLoss
-from toolkit.data_formats import (
-    FUNCTION,
-    HALF,
-    OPTIONS,
-    ROW,
-    Tokenized,
-    content_digest,
-    local_files,
-    whole_characters,
-)
+from toolkit.data_files import SAVED, chosen_files, local_files, scan
+from toolkit.data_formats import FUNCTION, HALF, ROW, Tokenized, first_token, whole_characters
 from toolkit.text_width import start_of
 
 # Wikitext marks an article by " = Title = " and its sections by " = = Title = = ".
@@ -72,12 +63,6 @@ def document_end(tokenizer: PreTrainedTokenizerBase) -> int:
     if end is None:
         raise ConfigError("model.name: its tokenizer has neither <|endoftext|> nor an end of sequence token")
     return end
-
-
-def first_token(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokens that the tokenizer itself puts before a text: [bos] for Llama, [] for Qwen."""
-    ids = tokenizer("a")["input_ids"]
-    return [ids[0]] if tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id] else []
 
 
 def _column(dataset: Dataset, name: str) -> pa.ChunkedArray:
@@ -255,8 +240,8 @@ class Blocks:
     Indexing reads memory-mapped Arrow data.
     pieces: int32 arrays that form the stream one after another. rows, documents: how many of them it was made of.
     dataset: the name of the data, which is data.dataset or FUNCTION. source: how the rows were read. template: the chat
-    template that was used, if it is not the tokenizer's. notes: lines that the user should see. origin: the rows whose
-    tokens form the stream.
+    template that was used, if it is not the tokenizer's. template_options: those that chats were rendered with. notes:
+    lines that the user should see. origin: the rows whose tokens form the stream.
     """
 
     pieces: tuple[np.ndarray, ...]
@@ -267,6 +252,7 @@ class Blocks:
     dataset: str = ""
     source: str = ""
     template: str | None = None
+    template_options: dict[str, Any] | None = None
     notes: tuple[str, ...] = ()
     origin: Dataset | None = None
 
@@ -516,9 +502,9 @@ def learnable_rows(dataset: Dataset, name: str, data: DataConfig) -> tuple[np.nd
     The lines tell how many rows are left out, and how many are cut.
     """
     learned, lengths, notes = learned_tokens(dataset, data.max_length), row_lengths(dataset), []
-    empty = np.flatnonzero(learned == 0)
+    empty, numbers = np.flatnonzero(learned == 0), _column(dataset, ROW).to_numpy()
     if len(empty):
-        named = ", ".join(f"{row + 1:,}" for row in empty[:5]) + (", …" if len(empty) > 5 else "")
+        named = ", ".join(f"{row + 1:,}" for row in numbers[empty[:5]]) + (", …" if len(empty) > 5 else "")
         notes.append(
             f"{name}: {len(empty):,} of {len(learned):,} rows are left out, since their first {data.max_length} tokens "
             f"(data.max_length) hold nothing to train on: row{'s'[: len(empty) > 1]} {named}"
@@ -534,6 +520,16 @@ def learnable_rows(dataset: Dataset, name: str, data: DataConfig) -> tuple[np.nd
     return np.flatnonzero(learned), notes
 
 
+def first_samples(dataset: Dataset, samples: np.ndarray) -> np.ndarray:
+    """Return for each of these samples whether it is the first of its row, bool [samples]."""
+    return np.diff(_column(dataset, ROW).to_numpy()[samples], prepend=-1) != 0
+
+
+def first_rows(dataset: Dataset, samples: np.ndarray, most: int | None) -> np.ndarray:
+    """Return those of these samples that belong to the first `most` rows (None: all)."""
+    return samples if most is None else samples[np.cumsum(first_samples(dataset, samples)) <= most]
+
+
 def sample_blocks(dataset: Dataset, name: str, rows: np.ndarray, notes: list[str], data: DataConfig) -> SampleBlocks:
     """Return the blocks of these rows of a part, each row cut at data.max_length."""
     lengths = row_lengths(dataset)
@@ -546,7 +542,7 @@ def sample_blocks(dataset: Dataset, name: str, rows: np.ndarray, notes: list[str
         flat_column(dataset, "input_ids") + flat_column(dataset, "labels"),
         data.max_length,
         np.stack([block, starts, starts + sizes], 1)[np.argsort(block, kind="stable")],
-        rows=len(rows),
+        rows=int(first_samples(dataset, rows).sum()),
         documents=len(rows),
         notes=tuple(notes),
         origin=dataset,
@@ -563,15 +559,16 @@ def make_sample_blocks(splits: dict[str, Dataset], data: DataConfig, seed: int) 
     parts = {name: (split, *learnable_rows(split, name, data)) for name, split in splits.items()}
     if "validation" not in parts and data.validation_fraction > 0:
         split, rows, notes = parts["train"]
-        out = hold_out(np.ones(len(rows), bool), np.ones(len(rows)), data.validation_fraction, 1, seed)
+        first = first_samples(split, rows)  # all samples of a row are held out, or none
+        out = hold_out(first, np.ones(len(rows)), data.validation_fraction, 1, seed) if first.sum() > 1 else None
         if out is None:
             raise ConfigError(
-                f"data.dataset: only {len(rows)} row{'s'[: len(rows) > 1]} to train on, too few to hold one out; "
+                f"data.dataset: only {counted(int(first.sum()), 'row')} to train on, too few to hold one out; "
                 "give a validation split or data.validation_fraction 0"
             )
         parts = {"train": (split, rows[~out], notes), "validation": (split, rows[out], [])}
     return {
-        name: sample_blocks(split, name, rows[: most_rows(name, data)], notes, data)
+        name: sample_blocks(split, name, first_rows(split, rows, most_rows(name, data)), notes, data)
         for name, (split, rows, notes) in parts.items()
     }
 
@@ -634,7 +631,9 @@ def make_blocks(
         blocks = dict(make_text_blocks(splits, marks, data, seed))
     read = tokenized if isinstance(tokenized, Tokenized) else Tokenized
     named: dict[str, Any] = {"dataset": data.dataset, "source": read.source + how, "template": read.template}
+    named["template_options"] = read.template_options
     blocks = {name: dataclasses.replace(part, **named) for name, part in blocks.items()}
+    blocks["train"] = dataclasses.replace(blocks["train"], notes=(*read.notes, *blocks["train"].notes))
     if unused := sorted(tokenized.keys() - splits.keys()):
         names = f"split{'s'[: len(unused) > 1]} {', '.join(unused)}"
         line = f"not used: the {names} of {FUNCTION}; only train and validation are used"
@@ -669,17 +668,15 @@ def show_block(block: np.ndarray, tokenizer: PreTrainedTokenizerBase, most: int 
 def _training_files(data: DataConfig) -> dict[str, int | None]:
     """Return the files of the training rows, in order, with the number of rows in each; None: all that are left."""
     local = local_files(data.dataset)
-    if local is None:
+    if local is None or local[0] == SAVED:
         return {f"{data.dataset} {data.train_split}": None}
-    builder, files = local
-    names = files.get(data.train_split) or next(iter(files.values()))
+    kind, files = local
+    names = chosen_files(files, data)[0]["train"]
     base = data.dataset if Path(data.dataset).is_dir() else Path(data.dataset).parent
     sizes: dict[str, int | None] = {os.path.relpath(name, base): None for name in names}
-    # Each file is loaded alone, since a split does not tell which file a row came from.
+    # Each file is read alone, since a split does not tell which file a row came from.
     for shown, name in zip(sizes, names[:-1], strict=False):
-        only = {"train": [glob.escape(name)]}
-        digest = content_digest({"train": [name]})
-        sizes[shown] = len(datasets.load_dataset(builder, digest, data_files=only, **OPTIONS.get(builder, {}))["train"])
+        sizes[shown] = scan(name, kind).rows
     return sizes
 
 

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from config import (
-    DATA_FILES,
     FROM_ADAPTER,
     FROM_OWN_RUN,
     LEAVES,
@@ -27,6 +26,7 @@ from config import (
     ModelConfig,
     TrainingConfig,
     brief,
+    data_suffix,
     flatten,
     is_address,
     is_hub_id,
@@ -141,7 +141,11 @@ def _sizes(path: str) -> list[int]:
     """Return the sizes of a file, or of all files of data and weights in a folder."""
     top = Path(path)
     files = top.rglob("*") if top.is_dir() else [top]
-    return sorted(f.stat().st_size for f in files if f.suffix.lower() in (*DATA_FILES, ".safetensors") and f.is_file())
+    return sorted(
+        f.stat().st_size
+        for f in files
+        if (data_suffix(f.name) or f.suffix in (".arrow", ".safetensors")) and f.is_file()
+    )
 
 
 def continuing_command(argv: list[str] | None, resume: str) -> str:

@@ -2,6 +2,7 @@
 
 import codecs
 import contextlib
+import gzip
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,7 +72,7 @@ def check_config(path: Path) -> None:
 
 def not_utf8(path: str | Path) -> str | None:
     """Return which line of a text file is not UTF-8, what it looks like and what to do; None if all lines are UTF-8."""
-    with open(path, "rb") as file:
+    with gzip.open(path) if str(path).lower().endswith(".gz") else open(path, "rb") as file:
         done, sample = 0, file.read(2**16)
         if not _wide_encoding(
             sample

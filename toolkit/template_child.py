@@ -15,9 +15,10 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-SECONDS = 10  # for a request of at most 32 renderings; sound templates need less than a millisecond for each
+MOST = 32  # renderings in a request
+SECONDS = 10  # for a request; sound templates need less than a millisecond for each rendering
 MEMORY = 2**30  # bytes in addition to what the imports take; only Linux keeps to it
-LONGER = 100_000, 10  # a chat may have so many characters more than its messages, and so many times as many
+LONGER = 100_000, 10  # a chat may have so many characters more than its messages and tools, and so many times as many
 
 
 def import_renderer() -> Callable[..., Any]:
@@ -56,10 +57,10 @@ def described(error: Exception) -> str:
     return f"{type(error).__name__}: {text}{line}" if text else type(error).__name__
 
 
-def answer(render: Callable[..., Any], messages: list[dict[str, str]], options: dict[str, Any]) -> dict[str, str]:
+def answer(render: Callable[..., Any], messages: list[dict[str, Any]], options: dict[str, Any]) -> dict[str, str]:
     """Return a rendered chat as `text`; otherwise what the template `refuses` it with, or why it `fails`."""
-    most = LONGER[0] + LONGER[1] * sum(len(message["content"]) for message in messages)
     try:
+        most = LONGER[0] + LONGER[1] * len(json.dumps([messages, options.get("tools")], ensure_ascii=False))
         [text], _ = render([messages], **options)
         text.encode("utf-8")  # half a character, such as "\ud800", is an error here
     except Exception as error:  # anything: the template is a program
@@ -72,17 +73,19 @@ def answer(render: Callable[..., Any], messages: list[dict[str, str]], options: 
 
 
 def serve() -> None:
-    """Answer requests until the parent closes the pipe or ends: [chats, options], a line for each chat."""
+    """Answer requests until the parent closes the pipe or ends: [[chat, its own options] ..., options of all], a line for
+    each chat.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches this process too, but is for the parent
     render = import_renderer()
     limit_memory()
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
         for line in sys.stdin.buffer:
-            chats, options = json.loads(line)
+            requests, options = json.loads(line)
             # A thread in C: it ends the process even while a single operation of Python does not return.
             faulthandler.dump_traceback_later(SECONDS, exit=True, file=nowhere)
-            for messages in chats:
-                sys.stdout.buffer.write(json.dumps(answer(render, messages, options)).encode() + b"\n")
+            for messages, own in requests:
+                sys.stdout.buffer.write(json.dumps(answer(render, messages, options | own)).encode() + b"\n")
                 sys.stdout.buffer.flush()  # so that the parent knows which chat did not end
             faulthandler.cancel_dump_traceback_later()
 

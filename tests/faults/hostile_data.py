@@ -20,7 +20,7 @@ from tests.faults.adversary import CODE, Attack, Ground, train
 
 Build = Callable[[Path, Ground], Attack]
 FINE = (0, 1, 2)  # the content is odd, but may be text to learn from
-CUT = "nested more than 200 levels deep"
+CUT = "nested too deeply"
 PROSE = "It was a bright cold day in April, and the clocks were striking thirteen. " * 4
 ESCAPES = "\x1b]52;c;cm0gLXJmIH4=\x07\x1b[2J\x1b[1;1Hall is well\x9b31m\u202e"
 
@@ -208,8 +208,12 @@ ATTACKS: dict[str, Build] = {
     "deep objects": data("a.jsonl", depth('{"a":', 50_000, "}"), CUT),
     "deep lists": data("a.json", depth("[", 200_000, "]"), CUT),
     "depth beside empty lists": data("a.jsonl", depth('{"a":[],"b":', 50_000, "}"), CUT),
-    "depth after closing brackets": data("a.jsonl", "]" * 60_000 + "\n" + depth("[[],", 50_000, "]"), CUT),
-    "depth after an open quote": data("a.jsonl", '{"text": "\n' + depth('{"a":[],"b":', 50_000, "}"), CUT),
+    "depth after closing brackets": data(
+        "a.jsonl", "]" * 60_000 + "\n" + depth("[[],", 50_000, "]"), "line 1: Expecting value"
+    ),
+    "depth after an open quote": data(
+        "a.jsonl", '{"text": "\n' + depth('{"a":[],"b":', 50_000, "}"), "line 1: Invalid control character"
+    ),
     "depth after a backslash": data("a.jsonl", '{"text": "\\\\"}\n' + depth('{"a":"\\\\","b":', 50_000, "}"), CUT),
     "depth in a chat": data("a.jsonl", chat("x") + '{"messages": ' + depth('[{"content":', 30_000)[:-1] + "\n", CUT),
     "depth below the limit": data("a.jsonl", '{"text": "a", "more": ' + depth("[", 190, "]")[:-1] + "}\n"),

@@ -23,7 +23,7 @@ import inference_example
 import train_qlora
 from config import DataConfig
 from toolkit import checkpoints, earlier_run
-from toolkit.data_formats import load_rows
+from toolkit.data_files import load_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 

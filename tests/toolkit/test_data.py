@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import json
 import os
-import random
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +29,7 @@ from fast_path.attention import keep_samples_apart, most_samples, use_causal_att
 from fast_path.loss import CausalLMLoss
 from quantization_utils import load_tokenizer
 from toolkit import data_formats, evaluation
+from toolkit.chat_rows import recognise
 from toolkit.data_blocks import (
     collate,
     document_end,
@@ -44,7 +44,8 @@ from toolkit.data_blocks import (
     step_windows,
     windows_of,
 )
-from toolkit.data_formats import IGNORED, load_rows, recognise, tokenize_rows, untrained_chat_tokens
+from toolkit.data_files import load_rows
+from toolkit.data_formats import IGNORED, tokenize_rows, untrained_chat_tokens
 from train_qlora import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -434,24 +435,14 @@ def test_rows_without_any_text_are_refused(tmp_path, tokenizer, texts):
         blocks_of(settings(write_jsonl(tmp_path / "rows.jsonl", texts)), tokenizer)
 
 
-@pytest.mark.parametrize(
-    ("depth", "problem"), [(150, "ArrowInvalid: .*[Rr]ecursion"), (10_000, "ValueError: nested more than 200 levels")]
-)
-def test_json_that_is_too_deep_is_refused_in_one_line(tmp_path, depth, problem):
-    value = '{"a": ' * depth + "1" + "}" * depth
-    for name in ("a.jsonl", "b.json"):  # of 10,000 levels pyarrow 26 dies
-        path = write_txt(tmp_path / name, f'{{"text": "one", "more": {value}}}\n')
-        with pytest.raises(ConfigError, match=rf"^data\.dataset: cannot read .*{name}: {problem}.*$"):
+@pytest.mark.parametrize("opening", ['{"a":', "[", '{"a":[],"b":', '{"a":"]","b":', '{"a":"\\\\","b":', "[[],"])
+def test_json_that_is_too_deep_is_refused_in_one_line(tmp_path, opening):
+    for name in ("a.jsonl", "b.json"):
+        path = write_txt(tmp_path / name, '{"text": "one", "more": 1}\n' + opening * 50_000 + "1\n")
+        with pytest.raises(ConfigError, match=rf"^data\.dataset: cannot read .*{name}: line 2: nested too deeply$"):
             load_rows(settings(path))
     many = write_jsonl(tmp_path / "many.jsonl", ["[{", "}]"] * 5000)
     assert len(load_rows(settings(many))["train"]) == 10_000  # width is no depth
-
-
-@pytest.mark.parametrize("opening", ['{"a":[],"b":', '{"a":"]","b":', '{"a":"\\\\","b":', "[[],"])
-def test_json_that_closes_brackets_on_its_way_down_is_refused_too(tmp_path, opening):
-    path = write_txt(tmp_path / "a.jsonl", "}" * 60_000 + "\n" + opening * 50_000 + "1\n")
-    with pytest.raises(ConfigError, match="nested more than 200 levels"):
-        load_rows(settings(path))
 
 
 @pytest.mark.parametrize(
@@ -462,47 +453,12 @@ def test_brackets_in_a_text_are_no_depth(tmp_path, text):
     assert rows["text"] == [text, "two"]
 
 
-def depth_by_character(text: str) -> int:
-    deepest = depth = 0
-    inside = escaped = False
-    for char in text:
-        if inside:
-            inside, escaped = escaped or char != '"', char == "\\" and not escaped
-        elif char == '"':
-            inside = True
-        else:
-            depth += (char in "[{") - (char in "]}")
-            deepest = max(deepest, depth)
-    return deepest
-
-
-def test_depth_of_json_is_as_counted_character_by_character():
-    draw = random.Random(5)
-
-    def value(levels: int):
-        kind = draw.random()
-        if levels == 0 or kind < 0.3:
-            return "".join(draw.choice('[]{}"\\a/\té\n') for _ in range(draw.randrange(9)))
-        items = [value(levels - 1) for _ in range(draw.randrange(4))]
-        return items if kind < 0.6 else {value(0): item for item in items}
-
-    for _ in range(300):
-        shown = [json.dumps(value(draw.randrange(8)), ensure_ascii=False, indent=draw.choice([None, 1])) for _ in "abc"]
-        content, nesting, found = "\n".join(shown).encode(), data_formats.Nesting(), 0
-        while content:
-            size = draw.randrange(1, 12)  # blocks end anywhere: in a string, after a backslash, in a character
-            found, content = max(found, nesting.deepest(content[:size])), content[size:]
-        assert found == depth_by_character("\n".join(shown))
-
-
 def test_reader_that_raises_anything_is_one_line(tmp_path, monkeypatch):
-    """Columns that datasets takes for an agent's trace need a package of their own: an ImportError."""
-
     def load(*_, **__):
         raise ImportError("please install 'teich'\nor not")
 
-    monkeypatch.setattr(data_formats.datasets, "load_dataset", load)
-    path = write_jsonl(tmp_path / "a.jsonl", ["one"])
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    path = write_txt(tmp_path / "a.txt", "one\n")
     with pytest.raises(ConfigError, match=r"^data\.dataset: cannot read .*: ImportError: please install 'teich'$"):
         load_rows(settings(path))
 
@@ -805,11 +761,6 @@ def test_spaces_around_an_answer_are_learned_where_the_template_keeps_them(tmp_p
             "{% for m in messages %}{{ m.role + '|' + m.content + '<|im_end|>' }}{% endfor %}{{ '<|endoftext|>' }}",
             ["  padded answer \n<|im_end|>", "\n\na\n<|im_end|>"],
         ),
-        (  # Qwen3: an empty thought before the last answer only, so that a chat's beginning is not rendered as in the chat
-            "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if loop.last %}{{ '<think>\n\n</think>\n\n' }}"
-            "{% endif %}{{ m.content + '<|im_end|>\n' }}{% endfor %}",
-            ["  padded answer \n<|im_end|>", "\n\na\n<|im_end|>"],
-        ),
         ("{% for m in messages %}{{ m.role }}: {{ m.content | trim }}\n{% endfor %}", ["padded answer", "a"]),
         (None, ["  padded answer \n<|im_end|>", "\n\na\n<|im_end|>"]),
     ],
@@ -837,7 +788,7 @@ def test_without_a_template_a_plain_one_is_used_and_said(tmp_path, tokenizer):
         (
             "{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}",
             turns("a", "<think>b</think>c"),
-            "rewrites an answer of the assistant",
+            "turn 2: the chat template leaves out the thought",
         ),
         ("{{ raise_exception('roles must alternate') }}", turns("a", "b"), "roles must alternate"),
     ],
@@ -925,9 +876,15 @@ def test_columns_that_are_not_there_are_named(columns, keys, problem):
         ({"messages": ["Hello"]}, "expected a list of turns"),
         ({"messages": [{"role": "wizard", "content": "a"}]}, "turn 1: expected a role .*got 'wizard'"),
         ({"messages": [*turns("a"), {"role": "assistant", "content": None}]}, "turn 2: expected a text, got None"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "turn 1: expected a text"),
-        ({"messages": [*turns("a"), {"role": "assistant", "content": "", "tool_calls": [1]}]}, "got tool calls"),
-        ({"prompt": "a", "completion": None}, "turn 2: expected a text, got None"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+            "turn 1: expected parts that are texts, got image",
+        ),
+        (
+            {"messages": [*turns("a"), {"role": "assistant", "content": "", "tool_calls": [1]}]},
+            "turn 2: expected a call .*got '1'",
+        ),
+        ({"prompt": "a", "completion": None}, "column 'completion' is empty"),
         ({"prompt": 5, "completion": "a"}, "turn 1: expected a text"),
     ],
 )
@@ -1066,6 +1023,23 @@ def test_chat_tokens_that_were_never_trained_are_named(tokenizer, tiny_model):
     ]
     assert untrained_chat_tokens(embedding_model(zero), with_template(tokenizer, None)) == []
     assert untrained_chat_tokens(AutoModelForCausalLM.from_pretrained(tiny_model), tokenizer) == []
+
+
+def test_a_trained_row_near_the_direction_of_unused_rows_is_no_untrained_one(tokenizer):
+    """As in Qwen2.5-Coder-0.5B-Instruct: unused rows are one direction, <|im_start|> is trained and has cosine 0.93 to it."""
+    draw = torch.Generator().manual_seed(0)
+    rows = torch.randn(len(tokenizer) + 16, 64, generator=draw)
+    unused, trained = torch.nn.functional.normalize(torch.randn(2, 64, generator=draw), dim=1)
+    trained = torch.nn.functional.normalize(trained - (trained @ unused) * unused, dim=0)
+    rows[len(tokenizer) :] = unused + 2e-4 * torch.randn(16, 64, generator=draw)
+    rows[1] = 1.1 * (0.93 * unused + (1 - 0.93**2) ** 0.5 * trained)
+    assert untrained_chat_tokens(embedding_model(rows), tokenizer) == []
+    rows[TURN_END] = unused + 2e-4 * torch.randn(64, generator=draw)
+    (line,) = untrained_chat_tokens(embedding_model(rows), tokenizer)
+    assert re.findall(r"<\|\w+\|>", line) == ["<|im_end|>"]
+    rows[1] = rows[-1]
+    (line,) = untrained_chat_tokens(embedding_model(rows), tokenizer)
+    assert re.findall(r"<\|\w+\|>", line) == ["<|im_start|>", "<|im_end|>"]
 
 
 @pytest.mark.real_model

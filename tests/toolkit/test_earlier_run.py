@@ -141,6 +141,8 @@ def another(leaf: Leaf) -> object:
         return not default
     if tuple in leaf.kinds:
         return ["one"]
+    if dict in leaf.kinds:
+        return {"one": True}
     if "choices" in limits:
         return next(choice for choice in limits["choices"] if choice != default)
     if float in leaf.kinds:
