@@ -110,7 +110,7 @@ def test_a_run_starts_where_the_adapter_is_and_compares_base_start_and_end(
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
     out = capfd.readouterr().out
     assert f"base: validation loss {before:.4f}" in out and f"step 0: validation loss {after:.4f}" in out
-    assert "of the base" in out and "at the start" in out and "adapter - start: +0.0000" in out
+    assert "of the base" in out and "at the start" in out and "adapter - start: loss +0.0000" in out
     config = load_config(second / "config.yaml")
     assert (config.lora.rank, config.lora.alpha, config.lora.init_adapter) == (4, 8.0, str(first))
     assert "with the adapter in" in (second / "README.md").read_text(encoding="utf-8")
