@@ -286,6 +286,9 @@ class GenerationConfig(Section):
     repetition_penalty: float = free_knob(
         1.0, "a number above 1 makes repetition less likely", at_least=0.01, at_most=100
     )
+    num_beams: int = free_knob(
+        1, "beams of transformers' beam search, which is slower; 1 means none", at_least=1, at_most=64
+    )
     system_prompt: str | None = free_knob(
         None, "system message of a chat; null means the one in the chat template, if it has one", may_be_empty=True
     )

@@ -428,6 +428,7 @@ def generate_ids(
         repetition_penalty=settings.repetition_penalty,
         eos_token_id=engine.ends or None,
         pad_token_id=engine.tokenizer.pad_token_id or 0,
+        num_beams=settings.num_beams,
         **(sampling if settings.temperature > 0 else {}),
     )
     with stopped_by_ctrl_c(watch):
@@ -449,7 +450,10 @@ def stream_answer(
     kind = TextStreamer if as_generated else VisibleStreamer
     watch, streamer = Watch(began), kind(engine.tokenizer, skip_prompt=True, skip_special_tokens=True)
     with stopped_by_ctrl_c(watch):  # also after the last token, so that a Ctrl-C just too late does nothing else
-        new = generate_ids(engine, [ids], settings, watch, streamer)[0]
+        beams = settings.num_beams > 1  # of which the answer is known only at the end
+        new = generate_ids(engine, [ids], settings, watch, None if beams else streamer)[0]
+        if beams:
+            streamer.on_finalized_text(engine.tokenizer.decode(new, skip_special_tokens=True), stream_end=True)
         traffic = engine.generator.traffic()
         traffic.add(watch, 1, len(ids))
         note(watch.line(new[-1] not in engine.ends, traffic.line()))
@@ -477,7 +481,7 @@ def batch_size(engine: Engine, config: Config, positions: int) -> int:
     if device.type == "cuda":
         free = free_bytes(device, config.performance.memory_limit_gib)
         tokens = int(FREE_SHARE * free / engine.generator.position_bytes)
-    rows = min(GPU_ROWS if device.type == "cuda" else CPU_ROWS, tokens // positions)
+    rows = min(GPU_ROWS if device.type == "cuda" else CPU_ROWS, tokens // positions) // config.generation.num_beams
     return 1 << max(0, rows.bit_length() - 1)
 
 

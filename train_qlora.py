@@ -45,6 +45,12 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     add("--evaluate", action="store_true", help="evaluate instead of training")
     add("--adapter", metavar="DIR", help="with --evaluate: the adapter's folder")
     add("--stride", type=int, metavar="N", help="with --evaluate: windows of max_length over the text, N tokens apart")
+    add(
+        "--generate",
+        type=int,
+        metavar="N",
+        help="with --evaluate: answer N held-out prompts too, and score the answers",
+    )
     add("--compare", nargs="+", metavar="DIR", help="print a table of finished runs and draw their curves")
     add("--output", metavar="FILE", help="with --compare: the picture (default: compare.png)")
     add("--overwrite", action="store_true", help="start over in an output_dir that holds a run, and replace it")
@@ -52,8 +58,13 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     if problems := unusable(vars(options)):
         raise ConfigError(*problems)
     options.notes = []
-    for name, owner in (("adapter", "evaluate"), ("stride", "evaluate"), ("output", "compare")):
-        if getattr(options, name) and not getattr(options, owner):
+    for name, owner in (
+        ("adapter", "evaluate"),
+        ("stride", "evaluate"),
+        ("generate", "evaluate"),
+        ("output", "compare"),
+    ):
+        if getattr(options, name) is not None and not getattr(options, owner):
             hint = "; to go on from an adapter, use --init_adapter" if name == "adapter" else ""
             raise ConfigError(f"--{name}: goes with --{owner}{hint}")
     if options.compare:
@@ -74,6 +85,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
         raise ConfigError("lora.init_adapter: is for training; --evaluate takes an adapter as --adapter")
     if options.stride is not None and not 1 <= options.stride <= config.data.max_length:
         raise ConfigError(f"--stride: expected 1 to data.max_length ({config.data.max_length}), got {options.stride}")
+    if options.generate is not None and options.generate < 1:
+        raise ConfigError(f"--generate: expected a number of prompts >= 1, got {options.generate}")
     problems = [] if options.plan else missing_data(config.data.dataset)
     problems += missing_model(config.model.name, MODEL_PARTS[:1] if options.plan else MODEL_PARTS)
     if not (options.plan or options.evaluate) and os.path.isfile(config.training.output_dir):
@@ -121,13 +134,13 @@ from fast_path.micro_step import Learner, be_deterministic
 from fast_path.optimizers import create_optimizer
 from quantization_utils import compute_dtype_of, create_lora_config, load_base, prepare_model_for_training
 from toolkit import checkpoints, data_blocks, data_formats, earlier_run, evaluation, machine, memory, memory_plan
-from toolkit.adapters import load_adapter, start_from_adapter
+from toolkit.adapters import start_from_adapter
 from toolkit.chat_templates import adopt_template
 from toolkit.compare import compare_runs
 from toolkit.curves import call_plot, plot_training_curves, rates_of
 from toolkit.data_blocks import Blocks, batches, make_blocks, sample_counts, step_windows
 from toolkit.data_files import load_rows
-from toolkit.evaluation import comparison, difference_line, mean_loss
+from toolkit.evaluation import mean_loss
 from toolkit.memory import peak_gib
 from toolkit.memory_plan import MemoryPlan
 from toolkit.resume import Found, check_resumable, check_tensors, find_checkpoint, fingerprint, restore_schedule
@@ -151,7 +164,7 @@ def main(argv: list[str] | None = None) -> int:
             print(visible(line), file=sys.stderr)
         if options.evaluate:
             doing = "evaluating"
-            return evaluate_adapter(config, options.adapter, options.stride)
+            return evaluate_adapter(config, options.adapter, options.stride, options.generate)
         if options.compare:
             return compare_runs(options.compare, options.output or "compare.png")
         output_dir = config.training.output_dir
@@ -266,11 +279,11 @@ def epoch_line(config: Config, sequences_per_step: int) -> str:
     return f"one epoch: {counted(blocks.tokens, 'token')}, {steps} of {counted(sequences_per_step, 'sequence')}"
 
 
-def evaluate_adapter(config: Config, adapter: str | None, stride: int | None) -> int:
+def evaluate_adapter(config: Config, adapter: str | None, stride: int | None, prompts: int | None = None) -> int:
     """Print loss and perplexity of the base and, given an adapter, of both with their difference; return 0.
 
     The adapter's folder gets evaluation.json. stride: of windows over the whole text, as perplexities on Wikitext are
-    reported; None evaluates on the validation blocks.
+    reported; None evaluates on the validation blocks. prompts: how many of the held-out ones are answered too.
     """
     accelerator = machine.create_accelerator(config.training)
     machine.refuse_without_gpu(config, accelerator.device)
@@ -287,18 +300,8 @@ def evaluate_adapter(config: Config, adapter: str | None, stride: int | None) ->
     blocks: Any = make_blocks(rows, tokenizer, config.data, config.training.seed, close=stride is None)["validation"]
     if blocks is None:
         raise ConfigError("data.validation_fraction: nothing is held out to evaluate on")
-    dataset, blocks = blocks.dataset, blocks if stride is None else data_blocks.windows_of(blocks, stride)
-    if adapter is not None:
-        model = load_adapter(model, adapter)
-    attention.use_causal_attention(model)
-    if samples := sample_counts(blocks)[:1]:
-        attention.keep_samples_apart(model, config.data.max_length, samples)
-    sums = evaluation.evaluate_base_and_adapter(model, effective, blocks, accelerator, tokenizer.pad_token_id, say)
-    if adapter is not None:
-        result = comparison(dataset, blocks, stride, sums)
-        say(difference_line(result))
-        if accelerator.is_main_process:
-            evaluation.save_evaluation(result, Path(adapter))
+    task = evaluation.Task(Path(adapter) if adapter else None, stride, prompts)
+    evaluation.evaluate(task, effective, model, tokenizer, blocks, accelerator, say)
     return 0
 
 

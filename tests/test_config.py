@@ -36,7 +36,7 @@ training:     {num_epochs: 3, max_steps: null, batch_size: 1, gradient_accumulat
                output_dir: output_qlora_qwen_3b, report_to: none}
 performance:  {auto_fit: true, memory_limit_gib: null, fused_lora: auto, compile: auto, cuda_graphs: auto,
                deterministic: false}
-generation:   {max_new_tokens: 128, temperature: 0.7, top_p: 0.9, top_k: null, repetition_penalty: 1.0,
+generation:   {max_new_tokens: 128, temperature: 0.7, top_p: 0.9, top_k: null, repetition_penalty: 1.0, num_beams: 1,
                system_prompt: null}
 """
 SCRIPTS = ["train_qlora.py", "inference_example.py"]
@@ -268,6 +268,7 @@ RANGES = [  # leaf, values inside (the edges among them), values outside (an ope
     ("generation.temperature", [0.0, 0.001, 100.0], [-TINY, 1e-320, 0.0009, 101.0]),
     ("generation.top_p", [1.0, TINY], [0.0, 1 + TINY]),
     ("generation.top_k", [1, 10**9], [0, 10**9 + 1]),
+    ("generation.num_beams", [1, 64], [0, 65]),
     ("generation.repetition_penalty", [0.01, 1.3, 100.0], [0.0, 1e-320, 101.0]),
 ]
 

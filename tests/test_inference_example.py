@@ -153,6 +153,16 @@ def test_greedy_ignores_the_seed_and_sampling_follows_it(run: Callable) -> None:
     assert text("--temperature", 2, "--top_k", 1) == text("--temperature", 0)
 
 
+def test_beams_are_those_of_generate_and_are_printed_at_the_end(run: Callable, engine: Engine) -> None:
+    flags = ("--mode", "text", "--prompt", TEXT, "--temperature", 0, "--num_beams", 3, "--max_new_tokens", 10)
+    code, out, _ = run(*flags)
+    ids = torch.tensor([encode(engine, TEXT, None)])
+    how = {"num_beams": 3, "do_sample": False, "max_new_tokens": 10, "eos_token_id": engine.ends, "pad_token_id": 0}
+    new = engine.model.generate(ids, attention_mask=torch.ones_like(ids), **how)[0, ids.shape[1] :]
+    assert code == 0 and out == engine.tokenizer.decode(new, skip_special_tokens=True) + "\n"
+    assert out != run(*flags, "--num_beams", 1)[1]
+
+
 def test_the_models_own_generation_config_does_not_leak_in(
     run: Callable, tiny_model: Path, adapter: Path, tmp_path: Path
 ) -> None:

@@ -1,5 +1,6 @@
 """Finished runs side by side: a table of what differs and what came out, and a picture of their curves."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -26,6 +27,7 @@ TARGETS = {
     "attention": {"q_proj", "k_proj", "v_proj", "o_proj"},
     "MLP": {"gate_proj", "up_proj", "down_proj"},
 }
+SCORES = ("exact match", "ROUGE-L", "BLEU")  # rows of the table where a run has them
 NARROWEST = 12  # columns of a run in the table; the runs that do not fit stand below
 LABEL = 100  # columns of a run in the picture's legend
 SAME_LOSS = 2e-3  # relative: the same base on the same data, computed in another number format or on another device
@@ -42,6 +44,7 @@ class RunSummary:
     rows: list[dict]
     parameters: int
     adapter_bytes: int
+    answers: dict[str, float] = dataclasses.field(default_factory=dict)  # the adapter's scores of --evaluate --generate
 
     @property
     def base_loss(self) -> float | None:
@@ -68,7 +71,7 @@ class RunSummary:
             "tokens/s": f"{computed / sum(times):,.0f}" if times else "-",
             "peak GiB": f"{max((row['peak_gib'] for row in steps), default=0):.2f}",
             "time": f"{sum(times) / 60:,.1f} min",
-        }
+        } | {name: f"{value:.2f}" for name, value in self.answers.items()}
 
 
 def read_run(folder: Path) -> RunSummary:
@@ -83,7 +86,16 @@ def read_run(folder: Path) -> RunSummary:
         raise ConfigError(f"--compare: expected logged steps, got none in {folder / 'metrics.jsonl'}")
     parameters = sum(tensor.numel() for tensor in adapter.values())
     size = (folder / "adapter_model.safetensors").stat().st_size
-    return RunSummary(str(folder), settings(load_config(folder / "config.yaml")), rows, parameters, size)
+    own = settings(load_config(folder / "config.yaml"))
+    return RunSummary(str(folder), own, rows, parameters, size, answer_scores(folder / "evaluation.json"))
+
+
+def answer_scores(path: Path) -> dict[str, float]:
+    """Return the scores of the adapter's answers in an evaluation.json; {} where there are none."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        found = json.loads(path.read_text(encoding="utf-8"))["answers"]["adapter"]
+        return {name: float(found[name]) for name in SCORES if name in found}
+    return {}
 
 
 # ------------------------------------------------------------------------------------------------ what differs
@@ -154,9 +166,11 @@ def compare_table(runs: list[RunSummary], columns: int) -> str:
     columns: of the terminal. Long entries take several lines, and runs for which there is no room stand below.
     """
     keys, results = differing(runs), [run.quantities() for run in runs]
-    head = ["", *(short_name(key, runs[0]) for key in keys), *results[0]]
+    named = [name for name in results[0] if name not in SCORES]
+    named += [name for name in SCORES if any(name in result for result in results)]
+    head = ["", *(short_name(key, runs[0]) for key in keys), *named]
     rows = [without_common_folders([run.name for run in runs]), *(shown_values(key, runs) for key in keys)]
-    rows += [[result[name] for result in results] for name in results[0]]
+    rows += [[result.get(name, "-") for result in results] for name in named]
     first = max(map(width, head)) + 2
     most = max(NARROWEST, (columns - first + 2) // len(runs) - 2)
     cells = [[wrapped(text, most, indent="") for text in row] for row in rows]

@@ -1,28 +1,33 @@
 """How good an adapter is: losses on blocks, and the adapter beside the base."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from config import Config, LoraSettings, counted
+from fast_path import attention
 from fast_path.choice import choose_fast_path
 from fast_path.dropout import DropoutClock
 from fast_path.layers import fuse
 from fast_path.loss import CausalLMLoss, Objective, default_logit_chunk, kernel_chunk_loss, perplexity
 from fast_path.micro_step import Learner, let_go
 from quantization_utils import compute_dtype_of
+from toolkit.adapters import load_adapter
+from toolkit.answers import answer_held_out, answerable
 from toolkit.checkpoints import write_atomically
-from toolkit.data_blocks import Blocks, batches
+from toolkit.data_blocks import Blocks, batches, sample_counts, windows_of
 from toolkit.locks import exclusive, lock_of
 from toolkit.memory import free_bytes
 
@@ -137,6 +142,47 @@ def objective_of(model: PreTrainedModel | PeftModel, config: Config) -> CausalLM
         if fast.fused_lora and fast.kernels:
             objective.chunk_loss = kernel_chunk_loss
     return objective
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What --evaluate was asked for.
+
+    adapter: its folder, which gets evaluation.json; None evaluates the base alone. stride: of windows over the whole text;
+    None evaluates on the validation blocks. prompts: how many of the held-out ones are answered too.
+    """
+
+    adapter: Path | None
+    stride: int | None
+    prompts: int | None
+
+
+def evaluate(
+    task: Task,
+    config: Config,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    held: Blocks,
+    accelerator: Accelerator,
+    say: Callable[[str], None],
+) -> None:
+    """Say and write down what the task asks for. model: the base. held: the validation blocks."""
+    pairs = answerable(held) if task.prompts is not None else None
+    blocks: Any = held if task.stride is None else windows_of(held, task.stride)
+    live = load_adapter(model, task.adapter) if task.adapter else model
+    attention.use_causal_attention(model)
+    if samples := sample_counts(blocks)[:1]:
+        attention.keep_samples_apart(model, config.data.max_length, samples)
+    sums = evaluate_base_and_adapter(live, config, blocks, accelerator, tokenizer.pad_token_id, say)
+    result = comparison(held.dataset, blocks, task.stride, sums)
+    if task.adapter:
+        say(difference_line(result))
+    if not accelerator.is_main_process:
+        return
+    if pairs is not None and task.prompts is not None:
+        result["answers"] = answer_held_out(config, task.adapter, pairs, task.prompts, accelerator.device, say)
+    if task.adapter:
+        save_evaluation(result, task.adapter)
 
 
 def evaluate_base_and_adapter(
