@@ -45,18 +45,9 @@ ROOT = Path(__file__).resolve().parent.parent
 TOKENIZER = ROOT / "tiny" / "model"
 
 # The most used first: these run in every CI, all others before a change of loading, layers, loss or merge lands.
-MOST_USED = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "gemma3", "phi3", "gpt2")
-MOST_USED += (
-    "gpt_neox",
-    "opt",
-    "falcon",
-    "starcoder2",
-    "qwen3_moe",
-    "mixtral",
-    "gpt_oss",
-    "granite",
-    "smollm3",
-    "olmo2",
+MOST_USED = tuple(
+    "llama qwen2 qwen3 mistral gemma gemma2 gemma3_text gemma3 phi3 gpt2 gpt_neox opt falcon starcoder2 qwen3_moe mixtral "
+    "gpt_oss granite smollm3 olmo2".split()
 )
 
 # ------------------------------------------------------------------------------------------------ sizes
@@ -77,7 +68,8 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("num_decoder_attention_heads", "num_encoder_attention_heads", "linear_num_heads"), HEADS),
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "swa_num_key_value_heads", "num_query_groups"), HEADS // 2),
     **dict.fromkeys(("num_global_key_value_heads", "linear_num_key_heads", "index_n_heads"), HEADS // 2),
-    **dict.fromkeys(("linear_num_value_heads", "mamba_n_heads", "n_mamba_heads", "mamba_num_heads"), HEADS),
+    **dict.fromkeys(("linear_num_value_heads", "n_mamba_heads"), HEADS),
+    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads"), 2 * WIDTH // HEAD),
     **dict.fromkeys(("head_dim", "swa_head_dim", "attention_head_dim", "kv_channels", "d_head", "dim_head"), HEAD),
     **dict.fromkeys(("global_head_dim", "linear_head_dim", "linear_key_head_dim", "linear_value_head_dim"), HEAD),
     **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "index_head_dim", "swa_v_head_dim"), HEAD),
@@ -100,14 +92,19 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"), 5.0),
     "query_pre_attn_scalar": HEAD,
     "initializer_range": 0.08,
-    "eos_token_id": 2, "pad_token_id": 0, "bos_token_id": None,
+    # factors that are 1 by default, so that one which is forgotten would not show
+    **dict.fromkeys(("embedding_multiplier", "logits_scaling", "lm_head_multiplier", "ssm_out_multiplier"), 1.5),
+    **dict.fromkeys(("residual_multiplier", "attention_multiplier", "key_multiplier", "attention_in_multiplier"), 0.7),
+    **dict.fromkeys(("attention_out_multiplier", "ssm_in_multiplier"), 0.8),
+    **dict.fromkeys(("routed_scaling_factor", "route_scale", "router_scaling_factor"), 1.5),
+    "is_decoder": True,
+    "eos_token_id": 2, "pad_token_id": 0, "bos_token_id": 1,
 }  # fmt: skip
 
 # Lists with an entry per layer: the small model has each kind that the default has once.
 PER_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type", "indexer_types", "block_types")
 BIASES = re.compile(r"^(attention_bias|mlp_bias|qkv_bias|use_bias|bias|use_qkv_bias)$")
 DROPOUT = re.compile(r"(dropout|pdrop|dropout_prob|dropout_p|drop_rate)$")
-ROUTING = ("mlp_only_layers", "no_rope_layers", "moe_layers", "attn_layers", "attention_layers", "layer_rope_theta")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +120,95 @@ class Exceptional:
     cls: str = ""  # the class, where AutoModelForCausalLM does not know the family
 
 
-EXCEPTIONS: dict[str, Exceptional] = {}
+MAMBA_TARGETS = "[in_proj, q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj]"
+TWO_KINDS = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
+EXCEPTIONS: dict[str, Exceptional] = {
+    "bamba": Exceptional(
+        "its default has no attention layer; peft refuses out_proj", {"attn_layer_indices": [1]}, targets=MAMBA_TARGETS
+    ),
+    "cohere_compass_text": Exceptional(
+        "its rotary angles are by kind of layer",
+        {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}}},
+    ),
+    "dbrx": Exceptional(
+        "its sizes are in two more configs",
+        {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}, "ffn_config": {"moe_top_k": 2}},
+    ),
+    "deepseek_v2": Exceptional("experts per token have no default", {"num_experts_per_tok": 2}),
+    "diffllama": Exceptional("its attention refuses dropout", {"attention_dropout": 0.0}),
+    "dory": Exceptional(
+        "layers are counted in three parts",
+        {"num_hidden_layers": 3, "n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1,
+         "layer_types": ["sliding_attention", "full_attention", "full_attention"]},
+    ),
+    "dots1": Exceptional("its experts have no default", {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1}),
+    "falcon_h1": Exceptional("peft refuses out_proj", targets=MAMBA_TARGETS),
+    "gemma3n_text": Exceptional(
+        "each kind of layer needs one that makes a cache",
+        {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2,
+         "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0], "intermediate_size": [128] * 4},
+    ),
+    "gpt_neo": Exceptional("layers are listed in attention_types", {"attention_types": [[["global", "local"], 1]]}),
+    "granitemoehybrid": Exceptional("its default has no attention layer", TWO_KINDS, targets=MAMBA_TARGETS),
+    "jamba": Exceptional(
+        "layers follow from periods",
+        {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "use_mamba_kernels": False},
+        targets=MAMBA_TARGETS,
+    ),
+    "lfm2_moe": Exceptional("its default has no layer types", {"layer_types": ["conv", "full_attention"]}),
+    "mamba2": Exceptional("heads fill the inner width", {"num_heads": 8}, targets="[in_proj]"),
+    "mpt": Exceptional("dropout of attention is an int", {"attn_config": {"attn_pdrop": 0}}),
+    "nemotron": Exceptional("heads have no default", {"num_key_value_heads": 2}),
+    "nemotron_h": Exceptional("peft refuses out_proj", targets=MAMBA_TARGETS),
+    "reformer": Exceptional(
+        "positions are a grid that a training block fills",
+        {"axial_pos_shape": [4, 8], "axial_pos_embds_dim": [32, 32], "attn_layers": ["local", "local"],
+         "local_attn_chunk_length": 8, "max_position_embeddings": 32},
+    ),
+    "roc_bert": Exceptional(
+        "it embeds shape and sound too",
+        {"shape_vocab_size": 16, "pronunciation_vocab_size": 16, "shape_embed_dim": 8, "pronunciation_embed_dim": 8},
+    ),
+    "blt": Exceptional("it reads bytes in patches", {"encoder_hash_byte_group_vocab": 512, "cross_attn_k": 2}),
+    "dots3_note": Exceptional(
+        "its adapters are as wide as what they join",
+        {"vision_config": {"adapter_in_dim": 64, "adapter_out_dim": 64, "mlp_bias": False},
+         "audio_config": {"adapter_input_size": 64, "adapter_out_dim": 64, "downsample_hidden_size": 16}},
+    ),
+    "emu3": Exceptional(
+        "a wrapper", {"vocabulary_map": {"<image>": 1}, "vq_config": {"base_channels": 32}},
+        cls="Emu3ForConditionalGeneration",
+    ),
+    "musicgen": Exceptional("it continues sound", impossible="no attribute 'dropout'"),
+    "musicgen_melody": Exceptional("it continues sound", impossible="no attribute 'dropout'"),
+    "gemma3n": Exceptional("", impossible="requires the timm library"),
+    "gemma4_assistant": Exceptional(
+        "it continues another model's states", {"hidden_size_per_layer_input": 0}, impossible="hidden_size_per_layer_input"
+    ),
+    "gemma4_unified_assistant": Exceptional("it continues another model's states", impossible="shared_kv_states cannot"),
+    "llama4": Exceptional("a wrapper", cls="Llama4ForConditionalGeneration"),
+    "qwen3_5": Exceptional("a wrapper", cls="Qwen3_5ForConditionalGeneration"),
+    "qwen3_5_moe": Exceptional("a wrapper", cls="Qwen3_5MoeForConditionalGeneration"),
+    "mistral3": Exceptional("a wrapper that AutoModelForCausalLM does not know", cls="Mistral3ForConditionalGeneration"),
+    "qwen2_5_vl": Exceptional(
+        "a wrapper that AutoModelForCausalLM does not know",
+        {"text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}}},
+        cls="Qwen2_5_VLForConditionalGeneration",
+    ),
+    "qwen3_vl": Exceptional("a wrapper that AutoModelForCausalLM does not know", cls="Qwen3VLForConditionalGeneration"),
+    "qwen4_exp_text": Exceptional(
+        "its index has no default sizes",
+        {"layer_types": ["linear_attention", "indexed_attention"], "indexer_n_heads": 2, "indexer_kv_heads": 1,
+         "indexer_head_dim": 16, "indexer_budget": 8, "indexer_compress_ratio": 2},
+    ),
+    "zamba": Exceptional(
+        "its shared block is used twice", {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2,
+         "attention_hidden_size": 128, "attention_head_dim": 32, "use_mamba_kernels": False},
+    ),
+    "xlstm": Exceptional("keys are half as wide as values", {"num_heads": 4, "qk_dim_factor": 1.0, "mode": "train"}),
+    "xmod": Exceptional("it needs a language", {"languages": ["en_XX"], "default_language": "en_XX"}),
+    "zaya": Exceptional("one expert per token", {"num_experts_per_tok": 1}),
+}  # fmt: skip
 
 
 def drops_out(family: str) -> bool:
@@ -133,7 +218,7 @@ def drops_out(family: str) -> bool:
 
 def kinds_of(default: PretrainedConfig) -> dict[str, list[str]]:
     """Return the per-layer lists of a config, shortened: each kind of layer once, and as many entries in every list."""
-    found = {name: getattr(default, name, None) for name in PER_LAYER}
+    found = {name: vars(default).get(name) for name in PER_LAYER}
     kinds = {name: list(dict.fromkeys(value)) for name, value in found.items() if isinstance(value, (list, tuple))}
     count = max([LAYERS, *map(len, kinds.values())])
     return {name: (value * count)[:count] if len(value) > 1 else value * count for name, value in kinds.items()}
@@ -145,7 +230,7 @@ def sizes_of(cls: type[PretrainedConfig], dropout: bool, own: dict[str, Any]) ->
     default = default_of(cls, own)
     sizes: dict[str, Any] = {}
     for name in fields:
-        value = getattr(default, name, None)
+        value = vars(default).get(name)  # getattr refuses what differs from layer to layer
         if name in subs:
             kind = type(value) if isinstance(value, PretrainedConfig) else subs[name]
             if isinstance(value, PretrainedConfig) and name not in own:
@@ -157,8 +242,10 @@ def sizes_of(cls: type[PretrainedConfig], dropout: bool, own: dict[str, Any]) ->
         elif DROPOUT.search(name) and isinstance(value, (int, float)) and not isinstance(value, bool):
             sizes[name] = 0.1 if dropout else 0.0
     for alias, name in getattr(cls, "attribute_map", {}).items():  # such as GPT-2's n_layer for num_hidden_layers
-        if name in fields and name not in sizes and alias in SIZES and getattr(default, name, None) is not None:
+        if name in fields and name not in sizes and alias in SIZES and vars(default).get(name) is not None:
             sizes[name] = SIZES[alias]
+    if "kv_lora_rank" in fields and "num_key_value_heads" in fields:  # latent attention gives each head its own k and v
+        sizes["num_key_value_heads"] = HEADS
     lists = kinds_of(default)
     layers = next((name for name in ("num_hidden_layers", "n_layer") if name in fields), None)
     if lists and layers:
@@ -179,7 +266,7 @@ def default_of(cls: type[PretrainedConfig], own: dict[str, Any]) -> PretrainedCo
 
 def families() -> list[str]:
     """Return the names of all families, the most used first."""
-    known = [*MOST_USED, *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *(n for n, e in EXCEPTIONS.items() if e.cls)]
+    known = [*MOST_USED, *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *EXCEPTIONS]
     return list(dict.fromkeys(known))
 
 
@@ -256,7 +343,8 @@ class Plain:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.float32,
         )
-        cls = getattr(transformers, self.odd.cls) if self.odd.cls else AutoModelForCausalLM
+        known = self.family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        cls = AutoModelForCausalLM if known else getattr(transformers, self.odd.cls)
         model = cls.from_pretrained(self.folder, quantization_config=quantized, dtype=torch.float32, device_map="cpu")
         model.generation_config = (
             transformers.GenerationConfig()
