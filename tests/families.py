@@ -219,6 +219,8 @@ EXCEPTIONS: dict[str, Exceptional] = {
     "deepseek_v4": Exceptional("no small config runs in plain transformers yet", impossible="The size of tensor a (32)"),
     "mllama": Exceptional("a wrapper", cls="MllamaForConditionalGeneration"),
     "falcon_mamba": Exceptional("peft refuses out_proj", targets="[in_proj]"),
+    "phi3": Exceptional("a window is off by default", {"sliding_window": WINDOW}),
+    "starcoder2": Exceptional("a window is off by default", {"sliding_window": WINDOW}),
     # variants of a family that take other ways through the code
     "qwen3_moe_attention": Exceptional("experts without an adapter", targets=ATTENTION, of="qwen3_moe"),
     "glm4_moe_attention": Exceptional("experts without an adapter", targets=ATTENTION, of="glm4_moe"),
@@ -228,7 +230,7 @@ EXCEPTIONS: dict[str, Exceptional] = {
     "falcon_alibi": Exceptional("biases of attention instead of positions", {"alibi": True}, of="falcon"),
     "falcon_new": Exceptional("grouped heads", {"new_decoder_architecture": True}, of="falcon"),
     "qwen2_window": Exceptional(
-        "one layer has a window", {"use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"]},
+        "one layer has a window", {"use_sliding_window": True, "sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]},
         of="qwen2",
     ),
     "phi3_longrope": Exceptional(

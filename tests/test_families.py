@@ -1,9 +1,11 @@
 """What becomes of each family of models, through the scripts, against plain transformers and peft (tests/families.py)."""
 
+import copy
+
 import pytest
 import torch
 
-from tests.families import COLUMNS, EXCEPTIONS, MOST_USED, examine, families, rows_of_table, small_model
+from tests.families import COLUMNS, EXCEPTIONS, LENGTH, MOST_USED, examine, families, rows_of_table, small_model
 
 # Faults that are known: family: "kind column column, kind column ..."; kinds are numbered as in issue 27, and further:
 # 10: `use_causal_attention` leaves out a mask that the model's own attention reads or extends (silent in doge);
@@ -221,3 +223,33 @@ def test_small_models_have_no_vector_that_could_be_forgotten(family):
     for name, tensor in saved.items():
         if tensor.ndim == 1 and tensor.is_floating_point():
             assert torch.unique(tensor).numel() > 1, name
+
+
+@pytest.mark.parametrize(
+    "family, attribute, value",
+    [
+        ("mistral", "sliding_window", 1000),
+        ("gemma3_text", "sliding_window", 1000),
+        ("gpt_oss", "sliding_window", 1000),
+        ("qwen2_window", "sliding_window", 1000),
+        ("phi3", "sliding_window", 1000),
+        ("starcoder2", "sliding_window", 1000),
+        ("gemma2", "attn_logit_softcapping", None),
+        ("gemma2", "final_logit_softcapping", None),
+        ("granite", "embedding_multiplier", 1.0),
+        ("granite", "residual_multiplier", 1.0),
+        ("granite", "attention_multiplier", 0.25),
+        ("granite", "logits_scaling", 1.0),
+    ],
+)
+def test_small_models_feel_what_could_be_forgotten(family, attribute, value):
+    model = small_model(family)
+    config = copy.deepcopy(model.config)
+    assert getattr(config, attribute) != value
+    setattr(config, attribute, value)
+    other = type(model)(config).eval()
+    other.load_state_dict(model.state_dict())
+    ids = torch.arange(3, 3 + LENGTH)[None]
+    with torch.no_grad():
+        apart = (model(input_ids=ids).logits - other(input_ids=ids).logits).abs().max()
+    assert apart > 0.01
