@@ -326,8 +326,8 @@ def test_planning_for_what_is_not_there(refused, model):
 def test_target_modules_that_the_model_has_not(refused):
     (problem,) = refused("--target_modules", "[q_proj, query, c_attn]")
     assert problem == (
-        "lora.target_modules: the model has no c_attn, query; its linear layers are "
-        "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
+        "lora.target_modules: the model has no c_attn, query; its own are "
+        "--target_modules q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
     )
 
 
@@ -525,8 +525,8 @@ def test_one_of_a_thing_is_in_the_singular(train, tmp_path, capfd):
     flags = ("--max_steps", 1, "--batch_size", 1, "--gradient_accumulation_steps", 1, "--validation_fraction", 0)
     assert train(*flags, "--dataset", tmp_path / "one.jsonl", "--max_length", 256)[0] == 0
     out = capfd.readouterr().out
-    assert "data: 1 row, 1 document, " in out and " tokens in 1 block of 256; " in out
-    assert "steps: 1 optimizer step of 1 sequence (" in out
+    assert "data: 1 row, 1 document, " in out and " tokens in 1 block of 256\n" in out
+    assert "steps: 1 of 1 sequence; 1 per epoch (" in out
     assert not re.search(r"\b1 (rows|documents|blocks|sequences|optimizer steps|steps|tokens)\b", out)
     card = (tmp_path / "output" / "README.md").read_text(encoding="utf-8")
     assert "| training | 1 optimizer step of 1 sequence, " in card

@@ -278,7 +278,7 @@ def test_the_plan_counts_what_a_run_of_another_family_has(tiny_model, tmp_path, 
     assert {n for n, _, _ in shape.linears} == set(linears_4bit(model))
     lines = unpacked_line(model)
     assert ("FalconLinear" in " ".join(lines)) == (name == "falcon")
-    prepared = prepare_model_for_training(model, create_lora_config(**vars(config.lora)), False)
+    prepared = prepare_model_for_training(model, create_lora_config(**config.lora.arguments), False)
     trained = [n for n, p in prepared.named_parameters() if p.requires_grad]
     assert adapter_parameters(shape, config) == count_parameters(prepared)[0] > 0
     assert shape.parameters == count_parameters(prepared)[1] - count_parameters(prepared)[0]

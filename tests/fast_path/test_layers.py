@@ -179,8 +179,9 @@ def test_a_model_with_another_attention_fuses_its_linears_alone(random_models):
 def test_dora_keeps_pefts_layers(random_models):
     model, clock, _ = prepared(random_models("qwen2"), dora=True)
     assert fuse(model, clock, 0.05, kernels=False) == 0
-    fast = choose_fast_path(load_config().performance, model, torch.float32, torch.device("cpu"))
-    assert not fast.fused_lora and "no plain LoRA adapter" in fast.line
+    asked = load_config([], {"performance.fused_lora": "on"}).performance
+    with pytest.raises(ConfigError, match="performance.fused_lora: cannot be on here: no plain LoRA adapter"):
+        choose_fast_path(asked, model, torch.float32, torch.device("cpu"))
 
 
 def test_evaluation_and_the_base_alone_run_through_the_fused_layers(random_models):
