@@ -4,6 +4,7 @@ It is the only randomness of a training step: the frozen base computes in traini
 """
 
 import contextlib
+import copy
 import zlib
 from collections.abc import Iterator
 
@@ -165,6 +166,9 @@ def train_adapters(model: PeftModel) -> None:
         module.training = False
     for layer in families.decoder_layers(base):
         layer.training = True
+        if rates := own_dropout(getattr(layer, "config", None)):  # some layers read it in each forward pass
+            layer.config = copy.copy(layer.config)
+            vars(layer.config).update(dict.fromkeys(rates, 0.0))
         for name in own_dropout(layer):
             setattr(layer, name, 0.0)
     for module in base.modules():
@@ -172,9 +176,10 @@ def train_adapters(model: PeftModel) -> None:
             module.train()
 
 
-def own_dropout(owner: nn.Module | PretrainedConfig) -> dict[str, float]:
+def own_dropout(owner: nn.Module | PretrainedConfig | None) -> dict[str, float]:
     """Return the rates above 0 of dropout and of random noise that are attributes of a module or of a config."""
-    rates = {name: value for name, value in vars(owner).items() if "drop" in name or "jitter" in name}
+    known = {} if owner is None else vars(owner)
+    rates = {name: value for name, value in known.items() if "drop" in name or "jitter" in name}
     rates = {name: value for name, value in rates.items() if not name.startswith(("classifier", "summary"))}
     return {name: value for name, value in rates.items() if isinstance(value, float | int) and 0 < value <= 1}
 

@@ -37,11 +37,13 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, dropout: float | No
         names = check_tensors(path, settings, count_parameters(model)[1])
         modules = [name for name, _ in model.named_modules()]
         adapted = list(dict.fromkeys(n.removeprefix(PREFIX).partition(".lora_")[0] for n in names if ".lora_" in n))
+        experts = tuple(f".{name}" for name in settings.get("target_parameters") or ())
+        adapted += [name for name, _ in model.named_parameters() if experts and name.endswith(experts)]
         found = resolve_patterns(settings, modules, adapted, f"--adapter: {folder / 'adapter_config.json'}")
         check_replication(found, model, misfit)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(record=True) as said:
             # peft only warns about layers that the file lacks, and ignores those that the model lacks.
-            warnings.simplefilter("ignore", UserWarning)
+            warnings.simplefilter("always", UserWarning)
             own = LoraConfig(**{key: value for key, value in found.items() if key != "peft_type"})
             own.lora_dropout, trained = own.lora_dropout if dropout is None else dropout, dropout is not None
             with no_init_weights():  # random matrices that the file's replace would take most of a second for 36 layers
@@ -54,6 +56,10 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, dropout: float | No
     for name in sorted(odd):
         owner = "adapter" if name in names else "model"
         raise ConfigError(f"{misfit}: only the {owner} has {name}")
+    if any(
+        "missing adapter keys" in str(warning.message) for warning in said
+    ):  # it would leave them as they happen to be
+        raise ConfigError(f"{misfit}: peft does not find some of its weights in the model")
     return peft_model
 
 

@@ -19,7 +19,16 @@ from fast_path.loss import default_logit_chunk
 from fast_path.nf4 import HAS_TRITON
 from fast_path.optimizers import OPTIMIZERS
 from fast_path.packed_weights import adapter_columns, operand_columns
-from quantization_utils import LOADING_ERRORS, asking_hub, cannot_load, check_targets, known_positions
+from quantization_utils import (
+    LOADING_ERRORS,
+    asking_hub,
+    cannot_load,
+    check_targets,
+    count_parameters,
+    create_lora_config,
+    known_positions,
+    prepare_model_for_training,
+)
 
 GIB = 2**30
 BLOCK, NESTED_BLOCK = 64, 256  # weights per quantisation constant, constants per second-level one (QLoRA, section 3)
@@ -49,6 +58,9 @@ class ModelShape:
     head_norms: bool  # q and k are normalised, as in Qwen3
     positions: int | None  # that the model supports, if its configuration has the number
     family: Family = families.UNKNOWN  # what the fast path knows about it
+    trainable: int | None = (
+        None  # as peft counts it, where adapters may be on experts; None: as `adapter_parameters` does
+    )
 
     @property
     def parameters(self) -> int:
@@ -135,6 +147,8 @@ def adapted(shape: ModelShape, targets: tuple[str, ...] | str) -> list[tuple[str
 
 def adapter_parameters(shape: ModelShape, config: Config) -> int:
     """Return the number of trainable parameters."""
+    if shape.trainable is not None:
+        return shape.trainable
     chosen = adapted(shape, config.lora.target_modules)
     dora = sum(out for _, out, _ in chosen) if config.lora.use_dora else 0
     return config.lora.rank * sum(out + into for _, out, into in chosen) + dora
@@ -337,7 +351,12 @@ def configured_shape(config: Config) -> ModelShape:
     """Return the sizes of the configured model; raise ConfigError if it lacks a target module."""
     model = model_skeleton(config.model.name, config.model.revision, config.model.trust_remote_code)
     check_targets(model, config.lora.target_modules)
-    return shape_of(model)
+    shape = shape_of(model)
+    if not shape.experts:
+        return shape
+    with torch.device("meta"):
+        adapted_model = prepare_model_for_training(model, create_lora_config(**config.lora.arguments), False)
+    return dataclasses.replace(shape, trainable=count_parameters(adapted_model)[0])
 
 
 def pinned_layers(layers: int, config: Config) -> int:

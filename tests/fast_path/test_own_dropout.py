@@ -33,6 +33,13 @@ BASES = {
         ),
         "dropout 0.2, attention_dropout 0.1, layerdrop 0.3",
     ),
+    "falcon": (
+        "query_key_value,dense",
+        transformers.FalconConfig(
+            **SMALL, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, hidden_dropout=0.1, attention_dropout=0.1
+        ),
+        "hidden_dropout 0.1, attention_dropout 0.1",
+    ),
     "phimoe": (
         "q_proj,v_proj", transformers.PhimoeConfig(**SMALL, **SIZES, **EXPERTS), "router_jitter_noise 0.1, input_jitter_noise 0.1"
     ),

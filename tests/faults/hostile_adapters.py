@@ -110,7 +110,14 @@ def here(change: Change, *flags: object, **keywords: Any) -> Callable[[Path, Gro
 def unchanged(folder: Path, ended: Ended) -> list[str]:
     """Return the files in the adapter's folder besides evaluation.json that were not there before."""
     known = {"config.yaml", "adapter_config.json", TENSORS, "training_log.txt", "training_curves.png", "metrics.jsonl"}
-    known |= {"README.md", "evaluation.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    known |= {
+        "README.md",
+        "evaluation.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+    }
     found = {path.name for path in (folder / "evil").iterdir() if not path.name.startswith("checkpoint-")}
     return [f"written: evil/{name}" for name in sorted(found - known)]
 
