@@ -428,7 +428,7 @@ def generate_ids(
         repetition_penalty=settings.repetition_penalty,
         eos_token_id=engine.ends or None,
         pad_token_id=engine.tokenizer.pad_token_id or 0,
-        num_beams=settings.num_beams,
+        **({"num_beams": settings.num_beams} if settings.num_beams > 1 else {}),
         **(sampling if settings.temperature > 0 else {}),
     )
     with stopped_by_ctrl_c(watch):

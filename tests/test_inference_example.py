@@ -29,7 +29,7 @@ from quantization_utils import create_lora_config, keep_packing, load_model_and_
 from toolkit import locks, merge
 from toolkit.data_files import load_rows
 from toolkit.data_formats import IGNORED, PLAIN_TEMPLATE, tokenize_rows
-from toolkit.generation import Generator
+from toolkit.generation import COVERED, Generator
 
 TEXT = "A lighthouse is a tower that shows sailors where they are. In 1822 Fresnel built a lens."
 PROMPTS = ["Hello there.", "Who are you?", "Tell me about a town in the north of France.", "Is it late?"]
@@ -151,6 +151,18 @@ def test_greedy_ignores_the_seed_and_sampling_follows_it(run: Callable) -> None:
     assert text("--temperature", 2) == text("--temperature", 2)
     assert text("--temperature", 2) != text("--temperature", 2, "--seed", 7)
     assert text("--temperature", 2, "--top_k", 1) == text("--temperature", 0)
+
+
+def test_the_fast_decoder_takes_all_settings_but_beams(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list = []
+    monkeypatch.setattr(Generator, "generate", lambda self, rows, how, *rest: asked.append(how) or [[2]])
+    for flags in ({}, {"generation.temperature": 0.5, "generation.top_k": 3}, {"generation.repetition_penalty": 1.5}):
+        settings = load_config((), flags).generation
+        inference_example.generate_ids(engine, [[5, 6]], settings, Watch())
+        assert set(asked[-1].to_diff_dict()) <= COVERED
+    settings = load_config((), {"generation.num_beams": 3}).generation
+    inference_example.generate_ids(engine, [[5, 6]], settings, Watch())
+    assert set(asked[-1].to_diff_dict()) - COVERED == {"num_beams"}
 
 
 def test_beams_are_those_of_generate_and_are_printed_at_the_end(run: Callable, engine: Engine) -> None:

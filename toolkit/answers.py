@@ -117,7 +117,7 @@ def answer_held_out(
     how = GenerationConfig(
         max_new_tokens=config.generation.max_new_tokens,
         do_sample=False,
-        num_beams=config.generation.num_beams,
+        **({"num_beams": config.generation.num_beams} if config.generation.num_beams > 1 else {}),
         eos_token_id=ends or None,
         pad_token_id=tokenizer.pad_token_id or 0,
     )

@@ -78,10 +78,13 @@ class Traffic:
 
     def line(self) -> str:
         """Return a text with the GB/s reached, the share of the GPU's bandwidth if known, and the peak memory."""
-        rate = self.read / self.seconds if self.seconds else 0.0
+        peak = f"peak {peak_gib(self.device):.2f} GiB"
+        if not self.seconds:  # an answer of one token has no step after the first one
+            return peak
+        rate = self.read / self.seconds
         card = card_bandwidth(self.device)
         share = f", {rate / card:.0%} of the card's {card / 1e9:,.0f}" if card else ""
-        return f"{rate / 1e9:,.1f} GB/s read{share} | peak {peak_gib(self.device):.2f} GiB"
+        return f"{rate / 1e9:,.1f} GB/s read{share} | {peak}"
 
 
 COVERED = {"do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens"}
