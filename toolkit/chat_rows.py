@@ -42,9 +42,14 @@ def recognise(columns: Sequence[str], data: DataConfig) -> tuple[str, tuple[str,
     data.format decides. auto looks for the columns of chats, then of pairs, then of text. If data.text_column is not
     the default and exists, it is text.
     """
+    asked = data.text_column != DataConfig().text_column
+    if asked and data.format == "auto" and data.text_column not in columns:
+        raise ConfigError(
+            f"data.text_column: no column {data.text_column!r} in {data.dataset}; it has {', '.join(columns)}"
+        )
     known = SAMPLES | {"text": ((data.text_column,),)}
     order = list(known) if data.format == "auto" else [data.format]
-    if data.format == "auto" and data.text_column in columns and data.text_column != DataConfig().text_column:
+    if data.format == "auto" and asked:
         order = ["text"]
     for name in order:
         for names in known[name]:
@@ -55,7 +60,10 @@ def recognise(columns: Sequence[str], data: DataConfig) -> tuple[str, tuple[str,
         raise ConfigError(
             f"data.format: {data.format} needs the columns {wanted}; {data.dataset} has {', '.join(columns)}"
         )
-    hint = "" if data.format == "text" else "; chats need messages or conversations, pairs need prompt + completion"
+    hint = "; chats need messages or conversations, pairs prompt + completion or instruction + output"
+    if len(columns) == 1 and ";" in columns[0]:
+        hint = "; the columns of a .csv are parted by commas, these by semicolons"
+    hint = "" if data.format == "text" else hint
     raise ConfigError(
         f"data.text_column: no column {data.text_column!r} in {data.dataset}; it has {', '.join(columns)}{hint}"
     )

@@ -48,8 +48,9 @@ class RunSummary:
 
     @property
     def base_loss(self) -> float | None:
-        """The validation loss before the first step, which is the base's."""
-        return next((row["eval_loss"] for row in self.rows if row["step"] == 0 and "eval_loss" in row), None)
+        """The validation loss before the first step, which is the base's; a run from an adapter notes that of the base."""
+        first = next((row for row in self.rows if row["step"] == 0 and "eval_loss" in row), {})
+        return first.get("base_loss", first.get("eval_loss"))
 
     def quantities(self) -> dict[str, str]:
         """Return the table's entries for this run besides its settings."""

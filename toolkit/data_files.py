@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -63,6 +64,13 @@ class Contents:
     rows: int
     columns: dict[str, bool]
     keys: frozenset[str] = frozenset()
+
+
+def quiet_datasets() -> None:
+    """Keep datasets from logging errors that we report ourselves, and from drawing bars without a terminal."""
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
 
 
 # ------------------------------------------------------------------------------------------------ which files

@@ -97,6 +97,12 @@ def test_times_and_speeds_are_those_of_the_rows():
     assert found["base loss"] == found["validation loss"] == found["best step"] == found["perplexity"] == "-"
 
 
+def test_the_base_of_a_run_from_an_adapter_is_the_one_it_noted():
+    rows = [{"step": 0, "eval_loss": 2.0, "perplexity": 7.4, "base_loss": 3.0}]
+    rows += [{"step": 1, "eval_loss": 1.5, "perplexity": 4.5}]
+    assert RunSummary("a", settings(Config()), rows, 1, 1).quantities()["base loss"] == "3.0000"
+
+
 # ------------------------------------------------------------------------------------------------ names
 
 
