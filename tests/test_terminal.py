@@ -97,7 +97,8 @@ step 3: checkpoint written to out put/checkpoint-3
 perplexity N before, N after (step 3, the best by validation loss)
 adapter - base: loss -N ± N (standard error over 2 blocks)
 peak memory N GiB
-adapter, curves and log are in out put"""
+adapter, curves and log are in out put
+try it: python inference_example.py --adapter 'out put' --raw"""
 
 
 @pytest.mark.parametrize("columns, locale", [(80, "C.UTF-8"), (200, "C")])
