@@ -177,7 +177,9 @@ def to_message(turn: dict[str, Any], number: int) -> tuple[Message, bool]:
     weight = 1 if turn.get("weight") is None else turn["weight"]
     if weight not in (0, 1):
         raise ValueError(f"turn {number}: expected a weight of 0 or 1, got {str(weight)[:60]}")
-    return message, role == "assistant" and bool(weight) and turn.get("train") is not False
+    if (train := turn.get("train")) not in (None, 0, 1):  # which true and false are equal to
+        raise ValueError(f"turn {number}: expected true or false as train, got {str(train)[:60]!r}")
+    return message, role == "assistant" and bool(weight) and (train is None or bool(train))
 
 
 def _text_of(content: Any, number: int, calls: bool) -> str:

@@ -139,6 +139,8 @@ def in_one_line(kind: type[BaseException], error: BaseException, trace: Any) -> 
     """
     if out_of_memory(error):
         print("error: out of main memory", file=sys.stderr)
+    elif isinstance(error, KeyboardInterrupt):
+        print("stopped", file=sys.stderr)
     elif isinstance(error, ModuleNotFoundError) and error.name not in (None, "config", "toolkit", "fast_path"):
         remedy = "activate the environment that has it (. .venv/bin/activate), or pip install -r requirements.txt"
         print(f"error: the package {error.name} is not installed in {sys.executable}: {remedy}", file=sys.stderr)
