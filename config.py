@@ -511,6 +511,7 @@ RESERVED = frozenset(
         "conversation",
         "conversations",
         "chat_template",
+        "self",
         "tools",
         "documents",
         "add_generation_prompt",

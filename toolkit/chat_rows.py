@@ -163,12 +163,18 @@ def to_message(turn: dict[str, Any], number: int) -> tuple[Message, bool]:
         raise ValueError(f"turn {number}: expected a role system, user, assistant or tool, got {role!r}")
     content = turn.get("value") if turn.get("content") is None else turn["content"]
     calls = turn.get("tool_calls") or []
+    if isinstance(calls, str):
+        calls = _parsed(calls, f"turn {number}: tool_calls as JSON")
     if named in CALLS:
         content, calls = "", _parsed(str(content), f"turn {number}: a call in JSON, with name and arguments")
     message: Message = {"role": role, "content": _text_of(content, number, bool(calls) and role == "assistant")}
     if calls:
         message["tool_calls"] = [to_call(call, number) for call in (calls if isinstance(calls, list) else [calls])]
     thought = next((turn[key] for key in THOUGHTS if turn.get(key)), None)
+    if role != "assistant" and (calls or thought is not None):
+        raise ValueError(
+            f"turn {number}: expected tool calls and thoughts in turns of the assistant, got them in {role}'s"
+        )
     if thought is not None:
         if not isinstance(thought, str):
             raise ValueError(f"turn {number}: expected a text as reasoning_content, got {str(thought)[:60]!r}")

@@ -251,10 +251,11 @@ def read_ends(adapter: Path) -> tuple[Path | None, list[int]]:
     for path in left_by_run(adapter, GENERATION):
         refuse_large(path)
         try:
-            found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        except (OSError, ValueError, AttributeError, RecursionError) as error:
+            tree = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ConfigError(f"--adapter: cannot read {path} as JSON settings: {reason}") from None
+        found: Any = tree.get("eos_token_id") if isinstance(tree, dict) else "no names and values"
         ends = found if isinstance(found, list) else [] if found is None else [found]
         if len(ends) > MOST_ENDS or not all(type(i) is int and 0 <= i < 2**31 for i in ends):
             raise ConfigError(

@@ -268,6 +268,8 @@ def test_what_is_left_over_is_named_once(qwen, tmp_path):
         ({"messages": CALLED, "system": 5}, "expected a text in column 'system'"),
         ({"instruction": "a", "output": "b", "history": ["c"]}, "expected pairs of question and answer"),
         ({"messages": [CALLED[0], {"role": "assistant", "content": "b", "weight": 0.5}]}, "turn 2: expected a weight of 0 or 1"),
+        ({"messages": [CALLED[0], {"role": "assistant", "content": "b", "train": "false"}]}, "turn 2: expected true or false"),
+        ({"messages": [{"role": "user", "content": "b", "reasoning": "x"}, CALLED[1]]}, "turn 1: expected tool calls and thoughts in"),
         ({"messages": [CALLED[0], {"role": "assistant", "tool_calls": [{"name": "x", "arguments": "{"}]}]}, "turn 2: .*arguments"),
         ({"conversations": [{"from": "function_call", "value": "no call"}]}, "turn 1: a call in JSON"),
         ({"messages": [CALLED[0], {"role": "assistant", "content": "b", "reasoning_content": 5}]}, "turn 2: expected a text"),

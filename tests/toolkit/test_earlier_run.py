@@ -147,7 +147,7 @@ def another(leaf: Leaf) -> object:
         return next(choice for choice in limits["choices"] if choice != default)
     if float in leaf.kinds:
         return 0.5 if default != 0.5 else 0.25
-    return 77 if int in leaf.kinds else "another"
+    return 33 if int in leaf.kinds else "another"
 
 
 @pytest.mark.parametrize("name", [name for name in LEAVES if name not in FROM_ADAPTER])
