@@ -19,6 +19,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import toolkit.startup
+
+sys.excepthook = toolkit.startup.in_one_line  # a package that is not installed is named in one line
+
 from config import Config, ConfigError, build_parser, counted, load_config, missing_model, parse_arguments
 from toolkit.chat import Conversation, Keyboard, chat, remark, show
 from toolkit.earlier_run import config_with_adapter

@@ -15,6 +15,10 @@ import os
 import sys
 from pathlib import Path
 
+import toolkit.startup
+
+sys.excepthook = toolkit.startup.in_one_line  # a package that is not installed is named in one line
+
 from config import (
     MODEL_PARTS,
     Config,
@@ -113,7 +117,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 import transformers
@@ -139,12 +142,12 @@ from toolkit.chat_templates import adopt_template
 from toolkit.compare import compare_runs
 from toolkit.curves import call_plot, plot_training_curves, rates_of
 from toolkit.data_blocks import Blocks, batches, make_blocks, sample_counts, step_windows
-from toolkit.data_files import load_rows
+from toolkit.data_files import load_rows, quiet_datasets
 from toolkit.evaluation import mean_loss
 from toolkit.memory import peak_gib
 from toolkit.memory_plan import MemoryPlan
 from toolkit.resume import Found, check_resumable, check_tensors, find_checkpoint, fingerprint, restore_schedule
-from toolkit.run_lines import data_lines, end_lines, step_line
+from toolkit.run_lines import data_lines, end_lines, next_command, step_line
 from toolkit.text_width import for_stdout
 from toolkit.turn_ends import left_beside, load_tokenizer, teach_ends
 
@@ -182,13 +185,6 @@ def main(argv: list[str] | None = None) -> int:
         return machine.failed(error, earlier_run.continues(output_dir, again))
     finally:
         reader_gone()
-
-
-def quiet_datasets() -> None:
-    """Keep datasets from logging errors that we report ourselves, and from drawing bars without a terminal."""
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
 
 
 # ------------------------------------------------------------------------------------------------ the commands
@@ -518,6 +514,8 @@ def train(run: Run, request: checkpoints.StopRequest) -> bool:
     training, progress, first_step = run.config.training, run.progress, run.progress.step
     if evaluation_due(run):  # at step 0, or where a signal stopped the run before this evaluation
         evaluate_and_keep_best(run)
+    if request.signum is not None and run.accelerator.num_processes == 1:  # no step is begun any more
+        return False
     windows = step_windows(len(run.blocks["train"]), run.sequences_per_step, training.seed, first_step)
     with progress_bar(run) as bar:
         while progress.step < run.total_steps and not out_of_patience(run):
@@ -705,7 +703,8 @@ def evaluate_and_keep_best(run: Run) -> None:
         raise NumbersWentWrong(f"step {progress.step}: the validation loss is {loss}{hint}")
     if progress.step == 0:
         run.held_out |= evaluation.first_sums(run.learner, blocks, run.accelerator, sums, run.config.lora, pad, say)
-    run.note({"step": progress.step, "eval_loss": loss, "perplexity": perplexity(loss)})
+    base = {"base_loss": mean_loss(run.held_out["base"])} if progress.step == 0 and "start" in run.held_out else {}
+    run.note({"step": progress.step, "eval_loss": loss, "perplexity": perplexity(loss)} | base)
     progress.worse += 1
     line = f"step {progress.step}: validation loss {loss:.4f} | perplexity {perplexity(loss):.2f}"
     if progress.best_loss is None or loss < progress.best_loss:
@@ -770,6 +769,7 @@ def finish(run: Run) -> None:
     for line in end_lines(progress, run.blocks["validation"], run.held_out, peak, run.plan):
         say(line)
     say(f"adapter, curves and log are in {run.output_dir}")
+    say(next_command(run.output_dir, run.blocks["train"].source))
 
 
 if __name__ == "__main__":

@@ -327,7 +327,7 @@ def use_causal_attention(model: nn.Module) -> bool:
 @torch.no_grad()
 def _does_without_mask(model: nn.Module) -> bool:
     """Return whether a model of no known family computes the same without a mask, which some of them build upon."""
-    ids, outputs = torch.arange(1, 9, device=model.device)[None], []
+    ids, outputs = torch.arange(1, 9, device=next(model.parameters()).device)[None], []
     with modes_kept(model):
         model.eval()
         for implementation in ("sdpa", CAUSAL, "sdpa"):

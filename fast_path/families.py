@@ -143,7 +143,7 @@ def decoder_layers(model: Any) -> Any:
     model: a causal language model of transformers, also one whose decoder is a part of it, as in models that read images.
     """
     decoder = model.get_decoder()
-    lists = [part for part in decoder.children() if type(part).__name__ == "ModuleList" and len(part)]
+    lists = [part for part in decoder.modules() if type(part).__name__ == "ModuleList" and len(part)]
     layers = [part for part in lists if all(hasattr(layer, "gradient_checkpointing") for layer in part)] or lists
     if not layers:
         raise ConfigError(f"model.name: expected a decoder with a list of layers, got {type(decoder).__name__}")
@@ -169,8 +169,16 @@ def towers(model: Any) -> list[str]:
 def head_width(config: PretrainedConfig) -> int:
     """Return the features of an attention head; 0 for a model without attention."""
     text = config.get_text_config()
-    heads = getattr(text, "num_attention_heads", None)
-    return getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else 0)
+    width, heads = own_value(text, "head_dim"), own_value(text, "num_attention_heads")
+    return width or (text.hidden_size // heads if heads else 0)
+
+
+def own_value(config: PretrainedConfig, name: str) -> int:
+    """Return a number of a model's configuration, the largest where it differs by layer; 0 where it has none."""
+    try:
+        return getattr(config, name, None) or 0
+    except RuntimeError:  # transformers' error for a number that each layer has of its own
+        return max(getattr(layer, name, None) or 0 for layer in config.per_layer_config)
 
 
 # ------------------------------------------------------------------------------------------------ positions

@@ -15,6 +15,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from config import ConfigError
 from fast_path import training_kernels
 from fast_path.dropout import modes_kept
 from fast_path.nf4 import Launch, multiprocessors
@@ -226,9 +227,15 @@ class CausalLMLoss(Objective):
         probe = torch.arange(1, 9, device=self.device)[None]
         with modes_kept(self.base), self.autocast():
             self.base.eval()
-            hidden = self.decoder(input_ids=probe, use_cache=False).last_hidden_state
-            same = torch.equal(self.head(hidden), self.base(input_ids=probe, use_cache=False).logits)
-        return same
+            try:
+                logits = self.base(input_ids=probe, use_cache=False).logits
+                hidden = self.decoder(input_ids=probe, use_cache=False).last_hidden_state
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, TypeError, AttributeError, ValueError, IndexError) as error:
+                text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                raise ConfigError(f"model.name: {type(self.base).__name__} cannot read eight tokens: {text}") from None
+        return torch.equal(self.head(hidden), logits)
 
     def _of_positions(self, chunked: Callable, reduction: str, input_ids, labels, packed) -> torch.Tensor:
         """Return the losses of a batch by `chunked`, or by torch with this reduction where all logits are computed."""

@@ -105,3 +105,13 @@ def test_a_script_runs_from_another_folder(run_cli, script, flag, tmp_path):
     (tmp_path / "config.py").write_text("raise SystemExit('this is not the toolkit')", encoding="utf-8")
     done = run_cli(script, "--config", ROOT / "tiny" / "config.yaml", flag, "0", fresh=True)
     assert done.returncode == 2 and "expected an integer >= 1 and <= " in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("script", ["train_qlora.py", "inference_example.py"])
+def test_a_package_that_is_missing_is_named_with_the_remedy(script, tmp_path):
+    """As where the environment was not activated: -S leaves the installed packages out."""
+    command = [sys.executable, "-S", ROOT / script, "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1 and line.startswith("error: the package yaml is not installed in ")
+    assert "pip install -r requirements.txt" in line

@@ -395,4 +395,4 @@ def chat(talk: Conversation, turn: Turn, keyboard: Keyboard) -> int:
                 return 0
             if not half_typed:
                 remark("[press Ctrl-C again to leave]")
-            leaving = True
+            leaving = not half_typed

@@ -42,9 +42,14 @@ def recognise(columns: Sequence[str], data: DataConfig) -> tuple[str, tuple[str,
     data.format decides. auto looks for the columns of chats, then of pairs, then of text. If data.text_column is not
     the default and exists, it is text.
     """
+    asked = data.text_column != DataConfig().text_column
+    if asked and data.format == "auto" and data.text_column not in columns:
+        raise ConfigError(
+            f"data.text_column: no column {data.text_column!r} in {data.dataset}; it has {', '.join(columns)}"
+        )
     known = SAMPLES | {"text": ((data.text_column,),)}
     order = list(known) if data.format == "auto" else [data.format]
-    if data.format == "auto" and data.text_column in columns and data.text_column != DataConfig().text_column:
+    if data.format == "auto" and asked:
         order = ["text"]
     for name in order:
         for names in known[name]:
@@ -55,7 +60,10 @@ def recognise(columns: Sequence[str], data: DataConfig) -> tuple[str, tuple[str,
         raise ConfigError(
             f"data.format: {data.format} needs the columns {wanted}; {data.dataset} has {', '.join(columns)}"
         )
-    hint = "" if data.format == "text" else "; chats need messages or conversations, pairs need prompt + completion"
+    hint = "; chats need messages or conversations, pairs prompt + completion or instruction + output"
+    if len(columns) == 1 and ";" in columns[0]:
+        hint = "; the columns of a .csv are parted by commas, these by semicolons"
+    hint = "" if data.format == "text" else hint
     raise ConfigError(
         f"data.text_column: no column {data.text_column!r} in {data.dataset}; it has {', '.join(columns)}{hint}"
     )
@@ -169,7 +177,9 @@ def to_message(turn: dict[str, Any], number: int) -> tuple[Message, bool]:
     weight = 1 if turn.get("weight") is None else turn["weight"]
     if weight not in (0, 1):
         raise ValueError(f"turn {number}: expected a weight of 0 or 1, got {str(weight)[:60]}")
-    return message, role == "assistant" and bool(weight) and turn.get("train") is not False
+    if (train := turn.get("train")) not in (None, 0, 1):  # which true and false are equal to
+        raise ValueError(f"turn {number}: expected true or false as train, got {str(train)[:60]!r}")
+    return message, role == "assistant" and bool(weight) and (train is None or bool(train))
 
 
 def _text_of(content: Any, number: int, calls: bool) -> str:

@@ -28,6 +28,7 @@ TARGETS = {
     "MLP": {"gate_proj", "up_proj", "down_proj"},
 }
 SCORES = ("exact match", "ROUGE-L", "BLEU")  # rows of the table where a run has them
+PICTURES = (".png", ".svg", ".pdf", ".jpg")
 NARROWEST = 12  # columns of a run in the table; the runs that do not fit stand below
 LABEL = 100  # columns of a run in the picture's legend
 SAME_LOSS = 2e-3  # relative: the same base on the same data, computed in another number format or on another device
@@ -48,8 +49,9 @@ class RunSummary:
 
     @property
     def base_loss(self) -> float | None:
-        """The validation loss before the first step, which is the base's."""
-        return next((row["eval_loss"] for row in self.rows if row["step"] == 0 and "eval_loss" in row), None)
+        """The validation loss before the first step, which is the base's; a run from an adapter notes that of the base."""
+        first = next((row for row in self.rows if row["step"] == 0 and "eval_loss" in row), {})
+        return first.get("base_loss", first.get("eval_loss"))
 
     def quantities(self) -> dict[str, str]:
         """Return the table's entries for this run besides its settings."""
@@ -79,8 +81,10 @@ def read_run(folder: Path) -> RunSummary:
     for name in ("config.yaml", "metrics.jsonl", "adapter_model.safetensors"):
         if not (folder / name).is_file():
             raise ConfigError(f"--compare: expected folders of finished runs, got {folder}, which has no {name}")
-    with refusing(f"--compare: cannot read {folder}", ValueError, OSError, SafetensorError):
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    with refusing(f"--compare: cannot read {folder}", ValueError, OSError, SafetensorError, RecursionError):
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines if line.strip()]
+        check_rows(rows)
         adapter = load_file(folder / "adapter_model.safetensors")
     if not rows:
         raise ConfigError(f"--compare: expected logged steps, got none in {folder / 'metrics.jsonl'}")
@@ -88,6 +92,23 @@ def read_run(folder: Path) -> RunSummary:
     size = (folder / "adapter_model.safetensors").stat().st_size
     own = settings(load_config(folder / "config.yaml"))
     return RunSummary(str(folder), own, rows, parameters, size, answer_scores(folder / "evaluation.json"))
+
+
+def check_rows(rows: list[Any]) -> None:
+    """Raise ValueError unless these are rows of metrics.jsonl: numbers by name, and what a row of its kind always has."""
+    for number, row in enumerate(rows, 1):
+        numbers = isinstance(row, dict) and all(
+            v is None or (type(v) in (int, float) and v < 1e18) for v in row.values()
+        )
+        needed = {"step"}
+        if numbers and "loss" in row:
+            needed |= {"tokens", "tokens_per_second", "peak_gib"}
+        if numbers and "eval_loss" in row:
+            needed |= {"eval_loss", "perplexity"}
+        if not numbers or not needed <= {name for name, value in row.items() if value is not None}:
+            raise ValueError(f"metrics.jsonl: row {number}: expected numbers named {', '.join(sorted(needed))}")
+        if row.get("tokens_per_second") == 0:
+            raise ValueError(f"metrics.jsonl: row {number}: expected tokens_per_second above 0")
 
 
 def answer_scores(path: Path) -> dict[str, float]:
@@ -215,6 +236,8 @@ def legend_labels(runs: list[RunSummary]) -> list[str]:
 
 def compare_runs(folders: list[str], output: str) -> int:
     """Print the table of the runs in these folders and draw their curves; return 0."""
+    if Path(output).suffix.lower() not in PICTURES:
+        raise ConfigError(f"--output: expected a picture ({', '.join(PICTURES)}), got {output}")
     if len(folders) < 2:
         raise ConfigError(f"--compare: expected two folders or more, got {folders[0]}")
     runs = [read_run(Path(folder)) for folder in folders]

@@ -440,6 +440,12 @@ def make_text_blocks(
         for name, rows in (("train", ~out), ("validation", out)) if not tail else ():
             parts[name] = dataset.select(np.flatnonzero(rows)), starts[rows]
     blocks = {name: text_blocks(*part, most_rows(name, data), marks, data) for name, part in parts.items()}
+    if "validation" not in splits and not tail and data.validation_fraction > 0:
+        held, rows = (len(parts[name][0]) for name in ("validation", "train"))
+        if held > 2 * data.validation_fraction * (held + rows):
+            why = "data.validation_fraction would not fill a block of data.max_length"
+            line = f"{held:,} of {counted(held + rows, 'row')} are held out, since {why}"
+            blocks["train"] = dataclasses.replace(blocks["train"], notes=(line,))
     if tail:
         blocks["train"], blocks["validation"] = _split_tail(blocks["train"], data.validation_fraction)
     for name, part in blocks.items():

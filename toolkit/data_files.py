@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -63,6 +64,13 @@ class Contents:
     rows: int
     columns: dict[str, bool]
     keys: frozenset[str] = frozenset()
+
+
+def quiet_datasets() -> None:
+    """Keep datasets from logging errors that we report ourselves, and from drawing bars without a terminal."""
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
 
 
 # ------------------------------------------------------------------------------------------------ which files
@@ -272,6 +280,18 @@ def content_digest(files: Iterable[str]) -> str:
     return digest.hexdigest()[:32]
 
 
+def check_unpacked(name: str) -> None:
+    """Raise ValueError if a .gz holds far more than data that compresses: over 1 GiB, and 100 times its own size."""
+    if not name.lower().endswith(".gz"):
+        return
+    most, unpacked = max(2**30, 100 * os.path.getsize(name)), 0
+    with gzip.open(name, "rb") as file:
+        while block := file.read(2**22):
+            unpacked += len(block)
+            if unpacked > most:
+                raise ValueError(f"expected at most {most:,} bytes when unpacked, or 100 times its size, got more")
+
+
 def not_parquet(name: str) -> str | None:
     """Return why a .parquet file is not read: it is another kind of file, or repeats one row without end; or None.
 
@@ -294,6 +314,7 @@ def check_files(files: Sequence[str], kind: str) -> dict[str, Contents]:
     found = {}
     for name in files:
         try:
+            check_unpacked(name)
             if problem := not_parquet(name) if kind == "parquet" else not_utf8(name):
                 raise ValueError(problem)
             found[name] = scan(name, kind)
@@ -416,11 +437,31 @@ def local_rows(kind: str, splits: dict[str, list[str]], data: DataConfig) -> Row
     return rows
 
 
+def check_saved(folder: Path) -> None:
+    """Raise ConfigError unless the state.json of a saved folder names data files beside it, each once."""
+    with open(folder / "state.json", encoding="utf-8") as file:
+        state = json.load(file)
+    named = state.get("_data_files") if isinstance(state, dict) else None
+    listed = named if isinstance(named, list) else []
+    names = [entry.get("filename") if isinstance(entry, dict) else None for entry in listed]
+    sound = [isinstance(name, str) and Path(name).name == name and (folder / name).is_file() for name in names]
+    if (
+        not names
+        or not all(sound)
+        or len(set(names)) < len(names)
+        or any((folder / str(n)).is_symlink() for n in names)
+    ):
+        raise ConfigError(
+            f"data.dataset: {folder / 'state.json'}: expected the names of .arrow files beside it in _data_files"
+        )
+
+
 def saved_rows(folders: list[str]) -> Dataset:
     """Return the rows that Dataset.save_to_disk wrote. Their files' bytes are the key of the tokenised rows."""
     parts = []
     for folder in folders:
-        part = datasets.load_from_disk(folder)
+        check_saved(Path(folder))
+        part = datasets.load_from_disk(folder).with_format(None)
         part._fingerprint = content_digest(str(p) for p in sorted(Path(folder).glob("*")) if p.is_file())
         parts.append(part)
     return datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]

@@ -390,11 +390,11 @@ def unused_lines(rows: DatasetDict, template: Template, form: str, columns: tupl
     split = rows["train"]
     read = columns_read(split, form, columns)
     if unused := [name for name in split.column_names if name not in read]:
-        yield f"columns not used: {', '.join(unused)}"
+        yield f"columns not used: {' '.join(', '.join(unused).splitlines())}"
     kind = getattr(split.features[columns[0]], "feature", None)
     keys = {*getattr(rows, "keys_of_turns", ()), *(kind if isinstance(kind, dict) else ())} if form == "chat" else set()
     if unknown := sorted(keys - KEYS):
-        yield f"keys of turns not used: {', '.join(unknown)}"
+        yield f"keys of turns not used: {' '.join(', '.join(unknown).splitlines())}"
     if (thoughts := sorted(keys & {*THOUGHTS})) and "reasoning_content" not in template.source:
         yield f"{', '.join(thoughts)} stands as <think>…</think> before the answer: the chat template has no place for it"
 

@@ -47,7 +47,7 @@ def weight_bytes(model: nn.Module) -> int:
 def position_bytes(model: PreTrainedModel) -> int:
     """Return the bytes of the keys and values that the cache holds per position of a sequence."""
     config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 0)
+    heads = families.own_value(config, "num_key_value_heads") or families.own_value(config, "num_attention_heads")
     return 2 * config.num_hidden_layers * heads * families.head_width(config) * model.dtype.itemsize
 
 

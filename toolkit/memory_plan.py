@@ -129,7 +129,7 @@ def shape_of(model: nn.Module) -> ModelShape:
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
         vocabulary=text.vocab_size,
-        heads=getattr(text, "num_attention_heads", 0),
+        heads=families.own_value(text, "num_attention_heads"),
         head_norms=any(name.endswith("q_norm") for name, _ in model.named_modules()),
         positions=known_positions(model.config),
         family=families.of(model),

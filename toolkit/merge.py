@@ -149,8 +149,8 @@ def write_folder(
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         model.save_pretrained(temporary, max_shard_size="2GB")
-        add_older_keys(temporary, model.config)
-        lines = write_tokenizer(temporary, tokenizer, revision)
+        lines = add_older_keys(temporary, model.config)
+        lines += write_tokenizer(temporary, tokenizer, revision)
         for path in temporary.iterdir():  # safetensors makes files that only their owner can read
             shutil.copymode(temporary / "config.json", path)
         if folder.is_dir():

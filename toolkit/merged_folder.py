@@ -64,24 +64,35 @@ def older_keys(found: dict[str, Any], aliases: dict[str, str]) -> dict[str, Any]
     return {**keys, "rope_scaling": scaling}
 
 
-def add_older_keys(folder: Path, config: PretrainedConfig) -> None:
-    """Add older_keys to the config.json in a folder; raise ConfigError if it would then be read as another model.
+def add_older_keys(folder: Path, config: PretrainedConfig) -> list[str]:
+    """Add older_keys to the config.json in a folder, unless it would then be read as another model; return a line then.
 
-    config: the model's, in memory.
+    Raise ConfigError if it is read as another model without them too. config: the model's, in memory. Families with rotary settings of their own are newer than transformers 4 anyway.
     """
     path = folder / "config.json"
-    found = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(
-        json.dumps(found | older_keys(found, config.attribute_map), indent=2, sort_keys=True) + "\n", encoding="utf-8"
-    )
+    text = path.read_text(encoding="utf-8")
+    found = json.loads(text)
+    older = found | older_keys(found, config.attribute_map)
+    path.write_text(json.dumps(older, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if "auto_map" in found:  # a class of its own reads it, which this process may have loaded from elsewhere
-        return
-    read = AutoConfig.from_pretrained(folder)
-    if _rope(read.to_dict()) != _rope(config.to_dict()):
+        return []
+    if _read_rope(folder) == _rope(config.to_dict()):
+        return []
+    path.write_text(text, encoding="utf-8")
+    if (read := _read_rope(folder)) != _rope(config.to_dict()):
         raise ConfigError(
-            f"--mode merge: the rotary settings of {config.model_type} cannot be written for older readers: expected "
-            f"{_rope(config.to_dict())} to be read from config.json, got {_rope(read.to_dict())}"
+            f"--mode merge: the rotary settings of {config.model_type} cannot be written: expected "
+            f"{_rope(config.to_dict())} to be read from config.json, got {read}"
         )
+    return [f"config.json has no keys for transformers 4, which cannot say the rotary settings of {config.model_type}"]
+
+
+def _read_rope(folder: Path) -> Any:
+    """Return the rotary settings that are read from a folder, or the error."""
+    try:
+        return _rope(AutoConfig.from_pretrained(folder).to_dict())
+    except (KeyError, TypeError, ValueError) as error:
+        return error
 
 
 def _rope(settings: dict[str, Any]) -> Any:

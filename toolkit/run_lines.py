@@ -1,6 +1,8 @@
 """The lines in which a training run says what it does. Each fits 80 columns in a usual run."""
 
 import math
+import shlex
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -74,3 +76,9 @@ def end_lines(
             lines.append(difference_line(comparison(held.dataset, held, None, pair), other))
     planned = f" | planned {plan.reserved / GIB:.2f} for {plan.shape}" if plan.parts else ""
     return [*lines, f"peak memory {peak:.2f} GiB{planned}"]
+
+
+def next_command(output_dir: Path, source: str) -> str:
+    """Return a line with the command that talks to the adapter. source: how the rows of training were read."""
+    raw = " --raw" if source.startswith("text") else ""  # running text has no turns, so a prompt is continued as it is
+    return f"try it: python inference_example.py --adapter {shlex.quote(str(output_dir))}{raw}"

@@ -134,9 +134,16 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def in_one_line(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """As sys.excepthook: print a line instead of a traceback if memory runs out, as it may while torch is imported."""
+    """As sys.excepthook: print a line instead of a traceback if memory runs out while the libraries are imported, or if
+    one of them is not installed.
+    """
     if out_of_memory(error):
         print("error: out of main memory", file=sys.stderr)
+    elif isinstance(error, KeyboardInterrupt):
+        print("stopped", file=sys.stderr)
+    elif isinstance(error, ModuleNotFoundError) and error.name not in (None, "config", "toolkit", "fast_path"):
+        remedy = "activate the environment that has it (. .venv/bin/activate), or pip install -r requirements.txt"
+        print(f"error: the package {error.name} is not installed in {sys.executable}: {remedy}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 

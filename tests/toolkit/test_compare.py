@@ -4,7 +4,15 @@ import pytest
 
 from config import Config, LoraSettings
 from toolkit import compare
-from toolkit.compare import RunSummary, compare_table, legend_labels, shown_targets, warnings, without_common_folders
+from toolkit.compare import (
+    RunSummary,
+    check_rows,
+    compare_table,
+    legend_labels,
+    shown_targets,
+    warnings,
+    without_common_folders,
+)
 from toolkit.earlier_run import settings
 from toolkit.text_width import width
 
@@ -95,6 +103,29 @@ def test_times_and_speeds_are_those_of_the_rows():
     found = RunSummary("a", settings(Config()), rows, 1, 1).quantities()
     assert found["time"] == "3.0 min" and found["tokens/s"] == f"{4800 / 180:,.0f}"
     assert found["base loss"] == found["validation loss"] == found["best step"] == found["perplexity"] == "-"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        [1],
+        "x",
+        {"loss": 1.0},
+        {"step": "5"},
+        {"step": 1, "eval_loss": 1.0},
+        {"step": 10**400},
+        {"step": 1, "loss": "x"},
+    ],
+)
+def test_rows_of_another_shape_are_named(row):
+    with pytest.raises(ValueError, match="row 2: expected"):
+        check_rows([{"step": 0}, row])
+
+
+def test_the_base_of_a_run_from_an_adapter_is_the_one_it_noted():
+    rows = [{"step": 0, "eval_loss": 2.0, "perplexity": 7.4, "base_loss": 3.0}]
+    rows += [{"step": 1, "eval_loss": 1.5, "perplexity": 4.5}]
+    assert RunSummary("a", settings(Config()), rows, 1, 1).quantities()["base loss"] == "3.0000"
 
 
 # ------------------------------------------------------------------------------------------------ names

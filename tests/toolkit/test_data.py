@@ -861,6 +861,8 @@ def test_formats_are_recognised_by_their_columns(columns, keys, expected):
         (["body"], {}, r"data\.text_column: no column 'text' in .*it has body; chats need messages or"),
         (["text"], {"format": "chat"}, r"data\.format: chat needs the columns messages or conversations; .* has text"),
         (["text"], {"format": "prompt"}, r"data\.format: prompt needs the columns prompt \+ completion or instruction"),
+        (["id", "output", "instruction"], {"text_column": "body"}, r"data\.text_column: no column 'body' in"),
+        (["prompt;completion"], {}, "parted by commas, these by semicolons"),
         (["messages"], {"format": "text"}, r"data\.text_column: no column 'text' in .*it has messages$"),
     ],
 )

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import os
 from pathlib import Path
 
 import datasets
@@ -306,3 +307,31 @@ def test_files_of_the_hub_that_datasets_reads_with_guessed_types_are_told(tmp_pa
     first, *more = load_rows(DataConfig(dataset="somebody/words")).notes
     assert first == "not used: the split test of somebody/words"
     assert [line.split(":")[0] for line in more] == (["warning"] if kind != "parquet" else [])
+
+
+@pytest.mark.parametrize(
+    "named",
+    [[], [{"filename": "../x.arrow"}], [{"filename": "pipe"}], [{"filename": "data-00000-of-00001.arrow"}] * 2, 5],
+)
+def test_a_saved_folder_names_files_beside_its_state(tmp_path, named):
+    datasets.Dataset.from_dict({"text": ["a", "b"]}).save_to_disk(tmp_path / "s")
+    os.mkfifo(tmp_path / "s" / "pipe")
+    path = tmp_path / "s" / "state.json"
+    state = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(state | {"_data_files": named}), encoding="utf-8")
+    with pytest.raises(ConfigError, match="expected the names of .arrow files beside it"):
+        load_rows(DataConfig(dataset=str(tmp_path / "s")))
+
+
+def test_a_saved_folder_is_read_as_python_whatever_its_format(tmp_path):
+    datasets.Dataset.from_dict({"prompt": ["a"], "completion": ["b"]}).with_format("arrow").save_to_disk(tmp_path / "s")
+    assert load_rows(DataConfig(dataset=str(tmp_path / "s")))["train"][0] == {"prompt": "a", "completion": "b"}
+
+
+def test_an_archive_of_almost_nothing_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "a.jsonl.gz"
+    with gzip.open(path, "wb") as file:
+        for _ in range(1100):
+            file.write(b"\n" * 2**20)
+    with pytest.raises(ConfigError, match="bytes when unpacked"):
+        load_rows(DataConfig(dataset=str(path)))

@@ -110,6 +110,8 @@ def test_a_run_starts_where_the_adapter_is_and_compares_base_start_and_end(
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
     out = capfd.readouterr().out
     assert f"base: validation loss {before:.4f}" in out and f"step 0: validation loss {after:.4f}" in out
+    noted = [json.loads(line) for line in (second / "metrics.jsonl").read_text().splitlines()][0]
+    assert noted["base_loss"] == before and noted["eval_loss"] == after
     assert "of the base" in out and "at the start" in out and "adapter - start: loss +0.0000" in out
     config = load_config(second / "config.yaml")
     assert (config.lora.rank, config.lora.alpha, config.lora.init_adapter) == (4, 8.0, str(first))
