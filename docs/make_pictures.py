@@ -2,12 +2,11 @@
 
 python docs/make_pictures.py --run output_tiny      docs/pictures/training_curves.png and nf4_levels.png
 
---run: the folder of a finished run, whose metrics.jsonl is drawn. Without it only the levels of NF4 are drawn.
+--run: the folder of a finished run, whose training_curves.png is copied. Without it only the levels of NF4 are drawn.
 """
 
 import argparse
-import json
-import sys
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +14,6 @@ from bitsandbytes.functional import get_4bit_type
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from toolkit.curves import plot_training_curves  # noqa: E402  the repository is not a package that is installed
 
 
 def nf4_levels(path: Path) -> None:
@@ -27,12 +23,12 @@ def nf4_levels(path: Path) -> None:
     normal distribution with this scale shows how many weights lie near each level.
     """
     levels = get_4bit_type("nf4", device="cpu").numpy()
-    samples = np.abs(np.random.default_rng(0).standard_normal((100_000, 64))).max(1).mean()
+    largest = np.abs(np.random.default_rng(0).standard_normal((100_000, 64))).max(1).mean()
     x = np.linspace(-1, 1, 400)
     figure = Figure(figsize=(7, 2.6), layout="constrained")
     axes = figure.subplots()
-    axes.fill_between(x, np.exp(-0.5 * (x * samples) ** 2), alpha=0.25, label="how many weights are there")
-    axes.vlines(levels, 0, np.exp(-0.5 * (levels * samples) ** 2), color="tab:red", label="the 16 levels of NF4")
+    axes.fill_between(x, np.exp(-0.5 * (x * largest) ** 2), alpha=0.25, label="how many weights are there")
+    axes.vlines(levels, 0, np.exp(-0.5 * (levels * largest) ** 2), color="tab:red", label="the 16 levels of NF4")
     axes.set(xlabel="weight / largest weight of its block of 64", yticks=[], ylim=(0, 1.35))
     axes.legend(loc="upper center", ncols=2, frameon=False)
     figure.savefig(path, dpi=100)
@@ -47,8 +43,7 @@ def main() -> None:
     folder.mkdir(exist_ok=True)
     nf4_levels(folder / "nf4_levels.png")
     if run:
-        rows = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        plot_training_curves([json.loads(row) for row in rows], folder / "training_curves.png")
+        shutil.copy(run / "training_curves.png", folder)
 
 
 if __name__ == "__main__":
