@@ -115,6 +115,24 @@ def test_every_flag_and_setting_named_exists(text):
     assert settings - known - {"name"} == set()
 
 
+@pytest.mark.parametrize(("number", "name"), enumerate(("a.txt", "b.csv", "c.jsonl", "d.csv", "e.csv")))
+def test_the_small_files_of_data_are_read_as_their_forms(number, name, tiny_model, tmp_path):
+    """Each row of the table of forms is a file: text without labels, chats and pairs with the answers learned."""
+    from transformers import AutoTokenizer
+
+    cell = README.split("| form |")[1].splitlines()[2 + number].split("|")[2].strip()
+    lines = [line.strip("`") for line in cell.split("<br>")]
+    lines = [lines[0]] * 3 if name.endswith("jsonl") else ["" if line == "(blank line)" else line for line in lines]
+    (tmp_path / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    flags = ["--config", str(ROOT / "tiny" / "config.yaml"), "--dataset", str(tmp_path / name)]
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    rows = train_qlora.prepare_dataset(train_qlora.parse(flags)[1], tokenizer)["train"]
+    learned = [tokenizer.decode([i for i in row["labels"] if i >= 0]) for row in rows if "labels" in row]
+    expected = {"c.jsonl": ["Hello!"] * 3, "d.csv": ["4", "6"], "e.csv": ["dog", "cat"]}.get(name, [])
+    assert learned == [f"{answer}<|im_end|>" for answer in expected]
+    assert len(rows) == (len(expected) or {"a.txt": 3, "b.csv": 2}[name])
+
+
 # ------------------------------------------------------------------------------------------------ both languages
 
 
