@@ -539,7 +539,7 @@ def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(
         assert (parts / name).read_bytes() == (whole / name).read_bytes(), name
     for name in ("adapter_model.safetensors", "training_state.safetensors"):
         assert (parts / "checkpoint-6" / name).read_bytes() == (whole / "checkpoint-6" / name).read_bytes(), name
-    ends = [(folder / "training_log.txt").read_text(encoding="utf-8").splitlines()[-3] for folder in (parts, whole)]
+    ends = [(folder / "training_log.txt").read_text(encoding="utf-8").splitlines()[-4] for folder in (parts, whole)]
     assert ends[0] == ends[1] and "(standard error over" in ends[0]
     assert same_rows(parts, whole)
     assert len(rows_of(parts)) == len({json.dumps(row) for row in rows_of(parts)})
@@ -698,7 +698,7 @@ def test_adapter_of_the_lowest_validation_loss_is_the_one_saved(train, scripted,
         adapter, _ = read_checkpoint(folder / f"checkpoint-{step}")
         assert all(torch.equal(adapter[name], saved[name]) for name in saved) == (step == 2)
     lines = capsys.readouterr().out.splitlines()
-    assert "step 2" in lines[-4] and lines[-3] == "adapter - base: loss -2.0000"  # one block has no standard error
+    assert "step 2" in lines[-5] and lines[-4] == "adapter - base: loss -2.0000"  # one block has no standard error
     assert f"{math.exp(5):.3f} before, {math.exp(3):.3f} with" in (folder / "README.md").read_text(encoding="utf-8")
 
 
