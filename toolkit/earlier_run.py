@@ -251,11 +251,12 @@ def read_ends(adapter: Path) -> tuple[Path | None, list[int]]:
     for path in left_by_run(adapter, GENERATION):
         refuse_large(path)
         try:
-            tree = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(tree := json.loads(path.read_text(encoding="utf-8")), dict):
+                raise ValueError("expected names with values")
         except (OSError, ValueError, RecursionError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ConfigError(f"--adapter: cannot read {path} as JSON settings: {reason}") from None
-        found: Any = tree.get("eos_token_id") if isinstance(tree, dict) else "no names and values"
+        found = tree.get("eos_token_id")
         ends = found if isinstance(found, list) else [] if found is None else [found]
         if len(ends) > MOST_ENDS or not all(type(i) is int and 0 <= i < 2**31 for i in ends):
             raise ConfigError(
