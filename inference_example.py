@@ -190,8 +190,8 @@ def find_adapter(given: str | None, paths: list[Path], overrides: dict[str, str]
     return folder
 
 
-def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
-    """Return the script's own options, and the configuration that `config_with_adapter` puts together."""
+def option_parser() -> argparse.ArgumentParser:
+    """Return the parser of the script's own options and of the settings that it accepts as flags."""
     parser = build_parser(__doc__, TAKES, [f"--{name}" for name in EVERYDAY])
     add = parser.add_argument
     add(
@@ -233,7 +233,12 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
         choices=("dequantized", "original"),
         help="the base to add the adapter to: the dequantised weights, or the original ones (default: dequantized)",
     )
-    options, overrides = parse_arguments(parser, argv)
+    return parser
+
+
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
+    """Return the script's own options, and the configuration that `config_with_adapter` puts together."""
+    options, overrides = parse_arguments(option_parser(), argv)
     if problems := unusable(vars(options)):
         raise ConfigError(*problems)
     check_options(options)

@@ -10,7 +10,6 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from transformers import PreTrainedModel
-from transformers.initialization import no_init_weights
 
 from config import Config, ConfigError
 from quantization_utils import LOADING_ERRORS, count_parameters, set_gradient_checkpointing
@@ -46,8 +45,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, dropout: float | No
             warnings.simplefilter("always", UserWarning)
             own = LoraConfig(**{key: value for key, value in found.items() if key != "peft_type"})
             own.lora_dropout, trained = own.lora_dropout if dropout is None else dropout, dropout is not None
-            with no_init_weights():  # random matrices that the file's replace would take most of a second for 36 layers
-                peft_model = PeftModel.from_pretrained(model, str(folder), config=own, is_trainable=trained).eval()
+            peft_model = PeftModel.from_pretrained(model, str(folder), config=own, is_trainable=trained).eval()
     except ConfigError:
         raise
     except LOADING_ERRORS as error:

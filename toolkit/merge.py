@@ -89,7 +89,8 @@ def with_ends(model: PreTrainedModel, ends: list[int]) -> None:
     model.generation_config._from_model_config = False  # or transformers would make it anew from config.json
 
 
-MOST_MOVED = 0.15  # of how much the logits vary. A forgotten tensor or adapter moves them by half of that or more.
+# As a share of how much the logits vary. Merging moved those of ten small random models by 1 to 9 %.
+MOST_MOVED = 0.15
 
 
 def moved(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -101,7 +102,7 @@ def moved(found: torch.Tensor, expected: torch.Tensor) -> float:
 def moved_by_rounding(model: PeftModel, ids: list[int], expected: torch.Tensor) -> float:
     """Return how far the logits move if each layer's output is off by as much as rounding to bfloat16 makes it.
 
-    Some models amplify that: a random Gemma 4 of two layers to 6 %. expected: the logits without it.
+    Models differ in how much they amplify that: 0.3 % in most small random ones, 1.5 % in a Gemma 4. expected: the logits without it.
     """
     noise = torch.Generator().manual_seed(0)
 
