@@ -492,6 +492,30 @@ def test_evaluate_command_agrees_with_the_run(train, capsys):
     assert f"{first['perplexity']:.3f}" in printed and f"{last['perplexity']:.3f}" in printed
 
 
+def check_evaluation_of_packed_chats(train, chats, tolerance: float, *flags: object) -> None:
+    """Train on packed chats, several samples per block and several blocks per batch, and evaluate what was left."""
+    code, folder = train("--dataset", chats, "--validation_fraction", 0.5, "--max_length", 128, *flags)
+    assert code == 0 and main(["--evaluate", "--adapter", str(folder)]) == 0
+    assert "varlen attention" in (folder / "training_log.txt").read_text(encoding="utf-8")
+    losses = [row["eval_loss"] for row in evaluations_of(folder)]
+    result = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    assert result["blocks"] > 2, "a batch must hold more samples than a block does"
+    assert result["base"]["loss"] == pytest.approx(losses[0], rel=tolerance)
+    assert result["adapter"]["loss"] == pytest.approx(min(losses), rel=tolerance)
+
+
+def test_evaluate_sees_every_sample_of_every_block_of_a_batch(train, chats, varlen_on_cpu):
+    """A run's own evaluation knew how many samples a batch holds; --evaluate knew it for a single block: 9.36, not 1.79."""
+    varlen_on_cpu()
+    check_evaluation_of_packed_chats(train, chats, 1e-5, *FP32)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: its attention is what this is about")
+def test_evaluate_on_the_gpu_agrees_with_the_run_on_packed_chats(train, chats):
+    check_evaluation_of_packed_chats(train, chats, 2e-3)  # bfloat16; the run's layers are compiled
+
+
 # ------------------------------------------------------------------------------------------------ resume
 
 

@@ -171,7 +171,7 @@ def evaluate(
     blocks: Any = held if task.stride is None else windows_of(held, task.stride)
     live = load_adapter(model, task.adapter) if task.adapter else model
     attention.use_causal_attention(model)
-    if samples := sample_counts(blocks)[:1]:
+    if samples := sample_counts(blocks):
         attention.keep_samples_apart(model, config.data.max_length, samples)
     sums = evaluate_base_and_adapter(live, config, blocks, accelerator, tokenizer.pad_token_id, say)
     result = comparison(held.dataset, blocks, task.stride, sums)

@@ -23,7 +23,7 @@ LIBRARIES = "import torch, transformers, peft, bitsandbytes"
 
 # What is timed inside of a process: module, name, what it is called in the table. Stages may contain each other.
 STAGES = (
-    ("quantization_utils", "load_tokenizer", "tokenizer"),
+    ("toolkit.turn_ends", "load_tokenizer", "tokenizer"),
     ("transformers.AutoModelForCausalLM", "from_pretrained", "read and quantise the weights"),
     ("toolkit.adapters", "load_adapter", "attach the adapter"),
     ("train_qlora", "prepare_dataset", "read and tokenise the data"),
@@ -74,10 +74,11 @@ def child(report: str, script: str, arguments: list[str]) -> None:
             owner = importlib.import_module(module)
         except ImportError:
             owner = getattr(importlib.import_module(".".join(parts[:-1])), parts[-1])
-        function = timed(getattr(owner, name), stage)
+        plain = getattr(owner, name)
+        function = timed(plain, stage)
         setattr(owner, name, function)
         for other in (script, "toolkit.evaluation", "toolkit.generation", "quantization_utils"):
-            if hasattr(sys.modules.get(other), name) and not isinstance(owner, type):
+            if getattr(sys.modules.get(other), name, None) is plain:  # imported there by its name
                 setattr(sys.modules[other], name, function)
     after_heavy_imports()
     code = sys.modules[script].main(arguments)
