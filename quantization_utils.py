@@ -540,6 +540,7 @@ def quiet_libraries() -> None:
     logging.getLogger("huggingface_hub").setLevel(
         logging.ERROR
     )  # it logs each retry; a final failure becomes our own error
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # a font without the weight 400
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
