@@ -128,7 +128,7 @@ def test_ctrl_c_in_a_run_says_how_to_continue(tmp_path, flags, again):
     shown, code = screen([ROOT / "train_qlora.py", *long], 80, "C.UTF-8", tmp_path, keys)
     assert code == 130
     *_, said, command = [line for line in shown.split("\n") if line and not re.search(BAR, line)]
-    ended = "stopped at once; to continue from the last checkpoint, if there is one:"
+    ended = "stopped at once; there is no checkpoint yet; to start again:"
     # The terminal echoes ^C before what is said.
     assert said.endswith(ended) if again else re.fullmatch(r"stopped after step \d+ of 4000; to continue:", said), shown
     assert command == "  " + shlex.join(map(str, [sys.executable, ROOT / "train_qlora.py", *long[:-1]]))

@@ -257,6 +257,13 @@ def last_good(output_dir: Path) -> str:
     return f"{found[0].name} is intact" if found else "there is no checkpoint yet"
 
 
+def stopped_at_once(output_dir: Path, again: str) -> str:
+    """Return the line after a second signal, which ends a run within a step. again: the command that continues it."""
+    found = checkpoints(output_dir)
+    where = f"to continue from {found[0]}" if found else "there is no checkpoint yet; to start again"
+    return f"stopped at once; {where}:\n  {again}"
+
+
 def read_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict]:
     """Return (adapter, state) of a checkpoint; raise a ValueError that says what is damaged or missing."""
     try:
@@ -570,11 +577,11 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def stop_on_signal(say: Callable[[str], None], last: str = "") -> Iterator[StopRequest]:
+def stop_on_signal(say: Callable[[str], None], last: Callable[[], str] | None = None) -> Iterator[StopRequest]:
     """Turn the first SIGINT, SIGTERM, SIGHUP or Ctrl-Break into a request that the loop reads after each step.
 
     A second signal exits at once, except SIGHUP: when a terminal closes, the kernel and the shell both send it. A
-    signal that is ignored at the start, such as SIGHUP under nohup, stays ignored. last: a line for the second signal.
+    signal that is ignored at the start, such as SIGHUP under nohup, stays ignored. last: makes the line for the second signal.
     """
     request, hangup = StopRequest(), getattr(signal, "SIGHUP", None)
 
@@ -584,7 +591,7 @@ def stop_on_signal(say: Callable[[str], None], last: str = "") -> Iterator[StopR
                 return
             with contextlib.suppress(RuntimeError):
                 if last:
-                    say(last)
+                    say(last())
             os._exit(128 + signum)  # safe: every file is renamed only when it is complete
         request.signum = signum
         with contextlib.suppress(RuntimeError):  # raised if the signal interrupted another print
