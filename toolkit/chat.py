@@ -39,8 +39,8 @@ COMMANDS = {
 }
 NOTES = '''\
 Ctrl-C stops an answer, or clears a half-typed message; on an empty line it leaves when pressed twice. Any other line is \
-a message. Pasted lines are one message where Python has GNU readline (on Linux); elsewhere put them between """ and \
-""". Put a space before a message that begins like a command.'''
+a message. Pasted lines are one message; where Python has no readline (Windows), put them between """ and """. Put a \
+space before a message that begins like a command.'''
 
 LEAVE = ("/exit", "exit", "/quit", "/bye")
 FENCE = '"""'  # begins and ends a block
