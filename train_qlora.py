@@ -546,8 +546,8 @@ def train(run: Run, request: checkpoints.StopRequest) -> bool:
 
 
 def progress_bar(run: Run) -> tqdm:
-    """Return the bar that shows the steps; hidden without a terminal, and in all processes but the first."""
-    hidden = run.log.silent or not sys.stderr.isatty()
+    """Return the bar that shows the steps; hidden without a terminal or steps, and in all processes but the first."""
+    hidden = run.log.silent or not sys.stderr.isatty() or run.progress.step >= run.total_steps
     return tqdm(total=run.total_steps, initial=run.progress.step, unit="step", disable=hidden)
 
 

@@ -16,6 +16,7 @@ import os
 import shutil
 import signal
 import stat
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -592,6 +593,8 @@ def stop_on_signal(say: Callable[[str], None], last: Callable[[], str] | None = 
             with contextlib.suppress(RuntimeError):
                 if last:
                     say(last())
+                if sys.stderr is not None and sys.stderr.isatty():  # what comes next would stand beside the bar
+                    print(file=sys.stderr, flush=True)
             os._exit(128 + signum)  # safe: every file is renamed only when it is complete
         request.signum = signum
         with contextlib.suppress(RuntimeError):  # raised if the signal interrupted another print
