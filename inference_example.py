@@ -13,6 +13,7 @@ import contextlib
 import functools
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -39,6 +40,7 @@ from toolkit.startup import (
     wake_gpu,
 )
 from toolkit.template_files import check_template_files
+from toolkit.text_width import for_stream
 
 BEGAN = time.perf_counter()  # when the user began to wait, but for the start of Python itself
 # What config.yaml has beside these is for training.
@@ -52,7 +54,7 @@ Prompt = str | list[dict[str, str]]  # a text, or the messages of a chat, of whi
 
 def say(line: str) -> None:
     """Print a line that is not part of an answer, on stderr."""
-    print(visible(line), file=sys.stderr, flush=True)
+    print(for_stream(visible(line), sys.stderr), file=sys.stderr, flush=True)
 
 
 say_once = functools.cache(say)  # for what holds for every prompt
@@ -544,7 +546,7 @@ def demo(engine: Engine, config: Config, adapter: Path | None) -> int:
     voices = {f"base: {config.model.name}": engine.model.disable_adapter if adapter else contextlib.nullcontext}
     voices |= {f"adapter: {adapter}": contextlib.nullcontext} if adapter else {}
     for number, prompt in enumerate(DEMO_PROMPTS, 1):
-        show(f"{'=' * 80}\n[{number}/{len(DEMO_PROMPTS)}] {prompt}")
+        show(f"{'=' * min(80, shutil.get_terminal_size().columns)}\n[{number}/{len(DEMO_PROMPTS)}] {prompt}")
         ids = encode(engine, prompt, config.generation.system_prompt)
         for label, voice in voices.items():
             show(f"\n--- {label}")

@@ -7,6 +7,7 @@ python quantization_utils.py     check the installation: import what a run impor
 """
 
 import contextlib
+import difflib
 import errno
 import functools
 import json
@@ -15,6 +16,7 @@ import os
 import re
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -220,8 +222,8 @@ def hub_problem(setting: str, name: str, error: BaseException) -> ConfigError | 
         return ConfigError(f"model.revision: the hub has {name}, but no branch, tag or commit{asked} of it")
     if first(RepositoryNotFoundError) or type(error).__name__ == "DatasetNotFoundError":
         return ConfigError(
-            f"{setting}: the hub has no {kind} {name}, or it is private: check the spelling (owner/name); for a "
-            "private one log in with `hf auth login` or set HF_TOKEN"
+            f"{setting}: the hub has no {kind} {name}, or it is private{_folder_here(name)}: check the spelling "
+            "(owner/name); for a private one log in with `hf auth login` or set HF_TOKEN"
         )
     answer, entry = first(HfHubHTTPError), first(EntryNotFoundError)
     unreachable = first(ConnectionError, TimeoutError, LocalEntryNotFoundError)
@@ -229,31 +231,66 @@ def hub_problem(setting: str, name: str, error: BaseException) -> ConfigError | 
         return ConfigError(f"{setting}: a file is missing in {name} on the hub: {' '.join(str(entry).split())[:200]}")
     if not (answer or unreachable):
         return None
-    why = f"no connection to {constants.ENDPOINT} ({type(found[-1]).__name__})"
+    why = f"no connection to {constants.ENDPOINT} ({getattr(found[-1], 'strerror', '') or type(found[-1]).__name__})"
     if answer:
         why = f"{constants.ENDPOINT} answers {answer.response.status_code} {answer.response.reason_phrase}"
     if constants.HF_HUB_OFFLINE:
         why = f"HF_HUB_OFFLINE is set and the cache in {constants.HF_HOME} does not have it"
     local = "a local file or folder" if path else "a local folder"
     return ConfigError(
-        f"{setting}: cannot get {name} from the hub: {why}; give {local}, point HF_HOME at a cache that has it, or try "
+        f"{setting}: cannot get {name} from the hub: {why}{_folder_here(name)}; give {local}, point HF_HOME at a cache that has it, or try "
         "--config tiny/config.yaml"
     )
 
 
-@contextlib.contextmanager
-def asking_hub(name: str, patience: float = 3.0) -> Iterator[None]:
-    """Say on stderr that the hub is being asked for `name` if that takes longer than `patience` seconds.
+def _folder_here(name: str) -> str:
+    """Return, for a name such as models/qwn where there is a folder models, that the folder has no qwn; else an empty text."""
+    folder, _, child = name.partition("/")
+    if not (child and os.path.isdir(folder)):
+        return ""
+    near = difflib.get_close_matches(child, os.listdir(folder), n=1, cutoff=0.5)
+    has = f"has {near[0]}, but no {child}" if near else f"has no {child}"
+    return f", and the folder {folder} here {has}"
 
-    Without a connection huggingface_hub tries again for up to half a minute and says nothing.
+
+def check_connection(name: str, kind: str) -> None:
+    """Raise ConnectionError if the hub answers nothing at all within two tries. kind: model or dataset.
+
+    huggingface_hub itself tries for half a minute. A name of which a cache holds something is not asked for, since it
+    may load without the hub.
     """
-    line = f"still waiting for {constants.ENDPOINT} ({name}); without a connection this ends in half a minute"
+    rows = os.environ.get("HF_DATASETS_CACHE", os.path.join(constants.HF_HOME, "datasets"))
+    caches = [Path(constants.HF_HUB_CACHE, f"{kind}s--{name.replace('/', '--')}")]
+    caches += Path(rows).glob(name.partition("/")[0] + "*") if kind == "dataset" else []  # it changes what follows
+    for again in (False, True):
+        try:
+            if not any(map(os.path.exists, caches)):
+                url = hf_hub_url(name, "README.md", repo_type=kind)
+                get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+            return
+        except Exception as error:  # its HTTP library, whose errors these are, has changed more than once
+            if isinstance(error, HfHubHTTPError) or not any(isinstance(cause, OSError) for cause in causes(error)):
+                return  # an answer, or a name that the hub cannot have: the caller's own request says which
+            if again:
+                raise ConnectionError(f"no connection to {constants.ENDPOINT}") from error
+        time.sleep(1)
+
+
+@contextlib.contextmanager
+def asking_hub(name: str, kind: str = "model", patience: float = 3.0) -> Iterator[None]:
+    """Raise ConnectionError if the hub is needed for `name` and cannot be reached; see check_connection.
+
+    Say on stderr that the hub is being asked if that takes longer than `patience` seconds.
+    """
+    line = f"still waiting for {constants.ENDPOINT} ({name})"
     asked = is_hub_id(name) and not os.path.exists(name) and not constants.HF_HUB_OFFLINE
     timer = threading.Timer(patience, print, [line], {"file": sys.stderr})
     timer.daemon = True
     if asked and os.environ.get("LOCAL_RANK", "0") == "0":
         timer.start()
     try:
+        if asked:
+            check_connection(name, kind)
         yield
     finally:
         timer.cancel()
@@ -503,6 +540,7 @@ def quiet_libraries() -> None:
     logging.getLogger("huggingface_hub").setLevel(
         logging.ERROR
     )  # it logs each retry; a final failure becomes our own error
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # a font without the weight 400
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")

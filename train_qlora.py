@@ -112,6 +112,7 @@ if __name__ == "__main__":  # --help and every error in the configuration answer
     wake_gpu()
 import contextlib
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -147,7 +148,7 @@ from toolkit.evaluation import mean_loss
 from toolkit.memory import peak_gib
 from toolkit.memory_plan import MemoryPlan
 from toolkit.resume import Found, check_resumable, check_tensors, find_checkpoint, fingerprint, restore_schedule
-from toolkit.run_lines import data_lines, end_lines, next_command, step_line
+from toolkit.run_lines import data_lines, end_lines, next_command, resume_lines, step_line
 from toolkit.text_width import for_stdout
 from toolkit.turn_ends import left_beside, load_tokenizer, teach_ends
 
@@ -212,7 +213,7 @@ def fine_tune(config: Config, overwrite: bool, again: str) -> int:
         for line in data_lines(run.blocks, config.data, run.tokenizer, run.total_steps, run.sequences_per_step):
             log.say(line)
         start_run(run, found)
-        last = f"stopped at once; to continue from the last checkpoint, if there is one:\n  {again}"
+        last = functools.partial(checkpoints.stopped_at_once, run.output_dir, again)
         return execute(run, held.enter_context(checkpoints.stop_on_signal(log.say, last)), again)
     return 130  # Ctrl-C before the first step
 
@@ -220,8 +221,6 @@ def fine_tune(config: Config, overwrite: bool, again: str) -> int:
 def execute(run: Run, request: checkpoints.StopRequest, again: str) -> int:
     """Train, write the adapter and the curves, and return the exit code. again: the command that continues the run."""
     say, accelerator, progress = run.log.say, run.accelerator, run.progress
-    if progress.step >= run.total_steps:
-        say(f"nothing left to train: {run.output_dir} is at step {progress.step} of {run.total_steps}")
     accelerator.init_trackers("qlora", config={key: str(value) for key, value in flatten(run.effective).items()})
     try:
         done = train(run, request)
@@ -484,10 +483,8 @@ def start_run(run: Run, found: Found | None) -> None:
     for line in checkpoints.secrets_line(run.effective):
         log.say(line)
     if found is not None:
-        log.say(f"resuming from {folder} at step {run.progress.step} of {run.total_steps}")
-        asked = earlier_run.settings(run.config)
-        if any(state["config"].get(key) != asked[key] for key in ("training.num_epochs", "training.max_steps")):
-            log.say(f"from here on the learning rate follows the schedule of {counted(run.total_steps, 'step')}")
+        for line in resume_lines(folder, run.progress.step, run.total_steps, state["config"], run.config):
+            log.say(line)
 
 
 def restore(run: Run, found: Found) -> None:
@@ -550,8 +547,8 @@ def train(run: Run, request: checkpoints.StopRequest) -> bool:
 
 
 def progress_bar(run: Run) -> tqdm:
-    """Return the bar that shows the steps; hidden without a terminal, and in all processes but the first."""
-    hidden = run.log.silent or not sys.stderr.isatty()
+    """Return the bar that shows the steps; hidden without a terminal or steps, and in all processes but the first."""
+    hidden = run.log.silent or not sys.stderr.isatty() or run.progress.step >= run.total_steps
     return tqdm(total=run.total_steps, initial=run.progress.step, unit="step", disable=hidden)
 
 

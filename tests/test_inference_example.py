@@ -518,7 +518,7 @@ def test_a_chat_in_a_terminal(adapter: Path, tiny_model: Path, tmp_path: Path) -
     ]  # which does not end soon
     command = [sys.executable, inference_example.__file__, *flags]
     five, file = "one\ntwo: 你好\n\n/four\nfive", tmp_path / "talk.jsonl"
-    with Terminal(command, environment(tmp_path, LC_ALL="C")) as screen:
+    with Terminal(command, environment(tmp_path, LC_ALL="C"), columns=200) as screen:
         assert screen.wait(f"loading {tiny_model} ...\n") == ""
         assert screen.wait("\n\n> ", 300) == f"{tiny_model} | adapter: {adapter} | chat | /help lists the commands"
         for message in (screen.pasted(five), f"吗你{BACKSPACE}x"):

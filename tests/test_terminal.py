@@ -128,10 +128,23 @@ def test_ctrl_c_in_a_run_says_how_to_continue(tmp_path, flags, again):
     shown, code = screen([ROOT / "train_qlora.py", *long], 80, "C.UTF-8", tmp_path, keys)
     assert code == 130
     *_, said, command = [line for line in shown.split("\n") if line and not re.search(BAR, line)]
-    ended = "stopped at once; to continue from the last checkpoint, if there is one:"
+    ended = "stopped at once; there is no checkpoint yet; to start again:"
     # The terminal echoes ^C before what is said.
     assert said.endswith(ended) if again else re.fullmatch(r"stopped after step \d+ of 4000; to continue:", said), shown
+    assert shown.endswith("\n")  # and not the bar, beside which the shell's next line would stand
     assert command == "  " + shlex.join(map(str, [sys.executable, ROOT / "train_qlora.py", *long[:-1]]))
+
+
+def test_a_run_with_nothing_left_to_train(tmp_path, flags):
+    run = [ROOT / "train_qlora.py", *flags]
+    assert screen(run, 80, "C.UTF-8", tmp_path, {})[1] == 0
+    shown, code = screen([*run, "--max_steps", 2], 80, "C.UTF-8", tmp_path, {})
+    lines = shown[shown.index("resuming") :].splitlines()
+    assert code == 0 and lines[:2] == [
+        "resuming from out put/checkpoint-3 at step 3",
+        "nothing left to train: training.max_steps asks for 2 steps",
+    ]
+    assert lines[2].startswith("perplexity ") and "step/s" not in shown
 
 
 def test_ctrl_c_before_the_first_step(tmp_path, flags):

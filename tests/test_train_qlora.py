@@ -633,6 +633,24 @@ def test_a_stopped_run_says_how_to_continue(train, few, tmp_path, monkeypatch, c
     assert same_rows(folder, tmp_path / "whole")
 
 
+@pytest.mark.parametrize(
+    "limit, asked",
+    [
+        (["--max_steps", "1"], "training.max_steps asks for 1 step"),
+        (["--max_steps", "null", "--num_epochs", "1"], "training.num_epochs asks for 4 steps"),
+    ],
+)
+def test_a_run_that_has_more_steps_than_are_asked_for(train, few, tmp_path, capsys, limit, asked):
+    flags = (*RESUMABLE, "--dataset", few)
+    assert train(*flags, output_dir=tmp_path / "out")[0] == 0
+    capsys.readouterr()
+    assert train(*flags, *limit, output_dir=tmp_path / "out")[0] == 0
+    lines = capsys.readouterr().out.splitlines()
+    start = lines.index(f"resuming from {tmp_path / 'out' / 'checkpoint-6'} at step 6")
+    assert lines[start + 1] == f"nothing left to train: {asked}"
+    assert lines[start + 2].startswith("perplexity ") and not any("schedule" in line for line in lines)
+
+
 def test_ctrl_c_before_the_first_step_leaves_nothing(train, tmp_path, monkeypatch, capsys):
     def interrupted(*_, **__):
         raise KeyboardInterrupt

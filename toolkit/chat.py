@@ -11,6 +11,7 @@ import dataclasses
 import json
 import locale
 import os
+import select
 import shutil
 import sys
 import tempfile
@@ -22,34 +23,42 @@ from typing import Any
 from config import LEAVES, ConfigError, GenerationConfig, coerce_flag, counted
 from toolkit.encodings import not_utf8
 from toolkit.startup import visible
+from toolkit.text_width import for_stdout, wrapped
 
-HELP = '''\
-/help             show these lines
-/retry            answer the last message again
-/undo             forget the last message and its answer
-/reset            forget the conversation
-/system TEXT      set the system prompt; /system alone: the template's own
-/set KEY VALUE    change a setting; /set KEY shows it, /set alone shows all
-/save FILE        add the conversation to FILE, as a line of .jsonl
-/load FILE        continue the last conversation in such a file
-/exit             leave; exit, /quit, /bye and Ctrl-D do the same (on Windows:
-                  Ctrl-Z, Enter)
-"""               begin a message of several lines; a line that ends with """
-                  ends it
-Ctrl-C stops an answer, or clears a half-typed message; on an empty line it
-leaves when pressed twice. Any other line is a message. Pasted lines are one
-message where Python has GNU readline (on Linux); elsewhere put them between
-""" and """. Put a space before a message that begins like a command.'''
+COMMANDS = {
+    "/help": "show these lines",
+    "/retry": "answer the last message again",
+    "/undo": "forget the last message and its answer",
+    "/reset": "forget the conversation",
+    "/system TEXT": "set the system prompt; /system alone: the template's own",
+    "/set KEY VALUE": "change a setting; /set KEY shows it, /set alone shows all",
+    "/save FILE": "add the conversation to FILE, as a line of .jsonl",
+    "/load FILE": "continue the last conversation in such a file",
+    "/exit": "leave; exit, /quit, /bye and Ctrl-D do the same (on Windows: Ctrl-Z, Enter)",
+    '"""': 'begin a message of several lines; a line that ends with """ ends it',
+}
+NOTES = '''\
+Ctrl-C stops an answer, or clears a half-typed message; on an empty line it leaves when pressed twice. Any other line is \
+a message. Pasted lines are one message; where Python has no readline (Windows), put them between """ and """. Put a \
+space before a message that begins like a command.'''
 
 LEAVE = ("/exit", "exit", "/quit", "/bye")
 FENCE = '"""'  # begins and ends a block
 STATISTICS = "\x1b[36m"  # cyan: old consoles of Windows have no dim text
+LONGEST = 4095 if sys.platform == "linux" else 1023  # bytes of a line that a terminal keeps for a program that is busy
 HISTORY_BYTES = 2**20  # of the newest messages that a chat begins with
 
 
 def show(text: str) -> None:
-    """Print a text on stdout for a person to read."""
-    print(visible(text), flush=True)
+    """Print a text on stdout for a person to read; on a terminal, broken between words."""
+    print(for_stdout(visible(text)), flush=True)
+
+
+def help_text(columns: int) -> str:
+    """Return what /help shows in a terminal of this many columns."""
+    columns = max(36, min(columns, 80)) - 1
+    lines = [line for name, what in COMMANDS.items() for line in wrapped(f"{name:<18}{what}", columns, " " * 18)]
+    return "\n".join([*lines, *wrapped(NOTES, columns, "")])
 
 
 def has_colour() -> bool:
@@ -68,7 +77,7 @@ def remark(text: str) -> None:
     """Print a line that is not part of an answer: on a terminal, in colour and broken between words."""
     text = visible(text)
     if sys.stdout.isatty():
-        text = textwrap.fill(text, max(20, shutil.get_terminal_size().columns - 1), subsequent_indent=" ")
+        text = "\n".join(wrapped(text, max(20, shutil.get_terminal_size().columns - 1), " "))
     print(f"{STATISTICS}{text}\x1b[0m" if has_colour() else text, flush=True)
 
 
@@ -156,6 +165,34 @@ def use_utf8_locale() -> None:
     remark("[this system has no UTF-8 locale: letters that are not ASCII cannot be typed at the prompt]")
 
 
+def waiting_lines() -> str:
+    """Return what was typed or pasted into a terminal and has not been asked for yet, if that has a whole line.
+
+    Raise EOFError for a Ctrl-D alone, and ConfigError for a line that the terminal has cut.
+    """
+    import termios  # Windows has none
+
+    data, descriptor = b"", sys.stdin.fileno()
+    mode = termios.tcgetattr(descriptor)
+    try:
+        # A terminal holds 4,096 bytes; more of a long text follow as soon as these are read.
+        while select.select([descriptor], [], [], 0.05 if data else 0)[0]:
+            if not (part := os.read(descriptor, 65536)):
+                if not data:
+                    raise EOFError
+                break
+            if not data:  # from here on also what has no end of a line yet
+                by_key = [*mode[:3], mode[3] & ~termios.ICANON, *mode[4:]]
+                termios.tcsetattr(descriptor, termios.TCSANOW, by_key)
+            data += part
+    finally:
+        termios.tcsetattr(descriptor, termios.TCSANOW, mode)
+    data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")  # what came at readline's prompt has the key itself
+    if max(map(len, data.split(b"\n"))) >= LONGEST:
+        raise ConfigError("the terminal has cut a line that came before the prompt, so it was dropped; paste it again")
+    return data.decode(sys.stdin.encoding, "replace")
+
+
 class Keyboard:
     """Reads what the user types, with line editing and a history where Python has readline and both ends are a terminal.
 
@@ -201,7 +238,7 @@ class Keyboard:
         Raise EOFError at the end of the input, KeyboardInterrupt at Ctrl-C, and ConfigError for what cannot be used.
         """
         self.in_block = False
-        text = input("\n> ")
+        text = self._line()
         # A pasted text that only begins with a FENCE is a program with a docstring, and complete.
         fenced = text.startswith(FENCE) and ("\n" not in text or text.rstrip().endswith(FENCE))
         if fenced:
@@ -214,6 +251,31 @@ class Keyboard:
             )
         self.remember(text)
         return text, fenced
+
+    def _line(self) -> str:
+        """Return what the user enters at the prompt.
+
+        Several lines that came at once, or before the prompt, are offered for editing as one message: a paste that the
+        terminal does not mark, since readline or the terminal cannot, or since it came while the model was busy.
+        """
+        if not self.readline:
+            return input("\n> ")
+        lines = waiting_lines()
+        if not lines:
+            text = input("\n> ")
+            if not (lines := waiting_lines()):
+                return text
+            lines = f"{text}\n{lines}"
+        elif lines.find("\n") == len(lines) - 1:  # a line that was typed while the model was busy
+            print(f"\n> {visible(lines)}", end="", flush=True)
+            return lines.removesuffix("\n")
+        print()
+        remark("[these lines came at once and are one message: Enter sends it, Ctrl-C drops it]")
+        self.readline.set_startup_hook(lambda: self.readline.insert_text(lines.rstrip("\n").replace("\0", "")))
+        try:
+            return input("> ")
+        finally:
+            self.readline.set_startup_hook(None)
 
     def _block(self, first: str) -> str:
         """Return a block, whose first line is given; raise ConfigError if the input ends before the block does."""
@@ -328,7 +390,7 @@ def command(line: str, talk: Conversation, turn: Turn) -> None:
     word, _, rest = line.strip().partition(" ")
     key, _, value = rest.strip().partition(" ")
     if word == "/help":
-        print(HELP)
+        print(help_text(shutil.get_terminal_size().columns))
     elif word == "/retry":
         retry(talk, turn)
     elif word == "/undo":

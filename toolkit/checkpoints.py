@@ -16,6 +16,7 @@ import os
 import shutil
 import signal
 import stat
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -255,6 +256,13 @@ def last_good(output_dir: Path) -> str:
     """Return, for the message about a failed run, which checkpoint it can continue from."""
     found = checkpoints(output_dir)
     return f"{found[0].name} is intact" if found else "there is no checkpoint yet"
+
+
+def stopped_at_once(output_dir: Path, again: str) -> str:
+    """Return the line after a second signal, which ends a run within a step. again: the command that continues it."""
+    found = checkpoints(output_dir)
+    where = f"to continue from {found[0]}" if found else "there is no checkpoint yet; to start again"
+    return f"stopped at once; {where}:\n  {again}"
 
 
 def read_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict]:
@@ -570,11 +578,11 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def stop_on_signal(say: Callable[[str], None], last: str = "") -> Iterator[StopRequest]:
+def stop_on_signal(say: Callable[[str], None], last: Callable[[], str] | None = None) -> Iterator[StopRequest]:
     """Turn the first SIGINT, SIGTERM, SIGHUP or Ctrl-Break into a request that the loop reads after each step.
 
     A second signal exits at once, except SIGHUP: when a terminal closes, the kernel and the shell both send it. A
-    signal that is ignored at the start, such as SIGHUP under nohup, stays ignored. last: a line for the second signal.
+    signal that is ignored at the start, such as SIGHUP under nohup, stays ignored. last: makes the line for the second signal.
     """
     request, hangup = StopRequest(), getattr(signal, "SIGHUP", None)
 
@@ -584,7 +592,9 @@ def stop_on_signal(say: Callable[[str], None], last: str = "") -> Iterator[StopR
                 return
             with contextlib.suppress(RuntimeError):
                 if last:
-                    say(last)
+                    say(last())
+                if sys.stderr is not None and sys.stderr.isatty():  # what comes next would stand beside the bar
+                    print(file=sys.stderr, flush=True)
             os._exit(128 + signum)  # safe: every file is renamed only when it is complete
         request.signum = signum
         with contextlib.suppress(RuntimeError):  # raised if the signal interrupted another print

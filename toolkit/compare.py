@@ -1,11 +1,13 @@
-"""Finished runs side by side: a table of what differs and what came out, and a picture of their curves."""
+"""Runs side by side: a table of what differs and what came out, and a picture of their curves."""
 
 import contextlib
 import dataclasses
 import json
 import math
 import os
+import re
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,10 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from config import ConfigError, LoraSettings, load_config, shown
+from config import LEAVES, ConfigError, LoraSettings, load_config, shown
 from toolkit.checkpoints import refusing
 from toolkit.curves import plot_comparison
-from toolkit.earlier_run import settings
+from toolkit.earlier_run import checkpoints, settings, step_of
 from toolkit.locks import exclusive, lock_of
 from toolkit.startup import visible
 from toolkit.text_width import for_stdout, padded, start_of, width, wrapped
@@ -31,6 +33,9 @@ SCORES = ("exact match", "ROUGE-L", "BLEU")  # rows of the table where a run has
 PICTURES = (".png", ".svg", ".pdf", ".jpg")
 NARROWEST = 12  # columns of a run in the table; the runs that do not fit stand below
 LABEL = 100  # columns of a run in the picture's legend
+# Settings that change neither what is learned nor which adapter is kept: the table has them, the picture's legend not.
+UNSEEN: tuple[str, ...] = ("performance.", "generation.", "training.logging_steps", "training.save_")
+UNSEEN += ("training.resume", "training.report_to", "training.gradient_checkpointing")
 SAME_LOSS = 2e-3  # relative: the same base on the same data, computed in another number format or on another device
 
 # ------------------------------------------------------------------------------------------------ one run
@@ -38,7 +43,7 @@ SAME_LOSS = 2e-3  # relative: the same base on the same data, computed in anothe
 
 @dataclasses.dataclass(frozen=True)
 class RunSummary:
-    """What a finished run left in its folder; rows are those of metrics.jsonl."""
+    """What a run left in its folder; rows are those of metrics.jsonl."""
 
     name: str
     settings: dict[str, Any]
@@ -46,6 +51,13 @@ class RunSummary:
     parameters: int
     adapter_bytes: int
     answers: dict[str, float] = dataclasses.field(default_factory=dict)  # the adapter's scores of --evaluate --generate
+    step: int = 0  # the last one that was made
+    total: int | None = None  # the steps that the run was to have, if it has not finished; 0: unknown
+
+    @property
+    def unfinished(self) -> str:
+        """How far an unfinished run is, as text; empty for a finished one."""
+        return "" if self.total is None else f"step {self.step}" + (f" of {self.total}" if self.total else "")
 
     @property
     def base_loss(self) -> float | None:
@@ -65,7 +77,7 @@ class RunSummary:
         return {
             "trainable parameters": f"{self.parameters:,}",
             "adapter": f"{self.adapter_bytes / 1e6:,.1f} MB",
-            "steps": f"{self.rows[-1]['step']:,}",
+            "steps": f"{self.step:,}" + (f" of {self.total:,}" if self.total else ""),
             "base loss": "-" if self.base_loss is None else f"{self.base_loss:.4f}",
             "validation loss": f"{best['eval_loss']:.4f}" if best else "-",
             "best step": f"{best['step']:,}" if best else "-",
@@ -77,21 +89,46 @@ class RunSummary:
 
 
 def read_run(folder: Path) -> RunSummary:
-    """Return the summary of a run's folder; raises ConfigError where it holds no finished run."""
-    for name in ("config.yaml", "metrics.jsonl", "adapter_model.safetensors"):
-        if not (folder / name).is_file():
-            raise ConfigError(f"--compare: expected folders of finished runs, got {folder}, which has no {name}")
+    """Return the summary of a run's folder; raises ConfigError where it holds no run.
+
+    Of a run that has not finished, the adapter is that of its last checkpoint.
+    """
+    unfinished = [] if (folder / "adapter_model.safetensors").is_file() else checkpoints(folder)[:1]
+    file = (unfinished or [folder])[0] / "adapter_model.safetensors"
+    for path in (folder / "config.yaml", folder / "metrics.jsonl", file):
+        if not path.is_file():
+            raise ConfigError(f"--compare: expected folders of runs, got {folder}, which has no {path.name}")
     with refusing(f"--compare: cannot read {folder}", ValueError, OSError, SafetensorError, RecursionError):
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) for line in lines if line.strip()]
         check_rows(rows)
-        adapter = load_file(folder / "adapter_model.safetensors")
+        adapter = load_file(file)
     if not rows:
         raise ConfigError(f"--compare: expected logged steps, got none in {folder / 'metrics.jsonl'}")
     parameters = sum(tensor.numel() for tensor in adapter.values())
-    size = (folder / "adapter_model.safetensors").stat().st_size
     own = settings(load_config(folder / "config.yaml"))
-    return RunSummary(str(folder), own, rows, parameters, size, answer_scores(folder / "evaluation.json"))
+    step = max([rows[-1]["step"], *(step_of(path) for path in checkpoints(folder)[:1])])
+    total = planned_steps(folder, own)
+    done = not unfinished and (step >= total or out_of_patience(rows, own["training.early_stopping_patience"]))
+    scores = answer_scores(folder / "evaluation.json")
+    return RunSummary(str(folder), own, rows, parameters, file.stat().st_size, scores, step, None if done else total)
+
+
+def planned_steps(folder: Path, own: dict[str, Any]) -> int:
+    """Return how many steps a run was to have: its training.max_steps, or what its log says; 0 if that is unknown."""
+    if own["training.max_steps"] is not None:
+        return int(own["training.max_steps"])
+    found: list[str] = []
+    with contextlib.suppress(OSError, ValueError):
+        text = (folder / "training_log.txt").read_text(encoding="utf-8")
+        found = re.findall(r"^step \d+/(\d{1,15}) \| loss ", text, re.MULTILINE)
+    return int(found[-1]) if found else 0
+
+
+def out_of_patience(rows: list[dict], patience: int | None) -> bool:
+    """Return whether early stopping has ended a run with these rows."""
+    losses = [row["eval_loss"] for row in rows if "eval_loss" in row]
+    return patience is not None and bool(losses) and len(losses) - 1 - losses.index(min(losses)) >= patience
 
 
 def check_rows(rows: list[Any]) -> None:
@@ -134,6 +171,16 @@ def short_name(key: str, run: RunSummary) -> str:
     return name if sum(other.endswith(f".{name}") for other in run.settings) == 1 else key
 
 
+def shortest_endings(paths: list[str]) -> list[str]:
+    """Return paths without the folders before what tells them apart."""
+    parts = [Path(path).parts for path in paths]
+    for count in range(1, max(map(len, parts)) + 1):
+        endings = [str(Path(*part[-count:])) for part in parts]
+        if len(set(endings)) == len(set(paths)):
+            return endings
+    return paths
+
+
 def without_common_folders(paths: list[str]) -> list[str]:
     """Return paths without the folders that all of them begin with."""
     parents = [os.path.dirname(path) for path in paths]
@@ -151,8 +198,8 @@ def shown_values(key: str, runs: list[RunSummary]) -> list[str]:
     values = [run.settings[key] for run in runs]
     if key == "lora.target_modules":
         return [shown_targets(value) for value in values]
-    if all(isinstance(value, str) for value in values):
-        return without_common_folders(values)
+    if LEAVES[key].field.metadata["path"] and all(isinstance(value, str) for value in values):
+        return shortest_endings(values)
     return [shown(value) for value in values]
 
 
@@ -167,7 +214,8 @@ def shown_targets(targets: list[str] | str) -> str:
 def warnings(runs: list[RunSummary], keys: list[str]) -> list[str]:
     """Return lines that say why the losses of these runs cannot be compared, if there is a reason. keys: what differs."""
     data = [short_name(key, runs[0]) for key in keys if key.startswith("data.") and key != "data.max_train_samples"]
-    found, bases = [], [run.base_loss for run in runs if run.base_loss is not None]
+    found = [f"warning: {run.name} is not finished ({run.unfinished})" for run in runs if run.unfinished]
+    bases = [run.base_loss for run in runs if run.base_loss is not None]
     if data:
         found.append(f"warning: the data differ ({', '.join(data)}), so the losses are not those of the same text")
     same_base = not any(key.startswith(("model.", "quantization.")) for key in keys)
@@ -218,20 +266,45 @@ def table_row(name: str, first: int, cells: list[list[str]], widths: list[int]) 
     return lines
 
 
-def legend_labels(runs: list[RunSummary]) -> list[str]:
-    """Return what the picture calls each run: its name and in what it differs."""
-    keys, names = differing(runs), without_common_folders([run.name for run in runs])
-    columns = [[f"{short_name(key, runs[0])} {value}" for value in shown_values(key, runs)] for key in keys]
-    labels = []
-    for i, name in enumerate(names):
-        label, separator = name if width(name) <= LABEL - 3 else f"{start_of(name, LABEL - 5)} …", ": "
-        for part in (column[i] for column in columns):
-            if width(label + separator + part) > LABEL - 3:
-                label += ", …"
-                break
-            label, separator = label + separator + part, ", "
-        labels.append(label)
-    return labels
+def legend_texts(key: str, runs: list[RunSummary]) -> list[str]:
+    """Return a setting of each run as the legend has it; an empty text where it is not set."""
+    values = zip(runs, shown_values(key, runs), strict=True)
+    texts = [f"{short_name(key, run)} {value}" * (run.settings[key] is not None) for run, value in values]
+    if key == "training.max_steps":  # which replaces the epochs
+        texts = [text or f"num_epochs {shown(runs[i].settings['training.num_epochs'])}" for i, text in enumerate(texts)]
+    return texts
+
+
+def legend_labels(runs: list[RunSummary]) -> tuple[list[str], str]:
+    """Return what the picture calls each run, its name and in what it differs, and what most of the runs share."""
+    names, common = without_common_folders([run.name for run in runs]), []
+    parts: list[list[str]] = [[] for _ in runs]
+    keys = [key.replace("num_epochs", "max_steps") for key in differing(runs) if not key.startswith(UNSEEN)]
+    for key in dict.fromkeys(keys):
+        texts = legend_texts(key, runs)
+        usual, count = Counter(texts).most_common(1)[0]
+        if count == len(runs):
+            continue
+        usual = usual if 2 * count > len(runs) else ""
+        common += [usual] if usual else []
+        for own, text in zip(parts, texts, strict=True):
+            if text != usual:
+                own.append(text or f"no {short_name(key, runs[0])}" * bool(usual))
+    labels = [
+        legend_label(run, name, list(filter(None, own))) for run, name, own in zip(runs, names, parts, strict=True)
+    ]
+    return labels, f"if nothing else is given: {', '.join(common)}" if common else ""
+
+
+def legend_label(run: RunSummary, name: str, parts: list[str]) -> str:
+    """Return the legend's line of a run. parts: its settings."""
+    label, separator = name if width(name) <= LABEL - 30 else f"{start_of(name, LABEL - 32)} …", ": "
+    label += f" (not finished: {run.unfinished})" if run.unfinished else ""
+    for part in parts:
+        if width(label + separator + part) > LABEL - 3:
+            return f"{label}, …"
+        label, separator = label + separator + part, ", "
+    return label
 
 
 def compare_runs(folders: list[str], output: str) -> int:
@@ -246,6 +319,7 @@ def compare_runs(folders: list[str], output: str) -> int:
         print(for_stdout(visible(line)))
     busy = f"--output: another command is writing {output}"
     with refusing(f"--output: cannot write {output}", OSError), exclusive(lock_of(Path(output)), busy):
-        plot_comparison(legend_labels(runs), [run.rows for run in runs], Path(output))
+        labels, title = legend_labels(runs)
+        plot_comparison(labels, [run.rows for run in runs], Path(output), title)
     print(visible(f"curves are in {output}"))
     return 0

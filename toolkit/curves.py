@@ -11,12 +11,14 @@ import numpy as np
 
 from toolkit.checkpoints import write_picture
 from toolkit.startup import visible
-from toolkit.text_width import width
+from toolkit.text_width import width, wrapped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SIZE = (12, 4.5)  # inches
+LEGEND_LINE = 0.21  # inches, by which each line makes the picture of a comparison higher
+WEIGHTS = (400, 500, "normal", "regular", "book", "roman", "medium")  # 500: WenQuanYi Zen Hei has no other one
 LOSS = {"xlabel": "optimizer step", "ylabel": "loss per token (nats)"}
 
 # ------------------------------------------------------------------------------------------------ what is drawn
@@ -75,8 +77,13 @@ def drawable(texts: Sequence[str]) -> tuple[list[str], list[str]]:
     families = [font_manager.FontProperties().get_name()]
     missing = {ord(char) for text in texts for char in text}
     missing -= font_manager.get_font(font_manager.findfont(families[0])).get_charmap().keys()
+    if missing:  # matplotlib keeps a list of fonts, which lacks those that were installed since
+        listed = {font.fname for font in font_manager.fontManager.ttflist}
+        for path in sorted(set(font_manager.findSystemFonts()) - listed):
+            with contextlib.suppress(OSError, RuntimeError):
+                font_manager.fontManager.addfont(path)
     for font in font_manager.fontManager.ttflist if missing else ():
-        usual = font.style == "normal" and font.weight in (400, "normal", "regular", "book")
+        usual = font.style == "normal" and font.weight in WEIGHTS
         if not usual or font.name.startswith("Last Resort"):  # matplotlib's own: a box for every character
             continue
         with contextlib.suppress(OSError, RuntimeError):  # a font that matplotlib cannot read
@@ -132,10 +139,10 @@ def call_plot(plot: Callable, history: list[dict], path: Path, schedule: Sequenc
     plot(history, path, **more)
 
 
-def plot_comparison(labels: Sequence[str], histories: Sequence[list[dict]], path: Path) -> None:
+def plot_comparison(labels: Sequence[str], histories: Sequence[list[dict]], path: Path, title: str = "") -> None:
     """Draw the curves of several runs into one picture: training loss on the left, validation loss on the right.
 
-    labels: what the legend calls each run. histories: rows of metrics.jsonl of each.
+    labels: what the legend calls each run, under its title. histories: rows of metrics.jsonl of each.
     """
     figure, left, right = new_figure()
     for history in histories:
@@ -143,11 +150,17 @@ def plot_comparison(labels: Sequence[str], histories: Sequence[list[dict]], path
         draw(right, points(history, "eval_loss"), linewidth=1.2, marker="o", markersize=3)
     left.set(title="Training", **LOSS)
     right.set(title="Validation", **LOSS)
-    families, labels = drawable(labels)
+    families, (title, *labels) = drawable([title, *labels])
     columns = max(1, 120 // (max(map(width, labels)) + 6))
     names = [str(number) for number in range(len(labels))]
     prop = {"family": families}
-    legend = figure.legend(left.lines, names, loc="outside lower center", ncols=columns, prop=prop)
+    place = {"loc": "outside lower center", "ncols": columns, "alignment": "left"}
+    legend = figure.legend(left.lines, names, prop=prop, **place)
+    heading = wrapped(title, 120, indent="") if title else []
+    legend.set_title("\n".join(heading), prop=prop)
+    legend.get_title().set_parse_math(False)
+    lines = len(heading) + math.ceil(len(labels) / columns)
+    figure.set_figheight(SIZE[1] + LEGEND_LINE * lines)
     # Their texts come now, since a legend leaves out a label that begins with _ and reads $...$ as mathematics.
     for text, label in zip(legend.get_texts(), labels, strict=True):
         text.set_parse_math(False)

@@ -397,7 +397,7 @@ def _without_views(kind: Any) -> Any:
 
 def hub_rows(data: DataConfig) -> Rows:
     """Return the rows of a data set of the hub."""
-    with asking_hub(data.dataset):
+    with asking_hub(data.dataset, "dataset"):
         loaded = datasets.load_dataset(data.dataset, data.dataset_config)
     if data.train_split not in loaded:
         has = ", ".join(loaded)

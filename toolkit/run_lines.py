@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from config import DataConfig, counted
+from config import Config, DataConfig, counted, flatten
 from fast_path.loss import perplexity
 from toolkit.checkpoints import Progress
 from toolkit.data_blocks import Blocks, show_block
@@ -38,6 +38,19 @@ def data_lines(
         *(f"data: {line}" for line in (f"read as {part.source}", *part.notes, *(held.notes if held else ()))),
         f"first block: {show_block(part[0], tokenizer, 64)}",
     ]
+
+
+def resume_lines(folder: Path, step: int, total_steps: int, before: dict, config: Config) -> list[str]:
+    """Return lines about a run that continues. folder: the checkpoint, at this step. before: its settings."""
+    names = ("training.num_epochs", "training.max_steps")
+    start = f"resuming from {folder} at step {step}"
+    if step >= total_steps:
+        asked = names[config.training.max_steps is not None]
+        return [start, f"nothing left to train: {asked} asks for {counted(total_steps, 'step')}"]
+    now = flatten(config)
+    changed = any(before.get(name) != now[name] for name in names)
+    rate = f"from here on the learning rate follows the schedule of {counted(total_steps, 'step')}"
+    return [f"{start} of {total_steps}", *([rate] if changed else [])]
 
 
 def step_line(row: dict, total_steps: int) -> str:

@@ -3,6 +3,7 @@
 import shutil
 import sys
 import unicodedata
+from typing import Any
 
 UNSEEN = ("Mn", "Me", "Cf")  # combining marks and characters that only change others
 
@@ -60,7 +61,12 @@ def fitted(text: str, columns: int) -> str:
     return "\n".join(part for line in lines for part in ([line] if line.startswith("  ") else wrapped(line, columns)))
 
 
-def for_stdout(text: str) -> str:
-    """Return a text as stdout shows it best: fitted to its columns if it is a terminal, otherwise as it is."""
-    terminal = getattr(sys.stdout, "isatty", bool)()  # a stream of an editor may have no isatty
+def for_stream(text: str, stream: Any) -> str:
+    """Return a text as a stream shows it best: fitted to its columns if it is a terminal, otherwise as it is."""
+    terminal = getattr(stream, "isatty", bool)()  # a stream of an editor may have no isatty
     return fitted(text, shutil.get_terminal_size().columns) if terminal else text
+
+
+def for_stdout(text: str) -> str:
+    """Return a text as stdout shows it best."""
+    return for_stream(text, sys.stdout)

@@ -15,7 +15,7 @@ import pytest
 
 from config import ConfigError, load_config
 from toolkit import chat
-from toolkit.chat import HELP, HISTORY_BYTES, Conversation, History, Keyboard, command, load, save
+from toolkit.chat import HISTORY_BYTES, Conversation, History, Keyboard, command, load, save
 
 with contextlib.suppress(ImportError):  # Windows
     from tests.terminal import BACKSPACE, CTRL_C, CTRL_D, UP, Terminal, environment
@@ -33,7 +33,10 @@ def turn(message, talk):
     if message == "wait":
         print("thinking")
         time.sleep(600)
-    show(f"{len(talk.messages)} before {message!r}")
+    if message == "slow":
+        print("thinking", flush=True)
+        time.sleep(1)
+    show(f"{len(talk.messages)} before " + (repr(message) if len(message) < 999 else f"{len(message)} characters"))
     remark("[" + " | ".join(["12 statistics of it"] * 5) + "]")
     talk.messages = [*talk.messages, {"role": "user", "content": message}, {"role": "assistant", "content": "yes"}]
 
@@ -50,8 +53,8 @@ def terminal(tmp_path: Path) -> Iterator[Callable[..., "Terminal"]]:
     """A function that starts a chat with the stub in a terminal: terminal(*flags, columns=80, **environment)."""
     with contextlib.ExitStack() as stack:
 
-        def start(*flags: str, columns: int = 80, **changes: str) -> "Terminal":
-            program = [sys.executable, "-c", STUB, *flags]
+        def start(*flags: str, columns: int = 80, before: str = "", as_windows: str = "", **changes: str) -> "Terminal":
+            program = [sys.executable, "-c", before + STUB.replace('show("ready")', as_windows), *flags]
             started = stack.enter_context(Terminal(program, environment(tmp_path, **changes), columns))
             started.wait("\n> ")
             return started
@@ -150,10 +153,8 @@ def test_typed_chinese_is_edited_by_the_character(terminal: Callable, name: str)
 @in_terminal
 def test_a_locale_that_has_no_chinese_is_named(terminal: Callable) -> None:
     screen = terminal(LC_ALL="C", PYTHONUTF8="0")
-    screen.enter(
-        "x 你", then="the message has characters that are not ascii, which Python reads here; leave, and start"
-    )
-    assert "again with LC_ALL=C.UTF-8\n" in screen.text
+    screen.enter("x 你", then="the message has characters that are not ascii, which Python reads here; leave,\n")
+    assert "  and start again with LC_ALL=C.UTF-8\n" in screen.text
     screen.enter("plain", then="0 before 'plain'")
 
 
@@ -192,8 +193,100 @@ def test_statistics_fit_the_screen_and_have_a_colour_where_there_are_colours(ter
         assert b"\x1b[36m" not in screen.raw
 
 
-def test_help_fits_80_columns() -> None:
-    assert max(map(len, HELP.splitlines())) < 80
+@pytest.mark.parametrize("columns", [40, 60, 80, 200])
+def test_help_is_broken_between_words(columns: int) -> None:
+    lines = chat.help_text(columns).splitlines()
+    assert max(map(len, lines)) < columns
+    expected = " ".join([*(f"{name} {what}" for name, what in chat.COMMANDS.items()), chat.NOTES])
+    assert " ".join(lines).split() == expected.split()  # no word is cut
+    assert len(chat.help_text(200)) == len(chat.help_text(80))  # lines of 200 columns are hard to read
+
+
+def test_what_the_chat_says_is_broken_between_words(terminal: Callable) -> None:
+    screen = terminal(columns=60)
+    folded = "/set: there is no key nothing; the keys are max_new_tokens,\n  temperature, top_p, top_k, "
+    screen.enter("/set nothing", then=folded)
+
+
+LATE = "[these lines came at once and are one message: Enter sends it,\n Ctrl-C drops it]\n"
+
+
+LIBEDIT = """
+import readline, sys, types
+names = [name for name in dir(readline) if not name.startswith("__")]
+fake = types.ModuleType("readline", "Importing this module enables command line editing using libedit readline.")
+fake.__dict__.update({name: getattr(readline, name) for name in names if name != "parse_and_bind"})
+sys.modules["readline"] = fake  # any call of parse_and_bind fails
+"""
+
+
+@in_terminal
+def test_a_paste_that_is_not_marked_is_one_message_too(terminal: Callable) -> None:
+    """As with libedit on macOS, or in a terminal that knows no marks."""
+    screen = terminal(columns=64, before=LIBEDIT)
+    for number, text in enumerate((FIVE, FIVE + "\n")):
+        assert screen.pasted(text) == text.replace("\n", "\r")
+        screen.type(screen.pasted(text), then=LATE)
+        screen.wait("five")
+        screen.enter(then=f"{2 * number} before {FIVE!r}")
+    screen.type(screen.pasted('"""one\ntwo"""'), then=LATE)
+    screen.wait('two"""')
+    screen.enter(then="4 before 'one\\ntwo'")
+    screen.enter("plain", then="6 before 'plain'")
+    screen.enter(UP, UP, then="8 before 'one\\ntwo'")
+    assert screen.left("exit\r") == 0
+
+
+WINDOWS = """
+import os, sys, types
+for name in ("readline", "termios", "fcntl", "pwd", "resource"):
+    sys.modules[name] = None
+sys.modules["colorama"] = types.SimpleNamespace(just_fix_windows_console=lambda: None)
+"""
+
+
+def test_a_chat_without_readline_as_on_windows(terminal: Callable, tmp_path: Path) -> None:
+    """A message of several lines between two marks, Ctrl-C and the end of the input; nothing is kept in a history."""
+    screen = terminal(before=WINDOWS, as_windows="os.name, sys.platform = 'nt', 'win32'")
+    screen.enter("plain", then="0 before 'plain'")
+    screen.type('"""one\r', then="\n... ")
+    screen.enter('/two"""', then="2 before 'one\\n/two'")
+    screen.type('"""half\r', then="\n... ")
+    assert screen.type(CTRL_C, then="\n> ").endswith("^C\n")
+    screen.type(CTRL_C, then="[press Ctrl-C again to leave]\n\n> ")
+    screen.enter("still here", then="4 before 'still here'")
+    screen.type("wait\r", then="thinking")
+    screen.type(CTRL_C, then="[stopped]\n\n> ")
+    assert screen.left(CTRL_D) == 0
+    assert "Traceback" not in screen.text and not (tmp_path / ".local").exists()
+
+
+@in_terminal
+def test_lines_pasted_before_the_prompt_are_one_message(terminal: Callable) -> None:
+    """While a model is loaded or answers, the terminal does not mark a paste; its lines must not become messages."""
+    screen = terminal(columns=64)
+    for number, text in enumerate((FIVE, FIVE + "\n", "\n\n" + FIVE)):
+        screen.type("slow\r", then="thinking\n")
+        screen.type(screen.pasted(text), then=LATE)
+        screen.wait(text[-4:].strip())
+        screen.enter(then=f"{4 * number + 2} before {text.rstrip()!r}")
+    assert screen.text.count("before 'one") == 2
+    screen.type("slow\r", then="thinking\n")
+    screen.type(screen.pasted("詩\n" * 3000), then=LATE)  # more than the 4,096 bytes that wait in a terminal
+    screen.enter(then="14 before 5999 characters")
+    screen.type("slow\r", then="thinking\n")
+    screen.type("a line\r", then="18 before 'a line'")  # one line is a message, as before
+    screen.wait("\n> ")
+    screen.type("slow\r", then="thinking\n")
+    screen.type("/help\rhalf", then=LATE)
+    screen.wait("half")
+    screen.type(CTRL_C, then="\n> ")
+    screen.enter("still here", then="22 before 'still here'")
+    screen.type("slow\r", then="thinking\n")
+    screen.type("x" * 5000 + "\r", then="the terminal has cut a line that came before the prompt")
+    screen.wait("\n> ")
+    screen.type("slow\r", then="thinking\n")
+    assert screen.left(CTRL_D) == 0
 
 
 # ------------------------------------------------------------------------------------------------ commands

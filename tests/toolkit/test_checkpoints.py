@@ -35,6 +35,7 @@ from toolkit.checkpoints import (
     read_checkpoint,
     restore_state,
     stop_on_signal,
+    stopped_at_once,
     write_atomically,
     write_checkpoint,
 )
@@ -809,10 +810,20 @@ def test_nohup_is_respected():
 def test_second_signal_exits_at_once(monkeypatch):
     codes, lines = [], []
     monkeypatch.setattr(os, "_exit", codes.append)
-    with stop_on_signal(lines.append, "how to continue"):
+    with stop_on_signal(lines.append, lambda: "how to continue"):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
     assert codes == [128 + signal.SIGINT] and lines[1] == "how to continue"
+
+
+def test_the_line_after_a_second_signal_names_the_checkpoint(tmp_path):
+    none = "stopped at once; there is no checkpoint yet; to start again:\n  train"
+    assert stopped_at_once(tmp_path / "absent", "train") == stopped_at_once(tmp_path, "train") == none
+    for step in (9, 10, 2):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    (tmp_path / ".writing-checkpoint-11").mkdir()
+    last = tmp_path / "checkpoint-10"
+    assert stopped_at_once(tmp_path, "train") == f"stopped at once; to continue from {last}:\n  train"
 
 
 def test_ctrl_c_before_the_first_step_is_a_line(monkeypatch):

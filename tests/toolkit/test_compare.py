@@ -1,8 +1,15 @@
 """Finished runs side by side: what the table says, how wide it is, and when it warns."""
 
-import pytest
+import dataclasses
+import json
+import os
+from pathlib import Path
 
-from config import Config, LoraSettings
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from config import Config, ConfigError, LoraSettings, save_config
 from toolkit import compare
 from toolkit.compare import (
     RunSummary,
@@ -27,7 +34,7 @@ def run(name: str, base: float | None = 6.21, **changes: object) -> RunSummary:
         rows.append(row | {"tokens_per_second": 100.0, "learned_tokens_per_second": 50.0})
         rows.append({"step": step, "eval_loss": 4.0 + step / 100, "perplexity": 55.0})
     changes = {key.replace("__", "."): value for key, value in changes.items()}
-    return RunSummary(name, settings(Config()) | changes, rows, 315_392, 1_261_568)
+    return RunSummary(name, settings(Config()) | changes, rows, 315_392, 1_261_568, step=20)
 
 
 def differing_runs(count: int) -> list[RunSummary]:
@@ -152,14 +159,107 @@ def test_common_folders_are_left_out(paths, shown):
     assert without_common_folders(paths) == shown
 
 
+def labels(*runs: RunSummary) -> list[str]:
+    return legend_labels(list(runs))[0]
+
+
 def test_the_legend_says_what_differs():
-    assert legend_labels([run("out/a", lora__rank=4), run("out/b", lora__rank=8)]) == ["a: rank 4", "b: rank 8"]
-    assert legend_labels([run("a"), run("b")]) == ["a", "b"]
-    labels = legend_labels(differing_runs(3))
-    assert labels[1] == "實驗_b: rank 4, target_modules attention, gradient_accumulation_steps 16"
+    assert legend_labels([run("out/a", lora__rank=4), run("out/b", lora__rank=8)]) == (["a: rank 4", "b: rank 8"], "")
+    assert legend_labels([run("a"), run("b")]) == (["a", "b"], "")
     many = {"lora__rank": 3, "training__seed": 1, "data__dataset": "x" * 60, "data__text_column": "y" * 30}
-    for label in legend_labels([run("n" * 40), run("b" * 120, **many), run("c", **many)])[1:]:
+    for label in labels(run("n" * 60), run("b" * 120, **many)):
         assert width(label) <= compare.LABEL and label.endswith(" …")
+
+
+def test_what_most_runs_share_stands_once_in_the_legend():
+    named, common = legend_labels(differing_runs(3))
+    assert named == [
+        "實驗_a: rank 2, target_modules all seven, gradient_accumulation_steps 8",
+        "實驗_b: rank 4, target_modules attention",
+        "實驗_c: rank 8, target_modules q, v",
+    ]
+    assert common == "if nothing else is given: gradient_accumulation_steps 16"
+
+
+def test_the_legend_has_no_settings_that_are_not_set_or_not_used():
+    limited = {"data__max_train_samples": 9}
+    assert labels(run("a"), run("b", **limited)) == ["a", "b: max_train_samples 9"]
+    found = legend_labels([run("a"), run("b", **limited), run("c", **limited)])
+    assert found == (["a: no max_train_samples", "b", "c"], "if nothing else is given: max_train_samples 9")
+    steps = {"training__max_steps": 5}  # they replace the epochs
+    assert labels(run("a", training__num_epochs=2.0, **steps), run("b", **steps)) == ["a", "b"]
+    assert labels(run("a", **steps), run("b")) == ["a: max_steps 5", "b: num_epochs 3.0"]
+    assert labels(run("a"), run("b", **steps), run("c", **steps)) == ["a: num_epochs 3.0", "b", "c"]
+    assert labels(run("a", training__save_steps=5, generation__top_p=0.5, performance__compile="off"), run("b")) == [
+        "a",
+        "b",
+    ]
+
+
+def test_paths_are_as_long_as_what_differs():
+    def shown(key: str, *values: object) -> list[str]:
+        return compare.shown_values(key, [run("a", **{key.replace(".", "__"): value}) for value in values])
+
+    assert shown("data.dataset", "/root/w/text", "/tmp/詩.txt", "/root/w/text") == ["text", "詩.txt", "text"]
+    assert shown("data.dataset", "/a/text", "/b/text") == [os.path.join("a", "text"), os.path.join("b", "text")]
+    assert shown("model.name", "owner/a", "other/a", "a") == [
+        os.path.join("owner", "a"),
+        os.path.join("other", "a"),
+        "a",
+    ]
+    assert shown("generation.system_prompt", "yes/no", "no/no") == ["yes/no", "no/no"]  # no path
+
+
+# ------------------------------------------------------------------------------------------------ unfinished runs
+
+
+def folder_of(tmp_path: Path, finished: bool, logged: str = "", **training: object) -> Path:
+    """A folder as a run with a checkpoint at step 12 leaves it."""
+    folder = tmp_path / f"run_{len(list(tmp_path.iterdir()))}"
+    (folder / "checkpoint-12").mkdir(parents=True)
+    for place in [folder] * finished + [folder / "checkpoint-12"]:
+        save_file({"lora_A": torch.zeros(4, 8)}, place / "adapter_model.safetensors")
+    config = Config(training=dataclasses.replace(Config().training, **training))
+    save_config(config, folder / "config.yaml")
+    losses = {0: 6.0, 4: 5.0, 8: 5.5, 12: 5.6}
+    rows = [{"step": step, "eval_loss": loss, "perplexity": 9.0} for step, loss in losses.items()]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (folder / "training_log.txt").write_text(logged, encoding="utf-8")
+    return folder
+
+
+LOGGED = "step 10/20 | loss 1.0 | x\nfirst block: step 9/99 | loss 1\nstep 10/60 | loss 4.0 | lr 1e-3\n"
+
+
+@pytest.mark.parametrize(
+    "finished, logged, training, unfinished",
+    [
+        (True, "", {"max_steps": 12}, ""),
+        (True, LOGGED, {"max_steps": 60}, "step 12 of 60"),  # continued with more steps, then stopped
+        (True, LOGGED, {}, "step 12 of 60"),
+        (True, LOGGED, {"early_stopping_patience": 2}, ""),
+        (True, LOGGED, {"early_stopping_patience": 3}, "step 12 of 60"),
+        (True, "", {}, ""),  # a log that somebody deleted
+        (False, LOGGED, {}, "step 12 of 60"),
+        (False, LOGGED, {"early_stopping_patience": 2}, "step 12 of 60"),
+        (False, "", {}, "step 12"),
+    ],
+)
+def test_a_run_that_has_not_finished_is_marked(tmp_path, finished, logged, training, unfinished):
+    found = compare.read_run(folder_of(tmp_path, finished, logged, **training))
+    assert found.unfinished == unfinished and found.parameters == 32
+    assert found.quantities()["steps"] == (unfinished.removeprefix("step ") or "12")
+    other = run(str(tmp_path / "other"), 6.0)
+    named = [f"warning: {found.name} is not finished ({unfinished})"] if unfinished else []
+    assert [line for line in warnings([found, other], []) if "finished" in line] == named
+    assert labels(found, other)[0].startswith("run_0" + (f" (not finished: {unfinished})" if unfinished else ""))
+
+
+def test_a_folder_without_any_adapter_is_refused(tmp_path):
+    folder = folder_of(tmp_path, False)
+    (folder / "checkpoint-12").rename(folder / "elsewhere")
+    with pytest.raises(ConfigError, match="has no adapter_model.safetensors"):
+        compare.read_run(folder)
 
 
 # ------------------------------------------------------------------------------------------------ warnings

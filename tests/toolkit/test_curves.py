@@ -1,5 +1,6 @@
 """The pictures of runs: what is drawn, and that nothing in a folder's name breaks them."""
 
+import dataclasses
 import math
 import warnings
 
@@ -112,9 +113,28 @@ def test_a_font_is_found_for_what_the_first_one_lacks(monkeypatch):
     usual = [font for font in font_manager.fontManager.ttflist if "ttf/" in font.fname.replace("\\", "/")]
     comes_with = [font for font in usual if font.name in (own, "STIXGeneral") or font.name.startswith("Last Resort")]
     monkeypatch.setattr(font_manager.fontManager, "ttflist", comes_with)
+    monkeypatch.setattr(font_manager, "findSystemFonts", list)
     assert drawable(["plain", f"a{letter}"]) == ([own, "STIXGeneral"], ["plain", f"a{letter}"])
     assert drawable(["plain"]) == ([own], ["plain"])
     assert drawable(["文a"]) == ([own], ["\\u6587a"])  # and not the boxes of the last resort
+
+
+@pytest.mark.parametrize("weight", [400, 500, 700])
+def test_a_font_is_found_that_matplotlib_has_not_listed_yet(monkeypatch, weight):
+    """Or whose only weight is 500, such as that of WenQuanYi Zen Hei, but no bold one."""
+    own, letter = font_manager.FontProperties().get_name(), "\u1d81"
+    listed = font_manager.fontManager.ttflist
+    installed = next(
+        font for font in listed if font.name == "STIXGeneral" and (font.style, font.weight) == ("normal", 400)
+    )
+    fonts = [font for font in listed if font.name == own]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", fonts)
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [installed.fname])
+    monkeypatch.setattr(
+        font_manager.fontManager, "addfont", lambda path: fonts.append(dataclasses.replace(installed, weight=weight))
+    )
+    found = ([own, "STIXGeneral"], [letter]) if weight < 700 else ([own], ["\\u1d81"])
+    assert drawable([letter]) == found
 
 
 def test_a_user_may_plot_by_history_and_path_alone(tmp_path):

@@ -1537,7 +1537,7 @@ def test_runs_are_compared_in_a_table_and_a_picture(train, tmp_path, capsys, mon
         (["--compare", "here"], "--compare: expected two folders or more, got here"),
         (
             ["--compare", "here", "there"],
-            "--compare: expected folders of finished runs, got here, which has no config.yaml",
+            "--compare: expected folders of runs, got here, which has no config.yaml",
         ),
         (["--output", "a.png"], "--output: goes with --compare"),
         (["--stride", "16"], "--stride: goes with --evaluate"),
