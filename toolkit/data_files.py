@@ -34,6 +34,7 @@ from quantization_utils import asking_hub, cache_problem, hub_problem
 from toolkit import strict_json
 from toolkit.chat_rows import CHATS, JSON_CELL, recognise
 from toolkit.encodings import not_utf8
+from toolkit.regular_files import not_regular
 
 # Parts of the errors that datasets raises for files without rows; each format has its own.
 NO_ROWS = ("at least one example", "corresponds to no data", "BatchSize must be greater than 0")
@@ -98,7 +99,7 @@ def local_files(dataset: str) -> tuple[str, dict[str, list[str]]] | None:
     if problems := missing_data(dataset):
         raise ConfigError(*problems)
     if os.path.lexists(dataset):
-        raise ConfigError(f"data.dataset: expected a file or a folder, got {dataset}, which is {_kind_of(path)}")
+        raise ConfigError(f"data.dataset: expected a file or a folder, got {dataset}, which is {not_regular(path)}")
     return None
 
 
@@ -120,17 +121,9 @@ def data_files_in(folder: Path) -> list[Path]:
 
 
 def check_regular(path: Path) -> None:
-    """Raise ConfigError unless a path, or what a link leads to, is a regular file that can be read to its end.
-
-    Files of /proc and /sys call themselves regular, and some never end. A sparse file may be a terabyte of nothing.
-    """
-    if not path.is_file():  # reading a named pipe would never end
-        raise ConfigError(f"data.dataset: expected a file, got {path}, which is {_kind_of(path)}")
-    real, found = os.path.realpath(path), path.stat()
-    if real.startswith(("/proc/", "/sys/")):
-        raise ConfigError(f"data.dataset: expected a file, got {path}, which leads to {real}, a file of the system")
-    if found.st_size > 2**28 and getattr(found, "st_blocks", found.st_size) * 512 * 100 < found.st_size:
-        raise ConfigError(f"data.dataset: expected a file, got {path}, which is almost nothing but a hole")
+    """Raise ConfigError unless a path, or what a link leads to, is a regular file that can be read to its end."""
+    if problem := not_regular(path):
+        raise ConfigError(f"data.dataset: expected a file, got {path}, which is {problem}")
 
 
 def link_lines(names: Iterable[str], folder: Path) -> Iterator[str]:
@@ -143,11 +136,6 @@ def link_lines(names: Iterable[str], folder: Path) -> Iterator[str]:
         yield f"warning: {os.path.relpath(name, folder)} is a link to {real}, outside of {folder}{more}"
     if linked := sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_symlink() and p.is_dir()):
         yield f"not used: {', '.join(linked[:3])}, {'links' if len(linked) > 1 else 'a link'} to a folder"
-
-
-def _kind_of(path: Path) -> str:
-    """Return in words what a path is that is no regular file."""
-    return "a link to nothing" if path.is_symlink() and not path.exists() else "a pipe, a socket or a device"
 
 
 def _saved_splits(folder: Path) -> dict[str, list[str]]:
