@@ -10,7 +10,6 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import html
 import itertools
 import json
 import os
@@ -25,6 +24,7 @@ import pyarrow.compute as pc
 import torch.nn.functional as F
 from datasets import Dataset, DatasetDict
 from datasets.fingerprint import Hasher
+from markupsafe import escape
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from config import ConfigError, DataConfig, counted
@@ -246,7 +246,7 @@ def forms(value: Any) -> Iterator[str]:
             once = once.replace(mark, f"\\u{ord(mark):04x}")
         yield once[1:-1]
     yield repr(value)[1:-1]
-    yield html.escape(value)
+    yield str(escape(value))
 
 
 def check_written(message: Message, written: str, number: int) -> None:
