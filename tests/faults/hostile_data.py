@@ -22,7 +22,7 @@ from tests.faults.adversary import CODE, Attack, Ground, train
 Build = Callable[[Path, Ground], Attack]
 FINE = (0, 1, 2)  # the content is odd, but may be text to learn from
 CUT = "nested too deeply"
-QUICK = ("--max_steps", 1, "--max_eval_samples", 1, "--batch_size", 1, "--gradient_accumulation_steps", 1)
+QUICK = ("--max_steps", 1, "--max_eval_samples", 1, "--compute_dtype", "float32", "--gradient_accumulation_steps", 1)
 PROSE = "It was a bright cold day in April, and the clocks were striking thirteen. " * 4
 ESCAPES = "\x1b]52;c;cm0gLXJmIH4=\x07\x1b[2J\x1b[1;1Hall is well\x9b31m\u202e"
 
@@ -212,7 +212,7 @@ def linked(name: str, target: str) -> Callable[[Path], object]:
 
     def make(folder: Path) -> None:
         (folder / f"sound{Path(name).suffix}").write_text(f"text\n{PROSE * 9}\n{PROSE * 9}\n")
-        (folder.parent / "secret.txt").write_text("the user's own words. " * 99)
+        (folder.parent / "secret.txt").write_text("the user's own words. " * 20)
         (folder / name).symlink_to(target)
 
     return make
