@@ -348,10 +348,10 @@ ATTACKS: dict[str, Build] = {
     "names that look like addresses": folder_of(chained, ALL, codes=(0,)),
     "not a number in a call": data("a.jsonl", calls('{"x": NaN}'), "line 1: NaN is no JSON"),
     "infinity in a call's text": data(
-        "a.jsonl", calls(r'"{\"x\": -Infinity}"'), "row 1: turn 2: .*-Infinity is no JSON"
+        "a.jsonl", calls(r'"{\"x\": -Infinity}"'), "row 1: .*turn 2: .*-Infinity is no JSON"
     ),
     "number beyond all bounds": data("a.jsonl", calls('{"x": 1e400}'), "line 1: the number 1e400 is too large"),
-    "number beyond all bounds in a text": data("a.jsonl", calls(r'"{\"x\": 1e400}"'), "row 1: turn 2: .*too large"),
+    "number beyond all bounds in a text": data("a.jsonl", calls(r'"{\"x\": 1e400}"'), "row 1: .*turn 2: .*too large"),
     "name written twice in a call": data("a.jsonl", calls('{"x": 1, "x": 2}'), "line 1: the key 'x' stands twice"),
     "name written twice in a call's text": data(
         "a.jsonl", calls(r'"{\"x\": 1, \"x\": 2}"'), "row 1: .*'x' stands twice"
