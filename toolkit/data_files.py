@@ -262,10 +262,11 @@ def scan(name: str, kind: str) -> Contents:
         return Contents(found.num_rows, dict.fromkeys(found.schema.to_arrow_schema().names, True))
     if kind == SAVED:
         with limited_memory(name), pa.OSFile(name) as source, pa.ipc.open_stream(source) as stream:
-            rows = 0
+            rows = unpacked = 0
             for batch in stream:
                 batch.validate(full=True)  # its offsets may lead anywhere in the memory
-                rows += len(batch)
+                rows, unpacked = rows + len(batch), unpacked + batch.nbytes
+                check_unpacked(name, unpacked)
             return Contents(rows, dict.fromkeys(stream.schema.names, True))
     if kind == "text":
         with open(name, encoding="utf-8-sig") as file:
@@ -275,6 +276,12 @@ def scan(name: str, kind: str) -> Contents:
         rows = sum(1 for _ in reader)
         return Contents(rows, dict.fromkeys(header, True) if rows else {})
     return _scan_json(name)
+
+
+def check_unpacked(name: str, unpacked: int) -> None:
+    """Raise ValueError if a binary file has given more bytes than any honest one of its size: what it says may be a lie."""
+    if unpacked > (most := max(2**28, 1000 * os.path.getsize(name))):
+        raise ValueError(f"expected at most {most:,} bytes when unpacked, or 1,000 times its size, got more")
 
 
 def _scan_json(name: str) -> Contents:
@@ -435,7 +442,9 @@ def _binary_tables(name: str, kind: str) -> Iterator[pa.Table]:
     """
     with open(name, "rb") as file, limited_memory(name):
         batches = pq.ParquetFile(file).iter_batches(10 * ROWS) if kind == "parquet" else pa.ipc.open_stream(file)
+        unpacked = 0
         for batch in batches:
+            check_unpacked(name, unpacked := unpacked + batch.nbytes)
             yield pa.Table.from_batches([batch]).replace_schema_metadata(None)
 
 

@@ -258,7 +258,7 @@ def arrow_of(write: Callable[[Path], object]) -> Callable[[Path], object]:
 
 def wild_offsets(path: Path) -> None:
     """Texts whose places lie far outside of the file."""
-    offsets = pa.array([0, 2**30, 2**31 - 2], pa.int32()).buffers()[1]
+    offsets = pa.array([0, 2**30, 5], pa.int32()).buffers()[1]  # Arrow itself looks only at the last one
     texts = pa.StringArray.from_buffers(2, offsets, pa.py_buffer(b"short"))
     with pa.ipc.new_stream(path, pa.schema({"text": pa.string()})) as stream:
         stream.write_batch(pa.record_batch([texts], ["text"]))
