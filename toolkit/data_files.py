@@ -40,6 +40,7 @@ from toolkit.regular_files import not_regular
 NO_ROWS = ("at least one example", "corresponds to no data", "BatchSize must be greater than 0")
 ROWS = 1_000  # that are in the memory at once
 MOST_COLUMNS = 10_000  # datasets needs minutes for ten times as many
+MOST_EMPTY = 10**6
 SAVED = "saved"  # the kind of a folder that Dataset.save_to_disk wrote
 BINARY = ("parquet", SAVED)
 # Words in the names of files and folders that tell the split, and names of splits that mean the same.
@@ -204,6 +205,21 @@ def _open_text(name: str, newline: str | None) -> IO[str]:
     return open(name, encoding="utf-8-sig", newline=newline)
 
 
+def check_empty(lines: int) -> None:
+    """Raise ValueError if a file has too many empty lines: a few kilobytes of .gz may hold them for minutes."""
+    if lines > MOST_EMPTY:
+        raise ValueError(f"expected rows, got more than {MOST_EMPTY:,} empty lines")
+
+
+def _filled_lines(file: IO[str]) -> Iterator[tuple[int, str]]:
+    empty = 0
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            yield number, line
+        else:
+            check_empty(empty := empty + 1)
+
+
 def read_csv(name: str) -> Iterator[list[str]]:
     """Yield the names of the columns of a .csv or .tsv, and then the cells of each row as text. Raise ValueError."""
     csv.field_size_limit(2**31 - 1)  # characters in a cell; Python's own limit is 131,072
@@ -216,10 +232,13 @@ def read_csv(name: str) -> Iterator[list[str]]:
             for twice in [cell for cell in header if header.count(cell) > 1][:1]:
                 raise ValueError(f"two columns have the name {twice!r}")
             yield header
+            empty = 0
             for cells in reader:
                 if len(cells) == len(header):
                     yield cells
-                elif cells:  # else an empty line
+                elif not cells:
+                    check_empty(empty := empty + 1)
+                else:
                     cause = f"expected {counted(len(header), 'cell')} as in the first line, got {len(cells)}"
                     raise ValueError(f"line {reader.line_num}: {cause}")
         except csv.Error as error:
@@ -232,7 +251,7 @@ def read_json(name: str) -> Iterator[dict[str, Any]]:
     A text in a list is a row with the column text.
     """
     with _open_text(name, "\n") as file:
-        lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
+        lines = _filled_lines(file)
         number, line = next(lines, (0, ""))
         rows: Iterable[tuple[int, Any]]
         row_name = "entry"

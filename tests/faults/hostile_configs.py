@@ -53,7 +53,7 @@ def code_of_the_model(folder: Path, ground: Ground) -> Attack:
 # Each level is nine times as long as the one before: of twelve levels a repr would need all memory there is.
 LEVELS = "".join(f"  k{i}: &b{i} [{', '.join([f'*b{i - 1}'] * 9)}]\n" for i in range(1, 13))
 BOMB = f"model: {{name: &b0 [{', '.join('x' * 9)}]}}\ntraining:\n{LEVELS}"
-WIDE = f"model: [&a [{'x, ' * 50_000}x], &b [{'*a, ' * 6}x], &c [{'*b, ' * 6}x], *c, *c]\n"
+WIDE = f"model: [&a [{'x, ' * 49_000}x], &b [{'*a, ' * 6}x], &c [{'*b, ' * 6}x], *c, *c]\n"
 
 ATTACKS: dict[str, Build] = {
     "python object": config(f'model: !!python/object/apply:builtins.exec ["{CODE}"]\n'),

@@ -345,6 +345,7 @@ ATTACKS: dict[str, Build] = {
     "link to a folder": folder_of(linked("a.txt", "/etc"), "not used: a.txt, a link to a folder", codes=(0,)),
     "a terabyte of nothing": data("a.csv", holes, "almost nothing but a hole"),
     "one long line, zipped": data("a.jsonl.gz", one_line_zipped, "bytes when unpacked"),
+    "empty lines, zipped": data("a.csv.gz", gzip.compress(b"text\n" + b"\n" * 2**27), "1,000,000 empty lines"),
     "names that look like addresses": folder_of(chained, ALL, codes=(0,)),
     "not a number in a call": data("a.jsonl", calls('{"x": NaN}'), "line 1: NaN is no JSON"),
     "infinity in a call's text": data(

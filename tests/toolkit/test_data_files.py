@@ -359,8 +359,9 @@ def test_a_saved_folder_is_read_as_python_whatever_its_format(tmp_path):
 
 def test_an_archive_of_almost_nothing_is_refused(tmp_path, monkeypatch):
     path = tmp_path / "a.jsonl.gz"
-    with gzip.open(path, "wb") as file:
-        for _ in range(1100):
-            file.write(b"\n" * 2**20)
-    with pytest.raises(ConfigError, match="bytes when unpacked"):
-        load_rows(DataConfig(dataset=str(path)))
+    for block, problem in ((b"\n", "got more than 1,000,000 empty lines"), (b" ", "bytes when unpacked")):
+        with gzip.open(path, "wb") as file:
+            for _ in range(300):
+                file.write(block * 2**20)
+        with pytest.raises(ConfigError, match=problem):
+            load_rows(DataConfig(dataset=str(path)))
