@@ -204,7 +204,9 @@ def copy_of_rows(folder: Path, ground: Ground) -> Attack:
     """Not hostile at all: what a terminal wrote, with more brackets in its texts than any guard of depth allows."""
     texts = ["\x1b[31m" * 4100, "if(x){" * 4100]
     (folder / "a.jsonl").write_text(rows(*[{"text": text} for text in texts]))
-    return train("--dataset", folder / "a.jsonl", *QUICK, codes=(0,), says="adapter, curves and log are in")
+    return train(
+        "--dataset", folder / "a.jsonl", *QUICK, "--max_length", 512, codes=(0,), says="adapter, curves and log are in"
+    )
 
 
 def linked(name: str, target: str) -> Callable[[Path], object]:
