@@ -354,7 +354,7 @@ class Leaf:
         if tuple in self.kinds:
             words.append(f"a list of names such as {self.example}")
         if dict in self.kinds:
-            words.append("names and values such as {enable_thinking: false}")
+            words.append(f"at most {MOST_OPTIONS} names and values such as {{enable_thinking: false}}")
         if "choices" in limits:
             words.append(("one of " if len(limits["choices"]) > 1 else "the word ") + ", ".join(limits["choices"]))
         elif str in self.kinds:
@@ -480,7 +480,8 @@ def _convert(leaf: Leaf, value: Any) -> Any:
             return "on" if value else "off"
         raise ValueError
     if isinstance(value, dict) and dict in kinds:
-        if all(_is_option(name, of) for name, of in value.items()):
+        few = len(value) <= MOST_OPTIONS and sum(map(len, map(str, value.values()))) <= MOST_CHARACTERS
+        if few and all(_is_option(name, of) for name, of in value.items()):
             return value
         raise ValueError
     if isinstance(value, str) and str in kinds:
@@ -503,6 +504,8 @@ def _convert(leaf: Leaf, value: Any) -> Any:
         raise ValueError
     return value
 
+
+MOST_OPTIONS, MOST_CHARACTERS = 100, 100_000  # of a mapping, and of all its values
 
 # What a chat template is given anyway, and what would replace the template.
 RESERVED = frozenset(
@@ -581,13 +584,16 @@ class _Loader(yaml.SafeLoader):
     huge value, and a key that is written twice: YAML forbids it, PyYAML silently keeps the last.
     """
 
-    aliases = 0
+    aliases = nodes = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event, problem = self.peek_event(), ""
+        self.nodes += 1
         if isinstance(event, yaml.AliasEvent):
             self.aliases += 1
             problem = f"expected at most {MOST_ALIASES} aliases (*name)" if self.aliases > MOST_ALIASES else ""
+        elif self.nodes > MOST_NODES:
+            problem = f"expected at most {MOST_NODES:,} values"
         elif event.tag is not None:
             problem = f"expected a plain value, got the tag {brief(event.tag)}"
         if problem:
@@ -607,7 +613,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-MOST_ALIASES, MOST_BYTES, MOST_PROBLEMS = 20, 2**20, 40
+MOST_ALIASES, MOST_NODES, MOST_BYTES, MOST_PROBLEMS = 20, 50_000, 2**20, 40
 # Of YAML 1.1's notations these stay text: dates, 1:30 (90), 0x1f (31) and 010 (8).
 _Loader.yaml_implicit_resolvers = {}
 for _kind, _form, _first in (

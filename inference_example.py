@@ -25,10 +25,12 @@ import toolkit.startup
 sys.excepthook = toolkit.startup.in_one_line  # a package that is not installed is named in one line
 
 from config import Config, ConfigError, build_parser, counted, load_config, missing_model, parse_arguments
+from toolkit import strict_json
 from toolkit.chat import Conversation, Keyboard, chat, remark, show
 from toolkit.earlier_run import config_with_adapter
 from toolkit.encodings import check_config, not_utf8
 from toolkit.locks import exclusive, lock_of
+from toolkit.regular_files import not_regular
 from toolkit.startup import (
     before_heavy_imports,
     out_of_memory,
@@ -71,7 +73,7 @@ def clean(value: Any) -> Any:
 def read_row(line: str) -> Prompt:
     """Return the prompt of a line of .jsonl, `prompt` or `messages` up to the user's last one; raise ValueError."""
     with contextlib.suppress(Exception):  # whatever is wrong with the line, the error below says what is expected
-        row = json.loads(line)
+        row = strict_json.decode(line)
         prompt = row.get("prompt", row.get("messages"))
         if isinstance(prompt, str) and prompt.strip():
             return clean(prompt)
@@ -93,6 +95,8 @@ def read_prompts(path: Path) -> list[Prompt]:
         raise ConfigError(f"--prompts: expected a .txt or .jsonl file, got {path}")
     where, prompts = str(path), []
     try:
+        if os.path.lexists(path) and (problem := not_regular(path)):
+            raise ConfigError(f"--prompts: expected a file, got {path}, which is {problem}")
         if problem := not_utf8(path):
             raise ConfigError(f"--prompts: cannot read {path}: {problem}")
         # utf-8-sig: editors on Windows may begin a file with a byte order mark

@@ -858,7 +858,7 @@ def test_scripts_import_no_inductor_and_leave_tritons_cache_where_it_is():
 def test_an_option_of_a_template_is_a_name_of_its_own_with_a_plain_value(value):
     """What would replace the template or the messages is refused."""
     with pytest.raises(
-        ConfigError, match=r"data\.template_options: expected names and values such as .*, or null, got"
+        ConfigError, match=r"data\.template_options: expected at most 100 names and values such as .*, or null, got"
     ):
         load_config([], {"data.template_options": yaml.safe_load(value)})
 

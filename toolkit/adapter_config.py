@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from config import LEAVES, ConfigError, coerce
+from toolkit.regular_files import not_regular
 
 NAME = "adapter_config.json"
 SIZE = 4 * 2**20  # bytes; a list of all modules of a large model has fewer
@@ -113,7 +114,9 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 
 
 def refuse_large(path: Path) -> None:
-    """Raise ConfigError if a file of settings that came with an adapter is too large to be one."""
+    """Raise ConfigError if a file of settings that came with an adapter is too large to be one, or never ends."""
+    if problem := not_regular(path):
+        raise ConfigError(f"--adapter: expected a file, got {path}, which is {problem}")
     if (size := path.stat().st_size) > SIZE:
         raise ConfigError(f"--adapter: {path}: expected at most {SIZE:,} bytes, got {size:,}")
 

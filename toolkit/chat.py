@@ -13,6 +13,7 @@ import locale
 import os
 import select
 import shutil
+import stat
 import sys
 import tempfile
 import textwrap
@@ -22,6 +23,7 @@ from typing import Any
 
 from config import LEAVES, ConfigError, GenerationConfig, coerce_flag, counted
 from toolkit.encodings import not_utf8
+from toolkit.regular_files import not_regular
 from toolkit.startup import visible
 from toolkit.text_width import for_stdout, wrapped
 
@@ -93,6 +95,19 @@ def history_file() -> Path:
     return Path(folder, "qlora", "chat_history.jsonl")
 
 
+def check_own(path: Path) -> None:
+    """Raise OSError if something is at a path that is no regular file of the user's own: a link leads to another file."""
+    if not os.path.lexists(path):
+        return
+    found = path.lstat()
+    if stat.S_ISLNK(found.st_mode) or (stat.S_ISREG(found.st_mode) and found.st_nlink > 1):
+        raise OSError(f"{path} is a link")
+    if not stat.S_ISREG(found.st_mode):  # opening a pipe would wait for its other end
+        raise OSError(f"{path} is not a file")
+    if found.st_uid != os.geteuid():
+        raise OSError(f"{path} belongs to another user")
+
+
 class History:
     """The messages and commands of earlier chats, one JSON text per line, in a file that only the user can read.
 
@@ -105,11 +120,10 @@ class History:
         with self._or_say_why():
             path = history_file()
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if path.exists() and not path.is_file():  # opening a pipe would wait for its other end
-                raise OSError(f"{path} is not a file")
+            check_own(path)
             self.kept = self._newest(path)
             # Without a buffer each line is one write, so that two chats do not mix their lines.
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
             os.fchmod(descriptor, 0o600)  # a copied file may be open to others
             self.file = open(descriptor, "ab", buffering=0)  # noqa: SIM115  # until the chat ends
 
@@ -133,7 +147,7 @@ class History:
             descriptor, name = tempfile.mkstemp(dir=path.parent)  # only the user can read it
             with open(descriptor, "wb") as file:
                 file.writelines(lines[1:])
-            os.replace(name, path.resolve())
+            os.replace(name, path)
         texts = []
         for line in lines:
             with contextlib.suppress(ValueError, RecursionError):  # a torn line
@@ -324,6 +338,8 @@ def save(talk: Conversation, path: str) -> None:
     prompt = talk.settings.system_prompt
     system = [] if prompt is None else [{"role": "system", "content": prompt}]
     try:
+        if os.path.exists(os.path.expanduser(path)) and (problem := not_regular(os.path.expanduser(path))):
+            raise ValueError(f"expected a file to add to, got {problem}")
         # One write without a buffer, so that two sessions which save into one file do not mix their lines.
         with open(os.path.expanduser(path), "ab", buffering=0) as file:
             file.write((json.dumps({"messages": system + talk.messages}, ensure_ascii=False) + "\n").encode())
@@ -349,8 +365,8 @@ def load(talk: Conversation, path: str) -> None:
         raise ConfigError("/load: expected the name of a file")
     file = os.path.expanduser(path)
     try:
-        if os.path.exists(file) and not os.path.isfile(file):  # opening a pipe would wait for its other end
-            raise ValueError("expected a file of conversations")
+        if os.path.exists(file) and (problem := not_regular(file)):
+            raise ValueError(f"expected a file of conversations, got {problem}")
         if problem := not_utf8(file):
             raise ValueError(problem)
         lines = [line for line in Path(file).read_text(encoding="utf-8-sig").split("\n") if line.strip()]

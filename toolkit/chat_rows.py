@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from config import ConfigError, DataConfig
+from toolkit import strict_json
 
 JSON_CELL = "as JSON"  # the only field of a cell that holds a value of JSON which is no text (data_files.py)
 CHATS = (("messages",), ("conversations",))
@@ -97,9 +98,9 @@ def to_chat(row: dict[str, Any], columns: tuple[str, ...]) -> Chat:
 def _parsed(text: str, what: str) -> Any:
     """Return the value that a text of JSON stands for; raise ValueError."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        raise ValueError(f"expected {what}, got {text[:60]!r}") from None
+        return strict_json.decode(text)
+    except ValueError as error:
+        raise ValueError(f"expected {what}, got {text[:60]!r} ({error})") from None
 
 
 def _listed(value: Any, column: str, what: str) -> list[Any]:
@@ -210,5 +211,11 @@ def to_call(call: Any, number: int) -> dict[str, Any]:
     given = function.get("arguments") or {}
     if isinstance(given, str):
         given = _parsed(given, f"turn {number}: the arguments of a call in JSON")
+    try:
+        json.dumps(given, allow_nan=False)  # what Parquet holds may be no JSON
+    except (ValueError, TypeError):
+        raise ValueError(
+            f"turn {number}: expected values of JSON as arguments of a call, got {str(given)[:60]}"
+        ) from None
     same = {key: call[key] for key in ("id",) if isinstance(call.get(key), str)}
     return {**same, "type": "function", "function": {"name": function["name"], "arguments": given}}

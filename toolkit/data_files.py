@@ -6,17 +6,20 @@ Cells of .csv and .tsv and strings in JSON stay the text that they are: no reade
 that are no text (turns of a chat, tools, numbers) are kept as JSON, one text per cell, and `chat_rows.value_of` reads them.
 """
 
+import contextlib
 import csv
 import dataclasses
-import glob
 import gzip
 import hashlib
+import io
 import itertools
 import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+import tempfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,20 +27,22 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict
+from datasets.table import table_cast
 
 from config import DATA_FILES, ConfigError, DataConfig, counted, data_suffix, missing_data
 from quantization_utils import asking_hub, cache_problem, hub_problem
+from toolkit import strict_json
 from toolkit.chat_rows import CHATS, JSON_CELL, recognise
 from toolkit.encodings import not_utf8
+from toolkit.regular_files import not_regular
 
 # Parts of the errors that datasets raises for files without rows; each format has its own.
 NO_ROWS = ("at least one example", "corresponds to no data", "BatchSize must be greater than 0")
-OPTIONS: dict[str, dict[str, Any]] = {
-    "text": {"keep_linebreaks": True, "encoding": "utf-8-sig"},  # line breaks, so that lines can be joined again
-    "parquet": {"batch_size": 10_000},  # rows; else a whole row group is decoded at once, which may repeat a long text
-}
+ROWS = 1_000  # that are in the memory at once
 MOST_COLUMNS = 10_000  # datasets needs minutes for ten times as many
+MOST_EMPTY = 10**6
 SAVED = "saved"  # the kind of a folder that Dataset.save_to_disk wrote
+BINARY = ("parquet", SAVED)
 # Words in the names of files and folders that tell the split, and names of splits that mean the same.
 WORDS = {
     "train": ("train", "training"),
@@ -80,6 +85,7 @@ def local_files(dataset: str) -> tuple[str, dict[str, list[str]]] | None:
     """Return (kind, files by split) of a local file or folder, or None if `dataset` is a hub id."""
     path = Path(dataset)
     if path.is_file():
+        check_regular(path)
         if (suffix := data_suffix(path.name)) is None:
             raise ConfigError(f"data.dataset: expected one of {', '.join(DATA_FILES)}, got {path}")
         return DATA_FILES[suffix], {"train": [str(path)]}
@@ -94,7 +100,7 @@ def local_files(dataset: str) -> tuple[str, dict[str, list[str]]] | None:
     if problems := missing_data(dataset):
         raise ConfigError(*problems)
     if os.path.lexists(dataset):
-        raise ConfigError(f"data.dataset: expected a file or a folder, got {dataset}, which is {_kind_of(path)}")
+        raise ConfigError(f"data.dataset: expected a file or a folder, got {dataset}, which is {not_regular(path)}")
     return None
 
 
@@ -105,8 +111,8 @@ def data_files_in(folder: Path) -> list[Path]:
         hidden = any(part.startswith((".", "__")) for part in file.relative_to(folder).parts)
         if data_suffix(file.name) and file.name not in METADATA and not hidden and not file.is_dir():
             inside.append(file)
-    for odd in [p for p in inside if not p.is_file()][:1]:  # reading a named pipe would never end
-        raise ConfigError(f"data.dataset: expected a file, got {odd}, which is {_kind_of(odd)}")
+    for file in inside:
+        check_regular(file)
     kinds = sorted({data_suffix(p.name) or "" for p in inside})
     if len({DATA_FILES[kind] for kind in kinds}) != 1:
         found = f"a mixture of {', '.join(kinds)}" if kinds else "none"
@@ -115,9 +121,22 @@ def data_files_in(folder: Path) -> list[Path]:
     return inside
 
 
-def _kind_of(path: Path) -> str:
-    """Return in words what a path is that is no regular file."""
-    return "a link to nothing" if path.is_symlink() and not path.exists() else "a pipe, a socket or a device"
+def check_regular(path: Path) -> None:
+    """Raise ConfigError unless a path, or what a link leads to, is a regular file that can be read to its end."""
+    if problem := not_regular(path):
+        raise ConfigError(f"data.dataset: expected a file, got {path}, which is {problem}")
+
+
+def link_lines(names: Iterable[str], folder: Path) -> Iterator[str]:
+    """Yield a line if files of a folder are links that lead out of it: their content is not what came with the folder."""
+    home = os.path.join(os.path.realpath(folder), "")
+    out = [(name, real) for name in names if not (real := os.path.realpath(name)).startswith(home)]
+    if out and folder.is_dir():
+        name, real = out[0]
+        more = f", and so are {len(out) - 1:,} more" if len(out) > 1 else ""
+        yield f"warning: {os.path.relpath(name, folder)} is a link to {real}, outside of {folder}{more}"
+    if linked := sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_symlink() and p.is_dir()):
+        yield f"not used: {', '.join(linked[:3])}, {'links' if len(linked) > 1 else 'a link'} to a folder"
 
 
 def _saved_splits(folder: Path) -> dict[str, list[str]]:
@@ -170,13 +189,39 @@ def chosen_files(splits: dict[str, list[str]], data: DataConfig) -> tuple[dict[s
 # ------------------------------------------------------------------------------------------------ what is in a file
 
 
+class Unpacked(gzip.GzipFile):
+    """A .gz file that raises ValueError if it holds far more than data that compresses: 256 MiB, and 100 times its size."""
+
+    def read1(self, size: int = -1) -> bytes:
+        block, most = super().read1(size), max(2**28, 100 * os.path.getsize(str(self.name)))
+        if self.tell() > most:
+            raise ValueError(f"expected at most {most:,} bytes when unpacked, or 100 times its size, got more")
+        return block
+
+
 def _open_text(name: str, newline: str | None) -> IO[str]:
-    opened = gzip.open if name.lower().endswith(".gz") else open
-    return opened(name, "rt", encoding="utf-8-sig", newline=newline)  # type: ignore[operator]
+    if name.lower().endswith(".gz"):
+        return io.TextIOWrapper(Unpacked(name), encoding="utf-8-sig", newline=newline)
+    return open(name, encoding="utf-8-sig", newline=newline)
 
 
-def read_csv(name: str) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a .csv or .tsv: every cell as its text, and None for an empty cell. Raise ValueError."""
+def check_empty(lines: int) -> None:
+    """Raise ValueError if a file has too many empty lines: a few kilobytes of .gz may hold them for minutes."""
+    if lines > MOST_EMPTY:
+        raise ValueError(f"expected rows, got more than {MOST_EMPTY:,} empty lines")
+
+
+def _filled_lines(file: IO[str]) -> Iterator[tuple[int, str]]:
+    empty = 0
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            yield number, line
+        else:
+            check_empty(empty := empty + 1)
+
+
+def read_csv(name: str) -> Iterator[list[str]]:
+    """Yield the names of the columns of a .csv or .tsv, and then the cells of each row as text. Raise ValueError."""
     csv.field_size_limit(2**31 - 1)  # characters in a cell; Python's own limit is 131,072
     with _open_text(name, "") as file:
         reader = csv.reader(file, delimiter="\t" if ".tsv" in name.lower()[-7:] else ",", strict=True)
@@ -186,33 +231,18 @@ def read_csv(name: str) -> Iterator[dict[str, Any]]:
                 raise ValueError(f"expected at most {MOST_COLUMNS:,} columns, got {len(header):,}")
             for twice in [cell for cell in header if header.count(cell) > 1][:1]:
                 raise ValueError(f"two columns have the name {twice!r}")
+            yield header
+            empty = 0
             for cells in reader:
-                if cells and len(cells) != len(header):
+                if len(cells) == len(header):
+                    yield cells
+                elif not cells:
+                    check_empty(empty := empty + 1)
+                else:
                     cause = f"expected {counted(len(header), 'cell')} as in the first line, got {len(cells)}"
                     raise ValueError(f"line {reader.line_num}: {cause}")
-                if cells:  # else an empty line
-                    yield dict(zip(header, (cell or None for cell in cells), strict=True))
         except csv.Error as error:
             raise ValueError(f"line {reader.line_num}: {error}") from None
-
-
-def _no_number(word: str) -> None:
-    raise ValueError(f"{word} is no JSON")
-
-
-DECODER = json.JSONDecoder(parse_constant=_no_number)
-
-
-def _decoded(text: str, where: str) -> Any:
-    try:
-        return DECODER.decode(text)
-    except RecursionError:
-        raise ValueError(f"{where}nested too deeply") from None
-    except json.JSONDecodeError as error:
-        line = where or f"line {error.lineno}: "
-        raise ValueError(f"{line}{error.msg} (column {error.colno})") from None
-    except ValueError as error:
-        raise ValueError(f"{where}{str(error)[:200]}") from None
 
 
 def read_json(name: str) -> Iterator[dict[str, Any]]:
@@ -221,17 +251,19 @@ def read_json(name: str) -> Iterator[dict[str, Any]]:
     A text in a list is a row with the column text.
     """
     with _open_text(name, "\n") as file:
-        lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
+        lines = _filled_lines(file)
         number, line = next(lines, (0, ""))
         rows: Iterable[tuple[int, Any]]
-        if line.lstrip().startswith("[") or (".json" in name.lower()[-8:] and line.strip() == "{"):
+        row_name = "entry"
+        if line.lstrip().startswith("["):
             file.seek(0)
-            found = _decoded(file.read(), "")
-            rows = enumerate([found] if isinstance(found, dict) else found, 1)
-            row_name = "entry"
+            rows = strict_json.entries(file.read())
+        elif ".json" in name.lower()[-8:] and line.strip() == "{":
+            file.seek(0)
+            rows = [(1, strict_json.decode(file.read()))]
         else:
             first = [(number, line)] if line else []
-            rows = ((n, _decoded(text, f"line {n}: ")) for n, text in itertools.chain(first, lines))
+            rows = ((n, strict_json.decode(text, f"line {n}: ")) for n, text in itertools.chain(first, lines))
             row_name = "line"
         for number, row in rows:
             if isinstance(row, str) and row_name == "entry":
@@ -241,21 +273,41 @@ def read_json(name: str) -> Iterator[dict[str, Any]]:
             yield row
 
 
-READERS = {"csv": read_csv, "json": read_json}
-
-
 def scan(name: str, kind: str) -> Contents:
     """Return what a file holds; raise ValueError or what its reader raises if it cannot be read to its end."""
     if kind == "parquet":
-        found = pq.read_metadata(name)
+        with open(name, "rb") as file:  # not its name, in which Arrow and fsspec look for addresses
+            found = pq.read_metadata(file)
         return Contents(found.num_rows, dict.fromkeys(found.schema.to_arrow_schema().names, True))
+    if kind == SAVED:
+        with limited_memory(name), pa.OSFile(name) as source, pa.ipc.open_stream(source) as stream:
+            rows = unpacked = 0
+            for batch in stream:
+                batch.validate(full=True)  # its offsets may lead anywhere in the memory
+                rows, unpacked = rows + len(batch), unpacked + batch.nbytes
+                check_unpacked(name, unpacked)
+            return Contents(rows, dict.fromkeys(stream.schema.names, True))
     if kind == "text":
         with open(name, encoding="utf-8-sig") as file:
             return Contents(sum(1 for _ in file), {"text": True})
+    if kind == "csv":
+        header, *_ = [*itertools.islice(reader := read_csv(name), 1)]
+        rows = sum(1 for _ in reader)
+        return Contents(rows, dict.fromkeys(header, True) if rows else {})
+    return _scan_json(name)
+
+
+def check_unpacked(name: str, unpacked: int) -> None:
+    """Raise ValueError if a binary file has given more bytes than any honest one of its size: what it says may be a lie."""
+    if unpacked > (most := max(2**28, 1000 * os.path.getsize(name))):
+        raise ValueError(f"expected at most {most:,} bytes when unpacked, or 1,000 times its size, got more")
+
+
+def _scan_json(name: str) -> Contents:
     rows = 0
     columns: dict[str, bool] = {}
     keys: set[str] = set()
-    for row in READERS[kind](name):
+    for row in read_json(name):
         rows += 1
         for column, value in row.items():
             if isinstance(value, str):
@@ -270,89 +322,183 @@ def scan(name: str, kind: str) -> Contents:
     return Contents(rows, columns, frozenset(keys))
 
 
-def content_digest(files: Iterable[str]) -> str:
-    """Return a hash of the files' bytes and of this file's source, as a key for datasets' cache."""
-    digest = hashlib.sha256(Path(__file__).read_bytes())
-    for name in files:
-        with open(name, "rb") as file:
-            while block := file.read(2**22):
-                digest.update(block)
-    return digest.hexdigest()[:32]
+def digest_of(name: str, kind: str) -> str:
+    """Return a hash of a file's bytes, of its kind and of the sources that read it, as a key for what is kept of it.
+
+    Raise ConfigError if it begins unlike a file of its kind.
+    """
+    digest = hashlib.sha256(b"".join(Path(source).read_bytes() for source in (__file__, strict_json.__file__)))
+    digest.update(f"{kind} {data_suffix(name)} ".encode())
+    with naming(name):
+        if os.path.getsize(name):  # a file of the system may say 0, and then wait without end for more
+            if problem := not_parquet(name) if kind == "parquet" else kind != SAVED and not_utf8(name, whole=False):
+                raise ValueError(problem)
+            with open(name, "rb") as file:
+                while block := file.read(2**22):
+                    digest.update(block)
+    return digest.hexdigest()
 
 
-def check_unpacked(name: str) -> None:
-    """Raise ValueError if a .gz holds far more than data that compresses: over 1 GiB, and 100 times its own size."""
-    if not name.lower().endswith(".gz"):
+@contextlib.contextmanager
+def limited_memory(name: str) -> Iterator[None]:
+    """Have allocations fail that no honest file of this size needs: the sizes that a binary file tells may be lies.
+
+    Only Linux keeps to it.
+    """
+    if sys.platform != "linux":
+        yield
         return
-    most, unpacked = max(2**30, 100 * os.path.getsize(name)), 0
-    with gzip.open(name, "rb") as file:
-        while block := file.read(2**22):
-            unpacked += len(block)
-            if unpacked > most:
-                raise ValueError(f"expected at most {most:,} bytes when unpacked, or 100 times its size, got more")
+    import resource  # Windows has no such module
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    taken = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
+    limits = [taken + 2**30 + 20 * os.path.getsize(name), *(n for n in (soft, hard) if n != resource.RLIM_INFINITY)]
+    resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def not_parquet(name: str) -> str | None:
     """Return why a .parquet file is not read: it is another kind of file, or repeats one row without end; or None.
 
-    datasets would unpack an archive of this name. A few kilobytes of parquet may hold a row a thousand million times.
+    A few kilobytes of parquet may hold a row a thousand million times.
     """
     with open(name, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
         if file.read(4) != b"PAR1":
             return "it is not a parquet file"
-    found = pq.read_metadata(name)
+        found = pq.read_metadata(file)
     unpacked = sum(found.row_group(i).total_byte_size for i in range(found.num_row_groups))
     if found.num_rows > size or unpacked > 1000 * size:
         return f"{found.num_rows:,} rows, {unpacked:,} bytes when unpacked, in a file of {size:,} bytes"
+    if found.num_columns > MOST_COLUMNS:
+        return f"expected at most {MOST_COLUMNS:,} columns, got {found.num_columns:,}"
     return None
 
 
-def check_files(files: Sequence[str], kind: str) -> dict[str, Contents]:
-    """Return what each file holds; raise ConfigError, which names the file and, where it can, the line."""
-    found = {}
-    for name in files:
+@contextlib.contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Have what readers raise about a file become a ConfigError that names it."""
+    try:
+        yield
+    except (ValueError, OSError, EOFError, MemoryError, zlib.error, pa.ArrowException) as error:
+        known = isinstance(error, ValueError) and not isinstance(error, (UnicodeError, pa.ArrowException))
+        lines = str(error).splitlines() or [""]
+        cause = lines[0] if known else f"{type(error).__name__}: {lines[0]}"
+        raise ConfigError(f"data.dataset: cannot read {name}: {cause[:300]}") from None
+
+
+def checked(name: str, kind: str) -> Contents:
+    """Return what a file holds; raise ConfigError, which names the file and, where it can, the line."""
+    with naming(name):
         try:
-            check_unpacked(name)
-            if problem := not_parquet(name) if kind == "parquet" else not_utf8(name):
-                raise ValueError(problem)
-            found[name] = scan(name, kind)
-        except (ValueError, OSError, EOFError, pa.ArrowException) as error:
-            known = isinstance(error, ValueError) and not isinstance(error, (UnicodeError, pa.ArrowException))
-            lines = str(error).splitlines() or [""]
-            cause = lines[0] if known else f"{type(error).__name__}: {lines[0]}"
-            raise ConfigError(f"data.dataset: cannot read {name}: {cause[:300]}") from None
-    return found
+            return scan(name, kind) if os.path.getsize(name) else Contents(0, {})
+        except UnicodeDecodeError as error:
+            raise ValueError(str(error) if kind in BINARY else not_utf8(name) or str(error)) from None
 
 
 # ------------------------------------------------------------------------------------------------ rows
+
+
+def kept(name: str, make: Callable[[Path], object]) -> Path:
+    """Return a file among those that are kept of data read before, and make it if it is not there.
+
+    make: writes the file of the path that it is given. The name is the file's key.
+    """
+    path = Path(datasets.config.HF_DATASETS_CACHE, "rows", name)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            make(Path(folder, name))
+            os.replace(Path(folder, name), path)  # whole, or not there
+    return path
+
+
+def contents_of(name: str, kind: str, digest: str) -> Contents:
+    """Return what a file of this digest holds, which an earlier run may have found; raise ConfigError."""
+
+    def make(path: Path) -> None:
+        contents = checked(name, kind)
+        path.write_text(json.dumps([contents.rows, contents.columns, sorted(contents.keys)]), encoding="ascii")
+
+    rows, columns, keys = json.loads(kept(f"{digest[:32]}.json", make).read_text(encoding="ascii"))
+    return Contents(rows, columns, frozenset(keys))
 
 
 def _cell(value: Any, text: bool) -> Any:
     return value if text or value is None else {JSON_CELL: json.dumps(value)}
 
 
-def _generate(files: Sequence[str], kind: str, columns: Sequence[tuple[str, bool]], key: str) -> Iterator[dict]:
-    """Yield the rows of files with all columns. key: what the cache of datasets is to know them by."""
-    for name in files:
-        for row in READERS[kind](name):
-            yield {column: _cell(row.get(column), text) for column, text in columns}
+def tables(name: str, kind: str, columns: dict[str, bool], schema: pa.Schema) -> Iterator[pa.Table]:
+    """Yield the rows of a file of text, csv or json, some at a time, with all columns of a schema."""
+    rows: Iterator[Any]
+    if kind == "csv":
+        header, *_ = [*itertools.islice(rows := read_csv(name), 1)]
+    elif kind == "json":
+        rows = read_json(name)
+    else:
+        rows = iter(_open_text(name, None))
+    while part := [*itertools.islice(rows, ROWS)]:
+        if kind == "csv":
+            cells = {
+                key: [cell or None for cell in column]
+                for key, column in zip(header, zip(*part, strict=True), strict=True)
+            }
+        elif kind == "json":
+            cells = {key: [_cell(row.get(key), text) for row in part] for key, text in columns.items()}
+        else:
+            cells = {"text": part}
+        yield pa.Table.from_pydict({key: cells.get(key, [None] * len(part)) for key in columns}, schema)
 
 
-def read_files(files: list[str], kind: str, columns: dict[str, bool]) -> Dataset:
+def _binary_tables(name: str, kind: str) -> Iterator[pa.Table]:
+    """Yield the rows of a parquet file or of one that datasets saved, some at a time, without its own metadata.
+
+    Metadata may say that a column holds pictures; datasets would then open the files or addresses that its rows name.
+    """
+    with open(name, "rb") as file, limited_memory(name):
+        batches = pq.ParquetFile(file).iter_batches(10 * ROWS) if kind == "parquet" else pa.ipc.open_stream(file)
+        unpacked = 0
+        for batch in batches:
+            check_unpacked(name, unpacked := unpacked + batch.nbytes)
+            yield pa.Table.from_batches([batch]).replace_schema_metadata(None)
+
+
+def read_files(files: dict[str, str], kind: str, columns: dict[str, bool]) -> Dataset:
     """Return the rows of files of one kind, one file after another.
 
-    columns: those of all files, each with whether it holds texts only; other values become cells of JSON.
+    files: their names, each with its digest. columns: those of all files, each with whether it holds texts only; other
+    values become cells of JSON.
     """
-    key = content_digest(files)
-    if kind in OPTIONS:
-        patterns = {"train": [glob.escape(name) for name in files]}
-        return datasets.load_dataset(kind, key, data_files=patterns, **OPTIONS[kind])["train"]
     string = datasets.Value("string")
     features = datasets.Features({name: string if text else {JSON_CELL: string} for name, text in columns.items()})
-    given = {"files": tuple(files), "kind": kind, "columns": tuple(columns.items()), "key": key}
-    return Dataset.from_generator(_generate, features=features, gen_kwargs=given)
+
+    def make(path: Path) -> None:
+        parts = (
+            (tables(name, kind, columns, features.arrow_schema) for name in files)
+            if kind not in BINARY
+            else (_binary_tables(name, kind) for name in files)
+        )
+        write_arrow(path, itertools.chain.from_iterable(parts))
+
+    told = json.dumps([kind, list(files.values()), columns])
+    key = hashlib.sha256(told.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+    rows = Dataset.from_file(str(kept(f"{key}.arrow", make)))
+    rows._fingerprint = key
+    return rows
+
+
+def write_arrow(path: Path, parts: Iterator[pa.Table]) -> None:
+    """Write tables one after another; all get the columns of the first one, in its order, and its types."""
+    if (first := next(parts, None)) is None:
+        raise ValueError("it has no rows")
+    features = datasets.Features.from_arrow_schema(first.schema)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, features.arrow_schema) as stream:
+        for part in itertools.chain([first], parts):
+            stream.write_table(table_cast(part, features.arrow_schema))
 
 
 def unreadable(error: Exception, dataset: str, local: bool) -> ConfigError:
@@ -395,6 +541,14 @@ def _without_views(kind: Any) -> Any:
     return datasets.Value("string") if kind == datasets.Value("string_view") else kind
 
 
+def plain(split: Dataset) -> Dataset:
+    """Return rows without the features that datasets gave them.
+
+    Of a column of pictures it would open the files, or the addresses on any machine, that the rows name.
+    """
+    return Dataset(split.data.replace_schema_metadata(None), fingerprint=split._fingerprint)
+
+
 def hub_rows(data: DataConfig) -> Rows:
     """Return the rows of a data set of the hub."""
     with asking_hub(data.dataset, "dataset"):
@@ -402,12 +556,12 @@ def hub_rows(data: DataConfig) -> Rows:
     if data.train_split not in loaded:
         has = ", ".join(loaded)
         raise ConfigError(f"data.train_split: {data.dataset} has no split {data.train_split!r}; it has {has}")
-    rows = Rows(train=loaded[data.train_split])
+    rows = Rows(train=plain(loaded[data.train_split]))
     if data.validation_split in loaded and data.validation_split != data.train_split:
-        rows["validation"] = loaded[data.validation_split]
+        rows["validation"] = plain(loaded[data.validation_split])
     if unused := [name for name in loaded if name not in (data.train_split, data.validation_split)]:
         rows.notes = (f"not used: the split{'s'[: len(unused) > 1]} {', '.join(unused)} of {data.dataset}",)
-    if (kind := rows["train"].info.builder_name) in READERS:
+    if (kind := loaded[data.train_split].info.builder_name) in ("csv", "json"):
         rows.notes += (
             f"warning: datasets reads the .{kind} files of the hub and guesses types: 0042 may become 42, and a date a time; "
             "for the text as it is, download the files and give their folder as data.dataset",
@@ -419,52 +573,45 @@ def local_rows(kind: str, splits: dict[str, list[str]], data: DataConfig) -> Row
     """Return the rows of local files, with a line on each file of a folder that has more than one."""
     chosen, unused = chosen_files(splits, data)
     names = [*itertools.chain(*chosen.values())]
-    if kind == SAVED:
-        rows = Rows({split: saved_rows(folders) for split, folders in chosen.items()})
-        counts = {folder: len(rows[split]) for split, folders in chosen.items() for folder in folders}
-    else:
-        found = check_files(names, kind)
-        columns = columns_of_all(found, data)
-        counts = {name: contents.rows for name, contents in found.items()}
-        for split, files in chosen.items():
-            if not any(counts[name] for name in files):
-                raise ConfigError(f"data.dataset: {data.dataset} has no rows for {split}")
-        filled = {split: [name for name in files if counts[name]] for split, files in chosen.items()}
-        rows = Rows({split: read_files(files, kind, columns) for split, files in filled.items()})
-        rows.keys_of_turns = frozenset().union(*(contents.keys for contents in found.values()))
+    parts = {name: saved_files(Path(name)) if kind == SAVED else [name] for name in names}
+    digests = {file: digest_of(file, kind) for file in itertools.chain(*parts.values())}
+    found = {file: contents_of(file, kind, digest) for file, digest in digests.items()}
+    columns = columns_of_all(found, data)
+    counts = {name: sum(found[file].rows for file in files) for name, files in parts.items()}
+    rows = Rows()
+    for split, files in chosen.items():
+        filled = {part: digests[part] for name in files for part in parts[name] if found[part].rows}
+        if not filled:
+            raise ConfigError(f"data.dataset: {data.dataset} has no rows for {split}")
+        rows[split] = read_files(filled, kind, columns)
+    rows.keys_of_turns = frozenset().union(*(contents.keys for contents in found.values()))
     if len(names) + len(unused) > 1:
         rows.notes = tuple(file_lines(chosen, unused, counts, Path(data.dataset)))
+    if Path(data.dataset).is_dir():
+        rows.notes += tuple(link_lines(digests, Path(data.dataset)))
     return rows
 
 
-def check_saved(folder: Path) -> None:
-    """Raise ConfigError unless the state.json of a saved folder names data files beside it, each once."""
-    with open(folder / "state.json", encoding="utf-8") as file:
-        state = json.load(file)
+def saved_files(folder: Path) -> list[str]:
+    """Return the data files that Dataset.save_to_disk wrote; raise ConfigError unless state.json names some, each once.
+
+    Nothing else of what the folder says is used.
+    """
+    path, state = folder / "state.json", None
+    with naming(str(path)):
+        check_regular(path)
+        if path.stat().st_size > 2**24:
+            raise ValueError(f"expected at most {2**24:,} bytes")
+        state = strict_json.decode(path.read_text(encoding="utf-8"))
     named = state.get("_data_files") if isinstance(state, dict) else None
     listed = named if isinstance(named, list) else []
     names = [entry.get("filename") if isinstance(entry, dict) else None for entry in listed]
-    sound = [isinstance(name, str) and Path(name).name == name and (folder / name).is_file() for name in names]
-    if (
-        not names
-        or not all(sound)
-        or len(set(names)) < len(names)
-        or any((folder / str(n)).is_symlink() for n in names)
-    ):
-        raise ConfigError(
-            f"data.dataset: {folder / 'state.json'}: expected the names of .arrow files beside it in _data_files"
-        )
-
-
-def saved_rows(folders: list[str]) -> Dataset:
-    """Return the rows that Dataset.save_to_disk wrote. Their files' bytes are the key of the tokenised rows."""
-    parts = []
-    for folder in folders:
-        check_saved(Path(folder))
-        part = datasets.load_from_disk(folder).with_format(None)
-        part._fingerprint = content_digest(str(p) for p in sorted(Path(folder).glob("*")) if p.is_file())
-        parts.append(part)
-    return datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
+    sound = all(isinstance(name, str) and Path(name).name == name and (folder / name).is_file() for name in names)
+    if not names or not sound or len(set(names)) < len(names) or any((folder / n).is_symlink() for n in names):
+        raise ConfigError(f"data.dataset: {path}: expected the names of .arrow files beside it in _data_files")
+    if state.get("_indices_data_files"):
+        raise ConfigError(f"data.dataset: {path}: expected no _indices_data_files; save the rows again, flattened")
+    return [str(folder / name) for name in names]
 
 
 def columns_of_all(found: dict[str, Contents], data: DataConfig) -> dict[str, bool]:

@@ -24,6 +24,7 @@ import pyarrow.compute as pc
 import torch.nn.functional as F
 from datasets import Dataset, DatasetDict
 from datasets.fingerprint import Hasher
+from markupsafe import escape
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from config import ConfigError, DataConfig, counted
@@ -186,21 +187,66 @@ def turn_by_turn(template: Template, chat: Chat, text: str) -> list[Sample]:
     if 0 in turns:
         raise ValueError("the first turn is the assistant's, so that nothing stands before what is learned")
     own = {"tools": chat.tools} if chat.tools else {}
-    asked = [
-        part
-        for i in turns
-        for part in ((chat.messages[:i], own | {"add_generation_prompt": True}), (chat.messages[: i + 1], own))
-    ]
-    texts = list(template.render(asked))
+    asked: list[tuple[list[Message], dict[str, Any]]] = []
+    for i in turns:
+        asked += [(chat.messages[:i], own | {"add_generation_prompt": True}), (chat.messages[: i + 1], own)]
+        if bare := without_arguments(chat.messages[i]):
+            asked.append(([*chat.messages[:i], bare], own))
+    texts = template.render(asked)
     samples = []
-    for i, prompt, written in zip(turns, texts[::2], texts[1::2], strict=True):
+    for i in turns:
+        prompt, written = next(texts), next(texts)
         start, stop = len(os.path.commonprefix([prompt, written])), len(written.rstrip())
         check_written(chat.messages[i], written[start:stop], i + 1)
+        if without_arguments(chat.messages[i]) and next(texts) == written:
+            raise ValueError(NO_ARGUMENTS.format(i + 1))
         samples.append(Sample(written, [(start, stop)], ended=True))
     spans = [sample.spans[0] for sample in samples]
     if all(text.startswith(sample.text[:stop]) for sample, (_, stop) in zip(samples, spans, strict=True)):
         return [Sample(text, spans, ended=True)]
     return samples
+
+
+NO_ARGUMENTS = (
+    "turn {}: the chat template leaves out arguments of a tool call; use a model whose template writes all of them"
+)
+
+
+def without_arguments(message: Message) -> Message | None:
+    """Return a turn whose tool calls have lost their arguments; None if they have none."""
+    calls = message.get("tool_calls", ())
+    if not any(call["function"]["arguments"] for call in calls):
+        return None
+    bare = [call | {"function": call["function"] | {"arguments": {}}} for call in calls]
+    return message | {"tool_calls": bare}
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """Yield the names and the plain values that arguments consist of, but for nulls."""
+    for name, part in value.items() if isinstance(value, dict) else ():
+        yield name
+        yield from leaves(part)
+    for part in value if isinstance(value, list) else ():
+        yield from leaves(part)
+    if value is not None and not isinstance(value, (dict, list)):
+        yield value
+
+
+def forms(value: Any) -> Iterator[str]:
+    """Yield how templates write a plain value: as it is, as JSON (also within a text, or safe for HTML), as Python does."""
+    if not isinstance(value, str):
+        yield from (json.dumps(value), str(value))
+        return
+    yield value.strip()
+    for ascii_only in (False, True):
+        once = json.dumps(value, ensure_ascii=ascii_only)
+        yield once[1:-1]
+        yield json.dumps(once, ensure_ascii=ascii_only)[1:-1][2:-2]
+        for mark in "<>&'":
+            once = once.replace(mark, f"\\u{ord(mark):04x}")
+        yield once[1:-1]
+    yield repr(value)[1:-1]
+    yield str(escape(value))
 
 
 def check_written(message: Message, written: str, number: int) -> None:
@@ -216,6 +262,9 @@ def check_written(message: Message, written: str, number: int) -> None:
             raise ValueError(
                 f"turn {number}: the chat template leaves out tool calls; use a model whose template has them"
             )
+        arguments = leaves(call["function"]["arguments"])
+        if not all(any(form in written for form in forms(value)) for value in arguments):
+            raise ValueError(NO_ARGUMENTS.format(number))
 
 
 @contextlib.contextmanager

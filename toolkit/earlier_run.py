@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shlex
-import stat
 import subprocess
 import sys
 from collections.abc import Collection
@@ -35,6 +34,7 @@ from config import (
     shown,
 )
 from toolkit.adapter_config import read_adapter_config, refuse_large
+from toolkit.regular_files import not_regular
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 FILES = ("adapter_model.safetensors", "adapter_config.json", "training_state.safetensors", "training_state.json")
@@ -65,7 +65,7 @@ def settings(config: Config) -> dict[str, Any]:
 def read_file(path: Path, most: int) -> bytes:
     """Return the content of a file of at most `most` bytes; raise ValueError for anything else, such as a pipe."""
     found = os.stat(path)
-    if not stat.S_ISREG(found.st_mode) or found.st_size > most:  # a pipe would never end, a device neither
+    if not_regular(path) or found.st_size > most:  # a pipe would never end, a device neither
         raise ValueError(f"{path.name} is no file of at most {most:,} bytes")
     return path.read_bytes()
 
@@ -81,8 +81,9 @@ def read_tree(checkpoint: Path) -> tuple[dict[str, str], Any]:
         if hashlib.sha256(content).hexdigest() != sums["training_state.json"]:
             raise ValueError("training_state.json does not match its checksum")
         for name in FILES:
-            if not stat.S_ISREG(os.stat(checkpoint / name).st_mode):
-                raise ValueError(f"{name} is no file")
+            os.stat(checkpoint / name)
+            if problem := not_regular(checkpoint / name):
+                raise ValueError(f"{name} is {problem}")
         return sums, json.loads(content)
     except (OSError, KeyError, TypeError, RecursionError) as error:  # a RecursionError: thousands of brackets
         raise ValueError(f"{type(error).__name__}: {error}".replace("\n", " ")) from None

@@ -70,13 +70,18 @@ def check_config(path: Path) -> None:
             raise ConfigError(f"--config: cannot read {path}: {problem}")
 
 
-def not_utf8(path: str | Path) -> str | None:
-    """Return which line of a text file is not UTF-8, what it looks like and what to do; None if all lines are UTF-8."""
+def not_utf8(path: str | Path, whole: bool = True) -> str | None:
+    """Return which line of a text file is not UTF-8, what it looks like and what to do; None if all lines are UTF-8.
+
+    whole: False looks only whether the file begins like UTF-16 or UTF-32, which may be valid UTF-8 with zero bytes.
+    """
     with gzip.open(path) if str(path).lower().endswith(".gz") else open(path, "rb") as file:
         done, sample = 0, file.read(2**16)
         if not _wide_encoding(
             sample
         ):  # ASCII text in UTF-16 or UTF-32 without a mark would be valid UTF-8 with zero bytes
+            if not whole:
+                return None
             file.seek(0)
             while True:
                 block = b"".join(file.readlines(2**22))  # whole lines: none of them ends inside a character

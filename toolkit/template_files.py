@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from config import ConfigError
+from toolkit.regular_files import not_regular
 
 LONGEST = 1_000_000  # characters; the templates of known models have up to 30,000
 
@@ -62,6 +63,9 @@ def check_template_files(model_name: str) -> None:
     for path in (folder / "chat_template.jinja", *sorted(folder.glob("additional_chat_templates/*.jinja"))):
         if os.path.lexists(path):
             read_template(path)
+    for path in sorted(folder.iterdir()):  # what transformers opens, it reads to the end
+        if path.exists() and not path.is_dir() and (problem := not_regular(path)):
+            raise ConfigError(f"model.name: {folder}: expected files, got {path.name}, which is {problem}")
     settings = folder / "tokenizer_config.json"
     try:
         found = json.loads(settings.read_text(encoding="utf-8")).get("chat_template")

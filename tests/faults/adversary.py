@@ -69,7 +69,8 @@ def listing(folder: Path, leave_out: Path) -> dict[str, object]:
             if path.is_symlink():
                 found[str(path)] = os.readlink(path)
             elif path.is_file():
-                found[str(path)] = path.read_bytes()
+                size = path.stat().st_size  # of a sparse file more than there is memory
+                found[str(path)] = path.read_bytes() if size < 2**30 else size
             elif path != leave_out:
                 found[str(path)] = None
     return found

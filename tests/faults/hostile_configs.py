@@ -53,7 +53,7 @@ def code_of_the_model(folder: Path, ground: Ground) -> Attack:
 # Each level is nine times as long as the one before: of twelve levels a repr would need all memory there is.
 LEVELS = "".join(f"  k{i}: &b{i} [{', '.join([f'*b{i - 1}'] * 9)}]\n" for i in range(1, 13))
 BOMB = f"model: {{name: &b0 [{', '.join('x' * 9)}]}}\ntraining:\n{LEVELS}"
-WIDE = f"model: [&a [{'x, ' * 50_000}x], &b [{'*a, ' * 6}x], &c [{'*b, ' * 6}x], *c, *c]\n"
+WIDE = f"model: [&a [{'x, ' * 49_000}x], &b [{'*a, ' * 6}x], &c [{'*b, ' * 6}x], *c, *c]\n"
 
 ATTACKS: dict[str, Build] = {
     "python object": config(f'model: !!python/object/apply:builtins.exec ["{CODE}"]\n'),
@@ -75,6 +75,16 @@ ATTACKS: dict[str, Build] = {
     "deep mappings": config("a: " * 5 + "{" * 20_000),
     "deep indents": config("".join(" " * i + "a:\n" for i in range(1400))),
     "huge file": config("# " + "x" * 5_000_000, says="expected at most"),
+    "half a million options": config(
+        f"data: {{template_options: {{{', '.join(f'a{i}' for i in range(90_000))}}}}}\n", says="at most 50,000 values"
+    ),
+    "thousands of options": config(
+        f"data: {{template_options: {{{', '.join(f'a{i}: 1' for i in range(9_000))}}}}}\n",
+        says=r"template_options: expected at most 100 names and values",
+    ),
+    "one huge option": config(
+        f"data: {{template_options: {{a: {'x' * 500_000}}}}}\n", says=r"template_options: expected at most 100 names"
+    ),
     "one huge key": config(f"? {'k' * 500_000}\n: 5\n", says="unknown section"),
     "one huge text": config(
         f"training: {{optim: {'k' * 500_000}}}\n", says=r"training\.optim: expected .*500,002 characters"

@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,6 +22,7 @@ from tests.faults.adversary import CODE, Attack, Ground, train
 Build = Callable[[Path, Ground], Attack]
 FINE = (0, 1, 2)  # the content is odd, but may be text to learn from
 CUT = "nested too deeply"
+QUICK = ("--max_steps", 1, "--max_eval_samples", 1, "--compute_dtype", "float32", "--gradient_accumulation_steps", 1)
 PROSE = "It was a bright cold day in April, and the clocks were striking thirteen. " * 4
 ESCAPES = "\x1b]52;c;cm0gLXJmIH4=\x07\x1b[2J\x1b[1;1Hall is well\x9b31m\u202e"
 
@@ -38,7 +40,8 @@ def data(
             content(path)
         else:
             path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
-        return train("--dataset", path, *flags, says=says, **keywords)
+        quick = QUICK if keywords.get("codes") == (0,) else ()
+        return train("--dataset", path, *quick, *flags, says=says, **keywords)
 
     return build
 
@@ -49,7 +52,8 @@ def folder_of(make: Callable[[Path], object], says: str = r"data\.", **keywords:
     def build(folder: Path, ground: Ground) -> Attack:
         (folder / "data").mkdir()
         make(folder / "data")
-        return train("--dataset", folder / "data", says=says, **keywords)
+        quick = QUICK if keywords.get("codes") == (0,) else ()
+        return train("--dataset", folder / "data", *quick, says=says, **keywords)
 
     return build
 
@@ -200,11 +204,202 @@ def copy_of_rows(folder: Path, ground: Ground) -> Attack:
     """Not hostile at all: what a terminal wrote, with more brackets in its texts than any guard of depth allows."""
     texts = ["\x1b[31m" * 4100, "if(x){" * 4100]
     (folder / "a.jsonl").write_text(rows(*[{"text": text} for text in texts]))
-    quick = ("--max_steps", 1, "--max_eval_samples", 1)
-    return train("--dataset", folder / "a.jsonl", *quick, codes=(0,), says="adapter, curves and log are in")
+    return train(
+        "--dataset", folder / "a.jsonl", *QUICK, "--max_length", 512, codes=(0,), says="adapter, curves and log are in"
+    )
 
+
+def linked(name: str, target: str) -> Callable[[Path], object]:
+    """Return a function that puts a link beside a sound file of the same kind."""
+
+    def make(folder: Path) -> None:
+        (folder / f"sound{Path(name).suffix}").write_text(f"text\n{PROSE * 9}\n{PROSE * 9}\n")
+        (folder.parent / "secret.txt").write_text("the user's own words. " * 20)
+        (folder / name).symlink_to(target)
+
+    return make
+
+
+def holes(path: Path) -> None:
+    with open(path, "wb") as file:
+        file.write(b"text\n")
+        file.truncate(2**40)
+
+
+def one_line_zipped(path: Path) -> None:
+    """A line of 900 million letters in a megabyte."""
+    with gzip.open(path, "wb", 9) as file:
+        file.write(b'{"text": "')
+        for _ in range(900):
+            file.write(b"x" * 10**6)
+
+
+def chained(folder: Path) -> None:
+    """Names that fsspec reads as an address behind an archive, and that glob reads as other files."""
+    (folder / "elsewhere.jsonl").write_text("no JSON")
+    for name in ("zip:a::elsewhere.jsonl", "[e]*.jsonl", "http:x::y.jsonl"):
+        (folder / name).write_text(rows(*[{"text": PROSE}] * 20))
+    (folder / "elsewhere.jsonl").unlink()
+
+
+def saved(change: Callable[[Path], object] = lambda folder: None, **columns: object) -> Callable[[Path], object]:
+    """Return a function that writes a folder as Dataset.save_to_disk does, and then changes it."""
+
+    def make(folder: Path) -> None:
+        table = pa.table({"text": [f"{PROSE} {i}" for i in range(60)], **{k: [v] * 60 for k, v in columns.items()}})
+        datasets.Dataset(table).save_to_disk(folder)
+        change(folder)
+
+    return make
+
+
+def arrow_of(write: Callable[[Path], object]) -> Callable[[Path], object]:
+    """Return a change of a saved folder: its data file is written anew."""
+    return lambda folder: write(folder / "data-00000-of-00001.arrow")
+
+
+def wild_offsets(path: Path) -> None:
+    """Texts whose places lie far outside of the file."""
+    offsets = pa.array([0, 2**30, 5], pa.int32()).buffers()[1]  # Arrow itself looks only at the last one
+    texts = pa.StringArray.from_buffers(2, offsets, pa.py_buffer(b"short"))
+    with pa.ipc.new_stream(path, pa.schema({"text": pa.string()})) as stream:
+        stream.write_batch(pa.record_batch([texts], ["text"]))
+
+
+def packed_arrow(path: Path) -> None:
+    """Eight gigabytes in a file of less than a megabyte."""
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    batch = pa.record_batch([pa.array(["x" * 2**29])], ["text"])
+    with pa.ipc.new_stream(path, batch.schema, options=options) as stream:
+        for _ in range(16):
+            stream.write_batch(batch)
+
+
+def pictures(path: Path) -> None:
+    """A column that datasets takes for pictures, at addresses of another machine."""
+    features = {"text": {"dtype": "string", "_type": "Value"}, "messages": {"_type": "Image"}, "a": {"_type": "Audio"}}
+    place = pa.array([{"bytes": None, "path": "http://127.0.0.1:9/x.png"}] * 60)
+    metadata = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
+    table = pa.table({"text": [f"{PROSE} {i}" for i in range(60)], "messages": place, "a": place})
+    table = table.replace_schema_metadata(metadata)
+    if path.suffix == ".parquet":
+        pq.write_table(table, path)
+        return
+    with pa.ipc.new_stream(path, table.schema) as stream:
+        stream.write_table(table)
+
+
+def extension(name: bytes, content: bytes) -> Callable[[Path], object]:
+    """Return a function that writes a column of an extension type, whose class may unpickle its metadata."""
+
+    def write(path: Path) -> None:
+        kind = {b"ARROW:extension:name": name, b"ARROW:extension:metadata": content}
+        schema = pa.schema([pa.field("text", pa.string()), pa.field("more", pa.binary(), metadata=kind)])
+        table = pa.table([[f"{PROSE} {i}" for i in range(60)], [content] * 60], schema=schema)
+        if path.suffix == ".parquet":
+            pq.write_table(table, path)
+            return
+        with pa.ipc.new_stream(path, schema) as stream:
+            stream.write_table(table)
+
+    return write
+
+
+def state(**changes: object) -> Callable[[Path], object]:
+    """Return a change of a saved folder's state.json."""
+
+    def change(folder: Path) -> None:
+        path = folder / "state.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return change
+
+
+def wrote(name: str, content: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_text(content)
+
+
+def wide_and_deep(path: Path) -> None:
+    kind = pa.struct({f"k{i}": pa.struct({f"m{j}": pa.list_(pa.int8()) for j in range(200)}) for i in range(200)})
+    pq.write_table(pa.table({"text": [PROSE], "more": pa.array([None], kind)}), path)
+
+
+def calls(arguments: str) -> str:
+    """Return a chat with a tool call whose arguments are written like this."""
+    turn = f'{{"role": "assistant", "content": "b", "tool_calls": [{{"name": "f", "arguments": {arguments}}}]}}'
+    return f'{{"messages": [{{"role": "user", "content": "a"}}, {turn}]}}\n'
+
+
+ALL = "adapter, curves and log are in"
+PICKLED = pickle.dumps(Evil())
+INFO = json.dumps({"builder_name": "os.system", "features": {"text": {"_type": "Image"}}, "splits": 5})
 
 ATTACKS: dict[str, Build] = {
+    "link to a file of the system": folder_of(linked("a.csv", "/proc/kmsg"), "a.csv, which is /proc/kmsg, a file of"),
+    "link to an endless file": folder_of(
+        linked("a.csv", "/proc/self/pagemap"), "a.csv, which is /proc/.*pagemap, a file of"
+    ),
+    "file of the system": given(lambda path: path.symlink_to("/proc/self/environ")),
+    "link out of the folder": folder_of(
+        linked("a.txt", "../secret.txt"), "warning: a.txt is a link to .*secret.txt, outside of", codes=(0,)
+    ),
+    "link within the folder": folder_of(linked("a.txt", "sound.txt"), ALL, codes=(0,)),
+    "link to a folder": folder_of(linked("a.txt", "/etc"), "not used: a.txt, a link to a folder", codes=(0,)),
+    "a terabyte of nothing": data("a.csv", holes, "almost nothing but a hole"),
+    "one long line, zipped": data("a.jsonl.gz", one_line_zipped, "bytes when unpacked"),
+    "empty lines, zipped": data("a.csv.gz", gzip.compress(b"text\n" + b"\n" * 2**27), "1,000,000 empty lines"),
+    "names that look like addresses": folder_of(chained, ALL, codes=(0,)),
+    "not a number in a call": data("a.jsonl", calls('{"x": NaN}'), "line 1: NaN is no JSON"),
+    "infinity in a call's text": data(
+        "a.jsonl", calls(r'"{\"x\": -Infinity}"'), "row 1: .*turn 2: .*-Infinity is no JSON"
+    ),
+    "number beyond all bounds": data("a.jsonl", calls('{"x": 1e400}'), "line 1: the number 1e400 is too large"),
+    "number beyond all bounds in a text": data("a.jsonl", calls(r'"{\"x\": 1e400}"'), "row 1: .*turn 2: .*too large"),
+    "name written twice in a call": data("a.jsonl", calls('{"x": 1, "x": 2}'), "line 1: the key 'x' stands twice"),
+    "name written twice in a call's text": data(
+        "a.jsonl", calls(r'"{\"x\": 1, \"x\": 2}"'), "row 1: .*'x' stands twice"
+    ),
+    "name written twice in a list": data(
+        "a.json", '[{"text": "a"},\n{"text": "b", "text": "c"}]', "entry 2: the key 'text'"
+    ),
+    "half a million keys and one twice": data(
+        "a.jsonl", "{" + "".join(f'"k{i}": 1, ' for i in range(500_000)) + '"k0": 2}\n', "the key 'k0' stands twice"
+    ),
+    "parquet with pictures elsewhere": data(
+        "a.parquet", pictures, ALL, codes=(0,), flags=("--text_column", "text", "--format", "text")
+    ),
+    "parquet with pictures as chats": data("a.parquet", pictures, "row 1: expected a list of turns"),
+    "parquet with a pickled type": data("a.parquet", extension(b"arrow.py_extension_type", PICKLED), ALL, codes=(0,)),
+    "parquet with an array type": data(
+        "a.parquet", extension(b"datasets.features.features.Array2DExtensionType", PICKLED), "", codes=FINE
+    ),
+    "parquet of forty thousand columns": data("a.parquet", wide_and_deep, "at most 10,000 columns, got 40,001"),
+    "saved folder, sound": folder_of(saved(), ALL, codes=(0,)),
+    "saved folder with a strange description": folder_of(saved(wrote("dataset_info.json", INFO)), ALL, codes=(0,)),
+    "saved folder with a deep description": folder_of(saved(wrote("dataset_info.json", "[" * 10**6)), ALL, codes=(0,)),
+    "saved folder with a deep state": folder_of(
+        saved(wrote("state.json", "[" * 10**6)), "state.json: .*nested too deeply"
+    ),
+    "saved folder of another format": folder_of(
+        saved(state(_format_type="os", _format_kwargs={"a": CODE}, _output_all_columns=True)), ALL, codes=(0,)
+    ),
+    "saved folder with data elsewhere": folder_of(
+        saved(state(_data_files=[{"filename": "../../secret.arrow"}])), "expected the names of .arrow files beside it"
+    ),
+    "saved folder with old indices": folder_of(
+        saved(state(_indices_data_files=[{"filename": "x"}])), "_indices_data_files"
+    ),
+    "saved folder with a link to the system": folder_of(
+        saved(lambda folder: ((folder / "state.json").unlink(), (folder / "state.json").symlink_to("/proc/kmsg"))),
+        "kmsg",
+    ),
+    "saved folder with pictures elsewhere": folder_of(saved(arrow_of(pictures)), "row 1: expected a list of turns"),
+    "saved folder with a pickled type": folder_of(
+        saved(arrow_of(extension(b"arrow.py_extension_type", PICKLED))), ALL, codes=(0,)
+    ),
+    "saved folder with wild places": folder_of(saved(arrow_of(wild_offsets)), "cannot read .*arrow: .*[Oo]ffset"),
+    "saved folder that unpacks without end": folder_of(saved(arrow_of(packed_arrow)), "cannot read .*arrow: "),
+    "saved folder of bytes": folder_of(saved(arrow_of(lambda path: path.write_bytes(os.urandom(4096)))), r"\.arrow: "),
     "deep objects": data("a.jsonl", depth('{"a":', 50_000, "}"), CUT),
     "deep lists": data("a.json", depth("[", 200_000, "]"), CUT),
     "depth beside empty lists": data("a.jsonl", depth('{"a":[],"b":', 50_000, "}"), CUT),
@@ -237,6 +432,7 @@ ATTACKS: dict[str, Build] = {
         "a.jsonl", rows(*[{"text": "a", "b": v} for v in (1, "x", [], {}, None, {"c": [1]})]), "", codes=FINE
     ),
     "number without an end": data("a.jsonl", '{"text": 1' + "0" * 100_000 + "}\n"),
+    "list that does not end": data("a.json", '[{"text": "a"}, ' * 3),
     "not a number": data("a.json", '[{"text": NaN}, {"text": -Infinity}]'),
     "key written twice": data("a.jsonl", '{"text": "a", "text": ["b"]}\n'),
     "zero bytes in csv": data("a.csv", b"text\n" + b"\0" * 10_000 + b"\n", "", codes=FINE),

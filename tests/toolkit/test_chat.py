@@ -372,10 +372,15 @@ def test_files_that_cannot_be_loaded_are_named(talk: Conversation, tmp_path: Pat
     if hasattr(os, "mkfifo"):
         os.mkfifo(tmp_path / "pipe")
         expected[str(tmp_path / "pipe")] = "expected a file"
+        (tmp_path / "zeros").symlink_to("/dev/zero")
+        expected[str(tmp_path / "zeros")] = "got a pipe, a socket or a device"
+    if sys.platform == "linux":
+        (tmp_path / "log").symlink_to("/proc/kmsg")
+        expected[str(tmp_path / "log")] = "got /proc/kmsg, a file of the system"
     for path, reason in expected.items():
         with pytest.raises(ConfigError, match=f"^/load: .*{reason}"):
             load(talk, path)
-    for path in ("~nobody/a", "a\0b"):
+    for path in [path for path in expected if path and not path.endswith("big5.jsonl")]:
         with pytest.raises(ConfigError, match="^/save: "):
             save(talk, path)
 
@@ -452,6 +457,11 @@ def test_a_long_history_is_shortened_to_its_newest_lines(history: Path) -> None:
 
 
 BLOCKED: dict[str, Callable[[Path], object]] = {
+    "a link to a file": lambda path: (path.with_name("other").write_text(""), path.symlink_to("other")),
+    "a second name of a file": lambda path: (
+        path.with_name("other").write_text(""),
+        os.link(path.with_name("other"), path),
+    ),
     "a folder": lambda path: path.mkdir(),
     "a pipe": lambda path: os.mkfifo(path),
     "a loop of links": lambda path: path.symlink_to(path),
@@ -468,6 +478,8 @@ def test_a_history_that_cannot_be_kept_costs_one_line(
     lost = History()
     lost.add("one")
     assert lost.kept == []
+    other = history.with_name("other")
+    assert not other.exists() or other.read_text() == ""
     assert capsys.readouterr().out.count("[what you type is not kept for the next chat: ") == 1
 
 

@@ -296,6 +296,46 @@ def test_a_template_without_tool_calls_refuses_them(qwen, tmp_path):
     assert note == "warning: the chat template does not write tools: column tools is not used"
 
 
+TURN = "{{% for m in messages %}}<|im_start|>{{{{ m.role }}}}\n{{{{ m.content }}}}{{% for c in m.tool_calls %}}{}{{% endfor %}}<|im_end|>\n{{% endfor %}}"
+TURN += "{{% if add_generation_prompt %}}<|im_start|>assistant\n{{% endif %}}"
+WRITTEN = (
+    "{{ c.function.name }}({{ c.function.arguments | tojson }})",
+    "{{ c.function.name }}({{ c.function.arguments | tojson(indent=2) }})",
+    "{{ c.function.name }} {{ {'arguments': c.function.arguments | tojson} | tojson }}",
+    "{{ c.function.name }}({{ c.function.arguments }})",
+    "{{ c.function.name }}{% for k, v in c.function.arguments.items() %}<{{ k }}>{{ v if v is string else v | tojson }}</>{% endfor %}",
+    "{{ c.function.name }}{% for k, v in c.function.arguments.items() %}<{{ k }}>{{ v | e }}</>{% endfor %}",
+)
+DROPPED = (
+    "{{ c.function.name }}",
+    "{{ c.function.name }}({})",
+    "{{ c.function.name }}({{ c.function.arguments.keys() | list | tojson }})",
+    "{{ c.function.name }}({{ c.function.arguments['city'] }})",
+    "{{ c.function.name }}{% for k, v in c.function.arguments.items() %}{% if v is string %}{{ k }}={{ v }}{% endif %}{% endfor %}",
+)
+ARGUMENTS = {
+    "city": "Köln <\"b\"> 'c' & d\ne\t\\",
+    "days": 17,
+    "exact": True,
+    "near": {"km": [2.5, "São Paulo"]},
+    "none": None,
+}
+
+
+@pytest.mark.parametrize("form", WRITTEN)
+def test_a_template_may_write_arguments_in_many_forms(qwen, tmp_path, form):
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "weather", "arguments": ARGUMENTS}]}
+    tokenised([{"messages": [CALLED[0], call]}], with_template(qwen, TURN.format(form)), tmp_path)
+
+
+@pytest.mark.parametrize("form", DROPPED)
+@pytest.mark.parametrize("arguments", [ARGUMENTS, {"city": "t", "a": 1}])
+def test_a_template_that_drops_arguments_refuses_them(qwen, tmp_path, form, arguments):
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "weather", "arguments": arguments}]}
+    with pytest.raises(ConfigError, match=r"row 1: turn 2: the chat template leaves out arguments of a tool call"):
+        tokenised([{"messages": [CALLED[0], call]}], with_template(qwen, TURN.format(form)), tmp_path)
+
+
 # ------------------------------------------------------------------------------------------------ thoughts
 
 

@@ -457,7 +457,7 @@ def test_reader_that_raises_anything_is_one_line(tmp_path, monkeypatch):
     def load(*_, **__):
         raise ImportError("please install 'teich'\nor not")
 
-    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(datasets.Dataset, "from_file", load)
     path = write_txt(tmp_path / "a.txt", "one\n")
     with pytest.raises(ConfigError, match=r"^data\.dataset: cannot read .*: ImportError: please install 'teich'$"):
         load_rows(settings(path))

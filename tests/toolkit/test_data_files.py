@@ -15,6 +15,7 @@ from hypothesis import settings as tries
 from hypothesis import strategies as st
 
 from config import ConfigError, DataConfig
+from toolkit import data_files
 from toolkit.chat_rows import value_of
 from toolkit.data_files import load_rows
 
@@ -156,6 +157,34 @@ def test_a_key_that_only_some_values_have_is_not_added_to_the_others(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"messages": [call]}) + "\n" for call in calls), encoding="utf-8")
     assert [value_of(row["messages"]) for row in rows_of(path)] == [[call] for call in calls]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.txt", "a.parquet", "a"])
+def test_files_that_were_read_before_are_not_parsed_again(tmp_path, monkeypatch, name):
+    path, rows = tmp_path / name, datasets.Dataset.from_dict({"text": [f"row {i}\n" for i in range(2500)]})
+    if name == "a.txt":
+        path.write_text("".join(rows["text"]), encoding="utf-8")
+    elif name == "a.csv":
+        rows.to_csv(path)
+    else:
+        {"a": rows.save_to_disk, "a.jsonl": rows.to_json, "a.parquet": rows.to_parquet}[name](path)
+    first = rows_of(path)
+    assert first["text"][:] == rows["text"][:]
+
+    def again(*_, **__):
+        raise AssertionError("read again")
+
+    for reader in ("scan", "tables", "_binary_tables"):
+        monkeypatch.setattr(data_files, reader, again)
+    second = rows_of(path)
+    assert second._fingerprint == first._fingerprint and second["text"][:] == first["text"][:]
+
+
+def test_the_same_bytes_of_another_kind_are_other_rows(tmp_path):
+    for name in ("a.csv", "a.tsv"):
+        (tmp_path / name).write_text("text,more\tless\na,b\tc\n", encoding="utf-8")
+    assert rows_of(tmp_path / "a.csv").column_names == ["text", "more\tless"]
+    assert rows_of(tmp_path / "a.tsv", text_column="less").column_names == ["text,more", "less"]
 
 
 # ------------------------------------------------------------------------------------------------ files of a folder
@@ -330,8 +359,9 @@ def test_a_saved_folder_is_read_as_python_whatever_its_format(tmp_path):
 
 def test_an_archive_of_almost_nothing_is_refused(tmp_path, monkeypatch):
     path = tmp_path / "a.jsonl.gz"
-    with gzip.open(path, "wb") as file:
-        for _ in range(1100):
-            file.write(b"\n" * 2**20)
-    with pytest.raises(ConfigError, match="bytes when unpacked"):
-        load_rows(DataConfig(dataset=str(path)))
+    for block, problem in ((b"\n", "got more than 1,000,000 empty lines"), (b" ", "bytes when unpacked")):
+        with gzip.open(path, "wb") as file:
+            for _ in range(300):
+                file.write(block * 2**20)
+        with pytest.raises(ConfigError, match=problem):
+            load_rows(DataConfig(dataset=str(path)))

@@ -1,0 +1,76 @@
+"""JSON as RFC 8259 has it, of files that may come from anybody: what Python's json would change in silence is an error.
+
+decode(text) -> value          entries(text) -> (number, value) of each entry of a list
+"""
+
+import collections
+import json
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+
+def _no_number(word: str) -> Any:
+    raise ValueError(f"{word} is no JSON")
+
+
+def _number(text: str) -> float:
+    if math.isinf(value := float(text)):
+        raise ValueError(f"the number {text[:40]} is too large")
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = collections.Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the key {twice[:60]!r} stands twice in one object")
+    return found
+
+
+DECODER = json.JSONDecoder(parse_constant=_no_number, parse_float=_number, object_pairs_hook=_object)
+SPACE = re.compile(r"[ \t\n\r]*")
+
+
+def _explained(error: Exception, where: str, by_column: bool) -> ValueError:
+    if isinstance(error, RecursionError):
+        return ValueError(f"{where}nested too deeply")
+    if isinstance(error, json.JSONDecodeError):
+        place = f"(column {error.colno})" if by_column else f"(line {error.lineno}, column {error.colno})"
+        return ValueError(f"{where}{error.msg} {place}")
+    return ValueError(f"{where}{str(error)[:200]}")
+
+
+def decode(text: str, where: str = "") -> Any:
+    """Return the value of a text of JSON; raise a ValueError that begins with `where` and names the column.
+
+    NaN, Infinity, numbers that are too large, a key that stands twice in one object, and deep nesting are refused.
+    """
+    try:
+        return DECODER.decode(text)
+    except (ValueError, RecursionError) as error:
+        raise _explained(error, where, "\n" not in text.strip()) from None
+
+
+def entries(text: str) -> Iterator[tuple[int, Any]]:
+    """Yield the number, from 1, and the value of each entry of a list; raise a ValueError that names the entry."""
+    place, number = SPACE.match(text).end() + 1, 0  # behind the opening bracket
+    while True:
+        number += 1
+        try:
+            place = SPACE.match(text, place).end()
+            if number == 1 and text[place : place + 1] == "]":
+                break
+            value, place = DECODER.raw_decode(text, place)
+            place = SPACE.match(text, place).end()
+            if text[place : place + 1] not in ("]", ","):
+                raise json.JSONDecodeError("Expecting ',' or ']'", text, place)
+        except (ValueError, RecursionError) as error:
+            raise _explained(error, f"entry {number}: ", by_column=False) from None
+        yield number, value
+        if text[place] == "]":
+            break
+        place += 1
+    if text[place + 1 :].strip():
+        raise ValueError("expected nothing behind the list")
