@@ -274,7 +274,8 @@ def config_with_adapter(
 
     Each of these overrides the ones before it: schema, the adapter's own config.yaml, `given` (--config), flags. For
     generation.*, which training does not use: schema, `beside` (the config.yaml beside the script), `given`, flags.
-    An adapter without its own config.yaml uses `given`, or `beside` if nothing is given.
+    An adapter without its own config.yaml uses `given`, or `beside` if nothing is given, and the base that its
+    adapter_config.json names.
     The adapter's folder may come from anybody: config.FROM_ADAPTER says what it may set. evaluate: the data is read too.
     Raises ConfigError.
     """
@@ -291,6 +292,8 @@ def config_with_adapter(
         if evaluate and not mine:
             config = with_data(config, theirs, own[0], given, beside)
         lines = [] if given else ignored_edits(config, may_set, own[0], beside)
+    elif recorded and "model.name" not in overrides and recorded != config.model.name:
+        config, lines = with_recorded_base(config, recorded, given)
     if adapter and not mine and "model.name" not in overrides and _inside(config.model.name, adapter):
         raise ConfigError(
             f"model.name: {config.model.name} lies in the adapter's folder; give --model_name {config.model.name} "
@@ -342,6 +345,23 @@ def _inside(name: str, folder: Path) -> bool:
     return (
         os.path.commonpath([path, top]) == top if os.path.splitdrive(path)[0] == os.path.splitdrive(top)[0] else False
     )
+
+
+def with_recorded_base(config: Config, recorded: str, given: list[Path]) -> tuple[Config, list[str]]:
+    """Return the configuration with the base that adapter_config.json names, and a list with a line about it.
+
+    A --config that names another one is the user's choice, and so is the config.yaml beside the script where the recorded
+    one is a folder that is not on this machine.
+    """
+    wants = f"adapter_config.json names the base {recorded}"
+    if any("name" in (read_yaml(path).get("model") or {}) for path in given):
+        return config, [f"warning: {wants}; using {config.model.name}, which --config names"]
+    if is_address(recorded):
+        raise ConfigError(f"model.name: {wants}, an address; give it as --model_name if it is meant")
+    if not (is_hub_id(recorded) or os.path.isdir(recorded)):
+        return config, [f"warning: {wants}, which is not here; using {config.model.name} (--model_name changes it)"]
+    model = dataclasses.replace(config.model, name=recorded, revision=None)
+    return dataclasses.replace(config, model=model), [f"{wants} (--model_name changes it)"]
 
 
 def check_base(model: ModelConfig, user: ModelConfig, recorded: str | None, own: Path, mine: bool) -> None:

@@ -168,6 +168,29 @@ def test_a_setting_on_the_list_is_read_in_an_adapters_folder(name, tmp_path):
     assert settings(used(folder))[name] == value
 
 
+def test_an_adapter_without_a_configuration_takes_the_base_that_it_names(tmp_path):
+    """As plain peft writes it. Before, the config.yaml beside the script named the base, whatever the adapter was made on."""
+    adapter, local = folder_of(tmp_path / "adapter", {}, "some/base"), tmp_path / "a base"
+    local.mkdir()
+    (adapter / "config.yaml").unlink()
+    (tmp_path / "given.yaml").write_text("model: {name: given/base}\n", encoding="utf-8")
+    (tmp_path / "silent.yaml").write_text("lora: {rank: 4}\n", encoding="utf-8")
+    mine = "model: {name: mine/base, revision: abc}\n"
+    assert used(adapter, mine).model.name == "some/base" and used(adapter, mine).model.revision is None
+    assert used(adapter, mine, [tmp_path / "silent.yaml"]).model.name == "some/base"
+    assert used(adapter, mine, [tmp_path / "given.yaml"]).model.name == "given/base"
+    assert used(adapter, mine, model__name="flag/base").model.name == "flag/base"
+    for recorded, expected in ((str(local), str(local)), ("/not/here", "mine/base")):
+        described = {"base_model_name_or_path": recorded, "target_modules": ["q_proj"], "peft_type": "LORA", "r": 4}
+        (adapter / "adapter_config.json").write_text(json.dumps(described), encoding="utf-8")
+        assert used(adapter, mine).model.name == expected
+    for inside in ("https://a.com/base", str(adapter)):
+        described = {"base_model_name_or_path": inside, "target_modules": ["q_proj"], "peft_type": "LORA", "r": 4}
+        (adapter / "adapter_config.json").write_text(json.dumps(described), encoding="utf-8")
+        with pytest.raises(ConfigError, match="^model.name: .*give"):
+            used(adapter, mine)
+
+
 def test_consent_comes_from_the_user(tmp_path):
     trust = {"model.trust_remote_code": True}
     adapter = folder_of(tmp_path / "adapter", trust)
@@ -211,7 +234,7 @@ def test_a_base_in_the_adapters_folder_needs_a_flag(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="lies in the adapter's folder"):
         used(adapter, "model: {name: some/base, trust_remote_code: true}\n")
     monkeypatch.chdir(tmp_path)
-    assert used(adapter, "model: {name: some/base}\n").model.name == "some/base"
+    assert used(adapter, "model: {name: some/base}\n").model.name == "base"  # as adapter_config.json says, from the hub
 
 
 def test_a_flag_is_not_looked_up_in_the_adapters_folder(tmp_path):
