@@ -181,11 +181,23 @@ def test_an_adapter_without_a_configuration_takes_the_base_that_it_names(tmp_pat
     assert used(adapter, mine, [tmp_path / "given.yaml"]).model.name == "given/base"
     assert used(adapter, mine, model__name="flag/base").model.name == "flag/base"
     for recorded, expected in ((str(local), str(local)), ("/not/here", "mine/base")):
-        described = {"base_model_name_or_path": recorded, "target_modules": ["q_proj"], "peft_type": "LORA", "r": 4}
+        described = {
+            "base_model_name_or_path": recorded,
+            "target_modules": ["q_proj"],
+            "peft_type": "LORA",
+            "r": 4,
+            "lora_alpha": 8,
+        }
         (adapter / "adapter_config.json").write_text(json.dumps(described), encoding="utf-8")
         assert used(adapter, mine).model.name == expected
     for inside in ("https://a.com/base", str(adapter)):
-        described = {"base_model_name_or_path": inside, "target_modules": ["q_proj"], "peft_type": "LORA", "r": 4}
+        described = {
+            "base_model_name_or_path": inside,
+            "target_modules": ["q_proj"],
+            "peft_type": "LORA",
+            "r": 4,
+            "lora_alpha": 8,
+        }
         (adapter / "adapter_config.json").write_text(json.dumps(described), encoding="utf-8")
         with pytest.raises(ConfigError, match="^model.name: .*give"):
             used(adapter, mine)
