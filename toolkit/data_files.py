@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict
 
-from config import DATA_FILES, ConfigError, DataConfig, counted, data_suffix, missing_data
+from config import DATA_FILES, ConfigError, Source, counted, data_suffix, missing_data
 from quantization_utils import asking_hub, cache_problem, hub_problem
 from toolkit.chat_rows import CHATS, JSON_CELL, recognise
 from toolkit.encodings import not_utf8
@@ -143,7 +143,7 @@ def split_named(path: Path) -> str:
     return ""
 
 
-def chosen_files(splits: dict[str, list[str]], data: DataConfig) -> tuple[dict[str, list[str]], dict[str, str]]:
+def chosen_files(splits: dict[str, list[str]], data: Source) -> tuple[dict[str, list[str]], dict[str, str]]:
     """Return the files of train and perhaps validation, and for each other file why it is not used.
 
     Files whose name tells no split are for training. A single split is for training whatever its name is.
@@ -366,7 +366,7 @@ def unreadable(error: Exception, dataset: str, local: bool) -> ConfigError:
     return ConfigError(f"data.dataset: cannot read {dataset}: {kind}: {lines[0][:300] if lines else kind}")
 
 
-def load_rows(data: DataConfig) -> Rows:
+def load_rows(data: Source) -> Rows:
     """Return the rows of the splits that `data` names, from the hub or from local files.
 
     If the validation split does not exist, only the training split is returned. Raises ConfigError.
@@ -395,7 +395,7 @@ def _without_views(kind: Any) -> Any:
     return datasets.Value("string") if kind == datasets.Value("string_view") else kind
 
 
-def hub_rows(data: DataConfig) -> Rows:
+def hub_rows(data: Source) -> Rows:
     """Return the rows of a data set of the hub."""
     with asking_hub(data.dataset):
         loaded = datasets.load_dataset(data.dataset, data.dataset_config)
@@ -415,7 +415,7 @@ def hub_rows(data: DataConfig) -> Rows:
     return rows
 
 
-def local_rows(kind: str, splits: dict[str, list[str]], data: DataConfig) -> Rows:
+def local_rows(kind: str, splits: dict[str, list[str]], data: Source) -> Rows:
     """Return the rows of local files, with a line on each file of a folder that has more than one."""
     chosen, unused = chosen_files(splits, data)
     names = [*itertools.chain(*chosen.values())]
@@ -467,7 +467,7 @@ def saved_rows(folders: list[str]) -> Dataset:
     return datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
 
 
-def columns_of_all(found: dict[str, Contents], data: DataConfig) -> dict[str, bool]:
+def columns_of_all(found: dict[str, Contents], data: Source) -> dict[str, bool]:
     """Return the columns of all files; raise ConfigError if a file has none of a column that is read in the others."""
     columns: dict[str, bool] = {}
     for contents in found.values():

@@ -14,7 +14,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from datasets import Dataset, DatasetDict
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from config import ConfigError, DataConfig, counted
+from config import OF_A_SOURCE, ConfigError, DataConfig, Source, counted
 from fast_path.loss import IGNORED
 from toolkit import chat_rows
 from toolkit.chat_rows import BESIDE, JSON_CELL, KEYS, THOUGHTS, Chat, Message, recognise, to_chat, value_of
@@ -227,6 +227,23 @@ def naming_row(index: int) -> Iterator[None]:
         raise ConfigError(f"data.dataset: row {index + 1}: {error}") from None
 
 
+@contextlib.contextmanager
+def naming_source(data: DataConfig) -> Iterator[None]:
+    """Have errors about one of several sources name it: data.dataset[1].text_column instead of data.text_column."""
+    try:
+        yield
+    except ConfigError as error:
+        name = data.name if isinstance(data, Source) else "data.dataset"
+        problems = []
+        for problem in error.problems if name != "data.dataset" else ():
+            setting, colon, rest = problem.partition(":")
+            own = setting.removeprefix("data.") in OF_A_SOURCE
+            about = f"{name}.{setting.removeprefix('data.')}" if own else f"{name}: {setting}"
+            about = name if setting == "data.dataset" else about if setting.startswith("data.") else setting
+            problems.append(about + colon + rest)
+        raise ConfigError(*(problems or error.problems)) from None
+
+
 def render_rows(
     template: Template,
     rows: list[dict[str, Any]],
@@ -359,21 +376,26 @@ def thoughts_counted(split: Dataset, columns: tuple[str, ...], read: list[str]) 
     return counts[0], counts[1]
 
 
-def template_of(rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> tuple[Template, list[str]]:
+def template_of(
+    loaded: Sequence[tuple[DatasetDict, DataConfig]], tokenizer: PreTrainedTokenizerBase, options: dict[str, Any] | None
+) -> tuple[Template, list[str]]:
     """Return the template with its options, and lines for the log.
 
     Where no learned turn holds a thought, a template that knows enable_thinking is told not to think, so that a prompt
-    ends at inference as it does before what is learned.
+    ends at inference as it does before what is learned. loaded: the rows of each source. options: data.template_options.
     """
-    template = Template(tokenizer, dict(data.template_options or {}))
+    template = Template(tokenizer, dict(options or {}))
     notes: list[str] = []
-    form, columns = recognise(rows["train"].column_names, data)
-    if form == "text" or not template.thinks:
-        return template, notes
-    thinking, plain = thoughts_counted(rows["train"], columns, columns_read(rows["train"], form, columns))
+    thinking = plain = 0
+    for rows, data in loaded if template.thinks else ():
+        with naming_source(data):
+            form, columns = recognise(rows["train"].column_names, data)
+            if form != "text":
+                found = thoughts_counted(rows["train"], columns, columns_read(rows["train"], form, columns))
+                thinking, plain = thinking + found[0], plain + found[1]
     if thinking and plain:
         notes.append(f"{counted(thinking, 'answer')} with a thought, {plain:,} without: the model learns both")
-    elif not thinking and "enable_thinking" in template.source and "enable_thinking" not in template.options:
+    elif plain and "enable_thinking" in template.source and "enable_thinking" not in template.options:
         template = dataclasses.replace(template, options=template.options | {"enable_thinking": False})
         notes.append("no answer holds a thought: data.template_options gets enable_thinking: false")
     return template, notes
@@ -428,19 +450,22 @@ def _mapped(split: Dataset, encode: Callable[..., Any], key: str, what: str, dat
     return made.with_format(None)
 
 
-def tokenize_rows(rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> Tokenized:
+def tokenize_rows(
+    rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, data: DataConfig, template: Template | None = None
+) -> Tokenized:
     """Return the rows with input_ids and their numbers in the split; nothing is cut.
 
     No special tokens are added to a text. Chats and pairs go through the chat template and get labels too, which are
     IGNORED where a token is not supervised. Rows tokenised before come from datasets' cache, whose key contains the
     rows, the tokenizer, the template, the settings and the source of the files that read rows.
+    template: the one that was chosen by looking at the rows of all sources; None: by these rows alone.
     """
     out, identity = Tokenized(), tokenizer
     if tokenizer.is_fast:
         tokenizer.backend_tokenizer.no_truncation()  # an earlier call may have switched it on
         tokenizer.backend_tokenizer.no_padding()
         identity = tokenizer.backend_tokenizer.to_str()
-    template, notes = template_of(rows, tokenizer, data)
+    template, notes = (template, []) if template else template_of([(rows, data)], tokenizer, data.template_options)
     sources = [Path(file).read_bytes() for file in (__file__, chat_rows.__file__)]
     for name, split in rows.items():
         form, columns = recognise(split.column_names, data)
