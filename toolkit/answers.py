@@ -50,8 +50,8 @@ def answerable(blocks: Blocks, say: Callable[[str], None]) -> list[SampleBlocks]
 
 def in_turn(parts: list[SampleBlocks]) -> Iterator[tuple[list[int], list[int], str]]:
     """Yield the tokens of a prompt and of its answer, and the name of its data set, from each of `parts` in turn."""
-    each = (((prompt, answer, part.dataset) for prompt, answer in samples(part)) for part in parts)
-    yield from filter(None, itertools.chain.from_iterable(itertools.zip_longest(*each)))
+    for pairs in itertools.zip_longest(*map(samples, parts)):
+        yield from ((*pair, part.dataset) for pair, part in zip(pairs, parts, strict=True) if pair)
 
 
 def samples(blocks: SampleBlocks) -> Iterator[tuple[list[int], list[int]]]:

@@ -169,9 +169,7 @@ def make_blocks(
             found.append(data_blocks.make_blocks(rows, tokenizer, source, seed, close))
         lines += source_lines(name, rows, source, **found[-1])
     return {
-        split: mixed(
-            [blocks[split] for blocks in found], source_names(sources), data, lines if split == "train" else ()
-        )
+        split: mixed([blocks[split] for blocks in found], sources, lines if split == "train" else ())
         for split in ("train", "validation")
     }
 
