@@ -93,6 +93,20 @@ class Template:
         """Whether the template may write or remove thoughts, depending on where a turn stands."""
         return "think" in self.source
 
+    @functools.cached_property
+    def writes_before(self) -> bool:
+        """Whether the template writes something between the prompt at inference and an answer, such as a recipient.
+
+        The model has to write it itself at inference, so it is learned.
+        """
+        chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": MARKS[0]}]
+        try:
+            prompt, written = self.render([(chat[:1], {"add_generation_prompt": True}), (chat, {})])
+        except ConfigError:  # it may want more than this, such as a system prompt
+            return False
+        before = written.split(MARKS[0])[0]
+        return before.startswith(prompt) and bool(before[len(prompt) :].strip())
+
     def render(self, chats: list[tuple[list[Message], dict[str, Any]]]) -> Iterator[str]:
         """Yield chats as the template writes them, each with options of its own: tools, add_generation_prompt."""
         messages, each = [chat for chat, _ in chats], [self.options | own for _, own in chats]
@@ -140,9 +154,8 @@ def render(template: Template, chats: list[Chat], answers_only: bool = True) -> 
     must equal the first one. Otherwise, and for thoughts and tool calls, what the template writes at each turn counts.
     answers_only: False finds no spans, since all tokens are learned.
     """
-    by_marks = [
-        answers_only and not template.thinks and not any(_written_apart(c) for c in chat.messages) for chat in chats
-    ]
+    simple = answers_only and not template.thinks and not template.writes_before
+    by_marks = [simple and not any(_written_apart(c) for c in chat.messages) for chat in chats]
     asked = []
     for chat, by_mark in zip(chats, by_marks, strict=True):
         own = {"tools": chat.tools} if chat.tools else {}
@@ -208,7 +221,10 @@ def check_written(message: Message, written: str, number: int) -> None:
     content = message["content"]
     thoughts = [thought.strip() for thought in (*THINK.findall(content), message.get("reasoning_content", ""))]
     if not all(thought in written for thought in thoughts):
-        raise ValueError(f"turn {number}: the chat template leaves out the thought before the answer")
+        raise ValueError(
+            f"turn {number}: the chat template leaves out the thought before the answer; an option in "
+            "data.template_options may keep it, or else write each chat as one text, in a column text"
+        )
     if not all(part.strip() in written for part in THINK.split(content)[::2]):
         raise ValueError(REWRITES)
     for call in message.get("tool_calls", ()):
@@ -421,22 +437,25 @@ def unused_lines(rows: DatasetDict, template: Template, form: str, columns: tupl
         yield f"{', '.join(thoughts)} stands as <think>…</think> before the answer: the chat template has no place for it"
 
 
-def unwritten_lines(template: Template, chat: Chat, written: str) -> Iterator[str]:
+def unwritten_lines(template: Template, chat: Chat, samples: list[Sample]) -> Iterator[str]:
     """Yield lines that tell what a chat has and the template does not write, or writes unlike the prompt at inference.
 
-    written: the chat up to its last learned turn or further, as the template writes it.
+    samples: what `render` made of the chat.
     """
     own = {"tools": chat.tools} if chat.tools else {}
-    if own and [*template.render([(chat.messages, {})])] == [*template.render([(chat.messages, own)])]:
-        yield "warning: the chat template does not write tools: column tools is not used"
-    turns = [number for number, learns in enumerate(chat.learned) if learns and number]
-    if turns:
-        (prompt,) = template.render([(chat.messages[: turns[-1]], own | {"add_generation_prompt": True})])
-        if not written.startswith(prompt):
+    with contextlib.suppress(ConfigError):  # a template that fails without tools does write them
+        if own and [*template.render([(chat.messages, {})])] == [*template.render([(chat.messages, own)])]:
+            yield "warning: the chat template does not write tools: column tools is not used"
+    turns = [number for number, learns in enumerate(chat.learned) if learns]
+    spans = [(sample.text, start) for sample in samples for start, _ in sample.spans]
+    for number, (text, start) in zip(turns, spans, strict=True) if turns[:1] != [0] else ():
+        (prompt,) = template.render([(chat.messages[:number], own | {"add_generation_prompt": True})])
+        if not text.startswith(prompt) or text[len(prompt) : start].strip():
             yield (
                 f"warning: at inference the prompt ends with {prompt[-40:]!r}, which does not stand before the answers "
                 "that are learned; data.template_options may change it"
             )
+            return
 
 
 def _mapped(split: Dataset, encode: Callable[..., Any], key: str, what: str, data: DataConfig) -> Dataset:
@@ -484,7 +503,7 @@ def tokenize_rows(
             # seen even if all rows come from the cache
             [(chat, samples)] = render_rows(template, [split.select_columns(read)[0]], columns, [0])
             out.source += f", which {CHANGES}" if changes_words(chat.messages, samples[-1].text) else ""
-            notes += unwritten_lines(template, chat, samples[-1].text) if name == "train" else ()
+            notes += unwritten_lines(template, chat, samples) if name == "train" else ()
         out[name] = _mapped(split, encode, key, f"tokenise {name}", data)
     form, columns = recognise(rows["train"].column_names, data)
     out.notes = (*getattr(rows, "notes", ()), *unused_lines(rows, template, form, columns), *notes)
