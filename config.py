@@ -126,10 +126,13 @@ class LoraSettings(Section):
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig(Section):
-    dataset: str = knob(
+    dataset: str | tuple[Any, ...] = knob(
         "Salesforce/wikitext",
-        "hub id, or a local .txt, .csv, .tsv, .json, .jsonl or .parquet file, or a folder of them",
+        "hub id, or a local .txt, .csv, .tsv, .json, .jsonl or .parquet file, or a folder of them; several sources are "
+        "a list",
         path=True,
+        sources=True,
+        example="[a.jsonl, {dataset: b.txt, share: 0.5}]",
     )
     dataset_config: str | None = knob(
         "wikitext-2-raw-v1",
@@ -169,6 +172,28 @@ class DataConfig(Section):
     template_options: dict | None = knob(
         None, "options of the chat template, in training and at inference; null: as the template has them"
     )
+
+
+# What each source in a list may have of its own; what it lacks is as data.* has it.
+OF_A_SOURCE = ("dataset", "dataset_config", "text_column", "format", "share")
+
+
+@dataclasses.dataclass(frozen=True)
+class Source(DataConfig):
+    """One source of the data, with the settings that count for it. name: what errors call it, data.dataset[1]."""
+
+    share: float = knob(1.0, "part of the rows that is drawn, by the seed and once for all epochs", above=0, at_most=1)
+    name: str = "data.dataset"
+    if typing.TYPE_CHECKING:
+        dataset: str  # no list
+
+
+def sources_of(data: DataConfig) -> list[Source]:
+    """Return the sources of the data; data.dataset that is no list is the only one."""
+    if isinstance(data.dataset, str):
+        return [data if isinstance(data, Source) else Source(**vars(data))]
+    items = [item if isinstance(item, dict) else {"dataset": item} for item in data.dataset]
+    return [Source(**(vars(data) | item | {"name": f"data.dataset[{i}]"})) for i, item in enumerate(items)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -338,6 +363,11 @@ class Leaf:
         return types.NoneType in self.kinds
 
     @property
+    def takes_sources(self) -> bool:
+        """Whether the value may be a list of sources, which is data.dataset's alone."""
+        return tuple in self.kinds and "sources" in self.field.metadata
+
+    @property
     def example(self) -> str:
         """Return how a list is written in YAML; a shell needs quotes around it."""
         return self.field.metadata.get("example", "[a, b]")
@@ -352,7 +382,7 @@ class Leaf:
             bounds = [f"{sign} {limits[key]}" for key, (sign, _) in BOUNDS.items() if key in limits]
             words.append(" ".join(["an integer" if int in self.kinds else "a number", " and ".join(bounds)]).strip())
         if tuple in self.kinds:
-            words.append(f"a list of names such as {self.example}")
+            words.append(f"a list {'' if self.takes_sources else 'of names '}such as {self.example}")
         if dict in self.kinds:
             words.append(f"at most {MOST_OPTIONS} names and values such as {{enable_thinking: false}}")
         if "choices" in limits:
@@ -364,11 +394,11 @@ class Leaf:
         return ", or ".join(words)
 
 
-def leaves() -> Iterator[Leaf]:
+def leaves(sections: dict[str, Any] = SECTIONS) -> Iterator[Leaf]:
     """Yield every setting of the schema, in the order of config.yaml."""
-    for section, cls in SECTIONS.items():
+    for section, cls in sections.items():
         hints = typing.get_type_hints(cls)
-        for field in dataclasses.fields(cls):
+        for field in (field for field in dataclasses.fields(cls) if field.metadata):
             hint = hints[field.name]
             members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
             yield Leaf(section, field.name, tuple(typing.get_origin(member) or member for member in members), field)
@@ -444,12 +474,42 @@ def coerce(leaf: Leaf, value: Any) -> Any:
 
     A ConfigError names the setting, which values are allowed and which value was given.
     """
+    if isinstance(value, (list, tuple)) and value and leaf.takes_sources:
+        return _coerce_sources(leaf, value)
     try:
         return _convert(leaf, value)
     except (ValueError, OverflowError):
         text = isinstance(value, str) and str in leaf.kinds and "choices" not in leaf.field.metadata
         more = " without control characters" if text and value.strip() else ""
         raise ConfigError(f"{leaf.name}: expected {leaf.expected}{more}, got {brief(value)}") from None
+
+
+def _coerce_sources(leaf: Leaf, items: Sequence[Any]) -> tuple[Any, ...]:
+    """Return the sources in a list: texts, and mappings with the settings that a source has of its own.
+
+    Raises a ConfigError that names each source by its place in the list, from 0.
+    """
+    known = {part.key: part for part in leaves({"data": Source}) if part.key in OF_A_SOURCE}
+    problems: list[str] = []
+    found: list[Any] = []
+    for i, item in enumerate(items):
+        source, own = f"{leaf.name}[{i}]", {}
+        for key, value in item.items() if isinstance(item, dict) else [("dataset", item)]:
+            if key not in known:
+                problems.append(f"{source}.{_word(key)}: unknown key{_nearest(key, OF_A_SOURCE)}")
+                continue
+            section, word = (source, key) if isinstance(item, dict) else source.split(".")
+            kinds = tuple(kind for kind in known[key].kinds if kind is not tuple)  # no list within the list
+            with _collecting(problems):
+                own[key] = coerce(Leaf(section, word, kinds, known[key].field), value)
+        if "dataset" not in (item if isinstance(item, dict) else known):
+            problems.append(f"{source}.dataset: expected a path or a hub id, got none")
+        if own.get("share") == 1:
+            del own["share"]
+        found.append(own["dataset"] if own.keys() == {"dataset"} else own)
+    if problems:
+        raise ConfigError(*problems)
+    return tuple(found)
 
 
 def brief(value: Any) -> str:
@@ -546,7 +606,8 @@ def _is_text(value: str, long: bool = False) -> bool:
 
 def coerce_flag(leaf: Leaf, text: str) -> Any:
     """Read a flag's text as YAML would, but keep the value of a text setting: `--output_dir 2024` names a folder."""
-    if leaf.kinds in ((str,), (str, types.NoneType)) and leaf.field.metadata.get("choices") != SWITCH:
+    verbatim = leaf.kinds in ((str,), (str, types.NoneType)) and leaf.field.metadata.get("choices") != SWITCH
+    if verbatim or (leaf.takes_sources and not (text.startswith("[") and text.endswith("]"))):
         return coerce(leaf, None if leaf.optional and text in ("null", "~") else text)
     try:
         value = yaml.load(text, _Loader)  # a SafeLoader
@@ -555,7 +616,8 @@ def coerce_flag(leaf: Leaf, text: str) -> Any:
     try:
         return coerce(leaf, _plain_names(leaf, value))
     except ConfigError as error:
-        raise ConfigError(f"{error}{_list_hint(leaf)}") from None
+        *others, last = error.problems
+        raise ConfigError(*others, f"{last}{_list_hint(leaf)}") from None
 
 
 def _plain_names(leaf: Leaf, value: Any) -> Any:
@@ -574,6 +636,8 @@ def _list_hint(leaf: Leaf) -> str:
     """Return how to write a list in a shell, for the error about a flag that is a list."""
     if tuple not in leaf.kinds:
         return ""
+    if leaf.takes_sources:
+        return f"; as a flag: --{leaf.key} '{leaf.example}' or --{leaf.key} a.jsonl b.txt"
     return f"; as a flag: --{leaf.key} '{leaf.example}' or --{leaf.key} {leaf.example[1:-1].replace(' ', '')}"
 
 
@@ -736,11 +800,15 @@ def _contradictions(config: Config) -> Iterator[str]:
 def _locate(leaf: Leaf, value: Any, files: Sequence[Path]) -> Any:
     """Return the absolute path of a local file or folder; return any other value, such as a hub id, unchanged.
 
-    It is looked up in the current folder, then in the folders of the config files. An address is not looked up, since
-    that alone would connect to another machine.
+    It is looked up in the current folder, then in the folders of the config files; of several sources each is. An
+    address is not looked up, since that alone would connect to another machine.
     """
     if "home" in leaf.field.metadata:
         return os.path.expanduser(value)
+    if isinstance(value, tuple) and leaf.takes_sources:
+        return tuple(_locate(leaf, item, files) for item in value)
+    if isinstance(value, dict) and leaf.takes_sources:
+        return value | {"dataset": _locate(leaf, value["dataset"], files)}
     words = (None, *leaf.field.metadata.get("words", ()))
     if not leaf.field.metadata["path"] or value in words or is_address(value):
         return value
@@ -823,13 +891,23 @@ def is_address(name: Any) -> bool:
     return isinstance(name, str) and ("://" in name or name.startswith(("//", "\\\\")))
 
 
-def missing_data(dataset: str) -> list[str]:
-    """Return a list with one message if data.dataset names a local file or folder that does not exist, else [].
+def missing_data(dataset: str, name: str = "data.dataset") -> list[str]:
+    """Return a list with one message if `dataset` is the path of a local file or folder that does not exist, else [].
 
     An address such as s3://... is not checked: a user's own prepare_dataset may read it.
     """
     local = (not is_hub_id(dataset) and "://" not in dataset) or dataset.lower().endswith(tuple(DATA_FILES))
-    return [f"data.dataset: no such file or folder: {dataset}"] if local and not os.path.exists(dataset) else []
+    if not local or os.path.exists(dataset):
+        return []
+    parts = [part.strip() for part in dataset.split(",")]
+    several = len(parts) > 1 and not any(missing_data(part) for part in parts)
+    hint = f'; several sources: --dataset "[{", ".join(parts)}]"' if several else ""
+    return [f"{name}: no such file or folder: {dataset}{hint}"]
+
+
+def missing_sources(data: DataConfig) -> list[str]:
+    """Return a message for each source that names a local file or folder which does not exist."""
+    return [problem for source in sources_of(data) for problem in missing_data(source.dataset, source.name)]
 
 
 def flatten(config: Config) -> dict[str, Any]:
@@ -930,6 +1008,7 @@ def build_parser(
             dest=leaf.name,
             default=argparse.SUPPRESS,
             metavar="VALUE",
+            nargs="+" if leaf.takes_sources else None,
             help=text.replace("%", "%%"),
         )
     return parser
@@ -957,8 +1036,8 @@ def _unknown(flag: str, known: Sequence[str]) -> str:
 
 def parse_arguments(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None
-) -> tuple[argparse.Namespace, dict[str, str]]:
-    """Return the script's own options and the settings given as flags, {name: text}.
+) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """Return the script's own options and the settings given as flags, {name: text, or several texts}.
 
     The ConfigError about an unknown flag names the flag that is most like it.
     """
@@ -970,8 +1049,8 @@ def parse_arguments(
         problems = [f"unexpected argument{'s' if len(unknown) > 1 else ''}: {' '.join(map(_word, unknown))}"]
     if problems:
         raise ConfigError(*problems)
-    overrides = {name: value for name, value in vars(namespace).items() if name in LEAVES}
-    return namespace, overrides
+    given = ((name, value) for name, value in vars(namespace).items() if name in LEAVES)
+    return namespace, {k: v[0] if isinstance(v, list) and len(v) == 1 else v for k, v in given}
 
 
 def counted(number: int, noun: str, plural: str | None = None) -> str:

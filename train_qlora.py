@@ -26,8 +26,8 @@ from config import (
     build_parser,
     counted,
     load_config,
-    missing_data,
     missing_model,
+    missing_sources,
     parse_arguments,
 )
 from toolkit.earlier_run import config_with_adapter, refuse_other_run
@@ -62,12 +62,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     if problems := unusable(vars(options)):
         raise ConfigError(*problems)
     options.notes = []
-    for name, owner in (
-        ("adapter", "evaluate"),
-        ("stride", "evaluate"),
-        ("generate", "evaluate"),
-        ("output", "compare"),
-    ):
+    owners = {"adapter": "evaluate", "stride": "evaluate", "generate": "evaluate", "output": "compare"}
+    for name, owner in owners.items():
         if getattr(options, name) is not None and not getattr(options, owner):
             hint = "; to go on from an adapter, use --init_adapter" if name == "adapter" else ""
             raise ConfigError(f"--{name}: goes with --{owner}{hint}")
@@ -91,7 +87,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
         raise ConfigError(f"--stride: expected 1 to data.max_length ({config.data.max_length}), got {options.stride}")
     if options.generate is not None and options.generate < 1:
         raise ConfigError(f"--generate: expected a number of prompts >= 1, got {options.generate}")
-    problems = [] if options.plan else missing_data(config.data.dataset)
+    problems = [] if options.plan else missing_sources(config.data)
     problems += missing_model(config.model.name, MODEL_PARTS[:1] if options.plan else MODEL_PARTS)
     if not (options.plan or options.evaluate) and os.path.isfile(config.training.output_dir):
         problems.append(f"training.output_dir: expected a folder, got the file {config.training.output_dir}")
@@ -137,14 +133,15 @@ from fast_path.loss import CausalLMLoss, compiled_chunk_loss, default_logit_chun
 from fast_path.micro_step import Learner, be_deterministic
 from fast_path.optimizers import create_optimizer
 from quantization_utils import compute_dtype_of, create_lora_config, load_base, prepare_model_for_training
-from toolkit import checkpoints, data_blocks, data_formats, earlier_run, evaluation, machine, memory, memory_plan
+from toolkit import checkpoints, data_formats, data_sources, earlier_run, evaluation, machine, memory, memory_plan
 from toolkit.adapters import start_from_adapter
 from toolkit.chat_templates import CHILD, adopt_template
 from toolkit.compare import compare_runs
 from toolkit.curves import call_plot, plot_training_curves, rates_of
-from toolkit.data_blocks import Blocks, batches, make_blocks, sample_counts, step_windows
-from toolkit.data_files import load_rows, quiet_datasets
-from toolkit.evaluation import mean_loss
+from toolkit.data_blocks import Blocks, batches, sample_counts, step_windows
+from toolkit.data_files import quiet_datasets
+from toolkit.data_sources import SourceRows, make_blocks, read_sources
+from toolkit.evaluation import mean_loss, of_each
 from toolkit.memory import peak_gib
 from toolkit.memory_plan import MemoryPlan
 from toolkit.resume import Found, check_resumable, check_tensors, find_checkpoint, fingerprint, restore_schedule
@@ -362,8 +359,8 @@ def build_run(config: Config, accelerator: Accelerator, log: checkpoints.Log, fo
     say(memory.memory_line(device))
     for line in quantization_utils.base_lines(config, model):
         say(line)
-    if isinstance(blocks["train"], data_blocks.SampleBlocks):
-        for line in data_formats.untrained_chat_tokens(model, tokenizer, blocks["train"][0]):
+    if (samples := data_sources.first_samples(blocks["train"])) is not None:
+        for line in data_formats.untrained_chat_tokens(model, tokenizer, samples):
             say(line)
     plan = plan or memory_plan.unplanned(config, sequences, len(families.decoder_layers(model)))
     learner = build_learner(config, model, plan, say, sample_counts(*blocks.values())[:per_step])
@@ -399,13 +396,14 @@ def sequences_per_step(training: TrainingConfig, processes: int) -> int:
     return count
 
 
-def prepare_dataset(config: Config, tokenizer: PreTrainedTokenizerBase) -> DatasetDict:
+def prepare_dataset(config: Config, tokenizer: PreTrainedTokenizerBase) -> DatasetDict | SourceRows:
     """Return the tokenised rows: a DatasetDict with the split train, perhaps validation, and a column input_ids.
 
     You may write your own function here: packing and holding out a part come after it, and `load_dataset` is imported.
     Each row is a document; with a column labels it is a sample, and tokens labelled -100 are read but not learned.
+    If data.dataset is a list, there is such a DatasetDict for each source.
     """
-    return data_formats.tokenize_rows(load_rows(config.data), tokenizer, config.data)
+    return read_sources(config.data, tokenizer)
 
 
 def build_learner(
@@ -641,7 +639,7 @@ def training_step(run: Run, step: int, numbers: np.ndarray, stop: bool) -> StepR
         raise NumbersWentWrong(
             f"step {step + 1}: loss {learner.objective.mean(total, tokens)}, gradient norm {grad_norm} (compute type "
             f"{learner.objective.dtype}): try a lower learning_rate, or look at its blocks: "
-            + data_blocks.show_blocks(run.blocks["train"], numbers, run.tokenizer, run.config.data)
+            + data_sources.show_blocks(run.blocks["train"], numbers, run.tokenizer, run.config.data)
         )
     scaler.update()
     run.scheduler.step()
@@ -704,7 +702,9 @@ def evaluate_and_keep_best(run: Run) -> None:
     base = {"base_loss": mean_loss(run.held_out["base"])} if progress.step == 0 and "start" in run.held_out else {}
     run.note({"step": progress.step, "eval_loss": loss, "perplexity": perplexity(loss)} | base)
     progress.worse += 1
-    line = f"step {progress.step}: validation loss {loss:.4f} | perplexity {perplexity(loss):.2f}"
+    line = (
+        f"step {progress.step}: validation loss {loss:.4f}{of_each(blocks, sums)} | perplexity {perplexity(loss):.2f}"
+    )
     if progress.best_loss is None or loss < progress.best_loss:
         progress.best_loss, progress.best_step, progress.worse = loss, progress.step, 0
         run.best_adapter, run.held_out["adapter"] = checkpoints.adapter_tensors(run.model), sums

@@ -1,6 +1,7 @@
 """Answers of base and adapter to held-out prompts, beside the reference: what --evaluate --generate writes and counts."""
 
 import contextlib
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from toolkit.adapters import load_adapter
 from toolkit.chat_templates import adopt_template
 from toolkit.checkpoints import write_atomically
 from toolkit.data_blocks import Blocks, SampleBlocks
+from toolkit.data_sources import samples_of
 from toolkit.generation import Generator, by_length
 from toolkit.locks import exclusive, lock_of
 from toolkit.turn_ends import adapter_ends, end_tokens
@@ -31,13 +33,25 @@ CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff"
 # ------------------------------------------------------------------------------------------------ prompts
 
 
-def answerable(blocks: Blocks) -> SampleBlocks:
-    """Return the held-out blocks; raise ConfigError unless they have prompts and answers."""
-    if not isinstance(blocks, SampleBlocks):
+def answerable(blocks: Blocks, say: Callable[[str], None]) -> list[SampleBlocks]:
+    """Return the held-out blocks of each source that has prompts and answers, and name those that have none.
+
+    Raise ConfigError if no source has.
+    """
+    if not (found := samples_of(blocks)):
         raise ConfigError(
             "--generate: expected chats or pairs, whose answers are learned; data.dataset is running text"
         )
-    return blocks
+    for part in blocks.parts:
+        if not isinstance(part, SampleBlocks):
+            say(f"--generate: no prompts from {part.dataset}, which is running text")
+    return found
+
+
+def in_turn(parts: list[SampleBlocks]) -> Iterator[tuple[list[int], list[int], str]]:
+    """Yield the tokens of a prompt and of its answer, and the name of its data set, from each of `parts` in turn."""
+    for pairs in itertools.zip_longest(*map(samples, parts)):
+        yield from ((*pair, part.dataset) for pair, part in zip(pairs, parts, strict=True) if pair)
 
 
 def samples(blocks: SampleBlocks) -> Iterator[tuple[list[int], list[int]]]:
@@ -98,7 +112,7 @@ def score_lines(scores: dict[str, dict[str, float]]) -> list[str]:
 def answer_held_out(
     config: Config,
     adapter: Path | None,
-    blocks: SampleBlocks,
+    parts: list[SampleBlocks],
     count: int,
     device: torch.device,
     say: Callable[[str], None],
@@ -106,14 +120,15 @@ def answer_held_out(
     """Write the greedy answers to `count` held-out prompts into answers.jsonl, and return the scores of each voice.
 
     The file lies in the adapter's folder, or in the current one. The model is loaded anew: for answers its layers are
-    fused in another way than for losses.
+    fused in another way than for losses. parts: the held-out blocks of each source with answers; each gives a prompt in
+    turn, and if there are several, the file names the data set of each prompt.
     """
     model, tokenizer = load_base(config, device)
     adopt_template(tokenizer, adapter)
     ends = end_tokens(model, tokenizer, adapter_ends(adapter, tokenizer))
     base, live = model, load_adapter(model, adapter) if adapter else model
     base.generation_config = GenerationConfig()  # or generate() would add the settings of the model's file
-    pairs = [pair for _, pair in zip(range(count), samples(blocks), strict=False)]
+    pairs = list(itertools.islice(in_turn(parts), count))
     how = GenerationConfig(
         max_new_tokens=config.generation.max_new_tokens,
         do_sample=False,
@@ -126,12 +141,14 @@ def answer_held_out(
     voices |= {"adapter": contextlib.nullcontext} if adapter else {}
     for name, voice in voices.items():
         with voice():
-            made[name] = texts_of(generator, tokenizer, [prompt for prompt, _ in pairs], how, ROWS[device.type])
+            made[name] = texts_of(generator, tokenizer, [prompt for prompt, *_ in pairs], how, ROWS[device.type])
     decode = tokenizer.batch_decode
-    references = decode([answer for _, answer in pairs], skip_special_tokens=True)
-    prompts = decode([prompt for prompt, _ in pairs])
+    references = decode([answer for _, answer, _ in pairs], skip_special_tokens=True)
+    prompts = decode([prompt for prompt, *_ in pairs])
     rows = [
-        {"prompt": prompt, "reference": reference} | {name: texts[i] for name, texts in made.items()}
+        ({"dataset": pairs[i][2]} if len(parts) > 1 else {})
+        | {"prompt": prompt, "reference": reference}
+        | {name: texts[i] for name, texts in made.items()}
         for i, (prompt, reference) in enumerate(zip(prompts, references, strict=True))
     ]
     path = (adapter or Path()) / "answers.jsonl"

@@ -26,12 +26,13 @@ import torch
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
-from config import ConfigError, DataConfig, counted
+from config import ConfigError, DataConfig, Source, counted, sources_of
 from fast_path.loss import IGNORED, CausalLMLoss
 from toolkit.data_files import SAVED, chosen_files, local_files, scan
 from toolkit.data_formats import FUNCTION, HALF, ROW, Tokenized, first_token, whole_characters
 from toolkit.text_width import start_of
 
+DRAW = 1  # beside the seed: rows are drawn in another order than the one in which they are held out
 # Wikitext marks an article by " = Title = " and its sections by " = = Title = = ".
 WIKITEXT_TITLE = r"^ ?= [^=](.*[^=])? = ?\n?$"
 
@@ -39,12 +40,12 @@ WIKITEXT_TITLE = r"^ ?= [^=](.*[^=])? = ?\n?$"
 # ------------------------------------------------------------------------------------------------ documents
 
 
-def is_wikitext(data: DataConfig) -> bool:
+def is_wikitext(data: Source) -> bool:
     """Return whether the name of the data set (not of a folder above it) contains wikitext."""
     return "wikitext" in Path(data.dataset).name.lower()
 
 
-def rows_are_lines(data: DataConfig) -> bool:
+def rows_are_lines(data: Source) -> bool:
     """Return whether the rows are the lines of a running text: data.rows says so, or is auto for Wikitext or a .txt."""
     if data.rows != "auto":
         return data.rows == "lines"
@@ -167,7 +168,7 @@ def _flags(column: pa.ChunkedArray, test: Callable[[pa.Array], pa.Array]) -> np.
     return np.concatenate([test(part).to_numpy(zero_copy_only=False).astype(bool) for part in texts])
 
 
-def drop_empty(dataset: Dataset, data: DataConfig) -> tuple[Dataset, np.ndarray]:
+def drop_empty(dataset: Dataset, data: Source) -> tuple[Dataset, np.ndarray]:
     """Return the rows that have tokens, and for each of them whether a document starts there, bool [rows].
 
     If rows are documents, each row starts one. If rows are lines, a document starts after a blank line, or at a title
@@ -230,6 +231,20 @@ def hold_out(starts: np.ndarray, lengths: np.ndarray, fraction: float, least: in
     return np.isin(document, order[:count]) if count and (fits or total < 2 * least) else None
 
 
+def draw(starts: np.ndarray, counts: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """Return which rows are drawn, bool [rows]: documents chosen by the seed, or a single document's first rows.
+
+    They have as nearly `share` of all counts as whole documents can have. starts: whether a document starts at a row.
+    counts: how much each row counts.
+    """
+    document = np.cumsum(starts) - 1
+    order = np.random.default_rng((seed, DRAW)).permutation(document[-1] + 1)
+    if len(order) == 1:
+        document = order = np.arange(len(starts))
+    reached = np.cumsum(np.bincount(document, counts)[order])
+    return np.isin(document, order[: int(np.argmin(np.abs(reached - share * reached[-1]))) + 1])
+
+
 # ------------------------------------------------------------------------------------------------ blocks
 
 
@@ -258,6 +273,11 @@ class Blocks:
 
     def __len__(self) -> int:
         return len(self.cuts) - 1
+
+    @property
+    def parts(self) -> Sequence["Blocks"]:
+        """The blocks of each source, which are these alone; MixedBlocks has several."""
+        return (self,)
 
     def spans(self, i: int) -> np.ndarray:
         """Return the spans of a block in the stream, int64 [spans, 2]: start and stop."""
@@ -343,41 +363,6 @@ class SampleBlocks(Blocks):
         return self.learned
 
 
-@dataclasses.dataclass(frozen=True)
-class Windows:
-    """Windows over the whole text of `blocks`, as long as a block, each `stride` tokens after the one before.
-
-    Each window predicts only the tokens that no window before it has predicted.
-    """
-
-    blocks: Blocks
-    stride: int
-
-    def __len__(self) -> int:
-        return max(-(-(self.blocks.tokens - self.blocks.length) // self.stride), 0) + 1
-
-    def __getitem__(self, i: int) -> np.ndarray:
-        """Return a window's tokens and labels, int64 [2, tokens]."""
-        cuts, length = self.blocks.cuts, self.blocks.length
-        start = cuts[0] + i * self.stride
-        ids = self.blocks.read(start, min(start + length, cuts[-1]))
-        labels = ids.copy()
-        labels[: length - self.stride if i else 0] = IGNORED
-        return np.stack([ids, labels])
-
-    @property
-    def supervised(self) -> int:
-        """The number of tokens predicted: all but the first of the text, or of each window if they do not overlap."""
-        return self.blocks.tokens - (len(self) if self.stride == self.blocks.length else 1)
-
-
-def windows_of(blocks: Blocks, stride: int) -> Windows:
-    """Return the windows over a part's running text; raise ConfigError for samples, which are not running text."""
-    if isinstance(blocks, SampleBlocks):
-        raise ConfigError(f"--stride: works on running text only, got {blocks.source}")
-    return Windows(blocks, stride)
-
-
 def cut_points(lengths: np.ndarray, length: int, packing: bool) -> np.ndarray:
     """Return where blocks start and end, int64 [blocks + 1]. The last block may be shorter, down to two tokens.
 
@@ -424,13 +409,16 @@ def text_blocks(
 
 
 def make_text_blocks(
-    splits: dict[str, Dataset], marks: tuple[list[int], list[int]], data: DataConfig, seed: int
+    splits: dict[str, Dataset], marks: tuple[list[int], list[int]], data: Source, seed: int
 ) -> dict[str, Blocks]:
     """Return the blocks of rows that are text, without empty rows.
 
     If there is no validation split, whole documents are held out, or the last blocks if documents are too few.
     """
     parts = {name: drop_empty(split, data) for name, split in splits.items()}
+    for name, (dataset, starts) in parts.items() if data.share < 1 else ():
+        rows = draw(starts, np.ones(len(starts)), data.share, seed)
+        parts[name] = dataset.select(np.flatnonzero(rows)), starts[rows]
     tail = False
     if "validation" not in parts and data.validation_fraction > 0:
         dataset, starts = parts["train"]
@@ -557,12 +545,15 @@ def sample_blocks(dataset: Dataset, name: str, rows: np.ndarray, notes: list[str
     )
 
 
-def make_sample_blocks(splits: dict[str, Dataset], data: DataConfig, seed: int) -> dict[str, SampleBlocks]:
+def make_sample_blocks(splits: dict[str, Dataset], data: Source, seed: int) -> dict[str, SampleBlocks]:
     """Return the blocks of rows with labels; each row is a sample.
 
     Rows without a supervised token are left out. If there is no validation split, some rows are held out.
     """
     parts = {name: (split, *learnable_rows(split, name, data)) for name, split in splits.items()}
+    for name, (split, rows, notes) in parts.items() if data.share < 1 else ():
+        first = first_samples(split, rows)
+        parts[name] = split, rows[draw(first, first, data.share, seed)], notes
     if "validation" not in parts and data.validation_fraction > 0:
         split, rows, notes = parts["train"]
         first = first_samples(split, rows)  # all samples of a row are held out, or none
@@ -624,19 +615,20 @@ def make_blocks(
     if not ours:
         data = dataclasses.replace(data, dataset=FUNCTION, rows="lines" if data.rows == "lines" else "documents")
         splits = {name: numbered(split) for name, split in splits.items()}
+    [source] = sources_of(data)
     if (ours and samples_of_ours(splits)) or masks_labels(splits):
         how = (
             ""
             if isinstance(tokenized, Tokenized)
             else ", each row a sample whose labels say which tokens are supervised"
         )
-        blocks: dict[str, Any] = dict(make_sample_blocks(splits, data, seed))
+        blocks: dict[str, Any] = dict(make_sample_blocks(splits, source, seed))
     else:
         marks = (first_token(tokenizer), [document_end(tokenizer)]) if close else ([], [])
-        how = ", each row a line of one running text" if rows_are_lines(data) else ", each row a document"
-        blocks = dict(make_text_blocks(splits, marks, data, seed))
+        how = ", each row a line of one running text" if rows_are_lines(source) else ", each row a document"
+        blocks = dict(make_text_blocks(splits, marks, source, seed))
     read = tokenized if isinstance(tokenized, Tokenized) else Tokenized
-    named: dict[str, Any] = {"dataset": data.dataset, "source": read.source + how, "template": read.template}
+    named: dict[str, Any] = {"dataset": source.dataset, "source": read.source + how, "template": read.template}
     named["template_options"] = read.template_options
     blocks = {name: dataclasses.replace(part, **named) for name, part in blocks.items()}
     blocks["train"] = dataclasses.replace(blocks["train"], notes=(*read.notes, *blocks["train"].notes))
@@ -647,10 +639,15 @@ def make_blocks(
     return {"train": blocks["train"], "validation": blocks.get("validation")}
 
 
-def sample_counts(*parts: Blocks | Windows | None) -> list[int]:
-    """Return how many samples each block of packed samples holds, in descending order; [] if no samples are packed."""
-    packed = [part for part in parts if isinstance(part, SampleBlocks) and part.packed]
-    return sorted((int(count) for part in packed for count in np.bincount(part.cuts[:, 0])), reverse=True)
+def sample_counts(*parts: Any) -> list[int]:
+    """Return how many samples each block of packed samples holds, in descending order; [] if no samples are packed.
+
+    Beside them a block of running text is one sample. parts: Blocks; others, such as None and Windows, count as nothing.
+    """
+    every = [part for whole in parts for part in getattr(whole, "parts", ())]
+    packed = [part for part in every if isinstance(part, SampleBlocks) and part.packed]
+    alone = [1] * sum(len(part) for part in every if not isinstance(part, SampleBlocks)) if packed else []
+    return sorted((int(count) for part in packed for count in np.bincount(part.cuts[:, 0])), reverse=True) + alone
 
 
 def show_block(block: np.ndarray, tokenizer: PreTrainedTokenizerBase, most: int = 80) -> str:
@@ -671,7 +668,7 @@ def show_block(block: np.ndarray, tokenizer: PreTrainedTokenizerBase, most: int 
     return shown
 
 
-def _training_files(data: DataConfig) -> dict[str, int | None]:
+def _training_files(data: Source) -> dict[str, int | None]:
     """Return the files of the training rows, in order, with the number of rows in each; None: all that are left."""
     local = local_files(data.dataset)
     if local is None or local[0] == SAVED:
@@ -686,7 +683,7 @@ def _training_files(data: DataConfig) -> dict[str, int | None]:
     return sizes
 
 
-def places_of(numbers: Iterable[int], blocks: Blocks, data: DataConfig) -> list[str]:
+def places_of(numbers: Iterable[int], blocks: Blocks, data: Source) -> list[str]:
     """Return for each training block the files and rows (from 1) that it is made of; a row of a text file is a line.
 
     If a user's own function made the rows, only their numbers are known and no files.
@@ -705,7 +702,7 @@ def places_of(numbers: Iterable[int], blocks: Blocks, data: DataConfig) -> list[
     return places
 
 
-def show_blocks(blocks: Blocks, numbers: np.ndarray, tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> str:
+def show_blocks(blocks: Blocks, numbers: np.ndarray, tokenizer: PreTrainedTokenizerBase, data: Source) -> str:
     """Return the training blocks of these numbers as text: where each comes from and how it begins."""
     shown = (show_block(blocks[i], tokenizer, 40) for i in numbers)
     try:

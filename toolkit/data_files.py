@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict
 from datasets.table import table_cast
 
-from config import DATA_FILES, ConfigError, DataConfig, counted, data_suffix, missing_data
+from config import DATA_FILES, ConfigError, Source, counted, data_suffix, missing_data
 from quantization_utils import asking_hub, cache_problem, hub_problem
 from toolkit import strict_json
 from toolkit.chat_rows import CHATS, JSON_CELL, recognise
@@ -162,7 +162,7 @@ def split_named(path: Path) -> str:
     return ""
 
 
-def chosen_files(splits: dict[str, list[str]], data: DataConfig) -> tuple[dict[str, list[str]], dict[str, str]]:
+def chosen_files(splits: dict[str, list[str]], data: Source) -> tuple[dict[str, list[str]], dict[str, str]]:
     """Return the files of train and perhaps validation, and for each other file why it is not used.
 
     Files whose name tells no split are for training. A single split is for training whatever its name is.
@@ -512,7 +512,7 @@ def unreadable(error: Exception, dataset: str, local: bool) -> ConfigError:
     return ConfigError(f"data.dataset: cannot read {dataset}: {kind}: {lines[0][:300] if lines else kind}")
 
 
-def load_rows(data: DataConfig) -> Rows:
+def load_rows(data: Source) -> Rows:
     """Return the rows of the splits that `data` names, from the hub or from local files.
 
     If the validation split does not exist, only the training split is returned. Raises ConfigError.
@@ -549,7 +549,7 @@ def plain(split: Dataset) -> Dataset:
     return Dataset(split.data.replace_schema_metadata(None), fingerprint=split._fingerprint)
 
 
-def hub_rows(data: DataConfig) -> Rows:
+def hub_rows(data: Source) -> Rows:
     """Return the rows of a data set of the hub."""
     with asking_hub(data.dataset, "dataset"):
         loaded = datasets.load_dataset(data.dataset, data.dataset_config)
@@ -569,7 +569,7 @@ def hub_rows(data: DataConfig) -> Rows:
     return rows
 
 
-def local_rows(kind: str, splits: dict[str, list[str]], data: DataConfig) -> Rows:
+def local_rows(kind: str, splits: dict[str, list[str]], data: Source) -> Rows:
     """Return the rows of local files, with a line on each file of a folder that has more than one."""
     chosen, unused = chosen_files(splits, data)
     names = [*itertools.chain(*chosen.values())]
@@ -614,7 +614,7 @@ def saved_files(folder: Path) -> list[str]:
     return [str(folder / name) for name in names]
 
 
-def columns_of_all(found: dict[str, Contents], data: DataConfig) -> dict[str, bool]:
+def columns_of_all(found: dict[str, Contents], data: Source) -> dict[str, bool]:
     """Return the columns of all files; raise ConfigError if a file has none of a column that is read in the others."""
     columns: dict[str, bool] = {}
     for contents in found.values():

@@ -14,7 +14,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from datasets.fingerprint import Hasher
 from markupsafe import escape
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from config import ConfigError, DataConfig, counted
+from config import OF_A_SOURCE, ConfigError, DataConfig, Source, counted
 from fast_path.loss import IGNORED
 from toolkit import chat_rows
 from toolkit.chat_rows import BESIDE, JSON_CELL, KEYS, THOUGHTS, Chat, Message, recognise, to_chat, value_of
@@ -94,6 +94,20 @@ class Template:
         """Whether the template may write or remove thoughts, depending on where a turn stands."""
         return "think" in self.source
 
+    @functools.cached_property
+    def writes_before(self) -> bool:
+        """Whether the template writes something between the prompt at inference and an answer, such as a recipient.
+
+        The model has to write it itself at inference, so it is learned.
+        """
+        chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": MARKS[0]}]
+        try:
+            prompt, written = self.render([(chat[:1], {"add_generation_prompt": True}), (chat, {})])
+        except ConfigError:  # it may want more than this, such as a system prompt
+            return False
+        before = written.split(MARKS[0])[0]
+        return before.startswith(prompt) and bool(before[len(prompt) :].strip())
+
     def render(self, chats: list[tuple[list[Message], dict[str, Any]]]) -> Iterator[str]:
         """Yield chats as the template writes them, each with options of its own: tools, add_generation_prompt."""
         messages, each = [chat for chat, _ in chats], [self.options | own for _, own in chats]
@@ -141,9 +155,8 @@ def render(template: Template, chats: list[Chat], answers_only: bool = True) -> 
     must equal the first one. Otherwise, and for thoughts and tool calls, what the template writes at each turn counts.
     answers_only: False finds no spans, since all tokens are learned.
     """
-    by_marks = [
-        answers_only and not template.thinks and not any(_written_apart(c) for c in chat.messages) for chat in chats
-    ]
+    simple = answers_only and not template.thinks and not template.writes_before
+    by_marks = [simple and not any(_written_apart(c) for c in chat.messages) for chat in chats]
     asked = []
     for chat, by_mark in zip(chats, by_marks, strict=True):
         own = {"tools": chat.tools} if chat.tools else {}
@@ -254,7 +267,10 @@ def check_written(message: Message, written: str, number: int) -> None:
     content = message["content"]
     thoughts = [thought.strip() for thought in (*THINK.findall(content), message.get("reasoning_content", ""))]
     if not all(thought in written for thought in thoughts):
-        raise ValueError(f"turn {number}: the chat template leaves out the thought before the answer")
+        raise ValueError(
+            f"turn {number}: the chat template leaves out the thought before the answer; an option in "
+            "data.template_options may keep it, or else write each chat as one text, in a column text"
+        )
     if not all(part.strip() in written for part in THINK.split(content)[::2]):
         raise ValueError(REWRITES)
     for call in message.get("tool_calls", ()):
@@ -274,6 +290,23 @@ def naming_row(index: int) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ConfigError(f"data.dataset: row {index + 1}: {error}") from None
+
+
+@contextlib.contextmanager
+def naming_source(data: DataConfig) -> Iterator[None]:
+    """Have errors about one of several sources name it: data.dataset[1].text_column instead of data.text_column."""
+    try:
+        yield
+    except ConfigError as error:
+        name = data.name if isinstance(data, Source) else "data.dataset"
+        problems = []
+        for problem in error.problems if name != "data.dataset" else ():
+            setting, colon, rest = problem.partition(":")
+            own = setting.removeprefix("data.") in OF_A_SOURCE
+            about = f"{name}.{setting.removeprefix('data.')}" if own else f"{name}: {setting}"
+            about = name if setting == "data.dataset" else about if setting.startswith("data.") else setting
+            problems.append(about + colon + rest)
+        raise ConfigError(*(problems or error.problems)) from None
 
 
 def render_rows(
@@ -408,21 +441,26 @@ def thoughts_counted(split: Dataset, columns: tuple[str, ...], read: list[str]) 
     return counts[0], counts[1]
 
 
-def template_of(rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> tuple[Template, list[str]]:
+def template_of(
+    loaded: Sequence[tuple[DatasetDict, DataConfig]], tokenizer: PreTrainedTokenizerBase, options: dict[str, Any] | None
+) -> tuple[Template, list[str]]:
     """Return the template with its options, and lines for the log.
 
     Where no learned turn holds a thought, a template that knows enable_thinking is told not to think, so that a prompt
-    ends at inference as it does before what is learned.
+    ends at inference as it does before what is learned. loaded: the rows of each source. options: data.template_options.
     """
-    template = Template(tokenizer, dict(data.template_options or {}))
+    template = Template(tokenizer, dict(options or {}))
     notes: list[str] = []
-    form, columns = recognise(rows["train"].column_names, data)
-    if form == "text" or not template.thinks:
-        return template, notes
-    thinking, plain = thoughts_counted(rows["train"], columns, columns_read(rows["train"], form, columns))
+    thinking = plain = 0
+    for rows, data in loaded if template.thinks else ():
+        with naming_source(data):
+            form, columns = recognise(rows["train"].column_names, data)
+            if form != "text":
+                found = thoughts_counted(rows["train"], columns, columns_read(rows["train"], form, columns))
+                thinking, plain = thinking + found[0], plain + found[1]
     if thinking and plain:
         notes.append(f"{counted(thinking, 'answer')} with a thought, {plain:,} without: the model learns both")
-    elif not thinking and "enable_thinking" in template.source and "enable_thinking" not in template.options:
+    elif plain and "enable_thinking" in template.source and "enable_thinking" not in template.options:
         template = dataclasses.replace(template, options=template.options | {"enable_thinking": False})
         notes.append("no answer holds a thought: data.template_options gets enable_thinking: false")
     return template, notes
@@ -448,22 +486,25 @@ def unused_lines(rows: DatasetDict, template: Template, form: str, columns: tupl
         yield f"{', '.join(thoughts)} stands as <think>…</think> before the answer: the chat template has no place for it"
 
 
-def unwritten_lines(template: Template, chat: Chat, written: str) -> Iterator[str]:
+def unwritten_lines(template: Template, chat: Chat, samples: list[Sample]) -> Iterator[str]:
     """Yield lines that tell what a chat has and the template does not write, or writes unlike the prompt at inference.
 
-    written: the chat up to its last learned turn or further, as the template writes it.
+    samples: what `render` made of the chat.
     """
     own = {"tools": chat.tools} if chat.tools else {}
-    if own and [*template.render([(chat.messages, {})])] == [*template.render([(chat.messages, own)])]:
-        yield "warning: the chat template does not write tools: column tools is not used"
-    turns = [number for number, learns in enumerate(chat.learned) if learns and number]
-    if turns:
-        (prompt,) = template.render([(chat.messages[: turns[-1]], own | {"add_generation_prompt": True})])
-        if not written.startswith(prompt):
+    with contextlib.suppress(ConfigError):  # a template that fails without tools does write them
+        if own and [*template.render([(chat.messages, {})])] == [*template.render([(chat.messages, own)])]:
+            yield "warning: the chat template does not write tools: column tools is not used"
+    turns = [number for number, learns in enumerate(chat.learned) if learns]
+    spans = [(sample.text, start) for sample in samples for start, _ in sample.spans]
+    for number, (text, start) in zip(turns, spans, strict=True) if turns[:1] != [0] else ():
+        (prompt,) = template.render([(chat.messages[:number], own | {"add_generation_prompt": True})])
+        if not text.startswith(prompt) or text[len(prompt) : start].strip():
             yield (
                 f"warning: at inference the prompt ends with {prompt[-40:]!r}, which does not stand before the answers "
                 "that are learned; data.template_options may change it"
             )
+            return
 
 
 def _mapped(split: Dataset, encode: Callable[..., Any], key: str, what: str, data: DataConfig) -> Dataset:
@@ -477,19 +518,22 @@ def _mapped(split: Dataset, encode: Callable[..., Any], key: str, what: str, dat
     return made.with_format(None)
 
 
-def tokenize_rows(rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> Tokenized:
+def tokenize_rows(
+    rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, data: DataConfig, template: Template | None = None
+) -> Tokenized:
     """Return the rows with input_ids and their numbers in the split; nothing is cut.
 
     No special tokens are added to a text. Chats and pairs go through the chat template and get labels too, which are
     IGNORED where a token is not supervised. Rows tokenised before come from datasets' cache, whose key contains the
     rows, the tokenizer, the template, the settings and the source of the files that read rows.
+    template: the one that was chosen by looking at the rows of all sources; None: by these rows alone.
     """
     out, identity = Tokenized(), tokenizer
     if tokenizer.is_fast:
         tokenizer.backend_tokenizer.no_truncation()  # an earlier call may have switched it on
         tokenizer.backend_tokenizer.no_padding()
         identity = tokenizer.backend_tokenizer.to_str()
-    template, notes = template_of(rows, tokenizer, data)
+    template, notes = (template, []) if template else template_of([(rows, data)], tokenizer, data.template_options)
     sources = [Path(file).read_bytes() for file in (__file__, chat_rows.__file__)]
     for name, split in rows.items():
         form, columns = recognise(split.column_names, data)
@@ -508,7 +552,7 @@ def tokenize_rows(rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, data: D
             # seen even if all rows come from the cache
             [(chat, samples)] = render_rows(template, [split.select_columns(read)[0]], columns, [0])
             out.source += f", which {CHANGES}" if changes_words(chat.messages, samples[-1].text) else ""
-            notes += unwritten_lines(template, chat, samples[-1].text) if name == "train" else ()
+            notes += unwritten_lines(template, chat, samples) if name == "train" else ()
         out[name] = _mapped(split, encode, key, f"tokenise {name}", data)
     form, columns = recognise(rows["train"].column_names, data)
     out.notes = (*getattr(rows, "notes", ()), *unused_lines(rows, template, form, columns), *notes)

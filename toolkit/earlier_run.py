@@ -32,6 +32,7 @@ from config import (
     load_config,
     read_yaml,
     shown,
+    sources_of,
 )
 from toolkit.adapter_config import read_adapter_config, refuse_large
 from toolkit.regular_files import not_regular
@@ -96,11 +97,20 @@ def is_shallow(value: Any, levels: int = 6) -> bool:
     return levels > 0 and all(is_shallow(v, levels - 1) for v in (value.values() if isinstance(value, dict) else value))
 
 
+def mappings(value: Any, levels: int = 12) -> Any:
+    """Return settings with their mappings, which training_state.json keeps as {"items": pairs}; raise ValueError if deeper."""
+    if levels == 0:
+        raise ValueError("nested too deeply")
+    if isinstance(value, dict):
+        return {key: mappings(part, levels - 1) for key, part in value["items"]}
+    return [mappings(part, levels - 1) for part in value] if isinstance(value, list) else value
+
+
 def read_settings(checkpoint: Path) -> tuple[dict[str, Any], int] | None:
     """Return a checkpoint's settings and its sequences per optimizer step; None if they cannot be read."""
     try:
         state = dict(read_tree(checkpoint)[1]["items"])
-        before, window = dict(state["config"]["items"]), dict(state["shape"]["items"])["window"]
+        before, window = mappings(state["config"]), dict(state["shape"]["items"])["window"]
         sound = type(window) is int and is_shallow(before) and all(isinstance(name, str) for name in before)
         return (before, window) if sound else None
     except (ValueError, KeyError, TypeError):
@@ -129,8 +139,14 @@ def changed_settings(before: dict[str, Any], config: Config, windows: tuple[int,
 def may_have_moved(before: Any, now: Any) -> bool:
     """Return whether two names of a model or a data set may mean the same content, judged by names and file sizes.
 
-    If they may, the content itself is compared after it is loaded.
+    If they may, the content itself is compared after it is loaded. Of several sources each is judged; what they have
+    beside their names must be the same.
     """
+    if isinstance(before, list) and isinstance(now, list):
+        return len(before) == len(now) and all(map(may_have_moved, before, now))
+    if isinstance(before, dict) and isinstance(now, dict):
+        same = before | {"dataset": None} == now | {"dataset": None}
+        return same and may_have_moved(before.get("dataset"), now.get("dataset"))
     if before == now or not (isinstance(before, str) and isinstance(now, str)):
         return before == now
     if is_hub_id(before) and is_hub_id(now):  # the hub renames repositories: wikitext became Salesforce/wikitext
@@ -268,7 +284,7 @@ def read_ends(adapter: Path) -> tuple[Path | None, list[int]]:
 
 
 def config_with_adapter(
-    adapter: Path | None, given: list[Path], beside: Path, overrides: dict[str, str], evaluate: bool = False
+    adapter: Path | None, given: list[Path], beside: Path, overrides: dict[str, Any], evaluate: bool = False
 ) -> tuple[Config, list[str]]:
     """Return the configuration for using an adapter, and a list with a line about edits of `beside` without effect.
 
@@ -395,10 +411,11 @@ def with_data(config: Config, theirs: Config, own: Path, given: list[Path], besi
     if "data.dataset" in config.flags or any("dataset" in (read_yaml(path).get("data") or {}) for path in given):
         return config
     asked, dataset = load_config(given or ([beside] if beside.is_file() else [])).data.dataset, theirs.data.dataset
-    if asked != dataset or is_address(dataset):
+    if asked != dataset or any(is_address(source.dataset) for source in sources_of(theirs.data)):
+        said = shown(dataset) if isinstance(dataset, str) else f'"{shown(dataset)}"'
         raise ConfigError(
-            f"data.dataset: which data is read is not decided by a file in an adapter's folder ({own} says {dataset}, "
-            f"and no run on this machine has written it there); give --dataset {dataset} if you want to use this data"
+            f"data.dataset: which data is read is not decided by a file in an adapter's folder ({own} says {said}, "
+            f"and no run on this machine has written it there); give --dataset {said} if you want to use this data"
         )
     return dataclasses.replace(config, data=dataclasses.replace(config.data, dataset=dataset))
 

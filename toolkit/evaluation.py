@@ -27,7 +27,8 @@ from quantization_utils import compute_dtype_of
 from toolkit.adapters import load_adapter
 from toolkit.answers import answer_held_out, answerable
 from toolkit.checkpoints import write_atomically
-from toolkit.data_blocks import Blocks, batches, sample_counts, windows_of
+from toolkit.data_blocks import Blocks, batches, sample_counts
+from toolkit.data_sources import by_source, windows_of
 from toolkit.locks import exclusive, lock_of
 from toolkit.memory import free_bytes
 
@@ -114,13 +115,19 @@ def first_sums(
         micro_batch = learner.batch_shape[0]
         base = losses_that_fit(learner.objective.sequence_sums, blocks, accelerator, micro_batch, pad, say)
     mean = mean_loss(base)
-    say(f"base: validation loss {mean:.4f} | perplexity {perplexity(mean):.2f}")
+    say(f"base: validation loss {mean:.4f}{of_each(blocks, base)} | perplexity {perplexity(mean):.2f}")
     return {"base": base, "start": sums}
 
 
 def mean_loss(sums: torch.Tensor) -> float:
     """Return the mean loss of all supervised tokens. sums: block_losses."""
     return Objective.mean(*sums.sum(0).tolist())
+
+
+def of_each(blocks: Blocks, sums: torch.Tensor) -> str:
+    """Return the loss of each source of a mixture, in brackets; an empty text for one source. sums: block_losses."""
+    found = [f"{name} {mean_loss(sums[own]):.4f}" for name, _, own in by_source(blocks)]
+    return f" ({', '.join(found)})" if found else ""
 
 
 # ------------------------------------------------------------------------------------------------ base and adapter
@@ -167,7 +174,7 @@ def evaluate(
     say: Callable[[str], None],
 ) -> None:
     """Say and write down what the task asks for. model: the base. held: the validation blocks."""
-    pairs = answerable(held) if task.prompts is not None else None
+    parts = answerable(held, say) if task.prompts is not None else None
     blocks: Any = held if task.stride is None else windows_of(held, task.stride)
     live = load_adapter(model, task.adapter) if task.adapter else model
     attention.use_causal_attention(model)
@@ -179,8 +186,8 @@ def evaluate(
         say(difference_line(result))
     if not accelerator.is_main_process:
         return
-    if pairs is not None and task.prompts is not None:
-        result["answers"] = answer_held_out(config, task.adapter, pairs, task.prompts, accelerator.device, say)
+    if parts is not None and task.prompts is not None:
+        result["answers"] = answer_held_out(config, task.adapter, parts, task.prompts, accelerator.device, say)
     if task.adapter:
         save_evaluation(result, task.adapter)
 
@@ -202,6 +209,9 @@ def evaluate_base_and_adapter(
             sums[name] = losses_that_fit(sums_of, blocks, accelerator, micro_batch, pad, say)
         mean = mean_loss(sums[name])
         say(f"{name:<8} loss {mean:.4f} | perplexity {perplexity(mean):.3f} | {counted(blocks.supervised, 'token')}")
+        for source, part, own in by_source(blocks):
+            mean, size = mean_loss(sums[name][own]), counted(part.supervised, "token")
+            say(f"{name:<8} loss {mean:.4f} | perplexity {perplexity(mean):.3f} | {size} of {source}")
     return sums
 
 
@@ -228,13 +238,18 @@ def comparison(dataset: str, blocks: Blocks, stride: int | None, sums: dict[str,
 
     sums: block_losses by name.
     """
-    result = {"dataset": dataset, "tokens": blocks.supervised, "blocks": len(blocks), "stride": stride}
+    result: dict[str, Any] = {"dataset": dataset, "tokens": blocks.supervised, "blocks": len(blocks), "stride": stride}
     for name, found in sums.items():
         mean = mean_loss(found)
         result[name] = {"loss": mean, "perplexity": perplexity(mean)}
     if len(sums) == 2:
         change, error = loss_difference(sums["base"], sums["adapter"])
         result["difference"] = {"loss": change, "standard_error": error}
+    for source, part, own in by_source(blocks):
+        means = {name: mean_loss(found[own]) for name, found in sums.items()}
+        losses = {name: {"loss": mean, "perplexity": perplexity(mean)} for name, mean in means.items()}
+        about = {"tokens": part.supervised, "blocks": len(part)}
+        result.setdefault("sources", {})[source] = about | losses
     return result
 
 

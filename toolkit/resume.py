@@ -123,9 +123,10 @@ def fingerprint(
             for tensor in (parameter.detach(), *scales):
                 if tensor is not None:
                     whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + _summary(tensor))
-    for part in blocks.values():
-        for array in (*part.pieces, part.cuts) if part is not None else ():
-            tokens.update(np.ascontiguousarray(array))
+    for split in blocks.values():
+        for part in split.parts if split is not None else ():
+            for array in (*part.pieces, part.cuts):
+                tokens.update(np.ascontiguousarray(array))
     vocabulary = hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode())
     found = {"model": first, "weights": whole, "data": tokens, "tokenizer": vocabulary}
     return {name: value.hexdigest() for name, value in found.items()}

@@ -3,6 +3,7 @@
 import math
 import shlex
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -11,6 +12,7 @@ from config import Config, DataConfig, counted, flatten
 from fast_path.loss import perplexity
 from toolkit.checkpoints import Progress
 from toolkit.data_blocks import Blocks, show_block
+from toolkit.data_sources import by_source
 from toolkit.evaluation import comparison, difference_line, mean_loss
 from toolkit.memory_plan import GIB, MemoryPlan
 
@@ -36,7 +38,7 @@ def data_lines(
         f"data: held out: {held_out}",
         f"steps: {steps:,} of {counted(sequences_per_step, 'sequence')}; {per_epoch:,} per epoch{unpacked}",
         *(f"data: {line}" for line in (f"read as {part.source}", *part.notes, *(held.notes if held else ()))),
-        f"first block: {show_block(part[0], tokenizer, 64)}",
+        *(f"first block{of}: {show_block(own[0], tokenizer, 64)}" for of, own in named_parts(part)),
     ]
 
 
@@ -51,6 +53,11 @@ def resume_lines(folder: Path, step: int, total_steps: int, before: dict, config
     changed = any(before.get(name) != now[name] for name in names)
     rate = f"from here on the learning rate follows the schedule of {counted(total_steps, 'step')}"
     return [f"{start} of {total_steps}", *([rate] if changed else [])]
+
+
+def named_parts(blocks: Blocks) -> list[tuple[str, Any]]:
+    """Return the blocks of each source, with ` of NAME` if there are several."""
+    return [(f" of {name}", part) for name, part, _ in by_source(blocks)] or [("", blocks)]
 
 
 def step_line(row: dict, total_steps: int) -> str:
@@ -87,6 +94,9 @@ def end_lines(
         if held is not None and sums.keys() >= {other, "adapter"}:
             pair = {"base": sums[other], "adapter": sums["adapter"]}
             lines.append(difference_line(comparison(held.dataset, held, None, pair), other))
+    for source, _, own in by_source(held) if {"base", "adapter"} <= sums.keys() else ():
+        before, after = (mean_loss(sums[name][own]) for name in ("base", "adapter"))
+        lines.append(f"{source}: loss {before:.4f} of the base, {after:.4f} after")
     planned = f" | planned {plan.reserved / GIB:.2f} for {plan.shape}" if plan.parts else ""
     return [*lines, f"peak memory {peak:.2f} GiB{planned}"]
 

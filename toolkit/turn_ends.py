@@ -3,6 +3,7 @@
 A run leaves them as generation_config.json beside its adapter, a merge beside the model.
 """
 
+import itertools
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -105,10 +106,9 @@ def adopt_end(tokenizer: PreTrainedTokenizerBase, adapter: Path | None) -> None:
 
 def learned_ends(blocks: "Blocks", tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Return the added tokens with which the learned parts of samples end; none for text, whose end is always one."""
-    if "labels" not in blocks.origin.column_names:
-        return set()
+    samples = [part.origin.select_columns("labels") for part in blocks.parts if "labels" in part.origin.column_names]
     found: set[int] = set()
-    for table in blocks.origin.select_columns("labels").with_format("arrow").iter(10_000):
+    for table in itertools.chain.from_iterable(part.with_format("arrow").iter(10_000) for part in samples):
         rows = table["labels"].combine_chunks()
         labels, stops = rows.flatten().to_numpy(), np.cumsum(rows.value_lengths().to_numpy().astype(np.int64))
         last = labels != IGNORED

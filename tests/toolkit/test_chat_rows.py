@@ -421,6 +421,72 @@ def test_a_prompt_that_does_not_stand_before_the_answer_is_told(qwen, tmp_path):
     assert "assistant\\n<think>\\n', which does not stand before the answers" in note
 
 
+@pytest.fixture
+def qwen3(qwen):
+    """Qwen3's real chat template on Qwen's tokenizer."""
+    template = Path(__file__).with_name("qwen3_chat_template.jinja").read_text(encoding="utf-8")
+    return with_template(qwen, template)
+
+
+def test_plain_answers_on_the_real_template_of_qwen3(qwen3, tmp_path):
+    chats = [chat_of("2+2?", "Four.", "3+3?", "Six."), chat_of("1+1?", "Two.")]
+    chats[1] = [{"role": "system", "content": "Be short."}, *chats[1]]
+    found = tokenised([{"messages": chat} for chat in chats], qwen3, tmp_path)
+    assert found.template_options == {"enable_thinking": False}
+    check_taught_as_asked(qwen3, found, chats, ["Four.<|im_end|>", "Six.<|im_end|>", "Two.<|im_end|>"])
+
+
+@pytest.mark.parametrize("own_key", [False, True])
+def test_thoughts_on_the_real_template_of_qwen3(qwen3, tmp_path, own_key):
+    thought = "<think>\nadd them\n</think>\n\n"
+    chats = [chat_of("2+2?", "Four.", "3+3?", "Six."), chat_of("1+1?", "Two.")]
+    for turn in (chats[0][1], chats[0][3], chats[1][1]):
+        turn |= {"reasoning_content": "add them"} if own_key else {"content": thought + turn["content"]}
+    found = tokenised([{"messages": chat} for chat in chats], qwen3, tmp_path)
+    assert found.notes == () and found.template_options == {}
+    expected = [f"{thought}{text}<|im_end|>" for text in ("Four.", "Six.", "Two.")]
+    check_taught_as_asked(qwen3, found, chats, expected)
+
+
+def test_tool_calls_on_the_real_template_of_qwen3(qwen3, tmp_path):
+    called = {"role": "assistant", "content": "", "reasoning_content": "look it up", "tool_calls": [CALL]}
+    chat = [{"role": "user", "content": "Tide?"}, called, {"role": "tool", "content": "High."}]
+    chat += [{"role": "assistant", "content": "High.", "reasoning_content": "it is"}]
+    found = tokenised([{"messages": chat, "tools": TOOLS}], qwen3, tmp_path)
+    (row,) = found["train"]
+    turns = [turn for turn in walk(qwen3, row["input_ids"], row["labels"]) if turn[0] == "assistant"]
+    first, last = f"<think>\nlook it up\n</think>\n\n{WRITTEN_CALL}", "<think>\nit is\n</think>\n\nHigh."
+    assert turns == [learns(first), learns(last)]
+
+
+def test_what_stands_between_the_prompt_and_an_answer_is_learned(qwen, tmp_path):
+    """As in templates of functionary, whose model first writes to whom it speaks."""
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role }}{% if m.role == 'assistant' %} to=all{% endif %}"
+        "{{ '\n' + m.content + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
+    )
+    chats, other = [chat_of("2+2?", "Four.", "3+3?", "Six.")], with_template(qwen, template)
+    found = tokenised([{"messages": chats[0]}], other, tmp_path)
+    assert found.notes == ()
+    check_taught_as_asked(other, found, chats, [" to=all\nFour.<|im_end|>", " to=all\nSix.<|im_end|>"])
+
+
+def test_a_template_that_needs_tools_takes_them(qwen, tmp_path):
+    """As those of Hermes 2 Pro: without tools they fail."""
+    needs = "{% for tool in tools %}{{ tool.function.name }}{% endfor %}" + qwen.chat_template
+    found = tokenised([{"messages": CALLED, "tools": TOOLS}], with_template(qwen, needs), tmp_path)
+    assert found.notes == () and len(found["train"]) == 1
+
+
+def test_a_prompt_before_any_turn_is_looked_at(qwen, tmp_path):
+    """Only the last answer holds a thought; before the first one the prompt opens a thought that the data do not have."""
+    opens = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    opens += "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+    chat = chat_of("2+2?", "Four.", "3+3?", "<think>\nadd\n</think>\n\nSix.")
+    notes = tokenised([{"messages": chat}], with_template(qwen, opens), tmp_path).notes
+    assert any("<think>\\n', which does not stand before the answers" in note for note in notes)
+
+
 def test_where_all_tokens_are_learned_no_turn_needs_to_be_found(qwen, tmp_path):
     rows = [{"messages": chat_of("2+2?", "<think>\nadd\n</think>\n\nFour.", "a", "<think>\nb\n</think>\n\nc")}]
     (row,) = tokenised(rows, with_template(qwen, THINKS), tmp_path, completion_only=False)["train"]

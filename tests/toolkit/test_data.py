@@ -42,10 +42,10 @@ from toolkit.data_blocks import (
     sample_counts,
     show_block,
     step_windows,
-    windows_of,
 )
 from toolkit.data_files import load_rows
 from toolkit.data_formats import IGNORED, tokenize_rows, untrained_chat_tokens
+from toolkit.data_sources import windows_of
 from train_qlora import main
 
 ROOT = Path(__file__).resolve().parents[2]

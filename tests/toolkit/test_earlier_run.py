@@ -42,6 +42,8 @@ def test_settings_are_read_back_as_they_were_written(tmp_path):
     folder = write(tmp_path, 3, **{"lora.target_modules": ["q_proj"], "training.seed": 7})
     before, window = read_settings(folder)
     assert before == settings(Config()) | {"lora.target_modules": ["q_proj"], "training.seed": 7} and window == 16
+    mappings = {"data.template_options": {"n": 2}, "data.dataset": ["a.txt", {"dataset": "b.txt", "share": 0.5}]}
+    assert read_settings(write(tmp_path, 4, **mappings))[0] == settings(Config()) | mappings
     for content in ("", "[]", "{}", '{"items": [["config", 3]]}', '{"items": 3}'):
         (folder / "training_state.json").write_text(content, encoding="utf-8")
         assert read_settings(folder) is None
@@ -288,6 +290,37 @@ def test_data_to_evaluate_on_is_named_by_the_user_or_by_a_run_of_this_machine(tm
         shutil.rmtree(foreign)
         with pytest.raises(ConfigError, match="give --dataset"):
             used(folder_of(tmp_path / "foreign", pretends), evaluate=True)
+
+
+def test_a_list_of_sources_has_no_more_rights_than_one(tmp_path):
+    """In a stranger's folder it names no data, and what it sets for a source is not taken either."""
+    sources = ["some/data", {"dataset": "other/data", "text_column": "body", "share": 0.5}]
+    foreign = folder_of(tmp_path / "foreign", {"data.dataset": sources})
+    assert used(foreign).data.dataset == Config().data.dataset
+    with pytest.raises(ConfigError) as caught:
+        used(foreign, evaluate=True)
+    (problem,) = caught.value.problems
+    shown = '"[some/data, {dataset: other/data, share: 0.5, text_column: body}]"'
+    assert problem.startswith("data.dataset: which data is read") and problem.count(f"--dataset {shown}") == 1
+    listed = f"data: {{dataset: {json.dumps(sources)}}}\n"
+    assert used(foreign, listed, evaluate=True).data.dataset == tuple(sources)  # the user's too
+    for address in ("https://a.b/c", {"dataset": "//server/share"}):
+        shutil.rmtree(foreign)
+        folder_of(foreign, {"data.dataset": ["some/data", address]})
+        with pytest.raises(ConfigError, match="which data is read"):
+            used(foreign, f"data: {{dataset: {json.dumps(['some/data', address])}}}\n", evaluate=True)
+    own = folder_of(tmp_path / "own", {"data.dataset": sources, "training.output_dir": str(tmp_path / "own")})
+    assert used(own, evaluate=True).data.dataset == tuple(sources)
+
+
+def test_sources_may_have_moved_each(tmp_path):
+    for name, text in (("a.txt", "one"), ("b.txt", "two"), ("c.txt", "three")):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    a, b, c = (str(tmp_path / name) for name in ("a.txt", "b.txt", "c.txt"))
+    assert may_have_moved([a, {"dataset": a, "share": 0.5}], [b, {"dataset": b, "share": 0.5}])
+    for now in ([a], [a, c], [a, {"dataset": b, "share": 0.4}], [a, b], b):
+        assert not may_have_moved([a, {"dataset": b, "share": 0.5}], now)
+    assert not may_have_moved([a, c], [a, b]) and may_have_moved([a, "/gone/b.txt"], [a, b])
 
 
 @pytest.mark.parametrize(
