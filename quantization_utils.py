@@ -53,22 +53,19 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file
 
 from config import (
     Config,
     ConfigError,
-    LoraSettings,
     is_hub_id,
     missing_model,
 )
 from fast_path.dropout import own_dropout_line
-from fast_path.families import decoder_layers, head_width, known_positions, rope_parameters, towers
+from fast_path.families import decoder_layers, head_width, known_positions, rope_parameters
+from fast_path.model_targets import DEFAULT_TARGETS, linear_modules, resolved_targets
 from fast_path.packed_weights import keep_packing
-
-DEFAULT_TARGETS = LoraSettings().target_modules
-
+from fast_path.targets import is_pattern
 
 # ------------------------------------------------------------------------------------------------ configurations
 
@@ -148,18 +145,27 @@ def create_lora_config(
     target_modules: list[str] | tuple[str, ...] | str = DEFAULT_TARGETS,
     use_rslora: bool = False,
     use_dora: bool = False,
+    exclude_modules: list[str] | tuple[str, ...] | str | None = None,
+    layers_to_transform: list[int] | tuple[int, ...] | None = None,
 ) -> LoraConfig:
-    """Return peft's configuration of an adapter for a causal language model; target_modules may be all-linear."""
-    return LoraConfig(
+    """Return peft's configuration of an adapter for a causal language model.
+
+    target_modules: names, all-linear, or a regular expression. exclude_modules: names or a regular expression.
+    """
+    lora_config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
         use_rslora=use_rslora,
         use_dora=use_dora,
+        exclude_modules=list(exclude_modules) if isinstance(exclude_modules, tuple) else exclude_modules,
         bias="none",
         task_type="CAUSAL_LM",
     )
+    # Set here, since the constructor refuses it beside all-linear, which prepare_model_for_training makes a list.
+    lora_config.layers_to_transform = None if layers_to_transform is None else list(layers_to_transform)
+    return lora_config
 
 
 # ------------------------------------------------------------------------------------------------ loading
@@ -511,26 +517,6 @@ def quiet_libraries() -> None:
 # ------------------------------------------------------------------------------------------------ preparation
 
 
-def linear_names(model: nn.Module) -> list[str]:
-    """Return the different last names of the linear layers (without the output head), in the order of the model."""
-    head = model.get_output_embeddings()
-    linears = (name for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head)
-    return list(dict.fromkeys(name.rpartition(".")[2] for name in linears))
-
-
-def check_targets(model: nn.Module, targets: set[str] | list[str] | tuple[str, ...] | str) -> None:
-    """Raise ConfigError if a model, which may be on the meta device, lacks a target of the adapters."""
-    if isinstance(targets, str):  # all-linear
-        return
-    modules = dict(model.named_modules())
-    missing = sorted(t for t in targets if not any(name == t or name.endswith("." + t) for name in modules))
-    if missing:
-        raise ConfigError(
-            f"lora.target_modules: the model has no {', '.join(missing)}; "
-            f"its own are --target_modules {','.join(linear_names(model))}"
-        )
-
-
 def prepare_model_for_training(
     model: PreTrainedModel, lora_config: LoraConfig, use_gradient_checkpointing: bool | int = True
 ) -> PeftModel:
@@ -540,12 +526,10 @@ def prepare_model_for_training(
     prepare_model_for_kbit_training this casts nothing to fp32: the embedding of Qwen2.5-3B alone would need 0.58 GiB
     more.
     """
-    check_targets(model, lora_config.target_modules)
-    model.config.use_cache = False
-    if apart := towers(model):
-        lora_config.exclude_modules = "|".join(rf"{re.escape(name)}\..*" for name in apart)
+    own = resolved_targets(model, lora_config)
+    names, model.config.use_cache = own.target_modules, False
     try:
-        peft_model = get_peft_model(model, lora_config)  # freezes the base and makes the adapters in fp32
+        peft_model = get_peft_model(model, own)  # freezes the base and makes the adapters in fp32
     except ValueError as error:
         if "ParamWrapper" in str(error):
             raise ConfigError(
@@ -553,6 +537,9 @@ def prepare_model_for_training(
                 "use --dropout 0, or --target_modules q_proj,k_proj,v_proj,o_proj for attention alone"
             ) from None
         raise ConfigError(f"lora.target_modules: {' '.join(str(error).split())[:300]}") from None
+    if not own.exclude_modules and names != lora_config.target_modules:  # peft shortens a long list to endings
+        own.target_modules = names
+    own.asked = lora_config  # an attribute and no field: what is saved are the names
     set_gradient_checkpointing(peft_model, use_gradient_checkpointing)
     return peft_model
 
@@ -583,6 +570,20 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Return the number of (trainable, all) parameters; 4-bit weights are counted unpacked, tied weights once."""
     counts = [(weight_count(p), p.requires_grad) for p in model.parameters()]
     return sum(n for n, trainable in counts if trainable), sum(n for n, _ in counts)
+
+
+def adapter_lines(model: PeftModel) -> list[str]:
+    """Return the line about parameters and, where not all layers of the asked names are adapted, one that says so."""
+    found = model.peft_config["default"]
+    asked, lines = getattr(found, "asked", found), []
+    if is_pattern(asked.target_modules) or asked.exclude_modules or asked.layers_to_transform is not None:
+        count = sum(".lora_" not in name for name in linear_modules(model.get_base_model()))
+        adapted = model.base_model.targeted_module_names
+        lines = [f"adapters: on {len(adapted)} of {count} linear layers, such as {adapted[0]}"]
+    elif set(asked.target_modules) == set(DEFAULT_TARGETS) != set(found.target_modules):
+        left = ", ".join(sorted(set(DEFAULT_TARGETS) - set(found.target_modules)))
+        lines = [f"adapters: not on {left}: its routed experts get adapters only where they are named"]
+    return [parameter_line(model), *lines]
 
 
 def parameter_line(model: nn.Module) -> str:

@@ -423,7 +423,8 @@ def build_learner(
         peft_model = prepare_model_for_training(model, create_lora_config(**config.lora.arguments), plan.checkpointed)
     config = checkpoints.effective(config, peft_model)  # somebody may have edited the functions that made it
     p, dtype = config.lora.dropout, compute_dtype_of(config)
-    say(quantization_utils.parameter_line(peft_model))
+    for line in quantization_utils.adapter_lines(peft_model):
+        say(line)
     attention.use_causal_attention(model)
     apart = [attention.keep_samples_apart(model, config.data.max_length, samples)] if samples else []
     clock = dropout.DropoutClock(seed, device)

@@ -12,18 +12,19 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from config import Config
+from config import Config, LoraSettings
 from fast_path import families
 from fast_path.families import Family
 from fast_path.loss import default_logit_chunk
+from fast_path.model_targets import resolved_targets
 from fast_path.nf4 import HAS_TRITON
 from fast_path.optimizers import OPTIMIZERS
 from fast_path.packed_weights import adapter_columns, operand_columns
+from fast_path.targets import named, select
 from quantization_utils import (
     LOADING_ERRORS,
     asking_hub,
     cannot_load,
-    check_targets,
     count_parameters,
     create_lora_config,
     known_positions,
@@ -136,20 +137,24 @@ def shape_of(model: nn.Module) -> ModelShape:
     )
 
 
-def adapted(shape: ModelShape, targets: tuple[str, ...] | str) -> list[tuple[str, int, int]]:
+def adapted(shape: ModelShape, lora: LoraSettings) -> list[tuple[str, int, int]]:
     """Return the linear layers that get an adapter."""
     apart = tuple(f"{name}." for name in shape.towers)
     linears = [linear for linear in (*shape.linears, *shape.plain_linears) if not linear[0].startswith(apart)]
-    if isinstance(targets, str):
-        return linears
-    return [linear for linear in linears if any(linear[0] == t or linear[0].endswith("." + t) for t in targets)]
+    targets, exclude, layers = lora.target_modules, lora.exclude_modules, lora.layers_to_transform
+    names = tuple(name for name, _, _ in linears)
+    if isinstance(targets, tuple) and exclude is None and layers is None:  # which may name other modules only
+        chosen = named(targets, names, "lora.target_modules")
+    else:
+        chosen = set(select(names, targets, exclude, layers, shape.layers))
+    return [linear for linear in linears if linear[0] in chosen]
 
 
 def adapter_parameters(shape: ModelShape, config: Config) -> int:
     """Return the number of trainable parameters."""
     if shape.trainable is not None:
         return shape.trainable
-    chosen = adapted(shape, config.lora.target_modules)
+    chosen = adapted(shape, config.lora)
     dora = sum(out for _, out, _ in chosen) if config.lora.use_dora else 0
     return config.lora.rank * sum(out + into for _, out, into in chosen) + dora
 
@@ -197,7 +202,7 @@ def saved_bytes(shape: ModelShape, config: Config, path: str) -> int:
         # A norm is made again from its input, the layer's or the sum after attention, and two numbers. Further norms
         # read what a product writes, which is kept for them.
         further = (shape.family.layer_norms - 2) * (2 * h + 4)
-        return attention + 2 * (2 * h + 2 * inner) + 2 * fused_columns(shape.family, config) + 8 + further
+        return attention + 2 * (2 * h + 2 * inner) + 2 * fused_columns(shape, config) + 8 + further
     norms = shape.family.layer_norms * (4 * h + 4)  # in fp32
     # With dropout each adapter of peft keeps its own copy of its input, and each group of readers a mask.
     dropped = config.lora.dropout > 0 and path == PLAIN
@@ -206,11 +211,11 @@ def saved_bytes(shape: ModelShape, config: Config, path: str) -> int:
     return attention + norms + 2 * inputs + 3 * 2 * inner + masks + 7 * 2 * rank
 
 
-def fused_columns(family: Family, config: Config) -> int:
+def fused_columns(shape: ModelShape, config: Config) -> int:
     """Return the columns of u = x A^T that the four operators of a layer keep."""
-    targets, rank = config.lora.target_modules, config.lora.rank
-    members = [sum(name in targets or targets == "all-linear" for name in group) for group in family.groups]
-    return sum(adapter_columns(rank, count) for count in members)
+    names = {name.rpartition(".")[2] for name, _, _ in adapted(shape, config.lora)}
+    members = [sum(name in names for name in group) for group in shape.family.groups]
+    return sum(adapter_columns(config.lora.rank, count) for count in members)
 
 
 def transient_bytes(shape: ModelShape, config: Config, path: str, tokens: int) -> int:
@@ -350,7 +355,7 @@ SHAPE_KNOBS = ("training.batch_size", "training.gradient_accumulation_steps", "t
 def configured_shape(config: Config) -> ModelShape:
     """Return the sizes of the configured model; raise ConfigError if it lacks a target module."""
     model = model_skeleton(config.model.name, config.model.revision, config.model.trust_remote_code)
-    check_targets(model, config.lora.target_modules)
+    resolved_targets(model, create_lora_config(**config.lora.arguments))
     shape = shape_of(model)
     if not shape.experts:
         return shape
