@@ -46,6 +46,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     PretrainedConfig,
@@ -53,6 +54,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
 from transformers.utils import cached_file
 
 from config import (
@@ -375,6 +377,22 @@ def check_index(model_name: str, revision: str | None) -> None:
             raise ConfigError(f"model.name: {name} of {model_name}: expected names of files beside it, got {shard!r}")
 
 
+def auto_class(config: PretrainedConfig) -> Any:
+    """Return the class of transformers that loads a model with this configuration.
+
+    A model that also sees or hears, and which the class for causal language models does not know, has a class for such
+    models; its language half is trained and answers. Raises ConfigError for an encoder with a decoder.
+    """
+    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if remote or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) not in MODEL_FOR_MULTIMODAL_LM_MAPPING:
+        return AutoModelForCausalLM
+    if getattr(config, "is_encoder_decoder", False):
+        raise ConfigError(
+            f"model.name: expected a causal language model, got {config.model_type}, which has an encoder"
+        )
+    return AutoModelForMultimodalLM
+
+
 def load_model_and_tokenizer(
     model_name: str,
     bnb_config: BitsAndBytesConfig | None = None,
@@ -401,7 +419,7 @@ def load_model_and_tokenizer(
     try:
         check_index(model_name, revision)
         model_config = AutoConfig.from_pretrained(model_name, **source)
-        model, loaded = AutoModelForCausalLM.from_pretrained(
+        model, loaded = auto_class(model_config).from_pretrained(
             model_name,
             config=model_config,
             quantization_config=None if stored_in_4bit(model_config, model_name) else bnb_config,

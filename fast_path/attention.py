@@ -275,7 +275,7 @@ def _check_packing(model: nn.Module) -> None:
 
     The second sample's hidden states must not change when another sample is put before it.
     """
-    decoder = model.get_decoder()
+    decoder = families.decoder_of(model)
     samples = torch.arange(1, 17, device=model.device).view(2, 8)  # 2 sequences: a batch of 1 may run other kernels
     positions = torch.arange(4, device=model.device).repeat(2, 2)
     others = torch.cat([samples.flip(0)[:, :4], samples[:, 4:]], 1)  # another sample before the last 4 tokens
@@ -333,7 +333,7 @@ def _does_without_mask(model: nn.Module) -> bool:
         for implementation in ("sdpa", CAUSAL):
             model.set_attn_implementation(implementation)
             try:
-                outputs.append(model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state.float())
+                outputs.append(families.decoder_of(model)(input_ids=ids, use_cache=False).last_hidden_state.float())
             except (RuntimeError, TypeError, AttributeError, ValueError, IndexError):
                 outputs.append(torch.full((), torch.nan))  # the model reads the mask that is not there
         model.set_attn_implementation("sdpa")

@@ -95,8 +95,6 @@ KNOWN: dict[str, str] = {
     "lara_mini": "1 gradients, 4 answer, 6 dropout",
     "lfm2_moe": "4 answer, 5 merge",
     "lfm3": "4 answer",
-    "llama4": "2 loss gradients dropout",
-    "llama4_text": "2 loss gradients dropout, 12 plan",
     "longcat_flash": "12 loss",
     "mamba2": "7 plan, 8 loss gradients dropout answer batch merge",
     "megatron-bert": "8 loss gradients dropout answer batch merge",
@@ -155,9 +153,6 @@ KNOWN: dict[str, str] = {
     "falcon_alibi": "2 loss gradients dropout",
     "falcon_new": "2 loss gradients dropout",
     "qwen2_window": "1 gradients dropout",
-    "mistral3": "2 loss gradients dropout answer batch merge plan",
-    "qwen2_5_vl": "2 loss gradients dropout answer batch merge plan",
-    "qwen3_vl": "2 loss gradients dropout answer batch merge plan",
 }
 
 

@@ -35,7 +35,7 @@ from transformers.utils import CHAT_TEMPLATE_FILE
 
 from config import Config, ConfigError, LoraSettings, TrainingConfig, counted, flatten, save_config, shown
 from fast_path.optimizers import OPTIMIZERS
-from quantization_utils import compute_dtype_of, create_lora_config
+from quantization_utils import auto_class, compute_dtype_of, create_lora_config
 from toolkit.earlier_run import FILES, GENERATION, checkpoints, read_tree, step_of
 from toolkit.locks import exclusive
 from toolkit.merged_folder import for_older_readers
@@ -454,9 +454,9 @@ Every setting is in `config.yaml`, every logged step in `metrics.jsonl`. To use 
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import {auto}, AutoTokenizer, BitsAndBytesConfig
 
-base = AutoModelForCausalLM.from_pretrained({model.name!r}, {how})
+base = {auto}.from_pretrained({model.name!r}, {how})
 model = PeftModel.from_pretrained(base, ".")  # this folder
 tokenizer = AutoTokenizer.from_pretrained(".")
 ```
@@ -550,6 +550,7 @@ def model_card(card: str, model: PeftModel, config: Config, progress: Progress, 
         header=card[: card.index("\n---", 3) + 4] if card.startswith("---") else "",
         precision=precision,
         how=how,
+        auto=auto_class(model.get_base_model().config).__name__,
         dataset=blocks.shown_dataset,
         targets=targets_text(config.lora),
         tokens=blocks.tokens,

@@ -9,10 +9,10 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
-from config import Config, LoraSettings
+from config import Config, ConfigError, LoraSettings
 from fast_path import families
 from fast_path.families import Family
 from fast_path.loss import default_logit_chunk
@@ -24,6 +24,7 @@ from fast_path.targets import named, select
 from quantization_utils import (
     LOADING_ERRORS,
     asking_hub,
+    auto_class,
     cannot_load,
     count_parameters,
     create_lora_config,
@@ -95,7 +96,9 @@ def model_skeleton(model_name: str, revision: str | None = None, trust_remote_co
                 model_name, revision=revision, trust_remote_code=trust_remote_code
             )
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code)
+            return auto_class(model_config).from_config(model_config, trust_remote_code=trust_remote_code)
+    except ConfigError:
+        raise
     except LOADING_ERRORS as error:
         raise cannot_load(model_name, error) from None
 

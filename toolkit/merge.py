@@ -14,11 +14,12 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from config import ConfigError
 from fast_path.families import decoder_layers
+from quantization_utils import auto_class
 from toolkit.merged_folder import add_older_keys, write_tokenizer
 
 
@@ -31,7 +32,7 @@ def plain_copy(model: PreTrainedModel, remote: bool) -> PreTrainedModel:
     model_config = copy.deepcopy(model.config)
     vars(model_config).pop("quantization_config", None)
     with init_empty_weights():  # parameters need no memory yet; buffers (rotary frequencies) are real
-        plain = AutoModelForCausalLM.from_config(model_config, dtype=model.dtype, trust_remote_code=remote)
+        plain = auto_class(model_config).from_config(model_config, dtype=model.dtype, trust_remote_code=remote)
     tensors = dict(persistent_tensors(model))
     found = plain.load_state_dict(tensors, strict=False, assign=True)  # tied weights appear under one name only
     plain.tie_weights()

@@ -6,11 +6,21 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from config import ConfigError, load_config
+from fast_path.families import decoder_layers, decoder_of, towers
 from fast_path.model_targets import linear_names, resolved_targets
 from fast_path.targets import layer_of, select
-from quantization_utils import adapter_lines, count_parameters, create_lora_config, prepare_model_for_training
+from quantization_utils import (
+    adapter_lines,
+    auto_class,
+    count_parameters,
+    create_bnb_config,
+    create_lora_config,
+    load_model_and_tokenizer,
+    prepare_model_for_training,
+)
 from toolkit.checkpoints import adapter_settings, targets_text
 from toolkit.memory_plan import adapter_parameters, configured_shape, shape_of
 
@@ -190,3 +200,43 @@ def test_a_model_of_other_names_gets_its_own_ready_to_paste(family, own):
     with pytest.raises(ConfigError, match=f"its own are --target_modules {own}$"):
         prepare_model_for_training(model, create_lora_config(), False)
     prepare_model_for_training(model, create_lora_config(target_modules=own.split(",")), False)
+
+
+# ------------------------------------------------------------------------------------------------ models that also see
+
+
+def test_towers_get_no_adapter_in_4_bit_either(tmp_path):
+    """mistral3, which AutoModelForCausalLM does not know: all settings mean its language half."""
+    from tests.families import build
+
+    folder = build("mistral3", tmp_path / "model")
+    model, _ = load_model_and_tokenizer(str(folder), create_bnb_config(), device="cpu")
+    assert towers(model) == ["model.vision_tower", "model.multi_modal_projector"]
+    for targets in ("all-linear", r".*_proj", SEVEN):
+        model, _ = load_model_and_tokenizer(str(folder), create_bnb_config(), device="cpu")
+        prepared = prepare_model_for_training(model, create_lora_config(target_modules=targets), False)
+        adapted = prepared.base_model.targeted_module_names
+        assert len(adapted) == 14 and all(".language_model.layers." in name for name in adapted)
+
+
+def test_the_decoder_of_llama_4_has_no_head():
+    from tests.families import small_model
+
+    model = small_model("llama4")
+    assert type(model.get_decoder()).__name__ == "Llama4ForCausalLM"
+    assert type(decoder_of(model)).__name__ == "Llama4TextModel" and len(decoder_layers(model)) > 1
+
+
+@pytest.mark.parametrize(
+    "config, name",
+    [("qwen2", "AutoModelForCausalLM"), ("gemma3", "AutoModelForCausalLM"), ("qwen3_vl", "AutoModelForMultimodalLM")],
+)
+def test_the_class_that_loads_a_model(config, name):
+    assert auto_class(CONFIG_MAPPING[config]()).__name__ == name
+
+
+def test_a_model_with_an_encoder_is_refused():
+    with pytest.raises(
+        ConfigError, match="^model.name: expected a causal language model, got florence2, which has an enc"
+    ):
+        auto_class(CONFIG_MAPPING["florence2"]())
