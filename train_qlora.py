@@ -425,8 +425,7 @@ def build_learner(
     p, dtype = config.lora.dropout, compute_dtype_of(config)
     for line in quantization_utils.adapter_lines(peft_model):
         say(line)
-    attention.use_causal_attention(model)
-    apart = [attention.keep_samples_apart(model, config.data.max_length, samples)] if samples else []
+    attention_lines = attention.prepare_attention(model, config.data, samples)
     clock = dropout.DropoutClock(seed, device)
     dropout.use_stateless_dropout(peft_model, p, clock)
     objective = CausalLMLoss(peft_model, dtype)
@@ -443,7 +442,7 @@ def build_learner(
     if device.type == "cuda":
         free = memory.free_bytes(device, config.performance.memory_limit_gib)  # for a shape that has no plan
         objective.logit_chunk = plan.logit_chunk or default_logit_chunk(len(objective.head.weight), free)
-    for line in (fast.line, *apart):
+    for line in (fast.line, *attention_lines):
         say(line)
     # The losses are sums over tokens, so the gradients are large already: torch's first scale, 2**16, would make them
     # overflow in fp16 at once.

@@ -207,3 +207,14 @@ def known_positions(config: PretrainedConfig) -> int | None:
     yarn = [rope for rope in rope_parameters(config) if rope.get("rope_type") == "yarn"]
     stretched = [(rope.get("factor") or 1) * (rope.get("original_max_position_embeddings") or 0) for rope in yarn]
     return positions and int(max(positions, *stretched, 0))
+
+
+def steady_positions(config: PretrainedConfig) -> int | None:
+    """Return how many positions rotate alike in texts of any length; beyond them all of a batch rotate as in its longest.
+
+    None means all positions do: only longrope (Phi-3) and dynamic scaling look at the length.
+    """
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limits = {"longrope": "original_max_position_embeddings", "dynamic": ""}
+    kinds = [(rope, limits[rope["rope_type"]]) for rope in rope_parameters(config) if rope.get("rope_type") in limits]
+    return min((limit for rope, key in kinds if (limit := rope.get(key, positions))), default=None)
