@@ -122,6 +122,12 @@ class LoraSettings(Section):
         "numbers of the decoder layers that get adapters, counted from 0; null means all of them",
         example="[0, 1]",
     )
+    train_tokens: tuple[str, ...] | None = knob(
+        None,
+        "texts of tokens whose embedding rows are trained too, such as the tokens of a chat template that a base model "
+        "never learned; null means none",
+        example="[<|im_start|>, <|im_end|>]",
+    )
     use_rslora: bool = knob(False, "rank-stabilised LoRA: multiply the update by alpha / sqrt(rank) instead")
     use_dora: bool = knob(
         False, "weight-decomposed LoRA; slower, since it uses peft's own layers without the fast path"
@@ -135,7 +141,8 @@ class LoraSettings(Section):
     @property
     def arguments(self) -> dict[str, Any]:
         """The arguments of create_lora_config, which makes a fresh adapter; of the optional ones those that are given."""
-        return {key: value for key, value in vars(self).items() if key != "init_adapter" and value is not None}
+        others = ("init_adapter", "train_tokens")
+        return {key: value for key, value in vars(self).items() if key not in others and value is not None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -367,7 +374,8 @@ class Leaf:
             bounds = [f"{sign} {limits[key]}" for key, (sign, _) in BOUNDS.items() if key in limits]
             words.append(" ".join(["an integer" if int in self.kinds else "a number", " and ".join(bounds)]).strip())
         if tuple in self.kinds:
-            words.append(f"a list of {'numbers' if self.items is int else 'names'} such as {self.example}")
+            what = "numbers" if self.items is int else "texts" if self.example.startswith("[<") else "names"
+            words.append(f"a list of {what} such as {self.example}")
         if dict in self.kinds:
             words.append("names and values such as {enable_thinking: false}")
         if "choices" in limits:
@@ -588,6 +596,8 @@ def _listed(leaf: Leaf, value: Any) -> Any:
         numbers = str(value).split(",")
         return [int(n) for n in numbers] if all(re.fullmatch(r" *[0-9]{1,9} *", n) for n in numbers) else value
     names = [name.strip() for name in str(value).split(",")]
+    if str not in leaf.kinds:  # texts of tokens
+        return names if isinstance(value, str) and all(names) else value
     slip = len(names) == 1 and difflib.get_close_matches(str(value), leaf.field.metadata.get("choices", ()), cutoff=0.8)
     plain = all(re.fullmatch(r"[A-Za-z_][\w.]*", name) and name != "null" for name in names)
     return names if plain and not slip else value
@@ -775,6 +785,8 @@ def _contradictions(config: Config) -> Iterator[str]:
             "lora.layers_to_transform: goes with a list of names or all-linear; a regular expression in "
             "lora.target_modules says itself which layers it means"
         )
+    if config.lora.train_tokens and config.lora.init_adapter:
+        yield "lora.train_tokens: cannot be added to the adapter of lora.init_adapter"
     if config.performance.memory_limit_gib is not None and config.performance.memory_limit_gib > 4096:
         yield f"performance.memory_limit_gib: expected GiB, got {config.performance.memory_limit_gib}; is that MiB?"
 

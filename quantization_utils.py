@@ -16,7 +16,7 @@ import re
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -560,6 +560,24 @@ def prepare_model_for_training(
     own.asked = lora_config  # an attribute and no field: what is saved are the names
     set_gradient_checkpointing(peft_model, use_gradient_checkpointing)
     return peft_model
+
+
+def with_tokens(
+    lora_config: LoraConfig, texts: Collection[str] | None, tokenizer: PreTrainedTokenizerBase
+) -> LoraConfig:
+    """Return the configuration with the ids of tokens whose embedding rows are trained; raise ConfigError.
+
+    texts: of tokens, as in lora.train_tokens.
+    """
+    rows = {text: tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts or ()}
+    for text, ids in rows.items():
+        if len(ids) != 1 or tokenizer.decode(ids) != text:
+            raise ConfigError(
+                f"lora.train_tokens: expected texts that are one token of the tokenizer, got {text!r}, which is {len(ids)}"
+            )
+    if rows:
+        lora_config.trainable_token_indices = sorted({ids[0] for ids in rows.values()})
+    return lora_config
 
 
 def set_gradient_checkpointing(model: nn.Module, layers: bool | int) -> int:

@@ -24,7 +24,7 @@ model:        {name: Qwen/Qwen2.5-3B-Instruct, revision: null, attn_implementati
 quantization: {load_in_4bit: true, quant_type: nf4, compute_dtype: bfloat16, use_double_quant: true}
 lora:         {rank: 16, alpha: 32.0, dropout: 0.05,
                target_modules: [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj],
-               exclude_modules: null, layers_to_transform: null,
+               exclude_modules: null, layers_to_transform: null, train_tokens: null,
                use_rslora: false, use_dora: false, init_adapter: null}
 data:         {dataset: Salesforce/wikitext, dataset_config: wikitext-2-raw-v1, train_split: train,
                validation_split: validation, validation_fraction: 0.05, text_column: text, format: auto, rows: auto,

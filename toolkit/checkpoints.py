@@ -566,6 +566,7 @@ def targets_text(lora: LoraSettings) -> str:
     text = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(sorted(lora.target_modules))
     without = f", without {shown(lora.exclude_modules)}" if lora.exclude_modules else ""
     layers = f", in layers {shown(lora.layers_to_transform)}" if lora.layers_to_transform is not None else ""
+    layers += f", and the embedding rows of {shown(lora.train_tokens)}" if lora.train_tokens else ""
     return (text + without + layers).replace("|", "\\|")  # it stands in a table
 
 

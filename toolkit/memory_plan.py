@@ -155,11 +155,12 @@ def adapted(shape: ModelShape, lora: LoraSettings) -> list[tuple[str, int, int]]
 
 def adapter_parameters(shape: ModelShape, config: Config) -> int:
     """Return the number of trainable parameters."""
+    rows = len(config.lora.train_tokens or ()) * shape.hidden
     if shape.trainable is not None:
-        return shape.trainable
+        return shape.trainable + rows
     chosen = adapted(shape, config.lora)
     dora = sum(out for _, out, _ in chosen) if config.lora.use_dora else 0
-    return config.lora.rank * sum(out + into for _, out, into in chosen) + dora
+    return config.lora.rank * sum(out + into for _, out, into in chosen) + dora + rows
 
 
 # ------------------------------------------------------------------------------------------------ activations
@@ -248,6 +249,17 @@ def loss_bytes(shape: ModelShape, config: Config, path: str, tokens: int, chunk:
     return tokens * 8 * shape.hidden + min(chunk, tokens) * shape.vocabulary * width
 
 
+def token_rows_bytes(shape: ModelShape, config: Config, tokens: int) -> int:
+    """Return the bytes that lora.train_tokens needs: peft copies the embedding in each step and makes a whole gradient.
+
+    A tied head does so too, and its logits are computed at once: as a product, in fp32, and their gradients.
+    """
+    width = 4 if config.quantization.compute_dtype == "float32" else 2
+    table = shape.vocabulary * shape.hidden * width
+    tied = shape.embedding <= shape.vocabulary * shape.hidden
+    return 4 * table + tokens * shape.vocabulary * 2 * (width + 4) if tied else 2 * table
+
+
 # ------------------------------------------------------------------------------------------------ the plan
 
 
@@ -334,6 +346,8 @@ def plan_memory(
     hidden = tokens * shape.hidden * 2
     chunk = logit_chunk or default_logit_chunk(shape.vocabulary, int(limit - CONTEXT_BYTES - fixed) if limit else 2**36)
     loss = loss_bytes(shape, config, path, tokens, chunk)
+    if config.lora.train_tokens:
+        loss += token_rows_bytes(shape, config, tokens)
     # The backward pass starts at the last layer. When it reaches the checkpointed layers, which are the first ones, the
     # activations of the other layers are gone already.
     norms = 2 * hidden if plain_layers(shape, path) else 0  # recomputing makes the outputs of the norms too

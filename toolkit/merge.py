@@ -13,6 +13,7 @@ from accelerate import init_empty_weights
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
@@ -75,6 +76,8 @@ def merge_adapter(peft_model: PeftModel, dtype: torch.dtype = torch.bfloat16) ->
         weight.data = weight.data.float()
         module.merge(safe_merge=True)
         weight.data = weight.data.to(dtype)
+    for module in [m for m in peft_model.modules() if isinstance(m, TrainableTokensLayer)]:
+        module.merge(safe_merge=True)
     plain = peft_model.unload()
     for parameter in plain.parameters():  # not plain.to(dtype), which would round the rotary frequencies too
         parameter.data = parameter.data.to(dtype)
