@@ -22,6 +22,7 @@ import reprlib
 import sys
 import types
 import typing
+import warnings
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def knob(default: Any, help: str, *, resumable: bool = False, path: bool = False
     """Declare one setting of a section.
 
     limits: at_least, above, below, at_most, zero_or_at_least (numbers), choices and may_be_empty (strings), example
-    (how a list is written). `path` marks a setting that may name a local file. Such a file is looked up in the current
+    (how a list is written), pattern (a string may be a regular expression). `path` marks a setting that may name a local file. Such a file is looked up in the current
     folder, then in the folder of the config file. `words` are values of such a setting that are not paths. `home` marks
     a folder that need not exist yet; a leading ~ means the user's home.
     """
@@ -104,9 +105,28 @@ class LoraSettings(Section):
     )
     target_modules: tuple[str, ...] | str = knob(
         ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-        "names of the linear layers that get an adapter, or the word all-linear for all of them",
+        "names of the linear layers that get an adapter, the word all-linear for all of them, or a regular expression "
+        "that matches their full names",
         choices=("all-linear",),
         example="[q_proj, v_proj]",
+        pattern=True,
+    )
+    exclude_modules: tuple[str, ...] | str | None = knob(
+        None,
+        "of those layers, names of the ones that get no adapter, or a regular expression for their full names; null: none",
+        example="[o_proj]",
+        pattern=True,
+    )
+    layers_to_transform: tuple[int, ...] | None = knob(
+        None,
+        "numbers of the decoder layers that get adapters, counted from 0; null means all of them",
+        example="[0, 1]",
+    )
+    train_tokens: tuple[str, ...] | None = knob(
+        None,
+        "texts of tokens whose embedding rows are trained too, such as the tokens of a chat template that a base model "
+        "never learned; null means none",
+        example="[<|im_start|>, <|im_end|>]",
     )
     use_rslora: bool = knob(False, "rank-stabilised LoRA: multiply the update by alpha / sqrt(rank) instead")
     use_dora: bool = knob(
@@ -120,8 +140,9 @@ class LoraSettings(Section):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The arguments of create_lora_config, which makes a fresh adapter."""
-        return {key: value for key, value in vars(self).items() if key != "init_adapter"}
+        """The arguments of create_lora_config, which makes a fresh adapter; of the optional ones those that are given."""
+        others = ("init_adapter", "train_tokens")
+        return {key: value for key, value in vars(self).items() if key not in others and value is not None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -352,6 +373,7 @@ class Leaf:
     section: str
     key: str
     kinds: tuple[type, ...]
+    items: type  # of a list
     field: dataclasses.Field
 
     @property
@@ -382,12 +404,15 @@ class Leaf:
             bounds = [f"{sign} {limits[key]}" for key, (sign, _) in BOUNDS.items() if key in limits]
             words.append(" ".join(["an integer" if int in self.kinds else "a number", " and ".join(bounds)]).strip())
         if tuple in self.kinds:
-            words.append(f"a list {'' if self.takes_sources else 'of names '}such as {self.example}")
+            what = "numbers" if self.items is int else "texts" if self.example.startswith("[<") else "names"
+            words.append(f"a list {'' if self.takes_sources else f'of {what} '}such as {self.example}")
         if dict in self.kinds:
             words.append(f"at most {MOST_OPTIONS} names and values such as {{enable_thinking: false}}")
         if "choices" in limits:
             words.append(("one of " if len(limits["choices"]) > 1 else "the word ") + ", ".join(limits["choices"]))
-        elif str in self.kinds:
+        if "pattern" in limits:
+            words.append("a regular expression")
+        elif str in self.kinds and "choices" not in limits:
             words.append("text, which may be empty" if "may_be_empty" in limits else "non-empty text")
         if self.optional:
             words.append("null")
@@ -401,7 +426,9 @@ def leaves(sections: dict[str, Any] = SECTIONS) -> Iterator[Leaf]:
         for field in (field for field in dataclasses.fields(cls) if field.metadata):
             hint = hints[field.name]
             members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-            yield Leaf(section, field.name, tuple(typing.get_origin(member) or member for member in members), field)
+            items = next((typing.get_args(m)[0] for m in members if typing.get_origin(m) is tuple), str)
+            kinds = tuple(typing.get_origin(member) or member for member in members)
+            yield Leaf(section, field.name, kinds, items, field)
 
 
 LEAVES: dict[str, Leaf] = {leaf.name: leaf for leaf in leaves()}
@@ -479,7 +506,7 @@ def coerce(leaf: Leaf, value: Any) -> Any:
     try:
         return _convert(leaf, value)
     except (ValueError, OverflowError):
-        text = isinstance(value, str) and str in leaf.kinds and "choices" not in leaf.field.metadata
+        text = isinstance(value, str) and str in leaf.kinds and not {"choices", "pattern"} & leaf.field.metadata.keys()
         more = " without control characters" if text and value.strip() else ""
         raise ConfigError(f"{leaf.name}: expected {leaf.expected}{more}, got {brief(value)}") from None
 
@@ -501,7 +528,7 @@ def _coerce_sources(leaf: Leaf, items: Sequence[Any]) -> tuple[Any, ...]:
             section, word = (source, key) if isinstance(item, dict) else source.split(".")
             kinds = tuple(kind for kind in known[key].kinds if kind is not tuple)  # no list within the list
             with _collecting(problems):
-                own[key] = coerce(Leaf(section, word, kinds, known[key].field), value)
+                own[key] = coerce(Leaf(section, word, kinds, str, known[key].field), value)
         if "dataset" not in (item if isinstance(item, dict) else known):
             problems.append(f"{source}.dataset: expected a path or a hub id, got none")
         if own.get("share") == 1:
@@ -530,7 +557,7 @@ def brief(value: Any) -> str:
 def _convert(leaf: Leaf, value: Any) -> Any:
     """Return `value` as the leaf's type; raise ValueError or OverflowError if the leaf does not allow it."""
     kinds, limits = leaf.kinds, leaf.field.metadata
-    choices = limits.get("choices", ())
+    choices, value = limits.get("choices", ()), _listed(leaf, value)
     if value is None and leaf.optional:
         return None
     if isinstance(value, bool):
@@ -545,11 +572,12 @@ def _convert(leaf: Leaf, value: Any) -> Any:
             return value
         raise ValueError
     if isinstance(value, str) and str in kinds:
-        if value in choices or (not choices and _is_text(value, "may_be_empty" in limits)):
+        free = _is_pattern(value, choices) if "pattern" in limits else not choices
+        if value in choices or (free and _is_text(value, "may_be_empty" in limits)):
             return value
         raise ValueError
     if isinstance(value, (list, tuple)) and tuple in kinds:
-        if value and all(isinstance(item, str) and _is_text(item) for item in value):
+        if value and all(_is_item(leaf, item) for item in value):
             return tuple(value)
         raise ValueError
     if isinstance(value, str) and float in kinds and re.fullmatch(r"[-+]?[0-9.]+([eE][-+]?[0-9]+)?", value):
@@ -612,24 +640,52 @@ def coerce_flag(leaf: Leaf, text: str) -> Any:
     try:
         value = yaml.load(text, _Loader)  # a SafeLoader
     except (yaml.YAMLError, ValueError, RecursionError):
-        raise ConfigError(f"{leaf.name}: expected {leaf.expected}, got {brief(text)}{_list_hint(leaf)}") from None
+        value = text if "pattern" in leaf.field.metadata else None  # such as [qkv]_proj, which is no list of YAML
+        if value is None:
+            raise ConfigError(f"{leaf.name}: expected {leaf.expected}, got {brief(text)}{_list_hint(leaf)}") from None
     try:
-        return coerce(leaf, _plain_names(leaf, value))
+        return coerce(leaf, value)
     except ConfigError as error:
         *others, last = error.problems
         raise ConfigError(*others, f"{last}{_list_hint(leaf)}") from None
 
 
-def _plain_names(leaf: Leaf, value: Any) -> Any:
-    """Return the list of names that a flag such as `q_proj,v_proj` means; return any other value unchanged.
+def _listed(leaf: Leaf, value: Any) -> Any:
+    """Return the list that a text such as `q_proj,v_proj` or a number means; return any other value unchanged.
 
     A word that is almost one of the leaf's choices, such as all_linear for all-linear, is a typing error and no name.
     """
-    if tuple not in leaf.kinds or not isinstance(value, str):
+    if tuple not in leaf.kinds or not isinstance(value, (str, int)) or isinstance(value, bool):
         return value
-    names = [name.strip() for name in value.split(",")]
-    slip = len(names) == 1 and difflib.get_close_matches(value, leaf.field.metadata.get("choices", ()), cutoff=0.8)
-    return value if slip or not all(re.fullmatch(r"[A-Za-z_][\w.]*", name) for name in names) else names
+    if leaf.items is int:
+        numbers = str(value).split(",")
+        return [int(n) for n in numbers] if all(re.fullmatch(r" *[0-9]{1,9} *", n) for n in numbers) else value
+    names = [name.strip() for name in str(value).split(",")]
+    if str not in leaf.kinds:  # texts of tokens
+        return names if isinstance(value, str) and all(names) else value
+    slip = len(names) == 1 and difflib.get_close_matches(str(value), leaf.field.metadata.get("choices", ()), cutoff=0.8)
+    plain = all(re.fullmatch(r"[A-Za-z_][\w.]*", name) and name != "null" for name in names)
+    return names if plain and not slip else value
+
+
+def _is_item(leaf: Leaf, item: Any) -> bool:
+    """Return whether this may stand in a leaf's list: a name, or a number of a layer."""
+    if leaf.items is int:
+        return type(item) is int and 0 <= item < MANY
+    return isinstance(item, str) and _is_text(item)
+
+
+def _is_pattern(text: str, choices: Sequence[str]) -> bool:
+    """Return whether a text is a regular expression, and neither a name nor one of `choices` with a typing error."""
+    if len(text) > 10_000 or not re.search(r"[][.*+?(){}|\\^$]", text):
+        return False
+    if difflib.get_close_matches(text, choices, cutoff=0.8):
+        return False
+    with contextlib.suppress(re.error, RecursionError, OverflowError, MemoryError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about how future versions of Python may read it
+        re.compile(text)
+        return True
+    return False
 
 
 def _list_hint(leaf: Leaf) -> str:
@@ -793,6 +849,14 @@ def _contradictions(config: Config) -> Iterator[str]:
             "performance.fused_lora: on cannot be combined with lora.use_dora: true, which needs peft's own layers; "
             "use auto or off"
         )
+    pattern = isinstance(config.lora.target_modules, str) and config.lora.target_modules != "all-linear"
+    if pattern and config.lora.layers_to_transform is not None:
+        yield (
+            "lora.layers_to_transform: goes with a list of names or all-linear; a regular expression in "
+            "lora.target_modules says itself which layers it means"
+        )
+    if config.lora.train_tokens and config.lora.init_adapter:
+        yield "lora.train_tokens: cannot be added to the adapter of lora.init_adapter"
     if config.performance.memory_limit_gib is not None and config.performance.memory_limit_gib > 4096:
         yield f"performance.memory_limit_gib: expected GiB, got {config.performance.memory_limit_gib}; is that MiB?"
 

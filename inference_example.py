@@ -289,6 +289,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from config import LEAVES, GenerationConfig
+from fast_path import families
 from fast_path.decoder import Watch
 from quantization_utils import (
     SLOW_BF16,
@@ -490,8 +491,11 @@ def batch_size(engine: Engine, config: Config, positions: int) -> int:
     """Return how many prompts are answered together if each needs so many positions, answer included: a power of two.
 
     With a power of two, a little more or less free memory does not change the batches. A second call that continues
-    the first one then samples the same answers as the first call would have.
+    the first one then samples the same answers as the first call would have. It is 1 where the rotary scale would follow
+    the longest prompt of a batch.
     """
+    if positions > (families.steady_positions(engine.model.config) or positions):
+        return 1
     device, tokens = engine.model.device, CPU_TOKENS
     if device.type == "cuda":
         free = free_bytes(device, config.performance.memory_limit_gib)

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -48,6 +48,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     PretrainedConfig,
@@ -55,22 +56,20 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
-from transformers.pytorch_utils import Conv1D
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
 from transformers.utils import cached_file
 
 from config import (
     Config,
     ConfigError,
-    LoraSettings,
     is_hub_id,
     missing_model,
 )
 from fast_path.dropout import own_dropout_line
-from fast_path.families import decoder_layers, head_width, known_positions, rope_parameters, towers
+from fast_path.families import decoder_layers, head_width, known_positions, rope_parameters
+from fast_path.model_targets import DEFAULT_TARGETS, linear_modules, resolved_targets
 from fast_path.packed_weights import keep_packing
-
-DEFAULT_TARGETS = LoraSettings().target_modules
-
+from fast_path.targets import is_pattern
 
 # ------------------------------------------------------------------------------------------------ configurations
 
@@ -150,18 +149,27 @@ def create_lora_config(
     target_modules: list[str] | tuple[str, ...] | str = DEFAULT_TARGETS,
     use_rslora: bool = False,
     use_dora: bool = False,
+    exclude_modules: list[str] | tuple[str, ...] | str | None = None,
+    layers_to_transform: list[int] | tuple[int, ...] | None = None,
 ) -> LoraConfig:
-    """Return peft's configuration of an adapter for a causal language model; target_modules may be all-linear."""
-    return LoraConfig(
+    """Return peft's configuration of an adapter for a causal language model.
+
+    target_modules: names, all-linear, or a regular expression. exclude_modules: names or a regular expression.
+    """
+    lora_config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
         use_rslora=use_rslora,
         use_dora=use_dora,
+        exclude_modules=list(exclude_modules) if isinstance(exclude_modules, tuple) else exclude_modules,
         bias="none",
         task_type="CAUSAL_LM",
     )
+    # Set here, since the constructor refuses it beside all-linear, which prepare_model_for_training makes a list.
+    lora_config.layers_to_transform = None if layers_to_transform is None else list(layers_to_transform)
+    return lora_config
 
 
 # ------------------------------------------------------------------------------------------------ loading
@@ -406,6 +414,22 @@ def check_index(model_name: str, revision: str | None) -> None:
             raise ConfigError(f"model.name: {name} of {model_name}: expected names of files beside it, got {shard!r}")
 
 
+def auto_class(config: PretrainedConfig) -> Any:
+    """Return the class of transformers that loads a model with this configuration.
+
+    A model that also sees or hears, and which the class for causal language models does not know, has a class for such
+    models; its language half is trained and answers. Raises ConfigError for an encoder with a decoder.
+    """
+    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if remote or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) not in MODEL_FOR_MULTIMODAL_LM_MAPPING:
+        return AutoModelForCausalLM
+    if getattr(config, "is_encoder_decoder", False):
+        raise ConfigError(
+            f"model.name: expected a causal language model, got {config.model_type}, which has an encoder"
+        )
+    return AutoModelForMultimodalLM
+
+
 def load_model_and_tokenizer(
     model_name: str,
     bnb_config: BitsAndBytesConfig | None = None,
@@ -432,7 +456,7 @@ def load_model_and_tokenizer(
     try:
         check_index(model_name, revision)
         model_config = AutoConfig.from_pretrained(model_name, **source)
-        model, loaded = AutoModelForCausalLM.from_pretrained(
+        model, loaded = auto_class(model_config).from_pretrained(
             model_name,
             config=model_config,
             quantization_config=None if stored_in_4bit(model_config, model_name) else bnb_config,
@@ -549,26 +573,6 @@ def quiet_libraries() -> None:
 # ------------------------------------------------------------------------------------------------ preparation
 
 
-def linear_names(model: nn.Module) -> list[str]:
-    """Return the different last names of the linear layers (without the output head), in the order of the model."""
-    head = model.get_output_embeddings()
-    linears = (name for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head)
-    return list(dict.fromkeys(name.rpartition(".")[2] for name in linears))
-
-
-def check_targets(model: nn.Module, targets: set[str] | list[str] | tuple[str, ...] | str) -> None:
-    """Raise ConfigError if a model, which may be on the meta device, lacks a target of the adapters."""
-    if isinstance(targets, str):  # all-linear
-        return
-    modules = dict(model.named_modules())
-    missing = sorted(t for t in targets if not any(name == t or name.endswith("." + t) for name in modules))
-    if missing:
-        raise ConfigError(
-            f"lora.target_modules: the model has no {', '.join(missing)}; "
-            f"its own are --target_modules {','.join(linear_names(model))}"
-        )
-
-
 def prepare_model_for_training(
     model: PreTrainedModel, lora_config: LoraConfig, use_gradient_checkpointing: bool | int = True
 ) -> PeftModel:
@@ -578,12 +582,10 @@ def prepare_model_for_training(
     prepare_model_for_kbit_training this casts nothing to fp32: the embedding of Qwen2.5-3B alone would need 0.58 GiB
     more.
     """
-    check_targets(model, lora_config.target_modules)
-    model.config.use_cache = False
-    if apart := towers(model):
-        lora_config.exclude_modules = "|".join(rf"{re.escape(name)}\..*" for name in apart)
+    own = resolved_targets(model, lora_config)
+    names, model.config.use_cache = own.target_modules, False
     try:
-        peft_model = get_peft_model(model, lora_config)  # freezes the base and makes the adapters in fp32
+        peft_model = get_peft_model(model, own)  # freezes the base and makes the adapters in fp32
     except ValueError as error:
         if "ParamWrapper" in str(error):
             raise ConfigError(
@@ -591,8 +593,29 @@ def prepare_model_for_training(
                 "use --dropout 0, or --target_modules q_proj,k_proj,v_proj,o_proj for attention alone"
             ) from None
         raise ConfigError(f"lora.target_modules: {' '.join(str(error).split())[:300]}") from None
+    if not own.exclude_modules and names != lora_config.target_modules:  # peft shortens a long list to endings
+        own.target_modules = names
+    own.asked = lora_config  # an attribute and no field: what is saved are the names
     set_gradient_checkpointing(peft_model, use_gradient_checkpointing)
     return peft_model
+
+
+def with_tokens(
+    lora_config: LoraConfig, texts: Collection[str] | None, tokenizer: PreTrainedTokenizerBase
+) -> LoraConfig:
+    """Return the configuration with the ids of tokens whose embedding rows are trained; raise ConfigError.
+
+    texts: of tokens, as in lora.train_tokens.
+    """
+    rows = {text: tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts or ()}
+    for text, ids in rows.items():
+        if len(ids) != 1 or tokenizer.decode(ids) != text:
+            raise ConfigError(
+                f"lora.train_tokens: expected texts that are one token of the tokenizer, got {text!r}, which is {len(ids)}"
+            )
+    if rows:
+        lora_config.trainable_token_indices = sorted({ids[0] for ids in rows.values()})
+    return lora_config
 
 
 def set_gradient_checkpointing(model: nn.Module, layers: bool | int) -> int:
@@ -621,6 +644,20 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Return the number of (trainable, all) parameters; 4-bit weights are counted unpacked, tied weights once."""
     counts = [(weight_count(p), p.requires_grad) for p in model.parameters()]
     return sum(n for n, trainable in counts if trainable), sum(n for n, _ in counts)
+
+
+def adapter_lines(model: PeftModel) -> list[str]:
+    """Return the line about parameters and, where not all layers of the asked names are adapted, one that says so."""
+    found = model.peft_config["default"]
+    asked, lines = getattr(found, "asked", found), []
+    if is_pattern(asked.target_modules) or asked.exclude_modules or asked.layers_to_transform is not None:
+        count = sum(".lora_" not in name for name in linear_modules(model.get_base_model()))
+        adapted = model.base_model.targeted_module_names
+        lines = [f"adapters: on {len(adapted)} of {count} linear layers, such as {adapted[0]}"]
+    elif set(asked.target_modules) == set(DEFAULT_TARGETS) != set(found.target_modules):
+        left = ", ".join(sorted(set(DEFAULT_TARGETS) - set(found.target_modules)))
+        lines = [f"adapters: not on {left}: its routed experts get adapters only where they are named"]
+    return [parameter_line(model), *lines]
 
 
 def parameter_line(model: nn.Module) -> str:

@@ -132,7 +132,7 @@ from fast_path import attention, choice, compiled, dropout, families, layers
 from fast_path.loss import CausalLMLoss, compiled_chunk_loss, default_logit_chunk, kernel_chunk_loss, perplexity
 from fast_path.micro_step import Learner, be_deterministic
 from fast_path.optimizers import create_optimizer
-from quantization_utils import compute_dtype_of, create_lora_config, load_base, prepare_model_for_training
+from quantization_utils import compute_dtype_of, create_lora_config, load_base, prepare_model_for_training, with_tokens
 from toolkit import checkpoints, data_formats, data_sources, earlier_run, evaluation, machine, memory, memory_plan
 from toolkit.adapters import start_from_adapter
 from toolkit.chat_templates import CHILD, adopt_template
@@ -360,10 +360,10 @@ def build_run(config: Config, accelerator: Accelerator, log: checkpoints.Log, fo
     for line in quantization_utils.base_lines(config, model):
         say(line)
     if (samples := data_sources.first_samples(blocks["train"])) is not None:
-        for line in data_formats.untrained_chat_tokens(model, tokenizer, samples):
+        for line in data_formats.untrained_chat_tokens(model, tokenizer, samples, config.lora.train_tokens):
             say(line)
     plan = plan or memory_plan.unplanned(config, sequences, len(families.decoder_layers(model)))
-    learner = build_learner(config, model, plan, say, sample_counts(*blocks.values())[:per_step])
+    learner = build_learner(config, model, plan, say, sample_counts(*blocks.values())[:per_step], tokenizer)
     optimizer = create_optimizer(learner.parameters, training, device, say)
     effective = checkpoints.effective(config, learner.model)
     for line in checkpoints.edited_line(config, effective):
@@ -407,23 +407,23 @@ def prepare_dataset(config: Config, tokenizer: PreTrainedTokenizerBase) -> Datas
 
 
 def build_learner(
-    config: Config, model: PreTrainedModel, plan: MemoryPlan, say: Callable[[str], None], samples: Sequence[int] = ()
-) -> Learner:
+    config: Config, model: PreTrainedModel, plan: MemoryPlan, say: Callable[[str], None], samples: Sequence[int] = (),
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Learner:  # fmt: skip
     """Attach the adapter, a fresh one or lora.init_adapter, to the base model and set up how its micro-batches are computed.
 
     plan: the shape of a micro-batch. samples: how many samples the fullest blocks hold, in descending order; the samples
-    of one block must not see each other.
+    of one block must not see each other. tokenizer: for lora.train_tokens.
     """
     seed, device = config.training.seed, model.device
     transformers.set_seed(seed)  # for the fresh adapter
     peft_model = start_from_adapter(model, config, plan.checkpointed, say)
     if peft_model is None:
-        peft_model = prepare_model_for_training(model, create_lora_config(**config.lora.arguments), plan.checkpointed)
+        fresh = with_tokens(create_lora_config(**config.lora.arguments), config.lora.train_tokens, tokenizer)
+        peft_model = prepare_model_for_training(model, fresh, plan.checkpointed)
     config = checkpoints.effective(config, peft_model)  # somebody may have edited the functions that made it
     p, dtype = config.lora.dropout, compute_dtype_of(config)
-    say(quantization_utils.parameter_line(peft_model))
-    attention.use_causal_attention(model)
-    apart = [attention.keep_samples_apart(model, config.data.max_length, samples)] if samples else []
+    attention_lines = attention.prepare_attention(model, config.data, samples)
     clock = dropout.DropoutClock(seed, device)
     dropout.use_stateless_dropout(peft_model, p, clock)
     objective = CausalLMLoss(peft_model, dtype)
@@ -440,7 +440,7 @@ def build_learner(
     if device.type == "cuda":
         free = memory.free_bytes(device, config.performance.memory_limit_gib)  # for a shape that has no plan
         objective.logit_chunk = plan.logit_chunk or default_logit_chunk(len(objective.head.weight), free)
-    for line in (fast.line, *apart):
+    for line in (*quantization_utils.adapter_lines(peft_model), fast.line, *attention_lines):
         say(line)
     # The losses are sums over tokens, so the gradients are large already: torch's first scale, 2**16, would make them
     # overflow in fp16 at once.

@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from config import ConfigError
+from config import ConfigError, DataConfig
 from fast_path import families, training_kernels
 from fast_path.dropout import modes_kept
 from fast_path.nf4 import Launch, triton
@@ -275,7 +275,7 @@ def _check_packing(model: nn.Module) -> None:
 
     The second sample's hidden states must not change when another sample is put before it.
     """
-    decoder = model.get_decoder()
+    decoder = families.decoder_of(model)
     samples = torch.arange(1, 17, device=model.device).view(2, 8)  # 2 sequences: a batch of 1 may run other kernels
     positions = torch.arange(4, device=model.device).repeat(2, 2)
     others = torch.cat([samples.flip(0)[:, :4], samples[:, 4:]], 1)  # another sample before the last 4 tokens
@@ -303,6 +303,45 @@ def keep_samples_apart(model: nn.Module, length: int, samples: Sequence[int]) ->
     model.config.attention_choice = choice_of(model.config)._replace(packed=True, varlen_samples=varlen)
     _check_packing(model)
     return f"packed samples: {f'with a mask: {obstacle}' if obstacle else 'varlen attention'}"
+
+
+def prepare_attention(model: nn.Module, data: DataConfig, samples: Sequence[int]) -> list[str]:
+    """Set a model's attention up for the sequences of a run and return the log lines about it; raise ConfigError.
+
+    samples: how many the fullest blocks hold, as in keep_samples_apart; empty where blocks hold running text or a row each.
+    """
+    use_causal_attention(model)
+    lines = fix_rotary_scale(model, data.max_length, alike=data.packing and not samples)
+    return [*lines, *([keep_samples_apart(model, data.max_length, samples)] if samples else [])]
+
+
+@torch.no_grad()
+def fix_rotary_scale(model: nn.Module, length: int, alike: bool) -> list[str]:
+    """Keep one sequence's rotary embedding from depending on the others of its batch.
+
+    Where blocks are longer than `steady_positions`, transformers rotates a whole batch as its longest sequence needs.
+    alike: all sequences are blocks of `length` tokens, but for the last; then all rotate as a full block does, which a
+    line says. Otherwise raise ConfigError.
+    """
+    limit = families.steady_positions(model.config)
+    if limit is None or length <= limit:
+        return []
+    name = type(model).__name__
+    if not alike:
+        raise ConfigError(
+            f"data.max_length: expected at most {limit:,}, got {length:,}: beyond {limit:,} positions the rotary scale of "
+            f"{name} follows the longest sample of a batch, which would change what it computes for the shorter ones"
+        )
+    x, positions = model.get_input_embeddings().weight[:1], torch.tensor([[length - 1]], device=model.device)
+    for module in families.decoder_of(model).modules():
+        if isinstance(kind := getattr(module, "rope_type", None), str):
+            module(x, positions)  # takes the frequencies of this length
+            module.rope_type = "default"  # and keeps them
+        elif isinstance(kind, dict):
+            for layer_type in kind:
+                module(x, positions, layer_type)
+            module.rope_type = dict.fromkeys(kind, "default")
+    return [f"rotary scale: that of {length:,} tokens, for a shorter last block too"]
 
 
 def use_causal_attention(model: nn.Module) -> bool:
@@ -333,7 +372,7 @@ def _does_without_mask(model: nn.Module) -> bool:
         for implementation in ("sdpa", CAUSAL):
             model.set_attn_implementation(implementation)
             try:
-                outputs.append(model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state.float())
+                outputs.append(families.decoder_of(model)(input_ids=ids, use_cache=False).last_hidden_state.float())
             except (RuntimeError, TypeError, AttributeError, ValueError, IndexError):
                 outputs.append(torch.full((), torch.nan))  # the model reads the mask that is not there
         model.set_attn_implementation("sdpa")

@@ -4,6 +4,7 @@ import dataclasses
 
 import torch
 from peft import PeftModel
+from peft.utils.other import TrainableTokensWrapper
 
 from config import ConfigError, PerformanceConfig
 from fast_path import families
@@ -21,6 +22,11 @@ class FastPath:
     cuda_graphs: bool
     kernels: bool  # the operators run Triton kernels instead of torch calls
     line: str
+
+
+def trains_tokens(model: torch.nn.Module) -> bool:
+    """Return whether an adapter has rows of the embedding of its own."""
+    return any(isinstance(module, TrainableTokensWrapper) for module in model.modules())
 
 
 def choose_fast_path(
@@ -48,6 +54,8 @@ def choose_fast_path(
     no_triton = gpu and not HAS_TRITON and "Triton is not installed (Windows: pip install triton-windows)"
     compiled = decide("compile", no_triton or (None if fused else "it needs fused_lora"))
     copies = "no graph can hold the copies to main memory" if offload else None
+    if trains_tokens(model):
+        copies = "peft copies the embedding with the rows of lora.train_tokens"
     graphs = decide("cuda_graphs", copies if gpu else "there is no CUDA GPU")
     kernels = gpu and HAS_TRITON and dtype is not torch.float32  # not in fp32: tl.dot would round it to tf32
     line = "fast path: " + (", ".join(name for name, on in runs.items() if on) or "none")

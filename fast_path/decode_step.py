@@ -478,7 +478,7 @@ class DecodeStep:
             _check(not model.active_peft_config.is_prompt_learning, "the adapter is a learned prompt")
             model = model.get_base_model()
         _check(families.fused("model", model), f"{type(model).__name__}: {families.of(model).plain_decode}")
-        decoder, dtype, device = model.get_decoder(), model.dtype, model.device
+        decoder, dtype, device = families.decoder_of(model), model.dtype, model.device
         _check(dtype in (torch.bfloat16, torch.float16), f"the model computes in {dtype}")
         rope = decoder.rotary_emb.rope_type
         _check(rope not in ("dynamic", "longrope"), f"rotary embedding {rope} depends on the length")

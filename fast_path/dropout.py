@@ -161,10 +161,10 @@ def train_adapters(model: PeftModel) -> None:
     The decoder layers stay in training mode, because that is where transformers switches checkpointing on.
     """
     base = model.get_base_model()
-    if model.training and not base.get_decoder().training:  # it is in this mode; each step asks for it
+    if model.training and not families.decoder_of(base).training:  # it is in this mode; each step asks for it
         return
     model.train()
-    for module in base.get_decoder().modules():
+    for module in families.decoder_of(base).modules():
         module.training = False
     for layer in families.decoder_layers(base):
         layer.training = True

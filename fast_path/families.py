@@ -137,12 +137,18 @@ def fused(part: str, module: object) -> bool:
 # ------------------------------------------------------------------------------------------------ any model
 
 
+def decoder_of(model: Any) -> Any:
+    """Return the part of a model that makes the last hidden states of tokens; get_decoder of a Llama 4 has a head too."""
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    return getattr(decoder, "model", decoder) if any(module is head for module in decoder.modules()) else decoder
+
+
 def decoder_layers(model: Any) -> Any:
     """Return the list of the decoder's layers, which models name layers, h, blocks or otherwise; raise ConfigError.
 
     model: a causal language model of transformers, also one whose decoder is a part of it, as in models that read images.
     """
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     lists = [part for part in decoder.modules() if type(part).__name__ == "ModuleList" and len(part)]
     layers = [part for part in lists if all(hasattr(layer, "gradient_checkpointing") for layer in part)] or lists
     if not layers:
@@ -155,12 +161,13 @@ def towers(model: Any) -> list[str]:
 
     Training on text never runs them.
     """
-    head, decoder = model.get_output_embeddings(), model.get_decoder()
+    head, decoder = model.get_output_embeddings(), decoder_of(model)
     path = next(name for name, module in model.named_modules() if module is decoder).split(".")
     found: dict[str, None] = {}
     for name, module in model.named_modules():
         parts = name.split(".")
-        if module is not head and parts[: len(path)] != path and type(module).__name__.endswith("Linear"):
+        linear = any(kind.__name__ == "Linear" for kind in type(module).__mro__)  # in 4 bit too
+        if module is not head and parts[: len(path)] != path and linear:
             depth = next(i for i, part in enumerate(parts) if i >= len(path) or part != path[i])
             found[".".join(parts[: depth + 1])] = None
     return list(found)
@@ -200,3 +207,14 @@ def known_positions(config: PretrainedConfig) -> int | None:
     yarn = [rope for rope in rope_parameters(config) if rope.get("rope_type") == "yarn"]
     stretched = [(rope.get("factor") or 1) * (rope.get("original_max_position_embeddings") or 0) for rope in yarn]
     return positions and int(max(positions, *stretched, 0))
+
+
+def steady_positions(config: PretrainedConfig) -> int | None:
+    """Return how many positions rotate alike in texts of any length; beyond them all of a batch rotate as in its longest.
+
+    None means all positions do: only longrope (Phi-3) and dynamic scaling look at the length.
+    """
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limits = {"longrope": "original_max_position_embeddings", "dynamic": ""}
+    kinds = [(rope, limits[rope["rope_type"]]) for rope in rope_parameters(config) if rope.get("rope_type") in limits]
+    return min((limit for rope, key in kinds if (limit := rope.get(key, positions))), default=None)

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from config import ConfigError
-from fast_path import training_kernels
+from fast_path import families, training_kernels
 from fast_path.dropout import modes_kept
 from fast_path.nf4 import Launch, multiprocessors
 
@@ -203,7 +203,7 @@ class CausalLMLoss(Objective):
     def __init__(self, model: PeftModel | PreTrainedModel, dtype: torch.dtype):
         self.base = model.get_base_model() if isinstance(model, PeftModel) else model
         self.device, self.dtype = next(model.parameters()).device, dtype
-        self.decoder, self.head = self.base.get_decoder(), self.base.get_output_embeddings()
+        self.decoder, self.head = families.decoder_of(self.base), self.base.get_output_embeddings()
         self.logit_chunk: int | None = None  # these two are arguments of chunked_cross_entropy
         self.chunk_loss: Callable = _chunk_loss
         self.chunked = self._head_is_plain()

@@ -1,25 +1,31 @@
 """A small random model of every class that transformers maps to causal language modelling, and what the toolkit makes of each.
 
-python tests/families.py --table        examine all families (about half an hour on two cores) and write docs/models.md
-python tests/families.py --table gpt2   examine these families alone and renew their rows
+python tests/families.py --table --jobs 2    examine all families, two at a time (about half an hour), and write docs/models.md
+python tests/families.py --table gpt2        examine these families alone and renew their rows
+python tests/families.py --table --jobs 16 --results FILE    keep every finding in FILE; the same command goes on after a stop
+python tests/families.py --known FILE        write docs/models.md from FILE and print KNOWN of tests/test_models.py
 python tests/families.py --build gpt2 DIR    write the small model of a family into a folder, to try things with
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import io
 import json
+import multiprocessing
 import os
 import re
 import shutil
 import sys
 import tempfile
+import time
 import traceback
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -712,8 +718,8 @@ TABLE = ROOT / "docs" / "models.md"
 HEAD_OF_TABLE = """\
 # Which models train, answer and merge
 
-`python tests/families.py --table` writes this page (about half an hour on two cores; with names of families it renews their rows
-only). Each row is a small random model of a class that transformers maps to causal language modelling, in 4 bit on a CPU, in
+`python tests/families.py --table --jobs 2` writes this page (about half an hour on two cores; with names of families it renews
+their rows only). Each row is a small random model of a class that transformers maps to causal language modelling, in 4 bit on a CPU, in
 float32, with an adapter on all linear layers: two layers, grouped heads, windows shorter than the text, biases, soft caps,
 norms and saved buffers with values of their own, and in half of the rows the dropout that the config allows.
 
@@ -750,28 +756,129 @@ def rows_of_table() -> dict[str, str]:
 
 
 def write_rows(rows: dict[str, str]) -> None:
-    """Write docs/models.md with these rows, in the order of `families`."""
+    """Write docs/models.md with these rows, in the order of `families`; a stop while writing leaves the file before."""
     head = f"| family | {' | '.join(COLUMNS)} | note |\n|{'---|' * (len(COLUMNS) + 2)}\n"
     body = "".join(f"{rows[name]}\n" for name in families() if name in rows)
-    TABLE.write_text(HEAD_OF_TABLE + head + body, encoding="utf-8")
+    new = TABLE.with_suffix(".new")
+    new.write_text(HEAD_OF_TABLE + head + body, encoding="utf-8")
+    new.replace(TABLE)
 
 
-def write_table(names: list[str]) -> None:
-    """Examine families, print their rows, and renew them in docs/models.md."""
-    rows = rows_of_table()
-    for family in names:
-        with tempfile.TemporaryDirectory() as folder:
-            rows[family] = row_of(family, examine(family, Path(folder)))
-        print(rows[family], flush=True)
+LONGEST = 300  # seconds for a family: the slowest takes about 60 where nothing else runs
+
+
+def into_file(family: str, folder: Path) -> None:
+    """Examine a family and write what came of it into a file, in a child process."""
+    work = folder / f"{family}.work"
+    work.mkdir()
+    found = {column: dataclasses.asdict(outcome) for column, outcome in examine(family, work).items()}
+    (folder / family).write_text(json.dumps(found), encoding="utf-8")
+
+
+def examined(names: list[str], jobs: int) -> Iterator[tuple[str, dict[str, Outcome]]]:
+    """Yield each family and what came of it, `jobs` of them at a time, each in a child that this process forks.
+
+    A child that crashes or takes longer than LONGEST is a fault of its family alone. This process has computed nothing
+    before: autograd refuses to run in the child of one that has.
+    """
+    fork, waiting = multiprocessing.get_context("fork"), list(names)
+    at_work: dict[int, tuple[str, Any, float]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        while waiting or at_work:
+            while waiting and len(at_work) < jobs:
+                child = fork.Process(target=into_file, args=(waiting[0], folder))
+                child.start()
+                at_work[child.sentinel] = (waiting.pop(0), child, time.monotonic() + LONGEST)
+            wait(at_work, timeout=5)
+            for sentinel, (family, child, until) in list(at_work.items()):
+                if child.is_alive() and time.monotonic() < until:
+                    continue
+                late = child.is_alive()
+                child.kill()
+                child.join()
+                del at_work[sentinel]
+                shutil.rmtree(folder / f"{family}.work", ignore_errors=True)
+                if (folder / family).is_file():
+                    found = json.loads((folder / family).read_text(encoding="utf-8"))
+                    yield family, {column: Outcome(**outcome) for column, outcome in found.items()}
+                else:
+                    why = f"more than {LONGEST} s" if late else f"the process ended with {child.exitcode}"
+                    yield family, {column: Outcome("traceback", why, False) for column in COLUMNS}
+
+
+def read_results(path: Path | None) -> dict[str, dict[str, Outcome]]:
+    """Return what a file of results has of each family; its last line may be cut off where the writer was stopped."""
+    found: dict[str, dict[str, Outcome]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path and path.is_file() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            entry = json.loads(line)
+            found[entry["family"]] = {column: Outcome(**outcome) for column, outcome in entry["found"].items()}
+    return found
+
+
+def write_table(names: list[str], jobs: int, results: Path | None) -> None:
+    """Examine families, and as each is done print its row, renew it in docs/models.md and keep it in a file of results.
+
+    names: of the families; if empty, all of which `results` has nothing.
+    """
+    known = read_results(results)
+    rows = rows_of_table() | {family: row_of(family, found) for family, found in known.items()}
+    started = time.monotonic()
+    for family, found in examined(names or [name for name in families() if name not in known], jobs):
+        rows[family] = row_of(family, found)
+        print(f"{time.monotonic() - started:4.0f} s {rows[family]}", flush=True)
+        if results:
+            entry = {"family": family, "found": {column: dataclasses.asdict(o) for column, o in found.items()}}
+            with results.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
         write_rows(rows)
+
+
+def known_lines(results: dict[str, dict[str, Outcome]], kinds: Callable[[str], dict[str, str]]) -> list[str]:
+    """Return the entries of KNOWN that results call for. kinds(family): column to kind, as KNOWN has them; a new fault is kind 0."""
+    lines = []
+    for family in [name for name in families() if name in results]:
+        faults: dict[str, list[str]] = {}
+        for column, outcome in results[family].items():
+            if not outcome.right and column != "plain":
+                faults.setdefault(kinds(family).get(column, "0"), []).append(column)
+        if faults:
+            parts = [f"{kind} {' '.join(faults[kind])}" for kind in sorted(faults, key=int)]
+            lines.append(f"    {json.dumps(family)}: {json.dumps(', '.join(parts))},")
+    return lines
+
+
+def print_known(results: Path) -> None:
+    """Write docs/models.md from a file of results, and print KNOWN for tests/test_models.py."""
+    from tests.test_models import known_faults
+
+    found = read_results(results)
+    write_rows(rows_of_table() | {family: row_of(family, outcomes) for family, outcomes in found.items()})
+    lines = known_lines(found, known_faults)
+    print("KNOWN: dict[str, str] = {", *lines, "}", sep="\n")
+    if missing := [name for name in families() if name not in found]:
+        print(f"not examined: {', '.join(missing)}")
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--table", nargs="*", metavar="FAMILY", help="examine families, all if none is named")
+    what.add_argument("--known", type=Path, metavar="FILE", help="results of --table")
+    what.add_argument("--build", nargs=2, metavar=("FAMILY", "DIR"), help="write a small model into a folder")
+    parser.add_argument("--jobs", type=int, default=1, help="families at a time, each in a process")
+    parser.add_argument("--results", type=Path, metavar="FILE", help="where --table adds a line of JSON per family")
+    chosen = parser.parse_args(argv)
+    if chosen.build:
+        print(build(chosen.build[0], Path(chosen.build[1])))
+    elif chosen.known:
+        print_known(chosen.known)
+    else:
+        write_table(chosen.table, chosen.jobs, chosen.results)
 
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     quantization_utils.quiet_libraries()
-    if sys.argv[1:2] == ["--table"]:
-        write_table(sys.argv[2:] or families())
-    elif sys.argv[1:2] == ["--build"] and len(sys.argv) == 4:
-        print(build(sys.argv[2], Path(sys.argv[3])))
-    else:
-        sys.exit(__doc__)
+    main(sys.argv[1:])

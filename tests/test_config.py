@@ -24,6 +24,7 @@ model:        {name: Qwen/Qwen2.5-3B-Instruct, revision: null, attn_implementati
 quantization: {load_in_4bit: true, quant_type: nf4, compute_dtype: bfloat16, use_double_quant: true}
 lora:         {rank: 16, alpha: 32.0, dropout: 0.05,
                target_modules: [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj],
+               exclude_modules: null, layers_to_transform: null, train_tokens: null,
                use_rslora: false, use_dora: false, init_adapter: null}
 data:         {dataset: Salesforce/wikitext, dataset_config: wikitext-2-raw-v1, train_split: train,
                validation_split: validation, validation_fraction: 0.05, text_column: text, format: auto, rows: auto,
@@ -141,6 +142,13 @@ READ = [
     ("lora.target_modules", "[q_proj, v_proj]", ("q_proj", "v_proj")),
     ("lora.target_modules", "[q_proj]", ("q_proj",)),
     ("lora.target_modules", "all-linear", "all-linear"),
+    ("lora.target_modules", "'.*_proj'", ".*_proj"),
+    ("lora.exclude_modules", "'o_proj,lm_head'", ("o_proj", "lm_head")),
+    ("lora.exclude_modules", "'.*mlp.*'", ".*mlp.*"),
+    ("lora.exclude_modules", "null", None),
+    ("lora.layers_to_transform", "[0, 3]", (0, 3)),
+    ("lora.layers_to_transform", "'0,3'", (0, 3)),
+    ("lora.layers_to_transform", "5", (5,)),
     ("quantization.load_in_4bit", "false", False),
     ("quantization.load_in_4bit", "no", False),
     ("data.packing", "on", True),
@@ -211,6 +219,13 @@ WRONG = [
     ("lora.target_modules", "[q_proj, 3]"),
     ("lora.target_modules", "['']"),
     ("lora.target_modules", "null"),
+    ("lora.target_modules", "'(q_proj'"),
+    ("lora.exclude_modules", "all-linear"),
+    ("lora.exclude_modules", "[]"),
+    ("lora.layers_to_transform", "[-1]"),
+    ("lora.layers_to_transform", "[0, q_proj]"),
+    ("lora.layers_to_transform", "-1"),
+    ("lora.layers_to_transform", "[]"),
     ("quantization.quant_type", "int4"),
     ("quantization.compute_dtype", "fp16"),
     ("training.optim", "adam"),
@@ -480,6 +495,8 @@ def test_the_scripts_own_flags_take_dashes_too():
         ("q_proj", ("q_proj",)),
         ("self_attn.q_proj,o_proj", ("self_attn.q_proj", "o_proj")),
         ("all-linear", "all-linear"),
+        (r".*layers\.[01]\.self_attn\.(q|v)_proj", r".*layers\.[01]\.self_attn\.(q|v)_proj"),
+        ("[qv]_proj", "[qv]_proj"),  # no list of YAML
     ],
 )
 def test_plain_names_with_commas_are_a_list_in_a_flag(text, names):
@@ -714,7 +731,7 @@ def test_each_leaf_survives_saving_at_another_value(tmp_path):
         elif dict in leaf.kinds:
             value = {"enable_thinking": False, "style": "plain: 'a'"}
         else:
-            value = "another"
+            value = (1, 2) if leaf.items is int else "another"
         changed = load_config([], {name: value})
         save_config(changed, tmp_path / "saved.yaml")
         assert load_config(tmp_path / "saved.yaml") == changed != Config()

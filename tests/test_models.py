@@ -1,17 +1,30 @@
 """What becomes of each family of models, through the scripts, against plain transformers and peft (tests/families.py)."""
 
 import copy
+import json
 
 import pytest
 import torch
 
-from tests.families import COLUMNS, EXCEPTIONS, LENGTH, MOST_USED, examine, families, rows_of_table, small_model
+from tests.families import (
+    COLUMNS,
+    EXCEPTIONS,
+    LENGTH,
+    MOST_USED,
+    Outcome,
+    examine,
+    families,
+    known_lines,
+    read_results,
+    rows_of_table,
+    small_model,
+)
 
 # Faults that are known: family: "kind column column, kind column ..."; kinds are numbered as in issue 27, and further:
 # 10: `use_causal_attention` leaves out a mask that the model's own attention reads or extends (silent in doge);
 # 11: peft does not load tensors of an adapter, whose modules then hold whatever was in memory, silently;
 # 12: a model that plain code cannot train either ends in a traceback instead of a line.
-# Whoever mends one deletes it here, and renews the row: python tests/families.py --table FAMILY.
+# Whoever mends one deletes it here, and renews the row: python tests/families.py --table FAMILY. `--known` prints this list.
 KNOWN: dict[str, str] = {
     "afmoe": "3 dropout answer batch merge plan",
     "apertus": "5 merge",
@@ -82,8 +95,6 @@ KNOWN: dict[str, str] = {
     "lara_mini": "1 gradients, 4 answer, 6 dropout",
     "lfm2_moe": "4 answer, 5 merge",
     "lfm3": "4 answer",
-    "llama4": "2 loss gradients dropout",
-    "llama4_text": "2 loss gradients dropout, 12 plan",
     "longcat_flash": "12 loss",
     "mamba2": "7 plan, 8 loss gradients dropout answer batch merge",
     "megatron-bert": "8 loss gradients dropout answer batch merge",
@@ -142,9 +153,6 @@ KNOWN: dict[str, str] = {
     "falcon_alibi": "2 loss gradients dropout",
     "falcon_new": "2 loss gradients dropout",
     "qwen2_window": "1 gradients dropout",
-    "mistral3": "2 loss gradients dropout answer batch merge plan",
-    "qwen2_5_vl": "2 loss gradients dropout answer batch merge plan",
-    "qwen3_vl": "2 loss gradients dropout answer batch merge plan",
 }
 
 
@@ -183,6 +191,16 @@ def test_the_page_has_a_row_for_each_family_with_what_is_known():
 def test_what_is_known_names_families_and_columns():
     assert set(KNOWN) | set(EXCEPTIONS) <= set(families())
     assert all(set(known_faults(family)) <= set(COLUMNS) for family in KNOWN)
+
+
+def test_the_list_of_what_is_known_follows_from_results(tmp_path):
+    file = tmp_path / "results.jsonl"
+    bad, right = {"status": "wrong", "detail": "", "right": False}, {"status": "refused", "detail": "", "right": True}
+    line = json.dumps({"family": "gpt2", "found": {"loss": bad, "merge": bad, "plan": right}})
+    file.write_text(f'{line}\n{{"family": "llama", "fou')
+    results = read_results(file)
+    assert results == {"gpt2": {"loss": Outcome(**bad), "merge": Outcome(**bad), "plan": Outcome(**right)}}
+    assert known_lines(results, lambda family: {"merge": "5"}) == ['    "gpt2": "0 loss, 5 merge",']
 
 
 @pytest.mark.parametrize("family", MOST_USED)

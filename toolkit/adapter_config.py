@@ -6,19 +6,17 @@ file names, and matches its regular expressions, which may never end.
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from config import LEAVES, ConfigError, coerce
+from fast_path.targets import match
 from toolkit.regular_files import not_regular
 
 NAME = "adapter_config.json"
 SIZE = 4 * 2**20  # bytes; a list of all modules of a large model has fewer
 MANY = 20_000  # entries of a list; peft compares each of them with each module
-SECONDS = 5  # for matching the regular expressions
 PLAIN = re.compile(r"\w[\w.-]*")  # a name, which as a regular expression is quick to match
 
 
@@ -152,40 +150,6 @@ def _shown(value: Any) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ patterns
-
-# Reads [[method of re, pattern], ...] and names; writes for each pattern the names that match, or a text: the error.
-MATCHER = """
-import json, re, sys
-try:
-    import resource
-    resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
-except (ImportError, OSError, ValueError):
-    pass
-try:
-    patterns, names = json.load(sys.stdin)
-    json.dump([[n for n in names if getattr(p, how)(n)] for how, p in [(h, re.compile(t)) for h, t in patterns]], sys.stdout)
-except (re.error, RecursionError, OverflowError, MemoryError) as error:
-    json.dump(str(error) or type(error).__name__, sys.stdout)
-"""
-
-
-def match(patterns: list[tuple[str, str]], names: list[str], where: str) -> list[list[str]]:
-    """Return for each (method of re, regular expression) the names that match.
-
-    It runs in a process of its own, since one expression may take for ever, and then holds Python's lock. where: the
-    beginning of the ConfigError about an expression that is wrong or takes too long.
-    """
-    command, task = [sys.executable, "-I", "-S", "-c", MATCHER], json.dumps([patterns, names])
-    try:
-        done = subprocess.run(command, input=task, capture_output=True, text=True, timeout=SECONDS)
-        found = json.loads(done.stdout)
-    except subprocess.TimeoutExpired:
-        raise ConfigError(f"{where}: a regular expression takes longer than {SECONDS} s") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{where}: cannot match the regular expressions: {error}") from None
-    if isinstance(found, str):
-        raise ConfigError(f"{where}: not a regular expression: {found[:200]}")
-    return found
 
 
 def resolve_patterns(settings: dict[str, Any], modules: list[str], adapted: list[str], where: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from config import Config, ConfigError
-from quantization_utils import LOADING_ERRORS, count_parameters, set_gradient_checkpointing
+from quantization_utils import LOADING_ERRORS, count_parameters, create_lora_config, set_gradient_checkpointing
 from toolkit.adapter_config import read_adapter_config, resolve_patterns
 from toolkit.start_adapter import WEIGHTS, naming_setting
 
@@ -75,6 +75,7 @@ def start_from_adapter(
         peft_model = load_adapter(model, config.lora.init_adapter, config.lora.dropout)
     set_gradient_checkpointing(peft_model, checkpointed)
     lora, found = config.lora, peft_model.peft_config["default"]
+    found.asked = create_lora_config(**lora.arguments)  # as in prepare_model_for_training
     say(
         f"starting from the adapter in {lora.init_adapter} (rank {found.r}, alpha {found.lora_alpha:g}), with a new "
         "optimizer and schedule"

@@ -34,9 +34,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import CHAT_TEMPLATE_FILE
 
-from config import Config, ConfigError, LoraSettings, TrainingConfig, counted, flatten, save_config
+from config import Config, ConfigError, LoraSettings, TrainingConfig, counted, flatten, save_config, shown
 from fast_path.optimizers import OPTIMIZERS
-from quantization_utils import compute_dtype_of, create_lora_config
+from quantization_utils import auto_class, compute_dtype_of, create_lora_config
 from toolkit.earlier_run import FILES, GENERATION, checkpoints, read_tree, step_of
 from toolkit.locks import exclusive
 from toolkit.merged_folder import for_older_readers
@@ -153,7 +153,7 @@ def adapter_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
 def adapter_settings(model: PeftModel, model_name: str) -> dict[str, Any]:
     """Return the content of peft's adapter_config.json for a base with this name.
 
-    It lists the modules instead of a regular expression, which peft would match again each time the adapter is loaded.
+    It lists modules instead of regular expressions, which peft would match again each time the adapter is loaded.
     """
     found = model.peft_config["default"].to_dict()
     if isinstance(found["target_modules"], str) or isinstance(found.get("exclude_modules"), str):
@@ -462,9 +462,9 @@ Every setting is in `config.yaml`, every logged step in `metrics.jsonl`. To use 
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import {auto}, AutoTokenizer, BitsAndBytesConfig
 
-base = AutoModelForCausalLM.from_pretrained({model.name!r}, {how})
+base = {auto}.from_pretrained({model.name!r}, {how})
 model = PeftModel.from_pretrained(base, ".")  # this folder
 tokenizer = AutoTokenizer.from_pretrained(".")
 ```
@@ -547,7 +547,7 @@ def model_card(card: str, model: PeftModel, config: Config, progress: Progress, 
         before, after = evaluations[0]["perplexity"], best["perplexity"]
         start = "before" if config.lora.init_adapter is None else f"with the adapter in `{config.lora.init_adapter}`"
         results = f"{before:.3f} {start}, {after:.3f} with this adapter (step {best['step']})"
-    quantization, targets = config.quantization, model.peft_config["default"].target_modules
+    quantization = config.quantization
     precision, how = f"unquantised, in {quantization.compute_dtype}", f"dtype={quantization.compute_dtype!r}"
     if quantization.load_in_4bit:
         double = "with" if quantization.use_double_quant else "without"
@@ -558,14 +558,24 @@ def model_card(card: str, model: PeftModel, config: Config, progress: Progress, 
         header=card[: card.index("\n---", 3) + 4] if card.startswith("---") else "",
         precision=precision,
         how=how,
+        auto=auto_class(model.get_base_model().config).__name__,
         dataset=blocks.shown_dataset,
-        targets=targets if isinstance(targets, str) else ", ".join(sorted(targets)),
+        targets=targets_text(config.lora),
         tokens=blocks.tokens,
         steps=counted(progress.step, "optimizer step"),
         sequences=counted(config.training.batch_size * config.training.gradient_accumulation_steps, "sequence"),
         results=results,
         packages=", ".join(f"{package} {version(package)}" for package in ("peft", "transformers", "torch")),
     )
+
+
+def targets_text(lora: LoraSettings) -> str:
+    """Return in words which layers have an adapter, for the model card."""
+    text = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(sorted(lora.target_modules))
+    without = f", without {shown(lora.exclude_modules)}" if lora.exclude_modules else ""
+    layers = f", in layers {shown(lora.layers_to_transform)}" if lora.layers_to_transform is not None else ""
+    layers += f", and the embedding rows of {shown(lora.train_tokens)}" if lora.train_tokens else ""
+    return (text + without + layers).replace("|", "\\|")  # it stands in a table
 
 
 # ------------------------------------------------------------------------------------------------ signals
@@ -659,19 +669,23 @@ def with_options_of(config: Config, blocks: "Blocks") -> Config:
 def _effective_lora(asked: LoraSettings, model: PeftModel) -> LoraSettings:
     """Return the settings under `lora` that an adapter's own configuration has."""
     found = model.peft_config["default"]
-    targets = found.target_modules
-    created = create_lora_config(**asked.arguments).target_modules
-    if isinstance(targets, str):  # a regex, which config.yaml cannot hold: use the modules that it matched
-        targets = model.base_model.targeted_module_names
-    as_asked = created == asked.target_modules == "all-linear" or set(targets) == set(asked.target_modules)
+    own = getattr(found, "asked", found)  # as it was before patterns and numbers of layers became names of modules
+    created = create_lora_config(**asked.arguments)
+    lists: dict[str, Any] = {}
+    for key in ("target_modules", "exclude_modules", "layers_to_transform"):
+        has = getattr(own, key)
+        has = sorted(has) if isinstance(has, set) else [has] if isinstance(has, int) else has
+        made = getattr(created, key)
+        same = has == (sorted(made) if isinstance(made, set) else made)
+        lists[key] = asked[key] if same else tuple(has) if isinstance(has, list) else has
     return dataclasses.replace(
         asked,
         rank=found.r,
         alpha=float(found.lora_alpha),
         dropout=float(found.lora_dropout),
-        target_modules=asked.target_modules if as_asked else tuple(sorted(targets)),
         use_rslora=found.use_rslora,
         use_dora=found.use_dora,
+        **lists,
     )
 
 

@@ -14,7 +14,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -563,7 +563,10 @@ def tokenize_rows(
 
 
 def untrained_chat_tokens(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, block: np.ndarray | None = None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    block: np.ndarray | None = None,
+    trained: Collection[str] | None = None,
 ) -> list[str]:
     """Return a list with a warning that names the chat template's tokens whose embedding was never trained, or [].
 
@@ -573,6 +576,7 @@ def untrained_chat_tokens(
     Qwen2.5-Coder-0.5B-Instruct, where the trained row of <|im_start|> has 0.93. So a row counts only if it is not much
     farther from that direction than they are.
     block: one of the data, int64 [2 or 3, tokens]; its tokens are looked at too, such as those around a tool call.
+    trained: texts of tokens that the run trains, as in lora.train_tokens.
     """
     if tokenizer.chat_template is None:
         return []
@@ -596,11 +600,12 @@ def untrained_chat_tokens(
         near = 1 - found <= max(4 * (1 - usual.min()), 1e-4)
         untrained |= (usual.mean() > 0.8) & (found > 0.9 * usual.mean()) & near
     names = [str(added[token]) for token, bad in zip(chat, untrained.tolist(), strict=True) if bad]
+    names = [name for name in names if name not in (trained or ())]
     if not names:
         return []
     return [
-        f"warning: {', '.join(names)}: the base model never learned these tokens of its chat template; "
-        "use a model that did, such as its Instruct model, or train on plain text"
+        f"warning: {', '.join(names)}: the base model never learned these tokens of its chat template; train their "
+        f"embedding rows with --train_tokens '[{', '.join(names)}]', or use a model that did, such as its Instruct model"
     ]
 
 

@@ -14,6 +14,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel, TextSt
 
 from fast_path import families
 from fast_path.attention import GROUPED
+from fast_path.choice import trains_tokens
 from fast_path.decoder import (
     Decoder,
     Watch,
@@ -107,6 +108,8 @@ def obstacle(model: PreTrainedModel) -> str | None:
         return "the rotary frequencies depend on the length of the text"
     if config._attn_implementation not in ("sdpa", GROUPED, "eager"):
         return f"attn_implementation {config._attn_implementation}"
+    if trains_tokens(model):
+        return "the adapter has rows of the embedding of its own"
     if len({p.device for p in model.parameters()}) > 1:
         return "the model is spread over more than one device"
     return None

@@ -9,21 +9,23 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
-from config import Config
+from config import Config, ConfigError, LoraSettings
 from fast_path import families
 from fast_path.families import Family
 from fast_path.loss import default_logit_chunk
+from fast_path.model_targets import resolved_targets
 from fast_path.nf4 import HAS_TRITON
 from fast_path.optimizers import OPTIMIZERS
 from fast_path.packed_weights import adapter_columns, operand_columns
+from fast_path.targets import named, select
 from quantization_utils import (
     LOADING_ERRORS,
     asking_hub,
+    auto_class,
     cannot_load,
-    check_targets,
     count_parameters,
     create_lora_config,
     known_positions,
@@ -94,7 +96,9 @@ def model_skeleton(model_name: str, revision: str | None = None, trust_remote_co
                 model_name, revision=revision, trust_remote_code=trust_remote_code
             )
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code)
+            return auto_class(model_config).from_config(model_config, trust_remote_code=trust_remote_code)
+    except ConfigError:
+        raise
     except LOADING_ERRORS as error:
         raise cannot_load(model_name, error) from None
 
@@ -136,22 +140,27 @@ def shape_of(model: nn.Module) -> ModelShape:
     )
 
 
-def adapted(shape: ModelShape, targets: tuple[str, ...] | str) -> list[tuple[str, int, int]]:
+def adapted(shape: ModelShape, lora: LoraSettings) -> list[tuple[str, int, int]]:
     """Return the linear layers that get an adapter."""
     apart = tuple(f"{name}." for name in shape.towers)
     linears = [linear for linear in (*shape.linears, *shape.plain_linears) if not linear[0].startswith(apart)]
-    if isinstance(targets, str):
-        return linears
-    return [linear for linear in linears if any(linear[0] == t or linear[0].endswith("." + t) for t in targets)]
+    targets, exclude, layers = lora.target_modules, lora.exclude_modules, lora.layers_to_transform
+    names = tuple(name for name, _, _ in linears)
+    if isinstance(targets, tuple) and exclude is None and layers is None:  # which may name other modules only
+        chosen = named(targets, names, "lora.target_modules")
+    else:
+        chosen = set(select(names, targets, exclude, layers, shape.layers))
+    return [linear for linear in linears if linear[0] in chosen]
 
 
 def adapter_parameters(shape: ModelShape, config: Config) -> int:
     """Return the number of trainable parameters."""
+    rows = len(config.lora.train_tokens or ()) * shape.hidden
     if shape.trainable is not None:
-        return shape.trainable
-    chosen = adapted(shape, config.lora.target_modules)
+        return shape.trainable + rows
+    chosen = adapted(shape, config.lora)
     dora = sum(out for _, out, _ in chosen) if config.lora.use_dora else 0
-    return config.lora.rank * sum(out + into for _, out, into in chosen) + dora
+    return config.lora.rank * sum(out + into for _, out, into in chosen) + dora + rows
 
 
 # ------------------------------------------------------------------------------------------------ activations
@@ -197,7 +206,7 @@ def saved_bytes(shape: ModelShape, config: Config, path: str) -> int:
         # A norm is made again from its input, the layer's or the sum after attention, and two numbers. Further norms
         # read what a product writes, which is kept for them.
         further = (shape.family.layer_norms - 2) * (2 * h + 4)
-        return attention + 2 * (2 * h + 2 * inner) + 2 * fused_columns(shape.family, config) + 8 + further
+        return attention + 2 * (2 * h + 2 * inner) + 2 * fused_columns(shape, config) + 8 + further
     norms = shape.family.layer_norms * (4 * h + 4)  # in fp32
     # With dropout each adapter of peft keeps its own copy of its input, and each group of readers a mask.
     dropped = config.lora.dropout > 0 and path == PLAIN
@@ -206,11 +215,11 @@ def saved_bytes(shape: ModelShape, config: Config, path: str) -> int:
     return attention + norms + 2 * inputs + 3 * 2 * inner + masks + 7 * 2 * rank
 
 
-def fused_columns(family: Family, config: Config) -> int:
+def fused_columns(shape: ModelShape, config: Config) -> int:
     """Return the columns of u = x A^T that the four operators of a layer keep."""
-    targets, rank = config.lora.target_modules, config.lora.rank
-    members = [sum(name in targets or targets == "all-linear" for name in group) for group in family.groups]
-    return sum(adapter_columns(rank, count) for count in members)
+    names = {name.rpartition(".")[2] for name, _, _ in adapted(shape, config.lora)}
+    members = [sum(name in names for name in group) for group in shape.family.groups]
+    return sum(adapter_columns(config.lora.rank, count) for count in members)
 
 
 def transient_bytes(shape: ModelShape, config: Config, path: str, tokens: int) -> int:
@@ -238,6 +247,17 @@ def loss_bytes(shape: ModelShape, config: Config, path: str, tokens: int, chunk:
     if path != PLAIN and config.quantization.compute_dtype != "float32" and not lacks_triton():
         width = 2
     return tokens * 8 * shape.hidden + min(chunk, tokens) * shape.vocabulary * width
+
+
+def token_rows_bytes(shape: ModelShape, config: Config, tokens: int) -> int:
+    """Return the bytes that lora.train_tokens needs: peft copies the embedding in each step and makes a whole gradient.
+
+    A tied head does so too, and its logits are computed at once: as a product, in fp32, and their gradients.
+    """
+    width = 4 if config.quantization.compute_dtype == "float32" else 2
+    table = shape.vocabulary * shape.hidden * width
+    tied = shape.embedding <= shape.vocabulary * shape.hidden
+    return 4 * table + tokens * shape.vocabulary * 2 * (width + 4) if tied else 2 * table
 
 
 # ------------------------------------------------------------------------------------------------ the plan
@@ -326,6 +346,8 @@ def plan_memory(
     hidden = tokens * shape.hidden * 2
     chunk = logit_chunk or default_logit_chunk(shape.vocabulary, int(limit - CONTEXT_BYTES - fixed) if limit else 2**36)
     loss = loss_bytes(shape, config, path, tokens, chunk)
+    if config.lora.train_tokens:
+        loss += token_rows_bytes(shape, config, tokens)
     # The backward pass starts at the last layer. When it reaches the checkpointed layers, which are the first ones, the
     # activations of the other layers are gone already.
     norms = 2 * hidden if plain_layers(shape, path) else 0  # recomputing makes the outputs of the norms too
@@ -350,7 +372,7 @@ SHAPE_KNOBS = ("training.batch_size", "training.gradient_accumulation_steps", "t
 def configured_shape(config: Config) -> ModelShape:
     """Return the sizes of the configured model; raise ConfigError if it lacks a target module."""
     model = model_skeleton(config.model.name, config.model.revision, config.model.trust_remote_code)
-    check_targets(model, config.lora.target_modules)
+    resolved_targets(model, create_lora_config(**config.lora.arguments))
     shape = shape_of(model)
     if not shape.experts:
         return shape

@@ -13,12 +13,14 @@ from accelerate import init_empty_weights
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from config import ConfigError
 from fast_path.families import decoder_layers
+from quantization_utils import auto_class
 from toolkit.merged_folder import add_older_keys, write_tokenizer
 
 
@@ -31,7 +33,7 @@ def plain_copy(model: PreTrainedModel, remote: bool) -> PreTrainedModel:
     model_config = copy.deepcopy(model.config)
     vars(model_config).pop("quantization_config", None)
     with init_empty_weights():  # parameters need no memory yet; buffers (rotary frequencies) are real
-        plain = AutoModelForCausalLM.from_config(model_config, dtype=model.dtype, trust_remote_code=remote)
+        plain = auto_class(model_config).from_config(model_config, dtype=model.dtype, trust_remote_code=remote)
     tensors = dict(persistent_tensors(model))
     found = plain.load_state_dict(tensors, strict=False, assign=True)  # tied weights appear under one name only
     plain.tie_weights()
@@ -74,6 +76,8 @@ def merge_adapter(peft_model: PeftModel, dtype: torch.dtype = torch.bfloat16) ->
         weight.data = weight.data.float()
         module.merge(safe_merge=True)
         weight.data = weight.data.to(dtype)
+    for module in [m for m in peft_model.modules() if isinstance(m, TrainableTokensLayer)]:
+        module.merge(safe_merge=True)
     plain = peft_model.unload()
     for parameter in plain.parameters():  # not plain.to(dtype), which would round the rotary frequencies too
         parameter.data = parameter.data.to(dtype)

@@ -68,13 +68,15 @@ def with_start_adapter(config: Config, writes: bool) -> Config:
 
 def settings_of(found: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Return the settings under `lora` that an adapter has. found: what read_adapter_config returns."""
-    targets = found.get("target_modules")
+    targets, chosen = found.get("target_modules"), ("exclude_modules", "layers_to_transform")
+    listed = isinstance(targets, list) and not any(key in found for key in chosen)
     if targets != "all-linear":
-        targets = tuple(targets) if isinstance(targets, list) else adapted_modules(folder)
+        targets = tuple(targets) if listed else adapted_modules(folder)
     return {
         "rank": found["r"],
         "alpha": float(found["lora_alpha"]),
         "target_modules": targets,
+        **dict.fromkeys(chosen),
         "use_rslora": found.get("use_rslora", False),
         "use_dora": found.get("use_dora", False),
     }

@@ -1,0 +1,95 @@
+"""Which modules of a model get adapters: what peft would apply to more than language layers is resolved to full names."""
+
+import contextlib
+import copy
+import re
+from collections.abc import Collection, Iterable
+
+from peft import LoraConfig
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from config import ConfigError, LoraSettings
+from fast_path.families import decoder_layers, towers
+from fast_path.targets import is_pattern, select
+
+DEFAULT_TARGETS = LoraSettings().target_modules
+
+
+def linear_modules(model: nn.Module, head: bool = False) -> list[str]:
+    """Return the full names of the linear layers in a model's language half; head: with the output head."""
+    apart, output = tuple(f"{name}." for name in towers(model)), model.get_output_embeddings()
+    linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    return [name for name, module in linears if not name.startswith(apart) and (head or module is not output)]
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Return the different last names of these layers, in the order of the model."""
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in linear_modules(model)))
+
+
+def has_experts(model: nn.Module) -> bool:
+    """Return whether a model has routed experts, which are tensors of three dimensions."""
+    return any(p.ndim == 3 for layer in decoder_layers(model) for p in layer.parameters())
+
+
+def taken_for_experts(model: nn.Module, names: Iterable[str]) -> set[str]:
+    """Return those of some targets that peft applies to a model's routed experts instead of modules of that name.
+
+    In transformers 5 the experts of a layer are one tensor. peft 0.21 translates the names that they had before, such
+    as down_proj, and does so for a dense or shared MLP of the same name too.
+    """
+    taken = set()
+    for leaf in {name.rpartition(".")[2] for name in names} if has_experts(model) else ():
+        trial = LoraConfig(target_modules=[leaf])
+        with contextlib.suppress(ValueError):  # gate_proj and up_proj are one tensor: peft wants both
+            convert_peft_config_for_transformers(trial, model, None)
+            if leaf in trial.target_modules:
+                continue
+        taken.add(leaf)
+    return {name for name in names if name.rpartition(".")[2] in taken}
+
+
+def check_targets(model: nn.Module, targets: Collection[str]) -> None:
+    """Raise ConfigError if a model, which may be on the meta device, lacks a target of the adapters."""
+    if isinstance(targets, str):  # all-linear or a regular expression
+        return
+    modules = dict(model.named_modules())
+    missing = sorted(t for t in targets if not any(name == t or name.endswith("." + t) for name in modules))
+    missing = sorted(set(missing) - taken_for_experts(model, missing))
+    if missing:
+        raise ConfigError(
+            f"lora.target_modules: the model has no {', '.join(missing)}; "
+            f"its own are --target_modules {','.join(linear_names(model))}"
+        )
+
+
+def resolved_targets(model: nn.Module, asked: LoraConfig) -> LoraConfig:
+    """Return a copy of a configuration in which names stand for what peft would apply to more than language layers.
+
+    Patterns, exclusions and numbers of layers become full names of modules, so that the saved adapter never holds a
+    regular expression. Of the seven default names a model with routed experts gets those that mean no expert. Raises
+    ConfigError.
+    """
+    lora, targets = copy.copy(asked), asked.target_modules
+    if set(targets) == set(DEFAULT_TARGETS) and has_experts(model):
+        spared = targets & set(linear_names(model)) - taken_for_experts(model, targets)
+        lora.target_modules = targets = spared or targets
+    check_targets(model, targets)
+    layers = asked.layers_to_transform
+    if not (is_pattern(targets) or asked.exclude_modules or layers is not None):
+        if apart := towers(model):
+            lora.exclude_modules = "|".join(rf"{re.escape(name)}\..*" for name in apart)
+        return lora
+    layers = [layers] if isinstance(layers, int) else layers
+    listed = not isinstance(targets, str)
+    wanted, names = tuple(targets) if listed else targets, linear_modules(model, head=listed)
+    chosen = select(names, wanted, asked.exclude_modules, layers, len(decoder_layers(model)))
+    if odd := sorted(taken_for_experts(model, chosen)):
+        raise ConfigError(
+            f"lora.target_modules: peft would adapt the routed experts instead of {odd[0]}, which has their name; with "
+            "a regular expression, exclude_modules or layers_to_transform choose layers of other names, such as attention's"
+        )
+    lora.target_modules, lora.exclude_modules, lora.layers_to_transform = set(chosen), None, None
+    return lora

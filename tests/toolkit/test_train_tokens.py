@@ -1,0 +1,148 @@
+"""lora.train_tokens: rows of the embedding that are trained, against the same rows of a plain model."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import train_qlora
+from config import Config, ConfigError, PerformanceConfig, load_config
+from fast_path.choice import choose_fast_path
+from fast_path.loss import CausalLMLoss
+from quantization_utils import count_parameters, create_lora_config, prepare_model_for_training, with_tokens
+from toolkit.adapters import load_adapter
+from toolkit.checkpoints import targets_text
+from toolkit.generation import obstacle
+from toolkit.memory_plan import adapter_parameters, plan_memory, shape_of
+from toolkit.merge import logits_on, merge_adapter
+
+TOKENS = ("<|im_start|>", "<|im_end|>")
+
+
+@pytest.fixture
+def tokenizer(tiny_model):
+    return PreTrainedTokenizerFast.from_pretrained(tiny_model)
+
+
+@pytest.fixture(params=["qwen2", "llama"])  # with a tied head, and with one of its own
+def folder(request, random_models):
+    return random_models(request.param)
+
+
+def fresh(folder):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).float().eval()
+
+
+def prepared(folder, tokenizer):
+    lora = with_tokens(create_lora_config(rank=4, dropout=0.0), TOKENS, tokenizer)
+    return prepare_model_for_training(fresh(folder), lora, False).eval()
+
+
+def delta_of(model):
+    (found,) = [p for name, p in model.named_parameters() if "trainable_tokens_delta" in name and p.requires_grad]
+    return found
+
+
+def test_rows_get_the_gradient_that_they_have_in_a_plain_model(folder, tokenizer):
+    model, plain = prepared(folder, tokenizer), fresh(folder)
+    ids = tokenizer.convert_tokens_to_ids(list(TOKENS))
+    batch = torch.tensor([[ids[0], 5, 6, ids[1], 7, ids[0], 8, ids[1]], [9, 10, ids[0], 11, 12, 13, 14, ids[1]]])
+    objective = CausalLMLoss(model, torch.float32)
+    loss = objective(input_ids=batch, labels=batch)
+    loss.backward()
+    plain.get_input_embeddings().weight.requires_grad_(True)
+    logits = plain(input_ids=batch, use_cache=False).logits[:, :-1]
+    expected = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum")
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    delta = delta_of(model)
+    assert delta.dtype == torch.float32 and delta.shape == (2, plain.config.hidden_size)
+    torch.testing.assert_close(delta.grad, plain.get_input_embeddings().weight.grad[sorted(ids)], rtol=1e-4, atol=1e-5)
+
+
+def test_the_plan_counts_the_rows_and_what_they_cost(folder, tokenizer):
+    model, shape = prepared(folder, tokenizer), shape_of(fresh(folder))
+    config = load_config([], {"lora.rank": 4, "lora.dropout": 0.0, "lora.train_tokens": ",".join(TOKENS)})
+    assert adapter_parameters(shape, config) == count_parameters(model)[0]
+    without = load_config([], {"lora.rank": 4, "lora.dropout": 0.0})
+    assert plan_memory(shape, config, 1, 1).total > plan_memory(shape, without, 1, 1).total
+
+
+def test_rows_are_saved_loaded_by_plain_peft_and_merged(folder, tokenizer, tmp_path):
+    model = prepared(folder, tokenizer)
+    with torch.no_grad():
+        delta_of(model).add_(torch.randn(delta_of(model).shape))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.05)
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    asked = [*tokenizer.convert_tokens_to_ids(list(TOKENS)), 5, 6, 7]
+    expected = logits_on(model, asked)
+    assert not torch.allclose(expected, logits_on(fresh(folder), asked), atol=0.1)
+    assert torch.equal(logits_on(PeftModel.from_pretrained(fresh(folder), tmp_path), asked), expected)
+    both = load_adapter(fresh(folder), tmp_path)
+    assert torch.equal(logits_on(both, asked), expected)
+    assert "rows of the embedding" in (obstacle(both.get_base_model()) or "")
+    merged = merge_adapter(both, torch.float32)
+    torch.testing.assert_close(logits_on(merged, asked), expected, rtol=1e-4, atol=1e-4)
+    merged.save_pretrained(tmp_path / "merged")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(logits_on(again, asked), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_no_graph_can_hold_them(folder, tokenizer):
+    with pytest.raises(ConfigError, match="cuda_graphs: cannot be on here: peft copies the embedding"):
+        choose_fast_path(
+            PerformanceConfig(cuda_graphs="on"), prepared(folder, tokenizer), torch.bfloat16, torch.device("cuda")
+        )
+
+
+@pytest.mark.parametrize("text, count", [("hello world", r"\d+"), ("<|nothing|>", r"\d+")])
+def test_a_text_that_is_no_single_token_is_named(tokenizer, text, count):
+    said = f"lora.train_tokens: expected texts that are one token of the tokenizer, got '.*', which is {count}"
+    with pytest.raises(ConfigError, match=said):
+        with_tokens(create_lora_config(), [TOKENS[0], text], tokenizer)
+
+
+def test_how_they_are_written():
+    for text in ("<|im_start|>,<|im_end|>", "[<|im_start|>, <|im_end|>]", '["<|im_start|>", "<|im_end|>"]'):
+        assert load_config([], {"lora.train_tokens": text}).lora.train_tokens == TOKENS
+    assert load_config([], {"lora.train_tokens": "<|im_start|>"}).lora.train_tokens == TOKENS[:1]
+    assert Config().lora.train_tokens is None
+    with pytest.raises(ConfigError, match="lora.train_tokens: cannot be added to the adapter of lora.init_adapter"):
+        load_config([], {"lora.train_tokens": "<s>", "lora.init_adapter": "somewhere"})
+    lora = load_config([], {"lora.train_tokens": "<s>", "lora.target_modules": "q_proj"}).lora
+    assert targets_text(lora) == "q_proj, and the embedding rows of [<s>]"
+
+
+def test_a_resumed_run_trains_the_rows_to_the_same_bits(tiny_model, tmp_path):
+    data = tmp_path / "few.txt"
+    data.write_text(
+        "\n\n".join(f"{TOKENS[0]}user number {i}{TOKENS[1]} and so on" for i in range(60)), encoding="utf-8"
+    )
+    flags = ["--model_name", tiny_model, "--dataset", data, "--max_length", 32, "--batch_size", 2, "--save_steps", 1]
+    flags += ["--gradient_accumulation_steps", 1, "--rank", 4, "--compute_dtype", "float32", "--optim", "adamw_torch"]
+    flags += ["--train_tokens", ",".join(TOKENS), "--learning_rate", 0.01, "--lr_scheduler", "constant"]
+
+    def run(name, *more):
+        words = ["--config", train_qlora.__file__.replace("train_qlora.py", "tiny/config.yaml"), *flags, *more]
+        assert train_qlora.main([*map(str, words), "--output_dir", str(tmp_path / name)]) == 0
+        return (tmp_path / name / "adapter_model.safetensors").read_bytes()
+
+    whole = run("whole", "--max_steps", 3)
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    shutil.rmtree(tmp_path / "parts" / "checkpoint-3")
+    (tmp_path / "parts" / "adapter_model.safetensors").unlink()
+    assert run("parts", "--max_steps", 3) == whole
+    rows = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+    before = load_file(tmp_path / "whole" / "checkpoint-2" / "adapter_model.safetensors")[rows]
+    assert not torch.equal(load_file(tmp_path / "whole" / "checkpoint-3" / "adapter_model.safetensors")[rows], before)
+    saved = json.loads((tmp_path / "whole" / "adapter_config.json").read_text(encoding="utf-8"))
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny_model)
+    assert saved["trainable_token_indices"] == sorted(tokenizer.convert_tokens_to_ids(list(TOKENS)))
