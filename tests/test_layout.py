@@ -77,7 +77,7 @@ def test_packages_are_empty():
 
 
 @pytest.mark.parametrize(
-    "name", ["config", "toolkit.startup", "toolkit.chat", "toolkit.text_width", "fast_path.families"]
+    "name", ["config", "toolkit.startup", "toolkit.cards", "toolkit.chat", "toolkit.text_width", "fast_path.families"]
 )
 def test_what_runs_first_imports_no_heavy_library(name):
     program = f"import sys, {name}; print({{'torch', 'transformers', 'numpy', 'datasets'}} & set(sys.modules))"
