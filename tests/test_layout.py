@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 TOP = {"train_qlora.py", "inference_example.py", "quantization_utils.py", "config.py"}
+FOLDERS = {"toolkit", "fast_path", "tiny", "tests", "docs", "notebooks", ".ci"}
 PACKAGES = ("toolkit", "fast_path")
 FILES = [*ROOT.glob("*.py"), *(path for package in PACKAGES for path in ROOT.glob(f"{package}/**/*.py"))]
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in FILES}
@@ -45,6 +46,8 @@ def as_a_module(path: Path) -> set[str]:
 
 def test_only_the_scripts_and_the_schema_stand_at_the_top_level():
     assert {path.name for path in ROOT.glob("*.py")} == TOP
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert {name.split("/")[0] for name in tracked.splitlines() if "/" in name} == FOLDERS
     assert not (ROOT / "kernels").exists(), "toolkit.startup blocks a package of this name"
 
 

@@ -30,9 +30,7 @@ class Card:
     name: str
     memory_mib: int  # as nvidia-smi shows it
     bandwidth: float  # of its memory, GB/s
-    tensor: (
-        float  # TFLOP/s of dense products in bfloat16 that are summed in fp32; of float16 where there is no bfloat16
-    )
+    tensor: float  # TFLOP/s of dense products in bfloat16, or float16 where that is missing, that are summed in fp32
     multiprocessors: int
     capability: float
 
