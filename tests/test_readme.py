@@ -13,7 +13,8 @@ import torch
 
 import inference_example
 import train_qlora
-from config import ConfigError, leaves
+from config import ConfigError, leaves, load_config
+from toolkit.memory_plan import GIB, model_shape, plan_memory
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -224,12 +225,28 @@ def test_speeds_are_those_of_the_measurements():
     assert [pair for pair in found if not set(pair) - {""} <= numbers] == []
 
 
-def test_the_picture_of_the_levels_is_drawn(tmp_path):
+def test_the_planned_column_of_the_measurements_is_the_plan(qwen_3b):
+    """Without a limit, as the benchmark plans; a limit makes the chunk of logits smaller."""
+    table = (ROOT / "docs" / "measurements.md").read_text(encoding="utf-8").split("## Memory")[1].split("##")[0]
+    rows = re.findall(r"^\| (\d+) \| (\d+) \| ([\d.]+) \| ([\d.]+) \|$", table, flags=re.M)
+    shape, config = model_shape(str(qwen_3b)), load_config(())
+    assert len(rows) == 6
+    for batch, layers, planned, measured in rows:
+        plan = plan_memory(shape, config, int(batch), int(layers))
+        assert f"{plan.reserved / GIB:.2f}" == planned and float(measured) == pytest.approx(float(planned), rel=0.02)
+    (held,) = re.findall(r"an 8 GiB limit plans ([\d.]+) GiB", table)
+    assert f"{plan_memory(shape, config, 4, 0, limit=8 * GIB).reserved / GIB:.2f}" == held
+
+
+def test_every_picture_is_drawn_and_shown(tmp_path):
     spec = importlib.util.spec_from_file_location("make_pictures", ROOT / "docs" / "make_pictures.py")
     pictures = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(pictures)
-    pictures.nf4_levels(tmp_path / "levels.png")
-    assert (tmp_path / "levels.png").read_bytes().startswith(b"\x89PNG")
+    for name, draw in pictures.PICTURES.items():
+        draw(tmp_path / f"{name}.png")
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    shown = set(re.findall(r"docs/pictures/(\w+)\.png", README))
+    assert shown == {*pictures.PICTURES, "training_curves"} == {p.stem for p in (ROOT / "docs/pictures").iterdir()}
 
 
 # ------------------------------------------------------------------------------------------------ set-up
