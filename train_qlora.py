@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> int:
         quantization_utils.quiet_libraries()
         quiet_datasets()
         if options.plan:
-            return memory.print_plan(config, training_blocks, options.card)
+            return memory.print_plan(config, epoch_size, options.card)
         for line in options.notes:
             print(visible(line), file=sys.stderr)
         if options.evaluate:
@@ -264,11 +264,12 @@ def curves_and_log(run: Run) -> str:
     return ""
 
 
-def training_blocks(config: Config) -> Blocks | None:
-    """Return what one epoch trains on, for --plan, which works without data and tokenizer: None if they cannot be read."""
+def epoch_size(config: Config) -> tuple[int, int] | None:
+    """Return (tokens, sequences) of one epoch for --plan, which works without data and tokenizer: then None."""
     try:
         tokenizer = load_tokenizer(config)
-        return make_blocks(prepare_dataset(config, tokenizer), tokenizer, config.data, config.training.seed)["train"]
+        blocks = make_blocks(prepare_dataset(config, tokenizer), tokenizer, config.data, config.training.seed)["train"]
+        return blocks.tokens, len(blocks)
     except ConfigError:
         return None
 

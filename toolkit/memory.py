@@ -17,7 +17,6 @@ from accelerate.utils import broadcast_object_list
 from config import Config, ConfigError, counted
 from quantization_utils import beyond_positions
 from toolkit.cards import RATES_ERROR, Card, Rates, find_card
-from toolkit.data_blocks import Blocks
 from toolkit.memory_plan import (
     COMPILED,
     CONTEXT_BYTES,
@@ -94,11 +93,11 @@ def plan_run(
     return plan
 
 
-def print_plan(config: Config, training_blocks: Callable[[Config], Blocks | None], name: str | None = None) -> int:
+def print_plan(config: Config, epoch_size: Callable[[Config], tuple[int, int] | None], name: str | None = None) -> int:
     """Print the plan of the shape that a run would use; return 3 if it exceeds the limit or the GPU, otherwise 0.
 
-    training_blocks: returns what an epoch trains on, or None if that cannot be read from here. name: of a card that is not
-    at hand, for which the plan is made.
+    epoch_size: returns (tokens, sequences) of an epoch, or None if the data cannot be read from here. name: of a card that
+    is not at hand, for which the plan is made.
     """
     card = find_card(name) if name else None
     device = torch.device("cuda", 0) if torch.cuda.is_available() and card is None else None
@@ -116,7 +115,7 @@ def print_plan(config: Config, training_blocks: Callable[[Config], Blocks | None
     tokens = plan.micro_batch * config.data.max_length
     speed = tokens / step_seconds(shape, config, rates, plan.micro_batch, plan.checkpointed)
     lines += speed_lines(rates, speed, device, card)
-    lines += epoch_lines(config, training_blocks(config), sequences, speed)
+    lines += epoch_lines(config, epoch_size(config), sequences, speed)
     print(for_stdout("\n".join([*lines, *savings_lines(shape, config, plan, limit)])))
     if limit is None:
         return 0
@@ -179,17 +178,17 @@ def speed_lines(rates: Rates, speed: float, device: torch.device | None, card: C
     return [f"{line} ({name})", f"  from data sheets; {error} (docs/measurements.md)"]
 
 
-def epoch_lines(config: Config, blocks: Blocks | None, sequences: int, speed: float) -> list[str]:
+def epoch_lines(config: Config, size: tuple[int, int] | None, sequences: int, speed: float) -> list[str]:
     """Return lines about one epoch and about the time of the whole run at `speed` tokens per second."""
-    if blocks is None:
+    if size is None:
         return ["one epoch: unknown, since the tokenizer or data.dataset cannot be read from here"]
-    training, steps = config.training, math.ceil(len(blocks) / sequences)
+    training, tokens, steps = config.training, size[0], math.ceil(size[1] / sequences)
     each = f"{counted(steps, 'optimizer step')} of {counted(sequences, 'sequence')}"
     total = training.max_steps or max(1, math.ceil(training.num_epochs * steps))
     run = f"{counted(total, 'step')} ({total / steps:.3g} epochs)"
-    seconds = duration(blocks.tokens * total / steps / speed)
+    seconds = duration(tokens * total / steps / speed)
     return [
-        f"one epoch: {counted(blocks.tokens, 'token')}, {each}",
+        f"one epoch: {counted(tokens, 'token')}, {each}",
         f"the whole run: {run}, about {seconds} of training (estimated); evaluations and the start come on top",
     ]
 
