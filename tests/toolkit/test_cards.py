@@ -203,13 +203,21 @@ def test_the_time_of_a_run_is_its_tokens_at_that_speed(tiny_model, corpus, capsy
     )
 
 
-def test_the_card_at_hand_is_told_without_a_name(qwen_3b, capsys, monkeypatch):
-    """What a GPU's line says, with rates as they could be measured there."""
-    lines = memory.speed_lines(Rates(650e12, 2.4e12), 38765, torch.device("cuda"), None)
-    assert lines == [
-        "estimated, not measured: 38,765 tokens/s, 25.8 s per million tokens (this GPU, measured now: products 650.0 "
-        "TFLOP/s, copies 2,400 GB/s)"
-    ]
+def test_the_gpu_at_hand_is_told_without_a_name(qwen_3b, capsys, monkeypatch):
+    """With its memory and the rates that it is measured to have; here both are those of an H100."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(memory, "measure_rates", lambda device: Rates(650e12, 2.4e12))
+    monkeypatch.setattr(memory, "memory_limit", lambda *arguments: 79 * GIB)
+    code, out = plan(capsys, "--model_name", qwen_3b)
+    assert code == 0 and "no GPU" not in out and "data sheet" not in out and "fits in 79.00 GiB\n" in out
+    found = re.search(
+        r"estimated, not measured: ([\d,]+) tokens/s, .* per million tokens \(this GPU, measured now: products "
+        r"650\.0 TFLOP/s, copies 2,400 GB/s\)\n",
+        out,
+    )
+    assert number(found[1]) == pytest.approx(38765, rel=RATES_ERROR)  # 16 x 512 without checkpointing
+    _, other = plan(capsys, "--model_name", qwen_3b, "--card", "RTX 4060")
+    assert "card: RTX 4060, not at hand" in other and "fits in 7.00 GiB\n" in other
 
 
 def test_every_card_keeps_what_driver_and_desktop_take():
