@@ -30,6 +30,7 @@ from config import (
     missing_sources,
     parse_arguments,
 )
+from toolkit.cards import find_card
 from toolkit.earlier_run import config_with_adapter, refuse_other_run
 from toolkit.encodings import check_config
 from toolkit.start_adapter import with_start_adapter
@@ -46,6 +47,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     parser = build_parser(__doc__, everyday=[f"--{name}" for name in EVERYDAY])
     add = parser.add_argument
     add("--plan", action="store_true", help="print the memory plan and exit: 0 fits, 3 does not")
+    add("--card", metavar="NAME", help="with --plan: for this card, such as 'RTX 3060', and not the one at hand")
     add("--evaluate", action="store_true", help="evaluate instead of training")
     add("--adapter", metavar="DIR", help="with --evaluate: the adapter's folder")
     add("--stride", type=int, metavar="N", help="with --evaluate: windows of max_length over the text, N tokens apart")
@@ -62,11 +64,13 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     if problems := unusable(vars(options)):
         raise ConfigError(*problems)
     options.notes = []
-    owners = {"adapter": "evaluate", "stride": "evaluate", "generate": "evaluate", "output": "compare"}
+    owners = {"adapter": "evaluate", "stride": "evaluate", "generate": "evaluate", "output": "compare", "card": "plan"}
     for name, owner in owners.items():
         if getattr(options, name) is not None and not getattr(options, owner):
             hint = "; to go on from an adapter, use --init_adapter" if name == "adapter" else ""
             raise ConfigError(f"--{name}: goes with --{owner}{hint}")
+    if options.card is not None:
+        find_card(options.card)
     if options.compare:
         return options, Config()
     if options.adapter and not (Path(options.adapter) / "adapter_config.json").is_file():
@@ -160,7 +164,7 @@ def main(argv: list[str] | None = None) -> int:
         quantization_utils.quiet_libraries()
         quiet_datasets()
         if options.plan:
-            return memory.print_plan(config, epoch_line)
+            return memory.print_plan(config, epoch_size, options.card)
         for line in options.notes:
             print(visible(line), file=sys.stderr)
         if options.evaluate:
@@ -260,15 +264,14 @@ def curves_and_log(run: Run) -> str:
     return ""
 
 
-def epoch_line(config: Config, sequences_per_step: int) -> str:
-    """Return how many tokens and optimizer steps one epoch has, for --plan, which works without data and tokenizer."""
+def epoch_size(config: Config) -> tuple[int, int] | None:
+    """Return (tokens, sequences) of one epoch for --plan, which works without data and tokenizer: then None."""
     try:
         tokenizer = load_tokenizer(config)
         blocks = make_blocks(prepare_dataset(config, tokenizer), tokenizer, config.data, config.training.seed)["train"]
+        return blocks.tokens, len(blocks)
     except ConfigError:
-        return "one epoch: unknown, since the tokenizer or data.dataset cannot be read from here"
-    steps = counted(math.ceil(len(blocks) / sequences_per_step), "optimizer step")
-    return f"one epoch: {counted(blocks.tokens, 'token')}, {steps} of {counted(sequences_per_step, 'sequence')}"
+        return None
 
 
 def evaluate_adapter(config: Config, adapter: str | None, stride: int | None, prompts: int | None = None) -> int:

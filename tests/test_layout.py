@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 TOP = {"train_qlora.py", "inference_example.py", "quantization_utils.py", "config.py"}
+FOLDERS = {"toolkit", "fast_path", "tiny", "tests", "docs", "notebooks", ".ci"}
 PACKAGES = ("toolkit", "fast_path")
 FILES = [*ROOT.glob("*.py"), *(path for package in PACKAGES for path in ROOT.glob(f"{package}/**/*.py"))]
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in FILES}
@@ -32,12 +33,12 @@ def imported(path: Path) -> set[str]:
 
 
 def as_a_module(path: Path) -> set[str]:
-    """Return what importing a file imports: not what its functions import, nor what it imports as a script."""
+    """Return what importing a file imports: not what its functions import, nor what it imports as a script or for types."""
     found, todo = set(), [ast.parse(path.read_text(encoding="utf-8"))]
     while todo:
         node = todo.pop()
-        script = isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
-        if not (script or isinstance(node, (ast.FunctionDef, ast.Lambda))):
+        skipped = isinstance(node, ast.If) and ast.unparse(node.test) in ("__name__ == '__main__'", "TYPE_CHECKING")
+        if not (skipped or isinstance(node, (ast.FunctionDef, ast.Lambda))):
             found |= imports(node)
             todo += ast.iter_child_nodes(node)
     return found
@@ -45,6 +46,8 @@ def as_a_module(path: Path) -> set[str]:
 
 def test_only_the_scripts_and_the_schema_stand_at_the_top_level():
     assert {path.name for path in ROOT.glob("*.py")} == TOP
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert {name.split("/")[0] for name in tracked.splitlines() if "/" in name} == FOLDERS
     assert not (ROOT / "kernels").exists(), "toolkit.startup blocks a package of this name"
 
 
@@ -77,12 +80,24 @@ def test_packages_are_empty():
 
 
 @pytest.mark.parametrize(
-    "name", ["config", "toolkit.startup", "toolkit.chat", "toolkit.text_width", "fast_path.families"]
+    "name", ["config", "toolkit.startup", "toolkit.cards", "toolkit.chat", "toolkit.text_width", "fast_path.families"]
 )
 def test_what_runs_first_imports_no_heavy_library(name):
     program = f"import sys, {name}; print({{'torch', 'transformers', 'numpy', 'datasets'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "set()\n", done.stderr
+
+
+def test_inference_imports_no_datasets():
+    """It takes a second or two to import, and only training and its installation check read data."""
+    seen, todo = set(), ["inference_example"]
+    while todo:
+        name = todo.pop()
+        seen.add(name)
+        found = imported(MODULES[name]) if name == "inference_example" else as_a_module(MODULES[name])
+        assert "datasets" not in found, name
+        todo += (found & MODULES.keys()) - seen
+    assert {"toolkit.memory", "toolkit.generation", "toolkit.cards"} <= seen
 
 
 def test_the_label_of_unsupervised_positions_is_written_once():

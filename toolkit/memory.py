@@ -14,8 +14,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from config import Config, ConfigError
+from config import Config, ConfigError, counted
 from quantization_utils import beyond_positions
+from toolkit.cards import RATES_ERROR, Card, Rates, find_card
 from toolkit.memory_plan import (
     COMPILED,
     CONTEXT_BYTES,
@@ -23,7 +24,6 @@ from toolkit.memory_plan import (
     SHAPE_KNOBS,
     MemoryPlan,
     ModelShape,
-    Rates,
     adapter_parameters,
     configured_shape,
     expected_path,
@@ -44,12 +44,18 @@ class NoFit(Exception):
 
 
 def choose_plan(
-    shape: ModelShape, config: Config, sequences: int, device: torch.device | None, limit: float | None, saved: dict
+    shape: ModelShape,
+    config: Config,
+    sequences: int,
+    device: torch.device | None,
+    limit: float | None,
+    saved: dict,
+    rates: Rates | None = None,
 ) -> MemoryPlan:
     """Return the plan of the shape that a run uses: from its checkpoint, auto_fit or config, in this order.
 
     sequences: per optimizer step of one process. saved: the checkpoint's shape, empty without a checkpoint; a flag
-    overrides it.
+    overrides it. rates: of a card that is not at hand.
     """
     auto_fit = config.performance.auto_fit
     if saved and auto_fit and not config.flags & set(SHAPE_KNOBS):
@@ -58,7 +64,7 @@ def choose_plan(
         return plan_memory(shape, config, *taken, limit=limit, offload=offload, logit_chunk=saved.get("logit_chunk"))
     if auto_fit and limit is not None:
         # Measured rates vary from day to day, and so would the shape.
-        rates = Rates() if config.performance.deterministic else measure_rates(device)
+        rates = rates or (Rates() if config.performance.deterministic else measure_rates(device))
         return fit(shape, config, sequences, limit, rates)
     micro_batch = min(config.training.batch_size, sequences)
     checkpointed, offload = pinned_layers(shape.layers, config), wants_offload(config)
@@ -87,19 +93,30 @@ def plan_run(
     return plan
 
 
-def print_plan(config: Config, about_data: Callable[[Config, int], str]) -> int:
+def print_plan(config: Config, epoch_size: Callable[[Config], tuple[int, int] | None], name: str | None = None) -> int:
     """Print the plan of the shape that a run would use; return 3 if it exceeds the limit or the GPU, otherwise 0.
 
-    about_data: returns the line about an epoch, given the configuration and the sequences per optimizer step.
+    epoch_size: returns (tokens, sequences) of an epoch, or None if the data cannot be read from here. name: of a card that
+    is not at hand, for which the plan is made.
     """
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else None
+    card = find_card(name) if name else None
+    device = torch.device("cuda", 0) if torch.cuda.is_available() and card is None else None
     shape, limit = configured_shape(config), memory_limit(device, config.performance.memory_limit_gib)
+    if card:
+        limit = min(limit or math.inf, card.free_gib * GIB)
     sequences = config.training.batch_size * config.training.gradient_accumulation_steps
-    plan = choose_plan(shape, config, sequences, device, limit, saved={})
-    if device is None:
+    rates = card.rates if card else measure_rates(device)
+    plan = choose_plan(shape, config, sequences, device, limit, {}, card.rates if card else None)
+    if card:
+        print(for_stdout("\n".join(card_lines(card))))
+    elif device is None:
         print("this machine has no GPU: the plan is that of a run on an NVIDIA GPU")
-    print(for_stdout("\n".join([*chosen_lines(config, plan, limit), *facts(shape, config, plan, device)])))
-    print(for_stdout("\n".join([about_data(config, sequences), *savings_lines(shape, config, plan, limit)])))
+    lines = [*chosen_lines(config, plan, limit), *facts(shape, config, plan)]
+    tokens = plan.micro_batch * config.data.max_length
+    speed = tokens / step_seconds(shape, config, rates, plan.micro_batch, plan.checkpointed)
+    lines += speed_lines(rates, speed, device, card)
+    lines += epoch_lines(config, epoch_size(config), sequences, speed)
+    print(for_stdout("\n".join([*lines, *savings_lines(shape, config, plan, limit)])))
     if limit is None:
         return 0
     longest = longest_length(shape, config, limit)
@@ -109,6 +126,18 @@ def print_plan(config: Config, about_data: Callable[[Config, int], str]) -> int:
     print(for_stdout(f"{line}{offload}: {longest:,}{last}"))
     print(f"{'fits' if plan.total <= limit else 'does not fit'} in {limit / GIB:.2f} GiB")
     return 0 if plan.total <= limit else 3
+
+
+def card_lines(card: Card) -> list[str]:
+    """Return lines about a card that is not at hand: what is known of it, and what it lacks."""
+    size = f"{card.memory_mib / 1024:.1f} GiB, of which a run can expect {card.free_gib:.1f}"
+    speed = f"{card.bandwidth:,.0f} GB/s, {card.tensor:,.0f} TFLOP/s, {card.multiprocessors} multiprocessors"
+    lines = [f"card: {card.name}, not at hand: {size}; {speed}, compute capability {card.capability}"]
+    if card.capability < 8:
+        lines.append(
+            "it has no bfloat16: a run uses float16 with a loss scaler, and a mask where samples share a block"
+        )
+    return lines
 
 
 def chosen_lines(config: Config, plan: MemoryPlan, limit: float | None) -> list[str]:
@@ -126,19 +155,41 @@ def chosen_lines(config: Config, plan: MemoryPlan, limit: float | None) -> list[
     return [plan.table(), f"shape: {reason}"]
 
 
-def facts(shape: ModelShape, config: Config, plan: MemoryPlan, device: torch.device | None) -> list[str]:
-    """Return lines with other facts that help before a download; times are computed, not measured."""
+def facts(shape: ModelShape, config: Config, plan: MemoryPlan) -> list[str]:
+    """Return lines with other facts that help before a download."""
     trainable = adapter_parameters(shape, config)
     quantised = sum(out * into for _, out, into in shape.linears)
     loaded = (quantised // 2 if config.quantization.load_in_4bit else 2 * quantised) + 2 * shape.embedding
-    seconds = step_seconds(shape, config, measure_rates(device), plan.micro_batch, plan.checkpointed)
-    tokens = plan.micro_batch * config.data.max_length / seconds
-    card = "the speed of this GPU" if device else "the speed of an RTX 4060"
     return [
         f"parameters: {shape.parameters:,}; trainable {trainable:,}, adapter {trainable * 4 / 1e6:.1f} MB",
         f"download: {2 * shape.parameters / 1e9:.2f} GB in 16 bit; loading uses about {loaded / 1e9 + 3:.1f} GB of RAM",
-        f"estimated with {card}: {tokens:,.0f} tokens/s, {duration(1e6 / tokens)} per million tokens",
         *beyond_positions(config.data.max_length, shape.positions),
+    ]
+
+
+def speed_lines(rates: Rates, speed: float, device: torch.device | None, card: Card | None) -> list[str]:
+    """Return lines about the tokens per second of training, and where they come from."""
+    line = f"estimated, not measured: {speed:,.0f} tokens/s, {duration(1e6 / speed)} per million tokens"
+    if device:
+        measured = f"products {rates.flops / 1e12:.1f} TFLOP/s, copies {rates.bytes / 1e9:,.0f} GB/s"
+        return [f"{line} (this GPU, measured now: {measured})"]
+    name = card.name if card else "RTX 4060, by default; --card NAME for another"
+    error = f"such estimates are within {RATES_ERROR:.0%} of what was measured on an H100 and an H200; no other card was measured"
+    return [f"{line} ({name})", f"  from data sheets; {error} (docs/measurements.md)"]
+
+
+def epoch_lines(config: Config, size: tuple[int, int] | None, sequences: int, speed: float) -> list[str]:
+    """Return lines about one epoch and about the time of the whole run at `speed` tokens per second."""
+    if size is None:
+        return ["one epoch: unknown, since the tokenizer or data.dataset cannot be read from here"]
+    training, tokens, steps = config.training, size[0], math.ceil(size[1] / sequences)
+    each = f"{counted(steps, 'optimizer step')} of {counted(sequences, 'sequence')}"
+    total = training.max_steps or max(1, math.ceil(training.num_epochs * steps))
+    run = f"{counted(total, 'step')} ({total / steps:.3g} epochs)"
+    seconds = duration(tokens * total / steps / speed)
+    return [
+        f"one epoch: {counted(tokens, 'token')}, {each}",
+        f"the whole run: {run}, about {seconds} of training (estimated); evaluations and the start come on top",
     ]
 
 

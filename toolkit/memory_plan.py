@@ -31,6 +31,7 @@ from quantization_utils import (
     known_positions,
     prepare_model_for_training,
 )
+from toolkit.cards import Rates
 
 GIB = 2**30
 BLOCK, NESTED_BLOCK = 64, 256  # weights per quantisation constant, constants per second-level one (QLoRA, section 3)
@@ -395,27 +396,37 @@ def wants_offload(config: Config) -> bool:
 # ------------------------------------------------------------------------------------------------ the fit
 
 
-@dataclasses.dataclass(frozen=True)
-class Rates:
-    """Speed of a GPU: FLOP/s of a large product, bytes/s of a large copy. The defaults are those of an RTX 4060."""
+def weights_read(shape: ModelShape, checkpointed: int) -> float:
+    """Return how many weights the products of one micro-batch read: forward, backward and where layers are recomputed.
 
-    flops: float = 55e12
-    bytes: float = 0.25e12
+    A checkpointed layer repeats its forward pass up to its last product, whose output nothing needs.
+    """
+    weights, (_, out, into) = sum(out * into for _, out, into in shape.linears), adapted(shape, "all-linear")[-1]
+    return 2 * weights + (weights - shape.layers * out * into) * checkpointed / shape.layers
+
+
+def step_flops(shape: ModelShape, config: Config, micro_batch: int, checkpointed: int) -> float:
+    """Return the FLOP of the products of one micro-batch. Those of adapters, about a hundredth of them, are left out.
+
+    A product with N weights takes 2 N FLOP per token in the forward pass and 2 N in the backward pass, which needs no
+    gradients of frozen weights (with them: 4 N; Kaplan et al. 2020, arXiv:2001.08361, section 2.1). Causal attention
+    takes 2 x length x width FLOP per token and layer forward, and 2.5 times that backward (FlashAttention-2,
+    arXiv:2307.08691, section 4.1).
+    """
+    passes = 3.5 + checkpointed / shape.layers
+    attention = 2 * config.data.max_length * shape.query * shape.layers * passes
+    head = 2 * shape.vocabulary * shape.hidden
+    return micro_batch * config.data.max_length * (2 * (weights_read(shape, checkpointed) + head) + attention)
 
 
 def step_seconds(shape: ModelShape, config: Config, rates: Rates, micro_batch: int, checkpointed: int) -> float:
-    """Return an estimated time for one micro-batch, good enough to choose between shapes.
-
-    It adds matrix products, dequantisation and passes over activations. Each product is computed in the forward pass,
-    in the backward pass and, in checkpointed layers, once more (except the last of a layer). Its weight is dequantised
-    as often.
-    """
-    weights, tokens = sum(out * into for _, out, into in shape.linears), micro_batch * config.data.max_length
-    passes, share = 2 + checkpointed / shape.layers, tokens / (tokens + 256)  # small products use the GPU badly
-    products = 2 * tokens * (weights * passes + 2 * shape.vocabulary * shape.hidden) / (rates.flops * share)
-    dequantise = weights * passes * 2.5 / rates.bytes if config.quantization.load_in_4bit else 0.0
-    activations = tokens * shape.layers * passes * 12 * (shape.hidden + shape.inner) / rates.bytes
-    return products + dequantise + activations
+    """Return an estimated time for one micro-batch: matrix products, dequantisation and passes over activations."""
+    tokens, passes = micro_batch * config.data.max_length, 2 + checkpointed / shape.layers
+    share = tokens / (tokens + 256)  # small products use the GPU badly
+    products = step_flops(shape, config, micro_batch, checkpointed) / (rates.flops * share)
+    read = weights_read(shape, checkpointed) if config.quantization.load_in_4bit else 0
+    activations = tokens * shape.layers * passes * 12 * (shape.hidden + shape.inner)
+    return products + (2.5 * read + activations) / rates.bytes
 
 
 def shapes(shape: ModelShape, config: Config, sequences: int) -> Iterator[tuple[int, int]]:
