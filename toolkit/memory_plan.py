@@ -401,7 +401,8 @@ def weights_read(shape: ModelShape, checkpointed: int) -> float:
 
     A checkpointed layer repeats its forward pass up to its last product, whose output nothing needs.
     """
-    weights, (_, out, into) = sum(out * into for _, out, into in shape.linears), adapted(shape, "all-linear")[-1]
+    every = adapted(shape, LoraSettings(target_modules="all-linear"))
+    weights, (_, out, into) = sum(out * into for _, out, into in shape.linears), every[-1]
     return 2 * weights + (weights - shape.layers * out * into) * checkpointed / shape.layers
 
 
