@@ -18,7 +18,6 @@ import math
 import operator
 import os
 import re
-import reprlib
 import sys
 import types
 import typing
@@ -28,6 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from toolkit import spelling
+from toolkit.plain_values import MOST_CHARACTERS, MOST_OPTIONS, PlainLoader, brief, is_option, is_text
 
 
 class ConfigError(ValueError):
@@ -448,45 +450,6 @@ FROM_ADAPTER |= {f"data.{key}" for key in ("max_train_samples", "max_eval_sample
 FROM_OWN_RUN = FROM_ADAPTER | {"data.dataset", "performance.memory_limit_gib"}  # if the user's own run left it there
 
 
-# Names that other tools and papers use for a key, if they are not spelt like the key.
-USUAL_NAMES = {
-    "model_name": ("model", "base_model", "model_id", "model_name_or_path", "pretrained_model_name_or_path"),
-    "load_in_4bit": ("use_4bit", "4bit", "bits"),
-    "quant_type": ("bnb_4bit_quant_type",),
-    "compute_dtype": ("dtype", "torch_dtype", "bnb_4bit_compute_dtype", "bf16", "fp16"),
-    "use_double_quant": ("double_quant", "bnb_4bit_use_double_quant"),
-    "rank": ("r", "lora_r", "lora_rank"),
-    "alpha": ("lora_alpha",),
-    "dropout": ("lora_dropout",),
-    "init_adapter": ("adapter_name_or_path", "init_lora", "start_adapter"),
-    "target_modules": ("targets", "lora_target", "lora_targets", "lora_target_modules"),
-    "dataset": ("data", "dataset_name", "dataset_path", "train_file", "data_path"),
-    "max_length": ("seq_len", "seq_length", "seqlen", "sequence_length", "sequence_len", "max_seq_length")
-    + ("max_seq_len", "model_max_length", "block_size", "context_length", "cutoff_len"),
-    "packing": ("sample_packing",),
-    "max_train_samples": ("num_samples", "max_samples"),
-    "num_epochs": ("epochs", "epoch", "num_train_epochs"),
-    "max_steps": ("steps", "num_steps", "max_iters"),
-    "batch_size": ("micro_batch_size", "train_batch_size", "per_device_train_batch_size", "per_device_batch_size"),
-    "gradient_accumulation_steps": ("grad_accum", "accumulation_steps", "gradient_accumulation", "grad_acc"),
-    "learning_rate": ("lr", "max_lr", "peak_lr"),
-    "lr_scheduler": ("scheduler", "lr_scheduler_type", "schedule"),
-    "warmup_ratio": ("warmup", "warmup_steps"),
-    "max_grad_norm": ("grad_clip", "clip", "gradient_clipping"),
-    "optim": ("optimizer",),
-    "eval_steps": ("eval_every", "eval_interval"),
-    "save_steps": ("save_every", "save_interval"),
-    "early_stopping_patience": ("patience", "early_stopping"),
-    "resume": ("resume_from_checkpoint",),
-    "output_dir": ("out", "out_dir", "output_folder"),
-    "report_to": ("wandb", "log_with", "tracker"),
-    "max_new_tokens": ("max_tokens", "new_tokens", "num_predict"),
-    "temperature": ("temp",),
-    "system_prompt": ("system",),
-    "adapter": ("output_dir", "peft_model", "lora_path", "adapter_path"),  # a flag of the scripts
-}
-
-
 def shown(value: Any) -> str:
     """Return a value as it is written in config.yaml, for a message: null, true, [q_proj, v_proj]."""
     if isinstance(value, (tuple, list)):
@@ -523,7 +486,9 @@ def _coerce_sources(leaf: Leaf, items: Sequence[Any]) -> tuple[Any, ...]:
         source, own = f"{leaf.name}[{i}]", {}
         for key, value in item.items() if isinstance(item, dict) else [("dataset", item)]:
             if key not in known:
-                problems.append(f"{source}.{_word(key)}: unknown key{_nearest(key, OF_A_SOURCE)}")
+                problems.append(
+                    f"{source}.{spelling.word(key)}: unknown key{spelling.nearest(key, OF_A_SOURCE, SHORT)}"
+                )
                 continue
             section, word = (source, key) if isinstance(item, dict) else source.split(".")
             kinds = tuple(kind for kind in known[key].kinds if kind is not tuple)  # no list within the list
@@ -537,21 +502,6 @@ def _coerce_sources(leaf: Leaf, items: Sequence[Any]) -> tuple[Any, ...]:
     if problems:
         raise ConfigError(*problems)
     return tuple(found)
-
-
-def brief(value: Any) -> str:
-    """Return a value's repr, cut to 200 characters.
-
-    Of a list or a mapping only the first items are expanded: with aliases a small file can hold one that fills the
-    memory when it is printed.
-    """
-    if isinstance(value, (list, tuple, dict)):
-        short = reprlib.Repr()
-        short.maxlevel, short.maxlist, short.maxdict, short.maxstring, short.maxother = 3, 12, 12, 80, 80
-        return short.repr(value)[:200]
-    # Python refuses to print an integer of more than 4,300 digits in decimal.
-    text = hex(value) if isinstance(value, int) and abs(value) >= 2**64 else repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}… ({len(text):,} characters)"
 
 
 def _convert(leaf: Leaf, value: Any) -> Any:
@@ -568,12 +518,12 @@ def _convert(leaf: Leaf, value: Any) -> Any:
         raise ValueError
     if isinstance(value, dict) and dict in kinds:
         few = len(value) <= MOST_OPTIONS and sum(map(len, map(str, value.values()))) <= MOST_CHARACTERS
-        if few and all(_is_option(name, of) for name, of in value.items()):
+        if few and all(is_option(name, of) for name, of in value.items()):
             return value
         raise ValueError
     if isinstance(value, str) and str in kinds:
         free = _is_pattern(value, choices) if "pattern" in limits else not choices
-        if value in choices or (free and _is_text(value, "may_be_empty" in limits)):
+        if value in choices or (free and is_text(value, "may_be_empty" in limits)):
             return value
         raise ValueError
     if isinstance(value, (list, tuple)) and tuple in kinds:
@@ -593,52 +543,13 @@ def _convert(leaf: Leaf, value: Any) -> Any:
     return value
 
 
-MOST_OPTIONS, MOST_CHARACTERS = 100, 100_000  # of a mapping, and of all its values
-
-# What a chat template is given anyway, and what would replace the template.
-RESERVED = frozenset(
-    [
-        "messages",
-        "conversation",
-        "conversations",
-        "chat_template",
-        "self",
-        "tools",
-        "documents",
-        "add_generation_prompt",
-        "continue_final_message",
-        "return_assistant_tokens_mask",
-        "tokenize",
-        "tokenizer",
-    ]
-)
-
-
-def _is_option(name: Any, value: Any) -> bool:
-    """Return whether this may be an option of a chat template: a name of its own with a plain value."""
-    if not isinstance(name, str) or not name.isidentifier() or name in RESERVED or name.endswith("_token"):
-        return False
-    plain = value is None or isinstance(value, (bool, int)) or (isinstance(value, float) and math.isfinite(value))
-    return plain or (isinstance(value, str) and _is_text(value, long=True))
-
-
-def _is_text(value: str, long: bool = False) -> bool:
-    """Return whether a str may be the value of a text setting: not blank, and without control characters.
-
-    No path and no name has control characters, and UTF-8 cannot store half of a surrogate pair. long: a text that may
-    be empty and have several lines.
-    """
-    refused = "[\0\ud800-\udfff]" if long else "[\0-\x1f\x7f-\x9f\ud800-\udfff]"
-    return bool(long or value.strip()) and re.search(refused, value) is None
-
-
 def coerce_flag(leaf: Leaf, text: str) -> Any:
     """Read a flag's text as YAML would, but keep the value of a text setting: `--output_dir 2024` names a folder."""
     verbatim = leaf.kinds in ((str,), (str, types.NoneType)) and leaf.field.metadata.get("choices") != SWITCH
     if verbatim or (leaf.takes_sources and not (text.startswith("[") and text.endswith("]"))):
         return coerce(leaf, None if leaf.optional and text in ("null", "~") else text)
     try:
-        value = yaml.load(text, _Loader)  # a SafeLoader
+        value = yaml.load(text, PlainLoader)  # a SafeLoader
     except (yaml.YAMLError, ValueError, RecursionError):
         value = text if "pattern" in leaf.field.metadata else None  # such as [qkv]_proj, which is no list of YAML
         if value is None:
@@ -672,7 +583,7 @@ def _is_item(leaf: Leaf, item: Any) -> bool:
     """Return whether this may stand in a leaf's list: a name, or a number of a layer."""
     if leaf.items is int:
         return type(item) is int and 0 <= item < MANY
-    return isinstance(item, str) and _is_text(item)
+    return isinstance(item, str) and is_text(item)
 
 
 def _is_pattern(text: str, choices: Sequence[str]) -> bool:
@@ -697,54 +608,7 @@ def _list_hint(leaf: Leaf) -> str:
     return f"; as a flag: --{leaf.key} '{leaf.example}' or --{leaf.key} {leaf.example[1:-1].replace(' ', '')}"
 
 
-class _Loader(yaml.SafeLoader):
-    """A SafeLoader of plain values: text, numbers, true, false, null, lists and mappings.
-
-    It refuses tags such as `!!bool`, which force a type on any text, many aliases, with which a small file becomes a
-    huge value, and a key that is written twice: YAML forbids it, PyYAML silently keeps the last.
-    """
-
-    aliases = nodes = 0
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        event, problem = self.peek_event(), ""
-        self.nodes += 1
-        if isinstance(event, yaml.AliasEvent):
-            self.aliases += 1
-            problem = f"expected at most {MOST_ALIASES} aliases (*name)" if self.aliases > MOST_ALIASES else ""
-        elif self.nodes > MOST_NODES:
-            problem = f"expected at most {MOST_NODES:,} values"
-        elif event.tag is not None:
-            problem = f"expected a plain value, got the tag {brief(event.tag)}"
-        if problem:
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise yaml.MarkedYAMLError(problem="a key must be a word", problem_mark=key.start_mark)
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(
-                    problem=f"the key {brief(key.value)} is written twice", problem_mark=key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-MOST_ALIASES, MOST_NODES, MOST_BYTES, MOST_PROBLEMS = 20, 50_000, 2**20, 40
-# Of YAML 1.1's notations these stay text: dates, 1:30 (90), 0x1f (31) and 010 (8).
-_Loader.yaml_implicit_resolvers = {}
-for _kind, _form, _first in (
-    ("bool", "yes|Yes|YES|no|No|NO|true|True|TRUE|false|False|FALSE|on|On|ON|off|Off|OFF", "yYnNtTfFoO"),
-    ("int", "[-+]?(?:0|[1-9][0-9_]*)", "-+0123456789"),
-    ("float", r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9]+)(?:[eE][-+][0-9]+)?", "-+.0123456789"),
-    ("float", r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", "-+."),
-    ("null", "~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("merge", "<<", "<"),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"(?:{_form})\\Z"), list(_first))
+MOST_BYTES, MOST_PROBLEMS = 2**20, 40
 
 
 def _config_text(path: Path) -> str:
@@ -761,7 +625,7 @@ def _config_text(path: Path) -> str:
 def read_yaml(path: Path) -> dict:
     """Return the mapping in a YAML file; an empty file is an empty mapping."""
     try:
-        tree = yaml.load(_config_text(path), _Loader)  # a SafeLoader executes nothing in the file
+        tree = yaml.load(_config_text(path), PlainLoader)  # a SafeLoader executes nothing in the file
     except FileNotFoundError:
         raise ConfigError(f"--config: no such file: {path}") from None
     except UnicodeDecodeError as error:
@@ -783,30 +647,6 @@ def read_yaml(path: Path) -> dict:
     return tree
 
 
-def _word(key: Any) -> str:
-    """Return an unknown key, flag or argument as a message shows it: cut, and quoted if it is no word at all."""
-    word = str(key) if len(str(key)) <= 80 else f"{str(key)[:80]}…"
-    return word if word.isprintable() and word.strip() else repr(word)
-
-
-def _usual(word: str) -> str | None:
-    """Return the one key that other tools call `word`, or whose initials `word` is (`bs`: batch_size); else None."""
-    word = word.replace("-", "_").lower().rpartition(".")[2]
-    initials = [key for key in SHORT if "_" in key and "".join(part[0] for part in key.split("_")) == word]
-    called = [key for key, names in USUAL_NAMES.items() if word in names] or initials
-    return called[0] if len(called) == 1 else None
-
-
-def _nearest(word: str, known: Sequence[str]) -> str:
-    """Return `; did you mean …?` with the name in `known` that `word` most likely means, or an empty text."""
-    word = str(word)[:80]
-    dashes = "--" if word.startswith("--") else ""
-    usual = dashes + (_usual(word[len(dashes) :]) or "")
-    written = word.replace("-", "_") if not dashes else dashes + word[2:].replace("-", "_")
-    match = [usual] if usual in known else difflib.get_close_matches(written, known, n=1, cutoff=0.5)
-    return f"; did you mean {match[0]}?" if match else ""
-
-
 @contextlib.contextmanager
 def _collecting(problems: list[str]) -> Iterator[None]:
     """Collect the problems of a ConfigError in `problems`, so that all of them are reported together."""
@@ -823,8 +663,12 @@ def _values(tree: dict, problems: list[str]) -> dict[str, Any]:
         if len(problems) > MOST_PROBLEMS:
             break
         if section not in SECTIONS:
-            hint = f"; did you mean {SHORT[section]}?" if section in SHORT else _nearest(section, list(SECTIONS))
-            problems.append(f"{_word(section)}: unknown section{hint}")
+            hint = (
+                f"; did you mean {SHORT[section]}?"
+                if section in SHORT
+                else spelling.nearest(section, list(SECTIONS), SHORT)
+            )
+            problems.append(f"{spelling.word(section)}: unknown section{hint}")
         elif body is not None and not isinstance(body, dict):
             problems.append(f"{section}: expected keys and values, got {brief(body)}")
         else:
@@ -835,10 +679,10 @@ def _values(tree: dict, problems: list[str]) -> dict[str, Any]:
                         values[name] = coerce(LEAVES[name], value)
                 else:
                     own = [leaf.key for leaf in LEAVES.values() if leaf.section == section]
-                    usual = key if key in SHORT else _usual(str(key))
+                    usual = key if key in SHORT else spelling.usual(str(key), SHORT)
                     elsewhere = usual in SHORT and usual not in own
-                    hint = f"; did you mean {SHORT[usual]}?" if elsewhere else _nearest(key, own)
-                    problems.append(f"{section}.{_word(key)}: unknown key{hint}")
+                    hint = f"; did you mean {SHORT[usual]}?" if elsewhere else spelling.nearest(key, own, SHORT)
+                    problems.append(f"{section}.{spelling.word(key)}: unknown key{hint}")
     return values
 
 
@@ -914,7 +758,7 @@ def load_config(
             values[name] = _locate(LEAVES[name], value, [path])
     for name, value in overrides.items():
         if name not in LEAVES:
-            problems.append(f"{name}: unknown key{_nearest(name, list(LEAVES))}")
+            problems.append(f"{name}: unknown key{spelling.nearest(name, list(LEAVES), SHORT)}")
             continue
         read = coerce_flag if isinstance(value, str) else coerce
         with _collecting(problems):
@@ -1090,12 +934,16 @@ def _unknown(flag: str, known: Sequence[str]) -> str:
     word = flag.lstrip("-").replace("-", "_")
     if owner := [script for script, flags in SCRIPTS.items() if word in flags]:
         return f"{flag}: belongs to {owner[0]}"
-    usual = word if word in SHORT else _usual(word)
+    usual = word if word in SHORT else spelling.usual(word, SHORT)
     name = word if word in LEAVES else SHORT.get(usual or "")
     if name is not None and f"--{name}" not in known:
-        here = [f"; here it is --{key}" for key, names in USUAL_NAMES.items() if word in names and f"--{key}" in known]
+        here = [
+            f"; here it is --{key}"
+            for key, names in spelling.USUAL_NAMES.items()
+            if word in names and f"--{key}" in known
+        ]
         return f"{flag}: belongs to train_qlora.py{'' if word in (usual, name) else f', as --{usual}'}{''.join(here)}"
-    return f"{_word(flag)}: unknown flag{_nearest(flag, known)}"
+    return f"{spelling.word(flag)}: unknown flag{spelling.nearest(flag, known, SHORT)}"
 
 
 def parse_arguments(
@@ -1110,7 +958,7 @@ def parse_arguments(
     known = [option for action in parser._actions for option in action.option_strings]
     problems = [_unknown(flag, known) for flag in flags]
     if unknown and not flags:
-        problems = [f"unexpected argument{'s' if len(unknown) > 1 else ''}: {' '.join(map(_word, unknown))}"]
+        problems = [f"unexpected argument{'s' if len(unknown) > 1 else ''}: {' '.join(map(spelling.word, unknown))}"]
     if problems:
         raise ConfigError(*problems)
     given = ((name, value) for name, value in vars(namespace).items() if name in LEAVES)

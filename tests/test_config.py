@@ -454,13 +454,6 @@ def test_a_key_by_the_name_that_others_give_it(tmp_path, text, said):
     assert problems(from_yaml, tmp_path, text) == (said,)
 
 
-def test_usual_names_lead_to_one_key_each_and_are_no_keys():
-    names = [name for names in config.USUAL_NAMES.values() for name in names]
-    assert len(names) == len(set(names))
-    assert set(config.USUAL_NAMES) - set(SHORT) == {"adapter"}
-    assert set(names) & set(SHORT) == {"output_dir"}  # which inference has not
-
-
 @pytest.mark.parametrize(
     ("argv", "leaf", "value"),
     [
