@@ -566,7 +566,7 @@ def _listed(leaf: Leaf, value: Any) -> Any:
 
     A word that is almost one of the leaf's choices, such as all_linear for all-linear, is a typing error and no name.
     """
-    if tuple not in leaf.kinds or not isinstance(value, (str, int)) or isinstance(value, bool):
+    if tuple not in leaf.kinds or leaf.takes_sources or not isinstance(value, (str, int)) or isinstance(value, bool):
         return value
     if leaf.items is int:
         numbers = str(value).split(",")
