@@ -90,7 +90,16 @@ def test_packages_are_empty():
 
 @pytest.mark.parametrize(
     "name",
-    ["config", *BASIC, "toolkit.startup", "toolkit.cards", "toolkit.chat", "toolkit.text_width", "fast_path.families"],
+    [
+        "config",
+        *BASIC,
+        "toolkit.startup",
+        "toolkit.flags",
+        "toolkit.cards",
+        "toolkit.chat",
+        "toolkit.text_width",
+        "fast_path.families",
+    ],
 )
 def test_what_runs_first_imports_no_heavy_library(name):
     program = f"import sys, {name}; print({{'torch', 'transformers', 'numpy', 'datasets'}} & set(sys.modules))"
