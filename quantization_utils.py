@@ -59,17 +59,13 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
 from transformers.utils import cached_file
 
-from config import (
-    Config,
-    ConfigError,
-    is_hub_id,
-    missing_model,
-)
+from config import Config, ConfigError
 from fast_path.dropout import own_dropout_line
 from fast_path.families import decoder_layers, head_width, known_positions, rope_parameters
 from fast_path.model_targets import DEFAULT_TARGETS, linear_modules, resolved_targets
 from fast_path.packed_weights import keep_packing
 from fast_path.targets import is_pattern
+from toolkit.local_paths import is_hub_id, missing_model
 
 # ------------------------------------------------------------------------------------------------ configurations
 
