@@ -14,11 +14,11 @@ PACKAGES = ("toolkit", "fast_path")
 FILES = [*ROOT.glob("*.py"), *(path for package in PACKAGES for path in ROOT.glob(f"{package}/**/*.py"))]
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in FILES}
 # What a module may import of these: those below it, and those of its own package that are not above it. Arrows run
-# scripts -> toolkit -> quantization_utils -> fast_path -> config. Some of toolkit's modules are so basic that they stand
-# further down. They import no torch. Those of level 0 know no setting, and config imports them. Those of level 2 import
-# nothing but config and each other, and quantization_utils imports them.
+# scripts -> toolkit -> quantization_utils -> fast_path -> config.
 LEVELS = {"config": 1, "fast_path": 2, "quantization_utils": 3, "toolkit": 4, "train_qlora": 5, "inference_example": 5}
-BASIC = {"toolkit.plain_values": 0, "toolkit.spelling": 0, "toolkit.local_paths": 2}
+# Toolkit's basic modules stand further down, so that config (level 0) or quantization_utils (level 2) may import them. They
+# import no torch, and nothing of the project but config (level 2) and each other. fast_path imports none of them.
+BASIC = {"toolkit.plain_values": 0, "toolkit.spelling": 0, "toolkit.local_paths": 2, "toolkit.hub": 2}
 
 
 def imports(node: ast.AST) -> set[str]:

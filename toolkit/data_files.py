@@ -30,10 +30,10 @@ from datasets import Dataset, DatasetDict
 from datasets.table import table_cast
 
 from config import ConfigError, Source, counted
-from quantization_utils import asking_hub, cache_problem, hub_problem
 from toolkit import strict_json
 from toolkit.chat_rows import CHATS, JSON_CELL, recognise
 from toolkit.encodings import not_utf8
+from toolkit.hub import asking_hub, cache_problem, hub_problem
 from toolkit.local_paths import DATA_FILES, data_suffix, missing_data
 from toolkit.regular_files import not_regular
 
