@@ -1,7 +1,8 @@
 """Draw the pictures of README.md as PNG files on white, readable in dark mode too.
 
-python docs/make_pictures.py                        every picture of docs/pictures but the training curves
+python docs/make_pictures.py                        every picture of docs/pictures but those of runs
 python docs/make_pictures.py --run output_tiny      training_curves.png too, copied from the folder of a finished run
+python docs/make_pictures.py --compare compare.png  compare.png too, as train_qlora.py --compare drew it
 """
 
 import argparse
@@ -292,13 +293,16 @@ def main() -> None:
     """Draw what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, help="folder of a finished run")
-    run = parser.parse_args().run
+    parser.add_argument("--compare", type=Path, help="picture that train_qlora.py --compare wrote")
+    options = parser.parse_args()
     folder = ROOT / "docs" / "pictures"
     folder.mkdir(exist_ok=True)
     for name, draw in PICTURES.items():
         draw(folder / f"{name}.png")
-    if run:
-        shutil.copy(run / "training_curves.png", folder)
+    if options.run:
+        shutil.copy(options.run / "training_curves.png", folder)
+    if options.compare:
+        shutil.copy(options.compare, folder / "compare.png")
 
 
 if __name__ == "__main__":

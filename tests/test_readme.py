@@ -241,6 +241,13 @@ def test_speeds_are_those_of_the_measurements():
     assert [pair for pair in found if not set(pair) - {""} <= numbers] == []
 
 
+def test_the_experiments_are_those_that_were_measured():
+    table = README.split("## Experiments")[1].split("##")[0]
+    measured = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
+    found = re.findall(r"\d\.\d{4}|\d[\d,]{6,}", table)
+    assert len(found) > 20 and [number for number in found if number not in measured] == []
+
+
 def test_the_planned_column_of_the_measurements_is_the_plan(qwen_3b):
     """Without a limit, as the benchmark plans; a limit makes the chunk of logits smaller."""
     table = (ROOT / "docs" / "measurements.md").read_text(encoding="utf-8").split("## Memory")[1].split("##")[0]
@@ -262,7 +269,11 @@ def test_every_picture_is_drawn_and_shown(tmp_path):
         draw(tmp_path / f"{name}.png")
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     shown = set(re.findall(r"docs/pictures/(\w+)\.png", README))
-    assert shown == {*pictures.PICTURES, "training_curves"} == {p.stem for p in (ROOT / "docs/pictures").iterdir()}
+    assert (
+        shown
+        == {*pictures.PICTURES, "training_curves", "compare"}
+        == {p.stem for p in (ROOT / "docs/pictures").iterdir()}
+    )
 
 
 # ------------------------------------------------------------------------------------------------ set-up
