@@ -142,7 +142,7 @@ def another(leaf: Leaf) -> object:
     if bool in leaf.kinds:
         return not default
     if tuple in leaf.kinds:
-        return ["one"]
+        return [1] if leaf.items is int else ["one"]
     if dict in leaf.kinds:
         return {"one": True}
     if "choices" in limits:
