@@ -155,7 +155,7 @@ def adapted(shape: ModelShape, lora: LoraSettings) -> list[tuple[str, int, int]]
 
 def adapter_parameters(shape: ModelShape, config: Config) -> int:
     """Return the number of trainable parameters."""
-    rows = len(config.lora.train_tokens or ()) * shape.hidden
+    rows = len(set(config.lora.train_tokens or ())) * shape.hidden
     if shape.trainable is not None:
         return shape.trainable + rows
     chosen = adapted(shape, config.lora)
