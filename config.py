@@ -7,19 +7,14 @@ overrides the schema's default. Every value is checked and converted to its type
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import copy
 import dataclasses
 import difflib
 import itertools
-import json
 import math
 import operator
 import os
 import re
-import reprlib
-import sys
 import types
 import typing
 import warnings
@@ -28,6 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from toolkit import spelling
+from toolkit.plain_values import MOST_CHARACTERS, MOST_OPTIONS, PlainLoader, brief, is_option, is_text
 
 
 class ConfigError(ValueError):
@@ -448,45 +446,6 @@ FROM_ADAPTER |= {f"data.{key}" for key in ("max_train_samples", "max_eval_sample
 FROM_OWN_RUN = FROM_ADAPTER | {"data.dataset", "performance.memory_limit_gib"}  # if the user's own run left it there
 
 
-# Names that other tools and papers use for a key, if they are not spelt like the key.
-USUAL_NAMES = {
-    "model_name": ("model", "base_model", "model_id", "model_name_or_path", "pretrained_model_name_or_path"),
-    "load_in_4bit": ("use_4bit", "4bit", "bits"),
-    "quant_type": ("bnb_4bit_quant_type",),
-    "compute_dtype": ("dtype", "torch_dtype", "bnb_4bit_compute_dtype", "bf16", "fp16"),
-    "use_double_quant": ("double_quant", "bnb_4bit_use_double_quant"),
-    "rank": ("r", "lora_r", "lora_rank"),
-    "alpha": ("lora_alpha",),
-    "dropout": ("lora_dropout",),
-    "init_adapter": ("adapter_name_or_path", "init_lora", "start_adapter"),
-    "target_modules": ("targets", "lora_target", "lora_targets", "lora_target_modules"),
-    "dataset": ("data", "dataset_name", "dataset_path", "train_file", "data_path"),
-    "max_length": ("seq_len", "seq_length", "seqlen", "sequence_length", "sequence_len", "max_seq_length")
-    + ("max_seq_len", "model_max_length", "block_size", "context_length", "cutoff_len"),
-    "packing": ("sample_packing",),
-    "max_train_samples": ("num_samples", "max_samples"),
-    "num_epochs": ("epochs", "epoch", "num_train_epochs"),
-    "max_steps": ("steps", "num_steps", "max_iters"),
-    "batch_size": ("micro_batch_size", "train_batch_size", "per_device_train_batch_size", "per_device_batch_size"),
-    "gradient_accumulation_steps": ("grad_accum", "accumulation_steps", "gradient_accumulation", "grad_acc"),
-    "learning_rate": ("lr", "max_lr", "peak_lr"),
-    "lr_scheduler": ("scheduler", "lr_scheduler_type", "schedule"),
-    "warmup_ratio": ("warmup", "warmup_steps"),
-    "max_grad_norm": ("grad_clip", "clip", "gradient_clipping"),
-    "optim": ("optimizer",),
-    "eval_steps": ("eval_every", "eval_interval"),
-    "save_steps": ("save_every", "save_interval"),
-    "early_stopping_patience": ("patience", "early_stopping"),
-    "resume": ("resume_from_checkpoint",),
-    "output_dir": ("out", "out_dir", "output_folder"),
-    "report_to": ("wandb", "log_with", "tracker"),
-    "max_new_tokens": ("max_tokens", "new_tokens", "num_predict"),
-    "temperature": ("temp",),
-    "system_prompt": ("system",),
-    "adapter": ("output_dir", "peft_model", "lora_path", "adapter_path"),  # a flag of the scripts
-}
-
-
 def shown(value: Any) -> str:
     """Return a value as it is written in config.yaml, for a message: null, true, [q_proj, v_proj]."""
     if isinstance(value, (tuple, list)):
@@ -523,7 +482,9 @@ def _coerce_sources(leaf: Leaf, items: Sequence[Any]) -> tuple[Any, ...]:
         source, own = f"{leaf.name}[{i}]", {}
         for key, value in item.items() if isinstance(item, dict) else [("dataset", item)]:
             if key not in known:
-                problems.append(f"{source}.{_word(key)}: unknown key{_nearest(key, OF_A_SOURCE)}")
+                problems.append(
+                    f"{source}.{spelling.word(key)}: unknown key{spelling.nearest(key, OF_A_SOURCE, SHORT)}"
+                )
                 continue
             section, word = (source, key) if isinstance(item, dict) else source.split(".")
             kinds = tuple(kind for kind in known[key].kinds if kind is not tuple)  # no list within the list
@@ -537,21 +498,6 @@ def _coerce_sources(leaf: Leaf, items: Sequence[Any]) -> tuple[Any, ...]:
     if problems:
         raise ConfigError(*problems)
     return tuple(found)
-
-
-def brief(value: Any) -> str:
-    """Return a value's repr, cut to 200 characters.
-
-    Of a list or a mapping only the first items are expanded: with aliases a small file can hold one that fills the
-    memory when it is printed.
-    """
-    if isinstance(value, (list, tuple, dict)):
-        short = reprlib.Repr()
-        short.maxlevel, short.maxlist, short.maxdict, short.maxstring, short.maxother = 3, 12, 12, 80, 80
-        return short.repr(value)[:200]
-    # Python refuses to print an integer of more than 4,300 digits in decimal.
-    text = hex(value) if isinstance(value, int) and abs(value) >= 2**64 else repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}… ({len(text):,} characters)"
 
 
 def _convert(leaf: Leaf, value: Any) -> Any:
@@ -568,12 +514,12 @@ def _convert(leaf: Leaf, value: Any) -> Any:
         raise ValueError
     if isinstance(value, dict) and dict in kinds:
         few = len(value) <= MOST_OPTIONS and sum(map(len, map(str, value.values()))) <= MOST_CHARACTERS
-        if few and all(_is_option(name, of) for name, of in value.items()):
+        if few and all(is_option(name, of) for name, of in value.items()):
             return value
         raise ValueError
     if isinstance(value, str) and str in kinds:
         free = _is_pattern(value, choices) if "pattern" in limits else not choices
-        if value in choices or (free and _is_text(value, "may_be_empty" in limits)):
+        if value in choices or (free and is_text(value, "may_be_empty" in limits)):
             return value
         raise ValueError
     if isinstance(value, (list, tuple)) and tuple in kinds:
@@ -593,52 +539,13 @@ def _convert(leaf: Leaf, value: Any) -> Any:
     return value
 
 
-MOST_OPTIONS, MOST_CHARACTERS = 100, 100_000  # of a mapping, and of all its values
-
-# What a chat template is given anyway, and what would replace the template.
-RESERVED = frozenset(
-    [
-        "messages",
-        "conversation",
-        "conversations",
-        "chat_template",
-        "self",
-        "tools",
-        "documents",
-        "add_generation_prompt",
-        "continue_final_message",
-        "return_assistant_tokens_mask",
-        "tokenize",
-        "tokenizer",
-    ]
-)
-
-
-def _is_option(name: Any, value: Any) -> bool:
-    """Return whether this may be an option of a chat template: a name of its own with a plain value."""
-    if not isinstance(name, str) or not name.isidentifier() or name in RESERVED or name.endswith("_token"):
-        return False
-    plain = value is None or isinstance(value, (bool, int)) or (isinstance(value, float) and math.isfinite(value))
-    return plain or (isinstance(value, str) and _is_text(value, long=True))
-
-
-def _is_text(value: str, long: bool = False) -> bool:
-    """Return whether a str may be the value of a text setting: not blank, and without control characters.
-
-    No path and no name has control characters, and UTF-8 cannot store half of a surrogate pair. long: a text that may
-    be empty and have several lines.
-    """
-    refused = "[\0\ud800-\udfff]" if long else "[\0-\x1f\x7f-\x9f\ud800-\udfff]"
-    return bool(long or value.strip()) and re.search(refused, value) is None
-
-
 def coerce_flag(leaf: Leaf, text: str) -> Any:
     """Read a flag's text as YAML would, but keep the value of a text setting: `--output_dir 2024` names a folder."""
     verbatim = leaf.kinds in ((str,), (str, types.NoneType)) and leaf.field.metadata.get("choices") != SWITCH
     if verbatim or (leaf.takes_sources and not (text.startswith("[") and text.endswith("]"))):
         return coerce(leaf, None if leaf.optional and text in ("null", "~") else text)
     try:
-        value = yaml.load(text, _Loader)  # a SafeLoader
+        value = yaml.load(text, PlainLoader)  # a SafeLoader
     except (yaml.YAMLError, ValueError, RecursionError):
         value = text if "pattern" in leaf.field.metadata else None  # such as [qkv]_proj, which is no list of YAML
         if value is None:
@@ -672,7 +579,7 @@ def _is_item(leaf: Leaf, item: Any) -> bool:
     """Return whether this may stand in a leaf's list: a name, or a number of a layer."""
     if leaf.items is int:
         return type(item) is int and 0 <= item < MANY
-    return isinstance(item, str) and _is_text(item)
+    return isinstance(item, str) and is_text(item)
 
 
 def _is_pattern(text: str, choices: Sequence[str]) -> bool:
@@ -697,54 +604,7 @@ def _list_hint(leaf: Leaf) -> str:
     return f"; as a flag: --{leaf.key} '{leaf.example}' or --{leaf.key} {leaf.example[1:-1].replace(' ', '')}"
 
 
-class _Loader(yaml.SafeLoader):
-    """A SafeLoader of plain values: text, numbers, true, false, null, lists and mappings.
-
-    It refuses tags such as `!!bool`, which force a type on any text, many aliases, with which a small file becomes a
-    huge value, and a key that is written twice: YAML forbids it, PyYAML silently keeps the last.
-    """
-
-    aliases = nodes = 0
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        event, problem = self.peek_event(), ""
-        self.nodes += 1
-        if isinstance(event, yaml.AliasEvent):
-            self.aliases += 1
-            problem = f"expected at most {MOST_ALIASES} aliases (*name)" if self.aliases > MOST_ALIASES else ""
-        elif self.nodes > MOST_NODES:
-            problem = f"expected at most {MOST_NODES:,} values"
-        elif event.tag is not None:
-            problem = f"expected a plain value, got the tag {brief(event.tag)}"
-        if problem:
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise yaml.MarkedYAMLError(problem="a key must be a word", problem_mark=key.start_mark)
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(
-                    problem=f"the key {brief(key.value)} is written twice", problem_mark=key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-MOST_ALIASES, MOST_NODES, MOST_BYTES, MOST_PROBLEMS = 20, 50_000, 2**20, 40
-# Of YAML 1.1's notations these stay text: dates, 1:30 (90), 0x1f (31) and 010 (8).
-_Loader.yaml_implicit_resolvers = {}
-for _kind, _form, _first in (
-    ("bool", "yes|Yes|YES|no|No|NO|true|True|TRUE|false|False|FALSE|on|On|ON|off|Off|OFF", "yYnNtTfFoO"),
-    ("int", "[-+]?(?:0|[1-9][0-9_]*)", "-+0123456789"),
-    ("float", r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9]+)(?:[eE][-+][0-9]+)?", "-+.0123456789"),
-    ("float", r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", "-+."),
-    ("null", "~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("merge", "<<", "<"),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"(?:{_form})\\Z"), list(_first))
+MOST_BYTES, MOST_PROBLEMS = 2**20, 40
 
 
 def _config_text(path: Path) -> str:
@@ -761,7 +621,7 @@ def _config_text(path: Path) -> str:
 def read_yaml(path: Path) -> dict:
     """Return the mapping in a YAML file; an empty file is an empty mapping."""
     try:
-        tree = yaml.load(_config_text(path), _Loader)  # a SafeLoader executes nothing in the file
+        tree = yaml.load(_config_text(path), PlainLoader)  # a SafeLoader executes nothing in the file
     except FileNotFoundError:
         raise ConfigError(f"--config: no such file: {path}") from None
     except UnicodeDecodeError as error:
@@ -783,30 +643,6 @@ def read_yaml(path: Path) -> dict:
     return tree
 
 
-def _word(key: Any) -> str:
-    """Return an unknown key, flag or argument as a message shows it: cut, and quoted if it is no word at all."""
-    word = str(key) if len(str(key)) <= 80 else f"{str(key)[:80]}…"
-    return word if word.isprintable() and word.strip() else repr(word)
-
-
-def _usual(word: str) -> str | None:
-    """Return the one key that other tools call `word`, or whose initials `word` is (`bs`: batch_size); else None."""
-    word = word.replace("-", "_").lower().rpartition(".")[2]
-    initials = [key for key in SHORT if "_" in key and "".join(part[0] for part in key.split("_")) == word]
-    called = [key for key, names in USUAL_NAMES.items() if word in names] or initials
-    return called[0] if len(called) == 1 else None
-
-
-def _nearest(word: str, known: Sequence[str]) -> str:
-    """Return `; did you mean …?` with the name in `known` that `word` most likely means, or an empty text."""
-    word = str(word)[:80]
-    dashes = "--" if word.startswith("--") else ""
-    usual = dashes + (_usual(word[len(dashes) :]) or "")
-    written = word.replace("-", "_") if not dashes else dashes + word[2:].replace("-", "_")
-    match = [usual] if usual in known else difflib.get_close_matches(written, known, n=1, cutoff=0.5)
-    return f"; did you mean {match[0]}?" if match else ""
-
-
 @contextlib.contextmanager
 def _collecting(problems: list[str]) -> Iterator[None]:
     """Collect the problems of a ConfigError in `problems`, so that all of them are reported together."""
@@ -823,8 +659,12 @@ def _values(tree: dict, problems: list[str]) -> dict[str, Any]:
         if len(problems) > MOST_PROBLEMS:
             break
         if section not in SECTIONS:
-            hint = f"; did you mean {SHORT[section]}?" if section in SHORT else _nearest(section, list(SECTIONS))
-            problems.append(f"{_word(section)}: unknown section{hint}")
+            hint = (
+                f"; did you mean {SHORT[section]}?"
+                if section in SHORT
+                else spelling.nearest(section, list(SECTIONS), SHORT)
+            )
+            problems.append(f"{spelling.word(section)}: unknown section{hint}")
         elif body is not None and not isinstance(body, dict):
             problems.append(f"{section}: expected keys and values, got {brief(body)}")
         else:
@@ -835,10 +675,10 @@ def _values(tree: dict, problems: list[str]) -> dict[str, Any]:
                         values[name] = coerce(LEAVES[name], value)
                 else:
                     own = [leaf.key for leaf in LEAVES.values() if leaf.section == section]
-                    usual = key if key in SHORT else _usual(str(key))
+                    usual = key if key in SHORT else spelling.usual(str(key), SHORT)
                     elsewhere = usual in SHORT and usual not in own
-                    hint = f"; did you mean {SHORT[usual]}?" if elsewhere else _nearest(key, own)
-                    problems.append(f"{section}.{_word(key)}: unknown key{hint}")
+                    hint = f"; did you mean {SHORT[usual]}?" if elsewhere else spelling.nearest(key, own, SHORT)
+                    problems.append(f"{section}.{spelling.word(key)}: unknown key{hint}")
     return values
 
 
@@ -914,7 +754,7 @@ def load_config(
             values[name] = _locate(LEAVES[name], value, [path])
     for name, value in overrides.items():
         if name not in LEAVES:
-            problems.append(f"{name}: unknown key{_nearest(name, list(LEAVES))}")
+            problems.append(f"{name}: unknown key{spelling.nearest(name, list(LEAVES), SHORT)}")
             continue
         read = coerce_flag if isinstance(value, str) else coerce
         with _collecting(problems):
@@ -935,43 +775,9 @@ def load_config(
     return config
 
 
-# Endings of data files, each with the kind of its content; toolkit/data_files.py reads them.
-DATA_FILES = {".txt": "text", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-DATA_FILES |= {f"{ending}.gz": DATA_FILES[ending] for ending in (".csv", ".tsv", ".json", ".jsonl")}
-
-
-def data_suffix(name: str) -> str | None:
-    """Return the ending of a data file's name as DATA_FILES has it, or None if it is no data file."""
-    return next((ending for ending in DATA_FILES if name.lower().endswith(ending)), None)
-
-
-def is_hub_id(name: str) -> bool:
-    """Return whether a name has the form of a hub id, `name` or `owner/name`; otherwise it is a local path."""
-    return len(name) < 200 and re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) is not None
-
-
 def is_address(name: Any) -> bool:
     """Return whether a name leads to another machine: https://..., s3://..., or \\\\server\\share on Windows."""
     return isinstance(name, str) and ("://" in name or name.startswith(("//", "\\\\")))
-
-
-def missing_data(dataset: str, name: str = "data.dataset") -> list[str]:
-    """Return a list with one message if `dataset` is the path of a local file or folder that does not exist, else [].
-
-    An address such as s3://... is not checked: a user's own prepare_dataset may read it.
-    """
-    local = (not is_hub_id(dataset) and "://" not in dataset) or dataset.lower().endswith(tuple(DATA_FILES))
-    if not local or os.path.exists(dataset):
-        return []
-    parts = [part.strip() for part in dataset.split(",")]
-    several = len(parts) > 1 and not any(missing_data(part) for part in parts)
-    hint = f'; several sources: --dataset "[{", ".join(parts)}]"' if several else ""
-    return [f"{name}: no such file or folder: {dataset}{hint}"]
-
-
-def missing_sources(data: DataConfig) -> list[str]:
-    """Return a message for each source that names a local file or folder which does not exist."""
-    return [problem for source in sources_of(data) for problem in missing_data(source.dataset, source.name)]
 
 
 def flatten(config: Config) -> dict[str, Any]:
@@ -988,199 +794,6 @@ def save_config(config: Config, path: Path) -> None:
     path.write_text(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=math.inf), encoding="utf-8")
 
 
-class _Help(argparse.RawDescriptionHelpFormatter):
-    """Show each flag in its shortest form, and name its value once."""
-
-    def __init__(self, prog: str, **options: Any):
-        super().__init__(prog, max_help_position=34, **options)
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        if action.nargs == 0:
-            return ", ".join(action.option_strings)
-        return (
-            f"{action.option_strings[-1]} {self._format_args(action, self._get_default_metavar_for_optional(action))}"
-        )
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser that raises ConfigErrors, accepts dashes in flags, and whose help begins with what the script does."""
-
-    everyday: Sequence[str] = ()  # the flags that --help shows first, in this order
-
-    def error(self, message: str) -> typing.NoReturn:
-        raise ConfigError(message)
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        args = sys.argv[1:] if args is None else args
-        return super().parse_known_args([self._underscored(word) for word in args], namespace)
-
-    def _underscored(self, word: str) -> str:
-        """Return `--batch-size=4` as `--batch_size=4`; return a word that is then no flag of this parser unchanged."""
-        flag, equals, value = word.partition("=")
-        flag = "--" + flag[2:].replace("-", "_")
-        return flag + equals + value if word.startswith("--") and flag in self._option_string_actions else word
-
-    def format_help(self) -> str:
-        formatter = self._get_formatter()
-        formatter.add_text(self.description)
-        daily = [self._option_string_actions[flag] for flag in self.everyday]
-        groups = [("flags that you need most often", [_short(action) for action in daily])]
-        groups += [(group.title, [a for a in group._group_actions if a not in daily]) for group in self._action_groups]
-        for title, actions in groups:
-            formatter.start_section(title)
-            formatter.add_arguments(actions)
-            formatter.end_section()
-        return formatter.format_help()
-
-
-def _short(action: argparse.Action) -> argparse.Action:
-    """Return the flag of a setting with only the beginning of its help; return the script's own flags unchanged."""
-    if action.dest not in LEAVES:
-        return action
-    field, action = LEAVES[action.dest].field, copy.copy(action)
-    text = field.metadata["help"]
-    text = text if field.default is None else text.split(";")[0]  # of a null default keep all: it says what null means
-    action.help = f"{text} (default: {shown(field.default)})".replace("%", "%%")
-    return action
-
-
-def build_parser(
-    description: str, takes: Sequence[str] = tuple(SECTIONS), everyday: Sequence[str] = ()
-) -> argparse.ArgumentParser:
-    """Return a parser with --config and a flag for each setting that a script uses: --section.key, and --key if unique.
-
-    takes: the sections that the script uses, or names of single settings. everyday: the flags that --help shows first.
-    """
-    parser = _Parser(description=description, allow_abbrev=False, formatter_class=_Help)
-    parser.everyday, parser._optionals.title = everyday, "other flags of this script"
-    parser.add_argument(
-        "--config", metavar="PATH", help="config file to use instead of the config.yaml beside the script"
-    )
-    taken = [leaf for leaf in LEAVES.values() if leaf.section in takes or leaf.name in takes]
-    names = {leaf.name: [f"--{leaf.name}"] for leaf in taken}
-    for short, name in SHORT.items():
-        if name in names:
-            names[name].append(f"--{short}")
-    groups = {
-        section: parser.add_argument_group(f"{section} (--{section}.KEY works as well)")
-        for section in dict.fromkeys(leaf.section for leaf in taken)
-    }
-    for leaf in taken:
-        text = f"{leaf.field.metadata['help']} (allowed: {leaf.expected}; default: {shown(leaf.field.default)})"
-        groups[leaf.section].add_argument(
-            *names[leaf.name],
-            dest=leaf.name,
-            default=argparse.SUPPRESS,
-            metavar="VALUE",
-            nargs="+" if leaf.takes_sources else None,
-            help=text.replace("%", "%%"),
-        )
-    return parser
-
-
-# The flags that one script has beside the settings, and the other does not have.
-SCRIPTS = {
-    "train_qlora.py": ("plan", "card", "evaluate", "stride", "compare", "overwrite"),
-    "inference_example.py": ("mode", "prompt", "prompts", "raw", "merge_base"),
-}
-
-
-def _unknown(flag: str, known: Sequence[str]) -> str:
-    """Return the message about an unknown flag: that it belongs to another script, or which flag has a similar name."""
-    word = flag.lstrip("-").replace("-", "_")
-    if owner := [script for script, flags in SCRIPTS.items() if word in flags]:
-        return f"{flag}: belongs to {owner[0]}"
-    usual = word if word in SHORT else _usual(word)
-    name = word if word in LEAVES else SHORT.get(usual or "")
-    if name is not None and f"--{name}" not in known:
-        here = [f"; here it is --{key}" for key, names in USUAL_NAMES.items() if word in names and f"--{key}" in known]
-        return f"{flag}: belongs to train_qlora.py{'' if word in (usual, name) else f', as --{usual}'}{''.join(here)}"
-    return f"{_word(flag)}: unknown flag{_nearest(flag, known)}"
-
-
-def parse_arguments(
-    parser: argparse.ArgumentParser, argv: Sequence[str] | None
-) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """Return the script's own options and the settings given as flags, {name: text, or several texts}.
-
-    The ConfigError about an unknown flag names the flag that is most like it.
-    """
-    namespace, unknown = parser.parse_known_args(argv)
-    flags = [word.split("=")[0] for word in unknown if word.startswith("-")]
-    known = [option for action in parser._actions for option in action.option_strings]
-    problems = [_unknown(flag, known) for flag in flags]
-    if unknown and not flags:
-        problems = [f"unexpected argument{'s' if len(unknown) > 1 else ''}: {' '.join(map(_word, unknown))}"]
-    if problems:
-        raise ConfigError(*problems)
-    given = ((name, value) for name, value in vars(namespace).items() if name in LEAVES)
-    return namespace, {k: v[0] if isinstance(v, list) and len(v) == 1 else v for k, v in given}
-
-
 def counted(number: int, noun: str, plural: str | None = None) -> str:
     """Return `1 sequence`, `2 sequences`, `1,000 sequences`."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
-
-
-# ------------------------------------------------------------------------------------------------ content of files
-
-MODEL_PARTS = ("config.json", "tokenizer.json", "safetensors weights")
-# Any of these can be made into a tokenizer; tokenizer_config.json alone cannot.
-TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json", "tokenization_*.py")
-
-
-def missing_model(name: str, parts: Sequence[str] = MODEL_PARTS) -> list[str]:
-    """Return a list with one message if model.name is a file, no folder or one that lacks one of `parts`, else [].
-
-    Only names of files are looked at, so that the answer needs no torch. A hub id is not checked here.
-    """
-    path = Path(name)
-    if os.path.islink(path) and not os.path.exists(path):
-        return [f"model.name: {name} is a link to {os.readlink(path)}, which does not exist"]
-    if path.suffix.lower() == ".gguf":
-        return [
-            f"model.name: GGUF files cannot be loaded, got {name}; give the original model in safetensors (its hub id "
-            "or folder)"
-        ]
-    if path.is_file():
-        return [f"model.name: expected a hub id or a model's folder, got the file {name}; its folder is {path.parent}"]
-    if not path.is_dir():
-        return [] if is_hub_id(name) else [f"model.name: no such folder: {name}"]
-    if (path / "adapter_config.json").is_file():
-        return [
-            f"model.name: {name} holds an adapter, not a model: give it as --adapter, and its base {_base_of(path)}"
-            "as model.name"
-        ]
-    found = {
-        "config.json": (path / "config.json").is_file(),
-        "tokenizer.json": any(any(path.glob(pattern)) for pattern in TOKENIZER_FILES),
-        "safetensors weights": any(path.glob("*.safetensors")) or (path / "model.safetensors.index.json").is_file(),
-    }
-    lacking = [part for part in parts if not found[part]]
-    if not lacking:
-        return []
-    listed = " and ".join(filter(None, [", ".join(lacking[:-1]), lacking[-1]]))
-    return [f"model.name: {name} has no {listed}{_found_instead(path, found)}"]
-
-
-def _base_of(adapter: Path) -> str:
-    """Return the base model that an adapter's folder names, in brackets and with a space; an empty text if none."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        base = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
-        return f"({base}) " if base else ""
-    return ""
-
-
-def _found_instead(path: Path, found: dict[str, bool]) -> str:
-    """Return what a folder that lacks a part of a model seems to be, for the message; perhaps an empty text."""
-    inside = [child.parent for pattern in ("*/config.json", "snapshots/*/config.json") for child in path.glob(pattern)]
-    files = [file.suffix.lower() for file in path.iterdir()]
-    if ".gguf" in files:
-        return "; GGUF files cannot be loaded: give the original model in safetensors (its hub id or folder)"
-    if not any(found.values()) and inside:
-        return f"; did you mean {inside[0]}?"
-    if not any(found.values()) and set(files) & set(DATA_FILES):
-        return "; it looks like data, which belongs to data.dataset"
-    if not found["safetensors weights"] and {".bin", ".pt", ".pth"} & set(files):
-        return " (pickled weights are not loaded)"
-    return "" if files else " (the folder is empty)"

@@ -24,11 +24,13 @@ import toolkit.startup
 
 sys.excepthook = toolkit.startup.in_one_line  # a package that is not installed is named in one line
 
-from config import Config, ConfigError, build_parser, counted, load_config, missing_model, parse_arguments
+from config import Config, ConfigError, counted, load_config
 from toolkit import strict_json
 from toolkit.chat import Conversation, Keyboard, chat, remark, show
 from toolkit.earlier_run import config_with_adapter
 from toolkit.encodings import check_config, not_utf8
+from toolkit.flags import build_parser, parse_arguments
+from toolkit.local_paths import missing_model
 from toolkit.locks import exclusive, lock_of
 from toolkit.regular_files import not_regular
 from toolkit.startup import (

@@ -19,20 +19,12 @@ import toolkit.startup
 
 sys.excepthook = toolkit.startup.in_one_line  # a package that is not installed is named in one line
 
-from config import (
-    MODEL_PARTS,
-    Config,
-    ConfigError,
-    build_parser,
-    counted,
-    load_config,
-    missing_model,
-    missing_sources,
-    parse_arguments,
-)
+from config import Config, ConfigError, counted, load_config
 from toolkit.cards import find_card
 from toolkit.earlier_run import config_with_adapter, refuse_other_run
 from toolkit.encodings import check_config
+from toolkit.flags import build_parser, parse_arguments
+from toolkit.local_paths import MODEL_PARTS, missing_model, missing_sources
 from toolkit.start_adapter import with_start_adapter
 from toolkit.startup import before_heavy_imports, reader_gone, report, run_and_exit, unusable, visible, wake_gpu
 from toolkit.template_files import check_template_files

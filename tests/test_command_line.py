@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from config import DATA_FILES, load_config, missing_data
+from config import load_config
+from toolkit.local_paths import DATA_FILES, missing_data
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "tiny" / "config.yaml"
@@ -181,14 +182,6 @@ def test_missing_data_is_said_alike_by_who_loads_it(name):
     with pytest.raises(ConfigError) as caught:
         load_rows(DataConfig(dataset=name))
     assert list(caught.value.problems) == missing_data(name)
-
-
-def test_names_of_the_hub_are_not_looked_for_on_the_disk(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("Salesforce/wikitext", "wikitext", "a-b_c/d.e-f", "some.body/data.v2"):
-        assert missing_data(name) == []
-    (tmp_path / "here.txt").touch()
-    assert missing_data("here.txt") == [] and missing_data(f"{tmp_path}") == []
 
 
 def test_a_plan_needs_no_data_and_an_evaluation_no_output_dir(train, tmp_path):

@@ -29,11 +29,12 @@ import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict
 from datasets.table import table_cast
 
-from config import DATA_FILES, ConfigError, Source, counted, data_suffix, missing_data
-from quantization_utils import asking_hub, cache_problem, hub_problem
+from config import ConfigError, Source, counted
 from toolkit import strict_json
 from toolkit.chat_rows import CHATS, JSON_CELL, recognise
 from toolkit.encodings import not_utf8
+from toolkit.hub import asking_hub, cache_problem, hub_problem
+from toolkit.local_paths import DATA_FILES, data_suffix, missing_data
 from toolkit.regular_files import not_regular
 
 # Parts of the errors that datasets raises for files without rows; each format has its own.

@@ -25,16 +25,15 @@ from config import (
     ModelConfig,
     TrainingConfig,
     brief,
-    data_suffix,
     flatten,
     is_address,
-    is_hub_id,
     load_config,
     read_yaml,
     shown,
     sources_of,
 )
 from toolkit.adapter_config import read_adapter_config, refuse_large
+from toolkit.local_paths import data_suffix, is_hub_id
 from toolkit.regular_files import not_regular
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")

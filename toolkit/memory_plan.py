@@ -23,7 +23,6 @@ from fast_path.packed_weights import adapter_columns, operand_columns
 from fast_path.targets import named, select
 from quantization_utils import (
     LOADING_ERRORS,
-    asking_hub,
     auto_class,
     cannot_load,
     count_parameters,
@@ -32,6 +31,7 @@ from quantization_utils import (
     prepare_model_for_training,
 )
 from toolkit.cards import Rates
+from toolkit.hub import asking_hub
 
 GIB = 2**30
 BLOCK, NESTED_BLOCK = 64, 256  # weights per quantisation constant, constants per second-level one (QLoRA, section 3)

@@ -20,8 +20,9 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from config import TOKENIZER_FILES, ConfigError
+from config import ConfigError
 from quantization_utils import LOADING_ERRORS, QUIETLY
+from toolkit.local_paths import TOKENIZER_FILES
 
 # Names of a tokenizer's files.
 FILES = [*TOKENIZER_FILES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"]

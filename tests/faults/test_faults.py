@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 import config
@@ -21,6 +22,7 @@ from toolkit import checkpoints as checkpoints_module
 from toolkit import startup
 from toolkit.checkpoints import LOCK, Log, locked, read_checkpoint, save_adapter
 from toolkit.earlier_run import checkpoints
+from toolkit.plain_values import PlainLoader
 
 ROOT = Path(__file__).resolve().parents[2]
 STEP = train_qlora.training_step
@@ -262,7 +264,7 @@ def test_nothing_in_the_toolkit_reads_a_pickle_or_unsafe_yaml():
                 name = ast.unparse(node.func)
                 assert name not in {"torch.load", "eval", "exec", "yaml.unsafe_load", "yaml.full_load"}, (path, name)
                 if name == "yaml.load":
-                    assert ast.unparse(node.args[1]) == "_Loader" and issubclass(config._Loader, config.yaml.SafeLoader)
+                    assert ast.unparse(node.args[1]) == "PlainLoader" and issubclass(PlainLoader, yaml.SafeLoader)
 
 
 WATCHED: list[str] | None = None

@@ -17,12 +17,11 @@ from config import (
     SHORT,
     Config,
     ConfigError,
-    build_parser,
     flatten,
     load_config,
-    parse_arguments,
     save_config,
 )
+from toolkit.flags import build_parser, parse_arguments
 
 hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, given, settings  # noqa: E402  (after the line that skips)

@@ -11,12 +11,13 @@ import pytest
 from safetensors.numpy import load_file
 
 import train_qlora
-from config import ConfigError, DataConfig, build_parser, load_config, parse_arguments, sources_of
+from config import ConfigError, DataConfig, load_config, sources_of
 from fast_path.loss import IGNORED
 from quantization_utils import load_tokenizer
 from toolkit import checkpoints
 from toolkit.data_blocks import SampleBlocks, draw, sample_counts
 from toolkit.data_sources import MixedBlocks, apportion, make_blocks, read_sources, show_blocks
+from toolkit.flags import build_parser, parse_arguments
 
 DOCUMENT_END, TURN_END = 0, 2  # <|endoftext|> and <|im_end|> of the tiny tokenizer
 
