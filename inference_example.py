@@ -623,9 +623,9 @@ def merge(config: Config, adapter: Path, folder: Path, base: str) -> int:
     del live, source
     both = load_adapter(plain, adapter)
     unmerged = logits_on(both, ids)
-    rounding = moved_by_rounding(both, ids, unmerged)
     merged = merge_adapter(both)
-    check_logits(found := logits_on(merged, ids), unmerged, rounding)
+    found = logits_on(merged, ids)
+    check_logits(found, unmerged, moved_by_rounding(merged, ids, found))
     difference = (found - expected).abs()
     with_ends(merged, end_tokens(merged, tokenizer, adapter_ends(adapter, tokenizer)))
     lines = write_folder(merged, tokenizer, folder, config.model.revision)

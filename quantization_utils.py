@@ -47,7 +47,7 @@ from transformers.utils import cached_file
 from config import Config, ConfigError
 from fast_path.dropout import own_dropout_line
 from fast_path.families import decoder_layers, head_width, known_positions, rope_parameters
-from fast_path.model_targets import DEFAULT_TARGETS, linear_modules, resolved_targets
+from fast_path.model_targets import DEFAULT_TARGETS, linear_modules, names_without_experts, resolved_targets
 from fast_path.packed_weights import keep_packing
 from fast_path.targets import is_pattern
 from toolkit.hub import asking_hub, cache_problem, hub_problem
@@ -436,13 +436,14 @@ def prepare_model_for_training(
     """
     own = resolved_targets(model, lora_config)
     names, model.config.use_cache = own.target_modules, False
+    alone = ",".join(names_without_experts(model))
     try:
         peft_model = get_peft_model(model, own)  # freezes the base and makes the adapters in fp32
     except ValueError as error:
         if "ParamWrapper" in str(error):
             raise ConfigError(
                 "lora.target_modules: these names include the experts, whose adapters peft computes without dropout; "
-                "use --dropout 0, or --target_modules q_proj,k_proj,v_proj,o_proj for attention alone"
+                f"use --dropout 0, or --target_modules {alone} without experts"
             ) from None
         raise ConfigError(f"lora.target_modules: {' '.join(str(error).split())[:300]}") from None
     if not own.exclude_modules and names != lora_config.target_modules:  # peft shortens a long list to endings

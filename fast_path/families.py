@@ -9,6 +9,7 @@ reason why a part stays plain, or None. A model without a row (UNKNOWN) keeps it
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from config import ConfigError
@@ -154,6 +155,14 @@ def decoder_layers(model: Any) -> Any:
     if not layers:
         raise ConfigError(f"model.name: expected a decoder with a list of layers, got {type(decoder).__name__}")
     return layers[0]
+
+
+def expert_parameters(model: Any) -> Iterator[Any]:
+    """Yield the parameters of a model's routed experts, which are tensors of three dimensions outside of convolutions."""
+    for layer in decoder_layers(model):
+        for module in layer.modules():
+            if not type(module).__name__.startswith("Conv"):
+                yield from (parameter for parameter in module.parameters(recurse=False) if parameter.ndim == 3)
 
 
 def towers(model: Any) -> list[str]:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from config import ConfigError, LoraSettings
-from fast_path.families import decoder_layers, towers
+from fast_path.families import decoder_layers, expert_parameters, towers
 from fast_path.targets import is_pattern, select
 
 DEFAULT_TARGETS = LoraSettings().target_modules
@@ -30,8 +30,8 @@ def linear_names(model: nn.Module) -> list[str]:
 
 
 def has_experts(model: nn.Module) -> bool:
-    """Return whether a model has routed experts, which are tensors of three dimensions."""
-    return any(p.ndim == 3 for layer in decoder_layers(model) for p in layer.parameters())
+    """Return whether a model has routed experts."""
+    return any(True for _ in expert_parameters(model))
 
 
 def taken_for_experts(model: nn.Module, names: Iterable[str]) -> set[str]:
@@ -49,6 +49,13 @@ def taken_for_experts(model: nn.Module, names: Iterable[str]) -> set[str]:
                 continue
         taken.add(leaf)
     return {name for name in names if name.rpartition(".")[2] in taken}
+
+
+def names_without_experts(model: nn.Module) -> list[str]:
+    """Return linear_names without those that peft applies to routed experts: attention's, in most mixtures."""
+    names = linear_names(model)
+    taken = taken_for_experts(model, names)
+    return [name for name in names if name not in taken]
 
 
 def check_targets(model: nn.Module, targets: Collection[str]) -> None:
@@ -74,7 +81,7 @@ def resolved_targets(model: nn.Module, asked: LoraConfig) -> LoraConfig:
     """
     lora, targets = copy.copy(asked), asked.target_modules
     if set(targets) == set(DEFAULT_TARGETS) and has_experts(model):
-        spared = targets & set(linear_names(model)) - taken_for_experts(model, targets)
+        spared = set(targets) & set(names_without_experts(model))
         lora.target_modules = targets = spared or targets
     check_targets(model, targets)
     layers = asked.layers_to_transform

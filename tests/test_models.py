@@ -50,7 +50,6 @@ KNOWN: dict[str, str] = {
     "data2vec-text": "2 loss gradients dropout",
     "dbrx": "2 loss gradients dropout",
     "deepseek_v32": "3 dropout answer batch merge plan, 10 loss gradients",
-    "doge": "12 merge",
     "dots1": "1 gradients, 3 dropout answer batch merge plan",
     "dots3_note": "2 loss gradients dropout answer batch plan, 5 merge",
     "dots3_note_text": "2 loss gradients dropout answer batch plan, 5 merge",

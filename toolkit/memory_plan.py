@@ -120,7 +120,7 @@ def shape_of(model: nn.Module) -> ModelShape:
             out, into = reversed(module.weight.shape) if isinstance(module, Conv1D) else module.weight.shape
             # bitsandbytes packs these two classes, not those derived from them.
             (packed if type(module) in (nn.Linear, Conv1D) else plain).append((name, out, into))
-    experts = sum(p.numel() for layer in families.decoder_layers(model) for p in layer.parameters() if p.ndim == 3)
+    experts = sum(p.numel() for p in families.expert_parameters(model))
     embedding = sum(p.numel() for p in {head.weight, table.weight})
     total = sum(p.numel() for p in model.parameters())
     text = model.config.get_text_config()
@@ -156,7 +156,7 @@ def adapted(shape: ModelShape, lora: LoraSettings) -> list[tuple[str, int, int]]
 
 def adapter_parameters(shape: ModelShape, config: Config) -> int:
     """Return the number of trainable parameters."""
-    rows = len(config.lora.train_tokens or ()) * shape.hidden
+    rows = len(set(config.lora.train_tokens or ())) * shape.hidden
     if shape.trainable is not None:
         return shape.trainable + rows
     chosen = adapted(shape, config.lora)

@@ -5,7 +5,6 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import bitsandbytes as bnb
 import torch
@@ -14,12 +13,10 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.trainable_tokens import TrainableTokensLayer
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from config import ConfigError
-from fast_path.families import decoder_layers
 from quantization_utils import auto_class
 from toolkit.merged_folder import add_older_keys, write_tokenizer
 
@@ -93,46 +90,55 @@ def with_ends(model: PreTrainedModel, ends: list[int]) -> None:
     model.generation_config._from_model_config = False  # or transformers would make it anew from config.json
 
 
-# As a share of how much the logits vary. Merging moved those of ten small random models by 1 to 9 %.
-MOST_MOVED = 0.15
-
-
 def moved(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return how far logits are apart, as a share of how much they vary. found, expected: [tokens, vocabulary]."""
-    varies = (expected - expected.mean(-1, keepdim=True)).square().mean().sqrt()
-    return float((found - expected).square().mean().sqrt() / varies)
+    """Return how far logits are apart, as a share of how much they vary. found, expected: [tokens, vocabulary].
 
-
-def moved_by_rounding(model: PeftModel, ids: list[int], expected: torch.Tensor) -> float:
-    """Return how far the logits move if each layer's output is off by as much as rounding to bfloat16 makes it.
-
-    Models differ in how much they amplify that: 0.3 % in most small random ones, 1.5 % in a Gemma 4. expected: the logits without it.
+    It is the median of the tokens: where an expert is chosen otherwise by a hair, single tokens differ much.
     """
-    noise = torch.Generator().manual_seed(0)
+    varies = (expected - expected.mean(-1, keepdim=True)).square().mean().sqrt()
+    return float((found - expected).square().mean(-1).sqrt().median() / varies)
 
-    def rounded(module: nn.Module, inputs: Any, output: Any) -> Any:
-        hidden, *rest = output if isinstance(output, tuple) else (output,)
-        off = 2**-9 * torch.randn(hidden.shape, generator=noise).to(hidden.device, hidden.dtype)
-        return (hidden + hidden * off, *rest) if isinstance(output, tuple) else hidden + hidden * off
 
-    hooks = [layer.register_forward_hook(rounded) for layer in decoder_layers(model.get_base_model())]
+DRAWS = 3  # some models amplify one draw of rounding errors three times as much as another
+
+
+def moved_by_rounding(merged: PreTrainedModel, ids: list[int], found: torch.Tensor) -> float:
+    """Return how far the logits of a bfloat16 model move if its weights are rounded otherwise: the most of DRAWS draws.
+
+    Rounding puts a weight off by up to half of the step between two numbers, its square by a twelfth of the step's on
+    average. Errors as large, on other weights, come from changing the last bit of one weight in twelve. found: the
+    logits without it.
+    """
+    return max(moved(logits_on_rounded(merged, ids, seed), found) for seed in range(DRAWS))
+
+
+@torch.inference_mode()
+def logits_on_rounded(merged: PreTrainedModel, ids: list[int], seed: int) -> torch.Tensor:
+    """Return logits_on with the last bit of one bfloat16 weight in twelve changed; afterwards the bits are as before."""
+
+    def change() -> None:
+        drawn = torch.Generator().manual_seed(seed)
+        for parameter in merged.parameters():
+            if parameter.dtype is torch.bfloat16:
+                which = torch.randint(0, 12, parameter.shape, generator=drawn, dtype=torch.int8) == 0
+                parameter.data.view(torch.int16).bitwise_xor_(which.to(parameter.device, torch.int16))
+
+    change()
     try:
-        return moved(logits_on(model, ids), expected)
+        return logits_on(merged, ids)
     finally:
-        for hook in hooks:
-            hook.remove()
+        change()
 
 
 def check_logits(found: torch.Tensor, expected: torch.Tensor, rounding: float) -> None:
-    """Raise ConfigError if the logits of a merged model are not, within rounding, those of base and adapter.
+    """Raise ConfigError if a merged model's logits differ from those of base and adapter by more than twice `rounding`.
 
-    found, expected: [tokens, vocabulary]. rounding: moved_by_rounding. A layer has up to seven products, each with
-    rounded weights, where that has one rounding: their root is 2.6, and twice that is allowed.
+    found, expected: [tokens, vocabulary]. rounding: moved_by_rounding.
     """
-    if not (apart := moved(found, expected)) <= max(MOST_MOVED, 5.3 * rounding):
+    if not (apart := moved(found, expected)) <= 2 * rounding:
         raise ConfigError(
-            f"--mode merge: expected the logits of base and adapter within rounding, got a difference of {apart:.0%} of "
-            "how much they vary; nothing is written. Use the adapter without merging"
+            f"--mode merge: expected the logits of base and adapter within rounding, got a difference of {apart:.1%} of "
+            f"how much they vary, where rounding makes {rounding:.1%}; nothing is written. Use the adapter without merging"
         )
 
 

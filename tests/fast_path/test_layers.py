@@ -47,14 +47,15 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU
 
 def prepared(
     folder, *, dtype="float32", p=0.05, checkpointing=False, quant_type="nf4", double=True, dora=False, device="cpu",
-    targets=None,
+    targets=None, **chosen,
 ):  # fmt: skip
     """Return a peft model with a non-zero adapter, its clock and its loss."""
     config = create_bnb_config(quant_type=quant_type, compute_dtype=dtype, use_double_quant=double)
     attention = "eager" if "gemma2" in str(folder) else "sdpa"
     model, _ = load_model_and_tokenizer(str(folder), config, device=device, attn_implementation=attention)
     torch.manual_seed(0)
-    lora = create_lora_config(rank=8, dropout=p, use_dora=dora, **({"target_modules": targets} if targets else {}))
+    chosen |= {"target_modules": targets} if targets else {}
+    lora = create_lora_config(rank=8, dropout=p, use_dora=dora, **chosen)
     model = prepare_model_for_training(model, lora, checkpointing)
     use_causal_attention(model.get_base_model())
     clock = DropoutClock(42, torch.device(device))
@@ -91,6 +92,28 @@ def test_fused_layers_learn_what_plain_ones_do(random_models, kind, p, checkpoin
     fused_loss, fused = gradients(model, clock, loss)
     assert fused_loss == pytest.approx(plain_loss, rel=1e-6)
     assert furthest(fused, plain) < 1e-4  # fp32 rounding
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"targets": ["q_proj", "v_proj"]},
+        {"layers_to_transform": [1]},
+        {"layers_to_transform": [0], "exclude_modules": ["up_proj", "k_proj"]},
+        {"targets": r".*\.0\.self_attn\.[qkvo]_proj|.*\.1\.mlp\.down_proj"},
+    ],
+)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_layers_with_some_adapters_or_none_learn_what_plain_ones_do(random_models, chosen, checkpointing):
+    results = []
+    for fused in (False, True):
+        model, clock, loss = prepared(random_models("qwen3"), p=0.05, checkpointing=checkpointing, **chosen)
+        if fused:
+            assert fuse(model, clock, 0.05, kernels=False)
+        results.append(gradients(model, clock, loss))
+    (plain_loss, plain), (fused_loss, found) = results
+    assert found.keys() == plain.keys() and fused_loss == pytest.approx(plain_loss, rel=1e-6)
+    assert furthest(found, plain) < 1e-4
 
 
 def test_a_norm_that_is_trained_stays_in_its_layer(random_models):

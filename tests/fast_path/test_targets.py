@@ -152,6 +152,16 @@ def test_the_seven_default_names_spare_the_experts(family):
     assert line.startswith("adapters: not on ") and "down_proj" in line and "only where they are named" in line
 
 
+def test_a_convolution_is_no_expert():
+    """The plan calls its weights otherwise, and names that a model lacks are an error as in any other."""
+    from tests.families import small_model
+
+    model = small_model("lfm2")
+    assert shape_of(model).experts == 0 and shape_of(small_model("qwen3_moe")).experts > 0
+    with pytest.raises(ConfigError, match="the model has no .*; its own are --target_modules q_proj,.*,w2$"):
+        prepare_model_for_training(model, create_lora_config(), False)
+
+
 def test_a_shared_expert_is_no_routed_one():
     from tests.families import small_model
 
@@ -176,6 +186,14 @@ def test_experts_that_are_named_get_adapters_without_dropout_and_the_error_says_
         small_model("qwen3_moe"), create_lora_config(dropout=0.0, target_modules=named), False
     )
     assert any("experts" in name for name, p in model.named_parameters() if p.requires_grad)
+
+
+def test_the_error_about_experts_names_a_models_own_other_layers():
+    from tests.families import small_model
+
+    said = "or --target_modules q_a_proj,q_b_proj,kv_a_proj_with_mqa,kv_b_proj,o_proj without experts$"
+    with pytest.raises(ConfigError, match=said):
+        prepare_model_for_training(small_model("deepseek_v3"), create_lora_config(target_modules="all-linear"), False)
 
 
 def test_a_pattern_that_peft_would_take_for_the_experts_is_refused():

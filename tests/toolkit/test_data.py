@@ -1038,10 +1038,13 @@ def test_a_trained_row_near_the_direction_of_unused_rows_is_no_untrained_one(tok
     assert untrained_chat_tokens(embedding_model(rows), tokenizer) == []
     rows[TURN_END] = unused + 2e-4 * torch.randn(64, generator=draw)
     (line,) = untrained_chat_tokens(embedding_model(rows), tokenizer)
-    assert re.findall(r"<\|\w+\|>", line) == ["<|im_end|>"]
+    assert line.startswith("warning: <|im_end|>: ") and "--train_tokens '[<|im_end|>]'" in line
     rows[1] = rows[-1]
     (line,) = untrained_chat_tokens(embedding_model(rows), tokenizer)
-    assert re.findall(r"<\|\w+\|>", line) == ["<|im_start|>", "<|im_end|>"]
+    assert line.startswith("warning: <|im_start|>, <|im_end|>: ") and "'[<|im_start|>, <|im_end|>]'" in line
+    (line,) = untrained_chat_tokens(embedding_model(rows), tokenizer, trained=("<|im_start|>",))
+    assert line.startswith("warning: <|im_end|>: ")
+    assert untrained_chat_tokens(embedding_model(rows), tokenizer, trained=("<|im_start|>", "<|im_end|>")) == []
 
 
 @pytest.mark.real_model
