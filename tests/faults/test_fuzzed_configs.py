@@ -224,7 +224,8 @@ def test_a_fuzzed_value_reaches_every_setting():
                 load_config((), {name: value})
                 accepted.add(name)
             except ConfigError as error:
-                assert re.match(rf"{re.escape(name)}: ", error.problems[0]), error.problems
+                source = r"(\[\d+\](\.\S+)?)?"  # of a list in data.dataset
+                assert re.match(rf"{re.escape(name)}{source}: ", error.problems[0]), error.problems
                 refused.add(name)
     assert accepted >= {name for name, leaf in LEAVES.items() if "choices" not in leaf.field.metadata}
     assert refused == set(LEAVES) - {"generation.system_prompt"}  # any of them may be said to a model
