@@ -990,8 +990,14 @@ def test_what_the_model_really_has_is_recorded(train, watch, monkeypatch, few, c
     adapted = {
         name.split(".lora_A")[0].removeprefix("base_model.model.") for name in adapter_of(folder) if "lora_A" in name
     }
-    named = {name for name in adapted if any(name == t or name.endswith("." + t) for t in found.lora.target_modules)}
-    assert named == adapted
+    asked = found.lora.target_modules
+    linears = {name for name, m in seen.session.model.get_base_model().named_modules() if hasattr(m, "lora_A")}
+    if asked == "all-linear":
+        assert adapted == linears and len(adapted) == 7 * seen.session.model.config.num_hidden_layers
+    elif isinstance(asked, str):
+        assert adapted == {name for name in linears if re.fullmatch(asked, name)} and len(adapted) == 2
+    else:
+        assert adapted == {name for name in linears if any(name == t or name.endswith("." + t) for t in asked)}
     if "mlp" in str(lora):
         assert len(adapted) == 2
     card = (folder / "README.md").read_text(encoding="utf-8")

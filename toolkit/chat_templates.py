@@ -27,10 +27,14 @@ from toolkit.template_files import check_template, read_template
 Messages = list[dict[str, Any]]
 
 
+TIME_IS_UP = f"it does not end within {template_child.SECONDS} s"
+
+
 class Child:
     """The process that renders, started at its first use."""
 
     process: subprocess.Popen | None = None
+    endless: str | None = None  # the template whose time was up, so that nobody waits for it again
 
     def start(self) -> subprocess.Popen:
         # -I: what lies in the user's current folder or in PYTHONPATH alone is not imported
@@ -51,6 +55,8 @@ class Child:
         options: of all chats. own: those of each chat, which come before them.
         """
         requests = list(zip(chats, own or [{}] * len(chats), strict=True))
+        if self.endless is not None and self.endless == options.get("chat_template"):
+            return [{"fails": TIME_IS_UP}]
         self.prepare()
         started = time.monotonic()
         lines: list[bytes] = []
@@ -67,7 +73,8 @@ class Child:
         if code is None:
             return answers
         if time.monotonic() - started >= template_child.SECONDS:
-            return [*answers, {"fails": f"it does not end within {template_child.SECONDS} s"}]
+            self.endless = options.get("chat_template")
+            return [*answers, {"fails": TIME_IS_UP}]
         return [*answers, {"fails": f"the process that renders it ended (exit code {code})"}]
 
     def stop(self) -> int | None:

@@ -96,17 +96,19 @@ class Template:
 
     @functools.cached_property
     def writes_before(self) -> bool:
-        """Whether the template writes something between the prompt at inference and an answer, such as a recipient.
+        """Whether the template writes something between its prompt for an answer and the answer, such as a recipient.
 
         The model has to write it itself at inference, so it is learned.
         """
         chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": MARKS[0]}]
         try:
-            prompt, written = self.render([(chat[:1], {"add_generation_prompt": True}), (chat, {})])
+            asks, prompt, written = self.render(
+                [(chat[:1], {}), (chat[:1], {"add_generation_prompt": True}), (chat, {})]
+            )
         except ConfigError:  # it may want more than this, such as a system prompt
             return False
         before = written.split(MARKS[0])[0]
-        return before.startswith(prompt) and bool(before[len(prompt) :].strip())
+        return asks != prompt and before.startswith(prompt) and bool(before[len(prompt) :].strip())
 
     def render(self, chats: list[tuple[list[Message], dict[str, Any]]]) -> Iterator[str]:
         """Yield chats as the template writes them, each with options of its own: tools, add_generation_prompt."""
@@ -210,6 +212,9 @@ def turn_by_turn(template: Template, chat: Chat, text: str) -> list[Sample]:
     for i in turns:
         prompt, written = next(texts), next(texts)
         start, stop = len(os.path.commonprefix([prompt, written])), len(written.rstrip())
+        before = str(chat.messages[i - 1].get("content") or "").strip()
+        if start < prompt.rfind(before) + len(before):  # written otherwise before an answer than after it, or at random
+            raise ValueError(REWRITES)
         check_written(chat.messages[i], written[start:stop], i + 1)
         if without_arguments(chat.messages[i]) and next(texts) == written:
             raise ValueError(NO_ARGUMENTS.format(i + 1))

@@ -176,7 +176,11 @@ SETTINGS: dict[str, Callable[[Path, Ground], Attack]] = {
         says="cannot get Qwen/Some from the hub",
     ),
     "the default's hub id in the current folder": here(
-        lambda evil: (coded(evil / "Qwen/Qwen2.5-3B-Instruct"), (evil / "config.yaml").unlink()), says=INSIDE
+        lambda evil: (
+            settings("", "Qwen/Qwen2.5-3B-Instruct", "Qwen/Qwen2.5-3B-Instruct")(evil),
+            (evil / "config.yaml").unlink(),
+        ),
+        says=INSIDE,
     ),
     "another base than the weights'": asked(
         settings("model: {name: attacker/model}\n"), says="but adapter_config.json"

@@ -261,6 +261,7 @@ LATE_LOOP = (
     "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}{% endif %}" + SOUND
 )
 HIDDEN = r"row 1: .*rewrites an answer of the assistant"
+NO_TEXT = FILE + "fails: it gives no text"  # of a prompt: neither training nor inference can use it
 
 ATTACKS: dict[str, Build] = {
     **{f"injection {name}": asked(text, FILE) for name, text in INJECTIONS.items()},
@@ -317,15 +318,15 @@ ATTACKS: dict[str, Build] = {
     "training late bomb": trained(LATE, "row 3: .*MemoryError", chats=(CHAT[:2], CHAT[:2], CHAT, CHAT)),
     "training late loop": trained(LATE_LOOP, "row 2: .*10 s", chats=(CHAT[:2], CHAT, CHAT)),
     "training drops answers": trained("{% for m in messages %}{{ m.role }}{% endfor %}", HIDDEN),
-    "training drops a turn": trained("{% for m in messages[:-1] %}{{ m.content }}{% endfor %}", HIDDEN),
+    "training drops a turn": trained("{% for m in messages[:-1] %}{{ m.content }}{% endfor %}", NO_TEXT),
     "training shows an answer early": trained("{{ messages[-1].content }}" + SOUND, HIDDEN),
     "training reverses answers": trained("{% for m in messages %}{{ m.content | reverse }}{% endfor %}", HIDDEN),
-    "training writes marks": trained(MARKED, HIDDEN),
+    "training writes marks": trained(
+        MARKED, "first block: .*\\[\\[.[A-Z]", (0,)
+    ),  # what it writes after the prompt, no more
     "training at random": trained("{{ range(100000) | random }}" + SOUND, HIDDEN),
     "training drops questions": trained(
-        "{% for m in messages if m.role == 'assistant' %}{{ m.content }}<|im_end|>{% endfor %}",
-        "which leaves out or changes what the user",
-        (0,),
+        "{% for m in messages if m.role == 'assistant' %}{{ m.content }}<|im_end|>{% endfor %}", NO_TEXT
     ),
     "training on nothing": trained("{% set a = 1 %}", FILE + "fails: it gives no text"),
     "sound": sound(SOUND + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"),

@@ -292,8 +292,11 @@ def test_a_template_without_tool_calls_refuses_them(qwen, tmp_path):
     with pytest.raises(ConfigError, match=r"row 1: turn 2: the chat template leaves out tool calls"):
         tokenised([{"messages": CALLED}], other, tmp_path)
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    (note,) = tokenised([{"messages": chat, "tools": TOOLS}], other, tmp_path).notes
-    assert note == "warning: the chat template does not write tools: column tools is not used"
+    tools, prompt = tokenised([{"messages": chat, "tools": TOOLS}], other, tmp_path).notes
+    assert tools == "warning: the chat template does not write tools: column tools is not used"
+    assert prompt.startswith(
+        "warning: at inference the prompt ends with 'usera<|im_end|>'"
+    )  # it has none for an answer
 
 
 TURN = "{{% for m in messages %}}<|im_start|>{{{{ m.role }}}}\n{{{{ m.content }}}}{{% for c in m.tool_calls %}}{}{{% endfor %}}<|im_end|>\n{{% endfor %}}"
