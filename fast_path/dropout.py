@@ -161,12 +161,14 @@ def train_adapters(model: PeftModel) -> None:
     The decoder layers stay in training mode, because that is where transformers switches checkpointing on.
     """
     base = model.get_base_model()
-    if model.training and not families.decoder_of(base).training:  # it is in this mode; each step asks for it
+    layers, decoder = families.decoder_layers(base), families.decoder_of(base)
+    # It is in this mode, which each step asks for. A fresh PeftModel calls itself in training, around a base that is not.
+    if model.training and layers[0].training and not decoder.training:
         return
     model.train()
-    for module in families.decoder_of(base).modules():
+    for module in decoder.modules():
         module.training = False
-    for layer in families.decoder_layers(base):
+    for layer in layers:
         layer.training = True
         if rates := own_dropout(getattr(layer, "config", None)):  # some layers read it in each forward pass
             layer.config = copy.copy(layer.config)

@@ -11,6 +11,7 @@ from peft import PeftModel
 import config as schema
 import train_qlora
 from fast_path.dropout import modes_kept, own_dropout_line, train_adapters
+from fast_path.families import decoder_layers
 from quantization_utils import base_lines, load_base
 from toolkit.memory_plan import unplanned
 
@@ -97,7 +98,10 @@ def test_the_adapters_dropout_acts_and_modes_come_back(folders):
     model, _ = load_base(config, torch.device("cpu"))
     learner = train_qlora.build_learner(config, model, unplanned(config, 2, 2), lambda line: None)
     assert isinstance(learner.model, PeftModel)
-    train_adapters(learner.model)
+    base = learner.model.get_base_model()
+    train_adapters(learner.model)  # of a fresh model, as in a run without an evaluation before its first step
+    assert all(layer.training for layer in decoder_layers(base)), "else layers are neither checkpointed nor compiled"
+    assert not base.model.training and not base.model.layers[0].mlp.training
     before = [module.training for module in learner.model.modules()]
     with modes_kept(learner.model):
         learner.model.eval()
