@@ -696,7 +696,7 @@ def _contradictions(config: Config) -> Iterator[str]:
             "lora.target_modules says itself which layers it means"
         )
     if config.lora.train_tokens and config.lora.init_adapter:
-        yield "lora.train_tokens: cannot be added to the adapter of lora.init_adapter"
+        yield "lora.train_tokens: expected null with lora.init_adapter, whose adapter has no rows of tokens to go on from"
     if config.performance.memory_limit_gib is not None and config.performance.memory_limit_gib > 4096:
         yield f"performance.memory_limit_gib: expected GiB, got {config.performance.memory_limit_gib}; is that MiB?"
 

@@ -42,7 +42,10 @@ def match(patterns: list[tuple[str, str]], names: list[str], where: str) -> list
         done = subprocess.run(command, input=task, capture_output=True, text=True, timeout=SECONDS)
         found = json.loads(done.stdout)
     except subprocess.TimeoutExpired:
-        raise ConfigError(f"{where}: a regular expression takes longer than {SECONDS} s") from None
+        got = ", ".join(brief(pattern) for _, pattern in patterns)
+        raise ConfigError(
+            f"{where}: expected a regular expression that takes less than {SECONDS} s, got {got}"
+        ) from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{where}: cannot match the regular expressions: {error}") from None
     if isinstance(found, str):

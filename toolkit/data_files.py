@@ -113,13 +113,20 @@ def data_files_in(folder: Path) -> list[Path]:
         hidden = any(part.startswith((".", "__")) for part in file.relative_to(folder).parts)
         if data_suffix(file.name) and file.name not in METADATA and not hidden and not file.is_dir():
             inside.append(file)
+    seen: dict[tuple[int, int], Path] = {}
     for file in inside:
         check_regular(file)
+        found = file.stat()
+        if (first := seen.setdefault((found.st_dev, found.st_ino), file)) != file:
+            raise ConfigError(
+                f"data.dataset: expected different files in {folder}, got {first.name} and {file.name}, which are one file: "
+                "what is held out of one would be trained on in the other"
+            )
     kinds = sorted({data_suffix(p.name) or "" for p in inside})
     if len({DATA_FILES[kind] for kind in kinds}) != 1:
-        found = f"a mixture of {', '.join(kinds)}" if kinds else "none"
+        mixture = f"a mixture of {', '.join(kinds)}" if kinds else "none"
         one_of = ", ".join(DATA_FILES)
-        raise ConfigError(f"data.dataset: expected files of one kind ({one_of}) in {folder}, got {found}")
+        raise ConfigError(f"data.dataset: expected files of one kind ({one_of}) in {folder}, got {mixture}")
     return inside
 
 

@@ -206,10 +206,9 @@ def share_of(share: float) -> str:
 
 def source_lines(name: str, rows: Tokenized, source: Source, train: Blocks, validation: Blocks | None) -> Iterator[str]:
     """Yield lines for the log about a source: its rows, its tokens and blocks, and how it was read."""
-    drawn = f" (share {source.share} of {counted(rows_in(rows, 'train'), 'row')})" if source.share < 1 else ""
     held = f"{counted(validation.tokens, 'token')} in {counted(len(validation), 'block')}" if validation else "nothing"
     size = f"{counted(train.tokens, 'token')} in {counted(len(train), 'block')}"
-    yield f"{name}: {counted(train.rows, 'row')}{drawn}, {size}; held out: {held}"
+    yield f"{name}: {counted(train.rows, 'row')}{share_of(source.share)}, {size}; held out: {held}"
     for line in (f"read as {train.source}", *train.notes, *(validation.notes if validation else ())):
         yield f"{name}: {line}"
 

@@ -124,10 +124,14 @@ def mean_loss(sums: torch.Tensor) -> float:
     return Objective.mean(*sums.sum(0).tolist())
 
 
+MOST_NAMED = 8  # sources whose losses a line names; evaluation.json has all
+
+
 def of_each(blocks: Blocks, sums: torch.Tensor) -> str:
     """Return the loss of each source of a mixture, in brackets; an empty text for one source. sums: block_losses."""
     found = [f"{name} {mean_loss(sums[own]):.4f}" for name, _, own in by_source(blocks)]
-    return f" ({', '.join(found)})" if found else ""
+    more = [f"and {len(found) - MOST_NAMED} more"] if len(found) > MOST_NAMED else []
+    return f" ({', '.join(found[:MOST_NAMED] + more)})" if found else ""
 
 
 # ------------------------------------------------------------------------------------------------ base and adapter

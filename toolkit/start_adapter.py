@@ -47,7 +47,10 @@ def with_start_adapter(config: Config, writes: bool) -> Config:
             raise ConfigError(f"--adapter: no {WEIGHTS} in {folder} (pickled weights are not loaded)")
         for key in NOT_TRAINED:
             if found.get(key):
-                raise ConfigError(f"--adapter: {folder} has {key}, with which training cannot go on")
+                what = f"{key}, with which training cannot go on; merge it and train on the merged model"
+                raise ConfigError(
+                    f"--adapter: expected an adapter of matrices A and B alone, got {folder}, which has {what}"
+                )
         if found.get("bias", "none") != "none":
             raise ConfigError(f"--adapter: {folder} has bias: {found['bias']}, with which training cannot go on")
         own = settings_of(found, folder)

@@ -365,3 +365,14 @@ def test_an_archive_of_almost_nothing_is_refused(tmp_path, monkeypatch):
                 file.write(block * 2**20)
         with pytest.raises(ConfigError, match=problem):
             load_rows(DataConfig(dataset=str(path)))
+
+
+@pytest.mark.parametrize("link", [os.link, os.symlink])
+def test_a_file_that_stands_twice_in_a_folder_is_refused(tmp_path, link):
+    """Half of a copy would be held out, and trained on as the other one."""
+    (tmp_path / "b.txt").write_text("a line\n" * 9, encoding="utf-8")
+    link(tmp_path / "b.txt", tmp_path / "c.txt")
+    with pytest.raises(
+        ConfigError, match=r"data.dataset: expected different files in .*, got b.txt and c.txt, which are one"
+    ):
+        load_rows(DataConfig(dataset=str(tmp_path)))

@@ -173,9 +173,9 @@ def edited(folder: Path, **changes: object) -> Path:
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"modules_to_save": ["lm_head"]}, "has modules_to_save, with which training cannot go on"),
+        ({"modules_to_save": ["lm_head"]}, "which has modules_to_save, with which training cannot go on"),
         ({"bias": "all"}, "has bias: all, with which training cannot go on"),
-        ({"layer_replication": [[0, 2], [1, 3]]}, "has layer_replication, with which training cannot go on"),
+        ({"layer_replication": [[0, 2], [1, 3]]}, "which has layer_replication, with which training cannot go on"),
         ({"peft_type": "IA3"}, "peft_type: expected LORA"),
         ({"r": 10**9}, "r: expected an integer"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights: .* goes with a changed base"),

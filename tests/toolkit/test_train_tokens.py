@@ -115,7 +115,7 @@ def test_how_they_are_written():
         assert load_config([], {"lora.train_tokens": text}).lora.train_tokens == TOKENS
     assert load_config([], {"lora.train_tokens": "<|im_start|>"}).lora.train_tokens == TOKENS[:1]
     assert Config().lora.train_tokens is None
-    with pytest.raises(ConfigError, match="lora.train_tokens: cannot be added to the adapter of lora.init_adapter"):
+    with pytest.raises(ConfigError, match="lora.train_tokens: expected null with lora.init_adapter"):
         load_config([], {"lora.train_tokens": "<s>", "lora.init_adapter": "somewhere"})
     lora = load_config([], {"lora.train_tokens": "<s>", "lora.target_modules": "q_proj"}).lora
     assert targets_text(lora) == "q_proj, and the embedding rows of [<s>]"
