@@ -171,6 +171,12 @@ def read(path, flags: list[str]) -> Config:
     return load_config(path, parse_arguments(build_parser("fuzz"), ["--config", str(path), *flags])[1])
 
 
+def is_named(item: object) -> bool:
+    """Return whether an item of a list is a text, or a source of data that has one."""
+    text = item.get("dataset") if isinstance(item, dict) else item
+    return isinstance(text, str) and bool(text.strip())
+
+
 def check_bounds(config: Config) -> None:
     """Check every value against the schema's declarations, with comparisons of this file's own."""
     for name, value in flatten(config).items():
@@ -180,7 +186,8 @@ def check_bounds(config: Config) -> None:
             assert value in limits.get("choices", (value,)) and "\0" not in value, name
             value.encode("utf-8")
         if isinstance(value, tuple):
-            assert value and all(isinstance(item, str) and item.strip() for item in value), name
+            plain = [type(item) is int and item >= 0 if LEAVES[name].items is int else is_named(item) for item in value]
+            assert value and all(plain), name
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             assert math.isfinite(value), name
             assert limits.get("at_least", value) <= value <= limits.get("at_most", value), name
