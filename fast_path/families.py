@@ -168,10 +168,11 @@ def expert_parameters(model: Any) -> Iterator[Any]:
 def towers(model: Any) -> list[str]:
     """Return the names of the parts beside the decoder that have layers of their own, such as a vision tower; usually [].
 
-    Training on text never runs them.
+    Training on text never runs them. A part that holds the output head is none: BERT's transforms what the head reads.
     """
     head, decoder = model.get_output_embeddings(), decoder_of(model)
     path = next(name for name, module in model.named_modules() if module is decoder).split(".")
+    end = next((name for name, module in model.named_modules() if module is head), "")
     found: dict[str, None] = {}
     for name, module in model.named_modules():
         parts = name.split(".")
@@ -179,7 +180,7 @@ def towers(model: Any) -> list[str]:
         if module is not head and parts[: len(path)] != path and linear:
             depth = next(i for i, part in enumerate(parts) if i >= len(path) or part != path[i])
             found[".".join(parts[: depth + 1])] = None
-    return list(found)
+    return [part for part in found if not end.startswith(f"{part}.")]
 
 
 def head_width(config: PretrainedConfig) -> int:
