@@ -251,10 +251,10 @@ def wrong(key: str, value: object, says: str | None = None, **more: object) -> C
 
 BOMB = "(([a-z_.0-9]*)*)*X"
 CONFIGS: dict[str, Callable[[Path, Ground], Attack]] = {
-    "targets: a bomb": wrong("target_modules", BOMB, "target_modules: a regular expression takes longer"),
-    "exclusions: a bomb": wrong("exclude_modules", BOMB, "exclude_modules: a regular expression takes longer"),
-    "ranks: a bomb": wrong("rank_pattern", {BOMB: 4}, "rank_pattern: a regular expression takes longer"),
-    "alphas: a bomb": wrong("alpha_pattern", {BOMB: 4}, "alpha_pattern: a regular expression takes longer"),
+    "targets: a bomb": wrong("target_modules", BOMB, "target_modules: expected a regular expression that takes less"),
+    "exclusions: a bomb": wrong("exclude_modules", BOMB, "exclude_modules: expected a regular expression that takes less"),
+    "ranks: a bomb": wrong("rank_pattern", {BOMB: 4}, "rank_pattern: expected a regular expression that takes less"),
+    "alphas: a bomb": wrong("alpha_pattern", {BOMB: 4}, "alpha_pattern: expected a regular expression that takes less"),
     "targets: no expression": wrong("target_modules", "((", "target_modules: not a regular expression"),
     "alphas: no expression": wrong("alpha_pattern", {"((": 4}, "alpha_pattern: not a regular expression"),
     "targets: a repetition too large": wrong("target_modules", "a{99999999999}", "target_modules"),
