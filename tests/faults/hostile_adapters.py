@@ -252,7 +252,9 @@ def wrong(key: str, value: object, says: str | None = None, **more: object) -> C
 BOMB = "(([a-z_.0-9]*)*)*X"
 CONFIGS: dict[str, Callable[[Path, Ground], Attack]] = {
     "targets: a bomb": wrong("target_modules", BOMB, "target_modules: expected a regular expression that takes less"),
-    "exclusions: a bomb": wrong("exclude_modules", BOMB, "exclude_modules: expected a regular expression that takes less"),
+    "exclusions: a bomb": wrong(
+        "exclude_modules", BOMB, "exclude_modules: expected a regular expression that takes less"
+    ),
     "ranks: a bomb": wrong("rank_pattern", {BOMB: 4}, "rank_pattern: expected a regular expression that takes less"),
     "alphas: a bomb": wrong("alpha_pattern", {BOMB: 4}, "alpha_pattern: expected a regular expression that takes less"),
     "targets: no expression": wrong("target_modules", "((", "target_modules: not a regular expression"),
