@@ -161,10 +161,12 @@ def train_adapters(model: PeftModel) -> None:
     The decoder layers stay in training mode, because that is where transformers switches checkpointing on.
     """
     base = model.get_base_model()
-    layers, decoder = families.decoder_layers(base), families.decoder_of(base)
-    # It is in this mode, which each step asks for. A fresh PeftModel calls itself in training, around a base that is not.
-    if model.training and layers[0].training and not decoder.training:
+    decoder = families.decoder_of(base)
+    # It is in this mode, which each step asks for, so no walk through all modules comes first. A fresh PeftModel calls
+    # itself in training, around a base that is not.
+    if model.training and base.training and not decoder.training:
         return
+    layers = families.decoder_layers(base)
     model.train()
     for module in decoder.modules():
         module.training = False

@@ -141,7 +141,7 @@ def fused(part: str, module: object) -> bool:
 def decoder_of(model: Any) -> Any:
     """Return the part of a model that makes the last hidden states of tokens; get_decoder of a Llama 4 has a head too."""
     decoder, head = model.get_decoder(), model.get_output_embeddings()
-    return getattr(decoder, "model", decoder) if any(module is head for module in decoder.modules()) else decoder
+    return getattr(decoder, "model", decoder) if any(module is head for module in decoder.children()) else decoder
 
 
 def decoder_layers(model: Any) -> Any:

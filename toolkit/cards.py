@@ -45,6 +45,7 @@ class Card:
         return self.memory_mib / 1024 - DRIVER_GIB - desktop
 
 
+# Written down without the papers at hand; a test checks that each rate fits a plausible clock.
 # GeForce: the tables of NVIDIA's architecture papers (Turing, GA102, Ada, RTX Blackwell), "Peak FP16 / BF16 Tensor
 # TFLOPS with FP32 Accumulate" without sparsity. It is half of what is printed on the box, which sums in 16 bit: 512
 # FLOP per multiprocessor and cycle, at the boost clock. A laptop's clock depends on the power that it gives the card.
