@@ -45,12 +45,12 @@ class Card:
         return self.memory_mib / 1024 - DRIVER_GIB - desktop
 
 
-# Written down without the papers at hand; a test checks that each rate fits a plausible clock.
 # GeForce: the tables of NVIDIA's architecture papers (Turing, GA102, Ada, RTX Blackwell), "Peak FP16 / BF16 Tensor
 # TFLOPS with FP32 Accumulate" without sparsity. It is half of what is printed on the box, which sums in 16 bit: 512
 # FLOP per multiprocessor and cycle, at the boost clock. A laptop's clock depends on the power that it gives the card.
 # The others: NVIDIA's data sheets of T4, L4, A10, A100, H100 SXM and H200, without sparsity. T4 and L4 rarely reach
 # their rates within 70 W.
+# docs/measurements.md lists what was compared with other people's tables of those papers.
 CARDS = (
     Card("RTX 2060", 6144, 336, 25.8, 30, 7.5),
     Card("RTX 2070", 8192, 448, 29.9, 36, 7.5),
