@@ -210,13 +210,13 @@ def packing(path: Path) -> None:
 def chunked_loss(path: Path) -> None:
     """Draw the logits of a sequence as a matrix of which only some rows exist at a time."""
     figure, axes = canvas(70, 19)
-    box(axes, 1, 2, 4, 14, KEPT, "512\nposi-\ntions")
+    box(axes, 1, 2, 4, 14, KEPT, "8,192\nposi-\ntions")
     say(axes, 3, 17.4, "hidden", "center")
     arrow(axes, (5.4, 9), (11, 9))
     say(axes, 8.2, 10.4, "head", "center")
     box(axes, 11.5, 2, 34, 14, SPARE, "", linestyle="--")
-    box(axes, 11.5, 9.4, 34, 2.6, BRIEF, "logits of one chunk of positions")
-    say(axes, 28.5, 17.4, "512 × 151,936 logits: 297 MiB in fp32, never whole", "center")
+    box(axes, 11.5, 9.4, 34, 2.6, BRIEF, "logits of one chunk: 1,024 positions")
+    say(axes, 28.5, 17.4, "8,192 × 151,936 logits: 4.64 GiB in fp32, never whole", "center")
     say(axes, 28.5, 13.8, "done: only loss and gradient are left", "center")
     say(axes, 28.5, 5.4, "still to come", "center")
     arrow(axes, (46, 10.7), (51.5, 13))
