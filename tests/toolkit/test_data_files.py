@@ -322,20 +322,7 @@ def test_folders_that_were_misread(name, train, validation):
     }
 
 
-# ------------------------------------------------------------------------------------------------ the hub
-
-
-@pytest.mark.parametrize("kind", ["csv", "json", "parquet"])
-def test_files_of_the_hub_that_datasets_reads_with_guessed_types_are_told(tmp_path, monkeypatch, kind):
-    """Offline, a folder's own loader stands for the hub's: it is the same code of datasets."""
-    table = datasets.Dataset.from_dict({"text": ["0042", "0043"]})
-    for name in ("train", "test"):
-        getattr(table, f"to_{kind}")(tmp_path / f"{name}.{kind}")
-    load = datasets.load_dataset
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, config: load(str(tmp_path)))
-    first, *more = load_rows(DataConfig(dataset="somebody/words")).notes
-    assert first == "not used: the split test of somebody/words"
-    assert [line.split(":")[0] for line in more] == (["warning"] if kind != "parquet" else [])
+# ------------------------------------------------------------------------------------------------ saved, archived, twice
 
 
 @pytest.mark.parametrize(
