@@ -22,6 +22,7 @@ from toolkit.chat_templates import adopt_template
 from toolkit.checkpoints import write_atomically
 from toolkit.data_blocks import Blocks, SampleBlocks
 from toolkit.data_sources import samples_of
+from toolkit.file_lines import some
 from toolkit.generation import Generator, by_length
 from toolkit.locks import exclusive, lock_of
 from toolkit.turn_ends import adapter_ends, end_tokens
@@ -42,9 +43,11 @@ def answerable(blocks: Blocks, say: Callable[[str], None]) -> list[SampleBlocks]
         raise ConfigError(
             "--generate: expected chats or pairs, whose answers are learned; data.dataset is running text"
         )
-    for part in blocks.parts:
-        if not isinstance(part, SampleBlocks):
-            say(f"--generate: no prompts from {part.dataset}, which is running text")
+    texts = [part.dataset for part in blocks.parts if not isinstance(part, SampleBlocks)]
+    for line in some(
+        [f"no prompts from {name}, which is running text" for name in texts], "more sources of running text"
+    ):
+        say(f"--generate: {line}")
     return found
 
 

@@ -34,6 +34,7 @@ from config import ConfigError, Source, counted
 from toolkit import strict_json
 from toolkit.chat_rows import CHATS, JSON_CELL, recognise
 from toolkit.encodings import not_utf8
+from toolkit.file_lines import copy_lines, file_lines, link_lines
 from toolkit.hub import asking_hub
 from toolkit.hub_files import HubFiles, chosen_splits, hub_files, unreadable
 from toolkit.local_paths import DATA_FILES, data_suffix, missing_data
@@ -51,7 +52,6 @@ WORDS = {
     "test": ("test", "testing"),
 }
 METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
-MOST_NAMED = 20  # files with a line of their own
 GUESSED = (
     "warning: datasets reads these .{kind} files of the hub and guesses types: 0042 may become 42, and a date a time; "
     "for the text as it is, download the files and give their folder as data.dataset"
@@ -61,12 +61,13 @@ GUESSED = (
 class Rows(DatasetDict):
     """Rows by split, with lines for the log that tell which file is used for what, and the keys that turns of chats have.
 
-    counts: the number of rows of each file that is used.
+    counts: the number of rows of each file that is used. digests: of the files that have rows.
     """
 
     notes: tuple[str, ...] = ()
     keys_of_turns: frozenset[str] = frozenset()
     counts: dict[str, int]
+    digests: dict[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,18 +142,6 @@ def check_regular(path: Path) -> None:
     """Raise ConfigError unless a path, or what a link leads to, is a regular file that can be read to its end."""
     if problem := not_regular(path):
         raise ConfigError(f"data.dataset: expected a file, got {path}, which is {problem}")
-
-
-def link_lines(names: Iterable[str], folder: Path) -> Iterator[str]:
-    """Yield a line if files of a folder are links that lead out of it: their content is not what came with the folder."""
-    home = os.path.join(os.path.realpath(folder), "")
-    out = [(name, real) for name in names if not (real := os.path.realpath(name)).startswith(home)]
-    if out and folder.is_dir():
-        name, real = out[0]
-        more = f", and so are {len(out) - 1:,} more" if len(out) > 1 else ""
-        yield f"warning: {os.path.relpath(name, folder)} is a link to {real}, outside of {folder}{more}"
-    if linked := sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_symlink() and p.is_dir()):
-        yield f"not used: {', '.join(linked[:3])}, {'links' if len(linked) > 1 else 'a link'} to a folder"
 
 
 def _saved_splits(folder: Path) -> dict[str, list[str]]:
@@ -584,7 +573,7 @@ def hub_rows(data: Source) -> Rows:
         rows = rows_of_files(
             found.kind, {split: {name: [name] for name in names} for split, names in chosen.items()}, data
         )
-        rows.notes = (*found.notes, *notes)
+        rows.notes = (*found.notes, *notes, *copy_lines(rows.digests))
         return rows
     if (kind := chosen["train"].info.builder_name) in ("csv", "json"):
         notes += (GUESSED.format(kind=kind),)
@@ -600,12 +589,13 @@ def rows_of_files(kind: str, chosen: dict[str, dict[str, list[str]]], data: Sour
     found = {file: contents_of(file, kind, digest) for file, digest in digests.items()}
     columns = columns_of_all(found, data)
     rows = Rows()
-    rows.counts = {}
+    rows.counts, rows.digests = {}, {}
     for split, named in chosen.items():
         filled = {file: digests[file] for file in itertools.chain(*named.values()) if found[file].rows}
         if not filled:
             raise ConfigError(f"data.dataset: {data.dataset} has no rows for {split}")
         rows[split] = read_files(filled, kind, columns)
+        rows.digests |= filled
         rows.counts |= {name: sum(found[file].rows for file in files) for name, files in named.items()}
     rows.keys_of_turns = frozenset().union(*(contents.keys for contents in found.values()))
     return rows
@@ -621,6 +611,7 @@ def local_rows(kind: str, splits: dict[str, list[str]], data: Source) -> Rows:
     rows = rows_of_files(kind, parts, data)
     if len(rows.counts) + len(unused) > 1:
         rows.notes = tuple(file_lines(chosen, unused, rows.counts, Path(data.dataset)))
+    rows.notes += tuple(copy_lines(rows.digests, Path(data.dataset)))
     if Path(data.dataset).is_dir():
         files = itertools.chain.from_iterable(files for named in parts.values() for files in named.values())
         rows.notes += tuple(link_lines(files, Path(data.dataset)))
@@ -667,21 +658,3 @@ def columns_of_all(found: dict[str, Contents], data: Source) -> dict[str, bool]:
                     f"in {name}, which has {', '.join(contents.columns)}; {has} has it"
                 )
     return columns
-
-
-def file_lines(
-    chosen: dict[str, list[str]], unused: dict[str, str], counts: dict[str, int], folder: Path
-) -> Iterator[str]:
-    """Yield a line on each file of a folder: its rows and what they are for. Of many files, a line on each use."""
-    uses = {"train": "for training", "validation": "for validation"}
-    told = [(name, uses[split]) for split, files in chosen.items() for name in files]
-    told += [(name, f"not used, since {reason}") for name, reason in unused.items()]
-    if len(told) > MOST_NAMED:
-        for use, group in itertools.groupby(told, key=lambda entry: entry[1]):
-            names = [name for name, _ in group]
-            rows = f", {counted(sum(counts[name] for name in names), 'row')}" if names[0] in counts else ""
-            yield f"{counted(len(names), 'file')}{rows}: {use}"
-        return
-    for name, use in told:
-        rows = f"{counted(counts[name], 'row')}, " if name in counts else ""
-        yield f"{os.path.relpath(name, folder)}: {rows}{use}"

@@ -29,6 +29,7 @@ from toolkit.answers import answer_held_out, answerable
 from toolkit.checkpoints import write_atomically
 from toolkit.data_blocks import Blocks, batches, sample_counts
 from toolkit.data_sources import by_source, windows_of
+from toolkit.file_lines import some
 from toolkit.locks import exclusive, lock_of
 from toolkit.memory import free_bytes
 
@@ -211,9 +212,12 @@ def evaluate_base_and_adapter(
             sums[name] = losses_that_fit(sums_of, blocks, accelerator, micro_batch, pad, say)
         mean = mean_loss(sums[name])
         say(f"{name:<8} loss {mean:.4f} | perplexity {perplexity(mean):.3f} | {counted(blocks.supervised, 'token')}")
+        each = []
         for source, part, own in by_source(blocks):
             mean, size = mean_loss(sums[name][own]), counted(part.supervised, "token")
-            say(f"{name:<8} loss {mean:.4f} | perplexity {perplexity(mean):.3f} | {size} of {source}")
+            each.append(f"{name:<8} loss {mean:.4f} | perplexity {perplexity(mean):.3f} | {size} of {source}")
+        for line in some(each, f"more sources{'; evaluation.json has all' if len(names) > 1 else ''}"):
+            say(line)
     return sums
 
 
