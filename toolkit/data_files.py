@@ -32,7 +32,7 @@ from datasets.table import table_cast
 
 from config import ConfigError, Source, counted
 from toolkit import strict_json
-from toolkit.chat_rows import CHATS, JSON_CELL, recognise
+from toolkit.chat_rows import CHATS, IN_TEXTS, JSON_CELL, recognise
 from toolkit.encodings import not_utf8
 from toolkit.file_lines import copy_lines, file_lines, link_lines
 from toolkit.hub import asking_hub
@@ -320,6 +320,8 @@ def _scan_json(name: str) -> Contents:
                 columns.setdefault(column, True)
             else:
                 columns[column] = value is None and columns.get(column, True)
+            if column in IN_TEXTS and isinstance(value, (list, dict)):
+                strict_json.dumps(value, f"row {rows}: ")
             if isinstance(value, list) and (column,) in CHATS:
                 keys.update(*(turn for turn in value if isinstance(turn, dict)))
         if len(columns) > MOST_COLUMNS:
@@ -449,7 +451,7 @@ def contents_of(name: str, kind: str, digest: str) -> Contents:
 
 
 def _cell(value: Any, text: bool) -> Any:
-    return value if text or value is None else {JSON_CELL: json.dumps(value)}
+    return value if text or value is None else {JSON_CELL: json.dumps(value, default=float)}
 
 
 def tables(name: str, kind: str, columns: dict[str, bool], schema: pa.Schema) -> Iterator[pa.Table]:
