@@ -289,7 +289,9 @@ def evaluate_adapter(config: Config, adapter: str | None, stride: int | None, pr
     if blocks is None:
         raise ConfigError("data.validation_fraction: nothing is held out to evaluate on")
     task = evaluation.Task(Path(adapter) if adapter else None, stride, prompts)
-    evaluation.evaluate(task, effective, model, tokenizer, blocks, accelerator, say)
+    base = [model]
+    del model  # evaluate() must hold the only one: it lets go of it before answers load theirs
+    evaluation.evaluate(task, effective, base, tokenizer, blocks, accelerator, say)
     return 0
 
 

@@ -122,8 +122,8 @@ def answer_held_out(
 ) -> dict[str, dict[str, float]]:
     """Write the greedy answers to `count` held-out prompts into answers.jsonl, and return the scores of each voice.
 
-    The file lies in the adapter's folder, or in the current one. The model is loaded anew: for answers its layers are
-    fused in another way than for losses. parts: the held-out blocks of each source with answers; each gives a prompt in
+    The file lies in the adapter's folder, or in the current one. The model is loaded anew, once for all voices: for
+    answers its layers are fused in another way than for losses. parts: the held-out blocks of each source with answers; each gives a prompt in
     turn, and if there are several, the file names the data set of each prompt.
     """
     model, tokenizer = load_base(config, device)
