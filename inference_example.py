@@ -302,7 +302,7 @@ from quantization_utils import (
     replaces_bf16,
 )
 from toolkit.adapters import load_adapter
-from toolkit.chat_templates import CHANGES, CHILD, adopt_template, changes_words, render_chats, template_file
+from toolkit.chat_templates import CHANGES, adopt_template, changes_words, prepare_child, render_chats, template_file
 from toolkit.checkpoints import edited_line, effective
 from toolkit.generation import Generator, VisibleStreamer, by_length
 from toolkit.machine import no_gpu_reason
@@ -342,7 +342,7 @@ def load(config: Config, adapter: Path | None = None, quantized: bool = True) ->
     if quantized and device.type == "cpu" and config.model.name == LEAVES["model.name"].field.default:
         say(f"{config.model.name} will be slow on this CPU: {no_gpu_reason()}")
     cap_memory(device, config.performance.memory_limit_gib)
-    CHILD.prepare()  # it imports what it needs while the weights are read
+    prepare_child(config.model)  # it imports what it needs while the weights are read
     model, tokenizer = load_base(config, device, quantized)
     for line in edited_line(config, effective(config, model)) if quantized else ():
         say(line)  # an adapter works best on the base that it was trained on

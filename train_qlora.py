@@ -131,7 +131,7 @@ from fast_path.optimizers import create_optimizer
 from quantization_utils import compute_dtype_of, create_lora_config, load_base, prepare_model_for_training, with_tokens
 from toolkit import checkpoints, data_formats, data_sources, earlier_run, evaluation, machine, memory, memory_plan
 from toolkit.adapters import start_from_adapter
-from toolkit.chat_templates import CHILD, adopt_template
+from toolkit.chat_templates import adopt_template, prepare_child
 from toolkit.compare import compare_runs
 from toolkit.curves import call_plot, plot_training_curves, rates_of
 from toolkit.data_blocks import Blocks, batches, sample_counts, step_windows
@@ -277,7 +277,7 @@ def evaluate_adapter(config: Config, adapter: str | None, stride: int | None, pr
     say = (lambda line: print(for_stdout(visible(line)))) if accelerator.is_main_process else (lambda line: None)
     if quantization_utils.replaces_bf16(config):
         say(quantization_utils.SLOW_BF16)
-    CHILD.prepare()  # it imports what it needs while the weights are read
+    prepare_child(config.model)  # it imports what it needs while the weights are read
     model, tokenizer = load_base(config, accelerator.device)
     adopt_template(tokenizer, Path(adapter) if adapter else None)
     effective = checkpoints.effective(config, model)
@@ -289,7 +289,9 @@ def evaluate_adapter(config: Config, adapter: str | None, stride: int | None, pr
     if blocks is None:
         raise ConfigError("data.validation_fraction: nothing is held out to evaluate on")
     task = evaluation.Task(Path(adapter) if adapter else None, stride, prompts)
-    evaluation.evaluate(task, effective, model, tokenizer, blocks, accelerator, say)
+    base = [model]
+    del model  # evaluate() must hold the only one: it lets go of it before answers load theirs
+    evaluation.evaluate(task, effective, base, tokenizer, blocks, accelerator, say)
     return 0
 
 

@@ -14,6 +14,7 @@ import yaml
 
 import config
 from config import LEAVES, SHORT, Config, ConfigError, load_config, save_config
+from tests.refusals import from_flags, problems
 from toolkit import startup
 from toolkit.flags import build_parser, parse_arguments
 
@@ -63,19 +64,6 @@ def from_yaml(tmp_path: Path, text: str) -> Config:
     path = tmp_path / "own.yaml"
     path.write_text(text, encoding="utf-8")
     return load_config(path)
-
-
-def from_flags(*argv: str) -> Config:
-    """Load the schema with these flags."""
-    return load_config([], parse_arguments(build_parser("test"), argv)[1])
-
-
-def problems(load, *arguments) -> tuple[str, ...]:
-    """Return what ConfigError says of a call that must fail, each problem one line."""
-    with pytest.raises(ConfigError) as caught:
-        load(*arguments)
-    assert all(problem and "\n" not in problem for problem in caught.value.problems)
-    return caught.value.problems
 
 
 # ------------------------------------------------------------------------------------------------ the three agree

@@ -22,6 +22,7 @@ from toolkit.chat_templates import adopt_template
 from toolkit.checkpoints import write_atomically
 from toolkit.data_blocks import Blocks, SampleBlocks
 from toolkit.data_sources import samples_of
+from toolkit.file_lines import some
 from toolkit.generation import Generator, by_length
 from toolkit.locks import exclusive, lock_of
 from toolkit.turn_ends import adapter_ends, end_tokens
@@ -42,9 +43,11 @@ def answerable(blocks: Blocks, say: Callable[[str], None]) -> list[SampleBlocks]
         raise ConfigError(
             "--generate: expected chats or pairs, whose answers are learned; data.dataset is running text"
         )
-    for part in blocks.parts:
-        if not isinstance(part, SampleBlocks):
-            say(f"--generate: no prompts from {part.dataset}, which is running text")
+    texts = [part.dataset for part in blocks.parts if not isinstance(part, SampleBlocks)]
+    for line in some(
+        [f"no prompts from {name}, which is running text" for name in texts], "more sources of running text"
+    ):
+        say(f"--generate: {line}")
     return found
 
 
@@ -119,8 +122,8 @@ def answer_held_out(
 ) -> dict[str, dict[str, float]]:
     """Write the greedy answers to `count` held-out prompts into answers.jsonl, and return the scores of each voice.
 
-    The file lies in the adapter's folder, or in the current one. The model is loaded anew: for answers its layers are
-    fused in another way than for losses. parts: the held-out blocks of each source with answers; each gives a prompt in
+    The file lies in the adapter's folder, or in the current one. The model is loaded anew, once for all voices: for
+    answers its layers are fused in another way than for losses. parts: the held-out blocks of each source with answers; each gives a prompt in
     turn, and if there are several, the file names the data set of each prompt.
     """
     model, tokenizer = load_base(config, device)

@@ -4,6 +4,7 @@ recognise(columns, data) -> (form, columns)          to_chat(row, columns) -> Ch
 """
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +18,8 @@ PAIRS = (("prompt", "completion"), ("instruction", "input", "output"), ("instruc
 SAMPLES = {"chat": CHATS, "prompt": PAIRS}
 # Columns that are read beside those of a chat or a pair.
 BESIDE = ("system", "history", "tools")
+# Columns whose values of JSON become text: calls and tools as the chat template writes them.
+IN_TEXTS = {*itertools.chain(*CHATS, *PAIRS), "history", "tools"}
 # Names of the roles in OpenAI's, ShareGPT's and similar data.
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
 ROLES |= {"developer": "system", "function": "tool", "observation": "tool", "tool_response": "tool"}
@@ -98,7 +101,9 @@ def to_chat(row: dict[str, Any], columns: tuple[str, ...]) -> Chat:
 def _parsed(text: str, what: str) -> Any:
     """Return the value that a text of JSON stands for; raise ValueError."""
     try:
-        return strict_json.decode(text)
+        value = strict_json.decode(text)
+        strict_json.dumps(value)
+        return value
     except ValueError as error:
         raise ValueError(f"expected {what}, got {text[:60]!r} ({error})") from None
 

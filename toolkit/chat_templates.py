@@ -5,6 +5,7 @@
 Rendering happens in a child process with a limit of time and of memory (template_child.py).
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -18,7 +19,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import CHAT_TEMPLATE_FILE, cached_file
 
-from config import ConfigError
+from config import ConfigError, ModelConfig
 from quantization_utils import QUIETLY
 from toolkit import template_child
 from toolkit.earlier_run import left_by_run
@@ -92,6 +93,20 @@ class Child:
 
 
 CHILD = Child()
+
+
+def prepare_child(model: ModelConfig) -> None:
+    """Start the process that renders, unless the files of the model's tokenizer are here and have no chat template.
+
+    It would be started at its first use; now its imports take place while the weights or the tokenizer are read.
+    """
+    names, settings = (CHAT_TEMPLATE_FILE, "tokenizer_config.json"), None
+    with contextlib.suppress(OSError, ValueError):  # no name that the hub can have: loading the model says so
+        jinja, settings = (
+            cached_file(model.name, name, revision=model.revision, local_files_only=True, **QUIETLY) for name in names
+        )
+    if settings is None or jinja is not None or b'"chat_template"' in Path(settings).read_bytes():
+        CHILD.prepare()
 
 
 def visible(text: str) -> str:

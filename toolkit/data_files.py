@@ -32,14 +32,14 @@ from datasets.table import table_cast
 
 from config import ConfigError, Source, counted
 from toolkit import strict_json
-from toolkit.chat_rows import CHATS, JSON_CELL, recognise
+from toolkit.chat_rows import CHATS, IN_TEXTS, JSON_CELL, recognise
 from toolkit.encodings import not_utf8
-from toolkit.hub import asking_hub, cache_problem, hub_problem
+from toolkit.file_lines import copy_lines, file_lines, link_lines
+from toolkit.hub import asking_hub
+from toolkit.hub_files import HubFiles, chosen_splits, hub_files, unreadable
 from toolkit.local_paths import DATA_FILES, data_suffix, missing_data
 from toolkit.regular_files import not_regular
 
-# Parts of the errors that datasets raises for files without rows; each format has its own.
-NO_ROWS = ("at least one example", "corresponds to no data", "BatchSize must be greater than 0")
 ROWS = 1_000  # that are in the memory at once
 MOST_COLUMNS = 10_000  # datasets needs minutes for ten times as many
 MOST_EMPTY = 10**6
@@ -52,14 +52,22 @@ WORDS = {
     "test": ("test", "testing"),
 }
 METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
-MOST_NAMED = 20  # files with a line of their own
+GUESSED = (
+    "warning: datasets reads these .{kind} files of the hub and guesses types: 0042 may become 42, and a date a time; "
+    "for the text as it is, download the files and give their folder as data.dataset"
+)
 
 
 class Rows(DatasetDict):
-    """Rows by split, with lines for the log that tell which file is used for what, and the keys that turns of chats have."""
+    """Rows by split, with lines for the log that tell which file is used for what, and the keys that turns of chats have.
+
+    counts: the number of rows of each file that is used. digests: of the files that have rows.
+    """
 
     notes: tuple[str, ...] = ()
     keys_of_turns: frozenset[str] = frozenset()
+    counts: dict[str, int]
+    digests: dict[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,18 +142,6 @@ def check_regular(path: Path) -> None:
     """Raise ConfigError unless a path, or what a link leads to, is a regular file that can be read to its end."""
     if problem := not_regular(path):
         raise ConfigError(f"data.dataset: expected a file, got {path}, which is {problem}")
-
-
-def link_lines(names: Iterable[str], folder: Path) -> Iterator[str]:
-    """Yield a line if files of a folder are links that lead out of it: their content is not what came with the folder."""
-    home = os.path.join(os.path.realpath(folder), "")
-    out = [(name, real) for name in names if not (real := os.path.realpath(name)).startswith(home)]
-    if out and folder.is_dir():
-        name, real = out[0]
-        more = f", and so are {len(out) - 1:,} more" if len(out) > 1 else ""
-        yield f"warning: {os.path.relpath(name, folder)} is a link to {real}, outside of {folder}{more}"
-    if linked := sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_symlink() and p.is_dir()):
-        yield f"not used: {', '.join(linked[:3])}, {'links' if len(linked) > 1 else 'a link'} to a folder"
 
 
 def _saved_splits(folder: Path) -> dict[str, list[str]]:
@@ -324,6 +320,8 @@ def _scan_json(name: str) -> Contents:
                 columns.setdefault(column, True)
             else:
                 columns[column] = value is None and columns.get(column, True)
+            if column in IN_TEXTS and isinstance(value, (list, dict)):
+                strict_json.dumps(value, f"row {rows}: ")
             if isinstance(value, list) and (column,) in CHATS:
                 keys.update(*(turn for turn in value if isinstance(turn, dict)))
         if len(columns) > MOST_COLUMNS:
@@ -453,7 +451,7 @@ def contents_of(name: str, kind: str, digest: str) -> Contents:
 
 
 def _cell(value: Any, text: bool) -> Any:
-    return value if text or value is None else {JSON_CELL: json.dumps(value)}
+    return value if text or value is None else {JSON_CELL: json.dumps(value, default=float)}
 
 
 def tables(name: str, kind: str, columns: dict[str, bool], schema: pa.Schema) -> Iterator[pa.Table]:
@@ -525,17 +523,6 @@ def write_arrow(path: Path, parts: Iterator[pa.Table]) -> None:
             stream.write_table(table_cast(part, features.arrow_schema))
 
 
-def unreadable(error: Exception, dataset: str, local: bool) -> ConfigError:
-    """Return the error that explains in one line why datasets could not load a data set."""
-    if known := cache_problem(error) or (None if local else hub_problem("data.dataset", dataset, error)):
-        return known
-    cause = error.__cause__ or error
-    if isinstance(cause, StopIteration) or any(words in str(cause) for words in NO_ROWS):
-        return ConfigError(f"data.dataset: {dataset} has no rows")
-    kind, lines = type(cause).__name__, str(cause).strip().splitlines()
-    return ConfigError(f"data.dataset: cannot read {dataset}: {kind}: {lines[0][:300] if lines else kind}")
-
-
 def load_rows(data: Source) -> Rows:
     """Return the rows of the splits that `data` names, from the hub or from local files.
 
@@ -576,43 +563,60 @@ def plain(split: Dataset) -> Dataset:
 def hub_rows(data: Source) -> Rows:
     """Return the rows of a data set of the hub."""
     with asking_hub(data.dataset, "dataset"):
-        loaded = datasets.load_dataset(data.dataset, data.dataset_config)
-    if data.train_split not in loaded:
-        has = ", ".join(loaded)
-        raise ConfigError(f"data.train_split: {data.dataset} has no split {data.train_split!r}; it has {has}")
-    rows = Rows(train=plain(loaded[data.train_split]))
-    if data.validation_split in loaded and data.validation_split != data.train_split:
-        rows["validation"] = plain(loaded[data.validation_split])
-    if unused := [name for name in loaded if name not in (data.train_split, data.validation_split)]:
-        rows.notes = (f"not used: the split{'s'[: len(unused) > 1]} {', '.join(unused)} of {data.dataset}",)
-    if (kind := loaded[data.train_split].info.builder_name) in ("csv", "json"):
-        rows.notes += (
-            f"warning: datasets reads the .{kind} files of the hub and guesses types: 0042 may become 42, and a date a time; "
-            "for the text as it is, download the files and give their folder as data.dataset",
+        found = hub_files(data)
+        if isinstance(found, datasets.DatasetBuilder):
+            found.download_and_prepare()
+        loaded: Any = found.splits if isinstance(found, HubFiles) else found.as_dataset()
+    chosen, notes = chosen_splits(loaded, data)
+    if not isinstance(found, HubFiles) and not found.config.data_files and data.dataset_config is None:
+        name = found.config.name  # out of the hub's reach datasets takes the latest of those that its cache has
+        notes += (f"data.dataset_config is null: datasets' cache has {name} of {data.dataset}, which is read",)
+    if isinstance(found, HubFiles):
+        rows = rows_of_files(
+            found.kind, {split: {name: [name] for name in names} for split, names in chosen.items()}, data
         )
+        rows.notes = (*found.notes, *notes, *copy_lines(rows.digests))
+        return rows
+    if (kind := chosen["train"].info.builder_name) in ("csv", "json"):
+        notes += (GUESSED.format(kind=kind),)
+    rows = Rows({split: plain(part) for split, part in chosen.items()})
+    rows.notes = notes
+    return rows
+
+
+def rows_of_files(kind: str, chosen: dict[str, dict[str, list[str]]], data: Source) -> Rows:
+    """Return the rows of files of one kind. chosen: for each split the names of what it has, each with its files."""
+    parts = [*itertools.chain.from_iterable(files for named in chosen.values() for files in named.values())]
+    digests = {file: digest_of(file, kind) for file in parts}
+    found = {file: contents_of(file, kind, digest) for file, digest in digests.items()}
+    columns = columns_of_all(found, data)
+    rows = Rows()
+    rows.counts, rows.digests = {}, {}
+    for split, named in chosen.items():
+        filled = {file: digests[file] for file in itertools.chain(*named.values()) if found[file].rows}
+        if not filled:
+            raise ConfigError(f"data.dataset: {data.dataset} has no rows for {split}")
+        rows[split] = read_files(filled, kind, columns)
+        rows.digests |= filled
+        rows.counts |= {name: sum(found[file].rows for file in files) for name, files in named.items()}
+    rows.keys_of_turns = frozenset().union(*(contents.keys for contents in found.values()))
     return rows
 
 
 def local_rows(kind: str, splits: dict[str, list[str]], data: Source) -> Rows:
     """Return the rows of local files, with a line on each file of a folder that has more than one."""
     chosen, unused = chosen_files(splits, data)
-    names = [*itertools.chain(*chosen.values())]
-    parts = {name: saved_files(Path(name)) if kind == SAVED else [name] for name in names}
-    digests = {file: digest_of(file, kind) for file in itertools.chain(*parts.values())}
-    found = {file: contents_of(file, kind, digest) for file, digest in digests.items()}
-    columns = columns_of_all(found, data)
-    counts = {name: sum(found[file].rows for file in files) for name, files in parts.items()}
-    rows = Rows()
-    for split, files in chosen.items():
-        filled = {part: digests[part] for name in files for part in parts[name] if found[part].rows}
-        if not filled:
-            raise ConfigError(f"data.dataset: {data.dataset} has no rows for {split}")
-        rows[split] = read_files(filled, kind, columns)
-    rows.keys_of_turns = frozenset().union(*(contents.keys for contents in found.values()))
-    if len(names) + len(unused) > 1:
-        rows.notes = tuple(file_lines(chosen, unused, counts, Path(data.dataset)))
+    parts = {
+        split: {name: saved_files(Path(name)) if kind == SAVED else [name] for name in names}
+        for split, names in chosen.items()
+    }
+    rows = rows_of_files(kind, parts, data)
+    if len(rows.counts) + len(unused) > 1:
+        rows.notes = tuple(file_lines(chosen, unused, rows.counts, Path(data.dataset)))
+    rows.notes += tuple(copy_lines(rows.digests, Path(data.dataset)))
     if Path(data.dataset).is_dir():
-        rows.notes += tuple(link_lines(digests, Path(data.dataset)))
+        files = itertools.chain.from_iterable(files for named in parts.values() for files in named.values())
+        rows.notes += tuple(link_lines(files, Path(data.dataset)))
     return rows
 
 
@@ -656,21 +660,3 @@ def columns_of_all(found: dict[str, Contents], data: Source) -> dict[str, bool]:
                     f"in {name}, which has {', '.join(contents.columns)}; {has} has it"
                 )
     return columns
-
-
-def file_lines(
-    chosen: dict[str, list[str]], unused: dict[str, str], counts: dict[str, int], folder: Path
-) -> Iterator[str]:
-    """Yield a line on each file of a folder: its rows and what they are for. Of many files, a line on each use."""
-    uses = {"train": "for training", "validation": "for validation"}
-    told = [(name, uses[split]) for split, files in chosen.items() for name in files]
-    told += [(name, f"not used, since {reason}") for name, reason in unused.items()]
-    if len(told) > MOST_NAMED:
-        for use, group in itertools.groupby(told, key=lambda entry: entry[1]):
-            names = [name for name, _ in group]
-            rows = f", {counted(sum(counts[name] for name in names), 'row')}" if names[0] in counts else ""
-            yield f"{counted(len(names), 'file')}{rows}: {use}"
-        return
-    for name, use in told:
-        rows = f"{counted(counts[name], 'row')}, " if name in counts else ""
-        yield f"{os.path.relpath(name, folder)}: {rows}{use}"

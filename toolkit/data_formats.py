@@ -44,6 +44,7 @@ PLAIN_TEMPLATE = (
 )
 TOGETHER = 16  # rows that go to the process that renders at once
 MARKS = "\ufdd0", "\ufdd1"  # noncharacters: Unicode reserves them for use inside a program, so no text contains them
+ARGUMENT = "argument0"  # of a call that shows how a template writes calls
 THINK = re.compile(r"<think>(.*?)</think>", re.DOTALL)
 
 
@@ -110,9 +111,36 @@ class Template:
         before = written.split(MARKS[0])[0]
         return asks != prompt and before.startswith(prompt) and bool(before[len(prompt) :].strip())
 
+    def _writes_call(self, content: str | None, arguments: Any) -> bool:
+        """Whether the template writes a tool call of this form."""
+        call = {"type": "function", "id": "call00001", "function": {"name": "look", "arguments": arguments}}
+        turns: list[Message] = [{"role": "user", "content": "a"}]
+        turns.append({"role": "assistant", "content": content, "tool_calls": [call]})
+        tools = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}]
+        try:
+            (text,) = render_chats(self.tokenizer, [turns], self.plain, each=[self.options | {"tools": tools}])
+        except ConfigError:
+            return False
+        return ARGUMENT in text
+
+    @functools.cached_property
+    def arguments_as_text(self) -> bool:
+        """Whether the template writes arguments only where they are JSON as a text, as in OpenAI's data."""
+        argument = {"at": ARGUMENT}
+        return not self._writes_call("", argument) and self._writes_call("", json.dumps(argument))
+
+    @functools.cached_property
+    def why_no_calls(self) -> str:
+        """Why the template may leave out tool calls, for a message; perhaps an empty text."""
+        if not self._writes_call(None, json.dumps({"at": ARGUMENT})):
+            return ""
+        return " (it writes them only where content is null, and transformers removes a content of null)"
+
     def render(self, chats: list[tuple[list[Message], dict[str, Any]]]) -> Iterator[str]:
         """Yield chats as the template writes them, each with options of its own: tools, add_generation_prompt."""
         messages, each = [chat for chat, _ in chats], [self.options | own for _, own in chats]
+        if any("tool_calls" in message for chat in messages for message in chat) and self.arguments_as_text:
+            messages = [[_with_text_arguments(message) for message in chat] for chat in messages]
         return render_chats(self.tokenizer, messages, self.plain, each=each)
 
     def prepared(self, chat: Chat) -> Chat:
@@ -120,6 +148,15 @@ class Template:
         if "reasoning_content" in self.source:
             return chat
         return dataclasses.replace(chat, messages=[_thought_inside(message) for message in chat.messages])
+
+
+def _with_text_arguments(message: Message) -> Message:
+    if "tool_calls" not in message:
+        return message
+    functions = [call["function"] for call in message["tool_calls"]]
+    texts = [json.dumps(function["arguments"], ensure_ascii=False) for function in functions]
+    calls = zip(message["tool_calls"], functions, texts, strict=True)
+    return message | {"tool_calls": [call | {"function": own | {"arguments": text}} for call, own, text in calls]}
 
 
 def _thought_inside(message: Message) -> Message:
@@ -215,7 +252,7 @@ def turn_by_turn(template: Template, chat: Chat, text: str) -> list[Sample]:
         before = str(chat.messages[i - 1].get("content") or "").strip()
         if start < prompt.rfind(before) + len(before):  # written otherwise before an answer than after it, or at random
             raise ValueError(REWRITES)
-        check_written(chat.messages[i], written[start:stop], i + 1)
+        check_written(template, chat.messages[i], written[start:stop], i + 1)
         if without_arguments(chat.messages[i]) and next(texts) == written:
             raise ValueError(NO_ARGUMENTS.format(i + 1))
         samples.append(Sample(written, [(start, stop)], ended=True))
@@ -267,7 +304,7 @@ def forms(value: Any) -> Iterator[str]:
     yield str(escape(value))
 
 
-def check_written(message: Message, written: str, number: int) -> None:
+def check_written(template: Template, message: Message, written: str, number: int) -> None:
     """Raise ValueError if a template leaves out a part of a learned turn: its text, its thought or its calls."""
     content = message["content"]
     thoughts = [thought.strip() for thought in (*THINK.findall(content), message.get("reasoning_content", ""))]
@@ -280,8 +317,9 @@ def check_written(message: Message, written: str, number: int) -> None:
         raise ValueError(REWRITES)
     for call in message.get("tool_calls", ()):
         if call["function"]["name"] not in written:
+            why = template.why_no_calls
             raise ValueError(
-                f"turn {number}: the chat template leaves out tool calls; use a model whose template has them"
+                f"turn {number}: the chat template leaves out tool calls{why}; use a model whose template has them"
             )
         arguments = leaves(call["function"]["arguments"])
         if not all(any(form in written for form in forms(value)) for value in arguments):

@@ -6,6 +6,7 @@ make_blocks(tokenized, tokenizer, data, seed) -> {"train": Blocks, "validation":
 Each source is read, held out and packed on its own, as if it were the only one; then its blocks stand beside the others'.
 """
 
+import collections
 import dataclasses
 import itertools
 import os
@@ -21,8 +22,9 @@ from config import ConfigError, DataConfig, Source, counted, sources_of
 from fast_path.loss import IGNORED
 from toolkit import data_blocks
 from toolkit.data_blocks import Blocks, SampleBlocks
-from toolkit.data_files import chosen_files, load_rows, local_files
+from toolkit.data_files import Rows, chosen_files, load_rows, local_files
 from toolkit.data_formats import Tokenized, naming_source, template_of, tokenize_rows
+from toolkit.file_lines import MOST_NAMED, copy_lines, some
 
 # ------------------------------------------------------------------------------------------------ rows
 
@@ -45,6 +47,7 @@ def read_sources(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Tokeni
         with naming_source(source):
             loaded.append((load_rows(source), source))
     template, notes = template_of(loaded, tokenizer, data.template_options)
+    notes += copies_of_sources([rows for rows, _ in loaded])
     for rows, source in loaded:
         with naming_source(source):
             tokenized.append(tokenize_rows(rows, tokenizer, source, template))
@@ -58,13 +61,24 @@ def refuse_twice(sources: Sequence[Source]) -> None:
         with naming_source(source):
             local = local_files(source.dataset)
             chosen = chosen_files(local[1], source)[0] if local else {}
-        parts: Iterable[Any] = map(os.path.realpath, itertools.chain(*chosen.values()))
-        for part in parts if local else [(source.dataset, source.dataset_config)]:
-            if seen.setdefault(part, source.name) != source.name:
+        files = [os.path.realpath(file) for file in itertools.chain(*chosen.values())]
+        for part in files if local else [source.dataset]:
+            found = os.stat(part) if local else None  # of a hard link it is the same
+            key = (found.st_dev, found.st_ino) if found else (source.dataset, source.dataset_config)
+            if seen.setdefault(key, source.name) != source.name:
                 raise ConfigError(
-                    f"{source.name}: {part if local else source.dataset} is read by {seen[part]} too; give it once, since "
+                    f"{source.name}: {part} is read by {seen[key]} too; give it once, since "
                     "what is held out of one source would be trained on in the other"
                 )
+
+
+def copies_of_sources(loaded: Sequence[Rows]) -> list[str]:
+    """Return a line if files of several sources are copies; those within one source have a line already."""
+    files: dict[str, str] = {}
+    for rows in loaded:  # parquet of the hub has none
+        one_each = {digest: name for name, digest in getattr(rows, "digests", {}).items()}
+        files |= {name: digest for digest, name in one_each.items()}
+    return list(copy_lines(files))
 
 
 def source_names(sources: Sequence[Source]) -> list[str]:
@@ -163,11 +177,11 @@ def make_blocks(
     if not isinstance(tokenized, SourceRows):
         return data_blocks.make_blocks(tokenized, tokenizer, data, seed, close)
     sources = with_limits(sources_of(data), tokenized.sources)
-    found, lines = [], list(tokenized.notes)
-    for name, rows, source in zip(source_names(sources), tokenized.sources, sources, strict=True):
+    found = []
+    for rows, source in zip(tokenized.sources, sources, strict=True):
         with naming_source(source):
             found.append(data_blocks.make_blocks(rows, tokenizer, source, seed, close))
-        lines += source_lines(name, rows, source, **found[-1])
+    lines = [*tokenized.notes, *lines_of_sources(sources, found)]
     return {
         split: mixed([blocks[split] for blocks in found], sources, lines if split == "train" else ())
         for split in ("train", "validation")
@@ -204,13 +218,31 @@ def share_of(share: float) -> str:
     return f" (share {share})" if share < 1 else ""
 
 
-def source_lines(name: str, rows: Tokenized, source: Source, train: Blocks, validation: Blocks | None) -> Iterator[str]:
-    """Yield lines for the log about a source: its rows, its tokens and blocks, and how it was read."""
-    held = f"{counted(validation.tokens, 'token')} in {counted(len(validation), 'block')}" if validation else "nothing"
-    size = f"{counted(train.tokens, 'token')} in {counted(len(train), 'block')}"
-    yield f"{name}: {counted(train.rows, 'row')}{share_of(source.share)}, {size}; held out: {held}"
-    for line in (f"read as {train.source}", *train.notes, *(validation.notes if validation else ())):
-        yield f"{name}: {line}"
+def source_lines(train: Sequence[Blocks], validation: Sequence[Blocks], share: str = "") -> Iterator[str]:
+    """Yield lines for the log about a source, or about several: rows, tokens and blocks, and how they were read."""
+    held, size = (
+        f"{counted(sum(part.tokens for part in parts), 'token')} in {counted(sum(map(len, parts)), 'block')}"
+        for parts in (validation, train)
+    )
+    rows = counted(sum(part.rows for part in train), "row")
+    yield f"{rows}{share}, {size}; held out: {held if validation else 'nothing'}"
+    told = [line for part in train for line in (f"read as {part.source}", *part.notes)]
+    told += [line for part in validation for line in part.notes]
+    for line, times in collections.Counter(told).items():
+        yield f"{line} ({counted(times, 'source')})" if len(train) > 1 else line
+
+
+def lines_of_sources(sources: list[Source], found: list[dict[str, Blocks | None]]) -> Iterator[str]:
+    """Yield lines about each source, and about those after MOST_NAMED together."""
+    named = zip(source_names(sources), sources, found, strict=True)
+    for name, source, parts in itertools.islice(named, MOST_NAMED):
+        held = [parts["validation"]] if parts["validation"] else []
+        yield from (f"{name}: {line}" for line in source_lines([parts["train"]], held, share_of(source.share)))
+    if rest := found[MOST_NAMED:]:
+        held = [parts["validation"] for parts in rest if parts["validation"]]
+        name = counted(len(rest), "more source")
+        lines = source_lines([parts["train"] for parts in rest], held)
+        yield from some([f"{name}: {line}" for line in lines], "more lines about sources")
 
 
 def rows_in(rows: Tokenized, split: str) -> int:

@@ -29,6 +29,7 @@ from toolkit.answers import answer_held_out, answerable
 from toolkit.checkpoints import write_atomically
 from toolkit.data_blocks import Blocks, batches, sample_counts
 from toolkit.data_sources import by_source, windows_of
+from toolkit.file_lines import some
 from toolkit.locks import exclusive, lock_of
 from toolkit.memory import free_bytes
 
@@ -171,24 +172,31 @@ class Task:
 def evaluate(
     task: Task,
     config: Config,
-    model: PreTrainedModel,
+    base: list[PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase,
     held: Blocks,
     accelerator: Accelerator,
     say: Callable[[str], None],
 ) -> None:
-    """Say and write down what the task asks for. model: the base. held: the validation blocks."""
+    """Say and write down what the task asks for.
+
+    base: the base alone in a list, which is empty afterwards: answers load a model of their own, and memory never holds
+    both. held: the validation blocks.
+    """
     parts = answerable(held, say) if task.prompts is not None else None
     blocks: Any = held if task.stride is None else windows_of(held, task.stride)
+    model = base.pop()
     live = load_adapter(model, task.adapter) if task.adapter else model
     attention.prepare_attention(model, config.data, sample_counts(blocks))
     sums = evaluate_base_and_adapter(live, config, blocks, accelerator, tokenizer.pad_token_id, say)
+    del model, live
     result = comparison(held.dataset, blocks, task.stride, sums)
     if task.adapter:
         say(difference_line(result))
     if not accelerator.is_main_process:
         return
     if parts is not None and task.prompts is not None:
+        let_go()
         result["answers"] = answer_held_out(config, task.adapter, parts, task.prompts, accelerator.device, say)
     if task.adapter:
         save_evaluation(result, task.adapter)
@@ -211,9 +219,12 @@ def evaluate_base_and_adapter(
             sums[name] = losses_that_fit(sums_of, blocks, accelerator, micro_batch, pad, say)
         mean = mean_loss(sums[name])
         say(f"{name:<8} loss {mean:.4f} | perplexity {perplexity(mean):.3f} | {counted(blocks.supervised, 'token')}")
+        each = []
         for source, part, own in by_source(blocks):
             mean, size = mean_loss(sums[name][own]), counted(part.supervised, "token")
-            say(f"{name:<8} loss {mean:.4f} | perplexity {perplexity(mean):.3f} | {size} of {source}")
+            each.append(f"{name:<8} loss {mean:.4f} | perplexity {perplexity(mean):.3f} | {size} of {source}")
+        for line in some(each, f"more sources{'; evaluation.json has all' if len(names) > 1 else ''}"):
+            say(line)
     return sums
 
 

@@ -14,6 +14,7 @@ from toolkit.checkpoints import Progress
 from toolkit.data_blocks import Blocks, show_block
 from toolkit.data_sources import by_source
 from toolkit.evaluation import comparison, difference_line, mean_loss
+from toolkit.file_lines import some
 from toolkit.memory_plan import GIB, MemoryPlan
 
 
@@ -38,7 +39,9 @@ def data_lines(
         f"data: held out: {held_out}",
         f"steps: {steps:,} of {counted(sequences_per_step, 'sequence')}; {per_epoch:,} per epoch{unpacked}",
         *(f"data: {line}" for line in (f"read as {part.source}", *part.notes, *(held.notes if held else ()))),
-        *(f"first block{of}: {show_block(own[0], tokenizer, 64)}" for of, own in named_parts(part)),
+        *some(
+            [f"first block{of}: {show_block(own[0], tokenizer, 64)}" for of, own in named_parts(part)], "more sources"
+        ),
     ]
 
 
@@ -94,9 +97,11 @@ def end_lines(
         if held is not None and sums.keys() >= {other, "adapter"}:
             pair = {"base": sums[other], "adapter": sums["adapter"]}
             lines.append(difference_line(comparison(held.dataset, held, None, pair), other))
+    each = []
     for source, _, own in by_source(held) if {"base", "adapter"} <= sums.keys() else ():
         before, after = (mean_loss(sums[name][own]) for name in ("base", "adapter"))
-        lines.append(f"{source}: loss {before:.4f} of the base, {after:.4f} after")
+        each.append(f"{source}: loss {before:.4f} of the base, {after:.4f} after")
+    lines += some(each, "more sources; --evaluate writes the loss of each")
     planned = f" | planned {plan.reserved / GIB:.2f} for {plan.shape}" if plan.parts else ""
     return [*lines, f"peak memory {peak:.2f} GiB{planned}"]
 

@@ -8,6 +8,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from decimal import Decimal
 from typing import Any
 
 
@@ -15,10 +16,22 @@ def _no_number(word: str) -> Any:
     raise ValueError(f"{word} is no JSON")
 
 
-def _number(text: str) -> float:
+def _number(text: str) -> float | Decimal:
     if math.isinf(value := float(text)):
         raise ValueError(f"the number {text[:40]} is too large")
-    return value
+    short = len(text) < 17 and value  # 15 digits fit, and 0.0 may be a number that is too small
+    return value if short or Decimal(text) == Decimal(repr(value)) else Decimal(text)
+
+
+def dumps(value: Any, where: str = "") -> str:
+    """Return JSON of a value; raise a ValueError that begins with `where` if a float keeps fewer digits than a number has."""
+
+    def refuse(number: Any) -> Any:
+        if isinstance(number, Decimal):
+            raise ValueError(f"{where}the number {str(number)[:40]} has more digits than are kept; write it as a text")
+        raise TypeError(f"{type(number).__name__} is no JSON")
+
+    return json.dumps(value, default=refuse)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -45,6 +58,7 @@ def _explained(error: Exception, where: str, by_column: bool) -> ValueError:
 def decode(text: str, where: str = "") -> Any:
     """Return the value of a text of JSON; raise a ValueError that begins with `where` and names the column.
 
+    A number with more digits than a float keeps is a Decimal.
     NaN, Infinity, numbers that are too large, a key that stands twice in one object, and deep nesting are refused.
     """
     try:

@@ -16,7 +16,7 @@ from transformers.utils import CHAT_TEMPLATE_FILE
 import quantization_utils
 from config import Config, ConfigError
 from fast_path.loss import IGNORED
-from toolkit.chat_templates import CHILD, render_chats
+from toolkit.chat_templates import prepare_child, render_chats
 from toolkit.earlier_run import GENERATION, left_by_run, read_ends
 from toolkit.template_files import read_template
 
@@ -85,7 +85,7 @@ def teach_ends(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 def load_tokenizer(config: Config, say: Callable[[str], None] = lambda line: None) -> PreTrainedTokenizerBase:
     """Return the base's tokenizer, whose chat template ends each answer."""
-    CHILD.prepare()  # it imports what it needs while the tokenizer is read
+    prepare_child(config.model)  # it imports what it needs while the tokenizer is read
     model = config.model
     tokenizer = quantization_utils.load_tokenizer(model.name, model.revision, model.trust_remote_code)
     for line in teach_ends(tokenizer):

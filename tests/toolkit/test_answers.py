@@ -3,6 +3,7 @@
 import contextlib
 import json
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from transformers import AutoTokenizer
 
 import train_qlora
 from quantization_utils import create_bnb_config, load_model_and_tokenizer
+from toolkit import answers
 from toolkit.answers import Words, samples, score, score_lines
 from toolkit.compare import SCORES, answer_scores
 
@@ -70,6 +72,26 @@ def test_answers_are_greedy_and_their_references_the_last_turns(run: Path, tiny_
     scores = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))["answers"]
     assert set(scores) == {"base", "adapter"} and answer_scores(run / "evaluation.json") == scores["adapter"]
     assert "3 answers beside their references are in " in capsys.readouterr().out
+
+
+def test_memory_holds_one_base_at_a_time(run: Path, tiny_main, monkeypatch) -> None:
+    """One for the losses, gone before the one for the answers of base and adapter is loaded."""
+    loads: list[weakref.ref] = []
+
+    def load(original: Callable) -> Callable:
+        def watched(*arguments, **keys):
+            assert not [alive for alive in loads if alive() is not None]
+            model, tokenizer = original(*arguments, **keys)
+            loads.append(weakref.ref(next(model.parameters())))
+            return model, tokenizer
+
+        return watched
+
+    monkeypatch.setattr(train_qlora, "load_base", load(train_qlora.load_base))
+    monkeypatch.setattr(answers, "load_base", load(answers.load_base))
+    flags = ("--evaluate", "--adapter", run, "--dataset", run.parent / "chats.jsonl", "--generate", 2)
+    assert tiny_main(*flags, "--max_new_tokens", 4) == 0
+    assert len(loads) == 2 and len((run / "answers.jsonl").read_text(encoding="utf-8").splitlines()) == 2
 
 
 def test_running_text_has_no_answers(run: Path, tiny_main, capsys) -> None:

@@ -280,6 +280,42 @@ def test_what_cannot_be_read_is_refused_by_its_row(qwen, tmp_path, row, problem)
         tokenised([row], qwen, tmp_path)
 
 
+AS_TEXT = "{{ '<|im_start|>call ' + c.function.name + ' ' + c.function.arguments + '<|im_end|>' }}"
+PLAIN_TURN = "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' }}"
+ASKED = "{% if add_generation_prompt %}<|im_start|>{% endif %}"
+
+
+def calling() -> dict:
+    function = {"name": "look_up", "arguments": {"word": "Müller", "pages": [1, 2]}}
+    answer = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+    return {"messages": [{"role": "user", "content": "a"}, answer]}
+
+
+def test_a_template_that_takes_arguments_as_text_gets_json(qwen, tmp_path):
+    """As in functionary's: it puts texts together, which fails with a mapping."""
+    call = f"{{% for c in m.tool_calls %}}{AS_TEXT}{{% endfor %}}"
+    other = with_template(
+        qwen,
+        f"{{% for m in messages %}}{{% if m.tool_calls %}}{call}{{% else %}}{PLAIN_TURN}{{% endif %}}{{% endfor %}}{ASKED}",
+    )
+    found = tokenised([calling()], other, tmp_path)["train"][0]
+    learned = [i for i, label in zip(found["input_ids"], found["labels"], strict=True) if label != -100]
+    assert other.decode(learned) == 'call look_up {"word": "Müller", "pages": [1, 2]}<|im_end|>'
+
+
+def test_a_template_that_needs_a_null_beside_calls_is_refused_with_this_reason(qwen, tmp_path):
+    """As in DeepSeek-R1-Distill's; transformers removes what is null before a template sees it."""
+    call = f"{{% for c in m.tool_calls %}}{AS_TEXT}{{% endfor %}}"
+    shape = f"{{% for m in messages %}}{{% if m.content is none %}}{call}{{% else %}}{PLAIN_TURN}{{% endif %}}{{% endfor %}}{ASKED}"
+    other, row = with_template(qwen, shape), calling()
+    assert "look_up" not in other.apply_chat_template(row["messages"], tokenize=False)
+    with pytest.raises(ConfigError, match=r"leaves out tool calls \(it writes them only where content is null, and"):
+        tokenised([row], other, tmp_path)
+    row["messages"][1]["content"] = None
+    with pytest.raises(Exception, match="content"):
+        other.apply_chat_template(row["messages"], tokenize=False)
+
+
 def test_an_empty_answer_of_a_csv_is_refused_like_null(qwen, tmp_path):
     with pytest.raises(
         ConfigError, match=r"^data\.dataset: row 2: column 'completion' is empty; fill it in or remove the row$"
@@ -289,7 +325,7 @@ def test_an_empty_answer_of_a_csv_is_refused_like_null(qwen, tmp_path):
 
 def test_a_template_without_tool_calls_refuses_them(qwen, tmp_path):
     other = with_template(qwen, "{% for m in messages %}{{ m.role + m.content + '<|im_end|>' }}{% endfor %}")
-    with pytest.raises(ConfigError, match=r"row 1: turn 2: the chat template leaves out tool calls"):
+    with pytest.raises(ConfigError, match=r"row 1: turn 2: the chat template leaves out tool calls; use"):
         tokenised([{"messages": CALLED}], other, tmp_path)
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     tools, prompt = tokenised([{"messages": chat, "tools": TOOLS}], other, tmp_path).notes

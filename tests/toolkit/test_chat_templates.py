@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from config import ConfigError
+from config import ConfigError, ModelConfig
 from tests.faults.hostile_templates import CHAT, SMOLLM2, SOUND
 from tests.toolkit.test_data import QWEN_TEMPLATE
 from toolkit import template_child
-from toolkit.chat_templates import CHILD, adopt_template, changes_words, render_chats
+from toolkit.chat_templates import CHILD, adopt_template, changes_words, prepare_child, render_chats
 from toolkit.template_files import check_template_files
 
 OTHERS = [
@@ -163,3 +163,18 @@ def test_left_out_words_are_noticed():
     assert not changes_words([CHAT[1]], "answers are trimmed and cut by many templates")
     assert changes_words(CHAT[:1], "user: who goes there?")
     assert changes_words([{"role": "system", "content": "Be brief."}], "user: hi")
+
+
+def test_the_process_that_renders_starts_early_only_for_a_model_with_a_template(tmp_path, tiny_model):
+    settings = json.loads((tiny_model / "tokenizer_config.json").read_text(encoding="utf-8"))
+    del settings["chat_template"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    for model, starts in ((tmp_path, False), (tiny_model, True), ("nobody/not-here-yet", True)):
+        CHILD.stop()
+        prepare_child(ModelConfig(name=str(model)))
+        assert (CHILD.process is not None) == starts, model
+    CHILD.stop()
+    (tmp_path / "chat_template.jinja").write_text(SOUND, encoding="utf-8")
+    prepare_child(ModelConfig(name=str(tmp_path)))
+    assert CHILD.process is not None
+    CHILD.stop()

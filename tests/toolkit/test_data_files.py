@@ -322,20 +322,7 @@ def test_folders_that_were_misread(name, train, validation):
     }
 
 
-# ------------------------------------------------------------------------------------------------ the hub
-
-
-@pytest.mark.parametrize("kind", ["csv", "json", "parquet"])
-def test_files_of_the_hub_that_datasets_reads_with_guessed_types_are_told(tmp_path, monkeypatch, kind):
-    """Offline, a folder's own loader stands for the hub's: it is the same code of datasets."""
-    table = datasets.Dataset.from_dict({"text": ["0042", "0043"]})
-    for name in ("train", "test"):
-        getattr(table, f"to_{kind}")(tmp_path / f"{name}.{kind}")
-    load = datasets.load_dataset
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, config: load(str(tmp_path)))
-    first, *more = load_rows(DataConfig(dataset="somebody/words")).notes
-    assert first == "not used: the split test of somebody/words"
-    assert [line.split(":")[0] for line in more] == (["warning"] if kind != "parquet" else [])
+# ------------------------------------------------------------------------------------------------ saved, archived, twice
 
 
 @pytest.mark.parametrize(
@@ -376,3 +363,23 @@ def test_a_file_that_stands_twice_in_a_folder_is_refused(tmp_path, link):
         ConfigError, match=r"data.dataset: expected different files in .*, got b.txt and c.txt, which are one"
     ):
         load_rows(DataConfig(dataset=str(tmp_path)))
+
+
+def test_copies_in_a_folder_are_told(tmp_path):
+    for name, content in (
+        ("a.txt", "a line\n"),
+        ("b.txt", "a line\n"),
+        ("c.txt", ""),
+        ("d.txt", ""),
+        ("e.txt", "a line\n"),
+    ):
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    said = (
+        "warning: a.txt and b.txt have the same content (and 1 more file like this): rows held out of one are learned"
+    )
+    assert [line for line in load_rows(DataConfig(dataset=str(tmp_path))).notes if "warning" in line] == [
+        f"{said} from the other"
+    ]
+    (tmp_path / "b.txt").write_text("another line\n", encoding="utf-8")
+    (tmp_path / "e.txt").write_text("", encoding="utf-8")
+    assert not [line for line in load_rows(DataConfig(dataset=str(tmp_path))).notes if "warning" in line]

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from quantization_utils import load_tokenizer
 from toolkit import checkpoints
 from toolkit.data_blocks import SampleBlocks, draw, sample_counts
 from toolkit.data_sources import MixedBlocks, apportion, make_blocks, read_sources, show_blocks
+from toolkit.file_lines import some
 from toolkit.flags import build_parser, parse_arguments
 
 DOCUMENT_END, TURN_END = 0, 2  # <|endoftext|> and <|im_end|> of the tiny tokenizer
@@ -258,6 +260,46 @@ def test_errors_name_the_source(files, tokenizer, tmp_path):
     (tmp_path / "link").symlink_to(files, target_is_directory=True)
     linked = load_config((), {"data.dataset": [plays, str(tmp_path / "link" / "plays.txt")]}).data
     assert "is read by data.dataset[0] too" in said(read_sources, linked, tokenizer)[0]
+    (tmp_path / "hard.txt").hardlink_to(plays)
+    linked = load_config((), {"data.dataset": [plays, str(tmp_path / "hard.txt")]}).data
+    assert f"{tmp_path / 'hard.txt'} is read by data.dataset[0] too" in said(read_sources, linked, tokenizer)[0]
+
+
+def test_copies_among_sources_are_told(files, tokenizer, tmp_path):
+    copy = tmp_path / "copy.txt"
+    shutil.copy(files / "plays.txt", copy)
+    warning = f"warning: {files / 'plays.txt'} and {copy} have the same content: rows held out of one are learned from"
+    data = load_config((), {"data.dataset": [str(files / "plays.txt"), str(copy)]}).data
+    (line,) = read_sources(data, tokenizer).notes
+    assert line == f"{warning} the other"
+    copy.write_text(copy.read_text(encoding="utf-8") + "more\n", encoding="utf-8")
+    assert read_sources(data, tokenizer).notes == ()
+
+
+def test_many_sources_are_told_together(tokenizer, tmp_path):
+    """The sums of the lines are those of the sources, and no kind of note is lost."""
+    names = [tmp_path / f"{i}.csv" for i in range(23)]
+    for i, name in enumerate(names):
+        column = "odd" if i == 21 else "id"
+        name.write_text(
+            f"text,{column}\n" + f"number {i} says so and so\nword by word,2\n".replace("so\n", "so,1\n") * 20
+        )
+    data = load_config((), {"data.dataset": list(map(str, names)), "data.max_length": 64}).data
+    blocks = blocks_of(data, tokenizer)
+    train, held = blocks["train"], blocks["validation"]
+    own = [line for line in train.notes if re.match(r"\d+\.csv: ", line)]
+    assert {line.partition(":")[0] for line in own} == {f"{i}.csv" for i in range(20)}
+    size, *more = [line.partition(": ")[2] for line in train.notes if line.startswith("3 more sources: ")]
+    tokens, count, *others = [
+        sum(f(part) for part in parts.sources[20:]) for parts in (train, held) for f in (lambda part: part.tokens, len)
+    ]
+    rows = sum(part.rows for part in train.sources[20:])
+    assert (
+        size == f"{rows} rows, {tokens:,} tokens in {count} blocks; held out: {others[0]} tokens in {others[1]} blocks"
+    )
+    assert {"columns not used: id (2 sources)", "columns not used: odd (1 source)"} < set(more)
+    assert some([str(i) for i in range(23)], "more") == [*map(str, range(20)), "and 3 more"]
+    assert some(["a"] * 20, "more") == ["a"] * 20
 
 
 def test_blocks_are_named_with_their_source(files, tokenizer):
