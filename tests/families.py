@@ -458,7 +458,11 @@ class Plain:
         base = self.base()
         if any(isinstance(module, bnb.nn.Linear4bit) for module in base.modules()):  # Falcon has no linear that can be
             base = base.dequantize()
-        model = PeftModel.from_pretrained(base, adapter).merge_and_unload(safe_merge=True).eval()
+        both, own = PeftModel.from_pretrained(base, adapter), dict(self.model.named_parameters())
+        for name, parameter in both.named_parameters():
+            if name in self.start:  # peft does not find all that it saved of Laguna
+                parameter.copy_(own[name])
+        model = both.merge_and_unload(safe_merge=True).eval()
         exact = self.logits(ids, model)
         for parameter in model.parameters():
             parameter.copy_(parameter.to(torch.bfloat16))

@@ -1,6 +1,7 @@
 """Put an adapter on its base: its files may come from anybody, so each is checked before peft uses it."""
 
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from config import Config, ConfigError
@@ -54,11 +56,26 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, dropout: float | No
     for name in sorted(odd):
         owner = "adapter" if name in names else "model"
         raise ConfigError(f"{misfit}: only the {owner} has {name}")
-    if any(
-        "missing adapter keys" in str(warning.message) for warning in said
-    ):  # it would leave them as they happen to be
-        raise ConfigError(f"{misfit}: peft does not find some of its weights in the model")
+    if any("missing adapter keys" in str(warning.message) for warning in said):
+        put_weights(peft_model, load_file(path))
+        name = type(model).__name__
+        print(
+            f"peft alone loads a part of this adapter only, as it renames weights of {name}; all are loaded here",
+            file=sys.stderr,
+        )
     return peft_model
+
+
+@torch.no_grad()
+def put_weights(model: PeftModel, tensors: dict[str, torch.Tensor]) -> None:
+    """Copy an adapter's tensors, named as peft's get_peft_model_state_dict names them, into a model that has them all.
+
+    peft's set_peft_model_state_dict renames them as transformers renames the weights of the base's file, and leaves those
+    that are then called otherwise, such as Laguna's, as they happen to be in the model.
+    """
+    live = get_peft_model_state_dict(model, save_embedding_layers=False)
+    for name, tensor in tensors.items():
+        live[name].copy_(tensor)
 
 
 def start_from_adapter(
