@@ -220,6 +220,10 @@ def own_value(config: PretrainedConfig, name: str) -> int:
         return max(getattr(layer, name, None) or 0 for layer in config.per_layer_config)
 
 
+# Kinds of models whose answers with transformers' cache differ from those without one (5.24, docs/models.md): in all
+# texts, and GIT's where a batch has padding. They answer without, so each token computes the whole text again.
+WRONG_CACHE = ("cpmant", "git", "prophetnet")
+
 # ------------------------------------------------------------------------------------------------ positions
 
 
