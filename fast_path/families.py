@@ -221,8 +221,12 @@ def own_value(config: PretrainedConfig, name: str) -> int:
 
 
 # Kinds of models whose answers with transformers' cache differ from those without one (5.24, docs/models.md): in all
-# texts, and GIT's where a batch has padding. They answer without, so each token computes the whole text again.
-WRONG_CACHE = ("cpmant", "git", "prophetnet")
+# texts, and GIT's where a batch has padding; BLT's cache cannot be made. They answer without, so that each token computes
+# the whole text again.
+WRONG_CACHE = ("blt", "cpmant", "git", "prophetnet")
+
+# Kinds of models whose layers read [tokens, sequences, features]; all others read the sequences first.
+TOKENS_FIRST = ("xlnet",)
 
 # ------------------------------------------------------------------------------------------------ positions
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from config import Config, ConfigError
+from fast_path.families import own_value
 from quantization_utils import LOADING_ERRORS, count_parameters, create_lora_config, set_gradient_checkpointing
 from toolkit.adapter_config import read_adapter_config, resolve_patterns
 from toolkit.start_adapter import WEIGHTS, naming_setting
@@ -137,7 +138,7 @@ def check_tensors(path: Path, settings: dict[str, Any], weights: int) -> set[str
 
 def check_replication(settings: dict[str, Any], model: PreTrainedModel, misfit: str) -> None:
     """Raise ConfigError if an adapter's layer_replication names layers that the base lacks, or far too many."""
-    pairs, count = settings.get("layer_replication", ()), model.config.get_text_config().num_hidden_layers
+    pairs, count = settings.get("layer_replication", ()), own_value(model.config.get_text_config(), "num_hidden_layers")
     if any(not start < end <= count for start, end in pairs) or sum(end - start for start, end in pairs) > 4 * count:
         raise ConfigError(
             f"{misfit}: layer_replication: expected pairs [first, end] of its {count} layers, at most 4 times"

@@ -49,7 +49,8 @@ def position_bytes(model: PreTrainedModel) -> int:
     """Return the bytes of the keys and values that the cache holds per position of a sequence."""
     config = model.config.get_text_config()
     heads = families.own_value(config, "num_key_value_heads") or families.own_value(config, "num_attention_heads")
-    return 2 * config.num_hidden_layers * heads * families.head_width(config) * model.dtype.itemsize
+    layers = families.own_value(config, "num_hidden_layers")
+    return 2 * layers * heads * families.head_width(config) * model.dtype.itemsize
 
 
 def card_bandwidth(device: torch.device) -> float | None:

@@ -124,6 +124,11 @@ def shape_of(model: nn.Module) -> ModelShape:
     embedding = sum(p.numel() for p in {head.weight, table.weight})
     total = sum(p.numel() for p in model.parameters())
     text = model.config.get_text_config()
+    if missing := [name for name in ("hidden_size", "num_hidden_layers") if not families.own_value(text, name)]:
+        name = type(model).__name__  # BLT has three stacks of layers, each of a width of its own
+        raise ConfigError(
+            f"model.name: no memory plan for {name}, whose config.json has no {missing[0]}: train on a CPU"
+        )
     return ModelShape(
         linears=tuple(packed),
         towers=tuple(families.towers(model)),

@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from transformers.pytorch_utils import Conv1D
 
 from config import ConfigError
+from fast_path.loss import reading
 from toolkit.merged_folder import add_older_keys, write_tokenizer
 
 
@@ -72,6 +73,7 @@ def merge_adapter(peft_model: PeftModel, dtype: torch.dtype = torch.bfloat16) ->
         raise ConfigError(
             "--mode merge: the adapter changes the output head, which shares its weight with the embedding"
         )
+    check_shared(peft_model)
     for module in [m for m in peft_model.modules() if isinstance(m, LoraLayer)]:
         weight = module.get_param() if isinstance(module, ParamWrapper) else module.get_base_layer().weight
         own, weight.data = weight.dtype, weight.data.float()
@@ -83,6 +85,19 @@ def merge_adapter(peft_model: PeftModel, dtype: torch.dtype = torch.bfloat16) ->
     for parameter in plain.parameters():  # not plain.to(dtype), which would round the rotary frequencies too
         parameter.data = rounded(parameter.data, dtype, parameter.dtype)
     return plain
+
+
+def check_shared(model: PeftModel) -> None:
+    """Raise ConfigError if modules with adapters of their own share one weight, as in Zamba's shared block."""
+    seen: dict[int, str] = {}
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper):
+            other = seen.setdefault(id(module.get_base_layer().weight), name)
+            if other != name:
+                raise ConfigError(
+                    f"--mode merge: {other} and {name} share one weight, to which each has an adapter of its own; use the "
+                    "adapter without merging"
+                )
 
 
 def rounded(weights: torch.Tensor, dtype: torch.dtype, own: torch.dtype) -> torch.Tensor:
@@ -158,7 +173,8 @@ def check_logits(found: torch.Tensor, expected: torch.Tensor, rounding: float) -
 @torch.inference_mode()
 def logits_on(model: PeftModel | PreTrainedModel, ids: list[int]) -> torch.Tensor:
     """Return the model's logits, fp32 on the CPU [tokens, vocabulary]."""
-    return model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0].float().cpu()
+    with reading(model.get_base_model() if isinstance(model, PeftModel) else model, f"{len(ids)} tokens"):
+        return model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0].float().cpu()
 
 
 def class_line(model: PreTrainedModel) -> list[str]:
