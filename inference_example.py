@@ -617,7 +617,7 @@ def merge(config: Config, adapter: Path, folder: Path, base: str) -> int:
     """Write base + adapter as one bfloat16 model and print how far its logits are from those of both; return 0."""
     live, tokenizer = load(config, adapter)
     source = live if base == "dequantized" else load(config, quantized=False)[0]
-    plain = plain_copy(source, config.model.trust_remote_code)
+    plain = plain_copy(source)
     ids = tokenizer(REFERENCE_TEXT)["input_ids"]
     expected = logits_on(attach(live, adapter, config.model.name), ids)
     del live, source

@@ -41,6 +41,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
 from transformers.utils import cached_file
 
@@ -471,6 +472,12 @@ def with_tokens(
     return lora_config
 
 
+@functools.cache
+def with_checkpointing(cls: type[nn.Module]) -> type[nn.Module]:
+    """Return a class of the same name that also has transformers' switch for checkpointing."""
+    return type(cls.__name__, (GradientCheckpointingLayer, cls), {"__module__": cls.__module__})
+
+
 def set_gradient_checkpointing(model: nn.Module, layers: bool | int) -> int:
     """Checkpoint all decoder layers (True), none (False) or the first N; return how many are checkpointed."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -479,9 +486,10 @@ def set_gradient_checkpointing(model: nn.Module, layers: bool | int) -> int:
     # Non-reentrant, since the frozen embedding's output needs no gradient. Our dropout has no RNG state to preserve.
     recompute = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     for number, layer in enumerate(found):
-        if not hasattr(layer, "gradient_checkpointing"):
-            kind = type(layer).__name__
-            raise ConfigError(f"training.gradient_checkpointing: {kind} of this model does not support it; use false")
+        if not hasattr(
+            layer, "gradient_checkpointing"
+        ):  # GPT, CTRL and some others, which transformers left as they were
+            layer.__class__ = with_checkpointing(type(layer))
         layer.gradient_checkpointing = number < count
         layer._gradient_checkpointing_func = recompute
     return count

@@ -115,7 +115,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from datasets import DatasetDict, load_dataset  # noqa: F401  (load_dataset: for a prepare_dataset of your own)
-from peft import PeftModel, set_peft_model_state_dict
+from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -130,7 +130,7 @@ from fast_path.micro_step import Learner, be_deterministic
 from fast_path.optimizers import create_optimizer
 from quantization_utils import compute_dtype_of, create_lora_config, load_base, prepare_model_for_training, with_tokens
 from toolkit import checkpoints, data_formats, data_sources, earlier_run, evaluation, machine, memory, memory_plan
-from toolkit.adapters import start_from_adapter
+from toolkit.adapters import put_weights, start_from_adapter
 from toolkit.chat_templates import adopt_template, prepare_child
 from toolkit.compare import compare_runs
 from toolkit.curves import call_plot, plot_training_curves, rates_of
@@ -489,7 +489,7 @@ def restore(run: Run, found: Found) -> None:
     run.progress = checkpoints.Progress(**{"positions": state["progress"]["loss_tokens"]} | state["progress"])
     run.best_adapter = state["best_adapter"] or None
     run.held_out = state.get("held_out", {})  # a checkpoint from before 2026-11-24 has none
-    set_peft_model_state_dict(run.model, adapter)
+    put_weights(run.model, adapter)
     groups = run.optimizer.state_dict()["param_groups"]
     run.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
     run.learner.scaler.load_state_dict(state["scaler"])
@@ -756,7 +756,7 @@ def finish(run: Run) -> None:
     """Write the best adapter and its model card into the output folder and say how the run ended."""
     progress, say = run.progress, run.log.say
     if run.best_adapter is not None:
-        set_peft_model_state_dict(run.model, run.best_adapter)
+        put_weights(run.model, run.best_adapter)
     if run.accelerator.is_main_process:
         part = run.blocks["train"]
         checkpoints.save_adapter(run.output_dir, run.model, run.tokenizer, run.effective, progress, part)

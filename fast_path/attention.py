@@ -373,7 +373,7 @@ def _does_without_mask(model: nn.Module) -> bool:
             model.set_attn_implementation(implementation)
             try:
                 outputs.append(families.decoder_of(model)(input_ids=ids, use_cache=False).last_hidden_state.float())
-            except (RuntimeError, TypeError, AttributeError, ValueError, IndexError):
+            except (RuntimeError, TypeError, AttributeError, ValueError, LookupError):
                 outputs.append(torch.full((), torch.nan))  # the model reads the mask that is not there
         model.set_attn_implementation("sdpa")
     apart, size = (outputs[1] - outputs[0]).norm(), outputs[0].norm()
@@ -381,8 +381,9 @@ def _does_without_mask(model: nn.Module) -> bool:
 
 
 def grouped_attention(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, **kwargs
-) -> tuple[torch.Tensor, None]:
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
     """Return SDPA's attention, [batch, positions, heads, width], without copying keys and values for each query head.
 
     With one position, query is [batch, heads, 1, width], and the heads that share a key head become several queries of
@@ -391,9 +392,9 @@ def grouped_attention(
     """
     (batch, heads, positions, width), groups = query.shape, query.shape[1] // key.shape[1]
     if positions > 1 or groups == 1 or kwargs.get("softcap") is not None or kwargs.get("position_bias") is not None:
-        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     packed = query.reshape(batch, heads // groups, groups, width)
-    mixed = F.scaled_dot_product_attention(packed, key, value, mask, scale=kwargs.get("scaling"))
+    mixed = F.scaled_dot_product_attention(packed, key, value, attention_mask, scale=kwargs.get("scaling"))
     return mixed.reshape(batch, 1, heads, -1), None
 
 

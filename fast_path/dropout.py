@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PretrainedConfig
 
+from config import ConfigError
 from fast_path import families
 
 # ------------------------------------------------------------------------------------------------ masks
@@ -139,8 +140,17 @@ def salt_of(name: str, readers: dict[str, str]) -> int:
 
 
 def use_stateless_dropout(model: nn.Module, p: float, clock: DropoutClock) -> int:
-    """Replace the dropout of every adapter of a peft model by StatelessDropout and return how many were replaced."""
-    count, readers = 0, families.of(model.get_base_model() if isinstance(model, PeftModel) else model).readers
+    """Replace the dropout of every adapter of a peft model by StatelessDropout and return how many were replaced.
+
+    Raises ConfigError for a model whose layers read the tokens before the sequences: the masks follow the sequences.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if p > 0 and getattr(getattr(base, "config", None), "model_type", None) in families.TOKENS_FIRST:
+        name = type(base).__name__
+        raise ConfigError(
+            f"lora.dropout: {name} reads tokens before sequences, for which there is none; use --dropout 0"
+        )
+    count, readers = 0, families.of(base).readers
     for name, module in model.named_modules():
         if isinstance(getattr(module, "lora_dropout", None), nn.ModuleDict) and p > 0:
             for adapter in module.lora_dropout:

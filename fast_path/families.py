@@ -9,6 +9,7 @@ reason why a part stays plain, or None. A model without a row (UNKNOWN) keeps it
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -138,9 +139,18 @@ def fused(part: str, module: object) -> bool:
 # ------------------------------------------------------------------------------------------------ any model
 
 
+# What transformers calls the parts of a decoder that read images and sound (GIT's and Phi-4-multimodal's).
+OTHER_SENSES = re.compile(r"(^|\.)[^.]*(vision|visual|image|audio|speech)[^.]*")
+
+
 def decoder_of(model: Any) -> Any:
-    """Return the part of a model that makes the last hidden states of tokens; get_decoder of a Llama 4 has a head too."""
+    """Return the part of a model that makes the last hidden states of tokens.
+
+    get_decoder of a Llama 4 has a head too, and of a ModernBERT it is the head.
+    """
     decoder, head = model.get_decoder(), model.get_output_embeddings()
+    if decoder is head:
+        return model.base_model
     return getattr(decoder, "model", decoder) if any(module is head for module in decoder.children()) else decoder
 
 
@@ -150,7 +160,8 @@ def decoder_layers(model: Any) -> Any:
     model: a causal language model of transformers, also one whose decoder is a part of it, as in models that read images.
     """
     decoder = decoder_of(model)
-    lists = [part for part in decoder.modules() if type(part).__name__ == "ModuleList" and len(part)]
+    parts = [part for name, part in decoder.named_modules() if not OTHER_SENSES.search(name)]
+    lists = [part for part in parts if type(part).__name__ == "ModuleList" and len(part)]
     layers = [part for part in lists if all(hasattr(layer, "gradient_checkpointing") for layer in part)] or lists
     if not layers:
         raise ConfigError(f"model.name: expected a decoder with a list of layers, got {type(decoder).__name__}")
@@ -166,21 +177,32 @@ def expert_parameters(model: Any) -> Iterator[Any]:
 
 
 def towers(model: Any) -> list[str]:
-    """Return the names of the parts beside the decoder that have layers of their own, such as a vision tower; usually [].
+    """Return the names of the parts that see or hear, which training on text never runs; usually [].
 
-    Training on text never runs them. A part that holds the output head is none: BERT's transforms what the head reads.
+    They are those beside the decoder with layers of their own, and those within it that are named so. A part that holds
+    the output head is none, nor is one beside the head without a list of layers: they transform what the head reads.
     """
     head, decoder = model.get_output_embeddings(), decoder_of(model)
-    path = next(name for name, module in model.named_modules() if module is decoder).split(".")
-    end = next((name for name, module in model.named_modules() if module is head), "")
+    modules = dict(model.named_modules())
+    path = next(name for name, module in modules.items() if module is decoder).split(".")
+    end = next((name for name, module in modules.items() if module is head), "")
     found: dict[str, None] = {}
-    for name, module in model.named_modules():
+    for name, module in modules.items():
         parts = name.split(".")
-        linear = any(kind.__name__ == "Linear" for kind in type(module).__mro__)  # in 4 bit too
-        if module is not head and parts[: len(path)] != path and linear:
+        if module is head or not any(kind.__name__ == "Linear" for kind in type(module).__mro__):  # in 4 bit too
+            continue
+        if parts[: len(path)] != path:
             depth = next(i for i, part in enumerate(parts) if i >= len(path) or part != path[i])
             found[".".join(parts[: depth + 1])] = None
-    return [part for part in found if not end.startswith(f"{part}.")]
+        elif sense := OTHER_SENSES.search(name, len(".".join(path))):
+            found[name[: sense.end()]] = None
+    return [part for part in found if not end.startswith(f"{part}.") and not _beside_head(part, end, modules)]
+
+
+def _beside_head(part: str, head: str, modules: dict[str, Any]) -> bool:
+    """Return whether a part has the same parent as the output head and no list of layers."""
+    lists = [name for name in modules if type(modules[name]).__name__ == "ModuleList"]
+    return part.rpartition(".")[0] == head.rpartition(".")[0] and not any(n.startswith(f"{part}.") for n in lists)
 
 
 def head_width(config: PretrainedConfig) -> int:
@@ -197,6 +219,14 @@ def own_value(config: PretrainedConfig, name: str) -> int:
     except RuntimeError:  # transformers' error for a number that each layer has of its own
         return max(getattr(layer, name, None) or 0 for layer in config.per_layer_config)
 
+
+# Kinds of models whose answers with transformers' cache differ from those without one (5.24, docs/models.md): in all
+# texts, and GIT's where a batch has padding; BLT's cache cannot be made. They answer without, so that each token computes
+# the whole text again.
+WRONG_CACHE = ("blt", "cpmant", "git", "prophetnet")
+
+# Kinds of models whose layers read [tokens, sequences, features]; all others read the sequences first.
+TOKENS_FIRST = ("xlnet",)
 
 # ------------------------------------------------------------------------------------------------ positions
 

@@ -6,7 +6,7 @@ With a frozen head, the logits of a whole batch never exist at once.
 import contextlib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -193,6 +193,18 @@ def perplexity(mean_loss: float) -> float:
     return math.exp(min(mean_loss, 700.0))
 
 
+@contextlib.contextmanager
+def reading(model: nn.Module, what: str) -> Iterator[None]:
+    """Raise ConfigError for what a model's own code raises when it reads tokens; what: the tokens, for the error."""
+    try:
+        yield
+    except (ConfigError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, TypeError, AttributeError, ValueError, LookupError) as error:
+        text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise ConfigError(f"model.name: {type(model).__name__} cannot read {what}: {text}") from None
+
+
 class CausalLMLoss(Objective):
     """Next-token prediction: a batch's cross entropy, summed in fp32; its weight is the number of supervised tokens.
 
@@ -225,16 +237,10 @@ class CausalLMLoss(Objective):
         if type(self.head) is not nn.Linear or self.head.weight.requires_grad:
             return False
         probe = torch.arange(1, 9, device=self.device)[None]
-        with modes_kept(self.base), self.autocast():
+        with modes_kept(self.base), self.autocast(), reading(self.base, "eight tokens"):
             self.base.eval()
-            try:
-                logits = self.base(input_ids=probe, use_cache=False).logits
-                hidden = self.decoder(input_ids=probe, use_cache=False).last_hidden_state
-            except torch.OutOfMemoryError:
-                raise
-            except (RuntimeError, TypeError, AttributeError, ValueError, IndexError) as error:
-                text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-                raise ConfigError(f"model.name: {type(self.base).__name__} cannot read eight tokens: {text}") from None
+            logits = self.base(input_ids=probe, use_cache=False).logits
+            hidden = self.decoder(input_ids=probe, use_cache=False).last_hidden_state
         return torch.equal(self.head(hidden), logits)
 
     def _of_positions(self, chunked: Callable, reduction: str, input_ids, labels, packed) -> torch.Tensor:

@@ -174,8 +174,10 @@ class Learner:
         if self.fast.cuda_graphs:
             return self._replay(step, sequences, batch)
         self.clock.set(step, sequences)
-        hidden_shape = (*batch["input_ids"].shape, self.model.config.get_text_config().hidden_size)
-        with inputs_in_main_memory(hidden_shape) if self.offload else contextlib.nullcontext():
+        with contextlib.ExitStack() as offloading:
+            if self.offload:
+                hidden_shape = (*batch["input_ids"].shape, self.model.config.get_text_config().hidden_size)
+                offloading.enter_context(inputs_in_main_memory(hidden_shape))
             loss = self.objective(**batch)
         self.backward(loss)
         return loss.detach()

@@ -21,7 +21,7 @@ def linear_modules(model: nn.Module, head: bool = False) -> list[str]:
     """Return the full names of the linear layers in a model's language half; head: with the output head."""
     apart, output = tuple(f"{name}." for name in towers(model)), model.get_output_embeddings()
     linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
-    return [name for name, module in linears if not name.startswith(apart) and (head or module is not output)]
+    return [name for name, module in linears if not f"{name}.".startswith(apart) and (head or module is not output)]
 
 
 def linear_names(model: nn.Module) -> list[str]:
@@ -87,7 +87,7 @@ def resolved_targets(model: nn.Module, asked: LoraConfig) -> LoraConfig:
     layers = asked.layers_to_transform
     if not (is_pattern(targets) or asked.exclude_modules or layers is not None):
         if apart := towers(model):
-            lora.exclude_modules = "|".join(rf"{re.escape(name)}\..*" for name in apart)
+            lora.exclude_modules = "|".join(rf"{re.escape(name)}(\..*)?" for name in apart)
         return lora
     layers = [layers] if isinstance(layers, int) else layers
     listed = not isinstance(targets, str)

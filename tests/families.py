@@ -137,6 +137,7 @@ class Exceptional:
     impossible: str = ""  # words of the error with which plain transformers or peft refuses to build or train it
     cls: str = ""  # the class that checkpoints have, where it is another than the one for causal language modelling
     of: str = ""  # the family, if this is a variant of one
+    derived: str = ""  # a pattern of saved buffers that follow from others or from the configuration
 
 
 SEVEN = "[q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj]"
@@ -197,7 +198,9 @@ EXCEPTIONS: dict[str, Exceptional] = {
         "it embeds shape and sound too",
         {"shape_vocab_size": 16, "pronunciation_vocab_size": 16, "shape_embed_dim": 8, "pronunciation_embed_dim": 8},
     ),
-    "blt": Exceptional("it reads bytes in patches", {"encoder_hash_byte_group_vocab": 512}),
+    "blt": Exceptional(
+        "it reads bytes in patches", {"encoder_hash_byte_group_vocab": 512}, refuses={"plan": "no memory plan"}
+    ),
     "dots3_note": Exceptional(
         "its adapters are as wide as what they join",
         {"vision_config": {"adapter_in_dim": 64, "adapter_out_dim": 64, "mlp_bias": False},
@@ -220,7 +223,13 @@ EXCEPTIONS: dict[str, Exceptional] = {
     ),
     "llama4_text": Exceptional("peft cannot adapt its router", {"floor_scale": 8}, targets=SEVEN),
     "mamba": Exceptional("peft refuses out_proj", targets="[in_proj]", impossible="of batch2 tensor to be"),
-    "rwkv": Exceptional("its quantised weights cannot be loaded", impossible="attribute 'weight' already exists"),
+    "rwkv": Exceptional(
+        "its quantised weights cannot be rescaled, as it does in eval mode",
+        refuses=dict.fromkeys(("loss", "gradients", "dropout", "merge"), "attribute 'weight' already exists"),
+        impossible="attribute 'weight' already exists",
+    ),
+    "minimax": Exceptional("its decays follow from the number of heads", derived=r"slope_rate|_decay"),
+    "xlnet": Exceptional("its layers read tokens before sequences", refuses={"dropout": "dropout 0"}),
     "phimoe": Exceptional("peft cannot adapt its router", targets=ATTENTION),
     "longcat_flash": Exceptional("its router reads a weight that is in 4 bit", targets="[q_a_proj, q_b_proj, kv_a_proj_with_mqa, o_proj]", impossible="1x8320"),
     "deepseek_v4": Exceptional("no small config runs in plain transformers yet", impossible="The size of tensor a (32)"),
@@ -268,7 +277,7 @@ EXCEPTIONS: dict[str, Exceptional] = {
          "indexer_head_dim": 16, "indexer_budget": 8, "indexer_compress_ratio": 2},
     ),
     "zamba": Exceptional(
-        "its shared block is used twice", {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "its shared block is used twice", refuses={"merge": "share one weight"}, sizes={"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2,
          "attention_hidden_size": 128, "attention_head_dim": 32, "use_mamba_kernels": False},
     ),
     "xlstm": Exceptional("keys are half as wide as values", {"num_heads": 4, "qk_dim_factor": 1.0}),
@@ -345,13 +354,15 @@ def small_model(family: str) -> PreTrainedModel:
     torch.manual_seed(zlib.crc32(family.encode()))
     name = odd.cls or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[odd.of or family]
     model = getattr(transformers, name)(config).float()
-    unsettle(model)
+    unsettle(model, odd.derived)
     return model.eval()
 
 
 @torch.no_grad()
-def unsettle(model: PreTrainedModel) -> None:
+def unsettle(model: PreTrainedModel, derived: str = "") -> None:
     """Give a model weights with which each part is felt, and no two tokens are as good as equal.
+
+    derived: a pattern of buffers that stay as they are, since others follow from the same numbers.
 
     Vectors are where a fresh model is trivial: a norm of ones, a bias of zeros. Buffers likewise, as far as they are
     saved: zeros for the routing biases that a trained MoE has.
@@ -364,7 +375,8 @@ def unsettle(model: PreTrainedModel) -> None:
             parameter.add_(torch.empty_like(parameter).uniform_(-0.3, 0.3))
     saved = model.state_dict()
     for name, buffer in model.named_buffers():
-        if name in saved and buffer.is_floating_point() and buffer.numel() <= VOCABULARY:
+        free = not derived or not re.search(derived, name)
+        if name in saved and free and buffer.is_floating_point() and buffer.numel() <= VOCABULARY:
             buffer.add_(torch.empty_like(buffer).uniform_(-0.3, 0.3))
 
 
@@ -458,7 +470,11 @@ class Plain:
         base = self.base()
         if any(isinstance(module, bnb.nn.Linear4bit) for module in base.modules()):  # Falcon has no linear that can be
             base = base.dequantize()
-        model = PeftModel.from_pretrained(base, adapter).merge_and_unload(safe_merge=True).eval()
+        both, own = PeftModel.from_pretrained(base, adapter), dict(self.model.named_parameters())
+        for name, parameter in both.named_parameters():
+            if name in self.start:  # peft does not find all that it saved of Laguna
+                parameter.copy_(own[name])
+        model = both.merge_and_unload(safe_merge=True).eval()
         exact = self.logits(ids, model)
         for parameter in model.parameters():
             parameter.copy_(parameter.to(torch.bfloat16))

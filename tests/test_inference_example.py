@@ -579,7 +579,7 @@ def test_merged_in_fp32_the_logits_are_the_live_ones(lora: dict, tiny_model: Pat
     adapter = make_adapter(tiny_model, tmp_path / "adapter", **lora)
     config = load_config(adapter / "config.yaml", {"quantization.compute_dtype": "float32"})
     live, tokenizer = load(config)
-    plain = merge.plain_copy(live, False)
+    plain = merge.plain_copy(live)
     ids = tokenizer(TEXT)["input_ids"]
     base = merge.logits_on(live, ids)
     assert (merge.logits_on(plain, ids) - base).norm() < 1e-5 * base.norm()
@@ -591,7 +591,7 @@ def test_merged_in_fp32_the_logits_are_the_live_ones(lora: dict, tiny_model: Pat
 
 def test_each_merged_weight_is_rounded_once(tiny_model: Path, adapter: Path) -> None:
     live, _ = load(load_config(adapter / "config.yaml"))
-    plain = merge.plain_copy(live, False)
+    plain = merge.plain_copy(live)
     before = plain.model.layers[1].mlp.up_proj.weight.detach().clone()
     merged = merge.merge_adapter(attach(plain, adapter, str(tiny_model)))
     tensors, name = (
@@ -599,7 +599,8 @@ def test_each_merged_weight_is_rounded_once(tiny_model: Path, adapter: Path) -> 
         "base_model.model.model.layers.1.mlp.up_proj.lora_",
     )
     update = 32 / 8 * (tensors[name + "B.weight"] @ tensors[name + "A.weight"])  # alpha / rank
-    assert torch.equal(merged.model.layers[1].mlp.up_proj.weight, (before.float() + update).bfloat16())
+    found = merged.model.layers[1].mlp.up_proj.weight
+    assert torch.equal(found, (before.float() + update).bfloat16().to(before.dtype))
 
 
 def test_a_merged_folder_is_a_plain_model(run: Callable, tiny_model: Path, adapter: Path, tmp_path: Path) -> None:

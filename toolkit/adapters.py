@@ -1,6 +1,7 @@
 """Put an adapter on its base: its files may come from anybody, so each is checked before peft uses it."""
 
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -9,9 +10,11 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from config import Config, ConfigError
+from fast_path.families import own_value
 from quantization_utils import LOADING_ERRORS, count_parameters, create_lora_config, set_gradient_checkpointing
 from toolkit.adapter_config import read_adapter_config, resolve_patterns
 from toolkit.start_adapter import WEIGHTS, naming_setting
@@ -54,11 +57,26 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, dropout: float | No
     for name in sorted(odd):
         owner = "adapter" if name in names else "model"
         raise ConfigError(f"{misfit}: only the {owner} has {name}")
-    if any(
-        "missing adapter keys" in str(warning.message) for warning in said
-    ):  # it would leave them as they happen to be
-        raise ConfigError(f"{misfit}: peft does not find some of its weights in the model")
+    if any("missing adapter keys" in str(warning.message) for warning in said):
+        put_weights(peft_model, load_file(path))
+        name = type(model).__name__
+        print(
+            f"peft alone loads a part of this adapter only, as it renames weights of {name}; all are loaded here",
+            file=sys.stderr,
+        )
     return peft_model
+
+
+@torch.no_grad()
+def put_weights(model: PeftModel, tensors: dict[str, torch.Tensor]) -> None:
+    """Copy an adapter's tensors, named as peft's get_peft_model_state_dict names them, into a model that has them all.
+
+    peft's set_peft_model_state_dict renames them as transformers renames the weights of the base's file, and leaves those
+    that are then called otherwise, such as Laguna's, as they happen to be in the model.
+    """
+    live = get_peft_model_state_dict(model, save_embedding_layers=False)
+    for name, tensor in tensors.items():
+        live[name].copy_(tensor)
 
 
 def start_from_adapter(
@@ -120,7 +138,7 @@ def check_tensors(path: Path, settings: dict[str, Any], weights: int) -> set[str
 
 def check_replication(settings: dict[str, Any], model: PreTrainedModel, misfit: str) -> None:
     """Raise ConfigError if an adapter's layer_replication names layers that the base lacks, or far too many."""
-    pairs, count = settings.get("layer_replication", ()), model.config.get_text_config().num_hidden_layers
+    pairs, count = settings.get("layer_replication", ()), own_value(model.config.get_text_config(), "num_hidden_layers")
     if any(not start < end <= count for start, end in pairs) or sum(end - start for start, end in pairs) > 4 * count:
         raise ConfigError(
             f"{misfit}: layer_replication: expected pairs [first, end] of its {count} layers, at most 4 times"

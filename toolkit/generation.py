@@ -49,7 +49,8 @@ def position_bytes(model: PreTrainedModel) -> int:
     """Return the bytes of the keys and values that the cache holds per position of a sequence."""
     config = model.config.get_text_config()
     heads = families.own_value(config, "num_key_value_heads") or families.own_value(config, "num_attention_heads")
-    return 2 * config.num_hidden_layers * heads * families.head_width(config) * model.dtype.itemsize
+    layers = families.own_value(config, "num_hidden_layers")
+    return 2 * layers * heads * families.head_width(config) * model.dtype.itemsize
 
 
 def card_bandwidth(device: torch.device) -> float | None:
@@ -94,9 +95,14 @@ COVERED |= {"eos_token_id", "pad_token_id", "bos_token_id", "use_cache", "transf
 # ------------------------------------------------------------------------------------------------ the Generator
 
 
+WITHOUT_CACHE = "without a cache, with which transformers' answers differ for this kind of model"
+
+
 def obstacle(model: PreTrainedModel) -> str | None:
     """Return why a model's step cannot be captured as a CUDA graph, or None if it can."""
     config = model.config.get_text_config()
+    if model.config.model_type in families.WRONG_CACHE:
+        return WITHOUT_CACHE
     if not model._can_compile_fullgraph or not holds_keys_and_values(model):
         return f"{type(model).__name__} reads its data in Python, or its cache holds more than keys and values"
     missing = {"position_ids", "logits_to_keep"} - set(inspect.signature(model.forward).parameters)
@@ -116,14 +122,15 @@ def obstacle(model: PreTrainedModel) -> str | None:
 
 
 def holds_keys_and_values(model: PreTrainedModel) -> bool:
-    """Return whether a model's cache holds the keys and values of its positions, and nothing else.
+    """Return whether a model takes a cache that holds the keys and values of its positions, and nothing else.
 
     Layers with convolutions, linear attention or another recurrent state keep that, which nothing can cut back to an
-    earlier position.
+    earlier position. The first GPT takes none.
     """
+    takes = {"cache", "past_key_values"} & set(inspect.signature(model.forward).parameters)
     kinds = set(attention_windows(model.config.get_text_config()))
     stateful = getattr(model, "_is_stateful", False) or not model._supports_default_dynamic_cache()
-    return not stateful and kinds <= {"full_attention", "sliding_attention"}
+    return bool(takes) and not stateful and kinds <= {"full_attention", "sliding_attention"}
 
 
 def use_own_precision(model: PeftModel) -> None:
@@ -159,8 +166,9 @@ class Generator:
     """Answer prompts in the fastest way that works here: with the Decoder, or with transformers' `generate`.
 
     Both keep the cache of the last prompt and answer, so a prompt that begins with the same tokens computes only the
-    rest; a model whose cache holds more than keys and values makes its own cache for each prompt. fast: None uses the Decoder on CUDA only. On a CPU `generate` is as fast, since attention over a static cache
-    computes all of its positions, used or not.
+    rest; a model whose cache holds more than keys and values makes its own cache for each prompt. fast: None uses the
+    Decoder on CUDA only. On a CPU `generate` is as fast, since attention over a static cache computes all of its
+    positions, used or not.
     """
 
     def __init__(self, model: PeftModel | PreTrainedModel, say: Callable[[str], None], fast: bool | None = None):
@@ -171,7 +179,8 @@ class Generator:
         self.reason = obstacle(base) if gpu or fast else ""  # on a CPU generate() is usual: no message
         self.decoder = Decoder(model, kernels=gpu and HAS_TRITON) if self.reason is None else None
         self.adapted, self.cache, self.off = lora_layers(model), None, False
-        self.keeps = holds_keys_and_values(base)
+        self.cacheless = base.config.model_type in families.WRONG_CACHE
+        self.keeps = holds_keys_and_values(base) and not self.cacheless
         self.held: list[int] = []
         if self.decoder and gpu and isinstance(model, PeftModel):
             use_own_precision(model)
@@ -196,6 +205,7 @@ class Generator:
         """Return the new tokens of each prompt, including an end token; arguments as in `Decoder.generate`."""
         unknown = sorted(set(config.to_diff_dict()) - COVERED)
         reason = f"the fast decoder does not support {unknown[0]}" if self.decoder and unknown else self.reason
+        reason = WITHOUT_CACHE if self.cacheless else reason
         if reason:
             self._say_once(f"using transformers' generate() to decode: {reason}")
         if self.decoder and not unknown:
@@ -212,13 +222,18 @@ class Generator:
         if known and self.cache is not None:
             self.cache.crop(min(0, known - self.cache.get_seq_length()))
         else:
-            self.cache = DynamicCache()  # made without a config, every layer keeps all positions and can be cut
+            self.cache = DynamicCache()  # can be cut, as every layer keeps all positions
         self.held, self.off = [], off
         return self.cache
 
     def _plain(self, rows: list[list[int]], config: GenerationConfig, watch: Watch, streamer: Any) -> list[list[int]]:
         longest, device, pad = max(map(len, rows)), self.model.device, config.pad_token_id or 0
         one = len(rows) == 1 and (config.num_beams or 1) == 1
+        own: dict[str, Any] = {"use_cache": False} if self.cacheless else {}
+        if self.keeps:
+            # Made without a config, every layer keeps all positions: the model's mask decides what a token sees. Moshi's
+            # lets it see what is beyond the window that its own cache keeps.
+            own = cache_argument(self.model, self._prefix(rows[0]) if one else DynamicCache())
         mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
         with plain_linears(self.model) if one else nullcontext():
             output = self.model.generate(
@@ -227,7 +242,7 @@ class Generator:
                 generation_config=config,
                 stopping_criteria=[watch],
                 streamer=streamer,
-                **(cache_argument(self.model, self._prefix(rows[0])) if one and self.keeps else {}),
+                **own,
             )
         ends = end_tokens(config)
         answers = output[:, longest:].tolist()  # [batch, new tokens]; shorter answers are padded

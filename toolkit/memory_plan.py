@@ -49,7 +49,7 @@ class ModelShape:
     """The sizes of a model that the plan needs; config.json is enough to find them."""
 
     linears: tuple[tuple[str, int, int], ...]  # (name, out_features, in_features) of every layer that is quantised
-    towers: tuple[str, ...]  # parts beside the decoder, which get no adapters
+    towers: tuple[str, ...]  # parts that see or hear, which get no adapters
     plain_linears: tuple[tuple[str, int, int], ...]  # of those that bitsandbytes leaves in 16 bit
     experts: int  # parameters of the routed experts, tensors of three dimensions, which stay in 16 bit
     embedding: int  # parameters of embedding and head, counted once if they are tied
@@ -124,6 +124,11 @@ def shape_of(model: nn.Module) -> ModelShape:
     embedding = sum(p.numel() for p in {head.weight, table.weight})
     total = sum(p.numel() for p in model.parameters())
     text = model.config.get_text_config()
+    if missing := [name for name in ("hidden_size", "num_hidden_layers") if not families.own_value(text, name)]:
+        name = type(model).__name__  # BLT has three stacks of layers, each of a width of its own
+        raise ConfigError(
+            f"model.name: no memory plan for {name}, whose config.json has no {missing[0]}: train on a CPU"
+        )
     return ModelShape(
         linears=tuple(packed),
         towers=tuple(families.towers(model)),
@@ -144,7 +149,7 @@ def shape_of(model: nn.Module) -> ModelShape:
 def adapted(shape: ModelShape, lora: LoraSettings) -> list[tuple[str, int, int]]:
     """Return the linear layers that get an adapter."""
     apart = tuple(f"{name}." for name in shape.towers)
-    linears = [linear for linear in (*shape.linears, *shape.plain_linears) if not linear[0].startswith(apart)]
+    linears = [linear for linear in (*shape.linears, *shape.plain_linears) if not f"{linear[0]}.".startswith(apart)]
     targets, exclude, layers = lora.target_modules, lora.exclude_modules, lora.layers_to_transform
     names = tuple(name for name, _, _ in linears)
     if isinstance(targets, tuple) and exclude is None and layers is None:  # which may name other modules only

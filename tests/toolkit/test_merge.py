@@ -44,7 +44,7 @@ def adapted(request, tiny_model, tmp_path):
     def make(plain: bool) -> PeftModel:
         bnb_config = create_bnb_config(compute_dtype="float32")
         base, _ = load_model_and_tokenizer(str(tmp_path), bnb_config, compute_dtype="float32", device="cpu")
-        both = get_peft_model(merge.plain_copy(base, False) if plain else base, LoraConfig(**lora))
+        both = get_peft_model(merge.plain_copy(base) if plain else base, LoraConfig(**lora))
         generator = torch.Generator().manual_seed(1)
         for _, parameter in sorted(both.named_parameters()):
             if parameter.requires_grad:
