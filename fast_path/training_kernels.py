@@ -368,7 +368,22 @@ def settle_gradients_kernel(
 
 
 @triton.jit
-def _row_cross_entropy(logits, target, loss, columns, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
+def _formed(x, scale, cap, SCALED: tl.constexpr, CAPPED: tl.constexpr):
+    """Return what a model makes of its head's product x, as LogitForm of loss.py, and the tanh in it."""
+    if SCALED:
+        x = x * scale
+    tanh = x
+    if CAPPED:
+        tanh = 1.0 - 2.0 / (tl.exp2(x * (2 * 1.4426950408889634 / cap)) + 1.0)
+        x = tanh * cap
+    return x, tanh
+
+
+@triton.jit
+def _row_cross_entropy(
+    logits, target, loss, columns, scale, cap, GRADIENT: tl.constexpr, SCALED: tl.constexpr, CAPPED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     """Do `cross_entropy_kernel` for one row.
 
     Each group of eight neighbouring logits has its own running maximum and sum, so threads exchange nothing before the
@@ -377,11 +392,15 @@ def _row_cross_entropy(logits, target, loss, columns, GRADIENT: tl.constexpr, BL
     LOG2E: tl.constexpr = 1.4426950408889634
     kept = target >= 0
     at_target = tl.load(logits + tl.maximum(target, 0)).to(tl.float32)  # read now: the second pass overwrites it
+    at_target, _ = _formed(at_target, scale, cap, SCALED, CAPPED)
     k = tl.arange(0, BLOCK)
     top = tl.full((BLOCK // 8,), -1e38, tl.float32)  # finite, since inf - inf would be NaN
     total = tl.zeros((BLOCK // 8,), tl.float32)
     for start in range(0, columns, BLOCK):
         x = tl.load(logits + start + k, mask=start + k < columns, other=float("-inf")).to(tl.float32)
+        x, _ = _formed(x, scale, cap, SCALED, CAPPED)
+        if CAPPED:  # which made a number of -inf
+            x = tl.where(start + k < columns, x, float("-inf"))
         x = tl.reshape(x, (BLOCK // 8, 8))
         above = tl.maximum(top, tl.max(x, 1))
         total = total * tl.exp2((top - above) * LOG2E) + tl.sum(tl.exp2((x - above[:, None]) * LOG2E), 1)
@@ -393,13 +412,23 @@ def _row_cross_entropy(logits, target, loss, columns, GRADIENT: tl.constexpr, BL
         for back in range(0, columns, BLOCK):
             column = (columns - 1) // BLOCK * BLOCK - back + k
             x = tl.load(logits + column, mask=column < columns, other=0.0).to(tl.float32)
+            x, tanh = _formed(x, scale, cap, SCALED, CAPPED)
             share = tl.exp2((x - log_sum) * LOG2E) - (column == target).to(tl.float32)
+            if SCALED:
+                share *= scale
+            if CAPPED:
+                share *= 1.0 - tanh * tanh
             tl.store(logits + column, tl.where(kept, share, 0.0).to(logits.dtype.element_ty), mask=column < columns)
 
 
 @triton.jit
-def cross_entropy_kernel(logits, targets, losses, rows, columns, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
+def cross_entropy_kernel(
+    logits, targets, losses, rows, columns, scale, cap, GRADIENT: tl.constexpr, SCALED: tl.constexpr,
+    CAPPED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Write the loss of each row of logits, 0 where the target is -100, and overwrite the logits with their gradient.
+
+    SCALED, CAPPED: whether the model multiplies its head's product by `scale`, or caps it with cap tanh(x / cap).
 
     There is one program per multiprocessor, and each takes one row after another, in blocks of BLOCK columns. So few
     rows are in work at the same time, and they fit the L2 cache (300 kB per row for a vocabulary of 151,936), from
@@ -407,7 +436,9 @@ def cross_entropy_kernel(logits, targets, losses, rows, columns, GRADIENT: tl.co
     """
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
         place = logits + columns.to(tl.int64) * row
-        _row_cross_entropy(place, tl.load(targets + row), losses + row, columns, GRADIENT, BLOCK)
+        _row_cross_entropy(
+            place, tl.load(targets + row), losses + row, columns, scale, cap, GRADIENT, SCALED, CAPPED, BLOCK
+        )
 
 
 @triton.jit

@@ -121,6 +121,8 @@ def random_models(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) ->
         "gemma2": ("Gemma2", 4, {"query_pre_attn_scalar": 64, "final_logit_softcapping": 5.0}),
         "ministral": ("Ministral", 8, {"tie_word_embeddings": False, "sliding_window": 64}),
         "gemma": ("Gemma", 4, {}),
+        "granite": ("Granite", 8, {"logits_scaling": 6.0, "residual_multiplier": 0.3, "embedding_multiplier": 3.0}),
+        "cohere": ("Cohere", 4, {"logit_scale": 0.0625}),
     }
 
     @functools.cache

@@ -60,6 +60,7 @@ class ModelShape:
     heads: int
     head_norms: bool  # q and k are normalised, as in Qwen3
     positions: int | None  # that the model supports, if its configuration has the number
+    capped: bool = False  # the logits are capped with a tanh
     family: Family = families.UNKNOWN  # what the fast path knows about it
     trainable: int | None = (
         None  # as peft counts it, where adapters may be on experts; None: as `adapter_parameters` does
@@ -137,6 +138,7 @@ def shape_of(model: nn.Module) -> ModelShape:
         heads=families.own_value(text, "num_attention_heads"),
         head_norms=any(name.endswith("q_norm") for name, _ in model.named_modules()),
         positions=known_positions(model.config),
+        capped=bool(getattr(text, "final_logit_softcapping", None)),
         family=families.of(model),
     )
 
@@ -242,9 +244,9 @@ def loss_bytes(shape: ModelShape, config: Config, path: str, tokens: int, chunk:
     """Return the bytes that the loss needs: input of the last norm in fp32, its output and gradient, a chunk of logits.
 
     The kernel overwrites the logits with their gradient. Without the kernel, compiled code keeps fp32 logits and their
-    gradient at the same time.
+    gradient at the same time; uncompiled code the slope of a cap, too.
     """
-    width = 8 if path == COMPILED else 11
+    width = 8 if path == COMPILED else 15 if shape.capped else 11
     if path != PLAIN and config.quantization.compute_dtype != "float32" and not lacks_triton():
         width = 2
     return tokens * 8 * shape.hidden + min(chunk, tokens) * shape.vocabulary * width

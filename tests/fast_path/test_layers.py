@@ -28,7 +28,7 @@ from fast_path.choice import choose_fast_path
 from fast_path.compiled import compile_layers, compiled_in_pieces, operators_tag
 from fast_path.dropout import DropoutClock, use_stateless_dropout
 from fast_path.layers import _fused_mlp, fuse
-from fast_path.loss import CROSS_ENTROPY, CausalLMLoss, kernel_chunk_loss
+from fast_path.loss import CROSS_ENTROPY, CausalLMLoss, LogitForm, kernel_chunk_loss
 from fast_path.micro_step import inputs_in_main_memory
 from fast_path.packed_weights import DEQUANTIZE, adapter_columns, stack_adapters, stack_weights
 from quantization_utils import (
@@ -519,20 +519,24 @@ def check_cross_entropy(device: str, dtype: torch.dtype, tolerance: float) -> No
     targets at both ends.
     """
     torch.manual_seed(0)
-    for vocabulary, size in ((101, 1.0), (20_000, 1.0), (101, 100.0)):
+    cases = (101, 1.0, ()), (20_000, 1.0, ()), (101, 100.0, ()), (101, 3.0, (1.0, 5.0)), (20_000, 1.0, (0.25, 2.0))
+    for vocabulary, size, form in (*cases, (101, 3.0, (1 / 6, 0.0)), (101, 100.0, (1.0, 30.0))):
+        form = LogitForm(*form)
         rows, weight = torch.randn(6, 24, device=device), torch.randn(vocabulary, 24, device=device) * size
         rows, weight = rows.to(dtype), weight.to(dtype)
         targets = torch.tensor([0, vocabulary - 1, IGNORED, 7, vocabulary // 2, 3], device=device)
         logits = (rows @ weight.t()).double().requires_grad_()
-        want = torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+        shaped = form.scale * logits
+        shaped = form.cap * torch.tanh(shaped / form.cap) if form.cap else shaped
+        want = torch.nn.functional.cross_entropy(shaped, targets, ignore_index=IGNORED, reduction="sum")
         want.backward()
         for with_gradient, programs in itertools.product(
             (False, True), (4, 1)
         ):  # one row after another, or all at once
             with mock.patch.object(loss_module, "multiprocessors", lambda _, programs=programs: programs):
-                loss, gradient = kernel_chunk_loss(rows, weight, None, targets, with_gradient)
-            assert abs(loss.sum().item() / want.item() - 1) < 1e-5, (vocabulary, size)
-        assert apart(gradient, logits.grad.float() @ weight.float()) < tolerance, (vocabulary, size)
+                loss, gradient = kernel_chunk_loss(rows, weight, None, targets, with_gradient, form)
+            assert abs(loss.sum().item() / want.item() - 1) < 1e-5, (vocabulary, size, form)
+        assert apart(gradient, logits.grad.float() @ weight.float()) < tolerance, (vocabulary, size, form)
         assert not gradient[2].any()
 
 
@@ -638,7 +642,7 @@ def test_layers_learn_the_same_from_kernels_in_tritons_interpreter(random_models
 def signature(kernel, pointers: dict[str, str]) -> dict[str, str]:
     """Return the types of a kernel's arguments: pointers as given, all others 32-bit numbers."""
     names = [name for name in kernel.arg_names if name.upper() != name or name in pointers]
-    floats = ("scale", "inverse", "epsilon")
+    floats = ("scale", "cap", "inverse", "epsilon")
     return {name: pointers.get(name, "fp32" if name in floats else "i32") for name in names}
 
 
@@ -699,9 +703,9 @@ def test_kernels_compile_within_the_shared_memory_of_each_card(capability):
     for shares in (1, 37):  # of 18,944 columns, a 7B's
         settle = {"SHARES": shares, "BLOCK_M": 64, "BLOCK_R": 32, "BLOCK_Z": 64}
         compile_(training_kernels.settle_kernel, {"sums": SINGLE, "wide": HALF, "u": HALF}, settle, 4)
-    for gradient in (False, True):
+    for gradient, scaled, capped in itertools.product((False, True), repeat=3):
         pointers = {"logits": HALF, "targets": "*i64", "losses": SINGLE}
-        constants = {"GRADIENT": gradient, "BLOCK": CROSS_ENTROPY.block_k}
+        constants = {"GRADIENT": gradient, "SCALED": scaled, "CAPPED": capped, "BLOCK": CROSS_ENTROPY.block_k}
         compile_(training_kernels.cross_entropy_kernel, pointers, constants, CROSS_ENTROPY.warps)
     heads = {"HEADS": 16, "KV_HEADS": 2, "HALF": 64, "BLOCK_M": ROTATE.block_m, "BLOCK_K": 64}
     for back, angles in itertools.product((False, True), (HALF, SINGLE)):
