@@ -99,8 +99,8 @@ def rotate(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return q and k rotated as transformers' apply_rotary_pos_emb does, and v, each [batch, length, its heads, width].
 
-    qkv: [batch, length, (heads + 2 kv_heads) width]; cos, sin: [batch or 1, length, width]. Computed in fp32 and
-    rounded once. It has a kernel of its own because the kernel that torch.compile makes for the backward
+    qkv: [batch, length, (heads + 2 kv_heads) width]; cos, sin: [batch or 1, length, the features of a head that are
+    rotated, its first ones]. Computed in fp32 and rounded once. It has a kernel of its own because the kernel that torch.compile makes for the backward
     pass is several times slower than its memory traffic requires (docs/measurements.md).
     """
     parts = _apart(qkv, heads, kv_heads)
@@ -118,11 +118,11 @@ def _apart(qkv: torch.Tensor, heads: int, kv_heads: int) -> tuple[torch.Tensor, 
 def _rotate(qkv, q, k, v, cos, sin, back: bool) -> None:
     """Fill q, k and v from qkv; with back, fill the gradient qkv from the gradients q, k and v."""
     (*_, heads, width), kv_heads = q.shape, k.shape[-2]
-    rows, block = qkv.numel() // width, triton.next_power_of_2(width // 2)
+    rows, block, turned = qkv.numel() // width, triton.next_power_of_2(width // 2), cos.shape[-1]
     block_m = max(1, ROTATE.block_m * ROTATE.block_k // block)
     training_kernels.rotate_kernel[(triton.cdiv(rows, block_m),)](
-        qkv, q, k, v, cos.contiguous(), sin.contiguous(), rows, cos.numel() // width, HEADS=heads, KV_HEADS=kv_heads,
-        HALF=width // 2, BLOCK_M=block_m, BLOCK_K=block, BACK=back, num_warps=ROTATE.warps,
+        qkv, q, k, v, cos.contiguous(), sin.contiguous(), rows, cos.numel() // turned, HEADS=heads, KV_HEADS=kv_heads,
+        HALF=turned // 2, WIDTH=width, BLOCK_M=block_m, BLOCK_K=block, BACK=back, num_warps=ROTATE.warps,
     )  # fmt: skip
 
 

@@ -82,7 +82,8 @@ class ModelShape:
 
     @property
     def key_value(self) -> int:
-        return self.width("k_proj", "v_proj") or 2 * self.hidden
+        together = self.width(*self.family.qkv) if len(self.family.qkv) == 1 else 0
+        return self.width("k_proj", "v_proj") or max(0, together - self.query) or 2 * self.hidden
 
     @property
     def inner(self) -> int:
@@ -139,7 +140,7 @@ def shape_of(model: nn.Module) -> ModelShape:
         head_norms=any(name.endswith("q_norm") for name, _ in model.named_modules()),
         positions=known_positions(model.config),
         capped=bool(getattr(text, "final_logit_softcapping", None)),
-        family=families.of(model),
+        family=families.of(families.decoder_layers(model)[0]),
     )
 
 
@@ -207,8 +208,8 @@ def saved_bytes(shape: ModelShape, config: Config, path: str) -> int:
         attention += 4 * (q + kv // 2) * shape.heads // q
     if path == COMPILED or not plain_layers(shape, path):
         # A norm is made again from its input, the layer's or the sum after attention, and two numbers. Further norms
-        # read what a product writes, which is kept for them.
-        further = (shape.family.layer_norms - 2) * (2 * h + 4)
+        # read what a product writes, which is kept for them (uncompiled: in fp32).
+        further = shape.family.further_norms * ((2 if path == COMPILED else 4) * h + 4)
         return attention + 2 * (2 * h + 2 * inner) + 2 * fused_columns(shape, config) + 8 + further
     norms = shape.family.layer_norms * (4 * h + 4)  # in fp32
     # With dropout each adapter of peft keeps its own copy of its input, and each group of readers a mask.

@@ -68,7 +68,8 @@ def saved_by_autograd(folder: str, path: str, p: float, layers: int) -> int:
     return sum(seen.values())
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "llama", "qwen3", "gemma"])  # the last keeps its own attention and MLP
+# The last keeps its own attention and MLP.
+@pytest.mark.parametrize("kind", ["qwen2", "llama", "qwen3", "smollm3", "olmo2", "gemma3", "phi3", "gemma"])
 @pytest.mark.parametrize("path, p", [(path, p) for path in (PLAIN, FUSED, COMPILED) for p in (0.0, 0.05)])
 def test_saved_activations_are_what_autograd_keeps(random_models, kind, path, p):
     folder = str(random_models(kind))
