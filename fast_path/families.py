@@ -78,9 +78,7 @@ class Family:
     @property
     def plain_attention(self) -> str | None:
         """Return the reason why attention stays plain, or None where it is fused."""
-        if not self.attention:
-            return "no row in families.py"
-        return "scores are capped" if self.score_cap else None
+        return None if self.attention else "no row in families.py"
 
     @property
     def plain_mlp(self) -> str | None:
@@ -108,6 +106,8 @@ class Family:
             return f"the MLP's activation is {self.activation}"
         if self.norm_scale != "weight":
             return f"norms scale by {self.norm_scale}"
+        if self.score_cap:
+            return "scores are capped"
         if self.further_norms:
             return "norms after attention and after the MLP"
         if self.residual_factor or self.embedding_factor:

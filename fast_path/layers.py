@@ -11,7 +11,7 @@ from torch import nn
 from transformers.activations import GELUTanh, SiLUActivation
 
 from fast_path import families
-from fast_path.attention import CAUSAL, GROUPED, attend, grouped_attention, rotate
+from fast_path.attention import CAPPED, CAUSAL, GROUPED, attend, attend_capped, grouped_attention, rotate
 from fast_path.dropout import DropoutClock, salt_of
 from fast_path.fused_linear import NOTHING_HANDED, Adapters, Handed, Masks, Norm, inverse_rms, run_linear
 from fast_path.packed_weights import fusable, stack_weights
@@ -118,7 +118,7 @@ def _rotated_heads(self, hidden_states, position_embeddings):
 
 
 ACTIVATIONS = {"silu": (nn.SiLU, SiLUActivation), "gelu_pytorch_tanh": (GELUTanh,)}  # by their names in families.py
-MIXERS = {CAUSAL: attend, GROUPED: grouped_attention}  # by their names in transformers
+MIXERS = {CAUSAL: attend, CAPPED: attend_capped, GROUPED: grouped_attention}  # by their names in transformers
 
 
 def _fused_attention(
@@ -130,7 +130,8 @@ def _fused_attention(
     if cache is not None:
         k, v = cache.update(k, v, self.layer_idx)
     mix = MIXERS[self.config._attn_implementation]
-    mixed, weights = mix(self, q, k, v, attention_mask, scaling=self.scaling)
+    capped = {"softcap": self.attn_logit_softcapping, "sliding_window": self.sliding_window} if self.caps else {}
+    mixed, weights = mix(self, q, k, v, attention_mask, scaling=self.scaling, **capped)
     return self.fused_out(mixed.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
@@ -174,7 +175,7 @@ def _switch_attention(attention: nn.Module, qkv: Group, out: Group) -> None:
     q = getattr(attention, family.out).in_features  # as wide as all heads
     attention.sizes = [q, (total - q) // 2, (total - q) // 2]
     attention.turns = bool(getattr(attention, family.rotates)) if family.rotates else True
-    attention.qk_norms = family.qk_norms
+    attention.qk_norms, attention.caps = family.qk_norms, family.score_cap
     _switch(attention, _fused_attention, qkv=qkv, out=out)
 
 

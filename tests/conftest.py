@@ -113,13 +113,14 @@ def random_models(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) ->
     import transformers
 
     KINDS, PART = ["full_attention", "sliding_attention"], {"partial_rotary_factor": 0.75}
+    CAP = {"attn_logit_softcapping": 2.0, "sliding_window": 16}
     # family: (class prefix, grouped heads, what sets it apart)
     families = {
         "qwen2": ("Qwen2", 4, {"tie_word_embeddings": True}),
         "llama": ("Llama", 4, {"tie_word_embeddings": False, "attention_bias": False}),
         "mistral": ("Mistral", 8, {"tie_word_embeddings": False, "sliding_window": 16}),
         "qwen3": ("Qwen3", 8, {"tie_word_embeddings": True}),
-        "gemma2": ("Gemma2", 4, {"query_pre_attn_scalar": 64, "final_logit_softcapping": 5.0}),
+        "gemma2": ("Gemma2", 4, {"query_pre_attn_scalar": 64, "final_logit_softcapping": 5.0, **CAP}),
         "gemma3": ("Gemma3", 8, {"query_pre_attn_scalar": 64, "sliding_window": 16, "layer_types": KINDS}),
         "phi3": ("Phi3", 8, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, **PART}}),
         "smollm3": ("SmolLM3", 8, {"no_rope_layers": [0, 1], "tie_word_embeddings": True}),

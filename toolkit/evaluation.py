@@ -181,7 +181,7 @@ def evaluate(
     parts = answerable(held, say) if task.prompts is not None else None
     blocks: Any = held if task.stride is None else windows_of(held, task.stride)
     live = load_adapter(model, task.adapter) if task.adapter else model
-    attention.prepare_attention(model, config.data, sample_counts(blocks))
+    attention.prepare_attention(model, config.data, sample_counts(blocks), config.model.attn_implementation)
     sums = evaluate_base_and_adapter(live, config, blocks, accelerator, tokenizer.pad_token_id, say)
     result = comparison(held.dataset, blocks, task.stride, sums)
     if task.adapter:

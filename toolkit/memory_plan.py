@@ -205,12 +205,15 @@ def saved_bytes(shape: ModelShape, config: Config, path: str) -> int:
     attention = 2 * (2 * q + kv) + 4 * shape.heads
     if shape.head_norms:  # the norms' inputs in fp32 (compiled: the product, with v) and a number per head
         attention += 2 * (q + kv) if path == COMPILED else 4 * (q + kv // 2)
-        attention += 4 * (q + kv // 2) * shape.heads // q
+        attention += 8 if shape.family.qk_norms == "all" else 4 * (q + kv // 2) * shape.heads // q
     if path == COMPILED or not plain_layers(shape, path):
-        # A norm is made again from its input, the layer's or the sum after attention, and two numbers. Further norms
-        # read what a product writes, which is kept for them (uncompiled: in fp32).
-        further = shape.family.further_norms * ((2 if path == COMPILED else 4) * h + 4)
-        return attention + 2 * (2 * h + 2 * inner) + 2 * fused_columns(shape, config) + 8 + further
+        # A norm is made again from its input, the layer's or the sum after attention, and a number. Further norms read
+        # what a product writes, which is kept for them (uncompiled: in fp32); the sum is then made again from it.
+        family = shape.family
+        further = family.further_norms * ((2 if path == COMPILED else 4) * h + 4)
+        summed = 0 if further and path == COMPILED else 2 * h
+        numbers = 4 * (family.layer_norms - family.further_norms)
+        return attention + 2 * h + summed + 4 * inner + 2 * fused_columns(shape, config) + numbers + further
     norms = shape.family.layer_norms * (4 * h + 4)  # in fp32
     # With dropout each adapter of peft keeps its own copy of its input, and each group of readers a mask.
     dropped = config.lora.dropout > 0 and path == PLAIN
