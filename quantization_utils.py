@@ -47,8 +47,9 @@ from transformers.utils import cached_file
 
 from config import Config, ConfigError
 from fast_path.dropout import own_dropout_line
-from fast_path.families import decoder_layers, head_width, known_positions, rope_parameters
+from fast_path.families import decoder_layers, head_width, known_positions, of, rope_parameters
 from fast_path.model_targets import DEFAULT_TARGETS, linear_modules, names_without_experts, resolved_targets
+from fast_path.nf4 import runs_on
 from fast_path.packed_weights import keep_packing
 from fast_path.targets import is_pattern
 from toolkit.hub import asking_hub, cache_problem, hub_problem
@@ -361,7 +362,8 @@ def base_lines(config: Config, model: PreTrainedModel) -> list[str]:
     """Return the log lines about a loaded base: what of it is unusual in training. Raises ConfigError, as check_length."""
     lines = check_length(config.data.max_length, model.config)
     attention = model.config._attn_implementation
-    if config.model.attn_implementation == "auto" and attention != "sdpa" and head_width(model.config):
+    capped = runs_on(model.device) and of(decoder_layers(model)[0]).score_cap  # training runs capped_attention.py
+    if config.model.attn_implementation == "auto" and attention != "sdpa" and head_width(model.config) and not capped:
         name = type(model).__name__
         lines.append(f"attention: {attention}, since {name} has no sdpa; it stores the scores of all pairs of tokens")
     return lines + own_dropout_line(model) + (unpacked_line(model) if config.quantization.load_in_4bit else [])

@@ -420,7 +420,7 @@ def build_learner(
         peft_model = prepare_model_for_training(model, fresh, plan.checkpointed)
     config = checkpoints.effective(config, peft_model)  # somebody may have edited the functions that made it
     p, dtype = config.lora.dropout, compute_dtype_of(config)
-    attention_lines = attention.prepare_attention(model, config.data, samples)
+    attention_lines = attention.prepare_attention(model, config.data, samples, config.model.attn_implementation)
     clock = dropout.DropoutClock(seed, device)
     dropout.use_stateless_dropout(peft_model, p, clock)
     objective = CausalLMLoss(peft_model, dtype)

@@ -16,10 +16,12 @@ from transformers.masking_utils import sdpa_mask
 
 from config import ConfigError, DataConfig
 from fast_path import families, training_kernels
+from fast_path.capped_attention import capped_attention, has_kernels, plain_capped_attention
 from fast_path.dropout import modes_kept
 from fast_path.nf4 import Launch, triton
 
 CAUSAL = "sdpa_causal"  # the name of `attend`, for training
+CAPPED = "capped_causal"  # the name of `attend_capped`, for training
 GROUPED = "sdpa_grouped"  # the name of `grouped_attention`, for generation
 # Grouped-query attention (fewer heads of k and v than of q): torch >= 2.12 needs enable_gqa=True; 2.11 has no such
 # argument and accepts fewer heads as it is.
@@ -60,7 +62,7 @@ def _no_mask(
     """
     choice = choice_of(config)
     packed = choice.packed and not allow_is_causal_skip
-    slides = local_size is not None and kv_length > local_size
+    slides = local_size is not None and kv_length > local_size and config._attn_implementation != CAPPED
     if not packed and not slides:
         return None
     if packed and not slides and choice.varlen_samples:
@@ -99,8 +101,8 @@ def rotate(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return q and k rotated as transformers' apply_rotary_pos_emb does, and v, each [batch, length, its heads, width].
 
-    qkv: [batch, length, (heads + 2 kv_heads) width]; cos, sin: [batch or 1, length, width]. Computed in fp32 and
-    rounded once. It has a kernel of its own because the kernel that torch.compile makes for the backward
+    qkv: [batch, length, (heads + 2 kv_heads) width]; cos, sin: [batch or 1, length, the features of a head that are
+    rotated, its first ones]. Computed in fp32 and rounded once. It has a kernel of its own because the kernel that torch.compile makes for the backward
     pass is several times slower than its memory traffic requires (docs/measurements.md).
     """
     parts = _apart(qkv, heads, kv_heads)
@@ -118,11 +120,11 @@ def _apart(qkv: torch.Tensor, heads: int, kv_heads: int) -> tuple[torch.Tensor, 
 def _rotate(qkv, q, k, v, cos, sin, back: bool) -> None:
     """Fill q, k and v from qkv; with back, fill the gradient qkv from the gradients q, k and v."""
     (*_, heads, width), kv_heads = q.shape, k.shape[-2]
-    rows, block = qkv.numel() // width, triton.next_power_of_2(width // 2)
+    rows, block, turned = qkv.numel() // width, triton.next_power_of_2(width // 2), cos.shape[-1]
     block_m = max(1, ROTATE.block_m * ROTATE.block_k // block)
     training_kernels.rotate_kernel[(triton.cdiv(rows, block_m),)](
-        qkv, q, k, v, cos.contiguous(), sin.contiguous(), rows, cos.numel() // width, HEADS=heads, KV_HEADS=kv_heads,
-        HALF=width // 2, BLOCK_M=block_m, BLOCK_K=block, BACK=back, num_warps=ROTATE.warps,
+        qkv, q, k, v, cos.contiguous(), sin.contiguous(), rows, cos.numel() // turned, HEADS=heads, KV_HEADS=kv_heads,
+        HALF=turned // 2, WIDTH=width, BLOCK_M=block_m, BLOCK_K=block, BACK=back, num_warps=ROTATE.warps,
     )  # fmt: skip
 
 
@@ -245,16 +247,33 @@ def attend(
     return mixed.unflatten(0, (batch, length)), None
 
 
+def attend_capped(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor | None,
+    scaling: float, softcap: float | None = None, sliding_window: int | None = None, **kwargs,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
+    """Do what `attend` does for a model that caps its scores. starts: None, or the result of `sample_starts`.
+
+    A sliding window is a number here and no mask.
+    """
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    numbers = starts, scaling, softcap or 0.0, sliding_window or k.shape[1]
+    if has_kernels(q, k):
+        return capped_attention(q, k, v, *numbers)[0], None
+    return plain_capped_attention(q, k, v, *numbers), None
+
+
 def varlen_obstacle(model: nn.Module, length: int) -> str | None:
     """Return why packed samples in blocks of `length` tokens need a mask; None where varlen attention works."""
     config, device, dtype = model.config, model.device, model.get_input_embeddings().weight.dtype
     known = any(families.fused("attention", module) for module in model.modules())
     width = families.head_width(config)
     window = getattr(config, "sliding_window", None) or length
-    if config._attn_implementation != CAUSAL:
+    if config._attn_implementation not in (CAUSAL, CAPPED):
         return f"model.attn_implementation {config._attn_implementation}"
     if not known:
         return f"{type(model).__name__} has another attention"
+    if config._attn_implementation == CAPPED:
+        return None
     if device.type != "cuda":
         return "there is no CUDA GPU"
     if torch.cuda.get_device_capability(device) < (8, 0) or not torch.backends.cuda.is_flash_attention_available():
@@ -305,12 +324,14 @@ def keep_samples_apart(model: nn.Module, length: int, samples: Sequence[int]) ->
     return f"packed samples: {f'with a mask: {obstacle}' if obstacle else 'varlen attention'}"
 
 
-def prepare_attention(model: nn.Module, data: DataConfig, samples: Sequence[int]) -> list[str]:
+def prepare_attention(
+    model: nn.Module, data: DataConfig, samples: Sequence[int], asked: str = "auto"
+) -> list[str]:  # fmt: skip
     """Set a model's attention up for the sequences of a run and return the log lines about it; raise ConfigError.
 
-    samples: how many the fullest blocks hold, as in keep_samples_apart; empty where blocks hold running text or a row each.
+    asked: model.attn_implementation. samples: how many the fullest blocks hold, as in keep_samples_apart; empty where blocks hold running text or a row each.
     """
-    use_causal_attention(model)
+    use_causal_attention(model, asked)
     lines = fix_rotary_scale(model, data.max_length, alike=data.packing and not samples)
     return [*lines, *([keep_samples_apart(model, data.max_length, samples)] if samples else [])]
 
@@ -344,23 +365,29 @@ def fix_rotary_scale(model: nn.Module, length: int, alike: bool) -> list[str]:
     return [f"rotary scale: that of {length:,} tokens, for a shorter last block too"]
 
 
-def use_causal_attention(model: nn.Module) -> bool:
+def use_causal_attention(model: nn.Module, asked: str = "auto") -> bool:
     """Train without mask tensors and return whether the model was switched; only one that runs `sdpa` is.
 
+    So is a model of a known family that runs `eager` because its scores are capped, unless that was asked for (`asked`).
     Blocks are full or padded on the right, so causal attention is exact without a mask. transformers would build a 4-D
     mask where it cannot look at the data (in a captured graph), and SDPA would then leave its fast is_causal path.
     """
     model.config.attention_choice = choice_of(model.config)._replace(packed=False)
-    if model.config._attn_implementation != "sdpa":
+    known = [module for module in model.modules() if families.fused("attention", module)]
+    eager = model.config._attn_implementation == "eager"
+    capped = eager and asked == "auto" and any(families.of(module).score_cap for module in known)
+    if model.config._attn_implementation != "sdpa" and not capped:
         return False
     torch.backends.cuda.enable_cudnn_sdp(False)  # unsafe under a compiler: see `cudnn_attention`
     model.config.attention_choice = model.config.attention_choice._replace(cudnn=cudnn_serves(model))
-    AttentionInterface.register(CAUSAL, attend)
-    AttentionMaskInterface.register(CAUSAL, _no_mask)
-    known = any(families.fused("attention", module) for module in model.modules())
-    if known or _does_without_mask(model):
+    for name, function in ((CAUSAL, attend), (CAPPED, attend_capped)):
+        AttentionInterface.register(name, function)
+        AttentionMaskInterface.register(name, _no_mask)
+    if capped:
+        model.set_attn_implementation(CAPPED)
+    elif known or _does_without_mask(model):
         model.set_attn_implementation(CAUSAL)
-    return model.config._attn_implementation == CAUSAL
+    return model.config._attn_implementation in (CAUSAL, CAPPED)
 
 
 @torch.no_grad()

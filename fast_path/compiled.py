@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from fast_path import attention, dropout, families, fused_linear, packed_weights
+from fast_path import attention, capped_attention, dropout, families, fused_linear, packed_weights
 from fast_path.fused_linear import LINEAR_ARGUMENTS
 
 
@@ -22,6 +22,7 @@ def _policy(ctx, op, *args, **kwargs) -> CheckpointPolicy:
 
     The backward pass reads only this operator's u, 32 bytes per token. Recomputing u would repeat the whole pass over
     the activations and the matrix product, which costs much more time than the memory is worth (docs/measurements.md).
+    A norm after it reads its whole output, as large as the layer's input: then nothing is saved (`_save_nothing`).
     """
     keep = op is torch.ops.qlora.linear.default and args[LINEAR_ARGUMENTS.index("swiglu")]
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
@@ -31,21 +32,27 @@ def _keep_small_products():
     return create_selective_checkpoint_contexts(_policy)
 
 
+def _save_nothing():
+    return create_selective_checkpoint_contexts(lambda ctx, op, *args, **kwargs: CheckpointPolicy.PREFER_RECOMPUTE)
+
+
 def _run_layer(layer: nn.Module, hidden: torch.Tensor, **kwargs) -> torch.Tensor:
     """Run a decoder layer. Its checkpoint is inside this function, so that a compiler sees the recomputation and drops
     the part of it that the backward pass does not read.
     """
     forward = type(layer).forward
     if layer.recompute and layer.training and torch.is_grad_enabled():
+        keep = _save_nothing if layer.norms_follow else _keep_small_products
         return checkpoint(
-            forward, layer, hidden, use_reentrant=False, preserve_rng_state=False, context_fn=_keep_small_products,
-            **kwargs,
+            forward, layer, hidden, use_reentrant=False, preserve_rng_state=False, context_fn=keep, **kwargs,
         )  # fmt: skip
     return forward(layer, hidden, **kwargs)
 
 
 @functools.cache
-def operators_tag(modules: tuple[ModuleType, ...] = (dropout, fused_linear, packed_weights, attention)) -> str:
+def operators_tag(
+    modules: tuple[ModuleType, ...] = (dropout, fused_linear, packed_weights, attention, capped_attention),
+) -> str:
     """Return a tag that changes with the text of the operators' files, so that each version has its own."""
     return "qlora " + " ".join(f"{zlib.crc32(inspect.getsource(module).encode()):08x}" for module in modules)
 
@@ -73,7 +80,7 @@ def compile_layers(model: PeftModel) -> None:
         return (compiled if layer.training else _run_layer)(layer, hidden, **kwargs)
 
     for layer in families.decoder_layers(model.get_base_model()):
-        layer.recompute = layer.gradient_checkpointing
+        layer.recompute, layer.norms_follow = layer.gradient_checkpointing, families.of(layer).further_norms > 0
         layer.gradient_checkpointing = False  # transformers would put its own checkpoint around the compiled layer
         layer.forward = functools.partial(run, layer)
 

@@ -38,17 +38,27 @@ class Family:
     # for `gate_up` below.
     qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
     out: str = "o_proj"
-    head_norms: bool = False  # q and k pass through the norms q_norm and k_norm, each as wide as one head
-    # "halves": feature i of a head is rotated together with feature i + width / 2; "part": only a part of each head is.
+    # q and k pass through the norms q_norm and k_norm: each as wide as one "head", or as "all" heads together; "" if not
+    qk_norms: str = ""
+    # "halves": feature i of a head is rotated together with feature i + width / 2; "part": that of the first features of
+    # each head, as many as the rotary embedding has, and the rest is not rotated.
     rotary: str = "halves"
+    rotates: str = ""  # the attribute of attention that says whether its layer rotates at all; "" where all do
     score_cap: bool = False  # attention scores are capped with a tanh
     # MLP
     gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
     down: str = "down_proj"
     activation: str = "silu"  # of gate, named as in transformers' hidden_act
-    # Norms. All are RMS norms; a layer has one before attention and one before the MLP.
+    act: str = "act_fn"  # the attribute of the MLP that is its activation
+    # Norms. All are RMS norms.
     norm_scale: str = "weight"  # the factor that they multiply by; "1 + weight" in Gemma
+    epsilon: str = "variance_epsilon"  # the attribute that is the number added to the mean square
+    # The norms before attention and before the MLP; "" where there is none, as in OLMo 2, which has them after only.
+    norms_before: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")
     layer_norms: int = 2  # norms per layer; Gemma2 has two more, after attention and after the MLP
+    # Attributes of the layer and of the decoder: the factors of what attention and MLP add, and of the embedding.
+    residual_factor: str = ""
+    embedding_factor: str = ""
 
     @property
     def readers(self) -> dict[str, str]:
@@ -62,33 +72,24 @@ class Family:
         return self.qkv, (self.out,), self.gate_up, (self.down,)
 
     @property
+    def further_norms(self) -> int:
+        """The norms of a layer that no operator computes on its way: those after attention and after the MLP."""
+        return self.layer_norms - sum(name != "" for name in self.norms_before)
+
+    @property
     def plain_attention(self) -> str | None:
         """Return the reason why attention stays plain, or None where it is fused."""
-        if not self.attention:
-            return "no row in families.py"
-        if len(self.qkv) != 3:
-            return "q, k and v are one linear"
-        if self.rotary != "halves":
-            return "another rotary embedding"
-        return "scores are capped" if self.score_cap else None
+        return None if self.attention else "no row in families.py"
 
     @property
     def plain_mlp(self) -> str | None:
         """Return the reason why the MLP stays plain, or None where it is fused."""
-        if not self.mlp:
-            return "no row in families.py"
-        if len(self.gate_up) != 2:
-            return "gate and up are one linear"
-        return None if self.activation == "silu" else f"its activation is {self.activation}"
+        return None if self.mlp else "no row in families.py"
 
     @property
     def plain_norms(self) -> str | None:
         """Return the reason why norms stay plain, or None where the operators that read their output compute them."""
-        if not (self.layer and self.norm):
-            return "no row in families.py"
-        if self.norm_scale != "weight":
-            return f"they scale by {self.norm_scale}"
-        return None if self.layer_norms == 2 else f"a layer has {self.layer_norms}"
+        return None if self.layer and self.norm else "no row in families.py"
 
     @property
     def plain_decode(self) -> str | None:
@@ -96,6 +97,22 @@ class Family:
 
         These kernels replace whole layers, so they need every part of a layer to be fused.
         """
+        if len(self.qkv) != 3 or len(self.gate_up) != 2:
+            return "q, k and v or gate and up are one linear"
+        if self.rotary != "halves" or self.rotates:
+            return "another rotary embedding"
+        if self.qk_norms == "all":
+            return "norms of q and k as wide as all heads"
+        if self.activation != "silu":
+            return f"the MLP's activation is {self.activation}"
+        if self.norm_scale != "weight":
+            return f"norms scale by {self.norm_scale}"
+        if self.score_cap:
+            return "scores are capped"
+        if self.further_norms:
+            return "norms after attention and after the MLP"
+        if self.residual_factor or self.embedding_factor:
+            return "factors of the embedding and of what a layer adds"
         return self.plain_attention or self.plain_mlp or self.plain_norms
 
 
@@ -105,13 +122,28 @@ def row(prefix: str, **facts: Any) -> Family:
     return Family(**{"name": prefix, **{kind: prefix + suffix for kind, suffix in kinds.items()}, **facts})
 
 
+OLMO = {"qk_norms": "all", "norms_before": ("", "")}
+GEMMA = {
+    "activation": "gelu_pytorch_tanh",
+    "norm_scale": "1 + weight",
+    "epsilon": "eps",
+    "norms_before": ("input_layernorm", "pre_feedforward_layernorm"),
+    "layer_norms": 4,
+}
+
 FAMILIES = (
     row("Llama"),
     row("Mistral"),
+    row("Ministral"),
     row("Qwen2"),
-    row("Qwen3", head_norms=True),
-    row("Gemma2", score_cap=True, activation="gelu_pytorch_tanh", norm_scale="1 + weight", layer_norms=4),
-    row("Phi3", qkv=("qkv_proj",), gate_up=("gate_up_proj",), rotary="part"),
+    row("Qwen3", qk_norms="head"),
+    row("SmolLM3", rotates="use_rope"),
+    row("Granite", residual_factor="residual_multiplier", embedding_factor="embedding_multiplier"),
+    row("Olmo2", **OLMO),
+    row("Olmo3", **OLMO),
+    row("Gemma2", score_cap=True, **GEMMA),
+    row("Gemma3", qk_norms="head", **GEMMA),
+    row("Phi3", qkv=("qkv_proj",), gate_up=("gate_up_proj",), rotary="part", act="activation_fn"),
 )
 UNKNOWN = Family()
 

@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -69,16 +70,28 @@ def share_rows(rows: int, blocks: int, device: torch.device) -> int:
 # du. W is dequantised, used and freed. A compiler cannot look into a custom operator, so it cannot decide to save W.
 
 
-def _swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+def _gate(gate: torch.Tensor, activation: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return sigmoid(z) and dz / dgate; an activation is gate sigmoid(z), with z = gate for SiLU.
+
+    GELU's approximation by a tanh, gate / 2 (1 + tanh(z / 2)), is gate sigmoid(z) with z = sqrt(8 / pi) (gate + 0.044715
+    gate^3) (Hendrycks & Gimpel, "Gaussian Error Linear Units", 2016).
+    """
+    if activation == "silu":
+        return torch.sigmoid(gate), torch.ones_like(gate)
+    k, square = math.sqrt(8 / math.pi), gate.square()
+    return torch.sigmoid(k * gate * (1 + 0.044715 * square)), k * (1 + 3 * 0.044715 * square)
+
+
+def _swiglu(gate_up: torch.Tensor, activation: str = "silu") -> torch.Tensor:
     gate, up = gate_up.float().chunk(2, -1)
-    return (F.silu(gate) * up).to(gate_up.dtype)
+    return (gate * _gate(gate, activation)[0] * up).to(gate_up.dtype)
 
 
-def _swiglu_backward(gate_up: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+def _swiglu_backward(gate_up: torch.Tensor, grad: torch.Tensor, activation: str = "silu") -> torch.Tensor:
     """Return the gradient of [gate | up]. It is written out, because autograd records nothing in a custom operator."""
     (gate, up), grad = gate_up.float().chunk(2, -1), grad.float()
-    sigmoid = torch.sigmoid(gate)
-    both = [grad * up * sigmoid * (1 + gate * (1 - sigmoid)), grad * gate * sigmoid]
+    sigmoid, slope = _gate(gate, activation)
+    both = [grad * up * sigmoid * (1 + gate * (1 - sigmoid) * slope), grad * gate * sigmoid]
     return torch.cat(both, 1).to(gate_up.dtype)
 
 
@@ -103,7 +116,10 @@ class Masks(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """The RMS norm to apply to x first. weight: [columns]; inverse: 1 / rms of each row of x, fp32 [rows]."""
+    """The RMS norm to apply to x first. weight: [columns]; inverse: 1 / rms of each row of x, fp32 [rows].
+
+    x / rms is rounded before it is multiplied by the weight, as in Llama, or, if the weight is in fp32, after it alone.
+    """
 
     weight: torch.Tensor
     inverse: torch.Tensor
@@ -119,11 +135,12 @@ def inverse_rms(x: torch.Tensor, epsilon: float, kernels: bool) -> torch.Tensor:
 
 
 def normed(x: torch.Tensor, norm: Norm | None, kernels: bool) -> torch.Tensor:
-    """Return x after the norm, rounded where transformers rounds: before and after multiplying by the weight."""
+    """Return x after the norm, rounded where transformers rounds."""
     if norm is None:
         return x
     if not kernels:
-        return (norm.weight * (x.float() * norm.inverse[:, None]).to(x.dtype)).to(x.dtype)
+        unit = x.float() * norm.inverse[:, None]
+        return (norm.weight * (unit if norm.weight.dtype is torch.float32 else unit.to(x.dtype))).to(x.dtype)
     out = torch.empty_like(x)
     _widen_kernel(x, out, out, x.new_empty(0, x.shape[1]), out, None, no_masks(x), 0.0, False, norm)
     return out
@@ -145,36 +162,37 @@ def no_masks(x: torch.Tensor) -> Masks:
 
 
 def widen(
-    x: torch.Tensor, A: torch.Tensor, masks: Masks, scale: float, swiglu: bool, kernels: bool, norm: Norm | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+    x: torch.Tensor, A: torch.Tensor, masks: Masks, scale: float, swiglu: bool, kernels: bool, norm: Norm | None = None,
+    activation: str = "silu",
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Return ([x | u | 0], scale u) with u = dropout(x) A^T: [rows, operand columns] and [rows, adapter columns].
 
     x: [rows, columns]; the norm is applied to it first if there is one. With swiglu, x is [gate | up], [rows, 2
-    columns], and silu(gate) * up is used instead of x.
+    columns], and activation(gate) * up is used instead of x.
     """
     extra, columns = A.shape
     stride = operand_columns(columns, extra)
     wide = x.new_empty(len(x), stride)
     if not kernels:
-        wide[:, :columns] = _swiglu(x) if swiglu else normed(x, norm, kernels)
+        wide[:, :columns] = _swiglu(x, activation) if swiglu else normed(x, norm, kernels)
         dropped = _drop(wide[:, :columns], masks) if masks.p > 0 else wide[:, :columns]
         wide[:, columns : columns + extra] = dropped @ A.t()
         wide[:, columns + extra :] = 0
         return wide, wide[:, columns : columns + extra] * scale
     u = x.new_empty(len(x), extra)
     if not extra:
-        _widen_kernel(x, wide, wide, A, wide, None, masks, scale, swiglu, norm)
+        _widen_kernel(x, wide, wide, A, wide, None, masks, scale, swiglu, norm, activation=activation)
         return wide, u
     if extra <= MOST_WIDEN_COLUMNS:
         share = widen_share(len(x), columns, x.device)
         shares = triton.cdiv(columns, share)
         sums = x.new_empty(shares, len(x), extra, dtype=torch.float32) if shares > 1 else u
-        _widen_kernel(x, wide, wide, A, sums, u, masks, scale, swiglu, norm, share)
+        _widen_kernel(x, wide, wide, A, sums, u, masks, scale, swiglu, norm, share, activation)
         if shares == 1:
             return wide, u
     else:
         dropped = x.new_empty(len(x), columns) if masks.p > 0 else wide[:, :columns]
-        _widen_kernel(x, wide, dropped, A, wide, None, masks, scale, swiglu, norm)
+        _widen_kernel(x, wide, dropped, A, wide, None, masks, scale, swiglu, norm, activation=activation)
         sums, shares = _product_fp32(dropped, A.t()), 1
     training_kernels.settle_kernel[(triton.cdiv(len(x), 64),)](
         sums, wide, u, len(x), columns, stride, extra, scale, SHARES=shares, BLOCK_M=64, BLOCK_R=dot_size(extra),
@@ -184,8 +202,9 @@ def widen(
 
 
 def _widen_kernel(
-    x, wide, dropped, A, sums, u, masks: Masks, scale: float, swiglu: bool, norm: Norm | None, share: int | None = None
-) -> None:
+    x, wide, dropped, A, sums, u, masks: Masks, scale: float, swiglu: bool, norm: Norm | None,
+    share: int | None = None, activation: str = "silu",
+) -> None:  # fmt: skip
     """Launch `widen_kernel`. u: None skips the product. share: columns per program; None means those of one tile."""
     (extra, columns), share = A.shape, share or WIDEN.block_k
     block_r = 0 if u is None else dot_size(extra)
@@ -195,7 +214,7 @@ def _widen_kernel(
         len(x), share, masks.length, columns, wide.shape[1], extra, drop_threshold(masks.p), 1 / (1 - masks.p), scale,
         SWIGLU=swiglu, NORM=norm is not None, DROPOUT=masks.p > 0, BLOCK_M=WIDEN.block_m, BLOCK_K=WIDEN.block_k,
         BLOCK_R=block_r, BLOCK_Z=dot_size(wide.shape[1] - columns) if block_r and columns <= share else 0,
-        num_warps=WIDEN.warps, num_stages=1,
+        ACTIVATION=activation, num_warps=WIDEN.warps, num_stages=1,
     )  # fmt: skip
 
 
@@ -245,8 +264,9 @@ def _leaves_no_gaps(extra: int, p: float, kernels: bool) -> bool:
 
 
 def swiglu_backward(
-    wide: torch.Tensor, x: torch.Tensor, A: torch.Tensor, masks: Masks, u: torch.Tensor | None, rank: int, kernels: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+    wide: torch.Tensor, x: torch.Tensor, A: torch.Tensor, masks: Masks, u: torch.Tensor | None, rank: int, kernels: bool,
+    activation: str = "silu",
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Return (d[gate | up], sums) from wide = [dx | du] and x = [gate | up].
 
     sums holds dA and the dB of gate and up; `apart` separates them. u: the scaled u of gate and up, [rows, adapter
@@ -254,12 +274,12 @@ def swiglu_backward(
     """
     extra, columns = A.shape
     if kernels and max(extra, rank) <= MOST_COLUMNS:
-        return _swiglu_backward_kernel(wide, x, A, masks, u, rank)
+        return _swiglu_backward_kernel(wide, x, A, masks, u, rank, activation)
     du = wide[:, columns : columns + extra]
-    tile, back = _swiglu(x), du @ A
+    tile, back = _swiglu(x, activation), du @ A
     if masks.p > 0:
         tile, back = _drop(tile, masks), _drop(back, masks)
-    grads = _swiglu_backward(x, wide[:, :columns] + back)
+    grads = _swiglu_backward(x, wide[:, :columns] + back, activation)
     parts = [grads[:, i * columns : (i + 1) * columns].t() for i in range(2 if rank else 0)]
     dB = [_product_fp32(part, u[:, i * rank : (i + 1) * rank]) for i, part in enumerate(parts)]
     return grads, torch.cat([part.flatten() for part in (_product_fp32(du.t(), tile), *dB)])
@@ -271,7 +291,7 @@ def apart(sums: torch.Tensor, extra: int, columns: int) -> tuple[torch.Tensor, t
     return sums[:size].view(extra, columns), sums[size:].view(2, columns, (len(sums) - size) // (2 * columns))
 
 
-def _swiglu_backward_kernel(wide, x, A, masks, u, rank):
+def _swiglu_backward_kernel(wide, x, A, masks, u, rank, activation):
     """Do `swiglu_backward` in one pass. Each share of the rows writes its own sums, which are added in fixed order."""
     (extra, columns), rows = A.shape, len(x)
     launch = swiglu_launch(max(extra, rank))
@@ -283,7 +303,7 @@ def _swiglu_backward_kernel(wide, x, A, masks, u, rank):
         wide, x, grads, A, u if rank else x, sums, masks.step, masks.sequences, masks.salt, rows, share, masks.length,
         columns, wide.shape[1], extra, u.stride(0) if rank else 0, rank, drop_threshold(masks.p), 1 / (1 - masks.p),
         DROPOUT=masks.p > 0, BLOCK_M=launch.block_m, BLOCK_K=launch.block_k, BLOCK_R=dot_size(extra) if extra else 0,
-        BLOCK_U=dot_size(rank) if rank else 0, num_warps=launch.warps, num_stages=1,
+        BLOCK_U=dot_size(rank) if rank else 0, ACTIVATION=activation, num_warps=launch.warps, num_stages=1,
     )  # fmt: skip
     return grads, sums.sum(0)
 
@@ -326,7 +346,7 @@ def linear(
     norm: list[torch.Tensor], hands_B: bool, swiglu: bool, before_u: torch.Tensor | None, before_B: list[torch.Tensor],
     codes: torch.Tensor, constants: list[torch.Tensor], lut: torch.Tensor, columns: int, blocksizes: list[int],
     quant_type: str, step: torch.Tensor, sequences: torch.Tensor, salt: torch.Tensor, length: int, p: float,
-    kernels: bool, pieces: int,
+    kernels: bool, pieces: int, activation: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Return (y, scale u), y: [rows, out features of all members]. x: [rows, columns], or with swiglu [gate | up].
 
@@ -345,10 +365,11 @@ def linear(
 
     W, stacked = unpack(0, A)
     if A:
-        wide, u = widen(x, stacked, Masks(step, sequences, salt, length, p), scale, swiglu, kernels, first)
+        wide, u = widen(x, stacked, Masks(step, sequences, salt, length, p), scale, swiglu, kernels, first, activation)
+    elif swiglu:
+        wide, u = widen(x, stacked, no_masks(x), 0.0, True, kernels, activation=activation)[0], x.new_empty(0)
     else:
-        wide = widen(x, stacked, no_masks(x), 0.0, True, kernels)[0] if swiglu else normed(x, first, kernels)
-        u = x.new_empty(0)
+        wide, u = normed(x, first, kernels), x.new_empty(0)
     if pieces == 1:
         return F.linear(wide, W, bias), u
     y = x.new_empty(len(x), codes.numel() * 2 // columns)
@@ -385,11 +406,12 @@ NOTHING_HANDED = Handed()
 def run_linear(
     x: torch.Tensor, weight: Packed, adapters: Adapters, masks: Masks, *, bias: torch.Tensor | None = None,
     norm: Norm | None = None, swiglu: bool = False, handed: Handed = NOTHING_HANDED, kernels: bool, pieces: int = 1,
+    activation: str = "silu",
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Return y and u of `linear`. It takes named groups of arguments; the schema of an operator has to be flat."""
     return linear(
         x, *adapters[:2], bias, adapters.scale, [] if norm is None else list(norm), handed.hands_B, swiglu, handed.u, handed.B,
-        *weight, *masks, kernels, pieces,
+        *weight, *masks, kernels, pieces, activation,
     )  # fmt: skip
 
 
@@ -408,7 +430,7 @@ def linear_backward(
     norm: list[torch.Tensor], hands_B: bool, swiglu: bool, before_u: torch.Tensor | None, before_rank: int,
     codes: torch.Tensor, constants: list[torch.Tensor], lut: torch.Tensor, columns: int, blocksizes: list[int],
     quant_type: str, step: torch.Tensor, sequences: torch.Tensor, salt: torch.Tensor, length: int, p: float,
-    kernels: bool,
+    kernels: bool, activation: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Return (dx, sums, dB [out features, rank]); sums and dB are in fp32.
 
@@ -424,7 +446,7 @@ def linear_backward(
     del W
     masks = Masks(step, sequences, salt, length, p)
     if swiglu:
-        dx, sums = swiglu_backward(wide, x, stacked, masks, before_u, before_rank, kernels)
+        dx, sums = swiglu_backward(wide, x, stacked, masks, before_u, before_rank, kernels, activation)
         return dx, sums, settle_gradients(sums, dB, outputs, len(A[0]), None, kernels)[1]
     dx, dA, first = widen_backward(wide, x, stacked, masks, kernels, first)
     dA, dB = settle_gradients(dA, dB, outputs, len(A[0]), first, kernels)
@@ -433,7 +455,7 @@ def linear_backward(
 
 @linear_backward.register_fake
 def _(grad, x, u, A, B, scale, norm, hands_B, swiglu, before_u, before_rank, codes, constants, lut, columns, *rest):
-    extra, (p, kernels) = adapter_columns(len(A[0]), len(A)), rest[-2:]
+    extra, (p, kernels, _) = adapter_columns(len(A[0]), len(A)), rest[-3:]
     alone = swiglu or _leaves_no_gaps(extra, p, kernels)
     dx = x.new_empty(x.shape) if alone else x.new_empty(len(x), operand_columns(columns, extra))[:, :columns]
     sizes = ((extra + 2 * before_rank) * columns,), (0 if hands_B else grad.shape[1], len(A[0]))
@@ -443,7 +465,7 @@ def _(grad, x, u, A, B, scale, norm, hands_B, swiglu, before_u, before_rank, cod
 def _linear_setup(ctx, inputs, output):
     given = dict(zip(LINEAR_ARGUMENTS, inputs, strict=True))
     x, A, B, norm, constants, before_B = (given[name] for name in ("x", "A", "B", "norm", "constants", "before_B"))
-    for name in ("scale", "hands_B", "swiglu", "length", "p", "kernels"):
+    for name in ("scale", "hands_B", "swiglu", "length", "p", "kernels", "activation"):
         setattr(ctx, name, given[name])
     ctx.quantisation = [given[name] for name in ("columns", "blocksizes", "quant_type")]
     tensors = [given[name] for name in ("before_u", "codes", "lut", "step", "sequences", "salt")]
@@ -465,6 +487,7 @@ def _linear_backward(ctx, grad, _):
         dx, sums, dB = linear_backward(
             grad.contiguous(), x, u, A, B, ctx.scale, norm, ctx.hands_B, ctx.swiglu, before_u,
             ctx.before[0][0] if ctx.before else 0, *quantised, step, sequences, salt, ctx.length, ctx.p, ctx.kernels,
+            ctx.activation,
         )  # fmt: skip
         rank, columns = A[0].shape
         dA, before_dB = apart(sums, adapter_columns(rank, len(A)), columns)
@@ -473,7 +496,7 @@ def _linear_backward(ctx, grad, _):
         grads["B"] = [part if part is None else part.to(b.dtype) for part, b in zip(parts, B, strict=True)]
         grads["before_B"] = [before_dB[i].to(dtype) for i, (_, dtype) in enumerate(ctx.before)]
     else:
-        dx = product_backward(grad.contiguous(), x, ctx.swiglu, *quantised, ctx.kernels)
+        dx = product_backward(grad.contiguous(), x, ctx.swiglu, *quantised, ctx.kernels, ctx.activation)
     grads["x"] = norm_backward(dx, x, Norm(*norm)) if norm else dx
     return tuple(grads.values())
 
@@ -484,13 +507,13 @@ linear.register_autograd(_linear_backward, setup_context=_linear_setup)
 @torch.library.custom_op("qlora::product_backward", mutates_args=())
 def product_backward(
     grad: torch.Tensor, x: torch.Tensor, swiglu: bool, codes: torch.Tensor, constants: list[torch.Tensor],
-    lut: torch.Tensor, columns: int, blocksizes: list[int], quant_type: str, kernels: bool,
+    lut: torch.Tensor, columns: int, blocksizes: list[int], quant_type: str, kernels: bool, activation: str,
 ) -> torch.Tensor:  # fmt: skip
     """Return dx of an operator without an adapter. With a norm, dx is the gradient of the norm's output."""
     packed = Packed(codes, constants, lut, columns, blocksizes, quant_type)
     W, stacked = operands(packed, [], [], 0.0, grad.dtype, kernels)
     dx = grad @ W
-    return swiglu_backward(dx, x, stacked, no_masks(x), None, 0, kernels)[0] if swiglu else dx
+    return swiglu_backward(dx, x, stacked, no_masks(x), None, 0, kernels, activation)[0] if swiglu else dx
 
 
 @product_backward.register_fake

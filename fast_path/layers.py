@@ -8,10 +8,10 @@ from contextlib import contextmanager
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers.activations import SiLUActivation
+from transformers.activations import GELUTanh, SiLUActivation
 
 from fast_path import families
-from fast_path.attention import CAUSAL, GROUPED, attend, grouped_attention, rotate
+from fast_path.attention import CAPPED, CAUSAL, GROUPED, attend, attend_capped, grouped_attention, rotate
 from fast_path.dropout import DropoutClock, salt_of
 from fast_path.fused_linear import NOTHING_HANDED, Adapters, Handed, Masks, Norm, inverse_rms, run_linear
 from fast_path.packed_weights import fusable, stack_weights
@@ -22,17 +22,18 @@ from fast_path.packed_weights import fusable, stack_weights
 class Group:
     """Linears that read the same x (the members), as one operator: x [..., columns] -> [..., outputs].
 
-    With swiglu, x is [gate | up], [..., 2 columns]. norm: the RMS norm that the operator applies to x first.
-    in_pieces: unpack the members one after the other where their sizes allow it.
+    With swiglu, x is [gate | up], [..., 2 columns], and `activation` that of gate. norm: `norm_of` the RMS norm that the
+    operator applies to x first. in_pieces: unpack the members one after the other where their sizes allow it.
     """
 
     def __init__(
         self, modules: list[nn.Module], salt: int, clock: DropoutClock, p: float, kernels: bool,
-        norm: nn.Module | None = None, in_pieces: bool = False,
+        norm: tuple[torch.Tensor, float] | None = None, in_pieces: bool = False, activation: str = "silu",
     ):  # fmt: skip
         bases = [getattr(module, "base_layer", module) for module in modules]
         adapted = [module for module in modules if hasattr(module, "lora_A")]
-        self.leader, self.clock, self.p, self.norm = modules[0], clock, p, norm
+        self.leader, self.clock, self.p, self.activation = modules[0], clock, p, activation
+        self.norm, self.epsilon = norm or (None, 0.0)
         self.weight = stack_weights(bases)
         self.kernels = kernels and self.weight.columns % self.weight.blocksizes[0] == 0
         self.outputs = [base.out_features for base in bases]
@@ -61,14 +62,24 @@ class Group:
         p = self.p if self.leader.training else 0.0
         rows, norm = x.reshape(-1, width), None
         if self.norm is not None:
-            norm = Norm(self.norm.weight, inverse_rms(rows.detach(), self.norm.variance_epsilon, self.kernels))
+            norm = Norm(self.norm, inverse_rms(rows.detach(), self.epsilon, self.kernels))
         y, u = run_linear(
             rows, self.weight, Adapters(A, B, self.scale),
             Masks(self.clock.step, self.clock.sequences, self.salt, self.clock.length(len(rows)), p),
             bias=self.bias.to(x.dtype) if self.bias is not None else None, norm=norm, swiglu=swiglu, handed=handed,
-            kernels=self.kernels, pieces=self.pieces,
+            kernels=self.kernels, pieces=self.pieces, activation=self.activation,
         )  # fmt: skip
         return y.view(*shape, -1), u
+
+
+def norm_of(norm: nn.Module) -> tuple[torch.Tensor, float]:
+    """Return the factor of an RMS norm, [columns], and the number that it adds to the mean square.
+
+    In Gemma the factor is 1 + weight, in fp32, which tells the operators to round after it alone, as Gemma does.
+    """
+    family = families.of(norm)
+    weight = norm.weight.detach().float() + 1 if family.norm_scale == "1 + weight" else norm.weight
+    return weight, getattr(norm, family.epsilon)
 
 
 def _groupable(modules: list[nn.Module]) -> bool:
@@ -88,45 +99,50 @@ def _groupable(modules: list[nn.Module]) -> bool:
 
 def _rotated_heads(self, hidden_states, position_embeddings):
     """Return q, k and v, [batch, heads, length, width], from one operator. hidden_states: [batch, length, width]."""
-    shape, qkv = hidden_states.shape[:-1], self.fused_qkv
-    if qkv.kernels and not hasattr(self, "q_norm"):
-        heads, kv_heads = (size // self.head_dim for size in qkv.outputs[:2])
-        parts = rotate(qkv(hidden_states), *position_embeddings, heads, kv_heads)
-        return tuple(part.transpose(1, 2) for part in parts)
-    parts = qkv(hidden_states).split(qkv.outputs, -1)
-    q, k, v = (part.view(*shape, -1, self.head_dim) for part in parts)
-    if hasattr(self, "q_norm"):
+    shape, normed = hidden_states.shape[:-1], hasattr(self, "q_norm")
+    qkv = self.fused_qkv(hidden_states)
+    if self.fused_qkv.kernels and self.turns and not normed:
+        heads, kv_heads = (size // self.head_dim for size in self.sizes[:2])
+        return tuple(part.transpose(1, 2) for part in rotate(qkv, *position_embeddings, heads, kv_heads))
+    q, k, v = qkv.split(self.sizes, -1)
+    if normed and self.qk_norms == "all":
         q, k = self.q_norm(q), self.k_norm(k)
+    q, k, v = (part.view(*shape, -1, self.head_dim) for part in (q, k, v))
+    if normed and self.qk_norms == "head":
+        q, k = self.q_norm(q), self.k_norm(k)
+    q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+    if not self.turns:
+        return q, k, v
     apply_rotary = sys.modules[type(self).__module__].apply_rotary_pos_emb
-    q, k = apply_rotary(q.transpose(1, 2), k.transpose(1, 2), *position_embeddings)
-    return q, k, v.contiguous().transpose(1, 2)  # as a view, v would keep q and k in memory too
+    return *apply_rotary(q, k, *position_embeddings), v.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-ACTIVATIONS = {"silu": (nn.SiLU, SiLUActivation)}  # by their names in families.py
-MIXERS = {CAUSAL: attend, GROUPED: grouped_attention}  # by their names in transformers
+ACTIVATIONS = {"silu": (nn.SiLU, SiLUActivation), "gelu_pytorch_tanh": (GELUTanh,)}  # by their names in families.py
+MIXERS = {CAUSAL: attend, CAPPED: attend_capped, GROUPED: grouped_attention}  # by their names in transformers
 
 
 def _fused_attention(
     self, hidden_states, position_embeddings, attention_mask=None, cache=None, past_key_values=None, **kwargs
 ):
-    """The attention of Qwen2, Qwen3, Llama and Mistral. past_key_values: the cache, up to transformers 5.23."""
+    """The attention of every family with a row. past_key_values: the cache, up to transformers 5.23."""
     q, k, v = _rotated_heads(self, hidden_states, position_embeddings)
     cache = past_key_values if cache is None else cache
     if cache is not None:
         k, v = cache.update(k, v, self.layer_idx)
     mix = MIXERS[self.config._attn_implementation]
-    mixed, weights = mix(self, q, k, v, attention_mask, scaling=self.scaling)
+    capped = {"softcap": self.attn_logit_softcapping, "sliding_window": self.sliding_window} if self.caps else {}
+    mixed, weights = mix(self, q, k, v, attention_mask, scaling=self.scaling, **capped)
     return self.fused_out(mixed.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
 def _fused_mlp(self, x):
-    """down(silu(gate) * up): gate and up are one operator, and SwiGLU is the first part of down's operator.
+    """down(act(gate) * up): gate and up are one operator, and SwiGLU is the first part of down's operator.
 
-    If both have adapters, down's backward pass also computes dB of gate and up, while it holds their gradients. A
+    If both have adapters, and gate and up are two linears, down's backward pass also computes dB of gate and up, while it holds their gradients. A
     separate product would read all these gradients again and compute twice the numbers that are needed.
     """
     first, second = self.fused_gate_up, self.fused_down
-    handed = first.adapters()[1] if second.adapters()[1] else []
+    handed = first.adapters()[1] if second.adapters()[1] and len(first.outputs) == 2 else []
     handing = len(handed) > 0  # torch 2.11's Dynamo cannot trace bool(list): a graph break per layer
     gate_up, u = first.run(x, handed=Handed(hands_B=handing))
     return second.run(gate_up, swiglu=True, handed=Handed(u=u if handing else None, B=handed))[0]
@@ -153,6 +169,16 @@ def _switch(module: nn.Module, forward: Callable, **groups: Group) -> None:
         setattr(module, "fused_" + name, group)  # not an nn.Module: parameters stay where peft saves them
 
 
+def _switch_attention(attention: nn.Module, qkv: Group, out: Group) -> None:
+    """Give an attention its fused forward, and the facts of its row that this forward reads."""
+    family, total = families.of(attention), sum(qkv.outputs)
+    q = getattr(attention, family.out).in_features  # as wide as all heads
+    attention.sizes = [q, (total - q) // 2, (total - q) // 2]
+    attention.turns = bool(getattr(attention, family.rotates)) if family.rotates else True
+    attention.qk_norms, attention.caps = family.qk_norms, family.score_cap
+    _switch(attention, _fused_attention, qkv=qkv, out=out)
+
+
 def _attention_linears(attention: nn.Module) -> tuple[list[nn.Module], nn.Module]:
     """Return the linears before and after the attention itself, in an attention module of a known family."""
     family = families.of(attention)
@@ -170,7 +196,7 @@ def attention_obstacle(attention: nn.Module) -> str | None:
     qkv, out = _attention_linears(attention)
     if attention.config._attn_implementation not in MIXERS:
         return f"model.attn_implementation {attention.config._attn_implementation}"
-    if hasattr(attention, "q_norm") != families.of(attention).head_norms:
+    if hasattr(attention, "q_norm") != bool(families.of(attention).qk_norms):
         return "norms of q and k that families.py does not have"
     return None if _groupable(qkv) and fusable(out) else "its linears differ in their adapters or are not in 4 bit"
 
@@ -178,8 +204,9 @@ def attention_obstacle(attention: nn.Module) -> str | None:
 def mlp_obstacle(mlp: nn.Module) -> str | None:
     """Return why an MLP stays plain although its family has a fused MLP; None if it is fused."""
     gate_up, down = _mlp_linears(mlp)
-    if not isinstance(mlp.act_fn, ACTIVATIONS[families.of(mlp).activation]):
-        return f"its activation is {type(mlp.act_fn).__name__}"
+    activation = getattr(mlp, families.of(mlp).act)
+    if not isinstance(activation, ACTIVATIONS[families.of(mlp).activation]):
+        return f"its activation is {type(activation).__name__}"
     return None if _groupable(gate_up) and fusable(down) else "its linears differ in their adapters or are not in 4 bit"
 
 
@@ -211,12 +238,16 @@ def fuse(model: PeftModel, clock: DropoutClock, p: float, kernels: bool, in_piec
     readers = families.of(base).readers
     fused: set[nn.Module] = set()
 
-    def group(*modules: nn.Module, norm: nn.Module | None = None, in_pieces: bool = False) -> Group:
+    def group(
+        *modules: nn.Module, norm: tuple[torch.Tensor, float] | None = None, in_pieces: bool = False,
+        activation: str = "silu",
+    ) -> Group:  # fmt: skip
         fused.update(modules)
-        return Group(list(modules), salt_of(names[modules[0]], readers), clock, p, kernels, norm, in_pieces)
+        salt = salt_of(names[modules[0]], readers)
+        return Group(list(modules), salt, clock, p, kernels, norm, in_pieces, activation)
 
-    def take_norm(layer: nn.Module, name: str) -> nn.Module | None:
-        """Return a norm of the layer if its reader's operator can apply it, else None; the norm becomes the identity.
+    def take_norm(layer: nn.Module, name: str) -> tuple[torch.Tensor, float] | None:
+        """Return `norm_of` a norm of the layer if its reader's operator can apply it, else None; it becomes the identity.
 
         So the output of the norm is not written to memory and read back.
         """
@@ -224,19 +255,21 @@ def fuse(model: PeftModel, clock: DropoutClock, p: float, kernels: bool, in_piec
         known = families.fused("layer", layer) and type(norm).__name__ == families.of(layer).norm
         if not known or norm.weight.requires_grad:
             return None
+        taken = norm_of(norm)
         _switch(norm, _left_to_the_reader)
-        return norm
+        return taken
 
     for layer in families.decoder_layers(base):
+        before = families.of(layer).norms_before
         for module in list(layer.modules()):
             if families.fused("attention", module) and attention_obstacle(module) is None:
                 qkv, out = _attention_linears(module)
-                norm = take_norm(layer, "input_layernorm")
-                _switch(module, _fused_attention, qkv=group(*qkv, norm=norm), out=group(out))
+                norm = take_norm(layer, before[0])
+                _switch_attention(module, group(*qkv, norm=norm), group(out))
             elif families.fused("mlp", module) and mlp_obstacle(module) is None:
                 gate_up, down = _mlp_linears(module)
-                both = group(*gate_up, norm=take_norm(layer, "post_attention_layernorm"), in_pieces=in_pieces)
-                _switch(module, _fused_mlp, gate_up=both, down=group(down))
+                both = group(*gate_up, norm=take_norm(layer, before[1]), in_pieces=in_pieces)
+                _switch(module, _fused_mlp, gate_up=both, down=group(down, activation=families.of(module).activation))
         for module in list(layer.modules()):
             if module not in fused and hasattr(module, "lora_A") and fusable(module):
                 _switch(module, _fused_linear, alone=group(module))

@@ -7,7 +7,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -71,12 +71,30 @@ def default_logit_chunk(vocabulary: int, free_bytes: int | None = None) -> int:
     return max(128, min(1024, free_bytes // (80 * vocabulary)) // 128 * 128)
 
 
-def _chunk_loss(rows, weight, bias, targets, with_gradient: bool):
+class LogitForm(NamedTuple):
+    """What a model does to its head's product z before the softmax: cap tanh(scale z / cap), or scale z if cap is 0."""
+
+    scale: float = 1.0
+    cap: float = 0.0
+
+    def apply_(self, logits: torch.Tensor) -> torch.Tensor:
+        """Do so in place and return the tensor: a chunk of a large vocabulary takes a GiB."""
+        if self.scale != 1:
+            logits.mul_(self.scale)
+        return logits.div_(self.cap).tanh_().mul_(self.cap) if self.cap else logits
+
+
+AS_THEY_ARE = LogitForm()
+
+
+def _chunk_loss(rows, weight, bias, targets, with_gradient: bool, form: LogitForm = AS_THEY_ARE):
     """Return the loss of each position of a chunk, fp32, and the gradient of `rows`, or None without it.
 
-    rows: [logit_chunk, width]; targets: [logit_chunk].
+    rows: [logit_chunk, width]; targets: [logit_chunk]. A cap's gradient is scale (1 - tanh(scale z / cap)^2).
     """
-    logits = F.linear(rows.to(weight.dtype), weight, bias).float()  # [logit_chunk, vocabulary]
+    logits = form.apply_(F.linear(rows.to(weight.dtype), weight, bias).float())  # [logit_chunk, vocabulary]
+    capped = form.cap and with_gradient
+    slope = (logits / form.cap).square_().neg_().add_(1).mul_(form.scale) if capped else form.scale
     kept = (targets != IGNORED).float()[:, None]
     index = targets.clamp_min(0)[:, None]
     log_sum = torch.logsumexp(logits, -1, keepdim=True)
@@ -85,17 +103,19 @@ def _chunk_loss(rows, weight, bias, targets, with_gradient: bool):
         return losses, None
     one_hot = torch.arange(len(weight), device=weight.device)[None] == index
     logits.sub_(log_sum).exp_().sub_(one_hot.float()).mul_(kept)  # softmax - one-hot, over the logits
+    if form != AS_THEY_ARE:
+        logits.mul_(slope)
     return losses, (logits.to(weight.dtype) @ weight).to(rows.dtype)
 
 
 class _FrozenHeadCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, logit_chunk, chunk_loss):
+    def forward(ctx, hidden, weight, bias, labels, logit_chunk, chunk_loss, form):
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden), logit_chunk):
             piece = slice(start, start + logit_chunk)
-            part, rows = chunk_loss(hidden[piece], weight, bias, labels[piece], gradient is not None)
+            part, rows = chunk_loss(hidden[piece], weight, bias, labels[piece], gradient is not None, form)
             loss += part.sum()
             if gradient is not None:
                 gradient[piece] = rows
@@ -105,7 +125,7 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         (gradient,) = ctx.saved_tensors
-        return (gradient * upstream).to(gradient.dtype), None, None, None, None, None
+        return (gradient * upstream).to(gradient.dtype), None, None, None, None, None, None
 
 
 def chunked_cross_entropy(
@@ -115,6 +135,7 @@ def chunked_cross_entropy(
     bias: torch.Tensor | None = None,
     logit_chunk: int | None = None,
     chunk_loss: Callable = _chunk_loss,
+    form: LogitForm = AS_THEY_ARE,
 ) -> torch.Tensor:
     """Return the summed cross entropy, fp32, of `hidden @ weight.T + bias` against `labels`, chunk by chunk.
 
@@ -123,10 +144,10 @@ def chunked_cross_entropy(
     adapter on the head needs another loss.
     hidden: [positions, width]; weight: [vocabulary, width], frozen; labels: [positions], IGNORED where unsupervised.
     logit_chunk: the number of positions whose logits exist at the same time; None: default_logit_chunk. chunk_loss:
-    `_chunk_loss`, which may be compiled, or `kernel_chunk_loss`.
+    `_chunk_loss`, which may be compiled, or `kernel_chunk_loss`. form: what the model does to the product.
     """
     logit_chunk = logit_chunk or default_logit_chunk(len(weight))
-    return _FrozenHeadCrossEntropy.apply(hidden, weight, bias, labels, logit_chunk, chunk_loss)
+    return _FrozenHeadCrossEntropy.apply(hidden, weight, bias, labels, logit_chunk, chunk_loss, form)
 
 
 @torch.no_grad()
@@ -137,6 +158,7 @@ def position_losses(
     bias: torch.Tensor | None = None,
     logit_chunk: int | None = None,
     chunk_loss: Callable = _chunk_loss,
+    form: LogitForm = AS_THEY_ARE,
 ) -> torch.Tensor:
     """Return the cross entropy of each position, fp32 [positions], 0 where unsupervised, without gradients.
 
@@ -144,7 +166,7 @@ def position_losses(
     """
     size = logit_chunk or default_logit_chunk(len(weight))
     pieces = zip(hidden.split(size), labels.split(size), strict=True)
-    return torch.cat([chunk_loss(rows, weight, bias, targets, False)[0] for rows, targets in pieces])
+    return torch.cat([chunk_loss(rows, weight, bias, targets, False, form)[0] for rows, targets in pieces])
 
 
 @functools.cache
@@ -157,26 +179,29 @@ def compiled_chunk_loss() -> Callable:
     return torch.compile(_chunk_loss, dynamic=False)
 
 
-def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, losses: torch.Tensor, with_gradient: bool) -> None:
+def cross_entropy(
+    logits: torch.Tensor, targets: torch.Tensor, losses: torch.Tensor, with_gradient: bool,
+    form: LogitForm = AS_THEY_ARE,
+) -> None:  # fmt: skip
     """Write each position's loss to `losses`, fp32 [rows], and, if asked, the gradient over the logits.
 
-    logits: [rows, vocabulary]; targets: [rows].
+    logits: the head's product, [rows, vocabulary]; targets: [rows].
     """
     programs = min(len(logits), multiprocessors(logits.device))
     training_kernels.cross_entropy_kernel[(programs,)](
-        logits, targets, losses, len(logits), logits.shape[1], GRADIENT=with_gradient, BLOCK=CROSS_ENTROPY.block_k,
-        num_warps=CROSS_ENTROPY.warps,
+        logits, targets, losses, len(logits), logits.shape[1], *form, GRADIENT=with_gradient, SCALED=form.scale != 1,
+        CAPPED=form.cap > 0, BLOCK=CROSS_ENTROPY.block_k, num_warps=CROSS_ENTROPY.warps,
     )  # fmt: skip
 
 
-def kernel_chunk_loss(rows, weight, bias, targets, with_gradient: bool):
+def kernel_chunk_loss(rows, weight, bias, targets, with_gradient: bool, form: LogitForm = AS_THEY_ARE):
     """Do the same as `_chunk_loss` with a Triton kernel that writes the gradient over the logits, in bf16 or fp16.
 
     The compiled `_chunk_loss` is slower and needs twice the memory.
     """
     logits = F.linear(rows.to(weight.dtype), weight, bias)
     losses = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
-    cross_entropy(logits, targets, losses, with_gradient)
+    cross_entropy(logits, targets, losses, with_gradient, form)
     return losses, (logits @ weight).to(rows.dtype) if with_gradient else None
 
 
@@ -191,6 +216,11 @@ def shift_labels(labels: torch.Tensor) -> torch.Tensor:
 def perplexity(mean_loss: float) -> float:
     """Return exp(mean_loss), limited to a finite number, since JSON has no infinity."""
     return math.exp(min(mean_loss, 700.0))
+
+
+# What a test puts in the place of a head's product: a number so small that its tanh is itself, one so large that its tanh
+# is 1 under any cap, and some between, of both signs.
+RAMP = torch.tensor([2.0**-20, 2.0**20, *(sign * 2.0**k for sign in (1, -1) for k in range(-3, 9)), 0.0])
 
 
 @contextlib.contextmanager
@@ -208,8 +238,8 @@ def reading(model: nn.Module, what: str) -> Iterator[None]:
 class CausalLMLoss(Objective):
     """Next-token prediction: a batch's cross entropy, summed in fp32; its weight is the number of supervised tokens.
 
-    The decoder runs first, then the frozen head, chunk by chunk. Where the head has an adapter, or the model changes
-    its logits after the head (soft-capping, scaling), the model computes all logits itself.
+    The decoder runs first, then the frozen head, chunk by chunk, with the model's own scale and soft cap (LogitForm).
+    Where the head has an adapter, or the model does something else to its logits, it computes all of them itself.
     """
 
     def __init__(self, model: PeftModel | PreTrainedModel, dtype: torch.dtype):
@@ -218,7 +248,8 @@ class CausalLMLoss(Objective):
         self.decoder, self.head = families.decoder_of(self.base), self.base.get_output_embeddings()
         self.logit_chunk: int | None = None  # these two are arguments of chunked_cross_entropy
         self.chunk_loss: Callable = _chunk_loss
-        self.chunked = self._head_is_plain()
+        self.form = self._logit_form()
+        self.chunked = self.form is not None
 
     @staticmethod
     def weights(batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -232,16 +263,37 @@ class CausalLMLoss(Objective):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32)
 
     @torch.no_grad()
-    def _head_is_plain(self) -> bool:
-        """Return whether the model's logits are exactly the frozen head's product, by a test on eight tokens."""
+    def _logit_form(self) -> LogitForm | None:
+        """Return what the model does to the product of its frozen head, by a test on eight tokens; None if unknown.
+
+        In the test the head returns the same numbers for every token, RAMP, and the model what it makes of them. So no
+        name of a setting is needed, and the numbers are large enough for a cap to be felt.
+        """
         if type(self.head) is not nn.Linear or self.head.weight.requires_grad:
-            return False
-        probe = torch.arange(1, 9, device=self.device)[None]
-        with modes_kept(self.base), self.autocast(), reading(self.base, "eight tokens"):
-            self.base.eval()
-            logits = self.base(input_ids=probe, use_cache=False).logits
-            hidden = self.decoder(input_ids=probe, use_cache=False).last_hidden_state
-        return torch.equal(self.head(hidden), logits)
+            return None
+        probe, reads = torch.arange(1, 9, device=self.device)[None], []
+        ramp = RAMP.to(self.device).repeat(-(-self.head.out_features // len(RAMP)))[: self.head.out_features]
+
+        def stand_in(head, inputs, product):
+            reads.append(inputs[0])
+            return ramp.expand(product.shape)
+
+        handle = self.head.register_forward_hook(stand_in)
+        try:
+            with modes_kept(self.base), self.autocast(), reading(self.base, "eight tokens"):
+                self.base.eval()
+                logits = self.base(input_ids=probe, use_cache=False).logits
+                hidden = self.decoder(input_ids=probe, use_cache=False).last_hidden_state
+        finally:
+            handle.remove()
+        if not (len(reads) == 1 and torch.equal(reads[0], hidden) and logits.shape[-1] == len(ramp)):
+            return None
+        found, largest = logits.float(), float(RAMP[1])
+        scale, cap = found[0, 0, 0].item() / float(RAMP[0]), found[0, 0, 1].item()
+        scale = 1.0 if abs(scale - 1) < 1e-6 else scale  # a cap's own rounding
+        form = LogitForm(scale, cap if abs(cap) < abs(scale) * largest / 2 else 0.0)
+        right = scale > 0 and torch.allclose(form.apply_(ramp.clone()).expand_as(found), found, rtol=1e-5, atol=0)
+        return form if right else None
 
     def _of_positions(self, chunked: Callable, reduction: str, input_ids, labels, packed) -> torch.Tensor:
         """Return the losses of a batch by `chunked`, or by torch with this reduction where all logits are computed."""
@@ -249,7 +301,8 @@ class CausalLMLoss(Objective):
         with self.autocast():
             if self.chunked:
                 hidden = self.decoder(input_ids=input_ids, use_cache=False, **packed).last_hidden_state.flatten(0, 1)
-                return chunked(hidden, self.head.weight, targets, self.head.bias, self.logit_chunk, self.chunk_loss)
+                how = self.logit_chunk, self.chunk_loss, self.form
+                return chunked(hidden, self.head.weight, targets, self.head.bias, *how)
             logits = self.base(input_ids=input_ids, use_cache=False, **packed).logits
         return F.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=IGNORED, reduction=reduction)
 

@@ -39,6 +39,16 @@ def _sigmoid(x):
     return root * root
 
 
+@triton.jit
+def _gate(x, ACTIVATION: tl.constexpr):
+    """Return sigmoid(z) and dz / dx; an activation is x sigmoid(z), as `_gate` of fused_linear.py explains."""
+    if ACTIVATION == "silu":
+        return _sigmoid(x), 1.0
+    else:
+        square = x * x
+        return _sigmoid(1.5957691216057308 * x * (1 + 0.044715 * square)), 1.5957691216057308 * (1 + 0.134145 * square)
+
+
 # Triton must not learn that `packed` is aligned. Then a thread loads one word of eight codes and writes its eight
 # weights as 16 bytes. With aligned loads a thread would load four words, and threads would exchange weights through
 # shared memory.
@@ -150,6 +160,7 @@ def widen_kernel(
     x, wide, dropped, A, sums, u, norm, inverse_rms, step, sequences, salt, rows, share, length, columns, stride,
     extra, threshold, inverse, scale, SWIGLU: tl.constexpr, NORM: tl.constexpr, DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_Z: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """Copy x, its norm, or SwiGLU of [gate | up] into the wide operand; compute u = dropout(x) A^T in the same pass.
 
@@ -175,11 +186,14 @@ def widen_kernel(
         tile, up, weight, a = after
         after = _widen_columns(x, A, norm, m, k + BLOCK_K, rows, end, columns, extra, SWIGLU, NORM, BLOCK_R)
         if NORM:
-            tile = (tile.to(tl.float32) * rms).to(tile.dtype).to(tl.float32) * weight.to(tl.float32)
-            tile = tile.to(wide.dtype.element_ty)
+            unit = tile.to(tl.float32) * rms
+            if norm.dtype.element_ty != tl.float32:
+                unit = unit.to(tile.dtype).to(tl.float32)
+            tile = (unit * weight.to(tl.float32)).to(wide.dtype.element_ty)
         if SWIGLU:
             gate = tile.to(tl.float32)
-            tile = (gate * _sigmoid(gate) * up.to(tl.float32)).to(wide.dtype.element_ty)
+            sigmoid, _ = _gate(gate, ACTIVATION)
+            tile = (gate * sigmoid * up.to(tl.float32)).to(wide.dtype.element_ty)
         inside = (m < rows)[:, None] & (k < end)[None]
         tl.store(wide + row * stride + k[None], tile, mask=inside)
         if DROPOUT:
@@ -282,7 +296,7 @@ def _swiglu_rows(
 def swiglu_backward_kernel(
     wide, x, grads, A, u, sums, step, sequences, salt, rows, share, length, columns, stride, extra, u_stride,
     rank, threshold, inverse, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_U: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_U: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """Write the gradients of [gate | up] from wide = [dx | du], and sums over rows for dA and for dB of gate and up.
 
@@ -315,7 +329,7 @@ def swiglu_backward_kernel(
             wide, x, u, m + BLOCK_M, end, k, columns, stride, extra, u_stride, rank, BLOCK_R, BLOCK_U
         )  # fmt: skip
         grad, gate, up = grad.to(tl.float32), gate.to(tl.float32), up.to(tl.float32)
-        sigmoid = _sigmoid(gate)
+        sigmoid, slope = _gate(gate, ACTIVATION)
         silu = gate * sigmoid
         if BLOCK_R:
             tile, back = silu * up, tl.dot(du, a)
@@ -325,7 +339,7 @@ def swiglu_backward_kernel(
                 back = tl.where(keep, back * inverse, 0.0)
             grad += back
             sum_a = tl.dot(tl.trans(du), tile.to(dtype), sum_a)
-        d_gate = (grad * up * (sigmoid + silu * (1 - sigmoid))).to(dtype)
+        d_gate = (grad * up * (sigmoid + silu * (1 - sigmoid) * slope)).to(dtype)
         d_up = (grad * silu).to(dtype)
         inside = (m < end)[:, None] & within
         place = m.to(tl.int64)[:, None] * (2 * columns) + k[None]
@@ -368,7 +382,22 @@ def settle_gradients_kernel(
 
 
 @triton.jit
-def _row_cross_entropy(logits, target, loss, columns, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
+def _formed(x, scale, cap, SCALED: tl.constexpr, CAPPED: tl.constexpr):
+    """Return what a model makes of its head's product x, as LogitForm of loss.py, and the tanh in it."""
+    if SCALED:
+        x = x * scale
+    tanh = x
+    if CAPPED:
+        tanh = 1.0 - 2.0 / (tl.exp2(x * (2 * 1.4426950408889634 / cap)) + 1.0)
+        x = tanh * cap
+    return x, tanh
+
+
+@triton.jit
+def _row_cross_entropy(
+    logits, target, loss, columns, scale, cap, GRADIENT: tl.constexpr, SCALED: tl.constexpr, CAPPED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     """Do `cross_entropy_kernel` for one row.
 
     Each group of eight neighbouring logits has its own running maximum and sum, so threads exchange nothing before the
@@ -377,11 +406,15 @@ def _row_cross_entropy(logits, target, loss, columns, GRADIENT: tl.constexpr, BL
     LOG2E: tl.constexpr = 1.4426950408889634
     kept = target >= 0
     at_target = tl.load(logits + tl.maximum(target, 0)).to(tl.float32)  # read now: the second pass overwrites it
+    at_target, _ = _formed(at_target, scale, cap, SCALED, CAPPED)
     k = tl.arange(0, BLOCK)
     top = tl.full((BLOCK // 8,), -1e38, tl.float32)  # finite, since inf - inf would be NaN
     total = tl.zeros((BLOCK // 8,), tl.float32)
     for start in range(0, columns, BLOCK):
         x = tl.load(logits + start + k, mask=start + k < columns, other=float("-inf")).to(tl.float32)
+        x, _ = _formed(x, scale, cap, SCALED, CAPPED)
+        if CAPPED:  # which made a number of -inf
+            x = tl.where(start + k < columns, x, float("-inf"))
         x = tl.reshape(x, (BLOCK // 8, 8))
         above = tl.maximum(top, tl.max(x, 1))
         total = total * tl.exp2((top - above) * LOG2E) + tl.sum(tl.exp2((x - above[:, None]) * LOG2E), 1)
@@ -393,13 +426,23 @@ def _row_cross_entropy(logits, target, loss, columns, GRADIENT: tl.constexpr, BL
         for back in range(0, columns, BLOCK):
             column = (columns - 1) // BLOCK * BLOCK - back + k
             x = tl.load(logits + column, mask=column < columns, other=0.0).to(tl.float32)
+            x, tanh = _formed(x, scale, cap, SCALED, CAPPED)
             share = tl.exp2((x - log_sum) * LOG2E) - (column == target).to(tl.float32)
+            if SCALED:
+                share *= scale
+            if CAPPED:
+                share *= 1.0 - tanh * tanh
             tl.store(logits + column, tl.where(kept, share, 0.0).to(logits.dtype.element_ty), mask=column < columns)
 
 
 @triton.jit
-def cross_entropy_kernel(logits, targets, losses, rows, columns, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
+def cross_entropy_kernel(
+    logits, targets, losses, rows, columns, scale, cap, GRADIENT: tl.constexpr, SCALED: tl.constexpr,
+    CAPPED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Write the loss of each row of logits, 0 where the target is -100, and overwrite the logits with their gradient.
+
+    SCALED, CAPPED: whether the model multiplies its head's product by `scale`, or caps it with cap tanh(x / cap).
 
     There is one program per multiprocessor, and each takes one row after another, in blocks of BLOCK columns. So few
     rows are in work at the same time, and they fit the L2 cache (300 kB per row for a vocabulary of 151,936), from
@@ -407,41 +450,56 @@ def cross_entropy_kernel(logits, targets, losses, rows, columns, GRADIENT: tl.co
     """
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
         place = logits + columns.to(tl.int64) * row
-        _row_cross_entropy(place, tl.load(targets + row), losses + row, columns, GRADIENT, BLOCK)
+        _row_cross_entropy(
+            place, tl.load(targets + row), losses + row, columns, scale, cap, GRADIENT, SCALED, CAPPED, BLOCK
+        )
+
+
+@triton.jit
+def rotated_places(i, HALF: tl.constexpr, WIDTH: tl.constexpr):
+    """Return which two features of a head numbers i < WIDTH / 2 stand for: those that are rotated together if i < HALF.
+
+    Where only the first 2 HALF features of a head are rotated, the rest is shared out among the further numbers.
+    """
+    if WIDTH == 2 * HALF:
+        return i, i + HALF
+    else:
+        return tl.where(i < HALF, i, i + HALF), tl.where(i < HALF, i + HALF, i + WIDTH // 2)
 
 
 @triton.jit
 def rotate_kernel(
     qkv, q, k, v, cos, sin, rows, positions, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BACK: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
     """Write rotated q, rotated k, and v from qkv; with BACK, write the gradient of qkv from those of q, k and v.
 
-    A row is one head of one token, in two halves of HALF features. Each program takes BLOCK_M rows and all features
-    (BLOCK_K, a power of two, covers one half). Every number is read and written once, with a few operations in
-    between, so memory traffic is the limit; whole lines of memory are read and written on both sides.
+    A row is one head of one token, WIDTH features, of which the first 2 HALF are rotated. Each program takes BLOCK_M rows
+    and all features (BLOCK_K, a power of two, covers half of them). Every number is read and written once, with a few
+    operations in between, so memory traffic is the limit; whole lines of memory are read and written on both sides.
     """
     r = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     token, head = r // (HEADS + 2 * KV_HEADS), r % (HEADS + 2 * KV_HEADS)
     i = tl.arange(0, BLOCK_K)[None]
-    inside = (r < rows)[:, None] & (i < HALF)
+    inside = (r < rows)[:, None] & (i < WIDTH // 2)
     in_q = inside & (head < HEADS)[:, None]
     in_k = inside & ((head >= HEADS) & (head < HEADS + KV_HEADS))[:, None]
     in_v = inside & (head >= HEADS + KV_HEADS)[:, None]
-    together = qkv + r.to(tl.int64)[:, None] * (2 * HALF) + i
+    low_at, high_at = rotated_places(i, HALF, WIDTH)
+    together = qkv + r.to(tl.int64)[:, None] * WIDTH
     long = token.to(tl.int64)
-    to_q = q + (long * HEADS + head)[:, None] * (2 * HALF) + i
-    to_k = k + (long * KV_HEADS + head - HEADS)[:, None] * (2 * HALF) + i
-    to_v = v + (long * KV_HEADS + head - HEADS - KV_HEADS)[:, None] * (2 * HALF) + i
+    to_q = q + (long * HEADS + head)[:, None] * WIDTH
+    to_k = k + (long * KV_HEADS + head - HEADS)[:, None] * WIDTH
+    to_v = v + (long * KV_HEADS + head - HEADS - KV_HEADS)[:, None] * WIDTH
     if BACK:
-        low = tl.load(to_q, mask=in_q, other=0.0) + tl.load(to_k, mask=in_k, other=0.0)
-        low = (low + tl.load(to_v, mask=in_v, other=0.0)).to(tl.float32)
-        high = tl.load(to_q + HALF, mask=in_q, other=0.0) + tl.load(to_k + HALF, mask=in_k, other=0.0)
-        high = (high + tl.load(to_v + HALF, mask=in_v, other=0.0)).to(tl.float32)
+        low = tl.load(to_q + low_at, mask=in_q, other=0.0) + tl.load(to_k + low_at, mask=in_k, other=0.0)
+        low = (low + tl.load(to_v + low_at, mask=in_v, other=0.0)).to(tl.float32)
+        high = tl.load(to_q + high_at, mask=in_q, other=0.0) + tl.load(to_k + high_at, mask=in_k, other=0.0)
+        high = (high + tl.load(to_v + high_at, mask=in_v, other=0.0)).to(tl.float32)
     else:
-        low = tl.load(together, mask=inside, other=0.0).to(tl.float32)
-        high = tl.load(together + HALF, mask=inside, other=0.0).to(tl.float32)
-    turned = in_q | in_k
+        low = tl.load(together + low_at, mask=inside, other=0.0).to(tl.float32)
+        high = tl.load(together + high_at, mask=inside, other=0.0).to(tl.float32)
+    turned = (in_q | in_k) & (i < HALF)
     angle = (token % positions)[:, None] * (2 * HALF) + i
     cos_low = tl.load(cos + angle, mask=turned, other=1.0).to(tl.float32)
     cos_high = tl.load(cos + angle + HALF, mask=turned, other=1.0).to(tl.float32)
@@ -454,12 +512,12 @@ def rotate_kernel(
     dtype = qkv.dtype.element_ty
     low, high = tl.where(turned, new_low, low).to(dtype), tl.where(turned, new_high, high).to(dtype)
     if BACK:
-        tl.store(together, low, mask=inside)
-        tl.store(together + HALF, high, mask=inside)
+        tl.store(together + low_at, low, mask=inside)
+        tl.store(together + high_at, high, mask=inside)
     else:
-        tl.store(to_q, low, mask=in_q)
-        tl.store(to_q + HALF, high, mask=in_q)
-        tl.store(to_k, low, mask=in_k)
-        tl.store(to_k + HALF, high, mask=in_k)
-        tl.store(to_v, low, mask=in_v)
-        tl.store(to_v + HALF, high, mask=in_v)
+        tl.store(to_q + low_at, low, mask=in_q)
+        tl.store(to_q + high_at, high, mask=in_q)
+        tl.store(to_k + low_at, low, mask=in_k)
+        tl.store(to_k + high_at, high, mask=in_k)
+        tl.store(to_v + low_at, low, mask=in_v)
+        tl.store(to_v + high_at, high, mask=in_v)

@@ -112,15 +112,25 @@ def random_models(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) ->
     import torch
     import transformers
 
+    KINDS, PART = ["full_attention", "sliding_attention"], {"partial_rotary_factor": 0.75}
+    CAP = {"attn_logit_softcapping": 2.0, "sliding_window": 16}
     # family: (class prefix, grouped heads, what sets it apart)
     families = {
         "qwen2": ("Qwen2", 4, {"tie_word_embeddings": True}),
         "llama": ("Llama", 4, {"tie_word_embeddings": False, "attention_bias": False}),
         "mistral": ("Mistral", 8, {"tie_word_embeddings": False, "sliding_window": 16}),
         "qwen3": ("Qwen3", 8, {"tie_word_embeddings": True}),
-        "gemma2": ("Gemma2", 4, {"query_pre_attn_scalar": 64, "final_logit_softcapping": 5.0}),
-        "ministral": ("Ministral", 8, {"tie_word_embeddings": False, "sliding_window": 64}),
+        "gemma2": ("Gemma2", 4, {"query_pre_attn_scalar": 64, "final_logit_softcapping": 5.0, **CAP}),
+        "gemma3": ("Gemma3", 8, {"query_pre_attn_scalar": 64, "sliding_window": 16, "layer_types": KINDS}),
+        "phi3": ("Phi3", 8, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, **PART}}),
+        "smollm3": ("SmolLM3", 8, {"no_rope_layers": [0, 1], "tie_word_embeddings": True}),
+        "olmo2": ("Olmo2", 8, {}),
+        "olmo3": ("Olmo3", 8, {"sliding_window": 16, "layer_types": KINDS}),
+        "ministral": ("Ministral", 8, {"tie_word_embeddings": False, "sliding_window": 16, "layer_types": KINDS}),
+        "cwm": ("Cwm", 8, {"tie_word_embeddings": False, "sliding_window": 64, "bos_token_id": 1}),
         "gemma": ("Gemma", 4, {}),
+        "granite": ("Granite", 8, {"logits_scaling": 6.0, "residual_multiplier": 0.3, "embedding_multiplier": 3.0}),
+        "cohere": ("Cohere", 4, {"logit_scale": 0.0625}),
     }
 
     @functools.cache
@@ -130,7 +140,8 @@ def random_models(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) ->
         attention = {"num_attention_heads": heads, "num_key_value_heads": 4, "head_dim": 64}
         # ids of the tiny tokenizer; weights large enough that no two tokens are as good as equal
         rest = {"eos_token_id": 2, "pad_token_id": 0, "bos_token_id": None, "initializer_range": 0.08}
-        config = getattr(transformers, f"{prefix}Config")(**sizes, **attention, **rest, **own)
+        kind = getattr(transformers, f"{prefix}TextConfig", None) or getattr(transformers, f"{prefix}Config")
+        config = kind(**(sizes | attention | rest | own))
         torch.manual_seed(0)
         model = getattr(transformers, f"{prefix}ForCausalLM")(config)
         for name, weight in model.named_parameters():

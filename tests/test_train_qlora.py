@@ -34,7 +34,7 @@ import config as schema
 import quantization_utils
 import train_qlora
 from config import TrainingConfig
-from fast_path.loss import CausalLMLoss
+from fast_path.loss import CausalLMLoss, LogitForm
 from fast_path.micro_step import be_deterministic
 from quantization_utils import (
     create_bnb_config,
@@ -177,18 +177,59 @@ def test_summed_loss_is_the_dense_one_with_its_gradients(random_models, family):
     assert distance(gradients, [p.grad for p in model.parameters() if p.requires_grad]) < 1e-5
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_soft_capped_logits_are_the_models_own(random_models, dtype):
-    model, batch = load(random_models("gemma2"), dtype=dtype, attention="eager"), batch_of()
-    loss = CausalLMLoss(model, getattr(torch, dtype))
-    assert not loss.chunked
+FORMS = {"gemma2": LogitForm(1.0, 5.0), "granite": LogitForm(1 / 6, 0.0), "cohere": LogitForm(0.0625, 0.0)}
+
+
+@pytest.mark.parametrize("family", FORMS)
+def test_capped_and_scaled_logits_are_found_and_their_loss_is_the_models_own(random_models, family):
+    """In fp32, with all gradients; without the cap or the scale the loss is another."""
+    attention = "eager" if family == "gemma2" else "sdpa"
+    model, batch = load(random_models(family), attention=attention).train(), batch_of()
+    loss = CausalLMLoss(model, torch.float32)
+    assert loss.form == pytest.approx(FORMS[family])
+    loss.logit_chunk = 16
+    value = loss(**batch)
+    value.backward()
+    gradients = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+    model.zero_grad()
+    own = model(**batch).loss * (batch["labels"][:, 1:] != IGNORED).sum()
+    own.backward()
+    torch.testing.assert_close(value, own, rtol=2e-6, atol=1e-5)
+    assert distance(gradients, [p.grad for p in model.parameters() if p.requires_grad]) < 1e-5
+    with torch.no_grad():
+        torch.testing.assert_close(loss.sequence_sums(**batch).sum(), own.detach(), rtol=2e-6, atol=1e-5)
+    loss.form = LogitForm()
+    assert abs(loss(**batch) - own) > 1
+
+
+def test_capped_logits_err_no_more_in_bfloat16_than_the_models_own(random_models):
+    """Both against fp64 from the same hidden states; the model rounds each step of its cap."""
+    model, batch = load(random_models("gemma2"), dtype="bfloat16", attention="eager"), batch_of()
+    loss = CausalLMLoss(model, torch.bfloat16)
+    targets = batch["labels"][:, 1:].flatten()
     with torch.no_grad(), loss.autocast():
-        own = model.eval()(**batch).loss * (batch["labels"][:, 1:] != IGNORED).sum()
-        value = loss(**batch)
-        plain = F.linear(loss.decoder(input_ids=batch["input_ids"]).last_hidden_state, loss.head.weight).float()
-    torch.testing.assert_close(value, own.float(), rtol=1e-5, atol=1e-3)
-    without = F.cross_entropy(plain[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum")
-    assert abs(without - value) > 1  # the capping is felt, so leaving it out would show
+        value, logits = loss(**batch), model.eval()(batch["input_ids"]).logits
+        hidden = loss.decoder(input_ids=batch["input_ids"]).last_hidden_state
+    exact = torch.tanh(hidden.double() @ loss.head.weight.double().T / 5.0) * 5.0
+    own, want = (F.cross_entropy(x[:, :-1].flatten(0, 1).double(), targets, reduction="sum") for x in (logits, exact))
+    assert abs(value - want) <= max(1.1 * abs(own - want), 1e-3 * want)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda x: x - 3.0, lambda x: x.abs(), lambda x: x.clamp(-9, 9), lambda x: x[..., :9]]
+)
+def test_a_model_that_does_something_else_to_its_logits_computes_all_of_them(random_models, change):
+    model = load(random_models("qwen2"))
+    head = model.get_base_model().get_output_embeddings()
+
+    def forward(*args, **kwargs):
+        output = own(*args, **kwargs)
+        output.logits = change(output.logits)
+        return output
+
+    own, model.get_base_model().forward = model.get_base_model().forward, forward
+    loss = CausalLMLoss(model, torch.float32)
+    assert not loss.chunked and not head._forward_hooks
 
 
 def test_head_with_an_adapter_takes_the_models_own_logits_and_learns(random_models):

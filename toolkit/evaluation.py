@@ -187,7 +187,7 @@ def evaluate(
     blocks: Any = held if task.stride is None else windows_of(held, task.stride)
     model = base.pop()
     live = load_adapter(model, task.adapter) if task.adapter else model
-    attention.prepare_attention(model, config.data, sample_counts(blocks))
+    attention.prepare_attention(model, config.data, sample_counts(blocks), config.model.attn_implementation)
     sums = evaluate_base_and_adapter(live, config, blocks, accelerator, tokenizer.pad_token_id, say)
     del model, live
     result = comparison(held.dataset, blocks, task.stride, sums)

@@ -60,6 +60,7 @@ class ModelShape:
     heads: int
     head_norms: bool  # q and k are normalised, as in Qwen3
     positions: int | None  # that the model supports, if its configuration has the number
+    capped: bool = False  # the logits are capped with a tanh
     family: Family = families.UNKNOWN  # what the fast path knows about it
     trainable: int | None = (
         None  # as peft counts it, where adapters may be on experts; None: as `adapter_parameters` does
@@ -81,7 +82,8 @@ class ModelShape:
 
     @property
     def key_value(self) -> int:
-        return self.width("k_proj", "v_proj") or 2 * self.hidden
+        together = self.width(*self.family.qkv) if len(self.family.qkv) == 1 else 0
+        return self.width("k_proj", "v_proj") or max(0, together - self.query) or 2 * self.hidden
 
     @property
     def inner(self) -> int:
@@ -142,7 +144,8 @@ def shape_of(model: nn.Module) -> ModelShape:
         heads=families.own_value(text, "num_attention_heads"),
         head_norms=any(name.endswith("q_norm") for name, _ in model.named_modules()),
         positions=known_positions(model.config),
-        family=families.of(model),
+        capped=bool(getattr(text, "final_logit_softcapping", None)),
+        family=families.of(families.decoder_layers(model)[0]),
     )
 
 
@@ -207,12 +210,15 @@ def saved_bytes(shape: ModelShape, config: Config, path: str) -> int:
     attention = 2 * (2 * q + kv) + 4 * shape.heads
     if shape.head_norms:  # the norms' inputs in fp32 (compiled: the product, with v) and a number per head
         attention += 2 * (q + kv) if path == COMPILED else 4 * (q + kv // 2)
-        attention += 4 * (q + kv // 2) * shape.heads // q
+        attention += 8 if shape.family.qk_norms == "all" else 4 * (q + kv // 2) * shape.heads // q
     if path == COMPILED or not plain_layers(shape, path):
-        # A norm is made again from its input, the layer's or the sum after attention, and two numbers. Further norms
-        # read what a product writes, which is kept for them.
-        further = (shape.family.layer_norms - 2) * (2 * h + 4)
-        return attention + 2 * (2 * h + 2 * inner) + 2 * fused_columns(shape, config) + 8 + further
+        # A norm is made again from its input, the layer's or the sum after attention, and a number. Further norms read
+        # what a product writes, which is kept for them (uncompiled: in fp32); the sum is then made again from it.
+        family = shape.family
+        further = family.further_norms * ((2 if path == COMPILED else 4) * h + 4)
+        summed = 0 if further and path == COMPILED else 2 * h
+        numbers = 4 * (family.layer_norms - family.further_norms)
+        return attention + 2 * h + summed + 4 * inner + 2 * fused_columns(shape, config) + numbers + further
     norms = shape.family.layer_norms * (4 * h + 4)  # in fp32
     # With dropout each adapter of peft keeps its own copy of its input, and each group of readers a mask.
     dropped = config.lora.dropout > 0 and path == PLAIN
@@ -247,9 +253,9 @@ def loss_bytes(shape: ModelShape, config: Config, path: str, tokens: int, chunk:
     """Return the bytes that the loss needs: input of the last norm in fp32, its output and gradient, a chunk of logits.
 
     The kernel overwrites the logits with their gradient. Without the kernel, compiled code keeps fp32 logits and their
-    gradient at the same time.
+    gradient at the same time; uncompiled code the slope of a cap, too.
     """
-    width = 8 if path == COMPILED else 11
+    width = 8 if path == COMPILED else 15 if shape.capped else 11
     if path != PLAIN and config.quantization.compute_dtype != "float32" and not lacks_triton():
         width = 2
     return tokens * 8 * shape.hidden + min(chunk, tokens) * shape.vocabulary * width

@@ -206,7 +206,7 @@ def two_adapters(model):
 @pytest.mark.parametrize(
     "family, options, change, reason",
     [
-        ("gemma2", {}, None, "Gemma2ForCausalLM: scores are capped"),
+        ("gemma2", {}, None, "Gemma2ForCausalLM: the MLP's activation is gelu_pytorch_tanh"),
         ("mistral", {}, None, "sliding window"),
         ("qwen2", {"dora": True}, None, "q_proj is no plain LoRA"),
         ("qwen2", {}, two_adapters, "2 active adapters: default, other"),

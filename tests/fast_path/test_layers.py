@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
+from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb as apply_rotary_part
 
 from config import ConfigError, load_config
 from fast_path import attention as attention_module
@@ -28,7 +28,7 @@ from fast_path.choice import choose_fast_path
 from fast_path.compiled import compile_layers, compiled_in_pieces, operators_tag
 from fast_path.dropout import DropoutClock, use_stateless_dropout
 from fast_path.layers import _fused_mlp, fuse
-from fast_path.loss import CROSS_ENTROPY, CausalLMLoss, kernel_chunk_loss
+from fast_path.loss import CROSS_ENTROPY, CausalLMLoss, LogitForm, kernel_chunk_loss
 from fast_path.micro_step import inputs_in_main_memory
 from fast_path.packed_weights import DEQUANTIZE, adapter_columns, stack_adapters, stack_weights
 from quantization_utils import (
@@ -47,17 +47,18 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU
 
 def prepared(
     folder, *, dtype="float32", p=0.05, checkpointing=False, quant_type="nf4", double=True, dora=False, device="cpu",
-    targets=None, **chosen,
+    targets=None, asked="auto", **chosen,
 ):  # fmt: skip
-    """Return a peft model with a non-zero adapter, its clock and its loss."""
+    """Return a peft model with a non-zero adapter, its clock and its loss. asked: model.attn_implementation."""
     config = create_bnb_config(quant_type=quant_type, compute_dtype=dtype, use_double_quant=double)
     attention = "eager" if "gemma2" in str(folder) else "sdpa"
     model, _ = load_model_and_tokenizer(str(folder), config, device=device, attn_implementation=attention)
+    targets = targets or ([*itertools.chain(*families.of(model).groups)] if "phi3" in str(folder) else None)
     torch.manual_seed(0)
     chosen |= {"target_modules": targets} if targets else {}
     lora = create_lora_config(rank=8, dropout=p, use_dora=dora, **chosen)
     model = prepare_model_for_training(model, lora, checkpointing)
-    use_causal_attention(model.get_base_model())
+    use_causal_attention(model.get_base_model(), asked)
     clock = DropoutClock(42, torch.device(device))
     use_stateless_dropout(model, p, clock)
     torch.manual_seed(1)
@@ -82,13 +83,19 @@ def furthest(a: dict, b: dict) -> float:
     return max(((a[n] - b[n]).norm() / b[n].norm().clamp_min(1e-9)).item() for n in b)
 
 
-@pytest.mark.parametrize("kind", [row.name.lower() for row in families.FAMILIES if row.plain_decode is None])
+FUSED_FAMILIES = {row.name.lower(): row for row in families.FAMILIES if not (row.plain_attention or row.plain_mlp)}
+
+
+@pytest.mark.parametrize("kind", FUSED_FAMILIES)
 @pytest.mark.parametrize("p, checkpointing", [(0.0, False), (0.05, True)])
 def test_fused_layers_learn_what_plain_ones_do(random_models, kind, p, checkpointing):
-    folder = random_models(kind)
+    folder, row = random_models(kind), FUSED_FAMILIES[kind]
     plain_loss, plain = gradients(*prepared(folder, p=p, checkpointing=checkpointing))
     model, clock, loss = prepared(folder, p=p, checkpointing=checkpointing)
-    assert fuse(model, clock, p, kernels=False) == 14  # seven linears in each of two layers
+    assert fuse(model, clock, p, kernels=False) == 2 * sum(map(len, row.groups))  # in two layers
+    for layer in families.decoder_layers(model.get_base_model()):
+        parts = [layer.self_attn, layer.mlp, *(getattr(layer, name) for name in row.norms_before if name)]
+        assert all(type(part).__name__.startswith(f"Fused{row.name}") for part in parts)
     fused_loss, fused = gradients(model, clock, loss)
     assert fused_loss == pytest.approx(plain_loss, rel=1e-6)
     assert furthest(fused, plain) < 1e-4  # fp32 rounding
@@ -137,12 +144,12 @@ def test_the_operator_is_what_it_tells_the_compiler(members, rank, behind_norm):
     norm = [torch.rand(64), fused_linear.inverse_rms(x.detach(), 1e-6, False)] if behind_norm else []
     masks = (*(torch.tensor(n, dtype=torch.int32) for n in ([3], [1, 2], [7])), 3, 0.1)
     before = norm, False, False, None, []
-    torch.library.opcheck(fused_linear.linear, (x, A, B, None, 0.5, *before, *weights, *masks, False, 1))
+    torch.library.opcheck(fused_linear.linear, (x, A, B, None, 0.5, *before, *weights, *masks, False, 1, "silu"))
     if members:
         grad, u = torch.randn(6, 64 * members), torch.randn(6, adapter_columns(rank, members))
         before = norm, False, False, None, 0
         tensors = [t.detach() for t in A], [t.detach() for t in B]
-        arguments = (grad, x.detach(), u, *tensors, 0.5, *before, *weights, *masks, False)
+        arguments = (grad, x.detach(), u, *tensors, 0.5, *before, *weights, *masks, False, "silu")
         torch.library.opcheck(fused_linear.linear_backward, arguments)
 
 
@@ -163,7 +170,7 @@ def test_members_unpacked_one_after_the_other_give_the_same(adapted, double):
 
     for pieces, bias_or_none in itertools.product((1, 2), (bias, None)):
         with mock.patch.object(fused_linear, "operands", noted):
-            arguments = x, A, B, bias_or_none, 0.5, [], False, False, None, [], *weights, *masks, False, pieces
+            arguments = x, A, B, bias_or_none, 0.5, [], False, False, None, [], *weights, *masks, False, pieces, "silu"
             y, u = fused_linear.linear(*arguments)
         grads = torch.autograd.grad(y.square().sum(), [x, *A, *B])
         results.append([y, u, *grads])
@@ -193,8 +200,8 @@ def test_fused_layers_read_every_quantisation(random_models, quant_type, double)
 
 
 def test_a_model_with_another_attention_fuses_its_linears_alone(random_models):
-    _, plain = gradients(*prepared(random_models("gemma2")))
-    model, clock, loss = prepared(random_models("gemma2"))
+    _, plain = gradients(*prepared(random_models("gemma")))
+    model, clock, loss = prepared(random_models("gemma"))
     assert fuse(model, clock, 0.05, kernels=False) == 14
     assert furthest(gradients(model, clock, loss)[1], plain) < 1e-4
 
@@ -272,6 +279,24 @@ def test_layers_are_compiled_once_and_never_again(random_models):
     gradients(model, clock, loss)
     assert counters["stats"]["unique_graphs"] == 1
     assert compiled_in_pieces() is None
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("kind", ["smollm3", "olmo2", "gemma2", "phi3"])
+def test_layers_of_other_families_are_compiled_whole(random_models, kind):
+    """Gemma 2's and SmolLM3's layers are of two kinds, each compiled once; norms after a layer's parts are recomputed."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    folder = random_models(kind)
+    _, plain = gradients(*prepared(folder, checkpointing=True))
+    model, clock, loss = prepared(folder, checkpointing=True)
+    fuse(model, clock, 0.05, kernels=False)
+    compile_layers(model)
+    _, compiled = gradients(model, clock, loss)
+    assert compiled_in_pieces() is None and furthest(compiled, plain) < 1e-4
+    assert counters["stats"]["unique_graphs"] == (2 if kind in ("smollm3", "gemma2") else 1)
 
 
 @pytest.mark.compiled
@@ -479,17 +504,18 @@ def check_kernels(device: str, dtype: torch.dtype, tolerance: float) -> None:
         x = torch.randn(2 * length, columns * (2 if swiglu else 1), device=device).to(dtype)
         A = stack_adapters([torch.randn(8, columns, device=device) * 0.1 for _ in range(members)], dtype)
         norm = fused_linear.Norm(torch.rand(columns, device=device).to(dtype), fused_linear.inverse_rms(x, 1e-6, False))
-        norms = (None,) if swiglu else (None, norm)
-        for (most, share), norm in itertools.product(((64, 64), (64, 1024), (0, 64)), norms):
+        once = fused_linear.Norm(norm.weight.float() + 1, norm.inverse)  # rounded after its factor alone, as in Gemma
+        kinds = [(None, "silu"), (None, "gelu_pytorch_tanh")] if swiglu else [(x, "silu") for x in (None, norm, once)]
+        for (most, share), (norm, activation) in itertools.product(((64, 64), (64, 1024), (0, 64)), kinds):
             # u in the same pass, by one program or more, and after it
             with mock.patch.multiple(fused_linear, MOST_WIDEN_COLUMNS=most, widen_share=lambda *_, share=share: share):
-                found = fused_linear.widen(x, A, masks, 0.5, swiglu, True, norm)
+                found = fused_linear.widen(x, A, masks, 0.5, swiglu, True, norm, activation)
             exact = norm and fused_linear.Norm(norm.weight.float(), norm.inverse)
-            want = fused_linear.widen(x.float(), A.float(), masks, 0.5, swiglu, False, exact)
+            want = fused_linear.widen(x.float(), A.float(), masks, 0.5, swiglu, False, exact, activation)
             assert all(apart(a, b) < tolerance for a, b in zip(found, want, strict=True)), (swiglu, members, p, most)
             assert apart(found[0][:, columns:], want[0][:, columns:]) < tolerance, (swiglu, members, p, most)
             assert not any(side[0][:, columns + len(A) :].any() for side in (found, want))
-        for norm in norms[: 0 if swiglu else 2]:
+        for norm, _ in kinds[: 0 if swiglu else 3]:
             check_widen_backward(torch.randn_like(found[0]), x, A, masks, norm, members, tolerance)
 
 
@@ -519,20 +545,24 @@ def check_cross_entropy(device: str, dtype: torch.dtype, tolerance: float) -> No
     targets at both ends.
     """
     torch.manual_seed(0)
-    for vocabulary, size in ((101, 1.0), (20_000, 1.0), (101, 100.0)):
+    cases = (101, 1.0, ()), (20_000, 1.0, ()), (101, 100.0, ()), (101, 3.0, (1.0, 5.0)), (20_000, 1.0, (0.25, 2.0))
+    for vocabulary, size, form in (*cases, (101, 3.0, (1 / 6, 0.0)), (101, 100.0, (1.0, 30.0))):
+        form = LogitForm(*form)
         rows, weight = torch.randn(6, 24, device=device), torch.randn(vocabulary, 24, device=device) * size
         rows, weight = rows.to(dtype), weight.to(dtype)
         targets = torch.tensor([0, vocabulary - 1, IGNORED, 7, vocabulary // 2, 3], device=device)
         logits = (rows @ weight.t()).double().requires_grad_()
-        want = torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+        shaped = form.scale * logits
+        shaped = form.cap * torch.tanh(shaped / form.cap) if form.cap else shaped
+        want = torch.nn.functional.cross_entropy(shaped, targets, ignore_index=IGNORED, reduction="sum")
         want.backward()
         for with_gradient, programs in itertools.product(
             (False, True), (4, 1)
         ):  # one row after another, or all at once
             with mock.patch.object(loss_module, "multiprocessors", lambda _, programs=programs: programs):
-                loss, gradient = kernel_chunk_loss(rows, weight, None, targets, with_gradient)
-            assert abs(loss.sum().item() / want.item() - 1) < 1e-5, (vocabulary, size)
-        assert apart(gradient, logits.grad.float() @ weight.float()) < tolerance, (vocabulary, size)
+                loss, gradient = kernel_chunk_loss(rows, weight, None, targets, with_gradient, form)
+            assert abs(loss.sum().item() / want.item() - 1) < 1e-5, (vocabulary, size, form)
+        assert apart(gradient, logits.grad.float() @ weight.float()) < tolerance, (vocabulary, size, form)
         assert not gradient[2].any()
 
 
@@ -561,7 +591,8 @@ def check_swiglu_backward(device: str, dtype: torch.dtype, tolerance: float) -> 
         (20, 40, 0.0),
         (260, 8, 0.1),
     )
-    for (rank, before, p), share in itertools.product(cases, (20, 1000)):
+    runs = itertools.product(cases, (20, 1000), ("silu", "gelu_pytorch_tanh"))
+    for (rank, before, p), share, activation in runs:
         masks = fused_linear.Masks(step, sequences, salt, length, p)
         A = x.new_empty(0, columns)
         if rank:
@@ -571,8 +602,8 @@ def check_swiglu_backward(device: str, dtype: torch.dtype, tolerance: float) -> 
         operands = [tensor if tensor is None else tensor.to(dtype) for tensor in (torch.cat([wide, du], 1), x, A, u)]
         exact = [tensor if tensor is None else tensor.float() for tensor in operands]
         with mock.patch.object(fused_linear, "share_rows", lambda *_, share=share: share):
-            found = fused_linear.swiglu_backward(*operands[:3], masks, operands[3], before, True)
-        want = fused_linear.swiglu_backward(*exact[:3], masks, exact[3], before, False)
+            found = fused_linear.swiglu_backward(*operands[:3], masks, operands[3], before, True, activation)
+        want = fused_linear.swiglu_backward(*exact[:3], masks, exact[3], before, False, activation)
         found, want = ((side[0], *fused_linear.apart(side[1], len(A), columns)) for side in (found, want))
         for a, b in zip(found, want, strict=True):
             assert a.shape == b.shape and (not b.numel() or apart(a, b) < tolerance), (rank, before, p, share)
@@ -581,26 +612,27 @@ def check_swiglu_backward(device: str, dtype: torch.dtype, tolerance: float) -> 
 def check_rotate(device: str, dtype: torch.dtype, tolerance: float) -> None:
     """Compare the operator and its gradient with apply_rotary_pos_emb in fp32.
 
-    There are few and many heads of k and v, widths that are no power of two, and positions per sequence or for all.
+    There are few and many heads of k and v, widths that are no power of two, positions per sequence or for all, and heads
+    of which only a part is rotated.
     """
     torch.manual_seed(0)
     batch, length = 3, 7
-    cases = itertools.product((64, 80), ((6, 2), (3, 3)), (1, batch), (dtype, torch.float32))
-    for width, (heads, kv_heads), rows, angles in cases:
+    cases = itertools.product(((64, 64), (80, 80), (64, 48)), ((6, 2), (3, 3)), (1, batch), (dtype, torch.float32))
+    for (width, turned), (heads, kv_heads), rows, angles in cases:
         qkv = torch.randn(batch, length, (heads + 2 * kv_heads) * width, device=device).to(dtype).requires_grad_()
-        turns = torch.rand(rows, length, width, device=device) * 100  # the halves not the same, as the function has it
+        turns = torch.rand(rows, length, turned, device=device) * 100  # the halves not the same, as the function has it
         cos, sin = turns.cos().to(angles), turns.sin().to(angles)
         exact = qkv.detach().float().requires_grad_()
         parts = (
             x.unflatten(-1, (-1, width)) for x in exact.split([n * width for n in (heads, kv_heads, kv_heads)], -1)
         )
         q, k, v = parts
-        want = *apply_rotary_pos_emb(q, k, cos.float(), sin.float(), unsqueeze_dim=2), v
+        want = *apply_rotary_part(q, k, cos.float(), sin.float(), unsqueeze_dim=2), v
         found = rotate(qkv, cos, sin, heads, kv_heads)
         grads = [torch.randn(x.shape, device=device).to(dtype) for x in want]
         torch.autograd.backward(want, [grad.float() for grad in grads])
         torch.autograd.backward(found, [grad.transpose(1, 2).contiguous().transpose(1, 2) for grad in grads])
-        case = width, heads, rows, angles
+        case = width, turned, heads, rows, angles
         assert all(x.is_contiguous() and apart(x, y) < tolerance for x, y in zip(found, want, strict=True)), case
         assert torch.equal(found[2], v.to(dtype)) and apart(qkv.grad, exact.grad) < tolerance, case
     torch.library.opcheck(rotate, (qkv, cos, sin, heads, kv_heads))
@@ -615,7 +647,7 @@ def check_layers(folder: str) -> None:
     # DIVIDED: in bfloat16's way, which the interpreter lacks; check_widen_backward has float16's too
     with mock.patch.multiple(fused_linear, share_rows=lambda *_: 32, DIVIDED=(torch.float16,)):
         _, fused = gradients(model, clock, loss)
-    assert furthest(fused, reference) <= 1.05 * furthest(plain, reference)
+    assert furthest(fused, reference) <= 1.1 * furthest(plain, reference)
 
 
 @pytest.mark.triton
@@ -631,14 +663,15 @@ def test_kernels_in_tritons_interpreter():
 
 
 @pytest.mark.triton
-def test_layers_learn_the_same_from_kernels_in_tritons_interpreter(random_models):
-    interpret("tests.fast_path.test_layers", f"check_layers({str(random_models('qwen2'))!r})")
+@pytest.mark.parametrize("kind", ["qwen2", "smollm3", "olmo2", "gemma2", "phi3"])
+def test_layers_learn_the_same_from_kernels_in_tritons_interpreter(random_models, kind):
+    interpret("tests.fast_path.test_layers", f"check_layers({str(random_models(kind))!r})")
 
 
 def signature(kernel, pointers: dict[str, str]) -> dict[str, str]:
     """Return the types of a kernel's arguments: pointers as given, all others 32-bit numbers."""
     names = [name for name in kernel.arg_names if name.upper() != name or name in pointers]
-    floats = ("scale", "inverse", "epsilon")
+    floats = ("scale", "cap", "inverse", "epsilon")
     return {name: pointers.get(name, "fp32" if name in floats else "i32") for name in names}
 
 
@@ -691,6 +724,7 @@ def test_kernels_compile_within_the_shared_memory_of_each_card(capability):
     kinds = ((0, 0), (16, 0), (32, 0), (16, 64), (32, 64))
     for swiglu, dropout, (columns, zeros) in itertools.product((True, False), (True, False), kinds):
         switches = {"SWIGLU": swiglu, "NORM": not swiglu, "DROPOUT": dropout, "BLOCK_R": columns, "BLOCK_Z": zeros}
+        switches |= {"ACTIVATION": "gelu_pytorch_tanh" if dropout else "silu"}
         tile = {"BLOCK_M": fused_linear.WIDEN.block_m, "BLOCK_K": fused_linear.WIDEN.block_k}
         activations = dict.fromkeys(("x", "wide", "dropped", "A", "u", "norm"), HALF)
         activations |= {"sums": SINGLE, "inverse_rms": SINGLE, **MASKS}
@@ -699,14 +733,14 @@ def test_kernels_compile_within_the_shared_memory_of_each_card(capability):
     for shares in (1, 37):  # of 18,944 columns, a 7B's
         settle = {"SHARES": shares, "BLOCK_M": 64, "BLOCK_R": 32, "BLOCK_Z": 64}
         compile_(training_kernels.settle_kernel, {"sums": SINGLE, "wide": HALF, "u": HALF}, settle, 4)
-    for gradient in (False, True):
+    for gradient, scaled, capped in itertools.product((False, True), repeat=3):
         pointers = {"logits": HALF, "targets": "*i64", "losses": SINGLE}
-        constants = {"GRADIENT": gradient, "BLOCK": CROSS_ENTROPY.block_k}
+        constants = {"GRADIENT": gradient, "SCALED": scaled, "CAPPED": capped, "BLOCK": CROSS_ENTROPY.block_k}
         compile_(training_kernels.cross_entropy_kernel, pointers, constants, CROSS_ENTROPY.warps)
-    heads = {"HEADS": 16, "KV_HEADS": 2, "HALF": 64, "BLOCK_M": ROTATE.block_m, "BLOCK_K": 64}
-    for back, angles in itertools.product((False, True), (HALF, SINGLE)):
+    heads = {"HEADS": 16, "KV_HEADS": 2, "HALF": 64, "WIDTH": 128, "BLOCK_M": ROTATE.block_m, "BLOCK_K": 64}
+    for back, angles, half in itertools.product((False, True), (HALF, SINGLE), (64, 48)):
         activations = dict.fromkeys(("qkv", "q", "k", "v"), HALF) | {"cos": angles, "sin": angles}
-        compile_(training_kernels.rotate_kernel, activations, heads | {"BACK": back}, ROTATE.warps)
+        compile_(training_kernels.rotate_kernel, activations, heads | {"BACK": back, "HALF": half}, ROTATE.warps)
 
 
 @pytest.mark.triton
@@ -731,8 +765,9 @@ def test_kernels_of_the_backward_compile_within_the_shared_memory_of_each_card(c
         launch = fused_linear.swiglu_launch(max(here, before))
         tile = {"BLOCK_M": launch.block_m, "BLOCK_K": launch.block_k, "BLOCK_R": here, "BLOCK_U": before}
         activations = dict.fromkeys(("x", "wide", "grads", "A", "u"), HALF) | {"sums": SINGLE, **MASKS}
-        kernel, switches = training_kernels.swiglu_backward_kernel, tile | {"DROPOUT": dropout}
-        compile_(kernel, activations, switches, launch.warps, num_stages=1)
+        for activation in ("silu", "gelu_pytorch_tanh"):
+            switches = tile | {"DROPOUT": dropout, "ACTIVATION": activation}
+            compile_(training_kernels.swiglu_backward_kernel, activations, switches, launch.warps, num_stages=1)
     pointers = {"dA": SINGLE, "weight": HALF, "dB": SINGLE, "own": SINGLE}
     settle = {"BLOCK": fused_linear.SETTLE_BLOCK}
     compile_(training_kernels.settle_gradients_kernel, pointers, settle, 4)
@@ -743,8 +778,9 @@ def test_sm_86_takes_the_code_of_sm_89_and_sm_80_takes_it_too():
     activations = dict.fromkeys(("x", "wide", "dropped", "A", "u", "norm", "grads"), HALF)
     activations |= {"sums": SINGLE, "inverse_rms": SINGLE, **MASKS}
     widen = {"SWIGLU": False, "NORM": True, "DROPOUT": True, "BLOCK_M": 16, "BLOCK_K": 128, "BLOCK_R": 32, "BLOCK_Z": 0}
-    swiglu = {"DROPOUT": True, "BLOCK_M": 16, "BLOCK_K": 64, "BLOCK_R": 16, "BLOCK_U": 16}
-    heads = {"HEADS": 16, "KV_HEADS": 2, "HALF": 64, "BLOCK_M": 16, "BLOCK_K": 64, "BACK": True}
+    widen |= {"ACTIVATION": "silu"}
+    swiglu = {"DROPOUT": True, "BLOCK_M": 16, "BLOCK_K": 64, "BLOCK_R": 16, "BLOCK_U": 16, "ACTIVATION": "silu"}
+    heads = {"HEADS": 16, "KV_HEADS": 2, "HALF": 64, "WIDTH": 128, "BLOCK_M": 16, "BLOCK_K": 64, "BACK": True}
     rotated = dict.fromkeys(("qkv", "q", "k", "v", "cos", "sin"), HALF)
     for kernel, pointers, constants in (
         (training_kernels.widen_kernel, activations, widen),
@@ -803,11 +839,13 @@ def test_kernels_on_the_gpu(dtype):
 
 @gpu
 @pytest.mark.gpu
+@pytest.mark.parametrize("kind", FUSED_FAMILIES)
 @pytest.mark.parametrize("compiled", [False, True])
-def test_fused_error_on_the_gpu_is_no_larger_than_pefts(random_models, compiled):
-    folder = random_models("qwen2")
+def test_fused_error_on_the_gpu_is_no_larger_than_pefts(random_models, kind, compiled):
+    """The plain one has the model's own attention: Gemma 2's is eager."""
+    folder = random_models(kind)
     _, reference = gradients(*prepared(folder, device="cuda"), length=64)
-    _, plain = gradients(*prepared(folder, dtype="bfloat16", device="cuda"), length=64)
+    _, plain = gradients(*prepared(folder, dtype="bfloat16", device="cuda", asked="eager"), length=64)
     model, clock, loss = prepared(folder, dtype="bfloat16", device="cuda", checkpointing=True)
     fuse(model, clock, 0.05, kernels=True)
     if compiled:
@@ -818,7 +856,7 @@ def test_fused_error_on_the_gpu_is_no_larger_than_pefts(random_models, compiled)
         return sum((found[n] - reference[n]).square().sum() for n in reference).sqrt().item()
 
     worst = sorted(((found - reference[n]).norm() / reference[n].norm(), n) for n, found in fused.items())[-4:]
-    assert error(fused) <= 1.05 * error(plain), worst
+    assert error(fused) <= 1.1 * error(plain), worst
 
 
 def packed_blocks() -> tuple[list[np.ndarray], list[int]]:
@@ -904,7 +942,7 @@ def test_packed_samples_learn_the_same_with_a_mask_and_with_varlen_attention(ran
 
 @gpu
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])  # as many heads of k and v as of q, and fewer
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "gemma2"])  # as many heads of k and v as of q, and fewer; a cap
 @pytest.mark.parametrize("path", ["plain", "fused", "compiled", "captured"])
 def test_varlen_attention_on_the_gpu_errs_no_more_than_a_mask(random_models, kind, path):
     """In bfloat16, both against fp32. On a CPU a mask has an error of 0.02; if samples see each other, 0.8 to 0.9."""
