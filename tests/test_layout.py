@@ -97,6 +97,8 @@ def test_packages_are_empty():
         "toolkit.startup",
         "toolkit.flags",
         "toolkit.cards",
+        "toolkit.run_commands",
+        "toolkit.runs",
         "toolkit.chat",
         "toolkit.text_width",
         "fast_path.families",
