@@ -308,6 +308,7 @@ from toolkit.generation import Generator, VisibleStreamer, by_length
 from toolkit.machine import no_gpu_reason
 from toolkit.memory import cap_memory, free_bytes
 from toolkit.merge import check_logits, logits_on, merge_adapter, moved_by_rounding, plain_copy, with_ends, write_folder
+from toolkit.modelfile import modelfile, next_commands
 from toolkit.turn_ends import adapter_ends, adopt_end, end_tokens
 
 # Limits of a batch of --prompts. Above 32 rows the time of a step goes into arithmetic and no longer into reading the
@@ -627,8 +628,10 @@ def merge(config: Config, adapter: Path, folder: Path, base: str) -> int:
     found = logits_on(merged, ids)
     check_logits(found, unmerged, moved_by_rounding(merged, ids, found))
     difference = (found - expected).abs()
-    with_ends(merged, end_tokens(merged, tokenizer, adapter_ends(adapter, tokenizer)))
-    lines = write_folder(merged, tokenizer, folder, config.model.revision)
+    ends = end_tokens(merged, tokenizer, adapter_ends(adapter, tokenizer))
+    with_ends(merged, ends)
+    text, lines = modelfile(tokenizer, ends, config.generation, config.data.template_options or {})
+    lines += write_folder(merged, tokenizer, folder, config.model.revision, {"Modelfile": text})
     show(
         f"merged the {base} base and {adapter} in bfloat16; the model is in {folder}\n"
         f"largest logit difference to base + adapter on {counted(len(ids), 'token')} of text: {difference.max():.4f} "
@@ -637,6 +640,7 @@ def merge(config: Config, adapter: Path, folder: Path, base: str) -> int:
     )
     for line in lines:
         say(line)
+    show("\n".join(next_commands(folder)))
     return 0
 
 

@@ -605,7 +605,8 @@ def test_each_merged_weight_is_rounded_once(tiny_model: Path, adapter: Path) -> 
 def test_a_merged_folder_is_a_plain_model(run: Callable, tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
     folder = tmp_path / "models" / "merged"
     code, out, _ = run("--mode", "merge", "--output", folder)
-    assert code == 0 and "largest logit difference" in out
+    assert code == 0 and "largest logit difference" in out and f"\n  vllm serve {folder}\n" in out
+    assert (folder / "Modelfile").read_text(encoding="utf-8").splitlines()[1] == "FROM ./model.gguf"
     assert [p.name for p in folder.parent.iterdir()] == ["merged"]
     assert len({p.stat().st_mode for p in folder.iterdir()}) == 1, "whoever may read one file may read all"
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
