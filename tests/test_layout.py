@@ -101,6 +101,9 @@ def test_packages_are_empty():
         "toolkit.runs",
         "toolkit.chat",
         "toolkit.text_width",
+        "toolkit.side_by_side",
+        "toolkit.adapter_choice",
+        "toolkit.prompt_files",
         "fast_path.families",
     ],
 )

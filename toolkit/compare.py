@@ -19,7 +19,7 @@ from toolkit.checkpoints import refusing
 from toolkit.curves import plot_comparison
 from toolkit.earlier_run import checkpoints, settings, step_of
 from toolkit.locks import exclusive, lock_of
-from toolkit.runs import check_rows, out_of_patience, planned_steps
+from toolkit.runs import check_rows, out_of_patience, planned_steps, shortest_endings
 from toolkit.startup import visible
 from toolkit.text_width import for_stdout, padded, start_of, width, wrapped
 
@@ -135,16 +135,6 @@ def short_name(key: str, run: RunSummary) -> str:
     """Return a setting's name as its shortest flag has it: without the section where no other section has this name."""
     name = key.rpartition(".")[2]
     return name if sum(other.endswith(f".{name}") for other in run.settings) == 1 else key
-
-
-def shortest_endings(paths: list[str]) -> list[str]:
-    """Return paths without the folders before what tells them apart."""
-    parts = [Path(path).parts for path in paths]
-    for count in range(1, max(map(len, parts)) + 1):
-        endings = [str(Path(*part[-count:])) for part in parts]
-        if len(set(endings)) == len(set(paths)):
-            return endings
-    return paths
 
 
 def without_common_folders(paths: list[str]) -> list[str]:

@@ -144,6 +144,16 @@ def read_run(folder: Path) -> Run:
     )  # fmt: skip
 
 
+def shortest_endings(paths: list[str]) -> list[str]:
+    """Return paths without the folders before what tells them apart."""
+    parts = [Path(path).parts for path in paths]
+    for count in range(1, max(map(len, parts)) + 1):
+        endings = [str(Path(*part[-count:])) for part in parts]
+        if len(set(endings)) == len(set(paths)):
+            return endings
+    return paths
+
+
 def short_model(name: str) -> str:
     """Return a model's name without its owner or the folders above it."""
     return os.path.basename(os.path.normpath(name)) or name
