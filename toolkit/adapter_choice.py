@@ -44,7 +44,8 @@ def find_adapter(folder: Path) -> Path:
 
 def names_of(folders: list[Path]) -> list[str]:
     """Return what each adapter is called: its folder, with as many folders above it as tell it from the others."""
-    return [name.replace(os.sep, "/") for name in shortest_endings([os.path.abspath(folder) for folder in folders])]
+    paths = [os.path.abspath(folder) for folder in folders]
+    return [name.replace(os.sep, "/") for name in shortest_endings(paths)] if paths else []
 
 
 def config_with_adapters(
