@@ -4,6 +4,7 @@ python inference_example.py                                   chat with the adap
 python inference_example.py --adapter output_r8 --mode demo   answer the same prompts with the base and the adapter
 python inference_example.py --mode text --prompt "Hello"      print only the answer; --prompt - reads stdin
 python inference_example.py --mode text --prompts questions.txt --output answers.jsonl     run it again to continue
+python inference_example.py --adapter output_r8 output_r16 --mode demo    several adapters of one base, side by side
 python inference_example.py --adapter none --raw              continue plain text with the base alone
 python inference_example.py --mode merge --output merged      write a bfloat16 model that needs no peft or bitsandbytes
 """
@@ -24,15 +25,14 @@ import toolkit.startup
 
 sys.excepthook = toolkit.startup.in_one_line  # a package that is not installed is named in one line
 
-from config import Config, ConfigError, counted, load_config
-from toolkit import strict_json
+from config import Config, ConfigError, counted
+from toolkit.adapter_choice import config_with_adapters, find_adapters, names_of
 from toolkit.chat import Conversation, Keyboard, chat, remark, show
-from toolkit.earlier_run import config_with_adapter
-from toolkit.encodings import check_config, not_utf8
+from toolkit.encodings import check_config
 from toolkit.flags import build_parser, parse_arguments
 from toolkit.local_paths import missing_model
 from toolkit.locks import exclusive, lock_of
-from toolkit.regular_files import not_regular
+from toolkit.prompt_files import Prompt, clean, finished_rows, read_prompts
 from toolkit.startup import (
     before_heavy_imports,
     out_of_memory,
@@ -53,8 +53,6 @@ TAKES = ("model", "quantization", "data.template_options", "performance", "gener
 EVERYDAY = ["mode", "adapter", "prompt", "prompts", "output", "raw", "max_new_tokens"]
 EVERYDAY += ["temperature", "top_p", "system_prompt"]
 
-Prompt = str | list[dict[str, str]]  # a text, or the messages of a chat, of which the last is the user's
-
 
 def say(line: str) -> None:
     """Print a line that is not part of an answer, on stderr."""
@@ -65,71 +63,6 @@ say_once = functools.cache(say)  # for what holds for every prompt
 
 
 # ------------------------------------------------------------------------------------------------ command line
-
-
-def clean(value: Any) -> Any:
-    """Return the prompt with question marks instead of lone surrogates, which tokenizers and UTF-8 do not accept."""
-    return json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
-
-
-def read_row(line: str) -> Prompt:
-    """Return the prompt of a line of .jsonl, `prompt` or `messages` up to the user's last one; raise ValueError."""
-    with contextlib.suppress(Exception):  # whatever is wrong with the line, the error below says what is expected
-        row = strict_json.decode(line)
-        prompt = row.get("prompt", row.get("messages"))
-        if isinstance(prompt, str) and prompt.strip():
-            return clean(prompt)
-        messages = [{"role": message["role"] + "", "content": message["content"] + ""} for message in prompt]
-        messages = (
-            messages[:-1] if messages[-1]["role"] == "assistant" else messages
-        )  # training data ends with the answer
-        if messages[-1]["role"] == "user":
-            return clean(messages)
-    raise ValueError(
-        "expected an object with a text `prompt`, or with `messages` (role, content) that end with the user's"
-    )
-
-
-def read_prompts(path: Path) -> list[Prompt]:
-    """Return the prompts of a .txt file (one per line, blank lines are skipped) or a .jsonl file; raise ConfigError."""
-    read = {".txt": clean, ".jsonl": read_row}.get(path.suffix.lower())
-    if read is None:
-        raise ConfigError(f"--prompts: expected a .txt or .jsonl file, got {path}")
-    where, prompts = str(path), []
-    try:
-        if os.path.lexists(path) and (problem := not_regular(path)):
-            raise ConfigError(f"--prompts: expected a file, got {path}, which is {problem}")
-        if problem := not_utf8(path):
-            raise ConfigError(f"--prompts: cannot read {path}: {problem}")
-        # utf-8-sig: editors on Windows may begin a file with a byte order mark
-        for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
-            where = f"{path}, line {number}"
-            prompts += [read(line)] if line.strip() else []
-    except ConfigError:
-        raise
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--prompts: {where}: {error}") from None
-    if not prompts:
-        raise ConfigError(f"--prompts: {path} has no prompts")
-    return prompts
-
-
-def finished_rows(output: Path, prompts: list[Prompt]) -> tuple[int, int]:
-    """Return how many prompts an output file answers, and the bytes of those rows.
-
-    Raise ConfigError if the file was not written for these prompts.
-    """
-    try:
-        *rows, torn = output.read_bytes().split(b"\n") if output.exists() else [b""]
-        known = [json.loads(row)["prompt"] for row in rows] == prompts[: len(rows)]
-    except (OSError, ValueError, TypeError, KeyError):
-        known = False
-    # An incomplete last row, left by a call that was killed, is written again. Any other file is never overwritten.
-    if not known or not (torn.startswith(b'{"prompt": ') or b'{"prompt": '.startswith(torn)):
-        raise ConfigError(
-            f"--output: {output} already exists and was not written for these prompts; choose another --output"
-        )
-    return len(rows), sum(len(row) + 1 for row in rows)
 
 
 def check_options(options: argparse.Namespace) -> None:
@@ -155,8 +88,10 @@ def check_options(options: argparse.Namespace) -> None:
         problems.append(f"--output: expected a .jsonl file other than --prompts, got {output}")
     elif output and not os.access(there, os.W_OK):
         problems.append(f"--output: cannot write in {there}")
-    if merge and options.adapter == "none":
+    if merge and options.adapter == ["none"]:
         problems.append("--mode merge: expected an adapter, got --adapter none")
+    if len(options.adapter or []) > 1 and (merge or options.prompt is not None):
+        problems.append("--adapter: several only work with demo, interactive and --prompts; expected one here")
     if problems:
         raise ConfigError(*problems)
 
@@ -175,27 +110,8 @@ def writing(options: argparse.Namespace) -> Iterator[None]:
         except OSError as error:
             raise ConfigError(f"--output: cannot write {output}: {error.strerror or error}") from None
         check_options(options)
-        options.finished = finished_rows(output, options.rows) if options.rows else (0, 0)
+        options.finished = finished_rows(output, options.rows, options.names) if options.rows else (0, 0)
         yield
-
-
-def find_adapter(given: str | None, paths: list[Path], overrides: dict[str, str]) -> Path | None:
-    """Return the adapter's folder (--adapter, otherwise training.output_dir); None for the base alone.
-
-    Raise ConfigError if there is no adapter in it.
-    """
-    if given == "none":
-        return None
-    folder = Path(given or load_config(paths, overrides).training.output_dir).expanduser()
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / name).is_file():
-            what = f"no {name} in {folder}" if folder.is_dir() else f"no such folder: {folder}"
-            unfinished = sorted(folder.glob("checkpoint-*/adapter_config.json"), key=os.path.getmtime)
-            hint = f"; to use the last checkpoint there: --adapter {unfinished[-1].parent}" if unfinished else ""
-            raise ConfigError(
-                f"--adapter: {what}; train one with train_qlora.py, or use --adapter none for the base alone{hint}"
-            )
-    return folder
 
 
 def option_parser() -> argparse.ArgumentParser:
@@ -210,8 +126,9 @@ def option_parser() -> argparse.ArgumentParser:
     )
     add(
         "--adapter",
+        nargs="+",
         metavar="DIR|none",
-        help="the adapter's folder (default: training.output_dir), or none for the base alone",
+        help="the adapter's folder (default: training.output_dir), several of one base, or none for the base alone",
     )
     add("--prompt", metavar="TEXT", help="with --mode text: the prompt to answer; - reads it from stdin")
     add(
@@ -251,18 +168,20 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
         raise ConfigError(*problems)
     check_options(options)
     options.rows = read_prompts(Path(options.prompts)) if options.prompts else []
-    if options.output is None or not lock_of(Path(options.output)).exists():
-        options.finished = finished_rows(Path(options.output), options.rows) if options.rows else (0, 0)
-    else:  # a first answer, before torch is imported
-        with writing(options):
-            pass
     given, beside = [Path(options.config)] if options.config else [], Path(__file__).with_name("config.yaml")
     for path in given or [beside]:
         check_config(path)
-    options.adapter = find_adapter(options.adapter, given or [beside], overrides)
+    options.folders = find_adapters(options.adapter, given or [beside], overrides)
+    options.names = names_of(options.folders)
+    if options.output is None or not lock_of(Path(options.output)).exists():
+        rows, output = options.rows, Path(options.output or "")
+        options.finished = finished_rows(output, rows, options.names) if rows else (0, 0)
+    else:  # a first answer, before torch is imported
+        with writing(options):
+            pass
     if options.seed is not None:
         overrides["training.seed"] = options.seed
-    config, options.notes = config_with_adapter(options.adapter, given, beside, overrides)
+    config, options.notes = config_with_adapters(options.folders, given, beside, overrides)
     if problems := missing_model(config.model.name):
         raise ConfigError(*problems)
     check_template_files(config.model.name)
@@ -301,6 +220,7 @@ from quantization_utils import (
     quiet_libraries,
     replaces_bf16,
 )
+from toolkit.adapter_set import AdapterSet, warn_of_other_bases
 from toolkit.adapters import load_adapter
 from toolkit.chat_templates import CHANGES, adopt_template, changes_words, prepare_child, render_chats, template_file
 from toolkit.checkpoints import edited_line, effective
@@ -308,7 +228,10 @@ from toolkit.generation import Generator, VisibleStreamer, by_length
 from toolkit.machine import no_gpu_reason
 from toolkit.memory import cap_memory, free_bytes
 from toolkit.merge import check_logits, logits_on, merge_adapter, moved_by_rounding, plain_copy, with_ends, write_folder
+from toolkit.modelfile import modelfile, next_commands
+from toolkit.side_by_side import BASE, BlindTest, beside
 from toolkit.turn_ends import adapter_ends, adopt_end, end_tokens
+from toolkit.voices import Voices
 
 # Limits of a batch of --prompts. Above 32 rows the time of a step goes into arithmetic and no longer into reading the
 # weights, so that larger batches gain little.
@@ -354,9 +277,7 @@ def load(config: Config, adapter: Path | None = None, quantized: bool = True) ->
 def attach(base: PreTrainedModel, adapter: Path, model_name: str) -> PeftModel:
     """Return the base with the adapter; print a warning if the adapter was trained on another base."""
     model = load_adapter(base, adapter)
-    recorded = model.peft_config["default"].base_model_name_or_path
-    if recorded and os.path.abspath(recorded) != os.path.abspath(model_name):
-        say(f"warning: {adapter} was trained on {recorded}; model.name is {model_name}")
+    warn_of_other_bases({adapter: model.peft_config["default"].base_model_name_or_path}, model_name, say)
     return model
 
 
@@ -460,17 +381,18 @@ def stream_answer(
     note: Callable,
     began: float | None = None,
     as_generated: bool = False,
+    shown: bool = True,
 ) -> tuple[str, bool]:
     """Print the answer to one prompt while it is made, give its speed to `note`; return it and whether Ctrl-C came.
 
-    began: see Watch. as_generated: print control characters as they are.
+    began: see Watch. as_generated: print control characters as they are. shown: False prints nothing.
     """
     kind = TextStreamer if as_generated else VisibleStreamer
     watch, streamer = Watch(began), kind(engine.tokenizer, skip_prompt=True, skip_special_tokens=True)
     with stopped_by_ctrl_c(watch):  # also after the last token, so that a Ctrl-C just too late does nothing else
         beams = settings.num_beams > 1  # of which the answer is known only at the end
-        new = generate_ids(engine, [ids], settings, watch, None if beams else streamer)[0]
-        if beams:
+        new = generate_ids(engine, [ids], settings, watch, streamer if shown and not beams else None)[0]
+        if beams and shown:
             streamer.on_finalized_text(engine.tokenizer.decode(new, skip_special_tokens=True), stream_end=True)
         traffic = engine.generator.traffic()
         traffic.add(watch, 1, len(ids))
@@ -506,18 +428,20 @@ def batch_size(engine: Engine, config: Config, positions: int) -> int:
     return 1 << max(0, rows.bit_length() - 1)
 
 
-def answer_file(engine: Engine, config: Config, prompts: list[Prompt], output: Path, finished: tuple[int, int]) -> int:
+def answer_file(voices: Voices, config: Config, prompts: list[Prompt], output: Path, finished: tuple[int, int]) -> int:
     """Append, in order, an answer for each prompt that the output file lacks; return the exit code.
 
-    Prompts of similar length are answered together. An answer is written as soon as all answers before it are written.
+    With several adapters, a row has an answer of each one. Prompts of similar length are answered together. An answer is written as soon as all answers before it are written.
     So a call that is stopped loses at most the answers of one window of prompts, and the next call makes them again.
     """
-    settings, (first, good_bytes) = config.generation, finished
+    settings, (first, good_bytes), engine = config.generation, finished, voices.engine
+    names = [name for name in voices.engines if name != BASE]
+    several = names if len(names) > 1 else []
     rows = [encode(engine, prompt, settings.system_prompt) for prompt in prompts]
     longest = max(map(len, rows))  # room_after refuses a prompt that is too long, before anything is written
     size = batch_size(engine, config, longest + room_after(engine, longest, settings))
     start, tokens, traffic, written = time.perf_counter(), 0, engine.generator.traffic(), first
-    waiting: dict[int, str] = {}
+    waiting: dict[int, dict[str, Any]] = {}
     if first:
         say(f"continuing {output} after {counted(first, 'answer')}, which keep the settings of the call that made them")
     bar = tqdm(total=len(prompts), initial=first, unit="prompt", disable=not sys.stderr.isatty())
@@ -526,24 +450,32 @@ def answer_file(engine: Engine, config: Config, prompts: list[Prompt], output: P
         for batch in by_length(rows, size, WINDOW):
             if max(batch) < first:
                 continue
-            transformers.set_seed(config.training.seed + batch[0])  # so that a continued call samples the same
-            answers = generate_ids(engine, [rows[i] for i in batch], settings, watch := Watch(), batch=size)
-            if watch.stop:
-                say(
-                    f"stopped: {output} has {written} of {counted(len(prompts), 'answer')}; "
-                    "run the same command again to continue"
-                )
-                return 130
-            texts = engine.tokenizer.batch_decode(answers, skip_special_tokens=True)
-            waiting |= {i: text for i, text in zip(batch, texts, strict=True) if i >= first}
+            texts: list[dict[str, str]] = [{} for _ in batch]
+            for name in several or [voices.active]:
+                transformers.set_seed(config.training.seed + batch[0])  # so that a continued call samples the same
+                engine, some = voices.use(name), [rows[i] for i in batch]
+                answers = generate_ids(engine, some, settings, watch := Watch(), batch=size)
+                if watch.stop:
+                    say(
+                        f"stopped: {output} has {written} of {counted(len(prompts), 'answer')}; "
+                        "run the same command again to continue"
+                    )
+                    return 130
+                for text, answer in zip(
+                    texts, engine.tokenizer.batch_decode(answers, skip_special_tokens=True), strict=True
+                ):
+                    text[name] = answer
+                # Answers that an earlier call has written are made again for the sake of the batch, and do not count.
+                tokens += sum(len(answer) for i, answer in zip(batch, answers, strict=True) if i >= first)
+                traffic.add(watch, len(batch), max(map(len, some)))
+            for i, found in zip(batch, texts, strict=True):
+                if i >= first:
+                    waiting[i] = {"completions": found} if several else {"completion": next(iter(found.values()))}
             while written in waiting:
-                row = {"prompt": prompts[written], "completion": waiting.pop(written)}
+                row = {"prompt": prompts[written]} | waiting.pop(written)
                 file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
                 written += 1
             file.flush()
-            # Answers that an earlier call has written are made again for the sake of the batch, and do not count.
-            tokens += sum(len(answer) for i, answer in zip(batch, answers, strict=True) if i >= first)
-            traffic.add(watch, len(batch), max(len(rows[i]) for i in batch))
             bar.update(written + len(waiting) - bar.n)
     speed = tokens / (time.perf_counter() - start)
     made = f"{counted(tokens, 'token')} | {speed:.1f} tokens/s | {traffic.line()}"
@@ -551,20 +483,27 @@ def answer_file(engine: Engine, config: Config, prompts: list[Prompt], output: P
     return 0
 
 
-def demo(engine: Engine, config: Config, adapter: Path | None) -> int:
-    """Print the answers of the base and of the adapter to each of DEMO_PROMPTS; return the exit code."""
-    voices = {f"base: {config.model.name}": engine.model.disable_adapter if adapter else contextlib.nullcontext}
-    voices |= {f"adapter: {adapter}": contextlib.nullcontext} if adapter else {}
+def demo(voices: Voices, config: Config) -> int:
+    """Print the answers of the base and of each adapter to each of DEMO_PROMPTS; return the exit code.
+
+    Those of several adapters stand beside each other.
+    """
+    several, columns = len(voices.engines) > 2, shutil.get_terminal_size().columns
     for number, prompt in enumerate(DEMO_PROMPTS, 1):
-        show(f"{'=' * min(80, shutil.get_terminal_size().columns)}\n[{number}/{len(DEMO_PROMPTS)}] {prompt}")
-        ids = encode(engine, prompt, config.generation.system_prompt)
-        for label, voice in voices.items():
-            show(f"\n--- {label}")
+        show(f"{'=' * min(80, columns)}\n[{number}/{len(DEMO_PROMPTS)}] {prompt}")
+        texts: dict[str, str] = {}
+        for name, label in voices.labels.items():
+            engine = voices.use(name)
+            ids = encode(engine, prompt, config.generation.system_prompt)
             transformers.set_seed(config.training.seed)
-            with voice():
-                _, stopped = stream_answer(engine, ids, config.generation, remark)
+            note = (lambda line, name=name: remark(f"{name}: {line}")) if several else remark
+            if not several:
+                show(f"\n--- {label}")
+            texts[name], stopped = stream_answer(engine, ids, config.generation, note, shown=not several)
             if stopped:
                 return 130
+        if several:
+            print(f"\n{beside(texts, columns)}", flush=True)
     return 0
 
 
@@ -588,26 +527,48 @@ def fitted(engine: Engine, messages: list[dict[str, str]], settings: GenerationC
     return ids
 
 
-def take_turn(engine: Engine, line: str, talk: Conversation) -> None:
-    """Answer a line, after the conversation so far unless the engine is raw. A turn that fails changes nothing."""
+def answer_turn(engine: Engine, line: str, talk: Conversation, note: Callable = remark) -> tuple[list, str]:
+    """Print the answer to a line, after the conversation so far unless the engine is raw.
+
+    Return the messages that it answers, and the answer. Raise ConfigError if it cannot be made.
+    """
     messages = [*talk.messages, {"role": "user", "content": line}]
     ids = encode(engine, line, None) if engine.raw else fitted(engine, messages, talk.settings)
     try:
-        text, _ = stream_answer(engine, ids, talk.settings, remark)
+        return messages, stream_answer(engine, ids, talk.settings, note)[0]
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
         raise ConfigError(
             "out of GPU memory: the message was dropped; use /reset, or /set a smaller max_new_tokens"
         ) from None
+
+
+def take_turn(engine: Engine, line: str, talk: Conversation) -> None:
+    """Answer a line and add both to the conversation. A turn that fails changes nothing."""
+    messages, text = answer_turn(engine, line, talk)
     talk.messages = [*messages, {"role": "assistant", "content": text}]
 
 
-def interactive(engine: Engine, config: Config, adapter: Path | None, keeps_history: bool = True) -> int:
+def interactive(voices: Voices, config: Config, keeps_history: bool = True) -> int:
     """Chat until the user leaves; return 0. keeps_history: for the next chat, what the user types."""
-    how = "plain continuation of each message" if engine.raw else "chat"
-    show(f"{config.model.name} | adapter: {adapter or 'none'} | {how} | /help lists the commands")
+    how = "plain continuation of each message" if voices.engine.raw else "chat"
+    names = ", ".join(label.removeprefix("adapter: ") for name, label in voices.labels.items() if name != BASE)
+    several = f" ({voices.active} answers)" if len(voices.labels) > 2 else ""
+    show(f"{config.model.name} | adapter: {names or 'none'}{several} | {how} | /help lists the commands")
     transformers.set_seed(config.training.seed)
-    return chat(Conversation(config.generation), functools.partial(take_turn, engine), Keyboard(keeps_history))
+
+    def blind(line: str, talk: Conversation) -> str:
+        return answer_turn(voices.engine, line, talk, lambda line: None)[1]
+
+    test = BlindTest(voices.labels, voices.active, voices.use, blind)
+
+    def turn(line: str, talk: Conversation) -> None:
+        test.turn(line, talk) if test.file else take_turn(voices.engine, line, talk)
+
+    try:
+        return chat(Conversation(config.generation), turn, Keyboard(keeps_history), test.commands())
+    finally:
+        test.end()
 
 
 # ------------------------------------------------------------------------------------------------ merge
@@ -627,8 +588,10 @@ def merge(config: Config, adapter: Path, folder: Path, base: str) -> int:
     found = logits_on(merged, ids)
     check_logits(found, unmerged, moved_by_rounding(merged, ids, found))
     difference = (found - expected).abs()
-    with_ends(merged, end_tokens(merged, tokenizer, adapter_ends(adapter, tokenizer)))
-    lines = write_folder(merged, tokenizer, folder, config.model.revision)
+    ends = end_tokens(merged, tokenizer, adapter_ends(adapter, tokenizer))
+    with_ends(merged, ends)
+    text, lines = modelfile(tokenizer, ends, config.generation, config.data.template_options or {})
+    lines += write_folder(merged, tokenizer, folder, config.model.revision, {"Modelfile": text})
     show(
         f"merged the {base} base and {adapter} in bfloat16; the model is in {folder}\n"
         f"largest logit difference to base + adapter on {counted(len(ids), 'token')} of text: {difference.max():.4f} "
@@ -637,6 +600,7 @@ def merge(config: Config, adapter: Path, folder: Path, base: str) -> int:
     )
     for line in lines:
         say(line)
+    show("\n".join(next_commands(folder)))
     return 0
 
 
@@ -654,22 +618,30 @@ def run(options: argparse.Namespace, config: Config) -> int:
     prompt = clean(sys.stdin.read().removesuffix("\n") if options.prompt == "-" else options.prompt or "")
     if options.prompt and not prompt.strip():
         raise ConfigError("--prompt: expected a text on stdin, got nothing")
+    adapter = next(iter(options.folders), None)
     if options.mode == "merge":
-        return merge(config, options.adapter, Path(options.output), options.merge_base or "dequantized")
-    model, tokenizer = load(config, options.adapter)
+        return merge(config, adapter, Path(options.output), options.merge_base or "dequantized")
+    model, tokenizer = load(config, adapter)
     keep_packing(model, keep=False)  # a faster layout, which only training and merging do not allow
-    model = attach(model, options.adapter, config.model.name) if options.adapter else model
+    folders, adapters = dict(zip(options.names, options.folders, strict=True)), None
+    if len(folders) > 1:
+        adapters = AdapterSet(model, folders)
+        model = adapters.model
+        warn_of_other_bases({a.folder: a.base for a in adapters.adapters.values()}, config.model.name, say)
+    elif adapter:
+        model = attach(model, adapter, config.model.name)
     if replaces_bf16(config):
         say(SLOW_BF16)
-    engine = create_engine(model, tokenizer, options.raw, options.adapter)
+    engine = create_engine(model, tokenizer, options.raw, adapter)
     engine = dataclasses.replace(engine, template_options=config.data.template_options or {})
+    voices = Voices(engine, config.model.name, folders, adapters)
     if options.rows:
-        return answer_file(engine, config, options.rows, Path(options.output), options.finished)
+        return answer_file(voices, config, options.rows, Path(options.output), options.finished)
     if options.mode == "text":
         return answer_prompt(engine, config, prompt)
     if options.mode == "demo":
-        return demo(engine, config, options.adapter)
-    return interactive(engine, config, options.adapter, not options.no_history)
+        return demo(voices, config)
+    return interactive(voices, config, not options.no_history)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -6,6 +6,7 @@ python train_qlora.py --rank 8 --alpha 16 --output_dir output_r8
 python train_qlora.py --plan                              the GPU memory that a run would need, without the weights
 python train_qlora.py --evaluate --adapter output_r8      loss and perplexity of base and adapter
 python train_qlora.py --compare output_r8 output_r16      a table and a picture of finished runs
+python train_qlora.py --runs                              a list of the runs below the current folder
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from toolkit.earlier_run import config_with_adapter, refuse_other_run
 from toolkit.encodings import check_config
 from toolkit.flags import build_parser, parse_arguments
 from toolkit.local_paths import MODEL_PARTS, missing_model, missing_sources
+from toolkit.run_commands import add_flags, answer, is_asked
 from toolkit.start_adapter import with_start_adapter
 from toolkit.startup import before_heavy_imports, reader_gone, report, run_and_exit, unusable, visible, wake_gpu
 from toolkit.template_files import check_template_files
@@ -52,6 +54,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     add("--compare", nargs="+", metavar="DIR", help="print a table of finished runs and draw their curves")
     add("--output", metavar="FILE", help="with --compare: the picture (default: compare.png)")
     add("--overwrite", action="store_true", help="start over in an output_dir that holds a run, and replace it")
+    add_flags(parser)
     options, overrides = parse_arguments(parser, argv)
     if problems := unusable(vars(options)):
         raise ConfigError(*problems)
@@ -63,7 +66,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
             raise ConfigError(f"--{name}: goes with --{owner}{hint}")
     if options.card is not None:
         find_card(options.card)
-    if options.compare:
+    if options.compare or is_asked(options):
         return options, Config()
     if options.adapter and not (Path(options.adapter) / "adapter_config.json").is_file():
         raise ConfigError(f"--adapter: no adapter_config.json in {options.adapter}")
@@ -97,7 +100,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
 
 if __name__ == "__main__":  # --help and every error in the configuration answer before torch is imported
     try:
-        parse(sys.argv[1:])
+        if (code := answer(parse(sys.argv[1:])[0])) is not None:
+            sys.exit(code)
     except ConfigError as error:
         sys.exit(report(error))
     before_heavy_imports(announce=True)
@@ -153,6 +157,8 @@ def main(argv: list[str] | None = None) -> int:
     doing, output_dir, again = "loading", "", ""  # for the messages of errors
     try:
         options, config = parse(argv)
+        if (code := answer(options)) is not None:
+            return code
         quantization_utils.quiet_libraries()
         quiet_datasets()
         if options.plan:

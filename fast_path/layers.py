@@ -42,9 +42,14 @@ class Group:
         self.salt = torch.tensor(clock.salted(salt), dtype=torch.int32, device=bases[0].weight.device)
         biases = [base.bias for base in bases]
         self.bias = torch.cat([bias.detach() for bias in biases]) if all(bias is not None for bias in biases) else None
-        self.A = [next(iter(module.lora_A.values())).weight for module in adapted]
-        self.B = [next(iter(module.lora_B.values())).weight for module in adapted]
-        self.scale = float(next(iter(adapted[0].scaling.values()))) if adapted else 0.0
+        self.adapted = adapted
+        self.read_adapters()
+
+    def read_adapters(self) -> None:
+        """Take the adapters' matrices and their scale from the modules, at the start and after others were put there."""
+        self.A = [next(iter(module.lora_A.values())).weight for module in self.adapted]
+        self.B = [next(iter(module.lora_B.values())).weight for module in self.adapted]
+        self.scale = float(next(iter(self.adapted[0].scaling.values()))) if self.adapted else 0.0
 
     def adapters(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Return A and B of the members; empty lists if they have no adapters or their adapters are disabled."""
@@ -274,6 +279,11 @@ def fuse(model: PeftModel, clock: DropoutClock, p: float, kernels: bool, in_piec
             if module not in fused and hasattr(module, "lora_A") and fusable(module):
                 _switch(module, _fused_linear, alone=group(module))
     return len(fused)
+
+
+def groups_of(model: nn.Module) -> list[Group]:
+    """Return the Groups that `fuse` has put into a model. Callers keep the list: walking through all modules is slow."""
+    return [value for module in model.modules() for value in vars(module).values() if isinstance(value, Group)]
 
 
 # ------------------------------------------------------------------------------------------------ without them for a while

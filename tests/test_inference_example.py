@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+import yaml
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
@@ -606,7 +607,8 @@ def test_each_merged_weight_is_rounded_once(tiny_model: Path, adapter: Path) -> 
 def test_a_merged_folder_is_a_plain_model(run: Callable, tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
     folder = tmp_path / "models" / "merged"
     code, out, _ = run("--mode", "merge", "--output", folder)
-    assert code == 0 and "largest logit difference" in out
+    assert code == 0 and "largest logit difference" in out and f"\n  vllm serve {folder}\n" in out
+    assert (folder / "Modelfile").read_text(encoding="utf-8").splitlines()[1] == "FROM ./model.gguf"
     assert [p.name for p in folder.parent.iterdir()] == ["merged"]
     assert len({p.stat().st_mode for p in folder.iterdir()}) == 1, "whoever may read one file may read all"
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -848,7 +850,7 @@ def test_the_adapter_is_found_in_output_dir_and_in_checkpoints(
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(adapter / name, run_folder)
     options, config = inference_example.parse(["--config", "own.yaml"])
-    assert options.adapter == Path("out") and config.model.name == load_config(adapter / "config.yaml").model.name
+    assert options.folders == [Path("out")] and config.model.name == load_config(adapter / "config.yaml").model.name
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU is told")
@@ -866,3 +868,116 @@ def test_options_of_the_template_reach_the_prompt(tiny_model):
     for options, ending in (({}, "heron"), ({"enable_thinking": False}, "heron<|im_end|>")):
         engine = inference_example.Engine(None, tokenizer, [], 64, False, None, options)
         assert tokenizer.decode(inference_example.encode(engine, "heron", None)) == ending
+
+
+# ------------------------------------------------------------------------------------------------ several adapters
+
+
+@pytest.fixture(scope="session")
+def second(tiny_model: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another adapter of the same base: other weights and another rank."""
+    folder = make_adapter(tiny_model, tmp_path_factory.mktemp("more") / "second")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    halved = {n: (-3 * t[:, :4] if "lora_B" in n else t[:4]).contiguous() for n, t in tensors.items()}
+    save_file(halved, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    (folder / "adapter_config.json").write_text(json.dumps(settings | {"r": 4}), encoding="utf-8")
+    return folder
+
+
+def main_with(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *flags: object, stdin: str = ""
+) -> tuple:
+    monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
+    capsys.readouterr()
+    code = inference_example.main([str(word) for word in ("--max_new_tokens", 10, "--temperature", 0, *flags)])
+    return (code, *capsys.readouterr())
+
+
+def test_prompts_get_an_answer_of_each_adapter(adapter, second, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("q.txt").write_text("The sea\nHello there\nOnce\n", encoding="utf-8")
+    ask = ("--mode", "text", "--prompts", "q.txt", "--raw")
+    found = []
+    for number, folder in enumerate((adapter, second)):
+        assert main_with(monkeypatch, capsys, "--adapter", folder, *ask, "--output", f"{number}.jsonl")[0] == 0
+        found.append([row["completion"] for row in rows_of(Path(f"{number}.jsonl"))])
+    several = ("--adapter", adapter, second, *ask, "--output", "both.jsonl")
+    assert main_with(monkeypatch, capsys, *several)[0] == 0
+    both = rows_of(Path("both.jsonl"))
+    assert [[*row["completions"].values()] for row in both] == [list(pair) for pair in zip(*found, strict=True)]
+    assert [*both[0]["completions"]] == [adapter.name, second.name] and found[0] != found[1]
+    Path("both.jsonl").write_bytes(Path("both.jsonl").read_bytes().split(b"\n")[0] + b"\n")
+    assert main_with(monkeypatch, capsys, *several)[0] == 0 and rows_of(Path("both.jsonl")) == both
+    for other in (("--adapter", adapter), ("--adapter", second, adapter)):  # whose rows are not these
+        before = Path("both.jsonl").read_bytes()
+        code, _, err = main_with(monkeypatch, capsys, *other, *ask, "--output", "both.jsonl")
+        assert code == 2 and "was not written for these prompts" in err and Path("both.jsonl").read_bytes() == before
+
+
+def test_demo_shows_columns_of_several_adapters(adapter, second, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(inference_example, "DEMO_PROMPTS", ("The sea",))
+    code, out, _ = main_with(monkeypatch, capsys, "--adapter", adapter, second, "--mode", "demo")
+    table = out[out.index("\nbase ") + 1 :].splitlines()
+    assert code == 0 and table[0].split() == ["base", adapter.name, second.name]
+    assert table[1] == "  ".join(["-" * 25] * 3) and max(map(len, table)) <= 80
+
+
+def test_a_chat_switches_adapters_and_keeps_the_conversation(adapter, second, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    talk = f"hello\n/adapters\n/adapter {second.name}\nmore\n/save c.jsonl\n/ab\nwhich\n1\n/exit\n"
+    code, out, _ = main_with(monkeypatch, capsys, "--adapter", adapter, second, stdin=talk)
+    assert (
+        code == 0 and f"* {adapter.name} (adapter: {adapter})" in out and f"  {second.name} (adapter: {second})" in out
+    )
+    assert f"{second.name} answers from here on" in out and "--- answer 2" in out and "sign test p = 1" in out
+    assert len(rows_of(Path("c.jsonl"))[0]["messages"]) == 4 and len(rows_of(Path("ab.jsonl"))) == 1
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"model": {"name": "another/base"}}, "model.name is "),
+        ({"quantization": {"quant_type": "fp4"}}, "quantization.quant_type is nf4 in "),
+        ({"quantization": {"load_in_4bit": False}}, "quantization.load_in_4bit is true in "),
+        ({"data": {"template_options": {"enable_thinking": False}}}, "data.template_options is "),
+    ],
+)
+def test_adapters_of_another_base_are_refused_in_one_line(adapter, second, tmp_path, monkeypatch, capsys, change, says):
+    odd = shutil.copytree(second, tmp_path / "odd")
+    tree = yaml.safe_load((odd / "config.yaml").read_text(encoding="utf-8"))
+    for section, values in change.items():
+        tree[section] |= values
+    (odd / "config.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
+    if "model" in change:
+        settings = json.loads((odd / "adapter_config.json").read_text(encoding="utf-8"))
+        settings["base_model_name_or_path"] = "another/base"
+        (odd / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    code, _, err = main_with(monkeypatch, capsys, "--adapter", adapter, odd, "--mode", "demo")
+    assert code == 2 and err.count("\n") == 1, err
+    assert err.startswith("error: --adapter: expected adapters of one base: ") and says in err and str(odd) in err
+
+
+def test_adapters_taught_with_different_templates_are_refused(adapter, second, tmp_path, monkeypatch, capsys):
+    odd = shutil.copytree(second, tmp_path / "odd")
+    (odd / "chat_template.jinja").write_text("{{ messages[0].content }}", encoding="utf-8")
+    code, _, err = main_with(monkeypatch, capsys, "--adapter", adapter, odd, "--mode", "demo")
+    assert code == 2 and err.count("\n") == 1 and "taught with one chat template" in err
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (("--adapter", "A", "A", "--mode", "demo"), "expected different folders"),
+        (("--adapter", "A", "none", "--mode", "demo"), "goes with no other adapter"),
+        (("--adapter", "A", "nowhere", "--mode", "demo"), "no such folder: nowhere"),
+        (("--adapter", "A", "B", "--mode", "merge", "--output", "m"), "several only work with"),
+        (("--adapter", "A", "B", "--mode", "text", "--prompt", "x"), "several only work with"),
+    ],
+)
+def test_several_adapters_that_cannot_be_used(adapter, second, tmp_path, monkeypatch, capsys, flags, says):
+    monkeypatch.chdir(tmp_path)
+    named = [{"A": adapter, "B": second}.get(word, word) for word in flags]
+    code, out, err = main_with(monkeypatch, capsys, *named)
+    assert (code, out) == (2, "") and err.count("\n") == 1 and says in err and not any(tmp_path.iterdir())

@@ -97,8 +97,13 @@ def test_packages_are_empty():
         "toolkit.startup",
         "toolkit.flags",
         "toolkit.cards",
+        "toolkit.run_commands",
+        "toolkit.runs",
         "toolkit.chat",
         "toolkit.text_width",
+        "toolkit.side_by_side",
+        "toolkit.adapter_choice",
+        "toolkit.prompt_files",
         "fast_path.families",
     ],
 )

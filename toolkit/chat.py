@@ -17,9 +17,9 @@ import stat
 import sys
 import tempfile
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from config import LEAVES, ConfigError, GenerationConfig, coerce_flag, counted
 from toolkit.encodings import not_utf8
@@ -51,15 +51,23 @@ LONGEST = 4095 if sys.platform == "linux" else 1023  # bytes of a line that a te
 HISTORY_BYTES = 2**20  # of the newest messages that a chat begins with
 
 
+class Command(NamedTuple):
+    """A command that the script brings: what /help says, and what is done with the words after it."""
+
+    what: str
+    run: Callable[[str, "Conversation"], None]
+
+
 def show(text: str) -> None:
     """Print a text on stdout for a person to read; on a terminal, broken between words."""
     print(for_stdout(visible(text)), flush=True)
 
 
-def help_text(columns: int) -> str:
-    """Return what /help shows in a terminal of this many columns."""
+def help_text(columns: int, more: Mapping[str, Command] | None = None) -> str:
+    """Return what /help shows in a terminal of this many columns. more: commands that the script has brought."""
     columns = max(36, min(columns, 80)) - 1
-    lines = [line for name, what in COMMANDS.items() for line in wrapped(f"{name:<18}{what}", columns, " " * 18)]
+    known = COMMANDS | {name: command.what for name, command in (more or {}).items()}
+    lines = [line for name, what in known.items() for line in wrapped(f"{name:<18}{what}", columns, " " * 18)]
     return "\n".join([*lines, *wrapped(NOTES, columns, "")])
 
 
@@ -401,12 +409,15 @@ def retry(talk: Conversation, turn: Turn) -> None:
         raise
 
 
-def command(line: str, talk: Conversation, turn: Turn) -> None:
-    """Carry out a line that begins with a slash. Raise ConfigError if it cannot be done."""
+def command(line: str, talk: Conversation, turn: Turn, more: Mapping[str, Command] | None = None) -> None:
+    """Carry out a line that begins with a slash. Raise ConfigError if it cannot be done. more: as in help_text."""
     word, _, rest = line.strip().partition(" ")
     key, _, value = rest.strip().partition(" ")
+    brought = {name.split()[0]: found for name, found in (more or {}).items()}
     if word == "/help":
-        print(help_text(shutil.get_terminal_size().columns))
+        print(help_text(shutil.get_terminal_size().columns, more))
+    elif word in brought:
+        brought[word].run(rest.strip(), talk)
     elif word == "/retry":
         retry(talk, turn)
     elif word == "/undo":
@@ -429,25 +440,27 @@ def command(line: str, talk: Conversation, turn: Turn) -> None:
 # ------------------------------------------------------------------------------------------------ the chat
 
 
-def respond(text: str, is_message: bool, talk: Conversation, turn: Turn) -> bool:
+def respond(
+    text: str, is_message: bool, talk: Conversation, turn: Turn, more: Mapping[str, Command] | None = None
+) -> bool:
     """Carry out a command or answer a message; return False if the user wants to leave."""
     # Pasted lines that begin with a slash are a message too, such as an error with a file's name.
     if not is_message and ("\n" not in text or text.startswith("/system ")):
         if text.rstrip() in LEAVE:
             return False
         if text.startswith("/"):
-            command(text, talk, turn)
+            command(text, talk, turn, more)
             return True
     if text.strip():
         turn(text.rstrip("\n"), talk)
     return True
 
 
-def chat(talk: Conversation, turn: Turn, keyboard: Keyboard) -> int:
+def chat(talk: Conversation, turn: Turn, keyboard: Keyboard, more: Mapping[str, Command] | None = None) -> int:
     """Answer messages and carry out commands until the user leaves; return 0.
 
     turn: answers a message, prints the answer and adds both to the conversation. It raises ConfigError, and changes
-    nothing, if it cannot.
+    nothing, if it cannot. more: as in help_text.
     """
     at_prompt, leaving = True, False  # leaving: the last key was Ctrl-C at the prompt
     while True:
@@ -455,7 +468,7 @@ def chat(talk: Conversation, turn: Turn, keyboard: Keyboard) -> int:
             at_prompt = True
             text, is_message = keyboard.read()
             at_prompt = leaving = False
-            if not respond(text, is_message, talk, turn):
+            if not respond(text, is_message, talk, turn, more):
                 return 0
         except ConfigError as error:
             leaving = False

@@ -5,7 +5,6 @@ import dataclasses
 import json
 import math
 import os
-import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -20,6 +19,7 @@ from toolkit.checkpoints import refusing
 from toolkit.curves import plot_comparison
 from toolkit.earlier_run import checkpoints, settings, step_of
 from toolkit.locks import exclusive, lock_of
+from toolkit.runs import check_rows, out_of_patience, planned_steps, shortest_endings
 from toolkit.startup import visible
 from toolkit.text_width import for_stdout, padded, start_of, width, wrapped
 
@@ -114,40 +114,6 @@ def read_run(folder: Path) -> RunSummary:
     return RunSummary(str(folder), own, rows, parameters, file.stat().st_size, scores, step, None if done else total)
 
 
-def planned_steps(folder: Path, own: dict[str, Any]) -> int:
-    """Return how many steps a run was to have: its training.max_steps, or what its log says; 0 if that is unknown."""
-    if own["training.max_steps"] is not None:
-        return int(own["training.max_steps"])
-    found: list[str] = []
-    with contextlib.suppress(OSError, ValueError):
-        text = (folder / "training_log.txt").read_text(encoding="utf-8")
-        found = re.findall(r"^step \d+/(\d{1,15}) \| loss ", text, re.MULTILINE)
-    return int(found[-1]) if found else 0
-
-
-def out_of_patience(rows: list[dict], patience: int | None) -> bool:
-    """Return whether early stopping has ended a run with these rows."""
-    losses = [row["eval_loss"] for row in rows if "eval_loss" in row]
-    return patience is not None and bool(losses) and len(losses) - 1 - losses.index(min(losses)) >= patience
-
-
-def check_rows(rows: list[Any]) -> None:
-    """Raise ValueError unless these are rows of metrics.jsonl: numbers by name, and what a row of its kind always has."""
-    for number, row in enumerate(rows, 1):
-        numbers = isinstance(row, dict) and all(
-            v is None or (type(v) in (int, float) and v < 1e18) for v in row.values()
-        )
-        needed = {"step"}
-        if numbers and "loss" in row:
-            needed |= {"tokens", "tokens_per_second", "peak_gib"}
-        if numbers and "eval_loss" in row:
-            needed |= {"eval_loss", "perplexity"}
-        if not numbers or not needed <= {name for name, value in row.items() if value is not None}:
-            raise ValueError(f"metrics.jsonl: row {number}: expected numbers named {', '.join(sorted(needed))}")
-        if row.get("tokens_per_second") == 0:
-            raise ValueError(f"metrics.jsonl: row {number}: expected tokens_per_second above 0")
-
-
 def answer_scores(path: Path) -> dict[str, float]:
     """Return the scores of the adapter's answers in an evaluation.json; {} where there are none."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
@@ -169,16 +135,6 @@ def short_name(key: str, run: RunSummary) -> str:
     """Return a setting's name as its shortest flag has it: without the section where no other section has this name."""
     name = key.rpartition(".")[2]
     return name if sum(other.endswith(f".{name}") for other in run.settings) == 1 else key
-
-
-def shortest_endings(paths: list[str]) -> list[str]:
-    """Return paths without the folders before what tells them apart."""
-    parts = [Path(path).parts for path in paths]
-    for count in range(1, max(map(len, parts)) + 1):
-        endings = [str(Path(*part[-count:])) for part in parts]
-        if len(set(endings)) == len(set(paths)):
-            return endings
-    return paths
 
 
 def without_common_folders(paths: list[str]) -> list[str]:

@@ -26,7 +26,7 @@ from fast_path.decoder import (
     lora_layers,
 )
 from fast_path.dropout import DropoutClock
-from fast_path.layers import fuse, plain_linears
+from fast_path.layers import fuse, groups_of, plain_linears
 from fast_path.nf4 import HAS_TRITON
 from quantization_utils import rope_parameters
 from toolkit.memory import peak_gib
@@ -189,6 +189,27 @@ class Generator:
             fuse(model, DropoutClock(0, base.device), 0.0, kernels, in_pieces=True)
             torch.cuda.empty_cache()  # the packed weights were copied, so the old ones can go
         self.weight_bytes, self.position_bytes = weight_bytes(base), position_bytes(base)
+        self.groups = groups_of(model)
+        self.decoders: dict[Any, tuple[Decoder | None, int]] = {}  # by the shape of the adapter that they read
+
+    def adapter_changed(self, shape: Any, before: Any) -> None:
+        """Note that another adapter is in the LoRA layers: what was computed with the one before is forgotten.
+
+        shape, before: of the adapter now and before; equal where the matrices lie at the same addresses as before. Graphs
+        read fixed addresses, so each shape has a decoder of its own, which keeps its graphs.
+        """
+        self.held, self.cache = [], None
+        if shape != before:
+            self.decoders[before] = self.decoder, self.weight_bytes
+            for group in self.groups:
+                group.read_adapters()
+            if shape not in self.decoders:
+                decoder = Decoder(self.model, self.decoder.kernels) if self.decoder else None
+                base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+                self.decoders[shape] = decoder, weight_bytes(base)
+            self.decoder, self.weight_bytes = self.decoders[shape]
+        if self.decoder:
+            self.decoder.held = []
 
     def traffic(self) -> Traffic:
         """Return a Traffic that counts from zero."""

@@ -60,6 +60,30 @@ def exclusive(path: Path, busy: str, say: Callable[[str], None] = lambda line: N
                 folder.rmdir()
 
 
+def is_held(path: Path) -> bool:
+    """Return whether a live process holds the lock file `path`; nothing is changed."""
+    owner = path.with_name(path.name + "-owner")
+    if owner.exists():
+        return not _has_ended(owner)
+    try:
+        descriptor = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    except OSError:  # no such file: nobody holds it
+        return False
+    try:
+        if fcntl is not None:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # a run that starts just now tries again
+        elif msvcrt is not None:
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+            msvcrt.locking(descriptor, msvcrt.LK_UNLCK, 1)
+    except (BlockingIOError, PermissionError):
+        return True
+    except OSError:  # a file system without locks, where a holder has an owner file
+        return False
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def _locked_file(path: Path, busy: str) -> tuple[BinaryIO, str]:
     """Return the open lock file, and why it could not be locked (an empty text if it is locked)."""
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)  # a link could point at any file

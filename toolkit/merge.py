@@ -3,7 +3,7 @@
 import copy
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -187,11 +187,16 @@ def class_line(model: PreTrainedModel) -> list[str]:
 
 
 def write_folder(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, revision: str | None = None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    revision: str | None = None,
+    files: Mapping[str, str] | None = None,
 ) -> list[str]:
     """Write a model in bfloat16 that plain transformers loads. The folder gets its name only after all files are written.
 
-    Return what `write_tokenizer` and `class_line` have to say. revision: of a base from the hub.
+    Return what `write_tokenizer` and `class_line` have to say. revision: of a base from the hub. files: names and texts
+    of further files.
     """
     folder = Path(os.path.abspath(folder))
     temporary = folder.with_name(".writing-" + folder.name)
@@ -202,6 +207,8 @@ def write_folder(
         model.save_pretrained(temporary, max_shard_size="2GB")
         lines = add_older_keys(temporary, model.config)
         lines += class_line(model) + write_tokenizer(temporary, tokenizer, revision)
+        for name, text in (files or {}).items():
+            (temporary / name).write_text(text, encoding="utf-8", newline="\n")
         for path in temporary.iterdir():  # safetensors makes files that only their owner can read
             shutil.copymode(temporary / "config.json", path)
         if folder.is_dir():
