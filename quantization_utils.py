@@ -46,6 +46,7 @@ from transformers.utils import cached_file
 
 from config import Config, ConfigError
 from fast_path.dropout import own_dropout_line
+from fast_path.experts import adapting_experts, pack, packing_experts
 from fast_path.families import decoder_layers, head_width, known_positions, rope_parameters
 from fast_path.model_targets import DEFAULT_TARGETS, linear_modules, names_without_experts, resolved_targets
 from fast_path.packed_weights import keep_packing
@@ -151,7 +152,7 @@ def create_lora_config(
     )
     # Set here, since the constructor refuses it beside all-linear, which prepare_model_for_training makes a list.
     lora_config.layers_to_transform = None if layers_to_transform is None else list(layers_to_transform)
-    return lora_config
+    return adapting_experts(lora_config)
 
 
 # ------------------------------------------------------------------------------------------------ loading
@@ -308,17 +309,21 @@ def load_model_and_tokenizer(
     try:
         check_index(model_name, revision)
         model_config = AutoConfig.from_pretrained(model_name, **source)
-        model, loaded = auto_class(model_config).from_pretrained(
-            model_name,
-            config=model_config,
-            quantization_config=None if stored_in_4bit(model_config, model_name) else bnb_config,
-            dtype=dtype,
-            device_map={"": device},
-            attn_implementation=None if attn_implementation == "auto" else attn_implementation,
-            use_safetensors=True,
-            output_loading_info=True,
-            **source,
-        )
+        stored = stored_in_4bit(model_config, model_name)
+        with packing_experts():
+            model, loaded = auto_class(model_config).from_pretrained(
+                model_name,
+                config=model_config,
+                quantization_config=None if stored else bnb_config,
+                dtype=dtype,
+                device_map={"": device},
+                attn_implementation=None if attn_implementation == "auto" else attn_implementation,
+                use_safetensors=True,
+                output_loading_info=True,
+                **source,
+            )
+        if stored:
+            pack(model, model.hf_quantizer.quantization_config)
     except (ConfigError, torch.OutOfMemoryError):
         raise
     except LOADING_ERRORS as error:
