@@ -46,7 +46,7 @@ from transformers.utils import cached_file
 
 from config import Config, ConfigError
 from fast_path.dropout import own_dropout_line
-from fast_path.experts import adapting_experts, pack, packing_experts
+from fast_path.experts import adapting_experts, expert_lines, pack, packing_experts
 from fast_path.families import decoder_layers, head_width, known_positions, rope_parameters
 from fast_path.model_targets import DEFAULT_TARGETS, linear_modules, names_without_experts, resolved_targets
 from fast_path.packed_weights import keep_packing
@@ -368,14 +368,15 @@ def base_lines(config: Config, model: PreTrainedModel) -> list[str]:
     if config.model.attn_implementation == "auto" and attention != "sdpa" and head_width(model.config):
         name = type(model).__name__
         lines.append(f"attention: {attention}, since {name} has no sdpa; it stores the scores of all pairs of tokens")
-    return lines + own_dropout_line(model) + (unpacked_line(model) if config.quantization.load_in_4bit else [])
+    lines += own_dropout_line(model) + expert_lines(model)
+    return lines + (unpacked_line(model) if config.quantization.load_in_4bit else [])
 
 
 def unpacked_line(model: nn.Module) -> list[str]:
     """Return a line if a hundredth of the weights or more stays in 16 bit besides embedding and head, else [].
 
-    bitsandbytes packs linear layers alone: not the experts of a mixture, which are tensors of three dimensions, nor
-    classes derived from nn.Linear.
+    bitsandbytes packs linear layers alone, not classes derived from nn.Linear; of the experts of a mixture those are
+    packed whose layout the toolkit knows (fast_path/experts.py).
     """
     left: dict[str, int] = {}
     apart = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
@@ -451,7 +452,9 @@ def prepare_model_for_training(
                 f"use --dropout 0, or --target_modules {alone} without experts"
             ) from None
         raise ConfigError(f"lora.target_modules: {' '.join(str(error).split())[:300]}") from None
-    if not own.exclude_modules and names != lora_config.target_modules:  # peft shortens a long list to endings
+    if (
+        not (own.exclude_modules or own.target_parameters) and names != lora_config.target_modules
+    ):  # peft shortens a long list to endings
         own.target_modules = names
     own.asked = lora_config  # an attribute and no field: what is saved are the names
     set_gradient_checkpointing(peft_model, use_gradient_checkpointing)

@@ -24,15 +24,15 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 
-from fast_path.families import expert_tensors
+from fast_path.families import expert_parameters, expert_tensors, routers
 
 # ------------------------------------------------------------------------------------------------ packing
 
 
 def packed(tensor: torch.Tensor, config: BitsAndBytesConfig) -> bnb.nn.Params4bit:
-    """Return the tensor [experts, rows, columns] in 4 bit, with the same bits as one call of bitsandbytes for all of it.
+    """Return the tensor [experts, rows, columns] in 4 bit, as one call of bitsandbytes packs all of it.
 
-    Experts are packed one after the other, since bitsandbytes needs 12 bytes per weight meanwhile on a CPU.
+    Here experts are packed one after the other, since bitsandbytes needs 12 bytes per weight meanwhile on a CPU.
     """
     codes, states = zip(
         *(bnb.functional.quantize_4bit(part.contiguous(), quant_type=config.bnb_4bit_quant_type) for part in tensor),
@@ -80,6 +80,9 @@ class _Quantizer(Bnb4BitHfQuantizer):
         if not self.pre_quantized:
             expect_packed(model, self.modules_to_not_convert)
 
+    def get_modules_to_not_convert(self, model: nn.Module, *args: Any, **kwargs: Any) -> list[str]:
+        return [*super().get_modules_to_not_convert(model, *args, **kwargs), *routers(model)]
+
     def get_quantize_ops(self) -> _Quantize:
         return _Quantize(self)
 
@@ -100,8 +103,8 @@ def expect_packed(model: nn.Module, apart: list[str] | None = None) -> list[nn.M
 
     apart: names of modules that stay in 16 bit. The tensors themselves are packed by the caller.
     """
-    found = [(name, module) for name, module in model.named_modules() if expert_tensors(module)]
-    modules = [module for name, module in found if should_convert_module(name, apart)]
+    named = [(name, m) for name, m in model.named_modules() if expert_tensors(m) and not isinstance(m, PackedExperts)]
+    modules = [module for name, module in named if should_convert_module(name, apart)]
     for module in modules:
         module.packed_names = expert_tensors(module)
         module.__class__ = _packed_class(type(module))
@@ -113,6 +116,13 @@ def pack(model: nn.Module, config: BitsAndBytesConfig) -> None:
     for module in expect_packed(model):
         for name in module.packed_names:
             module._parameters[name] = packed(module._parameters[name].data, config)
+
+
+def expert_lines(model: nn.Module) -> list[str]:
+    """Return the log line about a base's routed experts in 4 bit and its router; [] without such experts."""
+    count = sum(p.quant_state.shape.numel() for p in expert_parameters(model) if isinstance(p, bnb.nn.Params4bit))
+    frozen = "the router stays in 16 bit and frozen, so its auxiliary loss, which balances experts, is left out"
+    return [f"experts: {count:,} weights in 4 bit; {frozen}"] if count else []
 
 
 # ------------------------------------------------------------------------------------------------ products by expert
@@ -281,7 +291,9 @@ class _Gather(torch.autograd.Function):
 
 # ------------------------------------------------------------------------------------------------ in a model's modules
 
-Factors = tuple[torch.Tensor, torch.Tensor, float]  # of an adapter: A [experts x rank, in], B [out, rank x experts], scale
+Factors = tuple[
+    torch.Tensor, torch.Tensor, float
+]  # of an adapter: A [experts x rank, in], B [out, rank x experts], scale
 
 
 class PackedExperts(nn.Module):
@@ -353,6 +365,9 @@ class ExpertsLora(ParamWrapper):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise ValueError("experts in 4 bit take no merged adapter; --mode merge makes a plain model")
+
+
+ExpertsLora.__name__ = ParamWrapper.__name__  # by which peft 0.21 recognises one that it may wrap again
 
 
 def adapting_experts(config: LoraConfig) -> LoraConfig:
