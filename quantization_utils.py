@@ -47,6 +47,7 @@ from transformers.utils import cached_file
 
 from config import Config, ConfigError
 from fast_path.dropout import own_dropout_line
+from fast_path.experts import adapting_experts, expert_lines, pack, packing_experts
 from fast_path.families import decoder_layers, head_width, known_positions, of, rope_parameters
 from fast_path.model_targets import DEFAULT_TARGETS, linear_modules, names_without_experts, resolved_targets
 from fast_path.nf4 import runs_on
@@ -153,7 +154,7 @@ def create_lora_config(
     )
     # Set here, since the constructor refuses it beside all-linear, which prepare_model_for_training makes a list.
     lora_config.layers_to_transform = None if layers_to_transform is None else list(layers_to_transform)
-    return lora_config
+    return adapting_experts(lora_config)
 
 
 # ------------------------------------------------------------------------------------------------ loading
@@ -310,17 +311,21 @@ def load_model_and_tokenizer(
     try:
         check_index(model_name, revision)
         model_config = AutoConfig.from_pretrained(model_name, **source)
-        model, loaded = auto_class(model_config).from_pretrained(
-            model_name,
-            config=model_config,
-            quantization_config=None if stored_in_4bit(model_config, model_name) else bnb_config,
-            dtype=dtype,
-            device_map={"": device},
-            attn_implementation=None if attn_implementation == "auto" else attn_implementation,
-            use_safetensors=True,
-            output_loading_info=True,
-            **source,
-        )
+        stored = stored_in_4bit(model_config, model_name)
+        with packing_experts():
+            model, loaded = auto_class(model_config).from_pretrained(
+                model_name,
+                config=model_config,
+                quantization_config=None if stored else bnb_config,
+                dtype=dtype,
+                device_map={"": device},
+                attn_implementation=None if attn_implementation == "auto" else attn_implementation,
+                use_safetensors=True,
+                output_loading_info=True,
+                **source,
+            )
+        if stored:
+            pack(model, model.hf_quantizer.quantization_config)
     except (ConfigError, torch.OutOfMemoryError):
         raise
     except LOADING_ERRORS as error:
@@ -366,14 +371,15 @@ def base_lines(config: Config, model: PreTrainedModel) -> list[str]:
     if config.model.attn_implementation == "auto" and attention != "sdpa" and head_width(model.config) and not capped:
         name = type(model).__name__
         lines.append(f"attention: {attention}, since {name} has no sdpa; it stores the scores of all pairs of tokens")
-    return lines + own_dropout_line(model) + (unpacked_line(model) if config.quantization.load_in_4bit else [])
+    lines += own_dropout_line(model) + expert_lines(model)
+    return lines + (unpacked_line(model) if config.quantization.load_in_4bit else [])
 
 
 def unpacked_line(model: nn.Module) -> list[str]:
     """Return a line if a hundredth of the weights or more stays in 16 bit besides embedding and head, else [].
 
-    bitsandbytes packs linear layers alone: not the experts of a mixture, which are tensors of three dimensions, nor
-    classes derived from nn.Linear.
+    bitsandbytes packs linear layers alone, not classes derived from nn.Linear; of the experts of a mixture those are
+    packed whose layout the toolkit knows (fast_path/experts.py).
     """
     left: dict[str, int] = {}
     apart = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
@@ -449,7 +455,9 @@ def prepare_model_for_training(
                 f"use --dropout 0, or --target_modules {alone} without experts"
             ) from None
         raise ConfigError(f"lora.target_modules: {' '.join(str(error).split())[:300]}") from None
-    if not own.exclude_modules and names != lora_config.target_modules:  # peft shortens a long list to endings
+    if (
+        not (own.exclude_modules or own.target_parameters) and names != lora_config.target_modules
+    ):  # peft shortens a long list to endings
         own.target_modules = names
     own.asked = lora_config  # an attribute and no field: what is saved are the names
     set_gradient_checkpointing(peft_model, use_gradient_checkpointing)
@@ -491,7 +499,7 @@ def set_gradient_checkpointing(model: nn.Module, layers: bool | int) -> int:
         if not hasattr(
             layer, "gradient_checkpointing"
         ):  # GPT, CTRL and some others, which transformers left as they were
-            layer.__class__ = with_checkpointing(type(layer))
+            layer.__class__ = with_checkpointing(type(layer))  # type: ignore[arg-type]  # classes can be hashed
         layer.gradient_checkpointing = number < count
         layer._gradient_checkpointing_func = recompute
     return count

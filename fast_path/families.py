@@ -201,11 +201,46 @@ def decoder_layers(model: Any) -> Any:
 
 
 def expert_parameters(model: Any) -> Iterator[Any]:
-    """Yield the parameters of a model's routed experts, which are tensors of three dimensions outside of convolutions."""
+    """Yield the parameters of a model's routed experts, which are tensors of three dimensions outside of convolutions.
+
+    In 4 bit too, where they are stored in two dimensions.
+    """
     for layer in decoder_layers(model):
         for module in layer.modules():
             if not type(module).__name__.startswith("Conv"):
-                yield from (parameter for parameter in module.parameters(recurse=False) if parameter.ndim == 3)
+                for parameter in module.parameters(recurse=False):
+                    if len(getattr(getattr(parameter, "quant_state", parameter), "shape", ())) == 3:
+                        yield parameter
+
+
+BLOCK = 64  # weights per quantisation constant in 4 bit
+
+
+def expert_tensors(module: Any) -> list[str]:
+    """Return the names of a module's tensors if it is routed experts in the layout that transformers gives most, else [].
+
+    These are the classes with `use_experts_implementation`: a first and a last product per expert, which may be stored
+    transposed and have biases. An expert must consist of whole quantisation blocks.
+    """
+    if names := getattr(module, "packed_names", None):  # in 4 bit already
+        return names
+    if not all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")):
+        return []
+    names = ["gate_up_proj" if module.has_gate else "up_proj", "down_proj"]
+    tensors = [module._parameters.get(name) for name in names]
+    return names if all(t is not None and t.ndim == 3 and t[0].numel() % BLOCK == 0 for t in tensors) else []
+
+
+def routers(model: Any) -> list[str]:
+    """Return the names of the linear layers that choose experts; in most families the router is a class of its own."""
+    found = []
+    for name, parent in model.named_modules():
+        experts = [child for child in parent.children() if expert_tensors(child)]
+        for own, module in parent.named_modules() if experts else ():
+            linear = any(kind.__name__ == "Linear" for kind in type(module).__mro__)
+            if linear and module.out_features == experts[0].num_experts:
+                found.append(f"{name}.{own}")
+    return found
 
 
 def towers(model: Any) -> list[str]:

@@ -11,16 +11,18 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from config import ConfigError, LoraSettings
-from fast_path.families import decoder_layers, expert_parameters, towers
+from fast_path.families import decoder_layers, expert_parameters, expert_tensors, routers, towers
 from fast_path.targets import is_pattern, select
 
 DEFAULT_TARGETS = LoraSettings().target_modules
 
 
 def linear_modules(model: nn.Module, head: bool = False) -> list[str]:
-    """Return the full names of the linear layers in a model's language half; head: with the output head."""
+    """Return the full names of the linear layers in a model's language half, without routers; head: with the output head."""
+    chosen = set(routers(model))
     apart, output = tuple(f"{name}." for name in towers(model)), model.get_output_embeddings()
     linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    linears = [(name, module) for name, module in linears if name not in chosen]
     return [name for name, module in linears if not f"{name}.".startswith(apart) and (head or module is not output)]
 
 
@@ -51,6 +53,20 @@ def taken_for_experts(model: nn.Module, names: Iterable[str]) -> set[str]:
     return {name for name in names if name.rpartition(".")[2] in taken}
 
 
+ROUTER = "gate"  # the name by which peft 0.21 means a router that is no linear layer
+OLD_NAMES = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")  # of experts, before transformers 5
+
+
+def named_experts(model: nn.Module, targets: Collection[str]) -> set[str]:
+    """Return those of some targets that are tensors of routed experts by their own names, such as experts.down_proj."""
+    modules = list(model.named_modules())
+    own = [f".{name}.{tensor}" for name, module in modules for tensor in expert_tensors(module)]
+    found = {target for target in targets if any(name.endswith(f".{target}") for name in own)}
+    return {t for t in found if not any(f".{name}".endswith(f".{t}") for name, _ in modules)} - taken_for_experts(
+        model, found
+    )
+
+
 def names_without_experts(model: nn.Module) -> list[str]:
     """Return linear_names without those that peft applies to routed experts: attention's, in most mixtures."""
     names = linear_names(model)
@@ -64,12 +80,25 @@ def check_targets(model: nn.Module, targets: Collection[str]) -> None:
         return
     modules = dict(model.named_modules())
     missing = sorted(t for t in targets if not any(name == t or name.endswith("." + t) for name in modules))
-    missing = sorted(set(missing) - taken_for_experts(model, missing))
+    missing = sorted(set(missing) - taken_for_experts(model, missing) - named_experts(model, missing))
     if missing:
         raise ConfigError(
             f"lora.target_modules: the model has no {', '.join(missing)}; "
             f"its own are --target_modules {','.join(linear_names(model))}"
         )
+    chosen = routers(model)
+    routing = [t for t in targets if any(f".{name}".endswith(f".{t}") for name in chosen)]
+    routing = [t for t in routing if not any(f".{name}".endswith(f".{t}") for name in linear_modules(model))]
+    routing += [t for t in targets if t.rpartition(".")[2] == ROUTER and taken_for_experts(model, [t])]
+    if routing:
+        raise ConfigError(
+            f"lora.target_modules: {routing[0]} is the router of the experts, which stays frozen; leave it out"
+        )
+
+
+def every_target(model: nn.Module) -> set[str]:
+    """Return what all-linear means in a mixture: its linear layers and experts, without the router that peft adds."""
+    return {*linear_names(model), *taken_for_experts(model, OLD_NAMES)}
 
 
 def resolved_targets(model: nn.Module, asked: LoraConfig) -> LoraConfig:
@@ -83,11 +112,23 @@ def resolved_targets(model: nn.Module, asked: LoraConfig) -> LoraConfig:
     if set(targets) == set(DEFAULT_TARGETS) and has_experts(model):
         spared = set(targets) & set(names_without_experts(model))
         lora.target_modules = targets = spared or targets
+    if (
+        targets == "all-linear"
+        and has_experts(model)
+        and not asked.exclude_modules
+        and asked.layers_to_transform is None
+    ):
+        lora.target_modules = targets = every_target(model)
     check_targets(model, targets)
+    if not isinstance(targets, str) and (own := named_experts(model, targets)):
+        lora.target_parameters = sorted({*(asked.target_parameters or ()), *own})
+        lora.target_modules = targets = set(targets) - own
     layers = asked.layers_to_transform
     if not (is_pattern(targets) or asked.exclude_modules or layers is not None):
-        if apart := towers(model):
-            lora.exclude_modules = "|".join(rf"{re.escape(name)}(\..*)?" for name in apart)
+        apart = [rf"{re.escape(name)}(\..*)?" for name in towers(model)]
+        apart += [re.escape(name) for name in routers(model) if name.rpartition(".")[2] in targets]
+        if apart:
+            lora.exclude_modules = "|".join(apart)
         return lora
     layers = [layers] if isinstance(layers, int) else layers
     listed = not isinstance(targets, str)

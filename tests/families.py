@@ -39,14 +39,17 @@ import torch
 import torch.nn.functional as F
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.quantizers.base import get_keys_to_not_convert
 
 import inference_example
 import quantization_utils
 import train_qlora
+from fast_path.families import routers
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENIZER = ROOT / "tiny" / "model"
@@ -400,6 +403,17 @@ NEW_TOKENS, LENGTH = 8, 32
 PROMPTS = ["The", "What is the matter with thee? I know not what thou sayest, my lord, but I will hear.", "To be"]
 
 
+@torch.no_grad()
+def through_four_bit(model: nn.Module) -> None:
+    """Give each tensor of routed experts in transformers' common layout the values that it has in NF4."""
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False) if hasattr(module, "is_transposed") else ():
+            if parameter.ndim == 3:
+                rows = parameter.data.reshape(-1, 64)  # a row per block: see fast_path/experts.py
+                codes, state = bnb.functional.quantize_4bit(rows, quant_type="nf4", compress_statistics=True)
+                parameter.copy_(bnb.functional.dequantize_4bit(codes, state).view(parameter.shape))
+
+
 class Plain:
     """The small model of a family in 4 bit with an adapter, by transformers, peft and bitsandbytes alone, in fp32."""
 
@@ -408,10 +422,15 @@ class Plain:
         torch.manual_seed(1)
         self.odd = EXCEPTIONS.get(family, Exceptional(""))
         targets = self.odd.targets.strip("[]").split(", ") if self.odd.targets else "all-linear"
-        config = LoraConfig(**LORA, target_modules=targets, exclude_modules=OTHER_SENSES)
+        base = self.base()
+        apart = "|".join([OTHER_SENSES, *map(re.escape, routers(base))])
+        config = LoraConfig(**LORA, target_modules=targets, exclude_modules=apart)
+        if targets == "all-linear":  # in mixtures peft adds the router, which the toolkit leaves frozen
+            convert_peft_config_for_transformers(config, base, None)
+            config.target_parameters = {t for t in config.target_parameters or () if t != "gate.weight"} or None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # most models have no such towers to exclude
-            self.model = get_peft_model(self.base(), config).eval()
+            self.model = get_peft_model(base, config).eval()
         for name, parameter in self.model.named_parameters():
             if "lora_B" in name:
                 nn.init.normal_(parameter, std=0.05)
@@ -424,9 +443,13 @@ class Plain:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.float32,
         )
+        small = small_model(self.family)
+        if kept := routers(small):  # stay in 16 bit, as the head does by default
+            quantized.llm_int8_skip_modules = [*get_keys_to_not_convert(small), *kept]
         known = (self.odd.of or self.family) in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
         cls = AutoModelForCausalLM if known else getattr(transformers, self.odd.cls)
         model = cls.from_pretrained(self.folder, quantization_config=quantized, dtype=torch.float32, device_map="cpu")
+        through_four_bit(model)
         model.generation_config = (
             transformers.GenerationConfig()
         )  # the scripts' answers follow their own settings alone

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from config import Config, ConfigError
+from fast_path.experts import adapting_experts
 from fast_path.families import own_value
 from quantization_utils import LOADING_ERRORS, count_parameters, create_lora_config, set_gradient_checkpointing
 from toolkit.adapter_config import read_adapter_config, resolve_patterns
@@ -46,7 +47,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, dropout: float | No
         with warnings.catch_warnings(record=True) as said:
             # peft only warns about layers that the file lacks, and ignores those that the model lacks.
             warnings.simplefilter("always", UserWarning)
-            own = LoraConfig(**{key: value for key, value in found.items() if key != "peft_type"})
+            own = adapting_experts(LoraConfig(**{key: value for key, value in found.items() if key != "peft_type"}))
             own.lora_dropout, trained = own.lora_dropout if dropout is None else dropout, dropout is not None
             peft_model = PeftModel.from_pretrained(model, str(folder), config=own, is_trainable=trained).eval()
     except ConfigError:

@@ -17,6 +17,7 @@ from accelerate.utils import broadcast_object_list
 from config import Config, ConfigError, counted
 from quantization_utils import beyond_positions
 from toolkit.cards import RATES_ERROR, Card, Rates, find_card
+from toolkit.expert_plan import ExpertShape
 from toolkit.memory_plan import (
     COMPILED,
     CONTEXT_BYTES,
@@ -158,13 +159,22 @@ def chosen_lines(config: Config, plan: MemoryPlan, limit: float | None) -> list[
 def facts(shape: ModelShape, config: Config, plan: MemoryPlan) -> list[str]:
     """Return lines with other facts that help before a download."""
     trainable = adapter_parameters(shape, config)
-    quantised = sum(out * into for _, out, into in shape.linears)
+    quantised = sum(out * into for _, out, into in shape.linears) + shape.experts.packed
     loaded = (quantised // 2 if config.quantization.load_in_4bit else 2 * quantised) + 2 * shape.embedding
     return [
         f"parameters: {shape.parameters:,}; trainable {trainable:,}, adapter {trainable * 4 / 1e6:.1f} MB",
         f"download: {2 * shape.parameters / 1e9:.2f} GB in 16 bit; loading uses about {loaded / 1e9 + 3:.1f} GB of RAM",
+        *expert_facts(shape.experts, config.quantization.load_in_4bit),
         *beyond_positions(config.data.max_length, shape.positions),
     ]
+
+
+def expert_facts(experts: ExpertShape, quantised: bool) -> list[str]:
+    """Return a line about routed experts: how many of their weights are in 4 bit, and which have another layout; or []."""
+    if not (experts.all and quantised):
+        return []
+    kept = f"; in 16 bit: {experts.plain:,} of {', '.join(experts.unknown)}, whose layout is not known"
+    return [f"experts: {experts.packed:,} weights in 4 bit{kept if experts.plain else ''}"]
 
 
 def speed_lines(rates: Rates, speed: float, device: torch.device | None, card: Card | None) -> list[str]:

@@ -5,6 +5,7 @@ The shape of a run is its micro-batch, its number of checkpointed layers and whe
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -31,6 +32,7 @@ from quantization_utils import (
     prepare_model_for_training,
 )
 from toolkit.cards import Rates
+from toolkit.expert_plan import ExpertShape, expert_shape
 from toolkit.hub import asking_hub
 
 GIB = 2**30
@@ -51,7 +53,7 @@ class ModelShape:
     linears: tuple[tuple[str, int, int], ...]  # (name, out_features, in_features) of every layer that is quantised
     towers: tuple[str, ...]  # parts that see or hear, which get no adapters
     plain_linears: tuple[tuple[str, int, int], ...]  # of those that bitsandbytes leaves in 16 bit
-    experts: int  # parameters of the routed experts, tensors of three dimensions, which stay in 16 bit
+    experts: ExpertShape  # the routed experts, tensors of three dimensions
     embedding: int  # parameters of embedding and head, counted once if they are tied
     other_parameters: int  # norms, biases and plain_linears; like the embedding they are kept in the compute dtype
     layers: int
@@ -69,7 +71,7 @@ class ModelShape:
     @property
     def parameters(self) -> int:
         packed = sum(out * into for _, out, into in self.linears)
-        return packed + self.embedding + self.experts + self.other_parameters
+        return packed + self.embedding + self.experts.all + self.other_parameters
 
     def width(self, *names: str) -> int:
         """Return the sum of the output widths of these linears in one layer; a linear that is missing counts 0."""
@@ -87,8 +89,11 @@ class ModelShape:
 
     @property
     def inner(self) -> int:
-        """The width inside the MLP."""
-        return max((into for _, _, into in (*self.linears, *self.plain_linears)), default=self.hidden)
+        """The width inside the MLP; 0 where a layer has routed experts alone."""
+        linears = (*self.linears, *self.plain_linears)
+        if self.experts.layers:
+            return max((into for name, _, into in linears if not re.search("att(n|ention)", name)), default=0)
+        return max((into for _, _, into in linears), default=self.hidden)
 
 
 def model_skeleton(model_name: str, revision: str | None = None, trust_remote_code: bool = False) -> nn.Module:
@@ -117,12 +122,14 @@ def shape_of(model: nn.Module) -> ModelShape:
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
     packed: list[tuple[str, int, int]] = []
     plain: list[tuple[str, int, int]] = []
+    routers = families.routers(model)
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | Conv1D) and module is not head:
             out, into = reversed(module.weight.shape) if isinstance(module, Conv1D) else module.weight.shape
             # bitsandbytes packs these two classes, not those derived from them.
-            (packed if type(module) in (nn.Linear, Conv1D) else plain).append((name, out, into))
-    experts = sum(p.numel() for p in families.expert_parameters(model))
+            kept = name in routers or type(module) not in (nn.Linear, Conv1D)
+            (plain if kept else packed).append((name, out, into))
+    experts = expert_shape(model)
     embedding = sum(p.numel() for p in {head.weight, table.weight})
     total = sum(p.numel() for p in model.parameters())
     text = model.config.get_text_config()
@@ -137,7 +144,7 @@ def shape_of(model: nn.Module) -> ModelShape:
         plain_linears=tuple(plain),
         experts=experts,
         embedding=embedding,
-        other_parameters=total - embedding - experts - sum(out * into for _, out, into in packed),
+        other_parameters=total - embedding - experts.all - sum(out * into for _, out, into in packed),
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
         vocabulary=text.vocab_size,
@@ -218,13 +225,14 @@ def saved_bytes(shape: ModelShape, config: Config, path: str) -> int:
         further = family.further_norms * ((2 if path == COMPILED else 4) * h + 4)
         summed = 0 if further and path == COMPILED else 2 * h
         numbers = 4 * (family.layer_norms - family.further_norms)
-        return attention + 2 * h + summed + 4 * inner + 2 * fused_columns(shape, config) + numbers + further
+        kept = attention + 2 * h + summed + 4 * inner + 2 * fused_columns(shape, config) + numbers + further
+        return kept + shape.experts.saved_bytes()
     norms = shape.family.layer_norms * (4 * h + 4)  # in fp32
     # With dropout each adapter of peft keeps its own copy of its input, and each group of readers a mask.
     dropped = config.lora.dropout > 0 and path == PLAIN
     inputs = 3 * h + q + 2 * h + inner if dropped else 2 * h + inner
     masks = 2 * h + q + inner if dropped else 0
-    return attention + norms + 2 * inputs + 3 * 2 * inner + masks + 7 * 2 * rank
+    return attention + norms + 2 * inputs + 3 * 2 * inner + masks + 7 * 2 * rank + shape.experts.saved_bytes()
 
 
 def fused_columns(shape: ModelShape, config: Config) -> int:
@@ -241,12 +249,13 @@ def transient_bytes(shape: ModelShape, config: Config, path: str, tokens: int) -
     """
     h, inner, rank = shape.hidden, shape.inner, config.lora.rank
     width = 2 if config.quantization.compute_dtype != "float32" else 4
+    experts = shape.experts.transient_bytes(tokens, width)
     if plain_layers(shape, path):  # the gradients of SwiGLU's three factors, and peft's fp32 copy of an adapter's input
-        return tokens * (2 * (4 * inner + 2 * h) + 4 * inner) + inner * h * width
+        return max(tokens * (2 * (4 * inner + 2 * h) + 4 * inner) + inner * h * width, experts)
     wide_down, wide = operand_columns(inner, adapter_columns(rank, 1)), operand_columns(h, adapter_columns(rank, 2))
     down = tokens * 2 * (2 * h + 2 * inner + wide_down) + h * wide_down * width
     gate_up = tokens * 2 * (2 * h + wide) + 2 * inner * wide * width
-    return max(down, gate_up)
+    return max(down, gate_up, experts)
 
 
 def loss_bytes(shape: ModelShape, config: Config, path: str, tokens: int, chunk: int) -> int:
@@ -313,18 +322,21 @@ def static_parts(shape: ModelShape, config: Config, path: str) -> tuple[dict[str
     quantization, optimizer = config.quantization, OPTIMIZERS[config.training.optim]
     width = 4 if quantization.compute_dtype == "float32" else 2
     weights, trainable = sum(out * into for _, out, into in shape.linears), adapter_parameters(shape, config)
-    constants = weights / BLOCK * (4 if not quantization.use_double_quant else 1)
+    experts = shape.experts
+    constants = (weights + experts.packed) / BLOCK * (4 if not quantization.use_double_quant else 1)
     if quantization.use_double_quant:  # fp32: a second-level constant each, and if fused an offset each
-        constants += weights / BLOCK / NESTED_BLOCK * (8 if path != PLAIN else 4)
+        constants += (weights * (8 if path != PLAIN else 4) + experts.packed * 4) / BLOCK / NESTED_BLOCK
     states = trainable * (optimizer.state_bytes + optimizer.step_bytes)
     paged = states if optimizer.paged else 0
     quantised = quantization.load_in_4bit
+    plain = experts.plain if quantised else experts.all
     parts = {
         "packed weights": weights // 2 if quantised else weights * width,
         "quantisation constants": int(constants) if quantised else 0,
         "embedding and head": shape.embedding * width,
         "norms and biases": shape.other_parameters * width,
-        **({"experts, not in 4 bit": shape.experts * width} if shape.experts else {}),
+        **({"experts, in 4 bit": experts.packed // 2} if experts.packed and quantised else {}),
+        **({"experts, not in 4 bit": plain * width} if plain else {}),
         "adapters (fp32)": trainable * 4,
         "gradients (fp32)": trainable * 4,
         "optimizer states": states - paged,
@@ -386,7 +398,7 @@ def configured_shape(config: Config) -> ModelShape:
     model = model_skeleton(config.model.name, config.model.revision, config.model.trust_remote_code)
     resolved_targets(model, create_lora_config(**config.lora.arguments))
     shape = shape_of(model)
-    if not shape.experts:
+    if not shape.experts.all:
         return shape
     with torch.device("meta"):
         adapted_model = prepare_model_for_training(model, create_lora_config(**config.lora.arguments), False)
@@ -410,11 +422,13 @@ def wants_offload(config: Config) -> bool:
 def weights_read(shape: ModelShape, checkpointed: int) -> float:
     """Return how many weights the products of one micro-batch read: forward, backward and where layers are recomputed.
 
-    A checkpointed layer repeats its forward pass up to its last product, whose output nothing needs.
+    A checkpointed layer repeats its forward pass up to its last product, whose output nothing needs. Of routed experts
+    all are read, since a micro-batch has tokens for each.
     """
+    experts = shape.experts.all * (2 + checkpointed / shape.layers)
     every = adapted(shape, LoraSettings(target_modules="all-linear"))
     weights, (_, out, into) = sum(out * into for _, out, into in shape.linears), every[-1]
-    return 2 * weights + (weights - shape.layers * out * into) * checkpointed / shape.layers
+    return 2 * weights + (weights - shape.layers * out * into) * checkpointed / shape.layers + experts
 
 
 def step_flops(shape: ModelShape, config: Config, micro_batch: int, checkpointed: int) -> float:
@@ -428,7 +442,9 @@ def step_flops(shape: ModelShape, config: Config, micro_batch: int, checkpointed
     passes = 3.5 + checkpointed / shape.layers
     attention = 2 * config.data.max_length * shape.query * shape.layers * passes
     head = 2 * shape.vocabulary * shape.hidden
-    return micro_batch * config.data.max_length * (2 * (weights_read(shape, checkpointed) + head) + attention)
+    idle = (shape.experts.all - shape.experts.active) * (2 + checkpointed / shape.layers)
+    weights = weights_read(shape, checkpointed) - idle + head
+    return micro_batch * config.data.max_length * (2 * weights + attention)
 
 
 def step_seconds(shape: ModelShape, config: Config, rates: Rates, micro_batch: int, checkpointed: int) -> float:

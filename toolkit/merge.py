@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from transformers.pytorch_utils import Conv1D
 
 from config import ConfigError
+from fast_path.experts import PackedExperts, unpacked
 from fast_path.loss import reading
 from toolkit.merged_folder import add_older_keys, write_tokenizer
 
@@ -54,7 +55,9 @@ def persistent_tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tens
         for name, tensor in [*module._parameters.items(), *((name, module._buffers[name]) for name in kept)]:
             if tensor is None:
                 continue
-            if isinstance(tensor, bnb.nn.Params4bit):
+            if isinstance(module, PackedExperts) and name in module.packed_names:
+                tensor = unpacked(tensor)
+            elif isinstance(tensor, bnb.nn.Params4bit):
                 tensor = bnb.functional.dequantize_4bit(tensor.data, tensor.quant_state)
                 if getattr(module, "source_cls", None) is Conv1D:  # it holds [inputs, outputs]
                     tensor = tensor.T.contiguous()

@@ -1,0 +1,327 @@
+"""Routed experts in 4 bit: against bitsandbytes' own packing, and against plain transformers and peft on their values."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from bitsandbytes.nn.parametrize import replace_parameter_4bit
+from peft import PeftModel
+from torch import nn
+
+from config import load_config
+from fast_path import experts
+from fast_path.families import expert_tensors, routers
+from quantization_utils import (
+    base_lines,
+    create_bnb_config,
+    create_lora_config,
+    load_model_and_tokenizer,
+    prepare_model_for_training,
+)
+from tests.families import build
+from toolkit import merge
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+# Families whose experts have transformers' common layout; the first run in every CI.
+FIRST = (
+    "qwen3_moe",
+    "mixtral",
+    "gpt_oss",
+    "nemotron_h",
+    "aria_text",
+    "qwen2_moe",
+    "deepseek_v3",
+    "granitemoe",
+    "afmoe",
+)
+FURTHER = [
+    "qwen3_moe",
+    "mixtral",
+    "gpt_oss",
+    "afmoe",
+    "aria_text",
+    "axk1",
+    "axk2",
+    "bailing_hybrid",
+    "beam",
+    "cohere2_moe",
+    "deepseek_v2",
+    "deepseek_v3",
+    "deepseek_v32",
+    "deepseek_v4",
+    "dots1",
+    "dots3_note",
+    "dots3_note_text",
+    "ernie4_5_moe",
+    "exaone_moe",
+    "flex_olmo",
+    "glm4_moe",
+    "glm4_moe_lite",
+    "glm_moe_dsa",
+    "granitemoe",
+    "granitemoe_swa",
+    "granitemoehybrid",
+    "granitemoeshared",
+    "hunyuan_v1_moe",
+    "hy_v3",
+    "hy_v4",
+    "inkling2_loop_text",
+    "inkling2_text",
+    "inkling_text",
+    "jamba",
+    "kimi_linear",
+    "kolibri1",
+    "laguna",
+    "lara_mini",
+    "lfm2_moe",
+    "mellum",
+    "mimo_v2_flash",
+    "minimax",
+    "minimax_m2",
+    "minimax_m3_vl_text",
+    "nemotron_h",
+    "olmoe",
+    "phimoe",
+    "qwen2_moe",
+    "qwen3_5_moe",
+    "qwen3_5_moe_text",
+    "qwen3_next",
+    "qwen4_exp",
+    "qwen4_exp_text",
+    "sarvam_mla",
+    "sarvam_moe",
+    "solar_open",
+    "zaya",
+]
+FAMILIES = [*FIRST, *(pytest.param(name, marks=pytest.mark.long) for name in FURTHER if name not in FIRST)]
+OF_ATTENTION = {
+    "deepseek_v4": ["q_a_proj"], "inkling2_loop_text": ["q_proj"], "inkling2_text": ["q_proj"], "inkling_text": ["q_proj"],
+    "lfm2_moe": ["q_proj"],
+}  # fmt: skip  # one linear layer, where a family has no o_proj that peft can adapt
+IDS = torch.arange(5, 45)[None]
+
+
+def loaded(family: str, folder: Path, **flags: object):
+    """Return the small model of a family as the scripts load it, in fp32."""
+    build(family, folder)
+    return load_model_and_tokenizer(str(folder), create_bnb_config(compute_dtype="float32", **flags), device="cpu")[0]
+
+
+def packed_modules(model: nn.Module) -> dict[str, experts.PackedExperts]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, experts.PackedExperts)}
+
+
+# ------------------------------------------------------------------------------------------------ packing
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_packed_tensors_are_those_of_bitsandbytes(double):
+    torch.manual_seed(0)
+    module = nn.Module()
+    module.down_proj = nn.Parameter(torch.randn(6, 192, 64))
+    mine = experts.packed(module.down_proj.data, create_bnb_config(use_double_quant=double))
+    replace_parameter_4bit(module, "down_proj", compress_statistics=double, quant_type="nf4")
+    theirs = module.parametrizations.down_proj
+    assert torch.equal(mine.data, theirs.original)
+    assert mine.quant_state.nested is double
+    assert torch.equal(experts.unpacked(mine), theirs[0](theirs.original))
+
+
+def test_small_experts_unpack_to_what_was_packed():
+    """Rows that are not whole blocks: bitsandbytes 0.50 gets these wrong on a CPU, which is why a row is a block here."""
+    torch.manual_seed(0)
+    tensor = torch.randn(4, 64, 32)
+    found = experts.unpacked(experts.packed(tensor, create_bnb_config()))
+    assert found.shape == tensor.shape and (found - tensor).abs().mean() < 0.08
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_experts_are_packed_and_the_router_is_not(family, tmp_path):
+    model = loaded(family, tmp_path)
+    modules = packed_modules(model)
+    assert len(modules) == 2
+    for module in modules.values():
+        for name in expert_tensors(module):
+            tensor = module._parameters[name]
+            assert isinstance(tensor, bnb.nn.Params4bit) and not tensor.requires_grad
+            assert tensor.nbytes * 2 == tensor.quant_state.shape.numel()
+    gates = [p for name, p in model.named_parameters() if "gate.weight" in name or "router.weight" in name]
+    assert gates and all(p.dtype is torch.float32 for p in gates)
+    count = sum(m._parameters[n].quant_state.shape.numel() for m in modules.values() for n in m.packed_names)
+    (line,) = [line for line in base_lines(load_config(()), model) if "experts" in line]
+    assert line.startswith(f"experts: {count:,} weights in 4 bit; the router stays in 16 bit and frozen")
+    trained = prepare_model_for_training(model, create_lora_config(dropout=0.0, target_modules="all-linear"), False)
+    names = [name for name, p in trained.named_parameters() if p.requires_grad]
+    assert names and not any("gate.lora" in name or "router" in name for name in names)
+    assert any("experts" in name for name in names) is (family == "qwen3_moe")  # peft has no old names for gpt-oss
+
+
+@pytest.mark.parametrize("family", ["afmoe", "hunyuan_v1_moe"])
+def test_a_router_that_is_a_linear_layer_stays_in_16_bit(family, tmp_path):
+    model = loaded(family, tmp_path)
+    names = routers(model)
+    assert names and all(type(model.get_submodule(name)) is nn.Linear for name in names)
+
+
+def test_without_4_bit_experts_stay_as_they_are(tmp_path):
+    build("qwen3_moe", tmp_path)
+    model, _ = load_model_and_tokenizer(str(tmp_path), None, compute_dtype="float32", device="cpu")
+    assert not packed_modules(model) and model.model.layers[0].mlp.experts.down_proj.ndim == 3
+
+
+def test_experts_of_another_layout_stay_in_16_bit_and_are_named(tmp_path):
+    model = loaded("llama4_text", tmp_path)
+    assert not packed_modules(model)
+    (line,) = [line for line in base_lines(load_config(()), model) if "16 bit" in line]
+    assert "of Llama4TextExperts" in line
+
+
+# ------------------------------------------------------------------------------------------------ products
+
+
+def sorted_rows(counts: list[int], width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(sum(counts), width, requires_grad=True), torch.tensor(counts).cumsum(0).int()
+
+
+@pytest.mark.parametrize("across", [True, False])
+@pytest.mark.parametrize("shape", [(5, 128, 64), (5, 96, 32), (4, 256, 256)])
+def test_a_product_is_the_dense_one_and_so_is_its_gradient(shape, across):
+    torch.manual_seed(0)
+    parameter = experts.packed(torch.randn(shape), create_bnb_config())
+    dense = experts.unpacked(parameter)
+    x, offsets = sorted_rows([3, 0, 7, 1, 0][: shape[0]], shape[2] if across else shape[1])
+    y = experts.expert_product(x, offsets, *experts.operand(parameter), across)
+    numbers = torch.searchsorted(offsets, torch.arange(len(x)), right=True)
+    expected = torch.einsum("ri,roi->ro" if across else "ri,rio->ro", x, dense[numbers])
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    grad = torch.randn_like(y)
+    (mine,), (plain,) = (torch.autograd.grad(value, x, grad, retain_graph=True) for value in (y, expected))
+    torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-4)
+    torch.library.opcheck(experts.expert_product, (x, offsets, *experts.operand(parameter), across))
+
+
+def test_a_gpus_ways_to_unpack_give_the_same_experts():
+    torch.manual_seed(0)
+    parameter = experts.packed(torch.randn(6, 64, 96), create_bnb_config())
+    W, dense = experts.operand(parameter), experts.unpacked(parameter)
+    torch.testing.assert_close(W.some(torch.tensor([4, 1, 4]), torch.float32), dense[[4, 1, 4]])
+    torch.testing.assert_close(torch.stack(list(W.each([0, 5], torch.float32))), dense[[0, 5]])
+
+
+def test_nothing_unpacked_waits_for_the_backward_pass(tmp_path):
+    """What autograd keeps for a layer's experts is smaller than one of its unpacked tensors times the experts of a token."""
+    model = loaded("mixtral", tmp_path)
+    module = next(iter(packed_modules(model).values()))
+    kept: list[int] = []
+    x = torch.randn(3, 64, requires_grad=True)
+    hooks = torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.append(t.numel() * t.is_floating_point()), lambda t: t
+    )
+    with hooks:
+        module(x, torch.tensor([[0, 1]] * 3), torch.ones(3, 2))
+    packed = {module._parameters[name].numel() for name in module.packed_names}
+    assert 0 < sum(kept) < min(packed)
+
+
+# ------------------------------------------------------------------------------------------------ against plain peft
+
+
+def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    logits = model(input_ids=IDS, use_cache=False).logits
+    nn.functional.cross_entropy(logits[0, :-1].float(), IDS[0, 1:]).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_on_experts_are_plain_pefts_on_the_unpacked_values(family, tmp_path):
+    """Logits and the gradients of all adapters; the saved adapter goes onto the plain model with the same logits."""
+    build(family, tmp_path)
+    model = load_model_and_tokenizer(str(tmp_path), create_bnb_config(compute_dtype="float32"), device="cpu")[0]
+    plain = merge.plain_copy(model, False)
+    tensors = sorted({name for module in packed_modules(model).values() for name in module.packed_names})
+    torch.manual_seed(1)
+    asked = create_lora_config(rank=4, alpha=8, dropout=0.0, target_modules=OF_ATTENTION.get(family, ["o_proj"]))
+    asked.target_parameters = tensors
+    mine = prepare_model_for_training(model, asked, False).eval()
+    generator = torch.Generator().manual_seed(2)
+    for _, parameter in sorted(mine.named_parameters()):
+        if parameter.requires_grad:
+            parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator)
+    mine.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    theirs = PeftModel.from_pretrained(plain, tmp_path / "adapter", is_trainable=True).eval()
+    with torch.no_grad():
+        expected = theirs(input_ids=IDS, use_cache=False).logits
+        torch.testing.assert_close(mine(input_ids=IDS, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
+        with mine.disable_adapter():
+            assert (mine(input_ids=IDS, use_cache=False).logits - expected).abs().max() > 1e-2
+    found, right = gradients(mine), gradients(theirs)
+    on_experts = {name for name in right if ".experts." in name}
+    assert len(on_experts) == 2 * 2 * len(packed_modules(model)) and found.keys() == right.keys()
+    for name, grad in right.items():
+        torch.testing.assert_close(found[name], grad, rtol=1e-3, atol=1e-3 * float(grad.abs().max()), msg=name)
+
+
+# ------------------------------------------------------------------------------------------------ memory
+
+
+MEASURE = """
+    import ctypes, gc, sys, threading, time
+    from pathlib import Path
+    sys.path.insert(0, sys.argv[2])
+    import torch
+    from quantization_utils import create_bnb_config, load_model_and_tokenizer, load_tokenizer
+
+    def anonymous():
+        return next(int(l.split()[1]) for l in Path("/proc/self/status").read_text().splitlines() if "RssAnon" in l) * 1024
+
+    tokenizer = load_tokenizer(sys.argv[1])
+    load_model_and_tokenizer(sys.argv[2] + "/tiny/model", create_bnb_config(), device="cpu")  # what is imported late
+    peak, done, before = [0], [], anonymous()
+    def watch():
+        while not done:
+            peak[0] = max(peak[0], anonymous())
+            time.sleep(0.002)
+    thread = threading.Thread(target=watch)
+    thread.start()
+    model, _ = load_model_and_tokenizer(sys.argv[1], create_bnb_config(), device="cpu", tokenizer=tokenizer)
+    done.append(1)
+    thread.join()
+    gc.collect()
+    if hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what was freed
+    print(peak[0] - before, anonymous() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="it reads RssAnon of /proc")
+def test_loading_needs_little_more_memory_than_the_packed_weights(tiny_model, tmp_path):
+    """A mixture of 8 layers with 24 experts each: 0.30 GB in 16 bit, of which a layer is 0.04 GB."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(
+        vocab_size=4096, hidden_size=512, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2, head_dim=128,
+        num_experts=24, num_experts_per_tok=4, moe_intermediate_size=512, pad_token_id=0,
+    )  # fmt: skip
+    model = Qwen3MoeForCausalLM(config).to(torch.bfloat16)
+    of_experts = sum(p.numel() for name, p in model.named_parameters() if "experts" in name)
+    model.save_pretrained(tmp_path, max_shard_size="100MB")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((tiny_model / name).read_bytes())
+    rest = 2 * sum(p.numel() for p in model.parameters()) - 2 * of_experts
+    del model
+    command = [sys.executable, "-c", textwrap.dedent(MEASURE), str(tmp_path), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"MALLOC_ARENA_MAX": "1"})
+    assert done.returncode == 0, done.stderr
+    peak, after = map(int, done.stdout.split())
+    packed, layer = of_experts * 0.516, 2 * of_experts / 8
+    print(
+        f"peak {peak / 1e6:.0f} MB, after {after / 1e6:.0f}, packed {packed / 1e6:.0f}, a layer {layer / 1e6:.0f}, rest {rest / 1e6:.0f}"
+    )
+    assert after < packed + rest + 2e7
+    assert peak < packed + rest + 3 * layer < 0.75 * 2 * of_experts

@@ -1,0 +1,87 @@
+"""Routed experts in the memory plan: their sizes, what they keep for the backward pass, what a product needs for a moment."""
+
+import dataclasses
+
+from torch import nn
+
+from fast_path import families
+from fast_path.families import expert_parameters, expert_tensors
+
+# A token's experts, by its names in transformers' configurations.
+EXPERTS_EACH = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts", "moe_top_k")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertShape:
+    """The sizes of a model's routed experts; all 0 for a model without."""
+
+    packed: int = 0  # weights that load in 4 bit
+    plain: int = 0  # of another layout, which stay in 16 bit
+    of_a_layer: int = 0  # packed weights of the layer with the most
+    largest: int = 0  # weights of the largest tensor, which a GPU unpacks whole
+    count: int = 0  # experts of a layer
+    each: int = 0  # experts of a token
+    hidden: int = 0
+    first: int = 0  # outputs of an expert's first product, gate and up
+    inner: int = 0  # inputs of its last product
+    layers: int = 0  # layers with experts
+    unknown: tuple[str, ...] = ()  # classes of the experts of another layout
+
+    @property
+    def all(self) -> int:
+        return self.packed + self.plain
+
+    @property
+    def active(self) -> int:
+        """The weights that a token's products read."""
+        return self.all * self.each // self.count if self.count else self.all
+
+    def saved_bytes(self) -> int:
+        """Return the bytes per token that a layer without checkpointing keeps: of 16 bit but for indices and the router.
+
+        The first product's output, gate after its activation, and the last product's, which is weighted; where each row
+        belongs and comes back to, and its expert; the router's scores in fp32.
+        """
+        rows = 2 * (self.first + self.inner + self.hidden) + 3 * 8
+        return self.each * rows + 3 * 4 * self.count if self.layers else 0
+
+    def transient_bytes(self, tokens: int, width: int) -> int:
+        """Return the bytes that the backward pass of a layer's experts needs for a moment: gradients, an unpacked tensor.
+
+        width: bytes of a number in the compute dtype.
+        """
+        gradients = 2 * self.each * tokens * (2 * self.hidden + 2 * self.first)
+        return gradients + self.largest * width + self.largest // families.BLOCK * 4 if self.layers else 0
+
+
+def expert_shape(model: nn.Module) -> ExpertShape:
+    """Return the sizes of a model's routed experts; the model is not quantised yet and may be on the meta device."""
+    total = sum(p.numel() for p in expert_parameters(model))
+    decoder = families.decoder_layers(model)
+    known = [[m for m in layer.modules() if expert_tensors(m)] for layer in decoder]
+    tensors = [[m._parameters[name] for m in modules for name in expert_tensors(m)] for modules in known]
+    sizes = [sum(t.numel() for t in of_layer) for of_layer in tensors]
+    packed = sum(sizes)
+    apart = [m for layer in decoder for m in layer.modules() if not expert_tensors(m)]
+    three = [m for m in apart if any(p.ndim == 3 for p in m.parameters(recurse=False))]
+    names = tuple(dict.fromkeys(type(m).__name__ for m in three if not type(m).__name__.startswith("Conv")))
+    if not packed:
+        return ExpertShape(plain=total, unknown=names)
+    one = next(modules[0] for modules in known if modules)
+    first, last = (one._parameters[name] for name in expert_tensors(one))
+    out, into = (-1, -2) if one.is_transposed else (-2, -1)
+    text = model.config.get_text_config()
+    each = next((value for name in EXPERTS_EACH if (value := families.own_value(text, name))), first.shape[0])
+    return ExpertShape(
+        packed=packed,
+        plain=total - packed,
+        of_a_layer=max(sizes),
+        largest=max(t.numel() for of_layer in tensors for t in of_layer),
+        count=first.shape[0],
+        each=each,
+        hidden=last.shape[out],
+        first=first.shape[out],
+        inner=last.shape[into],
+        layers=sum(size > 0 for size in sizes),
+        unknown=names,
+    )
