@@ -2,9 +2,12 @@
 
 import csv
 import json
+import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -376,6 +379,39 @@ def test_the_loss_of_all_is_that_of_each_by_its_tokens(train, files, capsys):
         assert code == 0
         before = json.loads((alone / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0])["eval_loss"]
         assert before == pytest.approx(own["base"]["loss"], rel=1e-5), name
+
+
+def test_two_processes_learn_a_mixture_as_one_does(train, files, tmp_path):
+    """torchrun and gloo: packed chats and running text, with a share; the loss of each source too."""
+    dataset = as_flag(files, "plays.txt", {"dataset": "chats.jsonl", "share": 0.5})
+    flags = ["--dataset", dataset, *FLAGS, "--max_length", 64, "--max_steps", 2, "--optim", "adamw_torch"]
+    flags += ["--batch_size", 2, "--gradient_accumulation_steps", 2, "--compile", "off"]
+    assert train(*flags, output_dir=tmp_path / "one")[0] == 0
+    root = Path(train_qlora.__file__).parent
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    argv = [
+        root / "train_qlora.py",
+        "--config",
+        root / "tiny" / "config.yaml",
+        *flags,
+        "--output_dir",
+        tmp_path / "two",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launch, *map(str, argv)], env=environment, capture_output=True, encoding="utf-8", timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
+    apart, size = (
+        np.sqrt(sum((part**2).sum() for part in parts))
+        for parts in ([two[name] - one[name] for name in one], one.values())
+    )
+    assert apart < 1e-4 * size  # as in test_two_processes_learn_what_one_does
+    said = [(tmp_path / name / "training_log.txt").read_text(encoding="utf-8") for name in ("one", "two")]
+    losses, others = (re.findall(r"(?:loss|\(?plays.txt|chats.jsonl):? (?:loss )?(\d+\.\d+)", text) for text in said)
+    assert len(losses) == len(others) > 8
+    assert list(map(float, others)) == pytest.approx(list(map(float, losses)), abs=2e-4)
 
 
 def test_answers_come_from_each_source_of_chats_in_turn(train, files, tmp_path):
