@@ -482,7 +482,6 @@ def with_tokens(
     return lora_config
 
 
-@functools.cache
 def with_checkpointing(cls: type[nn.Module]) -> type[nn.Module]:
     """Return a class of the same name that also has transformers' switch for checkpointing."""
     return type(cls.__name__, (GradientCheckpointingLayer, cls), {"__module__": cls.__module__})

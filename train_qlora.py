@@ -128,7 +128,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 import quantization_utils
 from config import TrainingConfig, flatten
-from fast_path import attention, choice, compiled, dropout, families, layers
+from fast_path import attention, choice, compiled, dropout, families, layers, token_rows
 from fast_path.loss import CausalLMLoss, compiled_chunk_loss, default_logit_chunk, kernel_chunk_loss, perplexity
 from fast_path.micro_step import Learner, be_deterministic
 from fast_path.optimizers import create_optimizer
@@ -429,6 +429,7 @@ def build_learner(
     attention_lines = attention.prepare_attention(model, config.data, samples, config.model.attn_implementation)
     clock = dropout.DropoutClock(seed, device)
     dropout.use_stateless_dropout(peft_model, p, clock)
+    token_rows.use_token_rows(peft_model)
     objective = CausalLMLoss(peft_model, dtype)
     fast = choice.choose_fast_path(config.performance, peft_model, dtype, device, plan.offload)
     if plan.offload and not fast.compile:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
+from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -19,6 +20,7 @@ from config import ConfigError
 from fast_path import families, training_kernels
 from fast_path.dropout import modes_kept
 from fast_path.nf4 import Launch, multiprocessors
+from fast_path.token_rows import TokenRows, trained_rows
 
 IGNORED = -100  # the label of a position that is not supervised; PyTorch's default ignore_index
 CROSS_ENTROPY = Launch(block_m=1, block_k=16384, warps=32)
@@ -87,10 +89,11 @@ class LogitForm(NamedTuple):
 AS_THEY_ARE = LogitForm()
 
 
-def _chunk_loss(rows, weight, bias, targets, with_gradient: bool, form: LogitForm = AS_THEY_ARE):
-    """Return the loss of each position of a chunk, fp32, and the gradient of `rows`, or None without it.
+def _chunk_loss(rows, weight, bias, targets, with_gradient: bool, form: LogitForm = AS_THEY_ARE, trained=None):
+    """Return the loss of each position of a chunk, fp32, and the gradients of `rows` and of trained rows of the weight.
 
-    rows: [logit_chunk, width]; targets: [logit_chunk]. A cap's gradient is scale (1 - tanh(scale z / cap)^2).
+    rows: [logit_chunk, width]; targets: [logit_chunk]; trained: their numbers, or None. The second gradient is fp32
+    [trained rows, width]; a gradient that is not asked for is None. A cap's gradient is scale (1 - tanh(scale z / cap)^2).
     """
     logits = form.apply_(F.linear(rows.to(weight.dtype), weight, bias).float())  # [logit_chunk, vocabulary]
     capped = form.cap and with_gradient
@@ -100,32 +103,43 @@ def _chunk_loss(rows, weight, bias, targets, with_gradient: bool, form: LogitFor
     log_sum = torch.logsumexp(logits, -1, keepdim=True)
     losses = ((log_sum - logits.gather(1, index)) * kept)[:, 0]
     if not with_gradient:
-        return losses, None
+        return losses, None, None
     one_hot = torch.arange(len(weight), device=weight.device)[None] == index
     logits.sub_(log_sum).exp_().sub_(one_hot.float()).mul_(kept)  # softmax - one-hot, over the logits
     if form != AS_THEY_ARE:
         logits.mul_(slope)
-    return losses, (logits.to(weight.dtype) @ weight).to(rows.dtype)
+    gradient = logits.to(weight.dtype)
+    return losses, (gradient @ weight).to(rows.dtype), _of_trained(gradient, rows, trained)
+
+
+def _of_trained(gradient, rows, trained):
+    """Return the gradient of the head's trained rows, fp32, from that of a chunk's logits."""
+    return None if trained is None else gradient[:, trained].float().T @ rows.float()
 
 
 class _FrozenHeadCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, logit_chunk, chunk_loss, form):
+    def forward(ctx, hidden, weight, bias, labels, logit_chunk, chunk_loss, form, values, numbers):
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        of_values = None if values is None else torch.zeros_like(values)
         for start in range(0, len(hidden), logit_chunk):
             piece = slice(start, start + logit_chunk)
-            part, rows = chunk_loss(hidden[piece], weight, bias, labels[piece], gradient is not None, form)
+            asked = gradient is not None, form, numbers
+            part, rows, own = chunk_loss(hidden[piece], weight, bias, labels[piece], *asked)
             loss += part.sum()
             if gradient is not None:
                 gradient[piece] = rows
-        ctx.save_for_backward(gradient)
+                if own is not None:
+                    of_values += own
+        ctx.save_for_backward(gradient, of_values)
         return loss
 
     @staticmethod
     def backward(ctx, upstream):
-        (gradient,) = ctx.saved_tensors
-        return (gradient * upstream).to(gradient.dtype), None, None, None, None, None, None
+        gradient, of_values = ctx.saved_tensors
+        own = None if of_values is None else of_values * upstream
+        return (gradient * upstream).to(gradient.dtype), None, None, None, None, None, None, own, None
 
 
 def chunked_cross_entropy(
@@ -136,18 +150,21 @@ def chunked_cross_entropy(
     logit_chunk: int | None = None,
     chunk_loss: Callable = _chunk_loss,
     form: LogitForm = AS_THEY_ARE,
+    trained: TokenRows | None = None,
 ) -> torch.Tensor:
     """Return the summed cross entropy, fp32, of `hidden @ weight.T + bias` against `labels`, chunk by chunk.
 
     The logits of all positions never exist at once. The gradient of `hidden` is already computed in the forward pass,
     chunk by chunk (the idea of Liger-Kernel's fused linear cross entropy). `weight` and `bias` get no gradient, so an
-    adapter on the head needs another loss.
+    adapter on the head needs another loss; only the rows in `trained`, whose values `weight` holds already, get one.
     hidden: [positions, width]; weight: [vocabulary, width], frozen; labels: [positions], IGNORED where unsupervised.
     logit_chunk: the number of positions whose logits exist at the same time; None: default_logit_chunk. chunk_loss:
     `_chunk_loss`, which may be compiled, or `kernel_chunk_loss`. form: what the model does to the product.
     """
     logit_chunk = logit_chunk or default_logit_chunk(len(weight))
-    return _FrozenHeadCrossEntropy.apply(hidden, weight, bias, labels, logit_chunk, chunk_loss, form)
+    return _FrozenHeadCrossEntropy.apply(
+        hidden, weight, bias, labels, logit_chunk, chunk_loss, form, *(trained or (None, None))
+    )
 
 
 @torch.no_grad()
@@ -159,6 +176,7 @@ def position_losses(
     logit_chunk: int | None = None,
     chunk_loss: Callable = _chunk_loss,
     form: LogitForm = AS_THEY_ARE,
+    trained: TokenRows | None = None,
 ) -> torch.Tensor:
     """Return the cross entropy of each position, fp32 [positions], 0 where unsupervised, without gradients.
 
@@ -194,7 +212,7 @@ def cross_entropy(
     )  # fmt: skip
 
 
-def kernel_chunk_loss(rows, weight, bias, targets, with_gradient: bool, form: LogitForm = AS_THEY_ARE):
+def kernel_chunk_loss(rows, weight, bias, targets, with_gradient: bool, form: LogitForm = AS_THEY_ARE, trained=None):
     """Do the same as `_chunk_loss` with a Triton kernel that writes the gradient over the logits, in bf16 or fp16.
 
     The compiled `_chunk_loss` is slower and needs twice the memory.
@@ -202,7 +220,9 @@ def kernel_chunk_loss(rows, weight, bias, targets, with_gradient: bool, form: Lo
     logits = F.linear(rows.to(weight.dtype), weight, bias)
     losses = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
     cross_entropy(logits, targets, losses, with_gradient, form)
-    return losses, (logits @ weight).to(rows.dtype) if with_gradient else None
+    if not with_gradient:
+        return losses, None, None
+    return losses, (logits @ weight).to(rows.dtype), _of_trained(logits, rows, trained)
 
 
 def shift_labels(labels: torch.Tensor) -> torch.Tensor:
@@ -269,10 +289,11 @@ class CausalLMLoss(Objective):
         In the test the head returns the same numbers for every token, RAMP, and the model what it makes of them. So no
         name of a setting is needed, and the numbers are large enough for a cap to be felt.
         """
-        if type(self.head) is not nn.Linear or self.head.weight.requires_grad:
+        head = self.head.token_adapter.base_layer if self._shares_rows() else self.head
+        if type(head) is not nn.Linear or head.weight.requires_grad:
             return None
         probe, reads = torch.arange(1, 9, device=self.device)[None], []
-        ramp = RAMP.to(self.device).repeat(-(-self.head.out_features // len(RAMP)))[: self.head.out_features]
+        ramp = RAMP.to(self.device).repeat(-(-head.out_features // len(RAMP)))[: head.out_features]
 
         def stand_in(head, inputs, product):
             reads.append(inputs[0])
@@ -295,14 +316,29 @@ class CausalLMLoss(Objective):
         right = scale > 0 and torch.allclose(form.apply_(ramp.clone()).expand_as(found), found, rtol=1e-5, atol=0)
         return form if right else None
 
+    def _shares_rows(self) -> bool:
+        """Return whether the head shares the embedding's trained rows (lora.train_tokens with a tied head)."""
+        return isinstance(self.head, TrainableTokensWrapper)
+
+    def _head_weight(self) -> tuple[torch.Tensor, TokenRows | None]:
+        """Return the head's weight with the values of its trained rows, without a gradient, and these rows."""
+        if not self._shares_rows():
+            return self.head.weight, None
+        layer = self.head.token_adapter
+        weight, rows = layer.base_layer.weight, trained_rows(layer)
+        if rows is None:
+            return weight, None
+        return weight.index_copy(0, rows.numbers, rows.values.detach().to(weight.dtype)), rows
+
     def _of_positions(self, chunked: Callable, reduction: str, input_ids, labels, packed) -> torch.Tensor:
         """Return the losses of a batch by `chunked`, or by torch with this reduction where all logits are computed."""
         targets = shift_labels(labels).flatten()
         with self.autocast():
             if self.chunked:
                 hidden = self.decoder(input_ids=input_ids, use_cache=False, **packed).last_hidden_state.flatten(0, 1)
-                how = self.logit_chunk, self.chunk_loss, self.form
-                return chunked(hidden, self.head.weight, targets, self.head.bias, *how)
+                weight, rows = self._head_weight()
+                bias = None if self._shares_rows() else self.head.bias
+                return chunked(hidden, weight, targets, bias, self.logit_chunk, self.chunk_loss, self.form, rows)
             logits = self.base(input_ids=input_ids, use_cache=False, **packed).logits
         return F.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=IGNORED, reduction=reduction)
 

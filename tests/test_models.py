@@ -20,37 +20,12 @@ from tests.families import (
     small_model,
 )
 
-# Faults that are known: family: "kind column column, kind column ..."; kinds are numbered as in issue 27, and further:
+# Faults that are known, of which there are none now: family: "kind column column, kind column ..."; kinds are numbered as in issue 27, and further:
 # 10: `use_causal_attention` leaves out a mask that the model's own attention reads or extends (silent in doge);
 # 11: peft does not load tensors of an adapter, whose modules then hold whatever was in memory, silently;
 # 12: a model that plain code cannot train either ends in a traceback instead of a line.
 # Whoever mends one deletes it here, and renews the row: python tests/families.py --table FAMILY. `--known` prints this list.
-KNOWN: dict[str, str] = {
-    "blt": "2 loss gradients dropout answer batch merge plan",
-    "cpmant": "8 loss gradients dropout answer batch",
-    "ctrl": "2 loss gradients dropout",
-    "electra": "2 plan loss gradients dropout",
-    "fuyu": "2 loss gradients dropout plan",
-    "gemma4_unified_assistant": "2 loss",
-    "git": "2 plan, 8 loss gradients dropout batch",
-    "gpt_neox_japanese": "8 loss gradients dropout",
-    "inkling2_loop_text": "8 answer batch merge",
-    "inkling2_text": "8 answer batch merge",
-    "laguna": "11 answer batch merge",
-    "minimax": "3 answer batch merge",
-    "mllama": "2 merge",
-    "modernbert-decoder": "2 plan loss gradients dropout",
-    "moshi": "4 batch",
-    "openai-gpt": "8 loss gradients dropout answer merge",
-    "phi4_multimodal": "2 loss gradients dropout plan",
-    "prophetnet": "8 answer batch",
-    "rwkv": "8 loss gradients dropout merge",
-    "xglm": "8 merge",
-    "xlm": "8 loss gradients dropout",
-    "xlnet": "8 plan loss gradients dropout",
-    "xlstm": "8 merge",
-    "zamba": "8 merge",
-}
+KNOWN: dict[str, str] = {}
 
 
 def known_faults(family: str) -> dict[str, str]:

@@ -270,15 +270,14 @@ def loss_bytes(shape: ModelShape, config: Config, path: str, tokens: int, chunk:
     return tokens * 8 * shape.hidden + min(chunk, tokens) * shape.vocabulary * width
 
 
-def token_rows_bytes(shape: ModelShape, config: Config, tokens: int) -> int:
-    """Return the bytes that lora.train_tokens needs: peft copies the embedding in each step and makes a whole gradient.
+def token_rows_bytes(shape: ModelShape, config: Config) -> int:
+    """Return the bytes that lora.train_tokens needs: where the head is tied, the loss copies it with the trained rows.
 
-    A tied head does so too, and its logits are computed at once: as a product, in fp32, and their gradients.
+    The embedding looks the rows up instead (fast_path/token_rows.py), and the rows' gradients need next to nothing.
     """
     width = 4 if config.quantization.compute_dtype == "float32" else 2
-    table = shape.vocabulary * shape.hidden * width
-    tied = shape.embedding <= shape.vocabulary * shape.hidden
-    return 4 * table + tokens * shape.vocabulary * 2 * (width + 4) if tied else 2 * table
+    table = shape.vocabulary * shape.hidden
+    return table * width if shape.embedding <= table else 0
 
 
 # ------------------------------------------------------------------------------------------------ the plan
@@ -371,7 +370,7 @@ def plan_memory(
     chunk = logit_chunk or default_logit_chunk(shape.vocabulary, int(limit - CONTEXT_BYTES - fixed) if limit else 2**36)
     loss = loss_bytes(shape, config, path, tokens, chunk)
     if config.lora.train_tokens:
-        loss += token_rows_bytes(shape, config, tokens)
+        loss += token_rows_bytes(shape, config)
     # The backward pass starts at the last layer. When it reaches the checkpointed layers, which are the first ones, the
     # activations of the other layers are gone already.
     norms = 2 * hidden if plain_layers(shape, path) else 0  # recomputing makes the outputs of the norms too

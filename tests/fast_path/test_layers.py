@@ -560,10 +560,12 @@ def check_cross_entropy(device: str, dtype: torch.dtype, tolerance: float) -> No
             (False, True), (4, 1)
         ):  # one row after another, or all at once
             with mock.patch.object(loss_module, "multiprocessors", lambda _, programs=programs: programs):
-                loss, gradient = kernel_chunk_loss(rows, weight, None, targets, with_gradient, form)
+                trained = torch.tensor([7, 3, 90], device=device)
+                loss, gradient, own = kernel_chunk_loss(rows, weight, None, targets, with_gradient, form, trained)
             assert abs(loss.sum().item() / want.item() - 1) < 1e-5, (vocabulary, size, form)
         assert apart(gradient, logits.grad.float() @ weight.float()) < tolerance, (vocabulary, size, form)
         assert not gradient[2].any()
+        assert apart(own, logits.grad[:, trained].T @ rows.double()) < tolerance, (vocabulary, size)
 
 
 def apart(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -6,19 +6,22 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import train_qlora
 from config import Config, ConfigError, PerformanceConfig, load_config
 from fast_path.choice import choose_fast_path
 from fast_path.loss import CausalLMLoss
+from fast_path.token_rows import use_token_rows
 from quantization_utils import count_parameters, create_lora_config, prepare_model_for_training, with_tokens
+from tests.families import small_model
 from toolkit.adapters import load_adapter
 from toolkit.checkpoints import targets_text
 from toolkit.generation import obstacle
-from toolkit.memory_plan import adapter_parameters, plan_memory, shape_of
+from toolkit.memory_plan import adapter_parameters, shape_of, token_rows_bytes
 from toolkit.merge import logits_on, merge_adapter
 
 TOKENS = ("<|im_start|>", "<|im_end|>")
@@ -51,9 +54,12 @@ def delta_of(model):
 
 def test_rows_get_the_gradient_that_they_have_in_a_plain_model(folder, tokenizer):
     model, plain = prepared(folder, tokenizer), fresh(folder)
+    use_token_rows(model)
     ids = tokenizer.convert_tokens_to_ids(list(TOKENS))
     batch = torch.tensor([[ids[0], 5, 6, ids[1], 7, ids[0], 8, ids[1]], [9, 10, ids[0], 11, 12, 13, 14, ids[1]]])
     objective = CausalLMLoss(model, torch.float32)
+    objective.logit_chunk = 3
+    assert objective.chunked  # a tied head too
     loss = objective(input_ids=batch, labels=batch)
     loss.backward()
     plain.get_input_embeddings().weight.requires_grad_(True)
@@ -66,12 +72,68 @@ def test_rows_get_the_gradient_that_they_have_in_a_plain_model(folder, tokenizer
     torch.testing.assert_close(delta.grad, plain.get_input_embeddings().weight.grad[sorted(ids)], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen2"])  # Gemma multiplies its embeddings by a factor
+def test_looked_up_rows_compute_what_peft_computes(family):
+    numbers = [9, 4, 77]
+    lora = {"target_modules": ["q_proj"], "trainable_token_indices": numbers, "task_type": "CAUSAL_LM"}
+    one, other = (get_peft_model(small_model(family), LoraConfig(**lora)).eval() for _ in range(2))
+    use_token_rows(other)
+    ids = torch.tensor([[4, 5, 9, 9, 77, 0, 4095], [1, 2, 3, 4, 5, 6, 7]])
+    found = []
+    for model in (one, other):
+        with torch.no_grad():
+            delta_of(model).copy_(torch.randn(3, 64, generator=torch.Generator().manual_seed(0)))
+        logits = model(input_ids=ids, use_cache=False).logits
+        logits.logsumexp(-1).sum().backward()
+        gradient = delta_of(model).grad
+        with torch.no_grad(), model.disable_adapter():
+            found.append((logits, gradient, model(input_ids=ids, use_cache=False).logits))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(found[0][0], found[0][2], atol=0.1)
+
+
+def test_adapters_that_are_off_leave_the_rows_out(folder, tokenizer):
+    model, batch = prepared(folder, tokenizer), torch.arange(2, 18).view(2, 8)
+    batch[:, 3] = tokenizer.convert_tokens_to_ids(TOKENS[0])
+    use_token_rows(model)
+    base = CausalLMLoss(fresh(folder), torch.float32).sequence_sums(input_ids=batch, labels=batch)
+    objective = CausalLMLoss(model, torch.float32)
+    with torch.no_grad():
+        delta_of(model).add_(1.0)
+    assert not torch.allclose(objective.sequence_sums(input_ids=batch, labels=batch), base, rtol=1e-2)
+    with model.disable_adapter():
+        torch.testing.assert_close(objective.sequence_sums(input_ids=batch, labels=batch), base)
+
+
 def test_the_plan_counts_the_rows_and_what_they_cost(folder, tokenizer):
     model, shape = prepared(folder, tokenizer), shape_of(fresh(folder))
     config = load_config([], {"lora.rank": 4, "lora.dropout": 0.0, "lora.train_tokens": ",".join(TOKENS)})
     assert adapter_parameters(shape, config) == count_parameters(model)[0]
-    without = load_config([], {"lora.rank": 4, "lora.dropout": 0.0})
-    assert plan_memory(shape, config, 1, 1).total > plan_memory(shape, without, 1, 1).total
+    batch, seen = torch.arange(2, 66).view(2, 32), Sizes()
+    use_token_rows(model)
+    objective = CausalLMLoss(model, torch.float32)
+    objective.logit_chunk = 4
+    with seen:
+        objective(input_ids=batch, labels=batch).backward()
+    table = shape.vocabulary * shape.hidden
+    assert 2 * table * seen.sizes.count(table) == token_rows_bytes(shape, config)  # copies; two bytes a number
+    assert max(seen.sizes) <= table  # nowhere are the logits of all 64 positions
+
+
+class Sizes(TorchDispatchMode):
+    """Keeps the number of elements of each new tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out, given = func(*args, **(kwargs or {})), {x.untyped_storage().data_ptr() for x in args if torch.is_tensor(x)}
+        for x in [out] if torch.is_tensor(out) else out if isinstance(out, tuple) else ():
+            if torch.is_tensor(x) and x.untyped_storage().data_ptr() not in given:
+                self.sizes.append(x.numel())
+        return out
 
 
 def test_rows_are_saved_loaded_by_plain_peft_and_merged(folder, tokenizer, tmp_path):
