@@ -317,7 +317,7 @@ def _check_layer(layer: nn.Module, cache: Any) -> None:
     attention, mlp = layer.self_attn, layer.mlp
     _check(families.fused("attention", attention), f"{type(attention).__name__} is unknown")
     _check(families.fused("mlp", mlp), f"{type(mlp).__name__} is unknown")
-    _check(hasattr(attention, "q_norm") == (families.of(attention).qk_norms == "head"), "other norms of q and k")
+    _check(hasattr(attention, "q_norm") == bool(families.of(attention).qk_norms), "other norms of q and k")
     activation = ACTIVATIONS[families.of(mlp).activation]
     _check(isinstance(mlp.act_fn, activation), f"an MLP with {type(mlp.act_fn).__name__}")
     # Qwen's attention has an attribute for its sliding window, Mistral's reads its config.

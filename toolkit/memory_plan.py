@@ -80,7 +80,10 @@ class ModelShape:
 
     @property
     def query(self) -> int:
-        return self.width("q_proj") or self.hidden
+        heads = next(
+            (into for name, _, into in self.linears if name.rpartition(".")[2] == self.family.out), self.hidden
+        )
+        return self.width("q_proj") or heads
 
     @property
     def key_value(self) -> int:
@@ -229,10 +232,13 @@ def saved_bytes(shape: ModelShape, config: Config, path: str) -> int:
         return kept + shape.experts.saved_bytes()
     norms = shape.family.layer_norms * (4 * h + 4)  # in fp32
     # With dropout each adapter of peft keeps its own copy of its input, and each group of readers a mask.
-    dropped = config.lora.dropout > 0 and path == PLAIN
-    inputs = 3 * h + q + 2 * h + inner if dropped else 2 * h + inner
+    family, dropped = shape.family, config.lora.dropout > 0 and path == PLAIN
+    inputs = len(family.qkv) * h + q + len(family.gate_up) * h + inner if dropped else 2 * h + inner
     masks = 2 * h + q + inner if dropped else 0
-    return attention + norms + 2 * inputs + 3 * 2 * inner + masks + 7 * 2 * rank + shape.experts.saved_bytes()
+    ranks = sum(map(len, family.groups)) * 2 * rank
+    together = 2 * (q + kv // 2) if len(family.qkv) == 1 else 0  # v is a part of one tensor with q and k
+    kept = attention + norms + 2 * inputs + 3 * 2 * inner + masks + ranks + together
+    return kept + shape.experts.saved_bytes()
 
 
 def fused_columns(shape: ModelShape, config: Config) -> int:

@@ -3,8 +3,11 @@
     python tests/benchmarks/bench_training.py MODEL --cases 1x512 16x512 4x512@24 1x8192%7.3 --peers ours hf unsloth
     python tests/benchmarks/bench_training.py MODEL --profile 16x512 --checkpointing on        GPU time by kind of work
     python tests/benchmarks/bench_training.py MODEL --packed 64 --attention varlen mask        blocks of samples of 64 tokens
+    python tests/benchmarks/bench_training.py families --cases 16x512:on 4x512 --peers ours plain hf unsloth
 
-A case is BATCHxLENGTH, with @N confined to N multiprocessors (a stand-in for a smaller card;
+MODEL is a folder, the name of a shape (tests/benchmarks/shapes.py), which is made with random weights and removed afterwards, or
+`families`, all of these; more than one may be named. The peer `plain` is this toolkit without its fast path.
+A case is BATCHxLENGTH, with :on or :off in the place of --checkpointing, @N confined to N multiprocessors (a stand-in for a smaller card;
 `tflops` of the line shows whether it held: about 6.5 for each) and %G capped at G GiB. LoRA r = 16 on all
 seven projections, NF4 + double quantisation, bf16, full blocks of random tokens. Each case runs in a process of its own and
 prints a JSON line; the table comes last. Compare only figures of one call on one machine. Memory is what the allocator reserved.
@@ -29,6 +32,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tests.benchmarks.shapes import SHAPES, folder_of
+
+PEERS = ("ours", "plain", "hf", "unsloth")
+PLAIN = [f"performance.{name}=off" for name in ("fused_lora", "compile", "cuda_graphs")]
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 GIB = 2**30
 WARM_UP = 4  # micro-batches before the timed ones
@@ -44,9 +53,9 @@ def checkpointing(text: str) -> str:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder of the model")
-    parser.add_argument("--cases", nargs="+", default=["1x512", "16x512"], metavar="BxL[@SMS][%%GIB]")
-    parser.add_argument("--peers", nargs="+", default=["ours", "hf", "unsloth"], choices=("ours", "hf", "unsloth"))
+    parser.add_argument("model", nargs="+", help=f"folder of a model, or families, or of these: {', '.join(SHAPES)}")
+    parser.add_argument("--cases", nargs="+", default=["1x512", "16x512"], metavar="BxL[:CKPT][@SMS][%%GIB]")
+    parser.add_argument("--peers", nargs="+", default=["ours", "hf", "unsloth"], choices=PEERS)
     parser.add_argument("--checkpointing", nargs="+", default=["on", "off"], type=checkpointing, help="N layers: ours")
     parser.add_argument("--dropout", nargs="+", type=float, default=[0.0])
     parser.add_argument(
@@ -132,6 +141,18 @@ def backward_tflops() -> float:
     return 2 * n**3 / min(times) / 1e12
 
 
+def text_config(model: str) -> dict:
+    """Return the configuration of a model's decoder."""
+    config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
+    return config.get("text_config", config)
+
+
+def targets_of(model: str) -> list[str]:
+    """Return the names of the linears that get an adapter: all of a layer's."""
+    fused = text_config(model)["model_type"].startswith("phi3")
+    return ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"] if fused else TARGETS
+
+
 def load_ours(case: dict):
     """Return a function that runs one micro-batch of this toolkit and the learner behind it."""
     import torch
@@ -144,13 +165,14 @@ def load_ours(case: dict):
 
     overrides = {
         "model.name": case["model"],
+        "lora.target_modules": f"[{', '.join(targets_of(case['model']))}]",
         "lora.dropout": str(case["dropout"]),
         "data.max_length": str(case["length"]),
         "training.batch_size": str(case["batch"]),
         "training.gradient_checkpointing": {"on": "true", "off": "false"}.get(
             case["checkpointing"], case["checkpointing"]
         ),
-        **dict(pair.split("=", 1) for pair in case["set"]),
+        **dict(pair.split("=", 1) for pair in [*case["set"], *(PLAIN if case["peer"] == "plain" else [])]),
     }
     config = load_config((), overrides)
     model, _ = quantization_utils.load_base(config, torch.device("cuda:0"))
@@ -161,6 +183,9 @@ def load_ours(case: dict):
         print(line, file=sys.stderr)
 
     plan = memory_plan.unplanned(config, case["batch"], len(model.get_decoder().layers))
+    shape = memory_plan.configured_shape(config)
+    planned = memory_plan.plan_memory(shape, config, case["batch"], plan.checkpointed, offload=plan.offload)
+    case["planned_gib"] = round(planned.reserved / GIB, 2)
     learner = train_qlora.build_learner(config, model, plan, say, samples)
     if case["attention"] == "mask":
         model.config.attention_choice = model.config.attention_choice._replace(varlen_samples=None)
@@ -196,7 +221,7 @@ def load_unsloth(case: dict):
         r=16,
         lora_alpha=32,
         lora_dropout=case["dropout"],
-        target_modules=TARGETS,
+        target_modules=targets_of(case["model"]),
         bias="none",
         use_gradient_checkpointing={"on": True, "off": False, "offload": "unsloth"}[case["checkpointing"]],
     )
@@ -215,7 +240,9 @@ def load_hf(case: dict):
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
-    options = {"dtype": torch.bfloat16, "device_map": {"": 0}, "attn_implementation": "sdpa"}
+    capped = text_config(case["model"])["model_type"] == "gemma2"  # which transformers refuses to run with sdpa
+    attention = "eager" if capped else "sdpa"
+    options = {"dtype": torch.bfloat16, "device_map": {"": 0}, "attn_implementation": attention}
     model = AutoModelForCausalLM.from_pretrained(case["model"], quantization_config=quantization, **options)
     model.config.use_cache = False
     model = prepare_model_for_kbit_training(
@@ -223,7 +250,8 @@ def load_hf(case: dict):
         use_gradient_checkpointing=case["checkpointing"] == "on",
         gradient_checkpointing_kwargs={"use_reentrant": False},
     )
-    lora = {"r": 16, "lora_alpha": 32, "lora_dropout": case["dropout"], "target_modules": TARGETS}
+    lora = {"r": 16, "lora_alpha": 32, "lora_dropout": case["dropout"]}
+    lora["target_modules"] = targets_of(case["model"])
     return get_peft_model(model, LoraConfig(**lora, task_type="CAUSAL_LM"))
 
 
@@ -249,8 +277,8 @@ def run_single(case: dict, alone: Callable[[], None]) -> dict:
     """Return the case with the median milliseconds of a micro-batch, tokens a second and peak GiB."""
     if case["peer"] == "unsloth":
         import unsloth  # noqa: F401  (must be imported before transformers)
-    if case["peer"] == "ours":
-        sys.path.insert(0, str(ROOT))
+    ours = case["peer"] in ("ours", "plain")
+    if ours:
         from toolkit.startup import after_heavy_imports, before_heavy_imports
 
         before_heavy_imports()
@@ -261,15 +289,15 @@ def run_single(case: dict, alone: Callable[[], None]) -> dict:
 
     context = confine(case)
     try:
-        micro_batch, optimizer, zero = (load_ours if case["peer"] == "ours" else load_peer)(case)
+        micro_batch, optimizer, zero = (load_ours if ours else load_peer)(case)
         if context:
             context.set_context()  # again: loading may have left it
         torch.manual_seed(0)
-        times = []
+        times, vocabulary = [], text_config(case["model"])["vocab_size"]
         for step in range(case["steps"] + WARM_UP):
             if step == WARM_UP - 1:
                 alone()
-            ids = torch.randint(0, 150000, (case["batch"], case["length"]), device="cuda")
+            ids = torch.randint(0, min(150_000, vocabulary), (case["batch"], case["length"]), device="cuda")
             torch.cuda.synchronize()
             start = time.perf_counter()
             loss = micro_batch(step, ids)
@@ -284,7 +312,7 @@ def run_single(case: dict, alone: Callable[[], None]) -> dict:
                 case["first_s"] = round(time.time() - case["started"], 1)
         if case.get("profile"):
             profile(case, micro_batch, ids)
-        if case["peer"] == "ours":
+        if ours:
             from fast_path.compiled import compiled_in_pieces
 
             case["pieces"] = compiled_in_pieces()  # a graph break costs speed and memory, and nothing else tells
@@ -350,16 +378,19 @@ def profile(case: dict, micro_batch, ids) -> None:
 
 def table(results: list[dict]) -> str:
     """Return the results a row a case."""
-    rows = [f"{'case':<26}{'peer':<9}{'ckpt':<9}{'dropout':<9}{'tok/s':>8}{'ms':>9}{'GiB':>8}{'first s':>9}"]
+    rows = [
+        f"{'case':<34}{'peer':<9}{'ckpt':<9}{'dropout':<9}{'tok/s':>8}{'ms':>9}{'GiB':>8}{'planned':>9}{'first s':>9}"
+    ]
     for r in results:
         name = (
             f"{r['batch']}x{r['length']}" + (f"@{r['sms']}" if r["sms"] else "") + (f"%{r['cap']}" if r["cap"] else "")
         )
+        name = f"{Path(r['model']).name[:14]} {name}"
         name += f" / {r['packed']} {r['attention']}" if r["packed"] else ""
         speed = f"{r['tokens_per_s']:>8}{r['ms']:>9}" if "ms" in r else f"{r.get('error', 'failed'):>17}"
         rows.append(
-            f"{name:<26}{r['peer']:<9}{r['checkpointing']:<9}{r['dropout']:<9}{speed}"
-            f"{r.get('peak_reserved_gib', 0):>8}{r.get('first_s', 0):>9}{'  in pieces' if r.get('pieces') else ''}"
+            f"{name:<34}{r['peer']:<9}{r['checkpointing']:<9}{r['dropout']:<9}{speed}"
+            f"{r.get('peak_reserved_gib', 0):>8}{r.get('planned_gib', 0):>9}{r.get('first_s', 0):>9}{'  in pieces' if r.get('pieces') else ''}"
         )
     return "\n".join(rows)
 
@@ -372,28 +403,38 @@ def main() -> int:
         with turn(case) as alone:
             print("RESULT " + json.dumps(run_single(case, alone)))
         return 0
+    results, names = [], [*SHAPES] if args.model == ["families"] else args.model
+    for name in names:
+        with folder_of(name) as folder:
+            cases = cases_of(args, str(folder))
+            results += run_cases(cases, lambda case: run_process(case, args.timeout), args.together)
+            print(table(results), flush=True)
+    return 0
+
+
+def cases_of(args: argparse.Namespace, model: str) -> list[dict]:
+    """Return the cases of one model; end the program if one is written wrongly."""
     cases = []
     for text in [args.profile] if args.profile else args.cases:
-        match = re.fullmatch(r"(\d+)x(\d+)(?:@(\d+))?(?:%([\d.]+))?", text)
+        match = re.fullmatch(r"(\d+)x(\d+)(?::(on|off|offload|\d+))?(?:@(\d+))?(?:%([\d.]+))?", text)
         if not match:
-            print(f"--cases: expected BATCHxLENGTH[@SMS][%GIB], got {text}", file=sys.stderr)
-            return 2
+            sys.exit(f"--cases: expected BATCHxLENGTH[:CKPT][@SMS][%GIB], got {text}")
         shape = {
             "batch": int(match[1]),
             "length": int(match[2]),
-            "sms": int(match[3] or 0),
-            "cap": float(match[4] or 0),
+            "sms": int(match[4] or 0),
+            "cap": float(match[5] or 0),
         }
         peers = ["ours"] if args.packed or args.profile else args.peers
         ways = args.attention if args.packed else [None]
-        for peer, checkpointing, dropout, way in itertools.product(peers, args.checkpointing, args.dropout, ways):
-            if (checkpointing == "offload" and peer == "hf") or (checkpointing.isdigit() and peer != "ours"):
+        checkpointings = [match[3]] if match[3] else args.checkpointing
+        for peer, checkpointing, dropout, way in itertools.product(peers, checkpointings, args.dropout, ways):
+            if (checkpointing == "offload" and peer == "hf") or (checkpointing.isdigit() and peer in ("hf", "unsloth")):
                 continue
-            case = {"peer": peer, **shape, "checkpointing": checkpointing, "dropout": dropout, "model": args.model}
+            case = {"peer": peer, **shape, "checkpointing": checkpointing, "dropout": dropout, "model": model}
             case |= {"packed": args.packed, "attention": way, "steps": args.steps, "set": args.set, "cold": args.cold}
             cases.append(case | {"profile": bool(args.profile)})
-    print(table(run_cases(cases, lambda case: run_process(case, args.timeout), args.together)))
-    return 0
+    return cases
 
 
 def run_process(case: dict, timeout: int) -> dict:
