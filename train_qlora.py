@@ -53,7 +53,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     )
     add("--compare", nargs="+", metavar="DIR", help="print a table of finished runs and draw their curves")
     add("--output", metavar="FILE", help="with --compare: the picture (default: compare.png)")
-    add("--overwrite", action="store_true", help="start over in an output_dir that holds a run, and replace it")
+    add("--overwrite", action="store_true", help="replace the run in output_dir; with --push: the files in NAME")
     add_flags(parser)
     options, overrides = parse_arguments(parser, argv)
     if problems := unusable(vars(options)):
@@ -66,7 +66,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
             raise ConfigError(f"--{name}: goes with --{owner}{hint}")
     if options.card is not None:
         find_card(options.card)
-    if options.compare or is_asked(options):
+    if is_asked(options, overrides) or options.compare:
         return options, Config()
     if options.adapter and not (Path(options.adapter) / "adapter_config.json").is_file():
         raise ConfigError(f"--adapter: no adapter_config.json in {options.adapter}")

@@ -98,6 +98,7 @@ def test_packages_are_empty():
         "toolkit.flags",
         "toolkit.cards",
         "toolkit.run_commands",
+        "toolkit.push",
         "toolkit.runs",
         "toolkit.chat",
         "toolkit.text_width",

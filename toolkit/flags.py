@@ -105,7 +105,7 @@ def build_parser(
 
 # The flags that one script has beside the settings, and the other does not have.
 SCRIPTS = {
-    "train_qlora.py": ("plan", "card", "evaluate", "stride", "compare", "overwrite", "runs"),
+    "train_qlora.py": ("plan", "card", "evaluate", "stride", "compare", "overwrite", "runs", "push", "public"),
     "inference_example.py": ("mode", "prompt", "prompts", "raw", "merge_base"),
 }
 
