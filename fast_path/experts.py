@@ -15,7 +15,7 @@ import bitsandbytes as bnb
 import torch
 import torch.nn.functional as F
 from bitsandbytes.functional import QuantState
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from transformers import BitsAndBytesConfig
@@ -107,7 +107,7 @@ def expect_packed(model: nn.Module, apart: list[str] | None = None) -> list[nn.M
     modules = [module for name, module in named if should_convert_module(name, apart)]
     for module in modules:
         module.packed_names = expert_tensors(module)
-        module.__class__ = _packed_class(type(module))  # type: ignore[arg-type]  # classes can be hashed
+        module.__class__ = _packed_class(type(module))  # type: ignore[arg-type]  # classes are hashable
     return modules
 
 
@@ -196,6 +196,15 @@ def _grouped(x: torch.Tensor, sizes: list[int]) -> bool:
     """Return whether one product of torch computes all experts: on GPUs from compute capability 8.0, with aligned rows."""
     aligned = all(size % 8 == 0 for size in sizes)
     return x.dtype is torch.bfloat16 and aligned and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0)
+
+
+def one_by_one(model: PeftModel, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Return why a model's experts are computed one after the other, as their numbers of rows reach the host; else None."""
+    sizes = [
+        p.quant_state.shape[1:] for p in expert_parameters(model.get_base_model()) if isinstance(p, bnb.nn.Params4bit)
+    ]
+    x = torch.empty(0, dtype=dtype, device=device)
+    return None if all(_grouped(x, list(size)) for size in sizes) else "its experts are computed one after the other"
 
 
 def grouped_product(x: torch.Tensor, weights: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:

@@ -43,7 +43,7 @@ class ExpertShape:
         belongs and comes back to, and its expert; the router's scores in fp32.
         """
         rows = 2 * (self.first + self.inner + self.hidden) + 3 * 8
-        return self.each * rows + 3 * 4 * self.count if self.layers else 0
+        return self.each * rows + 4 * self.count if self.layers else 0
 
     def transient_bytes(self, tokens: int, width: int) -> int:
         """Return the bytes that the backward pass of a layer's experts needs for a moment: gradients, an unpacked tensor.

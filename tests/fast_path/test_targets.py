@@ -188,6 +188,37 @@ def test_experts_that_are_named_get_adapters_without_dropout_and_the_error_says_
     assert any("experts" in name for name, p in model.named_parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize("family, name", [("mixtral", "gate"), ("qwen3_moe", "mlp.gate"), ("hunyuan_v1_moe", "wg")])
+def test_a_router_is_never_adapted(family, name):
+    from tests.families import small_model
+
+    model = small_model(family)
+    with pytest.raises(
+        ConfigError, match=f"lora.target_modules: {name} is the router of the experts, which stays frozen"
+    ):
+        prepare_model_for_training(model, create_lora_config(dropout=0.0, target_modules=["q_proj", name]), False)
+    prepared = prepare_model_for_training(model, create_lora_config(dropout=0.0, target_modules="all-linear"), False)
+    trained = [n for n, p in prepared.named_parameters() if p.requires_grad]
+    assert any("experts" in n for n in trained)
+    assert not any(".gate." in n or ".wg." in n for n in trained)
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "qwen3_moe", "nemotron_h"])
+def test_experts_by_their_own_names(family):
+    from tests.families import small_model
+
+    asked = create_lora_config(dropout=0.0, target_modules=["q_proj", "experts.down_proj"])
+    prepared = prepare_model_for_training(small_model(family), asked, False)
+    trained = [n for n, p in prepared.named_parameters() if p.requires_grad]
+    layers = {n for n, m in small_model(family).named_modules() if n.endswith(".experts")}
+    assert sum("experts.lora_A" in n for n in trained) == len(layers) and any("q_proj" in n for n in trained)
+    targets = prepared.peft_config["default"].target_parameters  # where peft knows old names it shortens this one
+    assert {name.rpartition(".")[2] for name in targets} == {"down_proj"}
+    with pytest.raises(ConfigError, match="the model has no experts.middle_proj; its own are"):
+        asked = create_lora_config(dropout=0.0, target_modules=["experts.middle_proj"])
+        prepare_model_for_training(small_model(family), asked, False)
+
+
 def test_the_error_about_experts_names_a_models_own_other_layers():
     from tests.families import small_model
 

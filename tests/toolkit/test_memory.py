@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import train_qlora
 from config import ConfigError, load_config
 from fast_path import attention, choice, compiled, dropout, micro_step
+from fast_path.families import expert_parameters
 from fast_path.layers import fuse
 from fast_path.loss import CausalLMLoss
 from quantization_utils import (
@@ -22,6 +23,7 @@ from quantization_utils import (
     load_model_and_tokenizer,
     prepare_model_for_training,
 )
+from tests.families import build
 from toolkit import evaluation, memory, memory_plan
 from toolkit.memory import savings
 from toolkit.memory_plan import COMPILED, FUSED, GIB, PLAIN, MemoryPlan, Rates, fit, model_shape, plan_memory, step_down
@@ -66,7 +68,9 @@ def saved_by_autograd(folder: str, path: str, p: float, layers: int) -> int:
     alive = []
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if {200, 400} & set(tensor.shape):  # the rest, weights and their copies, does not grow with tokens
+        if {200, 400, 800} & set(
+            tensor.shape
+        ):  # 800: two experts per token; the rest, weights and copies, does not grow
             alive.append(tensor)
             seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
@@ -94,6 +98,48 @@ def test_saved_activations_are_what_autograd_keeps(random_models, monkeypatch, k
     config = settings(lora__dropout=p, lora__target_modules=f"[{', '.join(linears_of(folder))}]")
     planned = memory_plan.saved_bytes(model_shape(folder), config, path)
     assert planned == pytest.approx(found, rel=0.03)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("path", [PLAIN, FUSED])
+def test_a_mixture_saves_what_is_planned_and_its_packed_experts_weigh_it(family, path, tmp_path):
+    """The plan counts seven adapters per layer, of which attention has four."""
+    folder = str(build(family, tmp_path))
+    found = (saved_by_autograd(folder, path, 0.0, 2) - saved_by_autograd(folder, path, 0.0, 1)) / 400
+    shape, config = model_shape(folder), settings(lora__dropout=0)
+    assert found <= memory_plan.saved_bytes(shape, config, path) <= 1.12 * found
+    model, _ = load_model_and_tokenizer(folder, create_bnb_config())
+    packed = [p for p in expert_parameters(model)]
+    parts = plan_memory(shape, config, 1, 2).parts
+    assert parts["experts, in 4 bit"] == sum(p.nbytes for p in packed) and "experts, not in 4 bit" not in parts
+    plain = plan_memory(shape, settings(quantization__load_in_4bit=False), 1, 2).parts
+    assert plain["experts, not in 4 bit"] == 2 * sum(p.quant_state.shape.numel() for p in packed)
+
+
+def test_the_plan_names_experts_that_stay_in_16_bit(tmp_path):
+    shape = model_shape(str(build("llama4_text", tmp_path)))
+    parts = plan_memory(shape, settings(), 1, 2).parts
+    assert shape.experts.packed == 0 and parts["experts, not in 4 bit"] == 2 * shape.experts.plain > 0
+    (line,) = memory.expert_facts(shape.experts, True)
+    assert (
+        line
+        == f"experts: 0 weights in 4 bit; in 16 bit: {shape.experts.plain:,} of Llama4TextExperts, whose layout is not known"
+    )
+
+
+def test_the_plan_of_qwen3_30b_a3b(tmp_path):
+    """30.5 billion weights, of which a token uses 3.3 billion: the experts need 13.5 GiB in 4 bit."""
+    config = {
+        "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "vocab_size": 151936, "hidden_size": 2048,
+        "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128,
+        "num_experts_per_tok": 8, "moe_intermediate_size": 768, "intermediate_size": 6144,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shape = model_shape(str(tmp_path))
+    assert shape.parameters == 30_532_122_624  # the sum of the checkpoint's index
+    assert shape.parameters - shape.experts.all + shape.experts.active == 3_353_032_704
+    plan = plan_memory(shape, settings(data__max_length=2048), 1, 48)
+    assert plan.parts["experts, in 4 bit"] / GIB == pytest.approx(13.5, abs=0.01) and plan.total < 24 * GIB
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from config import ConfigError
+from fast_path.experts import adapting_experts
 from quantization_utils import create_bnb_config, load_model_and_tokenizer
 from toolkit import merge
 
@@ -44,7 +45,7 @@ def adapted(request, tiny_model, tmp_path):
     def make(plain: bool) -> PeftModel:
         bnb_config = create_bnb_config(compute_dtype="float32")
         base, _ = load_model_and_tokenizer(str(tmp_path), bnb_config, compute_dtype="float32", device="cpu")
-        both = get_peft_model(merge.plain_copy(base) if plain else base, LoraConfig(**lora))
+        both = get_peft_model(merge.plain_copy(base) if plain else base, adapting_experts(LoraConfig(**lora)))
         generator = torch.Generator().manual_seed(1)
         for _, parameter in sorted(both.named_parameters()):
             if parameter.requires_grad:
