@@ -197,7 +197,7 @@ def test_adapters_on_experts_are_plain_pefts_on_the_unpacked_values(family, tmp_
     """Logits and the gradients of all adapters; the saved adapter goes onto the plain model with the same logits."""
     build(family, tmp_path)
     model = load_model_and_tokenizer(str(tmp_path), create_bnb_config(compute_dtype="float32"), device="cpu")[0]
-    plain = merge.plain_copy(model, False)
+    plain = merge.plain_copy(model)
     tensors = sorted({name for module in packed_modules(model).values() for name in module.packed_names})
     torch.manual_seed(1)
     asked = create_lora_config(rank=4, alpha=8, dropout=0.0, target_modules=OF_ATTENTION.get(family, ["o_proj"]))
