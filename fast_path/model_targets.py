@@ -92,7 +92,8 @@ def resolved_targets(model: nn.Module, asked: LoraConfig) -> LoraConfig:
     layers = [layers] if isinstance(layers, int) else layers
     listed = not isinstance(targets, str)
     wanted, names = tuple(targets) if listed else targets, linear_modules(model, head=listed)
-    chosen = select(names, wanted, asked.exclude_modules, layers, len(decoder_layers(model)))
+    head = next((n for n, module in model.named_modules() if module is model.get_output_embeddings()), "")
+    chosen = select(names, wanted, asked.exclude_modules, layers, len(decoder_layers(model)), head)
     if odd := sorted(taken_for_experts(model, chosen)):
         raise ConfigError(
             f"lora.target_modules: peft would adapt the routed experts instead of {odd[0]}, which has their name; with "

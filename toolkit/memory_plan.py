@@ -64,6 +64,7 @@ class ModelShape:
     trainable: int | None = (
         None  # as peft counts it, where adapters may be on experts; None: as `adapter_parameters` does
     )
+    head: str = ""  # the name of the output head
 
     @property
     def parameters(self) -> int:
@@ -143,6 +144,7 @@ def shape_of(model: nn.Module) -> ModelShape:
         head_norms=any(name.endswith("q_norm") for name, _ in model.named_modules()),
         positions=known_positions(model.config),
         family=families.of(model),
+        head=next((name for name, module in model.named_modules() if module is head), ""),
     )
 
 
@@ -155,7 +157,7 @@ def adapted(shape: ModelShape, lora: LoraSettings) -> list[tuple[str, int, int]]
     if isinstance(targets, tuple) and exclude is None and layers is None:  # which may name other modules only
         chosen = named(targets, names, "lora.target_modules")
     else:
-        chosen = set(select(names, targets, exclude, layers, shape.layers))
+        chosen = set(select(names, targets, exclude, layers, shape.layers, shape.head))
     return [linear for linear in linears if linear[0] in chosen]
 
 
