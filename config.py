@@ -455,6 +455,10 @@ def shown(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
+class Because(ValueError):
+    """A value that a leaf does not allow, for a reason that is not in `Leaf.expected`."""
+
+
 def coerce(leaf: Leaf, value: Any) -> Any:
     """Return `value`, as YAML reads it, as the leaf's type.
 
@@ -464,10 +468,11 @@ def coerce(leaf: Leaf, value: Any) -> Any:
         return _coerce_sources(leaf, value)
     try:
         return _convert(leaf, value)
-    except (ValueError, OverflowError):
+    except (ValueError, OverflowError) as error:
+        why = f": {error}" if isinstance(error, Because) else ""
         text = isinstance(value, str) and str in leaf.kinds and not {"choices", "pattern"} & leaf.field.metadata.keys()
         more = " without control characters" if text and value.strip() else ""
-        raise ConfigError(f"{leaf.name}: expected {leaf.expected}{more}, got {brief(value)}") from None
+        raise ConfigError(f"{leaf.name}: expected {leaf.expected}{more}, got {brief(value)}{why}") from None
 
 
 def _coerce_sources(leaf: Leaf, items: Sequence[Any]) -> tuple[Any, ...]:
@@ -523,9 +528,11 @@ def _convert(leaf: Leaf, value: Any) -> Any:
             return value
         raise ValueError
     if isinstance(value, (list, tuple)) and tuple in kinds:
-        if value and all(_is_item(leaf, item) for item in value):
-            return tuple(value)
-        raise ValueError
+        if not value or not all(_is_item(leaf, item) for item in value):
+            raise ValueError
+        if again := [item for i, item in enumerate(value) if item in value[:i]]:
+            raise Because(f"{brief(again[0])} stands there more than once")
+        return tuple(value)
     if isinstance(value, str) and float in kinds and re.fullmatch(r"[-+]?[0-9.]+([eE][-+]?[0-9]+)?", value):
         value = float(value)  # YAML 1.1 reads 2e-4, which has no decimal point, as a str
     if isinstance(value, (int, float)) and float in kinds:
@@ -583,16 +590,21 @@ def _is_item(leaf: Leaf, item: Any) -> bool:
 
 
 def _is_pattern(text: str, choices: Sequence[str]) -> bool:
-    """Return whether a text is a regular expression, and neither a name nor one of `choices` with a typing error."""
+    """Return whether a text is a regular expression, and neither a name nor one of `choices` with a typing error.
+
+    Raises Because with the reason why Python cannot read one.
+    """
     if len(text) > 10_000 or not re.search(r"[][.*+?(){}|\\^$]", text):
         return False
     if difflib.get_close_matches(text, choices, cutoff=0.8):
         return False
-    with contextlib.suppress(re.error, RecursionError, OverflowError, MemoryError), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about how future versions of Python may read it
-        re.compile(text)
-        return True
-    return False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about how future versions of Python may read it
+            re.compile(text)
+    except (re.error, RecursionError, OverflowError, MemoryError) as error:
+        raise Because(str(error) or type(error).__name__) from None
+    return True
 
 
 def _list_hint(leaf: Leaf) -> str:

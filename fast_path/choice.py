@@ -56,7 +56,7 @@ def choose_fast_path(
     compiled = decide("compile", no_triton or (None if fused else "it needs fused_lora"))
     copies = "no graph can hold the copies to main memory" if offload else None
     if trains_tokens(model):
-        copies = "peft copies the embedding with the rows of lora.train_tokens"
+        copies = "the rows of lora.train_tokens are looked up by numbers from the host"
     copies = one_by_one(model, dtype, device) or copies
     graphs = decide("cuda_graphs", copies if gpu else "there is no CUDA GPU")
     kernels = gpu and HAS_TRITON and dtype is not torch.float32  # not in fp32: tl.dot would round it to tf32

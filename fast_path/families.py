@@ -292,6 +292,8 @@ def own_value(config: PretrainedConfig, name: str) -> int:
 # the whole text again.
 WRONG_CACHE = ("blt", "cpmant", "git", "prophetnet")
 
+# Kinds of models whose layers make their gradients themselves, which they can only where the embedding is trained.
+REVERSIBLE = ("reformer",)
 # Kinds of models whose layers read [tokens, sequences, features]; all others read the sequences first.
 TOKENS_FIRST = ("xlnet",)
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from config import ConfigError, LoraSettings
-from fast_path.families import decoder_layers, expert_parameters, expert_tensors, routers, towers
+from fast_path.families import REVERSIBLE, decoder_layers, expert_parameters, expert_tensors, routers, towers
 from fast_path.targets import is_pattern, select
 
 DEFAULT_TARGETS = LoraSettings().target_modules
@@ -108,6 +108,9 @@ def resolved_targets(model: nn.Module, asked: LoraConfig) -> LoraConfig:
     regular expression. Of the seven default names a model with routed experts gets those that mean no expert. Raises
     ConfigError.
     """
+    if getattr(getattr(model, "config", None), "model_type", None) in REVERSIBLE:
+        name = type(model).__name__
+        raise ConfigError(f"model.name: the layers of {name} make gradients only with a trained embedding; use another")
     lora, targets = copy.copy(asked), asked.target_modules
     if set(targets) == set(DEFAULT_TARGETS) and has_experts(model):
         spared = set(targets) & set(names_without_experts(model))
@@ -133,7 +136,8 @@ def resolved_targets(model: nn.Module, asked: LoraConfig) -> LoraConfig:
     layers = [layers] if isinstance(layers, int) else layers
     listed = not isinstance(targets, str)
     wanted, names = tuple(targets) if listed else targets, linear_modules(model, head=listed)
-    chosen = select(names, wanted, asked.exclude_modules, layers, len(decoder_layers(model)))
+    head = next((n for n, module in model.named_modules() if module is model.get_output_embeddings()), "")
+    chosen = select(names, wanted, asked.exclude_modules, layers, len(decoder_layers(model)), head)
     if odd := sorted(taken_for_experts(model, chosen)):
         raise ConfigError(
             f"lora.target_modules: peft would adapt the routed experts instead of {odd[0]}, which has their name; with "

@@ -73,12 +73,14 @@ def named(wanted: Names, names: Sequence[str], where: str) -> set[str]:
 
 
 def select(
-    names: Sequence[str], targets: Names, exclude: Names | None, layers: Collection[int] | None, count: int
-) -> list[str]:
+    names: Sequence[str], targets: Names, exclude: Names | None, layers: Collection[int] | None, count: int,
+    head: str = "",
+) -> list[str]:  # fmt: skip
     """Return the names of the linear layers that get an adapter, in their order; raise ConfigError if there are none.
 
     names: of all linear layers that may get one. targets: a list, a regular expression or all-linear. exclude: what
-    gets none. layers: the numbers of the decoder layers; None means all of the model's, which are `count`.
+    gets none. layers: the numbers of the decoder layers; None means all of the model's, which are `count`. head: the name
+    of the output head, for an error.
     """
     if layers is not None and (odd := [number for number in layers if not 0 <= number < count]):
         raise ConfigError(f"lora.layers_to_transform: expected numbers from 0 to {count - 1}, got {odd[0]}")
@@ -88,9 +90,9 @@ def select(
     for entry in [exclude] if isinstance(exclude, str) else exclude or ():
         out = named(entry if entry is exclude else [entry], names, "lora.exclude_modules") & wanted
         if not out:  # peft only warns
-            raise ConfigError(
-                f"lora.exclude_modules: {_brief(entry)} is none of the layers that would get an adapter; {_own(names)}"
-            )
+            known = named(entry if entry is exclude else [entry], [*names, head], "lora.exclude_modules")
+            why = "gets no adapter anyway: leave it out" if known else f"is no linear layer of the model; {_own(names)}"
+            raise ConfigError(f"lora.exclude_modules: {_brief(entry)} {why}")
         wanted -= out
     whole = () if isinstance(targets, str) else targets  # as in peft a full name means its layer whatever `layers` says
     kept = [n for n in names if n in wanted and (layers is None or layer_of(n) in layers or n in whole)]

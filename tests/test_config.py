@@ -756,3 +756,18 @@ def test_options_of_a_template_as_a_flag():
     parser = build_parser("")
     _, overrides = parse_arguments(parser, ["--template_options", "{enable_thinking: false, n: 2}"])
     assert load_config([], overrides).data.template_options == {"enable_thinking": False, "n": 2}
+
+
+@pytest.mark.parametrize(
+    "flag, text, why",
+    [
+        ("target_modules", "((", r"got '\(\(': missing \), unterminated subpattern at position 1; as a flag"),
+        ("exclude_modules", "a[", r"got 'a\[': unterminated character set at position 1; as a flag"),
+        ("layers_to_transform", "0,1,0", "got '0,1,0': 0 stands there more than once; as a flag"),
+        ("train_tokens", "<a>,<a>", "got '<a>,<a>': '<a>' stands there more than once; as a flag"),
+        ("target_modules", "[q_proj, q_proj]", "'q_proj' stands there more than once"),
+    ],
+)
+def test_why_a_value_cannot_be_used_is_said(flag, text, why):
+    with pytest.raises(ConfigError, match=rf"lora.{flag}: expected a list of .*{why}"):
+        load_config([], {f"lora.{flag}": text})

@@ -67,6 +67,7 @@ class ModelShape:
     trainable: int | None = (
         None  # as peft counts it, where adapters may be on experts; None: as `adapter_parameters` does
     )
+    head: str = ""  # the name of the output head
 
     @property
     def parameters(self) -> int:
@@ -156,6 +157,7 @@ def shape_of(model: nn.Module) -> ModelShape:
         positions=known_positions(model.config),
         capped=bool(getattr(text, "final_logit_softcapping", None)),
         family=families.of(families.decoder_layers(model)[0]),
+        head=next((name for name, module in model.named_modules() if module is head), ""),
     )
 
 
@@ -168,7 +170,7 @@ def adapted(shape: ModelShape, lora: LoraSettings) -> list[tuple[str, int, int]]
     if isinstance(targets, tuple) and exclude is None and layers is None:  # which may name other modules only
         chosen = named(targets, names, "lora.target_modules")
     else:
-        chosen = set(select(names, targets, exclude, layers, shape.layers))
+        chosen = set(select(names, targets, exclude, layers, shape.layers, shape.head))
     return [linear for linear in linears if linear[0] in chosen]
 
 

@@ -101,15 +101,16 @@ def test_fused_layers_learn_what_plain_ones_do(random_models, kind, p, checkpoin
     assert furthest(fused, plain) < 1e-4  # fp32 rounding
 
 
-@pytest.mark.parametrize(
-    "chosen",
-    [
-        {"targets": ["q_proj", "v_proj"]},
-        {"layers_to_transform": [1]},
-        {"layers_to_transform": [0], "exclude_modules": ["up_proj", "k_proj"]},
-        {"targets": r".*\.0\.self_attn\.[qkvo]_proj|.*\.1\.mlp\.down_proj"},
-    ],
-)
+PARTLY = [
+    {"targets": ["q_proj", "v_proj"]},
+    {"layers_to_transform": [1]},
+    {"layers_to_transform": [0], "exclude_modules": ["up_proj", "k_proj"]},
+    {"targets": r".*\.0\.self_attn\.[qkvo]_proj|.*\.1\.mlp\.down_proj"},
+    {"targets": r".*\.0\.(self_attn\.k|mlp\.gate)_proj|.*\.1\.(self_attn\.[qv]|mlp\.up)_proj"},
+]
+
+
+@pytest.mark.parametrize("chosen", PARTLY)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_layers_with_some_adapters_or_none_learn_what_plain_ones_do(random_models, chosen, checkpointing):
     results = []
@@ -120,6 +121,19 @@ def test_layers_with_some_adapters_or_none_learn_what_plain_ones_do(random_model
         results.append(gradients(model, clock, loss))
     (plain_loss, plain), (fused_loss, found) = results
     assert found.keys() == plain.keys() and fused_loss == pytest.approx(plain_loss, rel=1e-6)
+    assert furthest(found, plain) < 1e-4
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("chosen", PARTLY[1:])
+def test_compiled_layers_with_some_adapters_or_none_learn_what_plain_ones_do(random_models, chosen):
+    torch._dynamo.reset()
+    plain_loss, plain = gradients(*prepared(random_models("qwen3"), **chosen))
+    model, clock, loss = prepared(random_models("qwen3"), checkpointing=1, **chosen)
+    fuse(model, clock, 0.05, kernels=False)
+    compile_layers(model)
+    found_loss, found = gradients(model, clock, loss)
+    assert found.keys() == plain.keys() and found_loss == pytest.approx(plain_loss, rel=1e-6)
     assert furthest(found, plain) < 1e-4
 
 
@@ -640,16 +654,19 @@ def check_rotate(device: str, dtype: torch.dtype, tolerance: float) -> None:
     torch.library.opcheck(rotate, (qkv, cos, sin, heads, kv_heads))
 
 
-def check_layers(folder: str) -> None:
-    """Compare gradients of fused layers with kernels, in half precision, with plain ones in fp32 and with peft's."""
-    _, reference = gradients(*prepared(folder))
-    _, plain = gradients(*prepared(folder, dtype="float16"))
-    model, clock, loss = prepared(folder, dtype="float16", checkpointing=True)
+def check_layers(folder: str, **chosen) -> None:
+    """Compare gradients of fused layers with kernels, in half precision, with plain ones in fp32 and with peft's.
+
+    chosen: which layers and linears have adapters.
+    """
+    _, reference = gradients(*prepared(folder, **chosen))
+    _, plain = gradients(*prepared(folder, dtype="float16", **chosen))
+    model, clock, loss = prepared(folder, dtype="float16", checkpointing=True, **chosen)
     fuse(model, clock, 0.05, kernels=True)
     # DIVIDED: in bfloat16's way, which the interpreter lacks; check_widen_backward has float16's too
     with mock.patch.multiple(fused_linear, share_rows=lambda *_: 32, DIVIDED=(torch.float16,)):
         _, fused = gradients(model, clock, loss)
-    assert furthest(fused, reference) <= 1.1 * furthest(plain, reference)
+    assert fused.keys() == plain.keys() and furthest(fused, reference) <= 1.1 * furthest(plain, reference)
 
 
 @pytest.mark.triton
@@ -668,6 +685,13 @@ def test_kernels_in_tritons_interpreter():
 @pytest.mark.parametrize("kind", ["qwen2", "smollm3", "olmo2", "gemma2", "phi3"])
 def test_layers_learn_the_same_from_kernels_in_tritons_interpreter(random_models, kind):
     interpret("tests.fast_path.test_layers", f"check_layers({str(random_models(kind))!r})")
+
+
+@pytest.mark.triton
+@pytest.mark.minutes
+@pytest.mark.parametrize("chosen", [PARTLY[1], PARTLY[-1]])  # a layer without adapters, and a part of each group
+def test_layers_with_some_adapters_learn_the_same_from_kernels_in_tritons_interpreter(random_models, chosen):
+    interpret("tests.fast_path.test_layers", f"check_layers({str(random_models('qwen2'))!r}, **{chosen!r})")
 
 
 def signature(kernel, pointers: dict[str, str]) -> dict[str, str]:
@@ -859,6 +883,35 @@ def test_fused_error_on_the_gpu_is_no_larger_than_pefts(random_models, kind, com
 
     worst = sorted(((found - reference[n]).norm() / reference[n].norm(), n) for n, found in fused.items())[-4:]
     assert error(fused) <= 1.1 * error(plain), worst
+
+
+@gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("chosen", PARTLY)
+def test_captured_layers_with_some_adapters_or_none_err_no_more_than_plain_ones(random_models, chosen):
+    """Compiled and in a graph, in bfloat16, against fp32; the graph's second replay adds to the gradients of the first."""
+    folder, ids = random_models("qwen3"), torch.randint(0, 4096, (2, 64), generator=torch.Generator().manual_seed(5))
+    errors, reference, value = {}, {}, {}
+    for path, dtype in (("fp32", "float32"), ("plain", "bfloat16"), ("captured", "bfloat16")):
+        model, clock, loss = prepared(folder, dtype=dtype, device="cuda", checkpointing=1, **chosen)
+        fast = path == "captured"
+        if fast:
+            fuse(model, clock, 0.05, kernels=True)
+            compile_layers(model)
+            loss.chunk_loss = kernel_chunk_loss
+        parts = choice.FastPath(fast, fast, fast, fast, "")
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        scaler = torch.amp.GradScaler("cuda", enabled=False)
+        learner = micro_step.Learner(model, trained, loss, clock, scaler, parts, (2, 64))
+        learner.train()
+        batch = {"input_ids": ids.cuda(), "labels": ids.cuda()}
+        twice = [learner.micro_step(3, torch.tensor([5, 7]), batch).item() for _ in range(2)]
+        assert twice[0] == pytest.approx(twice[1], rel=1e-5)
+        found, value[path] = {n: p.grad / 2 for n, p in model.named_parameters() if p.requires_grad}, twice[0]
+        reference = reference or found
+        assert found.keys() == reference.keys() and (learner.captured is not None) == fast
+        errors[path] = sum((found[n] - reference[n]).square().sum() for n in reference).sqrt().item()
+    assert errors["captured"] <= 1.05 * errors["plain"] and value["captured"] == pytest.approx(value["fp32"], rel=1e-2)
 
 
 def packed_blocks() -> tuple[list[np.ndarray], list[int]]:

@@ -93,8 +93,9 @@ def test_a_saved_adapter_of_a_pattern_is_loaded_by_plain_peft(random_models, tmp
     [
         ({"target_modules": "nothing.*"}, r"lora.target_modules: 'nothing\.\*' matches no linear layer; the model's are "
          r"model\.layers\.N\.self_attn\.q_proj, .*"),
-        ({"exclude_modules": ["o_proj", "w1"]}, r"lora.exclude_modules: 'w1' is none of the layers .*q_proj.*"),
-        ({"exclude_modules": r".*norm"}, r"lora.exclude_modules: '\.\*norm' is none of the layers that would .*"),
+        ({"exclude_modules": ["o_proj", "w1"]}, r"lora.exclude_modules: 'w1' is no linear layer of the .*q_proj.*"),
+        ({"exclude_modules": ["lm_head"]}, "lora.exclude_modules: 'lm_head' gets no adapter anyway: leave it out"),
+        ({"exclude_modules": r".*norm"}, r"lora.exclude_modules: '\.\*norm' is no linear layer of the .*"),
         ({"exclude_modules": r".*proj"}, "lora.exclude_modules: leaves no layer to adapt; the model's are .*"),
         ({"layers_to_transform": [0, 99]}, "lora.layers_to_transform: expected numbers from 0 to 1, got 99"),
         ({"target_modules": ["embed_tokens"], "exclude_modules": ["x"]}, "lora.target_modules: .* matches no linear .*"),

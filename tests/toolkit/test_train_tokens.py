@@ -159,7 +159,7 @@ def test_rows_are_saved_loaded_by_plain_peft_and_merged(folder, tokenizer, tmp_p
 
 
 def test_no_graph_can_hold_them(folder, tokenizer):
-    with pytest.raises(ConfigError, match="cuda_graphs: cannot be on here: peft copies the embedding"):
+    with pytest.raises(ConfigError, match="cuda_graphs: cannot be on here: the rows of lora.train_tokens"):
         choose_fast_path(
             PerformanceConfig(cuda_graphs="on"), prepared(folder, tokenizer), torch.bfloat16, torch.device("cuda")
         )
