@@ -26,6 +26,7 @@ from transformers.cache_utils import StaticLayer
 from fast_path import decode_batch_kernels, families
 from fast_path import decode_kernels as kernels
 from fast_path.layers import ACTIVATIONS
+from fast_path.loss import AS_THEY_ARE, logit_form
 from fast_path.nf4 import HAS_TRITON, INTERPRETED, SHUFFLE, runs_on, tl, triton
 from fast_path.packed_weights import is_plain_lora
 
@@ -81,10 +82,11 @@ def _check(condition: bool, reason: str) -> None:
 class Member:
     """A 4-bit linear and its adapter as the kernels read them, from the modules' own memory.
 
-    A, B: None if there is no active adapter. Raises Unsupported.
+    A, B: None if there is no active adapter. factor: of its output; scales of the weights, of B and the bias take it in, so
+    that no kernel knows it. Raises Unsupported.
     """
 
-    def __init__(self, module: nn.Module, name: str):
+    def __init__(self, module: nn.Module, name: str, factor: float = 1.0):
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         state = getattr(getattr(base, "weight", None), "quant_state", None)
         _check(type(base) is bnb.nn.Linear4bit and state is not None, f"{name} is not a 4-bit linear of bitsandbytes")
@@ -102,6 +104,10 @@ class Member:
         self.rank, self.scale = 0, 0.0
         if module is not base:
             self._adapter(module, name)
+        if factor != 1:
+            self.absmax = self.absmax if nested else self.absmax * factor
+            self.second, self.offset = (x * factor for x in (self.second, self.offset)) if nested else [self.absmax] * 2
+            self.bias, self.scale = None if self.bias is None else self.bias * factor, self.scale * factor
 
     def _adapter(self, module: nn.Module, name: str) -> None:
         _check(is_plain_lora(module), f"the adapter of {name} is no plain LoRA")
@@ -146,16 +152,16 @@ class Linears:
     The previous launch writes the attribute x, in the order of `input_place`, and this launch reads it. mode: see
     `linear_kernel`. norm: the norm of x, if x is only hidden times this norm's factor. parts: the number of sums that
     u = A x is split into. alone: whether the previous launch writes u as well; otherwise this object computes it. m:
-    the M of the kernels.
+    the M of the kernels. factor: of the outputs.
     """
 
     splits = 1  # the number of parts in which the launch writes its sums
 
     def __init__(
         self, modules: dict[str, nn.Module], mode: str, dtype: torch.dtype, norm: Norm | None = None, parts: int = 1,
-        alone: bool = False, m: int = 1,
+        alone: bool = False, m: int = 1, factor: float = 1.0,
     ):  # fmt: skip
-        self.members = [Member(module, name) for name, module in modules.items()]
+        self.members = [Member(module, name, factor) for name, module in modules.items()]
         first, adapted = self.members[0], [member for member in self.members if member.rank]
         for what in ("kind", "columns"):
             same = len({getattr(member, what) for member in self.members}) == 1
@@ -322,8 +328,10 @@ def _check_layer(layer: nn.Module, cache: Any) -> None:
     _check(isinstance(mlp.act_fn, activation), f"an MLP with {type(mlp.act_fn).__name__}")
     # Qwen's attention has an attribute for its sliding window, Mistral's reads its config.
     window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
-    _check(window is None and type(cache) is StaticLayer, "attention in a sliding window, or no plain static cache")
+    _check(type(cache) is StaticLayer, "no plain static cache")
     _check(cache.is_initialized, "the cache has no tensors yet; see its early_initialization")
+    short = window is not None and window < cache.keys.shape[2]
+    _check(not short, f"attention in a sliding window of {window} positions")
     _check(cache.keys.shape[0] <= BATCH, f"a cache of {cache.keys.shape[0]} sequences, more than {BATCH}")
     _check(cache.keys.shape[3] == attention.head_dim, "the cache has other heads than the model")
     _check(attention.head_dim in (32, 64, 128, 256), f"heads of {attention.head_dim}")
@@ -358,7 +366,10 @@ class Layer(Generic[Kind]):
             alone: bool = False,
         ) -> Kind:  # fmt: skip
             modules = {name: getattr(owner, name) for name in names}
-            return self.kind(modules, mode, dtype, norm, parts, alone, m)
+            return self.kind(modules, mode, dtype, norm, parts, alone, m, factor if mode == "residual" else 1.0)
+
+        factor = float(getattr(layer, family.residual_factor)) if family.residual_factor else 1.0
+        self.turns = bool(getattr(attention, family.rotates)) if family.rotates else True
 
         self.norms = Norm(layer.input_layernorm), Norm(layer.post_attention_layernorm)
         self.keys, self.values = cache.keys, cache.values
@@ -503,23 +514,33 @@ class DecodeStep:
             positions = torch.arange(self.layers[0].keys.shape[2], device=device)[None]
             self.rotary = [part[0].contiguous() for part in decoder.rotary_emb(self.last, positions)]
         _check(self.rotary[0].shape[1] == self.layers[0].keys.shape[3], "rotary embedding of a part of each head")
+        still = [torch.ones_like(self.rotary[0]), torch.zeros_like(self.rotary[1])]
+        self.angles = {True: self.rotary, False: still}  # by whether a layer rotates
+        family = families.of(model)
+        self.factor = float(getattr(decoder, family.embedding_factor)) if family.embedding_factor else 1.0
+        form = logit_form(model) if family.shapes_logits else AS_THEY_ARE
+        _check(form is not None, "the model changes its logits in an unknown way")
+        self.form = form or AS_THEY_ARE
         _check(runs_on(device), f"the model is on {device}")
         self.scratch = self.layers[0].scratch()
 
     @torch.no_grad()
     def __call__(self, ids: torch.Tensor, position: torch.Tensor, starts: torch.Tensor | None = None) -> torch.Tensor:
-        hidden = self.embedding(ids)[:, 0]
+        hidden = self.embedding(ids)[:, 0] * self.factor if self.factor != 1 else self.embedding(ids)[:, 0]
         if self.single_layers:
             first, before = self.single_layers[0].qkv, self.single_layers[-1].down
             _norm(hidden, first.norm, first.x, first=True)
             for layer, follow in itertools.zip_longest(self.single_layers, self.single_layers[1:]):
-                layer(hidden[0], position, self.rotary, self.scratch, before, follow.qkv if follow else None)
+                layer(
+                    hidden[0], position, self.angles[layer.turns], self.scratch, before, follow.qkv if follow else None
+                )
                 before = layer.down
             _norm(hidden, self.norm, self.last)
         else:
             other, parts = torch.empty_like(hidden), self.scratch.parts[:0]
             starts = self.starts if starts is None else starts
             for batch_layer in self.batch_layers:
-                parts = batch_layer(hidden, other, parts, position, starts, self.rotary, self.scratch)
+                angles = self.angles[batch_layer.turns]
+                parts = batch_layer(hidden, other, parts, position, starts, angles, self.scratch)
             _batch_norm(hidden, parts, other, self.norm, self.last)
-        return self.head(self.last)[:, 0].float()
+        return self.form.apply_(self.head(self.last)[:, 0].float())

@@ -59,6 +59,7 @@ class Family:
     # Attributes of the layer and of the decoder: the factors of what attention and MLP add, and of the embedding.
     residual_factor: str = ""
     embedding_factor: str = ""
+    shapes_logits: bool = False  # the model scales or caps its head's product (LogitForm of loss.py)
 
     @property
     def readers(self) -> dict[str, str]:
@@ -99,7 +100,7 @@ class Family:
         """
         if len(self.qkv) != 3 or len(self.gate_up) != 2:
             return "q, k and v or gate and up are one linear"
-        if self.rotary != "halves" or self.rotates:
+        if self.rotary != "halves":
             return "another rotary embedding"
         if self.qk_norms == "all":
             return "norms of q and k as wide as all heads"
@@ -111,8 +112,6 @@ class Family:
             return "scores are capped"
         if self.further_norms:
             return "norms after attention and after the MLP"
-        if self.residual_factor or self.embedding_factor:
-            return "factors of the embedding and of what a layer adds"
         return self.plain_attention or self.plain_mlp or self.plain_norms
 
 
@@ -138,10 +137,10 @@ FAMILIES = (
     row("Qwen2"),
     row("Qwen3", qk_norms="head"),
     row("SmolLM3", rotates="use_rope"),
-    row("Granite", residual_factor="residual_multiplier", embedding_factor="embedding_multiplier"),
+    row("Granite", residual_factor="residual_multiplier", embedding_factor="embedding_multiplier", shapes_logits=True),
     row("Olmo2", **OLMO),
     row("Olmo3", **OLMO),
-    row("Gemma2", score_cap=True, **GEMMA),
+    row("Gemma2", score_cap=True, shapes_logits=True, **GEMMA),
     row("Gemma3", qk_norms="head", **GEMMA),
     row("Phi3", qkv=("qkv_proj",), gate_up=("gate_up_proj",), rotary="part", act="activation_fn"),
 )

@@ -255,6 +255,42 @@ def reading(model: nn.Module, what: str) -> Iterator[None]:
         raise ConfigError(f"model.name: {type(model).__name__} cannot read {what}: {text}") from None
 
 
+@torch.no_grad()
+def logit_form(base: PreTrainedModel) -> LogitForm | None:
+    """Return what a model does to its head's product, by a test on eight tokens; None if it is no LogitForm.
+
+    In the test the head returns the same numbers for every token, RAMP, and the model what it makes of them. So no name of
+    a setting is needed, and the numbers are large enough for a cap to be felt. Raises ConfigError if the test fails.
+    """
+    decoder, head = families.decoder_of(base), base.get_output_embeddings()
+    probe, reads = torch.arange(1, 9, device=base.device)[None], []
+
+    def stand_in(module, inputs, product):
+        ramp = RAMP.to(base.device).repeat(-(-product.shape[-1] // len(RAMP)))[: product.shape[-1]]
+        reads.append((inputs[0], ramp))
+        return ramp.expand(product.shape)
+
+    handle = head.register_forward_hook(stand_in)
+    try:
+        with modes_kept(base), reading(base, "eight tokens"):
+            base.eval()
+            logits = base(input_ids=probe, use_cache=False).logits
+            hidden = decoder(input_ids=probe, use_cache=False).last_hidden_state
+    finally:
+        handle.remove()
+    if len(reads) != 1:
+        return None
+    ((read, ramp),) = reads
+    if not (torch.equal(read, hidden) and logits.shape[-1] == len(ramp)):
+        return None
+    found, largest = logits.float(), float(RAMP[1])
+    scale, cap = found[0, 0, 0].item() / float(RAMP[0]), found[0, 0, 1].item()
+    scale = 1.0 if abs(scale - 1) < 1e-6 else scale  # a cap's own rounding
+    form = LogitForm(scale, cap if abs(cap) < abs(scale) * largest / 2 else 0.0)
+    right = scale > 0 and torch.allclose(form.apply_(ramp.clone()).expand_as(found), found, rtol=1e-5, atol=0)
+    return form if right else None
+
+
 class CausalLMLoss(Objective):
     """Next-token prediction: a batch's cross entropy, summed in fp32; its weight is the number of supervised tokens.
 
@@ -268,7 +304,10 @@ class CausalLMLoss(Objective):
         self.decoder, self.head = families.decoder_of(self.base), self.base.get_output_embeddings()
         self.logit_chunk: int | None = None  # these two are arguments of chunked_cross_entropy
         self.chunk_loss: Callable = _chunk_loss
-        self.form = self._logit_form()
+        head = self.head.token_adapter.base_layer if self._shares_rows() else self.head
+        known = type(head) is nn.Linear and not head.weight.requires_grad
+        with self.autocast():
+            self.form = logit_form(self.base) if known else None
         self.chunked = self.form is not None
 
     @staticmethod
@@ -281,40 +320,6 @@ class CausalLMLoss(Objective):
 
     def autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32)
-
-    @torch.no_grad()
-    def _logit_form(self) -> LogitForm | None:
-        """Return what the model does to the product of its frozen head, by a test on eight tokens; None if unknown.
-
-        In the test the head returns the same numbers for every token, RAMP, and the model what it makes of them. So no
-        name of a setting is needed, and the numbers are large enough for a cap to be felt.
-        """
-        head = self.head.token_adapter.base_layer if self._shares_rows() else self.head
-        if type(head) is not nn.Linear or head.weight.requires_grad:
-            return None
-        probe, reads = torch.arange(1, 9, device=self.device)[None], []
-        ramp = RAMP.to(self.device).repeat(-(-head.out_features // len(RAMP)))[: head.out_features]
-
-        def stand_in(head, inputs, product):
-            reads.append(inputs[0])
-            return ramp.expand(product.shape)
-
-        handle = self.head.register_forward_hook(stand_in)
-        try:
-            with modes_kept(self.base), self.autocast(), reading(self.base, "eight tokens"):
-                self.base.eval()
-                logits = self.base(input_ids=probe, use_cache=False).logits
-                hidden = self.decoder(input_ids=probe, use_cache=False).last_hidden_state
-        finally:
-            handle.remove()
-        if not (len(reads) == 1 and torch.equal(reads[0], hidden) and logits.shape[-1] == len(ramp)):
-            return None
-        found, largest = logits.float(), float(RAMP[1])
-        scale, cap = found[0, 0, 0].item() / float(RAMP[0]), found[0, 0, 1].item()
-        scale = 1.0 if abs(scale - 1) < 1e-6 else scale  # a cap's own rounding
-        form = LogitForm(scale, cap if abs(cap) < abs(scale) * largest / 2 else 0.0)
-        right = scale > 0 and torch.allclose(form.apply_(ramp.clone()).expand_as(found), found, rtol=1e-5, atol=0)
-        return form if right else None
 
     def _shares_rows(self) -> bool:
         """Return whether the head shares the embedding's trained rows (lora.train_tokens with a tied head)."""

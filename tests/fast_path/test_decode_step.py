@@ -29,9 +29,13 @@ CASES = [
     ("qwen3", {"quant_type": "fp4", "targets": ["q_proj", "down_proj"]}, [7, 0, 63, 40, 0], 64),
     ("llama", None, list(range(17)), 33),
     ("mistral", {"quant_type": "fp4", "double": False, "targets": ["o_proj", "gate_proj"]}, [30, 0], 31),
+    ("granite", {}, [0], 40),
+    ("smollm3", {"targets": ["q_proj", "up_proj"]}, [0], 65),
+    ("granite", {"double": False, "targets": ["o_proj", "down_proj"]}, [5, 0], 40),
+    ("smollm3", None, [0, 9], 33),
 ]
 # One sequence and several, NF4 and FP4, double quantisation and none, each family, adapters on all linears and on few.
-EACH_KIND = (0, 2, 3, 6, 9)
+EACH_KIND = (0, 2, 3, 6, 9, 10, 11)
 REST = tuple(number for number in range(len(CASES)) if number not in EACH_KIND)
 NAMES = [f"{family}-{len(starts)}" for family, _, starts, _ in CASES]
 
@@ -43,7 +47,10 @@ def folders(random_models, tmp_path_factory):
     shutil.copytree(random_models("mistral"), mistral)
     config = json.loads((mistral / "config.json").read_text(encoding="utf-8"))
     (mistral / "config.json").write_text(json.dumps(config | {"sliding_window": None}), encoding="utf-8")
-    return {"mistral": mistral, **{name: random_models(name) for name in ("qwen2", "qwen3", "llama")}}
+    return {
+        "mistral": mistral,
+        **{name: random_models(name) for name in ("qwen2", "qwen3", "llama", "granite", "smollm3")},
+    }
 
 
 def loaded(folder, options, dtype, device):
@@ -207,7 +214,9 @@ def two_adapters(model):
     "family, options, change, reason",
     [
         ("gemma2", {}, None, "Gemma2ForCausalLM: the MLP's activation is gelu_pytorch_tanh"),
-        ("mistral", {}, None, "sliding window"),
+        ("mistral", {}, None, "no plain static cache"),
+        ("olmo2", {}, None, "Olmo2ForCausalLM: norms of q and k as wide as all heads"),
+        ("phi3", {}, None, "Phi3ForCausalLM: q, k and v or gate and up are one linear"),
         ("qwen2", {"dora": True}, None, "q_proj is no plain LoRA"),
         ("qwen2", {}, two_adapters, "2 active adapters: default, other"),
         ("qwen2", {"dtype": "float32"}, None, "computes in torch.float32"),
