@@ -174,13 +174,12 @@ def check_swapped(folder) -> None:
         cache.early_initialization(1, model.config.num_key_value_heads, 64, model.dtype, model.device)
         return DecodeStep(model, cache)
 
-    step = new_step()
-    before = step(ids, position).clone()
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.copy_(parameter.flip(0) * 2)
-    after = step(ids, position)
-    assert torch.equal(after, new_step()(ids, position)) and not torch.allclose(before, after, atol=1e-3)
+    step = new_step()  # made while the adapter was another one
+    adapters = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
+    for parameter in adapters:
+        assert parameter.abs().max() > 0
+        parameter.copy_(parameter.flip(0) * 2)
+    assert torch.equal(step(ids, position), new_step()(ids, position))
 
 
 @pytest.mark.triton
