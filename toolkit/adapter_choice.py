@@ -8,6 +8,7 @@ from typing import Any
 from config import Config, ConfigError, load_config, shown
 from toolkit.earlier_run import config_with_adapter, left_by_run
 from toolkit.runs import shortest_endings
+from toolkit.side_by_side import BASE
 from toolkit.template_files import read_template
 
 
@@ -45,7 +46,8 @@ def find_adapter(folder: Path) -> Path:
 def names_of(folders: list[Path]) -> list[str]:
     """Return what each adapter is called: its folder, with as many folders above it as tell it from the others."""
     paths = [os.path.abspath(folder) for folder in folders]
-    return [name.replace(os.sep, "/") for name in shortest_endings(paths)] if paths else []
+    names = [name.replace(os.sep, "/") for name in shortest_endings(paths)] if paths else []
+    return [f"./{name}" if name == BASE else name for name in names]
 
 
 def config_with_adapters(

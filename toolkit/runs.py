@@ -126,7 +126,7 @@ def read_run(folder: Path) -> Run:
         refuse_large(folder / CONFIG)
         config, rows = load_config(folder / CONFIG), read_rows(folder / METRICS)
     except ConfigError as error:
-        problem = error.problems[0].removeprefix("--adapter: ")
+        problem = error.problems[0].removeprefix("--adapter: ").removeprefix("--config: ")
         return Run(str(folder), size, date, f"cannot be read: {problem}")
     except (OSError, ValueError, RecursionError) as error:
         return Run(str(folder), size, date, f"cannot be read: {' '.join(str(error).split())[:200]}")

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,9 @@ class BlindTest:
     def commands(self) -> dict[str, Command]:
         """Return the commands by what /help shows of them."""
         found = {"/adapters": Command("list the adapters", lambda rest, talk: self.show_voices())}
-        found["/adapter NAME"] = Command("switch to another adapter; base: none", lambda rest, talk: self.switch(rest))
+        found["/adapter NAME"] = Command(
+            "switch to another adapter, or to base, which has none", lambda rest, talk: self.switch(rest)
+        )
         what = "answer twice, without names, and ask which is better; /ab FILE.jsonl and /ab NAME NAME choose; /ab off"
         return found | {"/ab": Command(what, lambda rest, talk: self.begin_or_end(rest))}
 
@@ -135,7 +138,10 @@ class BlindTest:
         if rest == "off" or (self.file and not rest):
             self.end()
             return
-        words = rest.split()
+        try:
+            words = shlex.split(rest)  # a name with a space stands in quotes
+        except ValueError as error:
+            raise ConfigError(f"/ab: {error}: {rest}") from None
         file = Path(os.path.expanduser(words.pop() if words and words[-1].endswith(".jsonl") else RESULTS))
         pair = [self.known(name, "/ab") for name in words]
         if len(pair) not in (0, 2) or len(set(pair)) < len(pair) or len(self.voices) < 2:

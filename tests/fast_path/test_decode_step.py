@@ -171,6 +171,29 @@ def test_a_step_equals_the_models_own_in_tritons_interpreter(folders, numbers):
     interpret("tests.fast_path.test_decode_step", f"check_all({paths!r}, 'float16', 'cpu', {numbers!r})")
 
 
+@torch.no_grad()
+def check_swapped(folder) -> None:
+    """Copy other numbers into the adapter's own memory: an existing step computes with them as a new one does."""
+    model, ids, position = loaded(folder, {}, "float16", "cpu"), torch.tensor([[7]]), torch.tensor([0])
+
+    def new_step() -> DecodeStep:
+        cache = new_cache(model.get_base_model())
+        cache.early_initialization(1, model.config.num_key_value_heads, 64, model.dtype, model.device)
+        return DecodeStep(model, cache)
+
+    step = new_step()  # made while the adapter was another one
+    adapters = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
+    for parameter in adapters:
+        assert parameter.abs().max() > 0
+        parameter.copy_(parameter.flip(0) * 2)
+    assert torch.equal(step(ids, position), new_step()(ids, position))
+
+
+@pytest.mark.triton
+def test_a_step_reads_an_adapter_that_is_copied_into_place(folders):
+    interpret("tests.fast_path.test_decode_step", f"check_swapped({str(folders['qwen2'])!r})")
+
+
 class Captured:
     """A step captured as one CUDA graph, which is how the decoder runs it."""
 

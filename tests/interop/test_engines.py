@@ -172,7 +172,8 @@ def test_transformers_serve_answers_an_openai_client(model, made, tmp_path):
         port = free.getsockname()[1]
     program = environments.python(FOLDER)
     env = os.environ | {"HF_HUB_OFFLINE": "1"}
-    command = [program.with_name("transformers"), "serve", str(made["merged"]), "--port", str(port), "--device", "cpu"]
+    start = "from transformers.cli.transformers import main; main()"  # what the command `transformers` runs
+    command = [str(program), "-c", start, "serve", str(made["merged"]), "--port", str(port), "--device", "cpu"]
     with open(tmp_path / "log", "wb") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log, env=env)
     client = (
@@ -260,9 +261,11 @@ def test_plain_peft_loads_mixes_and_merges_our_adapters(model, made):
     layer = both.base_model.model.model.layers[0].self_attn.q_proj
     expected = 0.5 * layer.get_delta_weight("r8") + 0.5 * layer.get_delta_weight("r16")
     assert torch.allclose(layer.get_delta_weight("mix"), expected, atol=1e-6)
-    merged = both.merge_and_unload()(ids).logits
-    error = float((merged - mixed).abs().max())
+    weight = layer.base_layer.weight + expected
+    merged = both.merge_and_unload()
+    assert torch.allclose(merged.model.layers[0].self_attn.q_proj.weight, weight, atol=1e-6)
+    error = float((merged(ids).logits - mixed).abs().max() / mixed.abs().max())
     say(
-        f"peft, {model.name}: load_adapter, add_weighted_adapter and merge_and_unload; largest logit difference {error:.1e}"
+        f"peft, {model.name}: load_adapter, add_weighted_adapter, merge_and_unload; logits {error:.1e} of the largest apart"
     )
-    assert error < 1e-3 and min(float((a - b).abs().max()) for a, b in ((plain, one), (one, two), (one, mixed))) > 1e-2
+    assert error < 1e-2 and min(float((a - b).abs().max()) for a, b in ((plain, one), (one, two), (one, mixed))) > 1e-2

@@ -12,6 +12,7 @@ from config import ConfigError
 from fast_path.decoder import Watch
 from quantization_utils import create_bnb_config, create_lora_config, load_model_and_tokenizer
 from toolkit.adapter_set import AdapterSet
+from toolkit.adapters import load_adapter
 from toolkit.generation import Generator
 
 IDS = [[5, 9, 33, 120, 77, 8, 41, 3]]
@@ -143,3 +144,26 @@ def test_what_cannot_be_swapped_is_refused_in_one_line(odd, folders, tiny_model,
 def test_loading_says_nothing(folders, tiny_model, recwarn):
     AdapterSet(load_base(tiny_model), dict(itertools.islice(folders.items(), 2)))
     assert not [str(w.message) for w in recwarn if "adapter" in str(w.message)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: graphs that are captured")
+def test_switching_on_a_gpu_keeps_the_graphs_and_the_answers(folders, tiny_model):
+    names = ["r8", "r8 too", "r4"]
+
+    def answers(generator: Generator) -> list[list[int]]:
+        return [greedy(generator) for _ in range(3)]  # the first without graphs
+
+    alone = {}
+    for name in names:
+        model = load_adapter(load_base(tiny_model, "bfloat16", "cuda"), folders[name])
+        alone[name] = answers(Generator(model, pytest.fail))[-1]
+    adapters = AdapterSet(load_base(tiny_model, "bfloat16", "cuda"), {name: folders[name] for name in names})
+    adapters.generator = generator = Generator(adapters.model, pytest.fail)
+    captured: dict[str, int] = {}
+    for name in [*names, *names[::-1], *names]:
+        adapters.use(name)
+        assert answers(generator)[-1] == alone[name], name
+        captured.setdefault(name, len(generator.decoder.captured))
+        assert len(generator.decoder.captured) == captured[name], "a switch captures nothing anew"
+    assert captured["r8"] == captured["r8 too"] and len(set(map(tuple, alone.values()))) > 1

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from config import ConfigError, GenerationConfig
+from toolkit.adapter_choice import names_of
 from toolkit.chat import Conversation, command, help_text
 from toolkit.side_by_side import BlindTest, beside, read_results, sign_test, summary
 from toolkit.text_width import width
@@ -143,6 +144,7 @@ def test_earlier_counts_go_on(here, monkeypatch, capsys):
         ("/ab r8", "/ab: expected two different ones of base, r8, r16, got r8"),
         ("/ab r8 r8", "/ab: expected two different ones"),
         ("/ab r8 r9", "/ab: there is no r9; the names are base, r8, r16"),
+        ("/ab 'r8", "/ab: No closing quotation"),
         ("/ab other.jsonl", "/ab: expected a file of earlier comparisons"),
         ("/ab folder.jsonl", "/ab: expected a file of earlier comparisons"),
         ("/adapter r9", "/adapter: there is no r9"),
@@ -169,3 +171,15 @@ def test_switching_keeps_the_conversation(here, monkeypatch, capsys):
     assert bench.now == "r16" and len(bench.talk.messages) == 2
     assert "* r16 (…)" in capsys.readouterr().out
     assert "/adapter NAME" in help_text(80, bench.test.commands()) and "/adapter" not in help_text(80)
+
+
+def test_an_adapter_in_a_folder_named_base_is_not_taken_for_the_base(tmp_path):
+    assert names_of([tmp_path / "base", tmp_path / "r8"]) == ["./base", "r8"]
+    assert names_of([tmp_path / "a" / "out", tmp_path / "b" / "out"]) == ["a/out", "b/out"] and names_of([]) == []
+
+
+def test_a_name_with_a_space_is_quoted(here, monkeypatch):
+    bench = Bench(monkeypatch, [])
+    bench.test.voices["my run"] = "…"
+    bench.command("/ab 'my run' base")
+    assert bench.test.pair == ["my run", "base"]
