@@ -47,7 +47,8 @@ from transformers.utils import cached_file
 
 from config import Config, ConfigError
 from fast_path.dropout import own_dropout_line
-from fast_path.experts import adapting_experts, expert_lines, pack, packing_experts
+from fast_path.expert_store import keep_in_main_memory
+from fast_path.experts import adapting_experts, expert_lines, no_experts, pack, packing_experts
 from fast_path.families import decoder_layers, head_width, known_positions, of, rope_parameters
 from fast_path.model_targets import DEFAULT_TARGETS, linear_modules, names_without_experts, resolved_targets
 from fast_path.nf4 import runs_on
@@ -295,11 +296,12 @@ def load_model_and_tokenizer(
     trust_remote_code: bool = False,
     device: torch.device | str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    experts: str = "gpu",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return a causal language model and its tokenizer, from the hub or a folder.
 
     device: by default the first GPU, or the CPU if there is none. bnb_config: None loads the weights in compute_dtype.
-    tokenizer: the model's, if it was loaded before; reading Qwen2.5's takes 0.7 s.
+    tokenizer: the model's, if it was loaded before; reading Qwen2.5's takes 0.7 s. experts: as in quantization.experts.
     A model that is stored in 4 bit keeps its own quantisation. Only safetensors weights are loaded. Raises ConfigError.
     """
     device = torch.device(device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
@@ -312,7 +314,10 @@ def load_model_and_tokenizer(
         check_index(model_name, revision)
         model_config = AutoConfig.from_pretrained(model_name, **source)
         stored = stored_in_4bit(model_config, model_name)
-        with packing_experts():
+        apart = experts == "cpu" and torch.device(device).type == "cuda"
+        if apart and (bnb_config is None or stored):
+            raise no_experts(model_name)
+        with packing_experts(apart):
             model, loaded = auto_class(model_config).from_pretrained(
                 model_name,
                 config=model_config,
@@ -326,6 +331,8 @@ def load_model_and_tokenizer(
             )
         if stored:
             pack(model, model.hf_quantizer.quantization_config)
+        if apart:
+            keep_in_main_memory(model, torch.device(device))
     except (ConfigError, torch.OutOfMemoryError):
         raise
     except LOADING_ERRORS as error:
@@ -372,6 +379,8 @@ def base_lines(config: Config, model: PreTrainedModel) -> list[str]:
         name = type(model).__name__
         lines.append(f"attention: {attention}, since {name} has no sdpa; it stores the scores of all pairs of tokens")
     lines += own_dropout_line(model) + expert_lines(model)
+    if config.quantization.experts == "cpu" and model.device.type == "cpu":
+        lines.append("quantization.experts: cpu changes nothing without a GPU, since all weights are in main memory")
     return lines + (unpacked_line(model) if config.quantization.load_in_4bit else [])
 
 
@@ -405,13 +414,14 @@ def load_base(
     tokenizer: the model's, if it was loaded before.
     """
     dtype = compute_dtype_of(config) if quantized else torch.bfloat16
-    settings = vars(config.quantization) | {"compute_dtype": dtype}
+    settings = {k: v for k, v in vars(config.quantization).items() if k != "experts"} | {"compute_dtype": dtype}
     return load_model_and_tokenizer(
         config.model.name,
         create_bnb_config(**settings) if quantized else None,
         compute_dtype=dtype,
         device=device,
         tokenizer=tokenizer,
+        experts=config.quantization.experts if quantized else "gpu",
         **{key: value for key, value in vars(config.model).items() if key != "name"},
     )
 

@@ -15,7 +15,7 @@ import bitsandbytes as bnb
 import torch
 import torch.nn.functional as F
 from bitsandbytes.functional import QuantState
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from transformers import BitsAndBytesConfig
@@ -24,6 +24,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 
+from config import ConfigError
 from fast_path.families import expert_parameters, expert_tensors, routers
 
 # ------------------------------------------------------------------------------------------------ packing
@@ -58,8 +59,10 @@ def packed(tensor: torch.Tensor, config: BitsAndBytesConfig) -> bnb.nn.Params4bi
 class _Quantize(Bnb4bitQuantize):
     def convert(self, input_dict: dict[str, Any], model: nn.Module | None = None, **kwargs: Any) -> dict[str, Any]:
         own = {name: value for name, value in input_dict.items() if _is_packed_by(model, name)}
-        result = {name: packed(value[0] if isinstance(value, list) else value, self.hf_quantizer.quantization_config)
-                  for name, value in own.items()}  # fmt: skip
+        result = {}
+        for name, value in own.items():
+            tensor = packed(value[0] if isinstance(value, list) else value, self.hf_quantizer.quantization_config)
+            result[name] = tensor.to("cpu") if self.hf_quantizer.main_memory else tensor
         rest = {name: value for name, value in input_dict.items() if name not in own}
         return result | (super().convert(rest, model=model, **kwargs) if rest else {})
 
@@ -72,13 +75,21 @@ def _is_packed_by(model: nn.Module, name: str) -> bool:
 class _Quantizer(Bnb4BitHfQuantizer):
     """transformers' quantizer of 4-bit linears, which also packs experts: each tensor as soon as it is read."""
 
+    main_memory = False  # where packed experts go
+
+    def param_element_size(self, model: nn.Module, param_name: str, param: torch.Tensor) -> float:
+        if self.main_memory and _is_packed_by(model, param_name):
+            return 0  # of the memory that transformers reserves on the device
+        return super().param_element_size(model, param_name, param)
+
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         return _is_packed_by(model, param_name) or super().param_needs_quantization(model, param_name, **kwargs)
 
     def _process_model_before_weight_loading(self, model: nn.Module, device_map: Any, **kwargs: Any) -> None:
         super()._process_model_before_weight_loading(model, device_map, **kwargs)
-        if not self.pre_quantized:
-            expect_packed(model, self.modules_to_not_convert)
+        found = [] if self.pre_quantized else expect_packed(model, self.modules_to_not_convert)
+        if self.main_memory and not found:
+            raise no_experts(type(model).__name__)
 
     def get_modules_to_not_convert(self, model: nn.Module, *args: Any, **kwargs: Any) -> list[str]:
         return [*super().get_modules_to_not_convert(model, *args, **kwargs), *routers(model)]
@@ -87,11 +98,25 @@ class _Quantizer(Bnb4BitHfQuantizer):
         return _Quantize(self)
 
 
+class _QuantizerToMainMemory(_Quantizer):
+    main_memory = True
+
+
+def no_experts(name: str) -> ConfigError:
+    """Return the error about experts in main memory of a model that has none which are packed."""
+    return ConfigError(
+        f"quantization.experts: cpu needs routed experts in 4 bit, in transformers' common layout; {name} has none, use gpu"
+    )
+
+
 @contextlib.contextmanager
-def packing_experts() -> Iterator[None]:
-    """Let transformers' `from_pretrained` pack experts into 4 bit beside linears while the context is open."""
+def packing_experts(main_memory: bool = False) -> Iterator[None]:
+    """Let transformers' `from_pretrained` pack experts into 4 bit beside linears while the context is open.
+
+    main_memory: each packed tensor goes there at once; `keep_in_main_memory` must follow.
+    """
     before = AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"]
-    AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] = _Quantizer
+    AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] = _QuantizerToMainMemory if main_memory else _Quantizer
     try:
         yield
     finally:
@@ -198,13 +223,17 @@ def _grouped(x: torch.Tensor, sizes: list[int]) -> bool:
     return x.dtype is torch.bfloat16 and aligned and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
-def one_by_one(model: PeftModel, dtype: torch.dtype, device: torch.device) -> str | None:
+def one_by_one(model: nn.Module, dtype: torch.dtype, device: torch.device) -> str | None:
     """Return why a model's experts are computed one after the other, as their numbers of rows reach the host; else None."""
-    sizes = [
-        p.quant_state.shape[1:] for p in expert_parameters(model.get_base_model()) if isinstance(p, bnb.nn.Params4bit)
-    ]
+    sizes = [p.quant_state.shape[1:] for p in expert_parameters(model) if isinstance(p, bnb.nn.Params4bit)]
     x = torch.empty(0, dtype=dtype, device=device)
     return None if all(_grouped(x, list(size)) for size in sizes) else "its experts are computed one after the other"
+
+
+def in_main_memory(model: nn.Module) -> str | None:
+    """Return why a model's layers are neither compiled nor captured if they fetch their experts; else None."""
+    stored = any(isinstance(m, PackedExperts) and m.store is not None for m in model.modules())
+    return "layers fetch their experts from main memory" if stored else None
 
 
 def grouped_product(x: torch.Tensor, weights: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
@@ -309,6 +338,8 @@ class PackedExperts(nn.Module):
     """The experts of a layer with packed tensors: transformers' `grouped_mm_experts_forward` for them and for adapters."""
 
     packed_names: list[str]
+    store: Any = None  # the ExpertStore that brings the tensors, if they lie in main memory
+    place = 0  # of this layer in the store
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor,
@@ -322,9 +353,11 @@ class PackedExperts(nn.Module):
         places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         offsets = torch.searchsorted(numbers, torch.arange(experts, device=order.device), right=True).int()
         adapters = adapters or {}
+        if self.store is not None:
+            self.store.expect(self.place)
 
         def project(x: torch.Tensor, name: str) -> torch.Tensor:
-            y = expert_product(x, offsets, *operand(self._parameters[name]), not self.is_transposed)
+            y = self.product(x, offsets, name)
             for A, B, scale in adapters.get(name, ()):
                 y = y + low_rank(x, A, B, scale, offsets)
             return y + self._parameters[f"{name}_bias"][numbers] if self.has_bias else y
@@ -335,6 +368,12 @@ class PackedExperts(nn.Module):
             x = self.post_expert_norm(x)
         x = x * top_k_weights.flatten()[order][:, None]
         return _Gather.apply(x, order, places, each).to(hidden_states.dtype)
+
+    def product(self, x: torch.Tensor, offsets: torch.Tensor, name: str) -> torch.Tensor:
+        """Return x times the matrices of a tensor, for the expert of each row."""
+        if self.store is not None:
+            return self.store.product(x, offsets, self, name)
+        return expert_product(x, offsets, *operand(self._parameters[name]), not self.is_transposed)
 
 
 @functools.cache

@@ -7,6 +7,7 @@ from torch import nn
 from fast_path import families
 from fast_path.families import expert_parameters, expert_tensors
 
+NESTED_BLOCK = 256  # constants per second-level one
 # A token's experts, by its names in transformers' configurations.
 EXPERTS_EACH = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts", "moe_top_k")
 
@@ -35,6 +36,15 @@ class ExpertShape:
     def active(self) -> int:
         """The weights that a token's products read."""
         return self.all * self.each // self.count if self.count else self.all
+
+    def packed_bytes(self, weights: int, double: bool) -> tuple[int, int]:
+        """Return the bytes of codes and of constants of packed weights. double: with double quantisation."""
+        constants = weights // families.BLOCK
+        return weights // 2, constants + constants // NESTED_BLOCK * 4 if double else 4 * constants
+
+    def slots(self, double: bool) -> int:
+        """Return the bytes that a GPU holds of experts in main memory: two layers, one that computes and the next."""
+        return 2 * sum(self.packed_bytes(self.of_a_layer, double))
 
     def saved_bytes(self) -> int:
         """Return the bytes per token that a layer without checkpointing keeps: of 16 bit but for indices and the router.

@@ -26,6 +26,7 @@ from fast_path.decoder import (
     lora_layers,
 )
 from fast_path.dropout import DropoutClock
+from fast_path.experts import one_by_one
 from fast_path.layers import fuse, groups_of, plain_linears
 from fast_path.nf4 import HAS_TRITON
 from quantization_utils import rope_parameters
@@ -118,7 +119,7 @@ def obstacle(model: PreTrainedModel) -> str | None:
         return "the adapter has rows of the embedding of its own"
     if len({p.device for p in model.parameters()}) > 1:
         return "the model is spread over more than one device"
-    return None
+    return one_by_one(model, model.dtype, model.device) if model.device.type == "cuda" else None
 
 
 def holds_keys_and_values(model: PreTrainedModel) -> bool:

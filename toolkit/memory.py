@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from config import Config, ConfigError, counted
+from config import Config, ConfigError, QuantizationConfig, counted
 from quantization_utils import beyond_positions
 from toolkit.cards import RATES_ERROR, Card, Rates, find_card
 from toolkit.expert_plan import ExpertShape
@@ -164,17 +164,20 @@ def facts(shape: ModelShape, config: Config, plan: MemoryPlan) -> list[str]:
     return [
         f"parameters: {shape.parameters:,}; trainable {trainable:,}, adapter {trainable * 4 / 1e6:.1f} MB",
         f"download: {2 * shape.parameters / 1e9:.2f} GB in 16 bit; loading uses about {loaded / 1e9 + 3:.1f} GB of RAM",
-        *expert_facts(shape.experts, config.quantization.load_in_4bit),
+        *expert_facts(shape.experts, config.quantization),
         *beyond_positions(config.data.max_length, shape.positions),
     ]
 
 
-def expert_facts(experts: ExpertShape, quantised: bool) -> list[str]:
-    """Return a line about routed experts: how many of their weights are in 4 bit, and which have another layout; or []."""
-    if not (experts.all and quantised):
+def expert_facts(experts: ExpertShape, quantization: QuantizationConfig) -> list[str]:
+    """Return lines about routed experts: how many of their weights are in 4 bit, where, and which have another layout."""
+    if not (experts.all and quantization.load_in_4bit):
         return []
+    main = sum(experts.packed_bytes(experts.packed, quantization.use_double_quant))
+    there = f"experts in main memory: {main / GIB:.2f} GiB, pinned; the GPU holds those of two layers at a time"
     kept = f"; in 16 bit: {experts.plain:,} of {', '.join(experts.unknown)}, whose layout is not known"
-    return [f"experts: {experts.packed:,} weights in 4 bit{kept if experts.plain else ''}"]
+    line = f"experts: {experts.packed:,} weights in 4 bit{kept if experts.plain else ''}"
+    return [line, there] if quantization.experts == "cpu" else [line]
 
 
 def speed_lines(rates: Rates, speed: float, device: torch.device | None, card: Card | None) -> list[str]:
@@ -230,6 +233,8 @@ def savings(shape: ModelShape, config: Config, plan: MemoryPlan, limit: float | 
         found.append((without("training", micro_batch=smaller), line))
     if config.training.optim != "paged_adamw_8bit":
         found.append((without("training", optim="paged_adamw_8bit"), "training.optim paged_adamw_8bit"))
+    if shape.experts.packed and config.quantization.load_in_4bit and config.quantization.experts == "gpu":
+        found.append((without("quantization", experts="cpu"), "quantization.experts cpu"))
     if not config.quantization.use_double_quant:
         found.append((without("quantization", use_double_quant=True), "quantization.use_double_quant true"))
     return sorted((pair for pair in found if pair[0] > 0), reverse=True)

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from config import Config, ConfigError, LoraSettings
 from fast_path import families
+from fast_path.experts import no_experts
 from fast_path.families import Family
 from fast_path.loss import default_logit_chunk
 from fast_path.model_targets import resolved_targets
@@ -32,16 +33,20 @@ from quantization_utils import (
     prepare_model_for_training,
 )
 from toolkit.cards import Rates
-from toolkit.expert_plan import ExpertShape, expert_shape
+from toolkit.expert_plan import NESTED_BLOCK, ExpertShape, expert_shape
 from toolkit.hub import asking_hub
 
 GIB = 2**30
-BLOCK, NESTED_BLOCK = 64, 256  # weights per quantisation constant, constants per second-level one (QLoRA, section 3)
+BLOCK = (
+    families.BLOCK
+)  # weights per quantisation constant; NESTED_BLOCK: constants per second-level one (QLoRA, section 3)
 CONTEXT_BYTES = int(0.5 * GIB)  # CUDA context with cuBLAS, measured (docs/measurements.md)
 WORKSPACE_BYTES = 3 * 2**25  # cuBLAS keeps 32 MiB per stream: the default, the warm-up and the graph stream
 # Memory that the allocator has reserved but cannot use, and all that the plan does not list. Fitted to measurements:
 # docs/measurements.md, tests/benchmarks/bench_memory.py.
 SLACK_BYTES, SLACK_SHARE = int(0.26 * GIB), 0.045  # constant, and as a share of what a step allocates and frees
+
+PCIE = 20e9  # bytes per second from main memory, of a slot with 16 lanes of PCIe 4; a laptop's 8 lanes have half
 
 # ------------------------------------------------------------------------------------------------ sizes of the model
 
@@ -193,7 +198,8 @@ def expected_path(config: Config) -> str:
     """Return the path that a run on a GPU with Triton would take."""
     if config.performance.fused_lora == "off" or config.lora.use_dora or not config.quantization.load_in_4bit:
         return PLAIN
-    return FUSED if config.performance.compile == "off" or lacks_triton() else COMPILED
+    fetched = config.quantization.experts == "cpu"  # by layers that no compiler can look into
+    return FUSED if config.performance.compile == "off" or lacks_triton() or fetched else COMPILED
 
 
 def lacks_triton() -> bool:
@@ -329,10 +335,15 @@ def static_parts(shape: ModelShape, config: Config, path: str) -> tuple[dict[str
     quantization, optimizer = config.quantization, OPTIMIZERS[config.training.optim]
     width = 4 if quantization.compute_dtype == "float32" else 2
     weights, trainable = sum(out * into for _, out, into in shape.linears), adapter_parameters(shape, config)
-    experts = shape.experts
-    constants = (weights + experts.packed) / BLOCK * (4 if not quantization.use_double_quant else 1)
-    if quantization.use_double_quant:  # fp32: a second-level constant each, and if fused an offset each
-        constants += (weights * (8 if path != PLAIN else 4) + experts.packed * 4) / BLOCK / NESTED_BLOCK
+    experts, double = shape.experts, quantization.use_double_quant
+    constants = weights / BLOCK * (4 if not double else 1)
+    if double:  # fp32: a second-level constant each, and if fused an offset each
+        constants += weights / BLOCK / NESTED_BLOCK * (8 if path != PLAIN else 4)
+    codes, further = experts.packed_bytes(experts.packed, double)
+    here = {"experts, in 4 bit": codes}
+    if quantization.experts == "cpu":
+        here, further = {"experts of two layers, in 4 bit": experts.slots(double)}, 0
+    constants += further
     states = trainable * (optimizer.state_bytes + optimizer.step_bytes)
     paged = states if optimizer.paged else 0
     quantised = quantization.load_in_4bit
@@ -342,7 +353,7 @@ def static_parts(shape: ModelShape, config: Config, path: str) -> tuple[dict[str
         "quantisation constants": int(constants) if quantised else 0,
         "embedding and head": shape.embedding * width,
         "norms and biases": shape.other_parameters * width,
-        **({"experts, in 4 bit": experts.packed // 2} if experts.packed and quantised else {}),
+        **(here if experts.packed and quantised else {}),
         **({"experts, not in 4 bit": plain * width} if plain else {}),
         "adapters (fp32)": trainable * 4,
         "gradients (fp32)": trainable * 4,
@@ -405,6 +416,8 @@ def configured_shape(config: Config) -> ModelShape:
     model = model_skeleton(config.model.name, config.model.revision, config.model.trust_remote_code)
     resolved_targets(model, create_lora_config(**config.lora.arguments))
     shape = shape_of(model)
+    if config.quantization.experts == "cpu" and not (shape.experts.packed and config.quantization.load_in_4bit):
+        raise no_experts(config.model.name)
     if not shape.experts.all:
         return shape
     with torch.device("meta"):
@@ -461,7 +474,8 @@ def step_seconds(shape: ModelShape, config: Config, rates: Rates, micro_batch: i
     products = step_flops(shape, config, micro_batch, checkpointed) / (rates.flops * share)
     read = weights_read(shape, checkpointed) if config.quantization.load_in_4bit else 0
     activations = tokens * shape.layers * passes * 12 * (shape.hidden + shape.inner)
-    return products + (2.5 * read + activations) / rates.bytes
+    fetched = 2 * shape.experts.packed / 2 / PCIE if config.quantization.experts == "cpu" else 0  # up and down
+    return max(products + (2.5 * read + activations) / rates.bytes, fetched)
 
 
 def shapes(shape: ModelShape, config: Config, sequences: int) -> Iterator[tuple[int, int]]:

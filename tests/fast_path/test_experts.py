@@ -1,6 +1,8 @@
 """Routed experts in 4 bit: against bitsandbytes' own packing, and against plain transformers and peft on their values."""
 
+import copy
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -12,9 +14,11 @@ import torch
 from bitsandbytes.nn.parametrize import replace_parameter_4bit
 from peft import PeftModel
 from torch import nn
+from transformers import AutoModelForCausalLM
 
-from config import load_config
-from fast_path import experts
+from config import ConfigError, load_config
+from fast_path import expert_store, experts
+from fast_path.dropout import own_dropout
 from fast_path.families import expert_tensors, routers
 from quantization_utils import (
     base_lines,
@@ -22,8 +26,9 @@ from quantization_utils import (
     create_lora_config,
     load_model_and_tokenizer,
     prepare_model_for_training,
+    set_gradient_checkpointing,
 )
-from tests.families import build
+from tests.families import build, small_model
 from toolkit import merge
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -279,3 +284,98 @@ def test_loading_needs_little_more_memory_than_the_packed_weights(tiny_model, tm
     )
     assert after < packed + rest + 2e7
     assert peak < packed + rest + 3 * layer < 0.75 * 2 * of_experts
+
+
+# ------------------------------------------------------------------------------------------------ experts in main memory
+
+
+@pytest.mark.parametrize(
+    "family, layers, checkpointed", [("qwen3_moe", 2, 0), ("deepseek_v3", 4, 4), ("gpt_oss", 5, 2)]
+)
+def test_fetched_experts_give_the_same_numbers(family, layers, checkpointed, tmp_path):
+    """Logits, gradients and a second step, with and without layers that are recomputed, while two layers have a slot."""
+    resident, stored = (deep(family, layers, tmp_path / str(n)) for n in range(2))
+    for model in (resident, stored):
+        model.requires_grad_(False).model.embed_tokens.weight.requires_grad_(True)
+        model.train()
+        set_gradient_checkpointing(model, checkpointed)
+    expert_store.keep_in_main_memory(stored, torch.device("cpu"))
+    modules = list(packed_modules(stored).values())
+    store = modules[0].store
+    assert len(modules) == len(store.modules) and {m.place for m in modules} == set(range(len(modules)))
+    copies = count_copies(store)
+    for step in range(3):
+        with torch.no_grad():
+            logits = [model(input_ids=IDS, use_cache=False).logits for model in (resident, stored)]
+        assert torch.equal(*logits)
+        right, found = gradients(resident), gradients(stored)
+        assert right.keys() == found.keys() and all(torch.equal(found[name], right[name]) for name in right)
+        if step == 0:
+            copies.clear()
+    count = len(modules)  # of a step: up without gradients, up and down with them, less those that are there already
+    assert len(copies) / 2 <= 3 * count
+    assert sum(len(slot) for slot in store.slots) == 2 * max(len(buffer) for buffer, _ in store.layers)
+
+
+def test_each_layer_is_there_before_it_is_needed(tmp_path):
+    """After the first layers each copy is one that was foreseen: no layer waits for a copy that starts when it computes."""
+    model = deep("qwen3_moe", 5, tmp_path)
+    model.requires_grad_(False).model.embed_tokens.weight.requires_grad_(True)
+    expert_store.keep_in_main_memory(model, torch.device("cpu"))
+    store = next(iter(packed_modules(model).values())).store
+    late: list[int] = []
+    expect = store.expect
+
+    def watched(number: int) -> None:
+        late.extend([number] if number not in store.holds else [])
+        expect(number)
+
+    store.expect = watched
+    copies = count_copies(store)
+    for checkpointed in (0, 5):
+        model.train()
+        set_gradient_checkpointing(model, checkpointed)
+        gradients(model)
+    assert late == [0]
+    assert copies == [0, 1, 2, 3, 4, 2, 1, 0, 2, 3, 4, 2, 1, 0]
+
+
+def count_copies(store: expert_store.ExpertStore) -> list[int]:
+    """Return a list to which each copy adds the number of its layer."""
+    copies: list[int] = []
+    fetch = store._fetch
+
+    def watched(number: int, slot: int) -> None:
+        copies.append(number)
+        fetch(number, slot)
+
+    store._fetch = watched
+    return copies
+
+
+def deep(family: str, layers: int, folder: Path) -> nn.Module:
+    """Return a family's small model with more layers, as the scripts load it, in fp32."""
+    model = small_model(family)
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = layers
+    vars(config).update(dict.fromkeys(own_dropout(config), 0.0))
+    if getattr(config, "layer_types", None):
+        config.layer_types = (config.layer_types * layers)[:layers]
+    torch.manual_seed(0)
+    type(model)(config).to(torch.bfloat16).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(ROOT / "tiny" / "model" / name, folder)
+    return load_model_and_tokenizer(str(folder), create_bnb_config(compute_dtype="float32"), device="cpu")[0]
+
+
+def test_a_model_without_such_experts_cannot_keep_them_in_main_memory(tiny_model):
+    with experts.packing_experts(main_memory=True), pytest.raises(ConfigError, match="quantization.experts: cpu needs"):
+        AutoModelForCausalLM.from_pretrained(
+            tiny_model, quantization_config=create_bnb_config(), device_map={"": "cpu"}
+        )
+
+
+def test_on_a_cpu_the_setting_changes_a_line(tmp_path):
+    model = loaded("qwen3_moe", tmp_path)
+    config = load_config((), {"quantization.experts": "cpu"})
+    assert any(line.startswith("quantization.experts: cpu changes nothing") for line in base_lines(config, model))

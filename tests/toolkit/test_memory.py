@@ -120,7 +120,7 @@ def test_the_plan_names_experts_that_stay_in_16_bit(tmp_path):
     shape = model_shape(str(build("llama4_text", tmp_path)))
     parts = plan_memory(shape, settings(), 1, 2).parts
     assert shape.experts.packed == 0 and parts["experts, not in 4 bit"] == 2 * shape.experts.plain > 0
-    (line,) = memory.expert_facts(shape.experts, True)
+    (line,) = memory.expert_facts(shape.experts, settings().quantization)
     assert (
         line
         == f"experts: 0 weights in 4 bit; in 16 bit: {shape.experts.plain:,} of Llama4TextExperts, whose layout is not known"
@@ -140,6 +140,22 @@ def test_the_plan_of_qwen3_30b_a3b(tmp_path):
     assert shape.parameters - shape.experts.all + shape.experts.active == 3_353_032_704
     plan = plan_memory(shape, settings(data__max_length=2048), 1, 48)
     assert plan.parts["experts, in 4 bit"] / GIB == pytest.approx(13.5, abs=0.01) and plan.total < 24 * GIB
+    apart = settings(data__max_length=2048, quantization__experts="cpu")
+    plan = plan_memory(shape, apart, 1, 48)
+    assert plan.parts["experts of two layers, in 4 bit"] / GIB == pytest.approx(0.581, abs=0.001)
+    assert "experts, in 4 bit" not in plan.parts and plan.total < 8 * GIB
+    lines = memory.expert_facts(shape.experts, apart.quantization)
+    assert lines[1] == "experts in main memory: 13.93 GiB, pinned; the GPU holds those of two layers at a time"
+    assert any(
+        name == "quantization.experts cpu"
+        for _, name in savings(shape, settings(), plan_memory(shape, settings(), 1, 48))
+    )
+
+
+def test_the_plan_refuses_experts_in_main_memory_of_a_model_without(tiny_model):
+    config = settings(model__name=tiny_model, quantization__experts="cpu")
+    with pytest.raises(ConfigError, match="quantization.experts: cpu needs routed experts in 4 bit"):
+        memory_plan.configured_shape(config)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,139 @@
+"""Packed experts that lie in main memory: a GPU holds those of two layers, the one that computes and the next one."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from torch import nn
+
+from fast_path.experts import Experts, PackedExperts, expert_product, operand
+
+ALIGNED = 256  # bytes: where a tensor begins within a layer's buffer
+
+
+class ExpertStore:
+    """Holds the packed experts of all layers in one buffer per layer, pinned, and brings them to the device in turn.
+
+    Each layer is one copy, on a stream of its own, into one of two slots: while a layer computes, the next one comes.
+    A guess that is wrong costs the time of a copy. On a device without streams (tests) copies are made at once.
+    """
+
+    def __init__(self, modules: Sequence[PackedExperts], device: torch.device):
+        self.modules, self.device = list(modules), device
+        cuda = device.type == "cuda"
+        self.layers = [self._gather(module, cuda) for module in self.modules]
+        size = max(len(buffer) for buffer, _ in self.layers)
+        self.slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
+        self.holds: list[int | None] = [None, None]
+        self.stream = torch.cuda.Stream(device) if cuda else None
+        self.ready = [torch.cuda.Event() if cuda else None for _ in range(2)]
+        for number, module in enumerate(self.modules):
+            module.store, module.place = self, number
+
+    def _gather(self, module: PackedExperts, pin: bool) -> tuple[torch.Tensor, dict[str, list[slice]]]:
+        """Move a module's codes and constants into one buffer; return it and where each tensor's parts are in it."""
+        parts = {name: _parts(module._parameters[name]) for name in module.packed_names}
+        places: dict[str, list[slice]] = {}
+        end = 0
+        for name, tensors in parts.items():
+            for tensor in tensors:
+                start = -(-end // ALIGNED) * ALIGNED
+                end = start + tensor.nbytes
+                places.setdefault(name, []).append(slice(start, end))
+        buffer = torch.empty(end, dtype=torch.uint8, pin_memory=pin)
+        for name, tensors in parts.items():
+            views = [_view(buffer, place, tensor) for place, tensor in zip(places[name], tensors, strict=True)]
+            for view, tensor in zip(views, tensors, strict=True):
+                view.copy_(tensor)
+            module._parameters[name] = _with_parts(module._parameters[name], views, self.device)
+        return buffer, places
+
+    def expect(self, number: int) -> None:
+        """Bring a layer to the device, and start to bring the one that is needed after it.
+
+        Backward passes go down, and their recomputed forward passes too; other forward passes go up, and with gradients
+        they turn round at the last layer.
+        """
+        count = len(self.modules)
+        if torch._C._current_graph_task_id() != -1:  # within autograd's backward pass, as torch's checkpoint asks too
+            following = number - 1 if number else 1
+        else:
+            following = number + 1 if number + 1 < count else number - 1 if torch.is_grad_enabled() else 0
+        if number not in self.holds:
+            self._fetch(number, 0)
+        if 0 <= following < count and following not in self.holds:
+            self._fetch(following, 1 - self.holds.index(number))
+
+    def tensor(self, number: int, name: str) -> Experts:
+        """Return a packed tensor of a layer that was expected, on the device."""
+        slot = self.holds.index(number)
+        if self.stream is not None:
+            torch.cuda.current_stream(self.device).wait_event(self.ready[slot])
+        parameter, places = self.modules[number]._parameters[name], self.layers[number][1][name]
+        views = [_view(self.slots[slot], p, t) for p, t in zip(places, _parts(parameter), strict=True)]
+        here = operand(parameter)
+        return here._replace(codes=views[0], constants=[*views[1:], *here.constants[len(views) - 1 :]])
+
+    def product(self, x: torch.Tensor, offsets: torch.Tensor, module: PackedExperts, name: str) -> torch.Tensor:
+        """Return `expert_product` with a tensor of a layer that was expected."""
+        return _FetchedProduct.apply(x, offsets, module, name, not module.is_transposed)
+
+    def _fetch(self, number: int, slot: int) -> None:
+        buffer, self.holds[slot] = self.layers[number][0], number
+        if self.stream is None:
+            self.slots[slot][: len(buffer)].copy_(buffer)
+            return
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))  # the slot's layer may still be computing
+        with torch.cuda.stream(self.stream):
+            self.slots[slot][: len(buffer)].copy_(buffer, non_blocking=True)
+            self.ready[slot].record(self.stream)
+
+
+def _parts(parameter: bnb.nn.Params4bit) -> list[torch.Tensor]:
+    """Return the tensors that are large: codes, constants and, with double quantisation, their constants."""
+    state = parameter.quant_state
+    return [parameter.data, state.absmax, *([state.state2.absmax] if state.nested else [])]
+
+
+def _view(buffer: torch.Tensor, place: slice, like: torch.Tensor) -> torch.Tensor:
+    return buffer[place].view(like.dtype).view(like.shape)
+
+
+def _with_parts(parameter: bnb.nn.Params4bit, parts: list[torch.Tensor], device: torch.device) -> bnb.nn.Params4bit:
+    """Return the parameter with other tensors as its large parts; its small ones lie on the device."""
+    state = parameter.quant_state
+    state.code, state.absmax = state.code.to(device), parts[1]
+    if state.nested:
+        state.offset, state.state2.code, state.state2.absmax = (
+            state.offset.to(device),
+            state.state2.code.to(device),
+            parts[2],
+        )
+    return bnb.nn.Params4bit(
+        parts[0], quant_state=state, blocksize=state.blocksize, compress_statistics=state.nested,
+        quant_type=state.quant_type, bnb_quantized=True,
+    )  # fmt: skip
+
+
+class _FetchedProduct(torch.autograd.Function):
+    """`expert_product` with a tensor of the store, which it asks for again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, offsets: torch.Tensor, module: PackedExperts, name: str, across: bool):
+        ctx.save_for_backward(offsets)
+        ctx.settings = module, name, across
+        return expert_product(x, offsets, *module.store.tensor(module.place, name), across)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor):
+        (offsets,), (module, name, across) = ctx.saved_tensors, ctx.settings
+        module.store.expect(module.place)
+        W = module.store.tensor(module.place, name)
+        return expert_product(grad.contiguous(), offsets, *W, not across), None, None, None, None
+
+
+def keep_in_main_memory(model: nn.Module, device: torch.device) -> None:
+    """Move the packed experts of a model into main memory, from where each layer fetches its own."""
+    modules = [module for module in model.modules() if isinstance(module, PackedExperts)]
+    ExpertStore(modules, device)
