@@ -127,7 +127,7 @@ def batch_linear_kernel(
     SWIGLU: tl.constexpr, MEMBERS: tl.constexpr, K: tl.constexpr, OUTPUTS: tl.constexpr, M: tl.constexpr,
     RANK: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr, BIAS: tl.constexpr, NESTED: tl.constexpr,
     BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
-    SHUFFLE: tl.constexpr, HALF: tl.constexpr, OVERLAP: tl.constexpr,
+    SHUFFLE: tl.constexpr, HALF: tl.constexpr, OVERLAP: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """Compute up to three 4-bit linears with their adapters on the x of M sequences, in one launch.
 
@@ -136,7 +136,7 @@ def batch_linear_kernel(
     sequences, so the reading of weights is the limit for few sequences, and the arithmetic for many
     (docs/measurements.md, `GPU_ROWS`).
 
-    With SWIGLU, silu(first) * second is written to out in the order of x, and there is one share. Otherwise each share
+    With SWIGLU, ACTIVATION(first) * second is written to out in the order of x, and there is one share. Otherwise each share
     writes its sums to out, fp32 [SPLITS, M, OUTPUTS], and the next kernel adds them up. They are always added in the
     same order, so the result does not depend on the order in which programs run.
     """
@@ -166,7 +166,10 @@ def batch_linear_kernel(
         up = _batch_adapter(
             up, u + RANK, B1, bias1, row, rows1, rank1, scale1, split, M, MEMBERS, RANK, PARTS, SPLITS, BIAS
         )  # fmt: skip
-        y = (y / (1.0 + tl.exp(-y)) * up).to(HALF)
+        z = y
+        if ACTIVATION == "gelu_pytorch_tanh":  # `_gate` of fused_linear.py
+            z = 1.5957691216057308 * y * (1 + 0.044715 * y * y)
+        y = (y / (1.0 + tl.exp(-z)) * up).to(HALF)
         tl.store(out + input_place(row[:, None], OUTPUTS, M, m[None]), y, mask=inside)
     else:
         place = (split * M + m)[None] * OUTPUTS + first_outputs + row[:, None]
@@ -175,11 +178,13 @@ def batch_linear_kernel(
 
 @triton.jit(do_not_specialize=["rank0", "rank1", "rank2"])
 def batch_norm_kernel(
-    x, parts, weight, total, out, u, A0, A1, A2, rank0, rank1, rank2, eps,
+    x, parts, after, weight, total, out, u, A0, A1, A2, rank0, rank1, rank2, after_eps, eps, AFTER: tl.constexpr,
     K: tl.constexpr, M: tl.constexpr, PARTS: tl.constexpr, MEMBERS: tl.constexpr, RANK: tl.constexpr,
     ORDERED: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Add up the residual (total = x + parts), and write its RMS norm and u = A norm(total) of the next adapters.
+
+    With AFTER, the sum of parts passes through a norm of its own before it is added; `after` is its weight.
 
     Grid: sequences, members. Every program computes the norm of its sequence in one tile of BLOCK numbers, since each
     member's adapter needs it; only the program of member 0 writes total and the norm. It then takes its member's A in
@@ -197,12 +202,19 @@ def batch_norm_kernel(
     wait_for_earlier_kernels(OVERLAP)
     value = tl.load(x + sequence * K + k, mask=inside, other=0.0).to(tl.float32)
     if PARTS > 0:
-        value += sum_of_parts(parts + sequence * K + k, inside, PARTS, M * K)
+        added = sum_of_parts(parts + sequence * K + k, inside, PARTS, M * K)
+        if AFTER:
+            added = added.to(dtype).to(tl.float32)
+            added = added * tl.rsqrt(tl.sum(added * added) / K + after_eps)
+            added = (added * tl.load(after + k, mask=inside, other=0.0).to(tl.float32)).to(dtype).to(tl.float32)
+        value += added
     value = value.to(dtype)
     if member == 0:
         tl.store(total + sequence * K + k, value, mask=inside)
     value = value.to(tl.float32)
-    value = (value * tl.rsqrt(tl.sum(value * value) / K + eps)).to(dtype).to(tl.float32)
+    value = value * tl.rsqrt(tl.sum(value * value) / K + eps)
+    if weight.dtype.element_ty != tl.float32:  # as Norm of fused_linear.py
+        value = value.to(dtype).to(tl.float32)
     value = (value * factor).to(dtype)
     if member == 0:
         tl.store(out + (input_place(k, K, M, sequence) if ORDERED else sequence * K + k), value, mask=inside)

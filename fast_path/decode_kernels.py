@@ -638,8 +638,8 @@ def _new_token(
 
 @triton.jit
 def _attend(
-    keys, values, q1, q2, k1, k2, v, next1, next2, next_value, start, end, here, scale, GROUP: tl.constexpr,
-    HALF: tl.constexpr, POSITIONS: tl.constexpr,
+    keys, values, q1, q2, k1, k2, v, next1, next2, next_value, start, end, here, scale, cap, GROUP: tl.constexpr,
+    HALF: tl.constexpr, POSITIONS: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     """Return the largest score, the sum of weights and the sum of weighted values over positions start to end.
 
@@ -658,8 +658,10 @@ def _attend(
         next1, next2, next_value = _tile(
             keys, values, n + POSITIONS, tl.minimum(here, end), j, wide, SIZE, HALF
         )  # fmt: skip
-        score = tl.dot(q1, tl.trans(key1)) + tl.dot(q2, tl.trans(key2))
-        score = tl.where((n < end)[None], score * (scale * 1.4426950408889634), -float("inf"))
+        score = (tl.dot(q1, tl.trans(key1)) + tl.dot(q2, tl.trans(key2))) * scale
+        if CAPPED:
+            score = cap * (1.0 - 2.0 / (tl.exp2(score * (2 * 1.4426950408889634 / cap)) + 1.0))
+        score = tl.where((n < end)[None], score * 1.4426950408889634, -float("inf"))
         top, weight, total = _softened(score, value, top, weight, total)
     return top, weight, total
 
@@ -667,8 +669,9 @@ def _attend(
 @triton.jit
 def attention_kernel(
     qkv, keys, values, position, starts, cos, sin, q_weight, k_weight, mixed, logs, eps, scale, stride,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr, SPLITS: tl.constexpr,
-    POSITIONS: tl.constexpr, NORM: tl.constexpr, M: tl.constexpr, PARTS: tl.constexpr, OVERLAP: tl.constexpr,
+    cap, window, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr,
+    SPLITS: tl.constexpr, POSITIONS: tl.constexpr, NORM: tl.constexpr, M: tl.constexpr, PARTS: tl.constexpr,
+    CAPPED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Compute the attention of a new token to a share of the cache, and write its key and value into the cache.
 
@@ -682,7 +685,8 @@ def attention_kernel(
     weights to logs [HEADS, SPLITS], -inf if it has no positions; `combine_kernel` puts them together. qkv: fp32
     [PARTS, M, outputs], whose parts are added up here; keys, values: [KV_HEADS, stride, 2 HALF]. With several sequences
     (M > 1) mixed, logs, keys and values have one more dimension in front, and each sequence uses the cache, and counts
-    positions, from its own `starts` on.
+    positions, from its own `starts` on. window: the last positions that are seen. With CAPPED, scores are capped with cap
+    tanh(score / cap).
     """
     let_next_kernel_start(OVERLAP)
     kv, split = tl.program_id(0), tl.program_id(1)
@@ -706,8 +710,9 @@ def attention_kernel(
     s = tl.load(sin + (here - begin) * SIZE + j).to(tl.float32)
     keys += kv.to(tl.int64) * stride * SIZE
     values += kv.to(tl.int64) * stride * SIZE
-    share = _share(here, begin, SPLITS, POSITIONS)
-    start = begin + split * share
+    seen = tl.maximum(begin, here + 1 - window)
+    share = _share(here, seen, SPLITS, POSITIONS)
+    start = seen + split * share
     end = tl.minimum(start + share, here + 1)
     n = start + tl.arange(0, POSITIONS)
     next1, next2, next_value = _tile(keys, values, n, tl.minimum(here, end), j, wide, SIZE, HALF)
@@ -719,7 +724,8 @@ def attention_kernel(
         qkv, q_weight, k_weight, c, s, eps, kv, head, real, wide, dtype, HEADS, KV_HEADS, HALF, NORM, PARTS, M * OUTPUTS
     )  # fmt: skip
     top, weight, total = _attend(
-        keys, values, q1, q2, k1, k2, v, next1, next2, next_value, start, end, here, scale, GROUP, HALF, POSITIONS
+        keys, values, q1, q2, k1, k2, v, next1, next2, next_value, start, end, here, scale, cap, GROUP, HALF, POSITIONS,
+        CAPPED,
     )  # fmt: skip
     if (start <= here) & (here < start + share):
         place = here * SIZE
@@ -734,7 +740,7 @@ def attention_kernel(
 
 @triton.jit
 def combine_kernel(
-    mixed, logs, position, starts, out, A, u, rank, K: tl.constexpr, M: tl.constexpr, SIZE: tl.constexpr,
+    mixed, logs, position, starts, out, A, u, rank, window, K: tl.constexpr, M: tl.constexpr, SIZE: tl.constexpr,
     SPLITS: tl.constexpr, POSITIONS: tl.constexpr, RANK: tl.constexpr, TILE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Combine the shares of attention to o_proj's x, and compute each head's part of u = A x for o_proj's adapter.
@@ -758,7 +764,8 @@ def combine_kernel(
         mixed += sequence * (K * SPLITS)
         logs += sequence * (K // SIZE * SPLITS)
         u += sequence * RANK
-    used = split * _share(positions, begin, SPLITS, POSITIONS) <= positions - begin
+    seen = tl.maximum(begin, positions + 1 - window)
+    used = split * _share(positions, seen, SPLITS, POSITIONS) <= positions - seen
     wait_for_earlier_kernels(OVERLAP)
     place = head * SPLITS + split
     parts = tl.load(mixed + place[:, None] * SIZE + wide[None], mask=used[:, None], other=0.0)

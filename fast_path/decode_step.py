@@ -25,7 +25,7 @@ from transformers.cache_utils import StaticLayer
 
 from fast_path import decode_batch_kernels, families
 from fast_path import decode_kernels as kernels
-from fast_path.layers import ACTIVATIONS
+from fast_path.layers import ACTIVATIONS, norm_of
 from fast_path.loss import AS_THEY_ARE, logit_form
 from fast_path.nf4 import HAS_TRITON, INTERPRETED, SHUFFLE, runs_on, tl, triton
 from fast_path.packed_weights import is_plain_lora
@@ -128,9 +128,9 @@ class Norm:
 
     def __init__(self, module: nn.Module):
         family = families.of(module)
-        known = type(module).__name__ == family.norm and family.norm_scale == "weight"
-        _check(known, f"{type(module).__name__} is unknown")
-        self.weight, self.eps, self.scale = module.weight.detach(), module.variance_epsilon, 1.0
+        _check(type(module).__name__ == family.norm != "", f"{type(module).__name__} is unknown")
+        weight, self.eps = norm_of(module)
+        self.weight, self.scale = weight.detach(), 1.0
         if self.weight.dtype is torch.float16:
             self.scale = 2.0 ** max(0, math.ceil(math.log2(max(self.weight.abs().max().item(), 1.0))))
         self.factor = self.weight / self.scale if self.scale > 1 else self.weight
@@ -152,15 +152,16 @@ class Linears:
     The previous launch writes the attribute x, in the order of `input_place`, and this launch reads it. mode: see
     `linear_kernel`. norm: the norm of x, if x is only hidden times this norm's factor. parts: the number of sums that
     u = A x is split into. alone: whether the previous launch writes u as well; otherwise this object computes it. m:
-    the M of the kernels. factor: of the outputs.
+    the M of the kernels. factor: of the outputs. activation: of gate.
     """
 
     splits = 1  # the number of parts in which the launch writes its sums
 
     def __init__(
         self, modules: dict[str, nn.Module], mode: str, dtype: torch.dtype, norm: Norm | None = None, parts: int = 1,
-        alone: bool = False, m: int = 1, factor: float = 1.0,
+        alone: bool = False, m: int = 1, factor: float = 1.0, activation: str = "silu",
     ):  # fmt: skip
+        self.activation = activation
         self.members = [Member(module, name, factor) for name, module in modules.items()]
         first, adapted = self.members[0], [member for member in self.members if member.rank]
         for what in ("kind", "columns"):
@@ -248,7 +249,7 @@ class SingleLinears(Linears):
         """
         norm, A = self.norm, self.A * 3
         programs, ahead, options = self.layout()
-        reads = self.x, hidden, *((norm.weight, norm.eps, norm.scale) if norm else (self.x, 0.0, 1.0))
+        reads: tuple[Any, ...] = self.x, hidden, *((norm.weight, norm.eps, norm.scale) if norm else (self.x, 0.0, 1.0))
         reads += self.u, self.inverse, self.count, before.count
         if ahead:
             adapters, ranks = self.adapters(4, math.inf), (self.ranks + [0, 0])[:3]
@@ -283,7 +284,7 @@ class BatchLinears(Linears):
         rows, words, warps = self.tile
         decode_batch_kernels.batch_linear_kernel[(self.tiles, self.splits)](
             self.x, self.u, out, *self.arguments, **self.constants, SWIGLU=self.mode == "swiglu", OUTPUTS=self.outputs,
-            M=self.m, SPLITS=self.splits, ROWS=rows, STEP=words, num_warps=warps,
+            M=self.m, SPLITS=self.splits, ROWS=rows, STEP=words, ACTIVATION=self.activation, num_warps=warps,
             num_stages=1,  # with more stages Triton would load x before the kernel waits for it
         )  # fmt: skip
 
@@ -298,22 +299,24 @@ def _norm(x: torch.Tensor, norm: Norm, out: torch.Tensor, first: bool = False) -
 
 def _batch_norm(
     x: torch.Tensor, parts: torch.Tensor, total: torch.Tensor, norm: Norm, out: torch.Tensor,
-    linears: Linears | None = None,
+    linears: Linears | None = None, after: Norm | None = None,
 ) -> None:  # fmt: skip
-    """Write total = x + parts, and the norm of total to out.
+    """Write total = x + parts, or x + after(parts), and the norm of total to out.
 
     With `linears`, out is in the order in which they read it, and u of their adapters is computed too. x, total:
     [sequences, width]; parts: [parts, m, width].
     """
     sequences, width = x.shape
-    adapters, rank, members = (x, *[x] * 3, 0, 0, 0), 0, 1
+    adapters: tuple[Any, ...] = (x, *[x] * 3, 0, 0, 0)
+    rank, members = 0, 1
     if linears is not None and linears.rank:
         A, ranks, rank, members = linears.A * 3, linears.ranks + [0, 0], linears.rank, len(linears.A)
         adapters = linears.u, *A[:3], *ranks[:3]
     block = triton.next_power_of_2(width)
     tile = min(max(rank, 1), max(1, 16384 // block))  # rows of A at a time: 64 numbers per thread
     decode_batch_kernels.batch_norm_kernel[(sequences, members)](
-        x, parts, norm.weight, total, out, *adapters, norm.eps, K=width, M=parts.shape[1],
+        x, parts, after.weight if after else x, norm.weight, total, out, *adapters, after.eps if after else 0.0, norm.eps,
+        AFTER=after is not None, K=width, M=parts.shape[1],
         PARTS=len(parts), MEMBERS=members, RANK=rank, ORDERED=linears is not None, BLOCK=block, TILE=tile,
         num_warps=8, **_options(),
     )  # fmt: skip
@@ -326,12 +329,8 @@ def _check_layer(layer: nn.Module, cache: Any) -> None:
     _check(hasattr(attention, "q_norm") == bool(families.of(attention).qk_norms), "other norms of q and k")
     activation = ACTIVATIONS[families.of(mlp).activation]
     _check(isinstance(mlp.act_fn, activation), f"an MLP with {type(mlp.act_fn).__name__}")
-    # Qwen's attention has an attribute for its sliding window, Mistral's reads its config.
-    window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
     _check(type(cache) is StaticLayer, "no plain static cache")
     _check(cache.is_initialized, "the cache has no tensors yet; see its early_initialization")
-    short = window is not None and window < cache.keys.shape[2]
-    _check(not short, f"attention in a sliding window of {window} positions")
     _check(cache.keys.shape[0] <= BATCH, f"a cache of {cache.keys.shape[0]} sequences, more than {BATCH}")
     _check(cache.keys.shape[3] == attention.head_dim, "the cache has other heads than the model")
     _check(attention.head_dim in (32, 64, 128, 256), f"heads of {attention.head_dim}")
@@ -359,19 +358,26 @@ class Layer(Generic[Kind]):
         _check_layer(layer, cache)
         attention, mlp, family = layer.self_attn, layer.mlp, families.of(layer.self_attn)
         sequences, kv_heads, length, size = cache.keys.shape
-        self.m = m = 1 if sequences == 1 else max(16, triton.next_power_of_2(sequences))
+        self.m = m = 1 if self.kind is SingleLinears else max(16, triton.next_power_of_2(sequences))
 
         def linears(
             owner: nn.Module, names: Iterable[str], mode: str, norm: Norm | None = None, parts: int = 1,
             alone: bool = False,
         ) -> Kind:  # fmt: skip
             modules = {name: getattr(owner, name) for name in names}
-            return self.kind(modules, mode, dtype, norm, parts, alone, m, factor if mode == "residual" else 1.0)
+            return self.kind(
+                modules, mode, dtype, norm, parts, alone, m, factor if mode == "residual" else 1.0, family.activation
+            )
 
         factor = float(getattr(layer, family.residual_factor)) if family.residual_factor else 1.0
         self.turns = bool(getattr(attention, family.rotates)) if family.rotates else True
 
-        self.norms = Norm(layer.input_layernorm), Norm(layer.post_attention_layernorm)
+        self.norms = tuple(Norm(getattr(layer, name)) for name in family.norms_before)
+        self.after = tuple(Norm(getattr(layer, name)) if name else None for name in family.norms_after)
+        # Qwen's attention has an attribute for its sliding window, Mistral's reads its config.
+        window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
+        self.window = window or length
+        cap = (family.score_cap and attention.attn_logit_softcapping) or 0.0
         self.keys, self.values = cache.keys, cache.values
         self.qkv = linears(attention, family.qkv, "stack", self.norms[0])
         heads = self.qkv.rows[0] // size
@@ -383,13 +389,14 @@ class Layer(Generic[Kind]):
             triton.next_power_of_2(max(4, programs // kv_heads)),
             triton.next_power_of_2(triton.cdiv(length, LAYOUT.positions)),
         )
-        q_norm, k_norm = (getattr(attention, name, layer.input_layernorm) for name in ("q_norm", "k_norm"))
-        self.head_norms = q_norm.weight, k_norm.weight
-        self.numbers = q_norm.variance_epsilon, attention.scaling, length
+        any_norm = getattr(layer, family.norms_before[0])
+        (q_norm, eps), (k_norm, _) = (norm_of(getattr(attention, name, any_norm)) for name in ("q_norm", "k_norm"))
+        self.head_norms = q_norm, k_norm
+        self.numbers = eps, attention.scaling, length, cap, self.window
         self.shape = dict(
             HEADS=heads, KV_HEADS=kv_heads, HALF=size // 2, GROUP=max(16, triton.next_power_of_2(heads // kv_heads)),
             SPLITS=splits, POSITIONS=LAYOUT.positions, NORM=hasattr(attention, "q_norm"), M=m,
-            PARTS=self.qkv.splits,
+            PARTS=self.qkv.splits, CAPPED=cap > 0,
         )  # fmt: skip
 
     def scratch(self) -> Scratch:
@@ -413,7 +420,7 @@ class Layer(Generic[Kind]):
             scratch.logs, *self.numbers, **shape, num_warps=4, **_options(),
         )  # fmt: skip
         kernels.combine_kernel[(shape["HEADS"], sequences)](
-            scratch.mixed, scratch.logs, position, starts, out.x, out.A[0], out.u, out.ranks[0], K=out.columns, M=self.m,
+            scratch.mixed, scratch.logs, position, starts, out.x, out.A[0], out.u, out.ranks[0], self.window, K=out.columns, M=self.m,
             SIZE=self.keys.shape[3], SPLITS=shape["SPLITS"], POSITIONS=shape["POSITIONS"], RANK=out.rank,
             TILE=min(max(out.rank, 1), 16), num_warps=4, **_options(),
         )  # fmt: skip
@@ -447,19 +454,19 @@ class BatchLayer(Layer[BatchLinears]):
 
     def __call__(
         self, hidden: torch.Tensor, other: torch.Tensor, known: torch.Tensor, position: torch.Tensor,
-        starts: torch.Tensor, rotary: list, scratch: Scratch,
+        starts: torch.Tensor, rotary: list, scratch: Scratch, before: Norm | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """Compute the layer on hidden + known; its output is hidden plus the returned parts.
 
         hidden: [sequences, width], overwritten; other: a buffer of the same shape; known and returned: fp32 [parts, m,
-        width], parts that are still to be added; starts: int64 [sequences, 1].
+        width], parts that are still to be added, through the norm `before` if there is one; starts: int64 [sequences, 1].
         """
         down, parts = self.down, scratch.parts
-        _batch_norm(hidden, known, other, self.norms[0], self.qkv.x, self.qkv)
+        _batch_norm(hidden, known, other, self.norms[0], self.qkv.x, self.qkv, before)
         self.qkv(scratch.qkv)
         self.attend(position, starts, rotary, scratch)
         self.out(parts)
-        _batch_norm(other, parts[: self.out.splits], hidden, self.norms[1], self.gate_up.x, self.gate_up)
+        _batch_norm(other, parts[: self.out.splits], hidden, self.norms[1], self.gate_up.x, self.gate_up, self.after[0])
         self.gate_up(down.x)
         if down.rank:
             decode_batch_kernels.batch_inner_kernel[(down.parts,)](
@@ -491,8 +498,9 @@ class DecodeStep:
         _check(families.fused("model", model), f"{type(model).__name__}: {families.of(model).plain_decode}")
         decoder, dtype, device = families.decoder_of(model), model.dtype, model.device
         _check(dtype in (torch.bfloat16, torch.float16), f"the model computes in {dtype}")
-        rope = decoder.rotary_emb.rope_type
-        _check(rope not in ("dynamic", "longrope"), f"rotary embedding {rope} depends on the length")
+        rope = decoder.rotary_emb.rope_type  # Gemma 3 has one of its own for each type of layer
+        for name in rope.values() if isinstance(rope, dict) else [rope]:
+            _check(name not in ("dynamic", "longrope"), f"rotary embedding {name} depends on the length")
         self.embedding, self.head = model.get_input_embeddings(), model.get_output_embeddings()
         self.norm = Norm(decoder.norm)
         _check(len(decoder.layers) == len(cache.layers), "the cache has another number of layers than the model")
@@ -500,8 +508,9 @@ class DecodeStep:
         sequences = len(cache.layers[0].keys)
         pairs = list(zip(decoder.layers, cache.layers, strict=True))
         # One of these is empty.
-        self.single_layers = [SingleLayer(*pair, dtype) for pair in pairs] if sequences == 1 else []
-        self.batch_layers = [BatchLayer(*pair, dtype) for pair in pairs] if sequences > 1 else []
+        alone = sequences == 1 and not families.of(model).decodes_as_batch
+        self.single_layers = [SingleLayer(*pair, dtype) for pair in pairs] if alone else []
+        self.batch_layers = [] if alone else [BatchLayer(*pair, dtype) for pair in pairs]
         self.layers: list[Layer] = [*self.single_layers, *self.batch_layers]
         kinds = {(layer.keys.shape, layer.keys.dtype, layer.keys.device, layer.qkv.x.device) for layer in self.layers}
         _check(
@@ -510,12 +519,11 @@ class DecodeStep:
         )
         self.last = torch.zeros(sequences, 1, model.config.hidden_size, dtype=dtype, device=device)
         self.starts = torch.zeros(sequences, 1, dtype=torch.long, device=device)
-        with torch.no_grad():
-            positions = torch.arange(self.layers[0].keys.shape[2], device=device)[None]
-            self.rotary = [part[0].contiguous() for part in decoder.rotary_emb(self.last, positions)]
-        _check(self.rotary[0].shape[1] == self.layers[0].keys.shape[3], "rotary embedding of a part of each head")
-        still = [torch.ones_like(self.rotary[0]), torch.zeros_like(self.rotary[1])]
-        self.angles = {True: self.rotary, False: still}  # by whether a layer rotates
+        self.angles = self._angles(decoder, rope)
+        _check(
+            {angles[0].shape[1] for angles in self.angles} == {self.layers[0].keys.shape[3]},
+            "rotary embedding of a part of each head",
+        )
         family = families.of(model)
         self.factor = float(getattr(decoder, family.embedding_factor)) if family.embedding_factor else 1.0
         form = logit_form(model) if family.shapes_logits else AS_THEY_ARE
@@ -525,22 +533,35 @@ class DecodeStep:
         self.scratch = self.layers[0].scratch()
 
     @torch.no_grad()
+    def _angles(self, decoder: nn.Module, rope: str | dict[str, str]) -> list[list[torch.Tensor]]:
+        """Return cos and sin of all positions, [positions, head size] each, for each layer; of 0 if it does not rotate."""
+        positions = torch.arange(self.layers[0].keys.shape[2], device=self.last.device)[None]
+        kinds = [[kind] for kind in rope] if isinstance(rope, dict) else [[]]
+        tables = [[part[0].contiguous() for part in decoder.rotary_emb(self.last, positions, *kind)] for kind in kinds]
+        still = [torch.ones_like(tables[0][0]), torch.zeros_like(tables[0][1])]
+        found = []
+        for layer, own in zip(decoder.layers, self.layers, strict=True):
+            kind = [layer.self_attn.layer_type] if isinstance(rope, dict) else []
+            found.append(tables[kinds.index(kind)] if own.turns else still)
+        return found
+
+    @torch.no_grad()
     def __call__(self, ids: torch.Tensor, position: torch.Tensor, starts: torch.Tensor | None = None) -> torch.Tensor:
         hidden = self.embedding(ids)[:, 0] * self.factor if self.factor != 1 else self.embedding(ids)[:, 0]
         if self.single_layers:
             first, before = self.single_layers[0].qkv, self.single_layers[-1].down
             _norm(hidden, first.norm, first.x, first=True)
-            for layer, follow in itertools.zip_longest(self.single_layers, self.single_layers[1:]):
-                layer(
-                    hidden[0], position, self.angles[layer.turns], self.scratch, before, follow.qkv if follow else None
-                )
+            following = itertools.zip_longest(self.single_layers, self.single_layers[1:])
+            for (layer, follow), angles in zip(following, self.angles, strict=True):
+                layer(hidden[0], position, angles, self.scratch, before, follow.qkv if follow else None)
                 before = layer.down
             _norm(hidden, self.norm, self.last)
         else:
             other, parts = torch.empty_like(hidden), self.scratch.parts[:0]
             starts = self.starts if starts is None else starts
-            for batch_layer in self.batch_layers:
-                angles = self.angles[batch_layer.turns]
-                parts = batch_layer(hidden, other, parts, position, starts, angles, self.scratch)
-            _batch_norm(hidden, parts, other, self.norm, self.last)
+            after = None
+            for batch_layer, angles in zip(self.batch_layers, self.angles, strict=True):
+                parts = batch_layer(hidden, other, parts, position, starts, angles, self.scratch, after)
+                after = batch_layer.after[1]
+            _batch_norm(hidden, parts, other, self.norm, self.last, after=after)
         return self.form.apply_(self.head(self.last)[:, 0].float())

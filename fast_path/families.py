@@ -55,7 +55,7 @@ class Family:
     epsilon: str = "variance_epsilon"  # the attribute that is the number added to the mean square
     # The norms before attention and before the MLP; "" where there is none, as in OLMo 2, which has them after only.
     norms_before: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")
-    layer_norms: int = 2  # norms per layer; Gemma2 has two more, after attention and after the MLP
+    norms_after: tuple[str, str] = ("", "")  # the norms after attention and after the MLP, before these are added
     # Attributes of the layer and of the decoder: the factors of what attention and MLP add, and of the embedding.
     residual_factor: str = ""
     embedding_factor: str = ""
@@ -75,7 +75,17 @@ class Family:
     @property
     def further_norms(self) -> int:
         """The norms of a layer that no operator computes on its way: those after attention and after the MLP."""
-        return self.layer_norms - sum(name != "" for name in self.norms_before)
+        return sum(name != "" for name in self.norms_after)
+
+    @property
+    def layer_norms(self) -> int:
+        """The norms of a layer, without those of q and k."""
+        return sum(name != "" for name in self.norms_before) + self.further_norms
+
+    @property
+    def decodes_as_batch(self) -> bool:
+        """Whether the decode step runs its kernels for batches for a single sequence too: only these know the facts."""
+        return self.further_norms > 0 or self.activation != "silu" or self.norm_scale != "weight"
 
     @property
     def plain_attention(self) -> str | None:
@@ -104,14 +114,6 @@ class Family:
             return "another rotary embedding"
         if self.qk_norms == "all":
             return "norms of q and k as wide as all heads"
-        if self.activation != "silu":
-            return f"the MLP's activation is {self.activation}"
-        if self.norm_scale != "weight":
-            return f"norms scale by {self.norm_scale}"
-        if self.score_cap:
-            return "scores are capped"
-        if self.further_norms:
-            return "norms after attention and after the MLP"
         return self.plain_attention or self.plain_mlp or self.plain_norms
 
 
@@ -121,13 +123,14 @@ def row(prefix: str, **facts: Any) -> Family:
     return Family(**{"name": prefix, **{kind: prefix + suffix for kind, suffix in kinds.items()}, **facts})
 
 
-OLMO = {"qk_norms": "all", "norms_before": ("", "")}
+AFTER = ("post_attention_layernorm", "post_feedforward_layernorm")
+OLMO = {"qk_norms": "all", "norms_before": ("", ""), "norms_after": AFTER}
 GEMMA = {
     "activation": "gelu_pytorch_tanh",
     "norm_scale": "1 + weight",
     "epsilon": "eps",
     "norms_before": ("input_layernorm", "pre_feedforward_layernorm"),
-    "layer_norms": 4,
+    "norms_after": AFTER,
 }
 
 FAMILIES = (

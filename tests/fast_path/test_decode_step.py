@@ -1,14 +1,16 @@
 """The decode kernels compute the same as the model's own forward, in Triton's interpreter and on a GPU."""
 
+import functools
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig
 from transformers import StaticCache
 
-from fast_path import decode_step
+from fast_path import decode_step, families
 from fast_path.decode_step import DecodeStep, Tile, Unsupported
 from fast_path.decoder import cache_argument
 from quantization_utils import create_bnb_config, load_model_and_tokenizer
@@ -33,24 +35,26 @@ CASES = [
     ("smollm3", {"targets": ["q_proj", "up_proj"]}, [0], 65),
     ("granite", {"double": False, "targets": ["o_proj", "down_proj"]}, [5, 0], 40),
     ("smollm3", None, [0, 9], 33),
+    ("gemma2", {"targets": ["o_proj", "down_proj", "q_proj"]}, [0], 40),
+    ("gemma3", {}, [5, 0], 40),
 ]
 # One sequence and several, NF4 and FP4, double quantisation and none, each family, adapters on all linears and on few.
-EACH_KIND = (0, 2, 3, 6, 9, 10, 11)
+EACH_KIND = (0, 2, 3, 6, 9, 10, 11, 14, 15)
 REST = tuple(number for number in range(len(CASES)) if number not in EACH_KIND)
 NAMES = [f"{family}-{len(starts)}" for family, _, starts, _ in CASES]
 
 
 @pytest.fixture(scope="module")
 def folders(random_models, tmp_path_factory):
-    """Return the families' folders; Mistral has no sliding window here, other than in `random_models`."""
-    mistral = tmp_path_factory.mktemp("mistral") / "without_window"
-    shutil.copytree(random_models("mistral"), mistral)
-    config = json.loads((mistral / "config.json").read_text(encoding="utf-8"))
-    (mistral / "config.json").write_text(json.dumps(config | {"sliding_window": None}), encoding="utf-8")
-    return {
-        "mistral": mistral,
-        **{name: random_models(name) for name in ("qwen2", "qwen3", "llama", "granite", "smollm3")},
-    }
+    """Return the families' folders; none has a sliding window here, other than in `random_models`."""
+    found = {}
+    for name in ("mistral", "gemma2", "gemma3"):
+        found[name] = tmp_path_factory.mktemp(name) / "without_window"
+        shutil.copytree(random_models(name), found[name])
+        config = json.loads((found[name] / "config.json").read_text(encoding="utf-8"))
+        kinds = {"layer_types": ["full_attention"] * 2} if "layer_types" in config else {"sliding_window": None}
+        (found[name] / "config.json").write_text(json.dumps(config | kinds), encoding="utf-8")
+    return {**found, **{name: random_models(name) for name in ("qwen2", "qwen3", "llama", "granite", "smollm3")}}
 
 
 def loaded(folder, options, dtype, device):
@@ -64,7 +68,7 @@ def loaded(folder, options, dtype, device):
     else:
         model = prepared(folder, dtype=dtype, p=0.0, device=device, **options)[0]
         base = model.get_base_model()
-        base.set_attn_implementation("sdpa")
+        base.set_attn_implementation("eager" if families.of(base).score_cap else "sdpa")
     generator = torch.Generator().manual_seed(3)
     for name, parameter in base.named_parameters():
         if name.endswith("bias") or "norm" in name:
@@ -194,6 +198,60 @@ def test_a_step_reads_an_adapter_that_is_copied_into_place(folders):
     interpret("tests.fast_path.test_decode_step", f"check_swapped({str(folders['qwen2'])!r})")
 
 
+def check_attention(device: str) -> None:
+    """Compare attention in a window and under a cap, of one sequence and of two, with the same by hand in fp32."""
+    torch.manual_seed(0)
+    heads, kv_heads, size, position, window, cap, splits = 4, 2, 32, 90, 41, 1.5, 4
+    for starts in ([0], [0, 70]):
+        m, sequences = 1 if len(starts) == 1 else 16, len(starts)
+        keys, values = (torch.randn(sequences, kv_heads, 96, size).half().to(device) for _ in range(2))
+        qkv = torch.randn(1, m, (heads + 2 * kv_heads) * size, device=device)
+        shape = {
+            "HEADS": heads,
+            "KV_HEADS": kv_heads,
+            "HALF": size // 2,
+            "GROUP": 16,
+            "SPLITS": splits,
+            "POSITIONS": 16,
+        }
+        shape |= {"NORM": False, "M": m, "PARTS": 1, "CAPPED": True}
+        x = torch.zeros(heads * size * m, dtype=torch.float16, device=device)
+        out = SimpleNamespace(x=x, A=[x], u=torch.zeros(1, device=device), ranks=[0], rank=0, columns=heads * size)
+        zeros = functools.partial(torch.zeros, sequences, heads, splits, device=device)
+        scratch = SimpleNamespace(qkv=qkv, mixed=zeros(size), logs=zeros())
+        layer = SimpleNamespace(
+            out=out, shape=shape, keys=keys, values=values, m=m, window=window, head_norms=(x, x),
+            numbers=(1e-6, 0.3, 96, cap, window),
+        )  # fmt: skip
+        still = [torch.ones(96, size, device=device), torch.zeros(96, size, device=device)]
+        at, first = torch.tensor([position], device=device), torch.tensor(starts, device=device)[:, None]
+        decode_step.Layer.attend(layer, at, first if m > 1 else at, still, scratch)
+        for i, start in enumerate(starts):
+            q, k, v = qkv[0, i].view(-1, size).half().float().split([heads, kv_heads, kv_heads])
+            seen = slice(max(start, position + 1 - window), position)
+            key, value = (
+                torch.cat([old[i, :, seen].float(), new[:, None]], 1) for old, new in ((keys, k), (values, v))
+            )
+            score = cap * torch.tanh(torch.einsum("hd,hnd->hn", q, key.repeat_interleave(2, 0)) * 0.3 / cap)
+            want = torch.einsum("hn,hnd->hd", score.softmax(-1), value.repeat_interleave(2, 0)).flatten()
+            index = torch.arange(heads * size)
+            eight = (index // 32) % 2 * 4 + (index // 2) % 4  # `input_place` for one sequence
+            place = ((eight * (heads * size // 64) + index // 64) * 4 + index // 8 % 4) * 2 + index % 2
+            place = place if m == 1 else (index % 8 * (heads * size // 8) + index // 8) * m + i
+            torch.testing.assert_close(x[place.to(device)].float(), want, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.triton
+def test_attention_in_a_window_and_under_a_cap_in_tritons_interpreter():
+    interpret("tests.fast_path.test_decode_step", "check_attention('cpu')")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: the kernels as they run there")
+def test_attention_in_a_window_and_under_a_cap_on_the_gpu():
+    check_attention("cuda")
+
+
 class Captured:
     """A step captured as one CUDA graph, which is how the decoder runs it."""
 
@@ -236,7 +294,6 @@ def two_adapters(model):
 @pytest.mark.parametrize(
     "family, options, change, reason",
     [
-        ("gemma2", {}, None, "Gemma2ForCausalLM: the MLP's activation is gelu_pytorch_tanh"),
         ("mistral", {}, None, "no plain static cache"),
         ("olmo2", {}, None, "Olmo2ForCausalLM: norms of q and k as wide as all heads"),
         ("phi3", {}, None, "Phi3ForCausalLM: q, k and v or gate and up are one linear"),
@@ -273,9 +330,9 @@ def test_an_unquantised_model_and_an_empty_cache_are_refused(random_models):
 
 # Types of the kernels' arguments, by name without the number of a member; the rest are 32-bit integers.
 POINTERS = {
-    "*bf16": "x hidden total keys values cos sin q_weight k_weight weight next_weight bias",
+    "*bf16": "x hidden total keys values cos sin q_weight k_weight weight next_weight bias after",
     "*fp32": "u inverse lut code2 second offset qkv mixed logs parts A B",
-    "fp32": "scale eps",
+    "fp32": "scale eps after_eps cap",
     "*i32": "codes count count_before",
     "*u8": "absmax",
     "*i64": "position starts",
@@ -311,8 +368,15 @@ def packed(capability: int) -> dict:
     return constants | {"SHUFFLE": True, "HALF": triton.language.bfloat16, "OVERLAP": capability >= 90}
 
 
-def attention(capability: int, splits: int, m: int, parts: int) -> dict:
-    shape = {"HEADS": 16, "KV_HEADS": 2, "HALF": 64, "GROUP": 16, "POSITIONS": decode_step.LAYOUT.positions}
+def attention(capability: int, splits: int, m: int, parts: int, half: int = 64) -> dict:
+    shape = {
+        "HEADS": 16,
+        "KV_HEADS": 2,
+        "HALF": half,
+        "CAPPED": half > 64,
+        "GROUP": 16,
+        "POSITIONS": decode_step.LAYOUT.positions,
+    }
     return shape | {"SPLITS": splits, "NORM": False, "M": m, "PARTS": parts, "OVERLAP": capability >= 90}
 
 
@@ -361,23 +425,29 @@ def test_a_batchs_kernels_compile_within_the_shared_memory_of_each_card(capabili
     from fast_path import decode_kernels as kernels
 
     (rows, words, warps), (rows2, words2, warps2) = decode_step.LAYOUT.tile, decode_step.LAYOUT.swiglu_tile
-    every = packed(capability) | {"M": m}
+    every = packed(capability) | {"M": m, "ACTIVATION": "silu"}
     rank = {name: every[name] for name in ("RANK", "M", "OVERLAP")}
     tile, tile2 = every | {"ROWS": rows, "STEP": words}, every | {"ROWS": rows2, "STEP": words2}
     qkv = {"SWIGLU": False, "MEMBERS": 3, "BIAS": True, "K": 2048, "OUTPUTS": 2560, "PARTS": 1, "SPLITS": 4}
     gate_up = {"SWIGLU": True, "MEMBERS": 2, "K": 2048, "OUTPUTS": 11008, "PARTS": 1, "SPLITS": 1}
     down = {"SWIGLU": False, "MEMBERS": 1, "K": 11008, "OUTPUTS": 2048, "PARTS": 43, "SPLITS": 8}
-    norm = {"K": 2048, "PARTS": 8, "MEMBERS": 3, "ORDERED": True, "BLOCK": 2048, "TILE": 8}
+    norm = {"K": 2048, "PARTS": 8, "MEMBERS": 3, "ORDERED": True, "BLOCK": 2048, "TILE": 8, "AFTER": False}
     combine = {"K": 2048, "SIZE": 128, "SPLITS": 8, "POSITIONS": 32, "TILE": 16}
     products = [
         compiled(capability, decode_batch_kernels.batch_linear_kernel, tile | qkv, warps, 1, out="*fp32"),
         compiled(capability, decode_batch_kernels.batch_linear_kernel, tile2 | gate_up, warps2, 1, out="*bf16"),
         compiled(capability, decode_batch_kernels.batch_linear_kernel, tile | down, warps, 1, out="*fp32"),
     ]
+    gelu, single = tile2 | gate_up | {"ACTIVATION": "gelu_pytorch_tanh"}, dict.fromkeys(("weight", "after"), "*fp32")
+    products.append(compiled(capability, decode_batch_kernels.batch_linear_kernel, gelu, warps2, 1, out="*bf16"))
     for kernel in products:
         assert "ld.global.v4.b32" in kernel.asm["ptx"]
     done = [
         compiled(capability, decode_batch_kernels.batch_norm_kernel, norm | rank, 8, out="*bf16"),
+        compiled(
+            capability, decode_batch_kernels.batch_norm_kernel, norm | rank | {"AFTER": True}, 8, out="*bf16", **single
+        ),
+        compiled(capability, kernels.attention_kernel, attention(capability, 8, m, 4, half=128), 4),
         compiled(
             capability,
             decode_batch_kernels.batch_inner_kernel,
