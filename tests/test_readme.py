@@ -54,8 +54,8 @@ def test_inference_commands_parse(command, monkeypatch, tmp_path):
     (tmp_path / "questions.txt").write_text("Hello\n", encoding="utf-8")
     (tmp_path / "tiny").symlink_to(ROOT / "tiny")
     _, *arguments = shlex.split(command)
-    expected = None if "none" in arguments else Path("output_tiny")
-    assert inference_example.parse(arguments)[0].adapter == expected
+    expected = [] if "none" in arguments else [Path("output_tiny")]
+    assert inference_example.parse(arguments)[0].folders == expected
 
 
 # ------------------------------------------------------------------------------------------------ what is named
@@ -102,7 +102,7 @@ def known_flags() -> set[str]:
     """Return the keys of config.yaml and the scripts' own flags, without their dashes."""
     scripts = [
         (ROOT / name).read_text(encoding="utf-8")
-        for name in ("train_qlora.py", "inference_example.py", "toolkit/flags.py")
+        for name in ("train_qlora.py", "inference_example.py", "toolkit/flags.py", "toolkit/run_commands.py")
     ]
     own = {flag for script in scripts for flag in re.findall(r'"--([a-z_]+)"', script)}
     return own | {leaf.key for leaf in leaves()} | {"model_name"}
