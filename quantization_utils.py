@@ -252,9 +252,11 @@ def stored_in_4bit(model_config: PretrainedConfig, model_name: str) -> bool:
     if stored is None:
         return False
     method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
-    if str(getattr(method, "value", method)) != "bitsandbytes":
+    name = str(getattr(method, "value", method))
+    way_out = ": give a copy in 16 bit, such as unsloth/gpt-oss-20b-BF16" if name == "mxfp4" else ""
+    if name != "bitsandbytes":
         raise ConfigError(
-            f"model.name: {model_name} is quantised with {method}; expected bitsandbytes' 4 bit, or no quantisation"
+            f"model.name: {model_name} is quantised with {method}; expected bitsandbytes' 4 bit, or no quantisation{way_out}"
         )
     print(f"{model_name} is stored in 4 bit: keeping its own quantisation", file=sys.stderr)
     return True

@@ -1,5 +1,6 @@
 """Packed experts that lie in main memory: a GPU holds those of two layers, the one that computes and the next one."""
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,7 +42,7 @@ class ExpertStore:
                 start = -(-end // ALIGNED) * ALIGNED
                 end = start + tensor.nbytes
                 places.setdefault(name, []).append(slice(start, end))
-        buffer = torch.empty(end, dtype=torch.uint8, pin_memory=pin)
+        buffer = _pinned(end) if pin else torch.empty(end, dtype=torch.uint8)
         for name, tensors in parts.items():
             views = [_view(buffer, place, tensor) for place, tensor in zip(places[name], tensors, strict=True)]
             for view, tensor in zip(views, tensors, strict=True):
@@ -88,6 +89,15 @@ class ExpertStore:
         with torch.cuda.stream(self.stream):
             self.slots[slot][: len(buffer)].copy_(buffer, non_blocking=True)
             self.ready[slot].record(self.stream)
+
+
+def _pinned(size: int) -> torch.Tensor:
+    """Return a buffer of pinned memory. torch's own allocator would round its size up to a power of two."""
+    buffer, runtime = torch.empty(size, dtype=torch.uint8), torch.cuda.cudart()
+    if int(runtime.cudaHostRegister(buffer.data_ptr(), size, 1)):  # 1: for all contexts
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    weakref.finalize(buffer, runtime.cudaHostUnregister, buffer.data_ptr()).atexit = False
+    return buffer
 
 
 def _parts(parameter: bnb.nn.Params4bit) -> list[torch.Tensor]:

@@ -204,7 +204,9 @@ def _unpacked(codes: torch.Tensor, absmax: torch.Tensor, W: Experts, dtype: torc
 
 def unpacked(parameter: bnb.nn.Params4bit) -> torch.Tensor:
     """Return the values of a packed tensor of experts, in the type that it was packed from."""
-    return operand(parameter).dense(parameter.quant_state.dtype)
+    W = operand(parameter)
+    constants = [part.to(parameter.device) for part in W.constants]  # small ones are on the GPU, codes may be elsewhere
+    return W._replace(constants=constants).dense(parameter.quant_state.dtype)
 
 
 def operand(parameter: bnb.nn.Params4bit) -> Experts:
@@ -217,10 +219,18 @@ def operand(parameter: bnb.nn.Params4bit) -> Experts:
     return Experts(parameter.data, constants, list(state.shape), sizes, state.quant_type)
 
 
+GROUPED = (9, 10)  # compute capabilities for which torch has a grouped product; for others it loops, and asks the host
+
+
 def _grouped(x: torch.Tensor, sizes: list[int]) -> bool:
-    """Return whether one product of torch computes all experts: on GPUs from compute capability 8.0, with aligned rows."""
+    """Return whether one product of torch computes all experts: in bfloat16 on some GPUs, with rows of whole 16 bytes."""
     aligned = all(size % 8 == 0 for size in sizes)
-    return x.dtype is torch.bfloat16 and aligned and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    return x.dtype is torch.bfloat16 and aligned and x.is_cuda and grouped_gpu(x.device)
+
+
+def grouped_gpu(device: torch.device) -> bool:
+    """Return whether a GPU computes all experts of a layer in one product."""
+    return torch.cuda.get_device_capability(device)[0] in GROUPED
 
 
 def one_by_one(model: nn.Module, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -254,8 +264,8 @@ def expert_product(
 ) -> torch.Tensor:  # fmt: skip
     """Return x times the packed matrix of each row's expert, as `grouped_product`; across: times its transpose.
 
-    On a GPU nothing waits for the host: all experts are unpacked for one grouped product, or with fewer rows than
-    experts (generation) those of the rows. Elsewhere the routed experts are unpacked one at a time.
+    On a GPU with grouped products nothing waits for the host: all experts are unpacked for one of them, or with fewer
+    rows than experts (generation) those of the rows. Elsewhere the routed experts are unpacked one at a time.
     """
     W = Experts(codes, constants, shape, blocksizes, quant_type)
 

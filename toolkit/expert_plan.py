@@ -2,9 +2,11 @@
 
 import dataclasses
 
+import torch
 from torch import nn
 
 from fast_path import families
+from fast_path.experts import grouped_gpu
 from fast_path.families import expert_parameters, expert_tensors
 
 NESTED_BLOCK = 256  # constants per second-level one
@@ -56,12 +58,14 @@ class ExpertShape:
         return self.each * rows + 4 * self.count if self.layers else 0
 
     def transient_bytes(self, tokens: int, width: int) -> int:
-        """Return the bytes that the backward pass of a layer's experts needs for a moment: gradients, an unpacked tensor.
+        """Return the bytes that the backward pass of a layer's experts needs for a moment: gradients, unpacked weights.
 
-        width: bytes of a number in the compute dtype.
+        width: bytes of a number in the compute dtype. Without a GPU the plan is for one that unpacks a tensor whole.
         """
+        whole = width == 2 and (not torch.cuda.is_available() or grouped_gpu(torch.device("cuda", 0)))
+        unpacked = self.largest if whole or not self.count else self.largest // self.count
         gradients = 2 * self.each * tokens * (2 * self.hidden + 2 * self.first)
-        return gradients + self.largest * width + self.largest // families.BLOCK * 4 if self.layers else 0
+        return gradients + unpacked * width + self.largest // families.BLOCK * 4 if self.layers else 0
 
 
 def expert_shape(model: nn.Module) -> ExpertShape:

@@ -16,7 +16,7 @@ from accelerate.utils import broadcast_object_list
 
 from config import Config, ConfigError, QuantizationConfig, counted
 from quantization_utils import beyond_positions
-from toolkit.cards import RATES_ERROR, Card, Rates, find_card
+from toolkit.cards import CARDS, RATES_ERROR, Card, Rates, find_card
 from toolkit.expert_plan import ExpertShape
 from toolkit.memory_plan import (
     COMPILED,
@@ -165,6 +165,7 @@ def facts(shape: ModelShape, config: Config, plan: MemoryPlan) -> list[str]:
         f"parameters: {shape.parameters:,}; trainable {trainable:,}, adapter {trainable * 4 / 1e6:.1f} MB",
         f"download: {2 * shape.parameters / 1e9:.2f} GB in 16 bit; loading uses about {loaded / 1e9 + 3:.1f} GB of RAM",
         *expert_facts(shape.experts, config.quantization),
+        *(card_facts(plan) if shape.experts.all else []),
         *beyond_positions(config.data.max_length, shape.positions),
     ]
 
@@ -178,6 +179,16 @@ def expert_facts(experts: ExpertShape, quantization: QuantizationConfig) -> list
     kept = f"; in 16 bit: {experts.plain:,} of {', '.join(experts.unknown)}, whose layout is not known"
     line = f"experts: {experts.packed:,} weights in 4 bit{kept if experts.plain else ''}"
     return [line, there] if quantization.experts == "cpu" else [line]
+
+
+def card_facts(plan: MemoryPlan) -> list[str]:
+    """Return a line with the smallest of the known cards that hold a mixture's plan."""
+    holding = [card for card in CARDS if card.free_gib * GIB >= plan.total]
+    if not holding:
+        return ["no single card that the toolkit knows holds this"]
+    least = min(card.memory_mib for card in holding)
+    names = ", ".join(card.name for card in holding if card.memory_mib == least)
+    return [f"cards that hold this: from {least / 1024:.0f} GiB ({names})"]
 
 
 def speed_lines(rates: Rates, speed: float, device: torch.device | None, card: Card | None) -> list[str]:

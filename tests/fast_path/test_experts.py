@@ -1,6 +1,7 @@
 """Routed experts in 4 bit: against bitsandbytes' own packing, and against plain transformers and peft on their values."""
 
 import copy
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -17,9 +18,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from config import ConfigError, load_config
-from fast_path import expert_store, experts
+from fast_path import attention, choice, compiled, dropout, expert_store, experts
 from fast_path.dropout import own_dropout
 from fast_path.families import expert_tensors, routers
+from fast_path.layers import fuse
+from fast_path.loss import CausalLMLoss
 from quantization_utils import (
     base_lines,
     create_bnb_config,
@@ -366,6 +369,48 @@ def deep(family: str, layers: int, folder: Path) -> nn.Module:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(ROOT / "tiny" / "model" / name, folder)
     return load_model_and_tokenizer(str(folder), create_bnb_config(compute_dtype="float32"), device="cpu")[0]
+
+
+def test_stored_experts_merge_into_the_same_plain_model(tmp_path):
+    model = deep("qwen3_moe", 2, tmp_path)
+    before = {name: tensor.clone() for name, tensor in merge.persistent_tensors(model)}
+    expert_store.keep_in_main_memory(model, torch.device("cpu"))
+    after = dict(merge.persistent_tensors(model))
+    assert before.keys() == after.keys() and all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_layers_that_fetch_experts_are_neither_compiled_nor_captured(tmp_path):
+    model = prepare_model_for_training(deep("qwen3_moe", 2, tmp_path), create_lora_config(), False)
+    assert experts.in_main_memory(model) is None
+    expert_store.keep_in_main_memory(model, torch.device("cpu"))
+    performance = dataclasses.replace(load_config(()).performance, compile="on")
+    with pytest.raises(ConfigError, match="performance.compile: cannot be on here: layers fetch their experts"):
+        choice.choose_fast_path(performance, model, torch.bfloat16, torch.device("cpu"))
+
+
+def test_compiled_layers_have_the_same_gradients(tmp_path):
+    """As on a GPU, with checkpointing inside: the layer is compiled whole, and experts are an operator to the compiler."""
+    found = []
+    for comp in (False, True):
+        model = prepare_model_for_training(loaded("qwen3_moe", tmp_path), create_lora_config(dropout=0.0), 2)
+        generator = torch.Generator().manual_seed(2)
+        for _, parameter in sorted(model.named_parameters()):
+            if parameter.requires_grad:
+                parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator)
+        attention.use_causal_attention(model.get_base_model())
+        clock = dropout.DropoutClock(42, torch.device("cpu"))
+        loss = CausalLMLoss(model, torch.float32)
+        fuse(model, clock, 0.0, kernels=False)
+        if comp:
+            torch._dynamo.reset()
+            compiled.compile_layers(model)
+        dropout.train_adapters(model)
+        clock.set(0, torch.tensor([0]))
+        loss(input_ids=IDS, labels=IDS).backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert compiled.compiled_in_pieces() is None
+    for name, grad in found[0].items():
+        torch.testing.assert_close(found[1][name], grad, rtol=1e-3, atol=1e-3 * float(grad.abs().max()), msg=name)
 
 
 def test_a_model_without_such_experts_cannot_keep_them_in_main_memory(tiny_model):
