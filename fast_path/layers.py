@@ -88,13 +88,15 @@ def norm_of(norm: nn.Module) -> tuple[torch.Tensor, float]:
 
 
 def _groupable(modules: list[nn.Module]) -> bool:
-    """Return whether modules can share a Group: all 4-bit and quantised alike, all or none with adapters and bias."""
+    """Return whether modules can share a Group: all 4-bit and quantised alike, with adapters and biases alike or without."""
     if not all(fusable(module) for module in modules):
         return False
     bases = [getattr(module, "base_layer", module) for module in modules]
     kinds = {
         (
-            hasattr(module, "lora_A"), base.bias is None, base.weight.quant_state.nested,
+            # a group has one rank and one scale; rank_pattern and alpha_pattern give a module others
+            hasattr(module, "lora_A"), *getattr(module, "r", {}).values(), *getattr(module, "scaling", {}).values(),
+            base.bias is None, base.weight.quant_state.nested,
             base.weight.quant_state.quant_type, base.in_features, base.weight.quant_state.blocksize,
         )
         for module, base in zip(modules, bases, strict=True)

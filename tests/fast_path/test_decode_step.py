@@ -194,6 +194,7 @@ def check_swapped(folder) -> None:
 
 
 @pytest.mark.triton
+@pytest.mark.minutes
 def test_a_step_reads_an_adapter_that_is_copied_into_place(folders):
     interpret("tests.fast_path.test_decode_step", f"check_swapped({str(folders['qwen2'])!r})")
 

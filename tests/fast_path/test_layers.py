@@ -14,6 +14,7 @@ import bitsandbytes as bnb
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb as apply_rotary_part
 
@@ -1132,3 +1133,20 @@ def test_gradients_of_cudnns_attention_are_right_whichever_path_comes_first(rand
             pytest.skip("cuDNN's attention is not for this GPU")
         run_path(model, clock, path, kernels=True)
         assert furthest(gradients(model, clock, loss, length=40)[1], want) < 0.1, path
+
+
+@pytest.mark.parametrize("pattern", [{"rank_pattern": {"k_proj": 4}}, {"alpha_pattern": {"k_proj": 4, "up_proj": 50}}])
+@torch.no_grad()
+def test_adapters_of_other_ranks_or_scales_share_no_group(tiny_model, pattern):
+    """As in a downloaded adapter: one group would take the first module's rank and scale for all."""
+    bits = create_bnb_config(compute_dtype="float32")
+    base = load_model_and_tokenizer(str(tiny_model), bits, device="cpu")[0]
+    names = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
+    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=names, task_type="CAUSAL_LM", **pattern))
+    for name, parameter in model.eval().named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(name)))
+    ids = torch.tensor([[5, 9, 33, 120, 77, 8]])
+    expected = model(input_ids=ids).logits
+    assert fuse(model, DropoutClock(0, torch.device("cpu")), 0.0, False, in_pieces=True)
+    assert (model(input_ids=ids).logits - expected).abs().max() < 1e-4 * expected.abs().max()

@@ -103,6 +103,8 @@ def ours(model, ids: list[int]) -> tuple[list[int], list[int]]:
     """Return TOKENS greedy tokens after a prompt, up to an end token, and the ids of the end tokens."""
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
+    # generate() fills what is not given from the model's file, and Qwen's has a repetition penalty.
+    model.generation_config = GenerationConfig(eos_token_id=ends)
     config = GenerationConfig(max_new_tokens=TOKENS, do_sample=False, eos_token_id=ends, pad_token_id=0)
     mask = torch.ones(1, len(ids), dtype=torch.long)
     return model.generate(torch.tensor([ids]), attention_mask=mask, generation_config=config)[
