@@ -320,8 +320,6 @@ def _scan_json(name: str) -> Contents:
                 columns.setdefault(column, True)
             else:
                 columns[column] = value is None and columns.get(column, True)
-            if column in IN_TEXTS and isinstance(value, (list, dict)):
-                strict_json.dumps(value, f"row {rows}: ")
             if isinstance(value, list) and (column,) in CHATS:
                 keys.update(*(turn for turn in value if isinstance(turn, dict)))
         if len(columns) > MOST_COLUMNS:
@@ -450,8 +448,15 @@ def contents_of(name: str, kind: str, digest: str) -> Contents:
     return Contents(rows, columns, frozenset(keys))
 
 
-def _cell(value: Any, text: bool) -> Any:
-    return value if text or value is None else {JSON_CELL: json.dumps(value, default=float)}
+def _cell(row: dict[str, Any], number: int, column: str, text: bool) -> Any:
+    value = row.get(column)
+    if text or value is None:
+        return value
+    becomes_text = column in IN_TEXTS and isinstance(value, (list, dict))
+    try:
+        return {JSON_CELL: strict_json.dumps(value, rounded=not becomes_text)}
+    except ValueError as error:
+        raise ValueError(f"row {number}: {error}") from None
 
 
 def tables(name: str, kind: str, columns: dict[str, bool], schema: pa.Schema) -> Iterator[pa.Table]:
@@ -463,6 +468,7 @@ def tables(name: str, kind: str, columns: dict[str, bool], schema: pa.Schema) ->
         rows = read_json(name)
     else:
         rows = iter(_open_text(name, None))
+    done = 0
     while part := [*itertools.islice(rows, ROWS)]:
         if kind == "csv":
             cells = {
@@ -470,10 +476,13 @@ def tables(name: str, kind: str, columns: dict[str, bool], schema: pa.Schema) ->
                 for key, column in zip(header, zip(*part, strict=True), strict=True)
             }
         elif kind == "json":
-            cells = {key: [_cell(row.get(key), text) for row in part] for key, text in columns.items()}
+            numbered = [*enumerate(part, done + 1)]
+            with naming(name):
+                cells = {key: [_cell(row, n, key, text) for n, row in numbered] for key, text in columns.items()}
         else:
             cells = {"text": part}
         yield pa.Table.from_pydict({key: cells.get(key, [None] * len(part)) for key in columns}, schema)
+        done += len(part)
 
 
 def _binary_tables(name: str, kind: str) -> Iterator[pa.Table]:

@@ -23,15 +23,19 @@ def _number(text: str) -> float | Decimal:
     return value if short or Decimal(text) == Decimal(repr(value)) else Decimal(text)
 
 
-def dumps(value: Any, where: str = "") -> str:
-    """Return JSON of a value; raise a ValueError that begins with `where` if a float keeps fewer digits than a number has."""
+def _refuse(value: Any) -> Any:
+    if isinstance(value, Decimal):
+        raise ValueError(f"the number {str(value)[:40]} has more digits than are kept; write it as a text")
+    raise TypeError(f"{type(value).__name__} is no JSON")
 
-    def refuse(number: Any) -> Any:
-        if isinstance(number, Decimal):
-            raise ValueError(f"{where}the number {str(number)[:40]} has more digits than are kept; write it as a text")
-        raise TypeError(f"{type(number).__name__} is no JSON")
 
-    return json.dumps(value, default=refuse)
+ENCODER = json.JSONEncoder(default=_refuse)
+ROUNDING_ENCODER = json.JSONEncoder(default=float)
+
+
+def dumps(value: Any, rounded: bool = False) -> str:
+    """Return JSON of a value; raise ValueError, unless `rounded`, if a float keeps fewer digits than a number has."""
+    return (ROUNDING_ENCODER if rounded else ENCODER).encode(value)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from config import ConfigError, DataConfig
 from toolkit import strict_json
 from toolkit.chat_rows import value_of
-from toolkit.data_files import load_rows
+from toolkit.data_files import ROWS, load_rows
 
 
 @given(st.from_regex(r"-?(0|[1-9][0-9]{0,24})(\.[0-9]{1,24})?([eE][+-]?[0-9]{1,3})?", fullmatch=True))
@@ -34,6 +34,8 @@ def test_digits_that_would_be_lost_are_refused_only_where_they_are_learned(tmp_p
     )
     (row,) = load_rows(DataConfig(dataset=str(path)))["train"]
     assert value_of(row["n"]) == int("7" * 40) and value_of(row["score"]) == pytest.approx(0.123456789)
-    path.write_text(CALL % f'{{"x": {long}}}' + "}\n")
-    with pytest.raises(ConfigError, match=rf"{path}: row 1: the number {long} has more digits than are kept; write it"):
+    path.write_text((CALL % '{"x": 1}' + "}\n") * ROWS + CALL % f'{{"x": {long}}}' + "}\n")
+    with pytest.raises(
+        ConfigError, match=rf"{path}: row {ROWS + 1}: the number {long} has more digits than are kept; write it"
+    ):
         load_rows(DataConfig(dataset=str(path)))
