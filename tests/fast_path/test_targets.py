@@ -182,6 +182,9 @@ def test_experts_that_are_named_get_adapters_without_dropout_and_the_error_says_
         ConfigError, match="these names include the experts.* --dropout 0, or --target_modules q_proj,k_"
     ):
         prepare_model_for_training(small_model("qwen3_moe"), create_lora_config(target_modules=named), False)
+    with pytest.raises(ConfigError, match="without DoRA; use --use_dora false, or --target_modules q_proj"):
+        asked = create_lora_config(dropout=0.0, target_modules=named, use_dora=True)
+        prepare_model_for_training(small_model("qwen3_moe"), asked, False)
     model = prepare_model_for_training(
         small_model("qwen3_moe"), create_lora_config(dropout=0.0, target_modules=named), False
     )
