@@ -462,9 +462,10 @@ def prepare_model_for_training(
         peft_model = get_peft_model(model, own)  # freezes the base and makes the adapters in fp32
     except ValueError as error:
         if "ParamWrapper" in str(error):
+            missing, way = ("DoRA", "--use_dora false") if "use_dora" in str(error) else ("dropout", "--dropout 0")
             raise ConfigError(
-                "lora.target_modules: these names include the experts, whose adapters peft computes without dropout; "
-                f"use --dropout 0, or --target_modules {alone} without experts"
+                f"lora.target_modules: these names include the experts, whose adapters peft computes without {missing}; "
+                f"use {way}, or --target_modules {alone} without experts"
             ) from None
         raise ConfigError(f"lora.target_modules: {' '.join(str(error).split())[:300]}") from None
     if (

@@ -376,7 +376,7 @@ class PackedExperts(nn.Module):
         x = project(self._apply_gate(x) if self.has_gate else self.act_fn(x), last)
         if self.has_post_expert_norm:
             x = self.post_expert_norm(x)
-        x = x * top_k_weights.flatten()[order][:, None]
+        x = x * _Spread.apply(top_k_weights.reshape(-1, 1), order, places, 1)
         return _Gather.apply(x, order, places, each).to(hidden_states.dtype)
 
     def product(self, x: torch.Tensor, offsets: torch.Tensor, name: str) -> torch.Tensor:

@@ -124,6 +124,11 @@ def resolved_targets(model: nn.Module, asked: LoraConfig) -> LoraConfig:
         lora.target_modules = targets = every_target(model)
     check_targets(model, targets)
     if not isinstance(targets, str) and (own := named_experts(model, targets)):
+        if asked.exclude_modules or asked.layers_to_transform is not None:
+            raise ConfigError(
+                f"lora.target_modules: {min(own)} means the experts of all layers, which exclude_modules and "
+                "layers_to_transform cannot choose among; leave it out, or these settings"
+            )
         lora.target_parameters = sorted({*(asked.target_parameters or ()), *own})
         lora.target_modules = targets = set(targets) - own
     layers = asked.layers_to_transform

@@ -53,10 +53,6 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, dropout: float | No
     except ConfigError:
         raise
     except LOADING_ERRORS as error:
-        if "ParamWrapper does not work with lora_dropout" in str(error):
-            raise ConfigError(
-                f"lora.dropout: {folder} has adapters on experts, which peft computes without dropout; use --dropout 0"
-            ) from None
         raise ConfigError(f"{misfit}: {type(error).__name__}: {' '.join(str(error).split())[:250]}") from None
     odd = names ^ set(get_peft_model_state_dict(peft_model, save_embedding_layers=False))
     for name in sorted(odd):

@@ -33,7 +33,7 @@ from quantization_utils import (
     prepare_model_for_training,
 )
 from toolkit.cards import Rates
-from toolkit.expert_plan import NESTED_BLOCK, ExpertShape, expert_shape
+from toolkit.expert_plan import EXPERTS_EACH, NESTED_BLOCK, ExpertShape, expert_shape
 from toolkit.hub import asking_hub
 
 GIB = 2**30
@@ -423,6 +423,22 @@ def configured_shape(config: Config) -> ModelShape:
     with torch.device("meta"):
         adapted_model = prepare_model_for_training(model, create_lora_config(**config.lora.arguments), False)
     return dataclasses.replace(shape, trainable=count_parameters(adapted_model)[0])
+
+
+def check_mixture(config: Config) -> None:
+    """Raise ConfigError before the weights of a mixture of experts are read, as `configured_shape` does for any model.
+
+    For a run on a CPU, which has no plan, and where quantization.experts changes nothing. A model that is not on this
+    machine yet is left to the loading, so that no other model asks the hub once more.
+    """
+    source = {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
+    try:
+        model = AutoConfig.from_pretrained(config.model.name, local_files_only=True, **source)
+    except LOADING_ERRORS:  # loading says what is wrong
+        return
+    if any(families.own_value(model.get_text_config(), name) for name in EXPERTS_EACH):
+        quantization = dataclasses.replace(config.quantization, experts="gpu")
+        configured_shape(dataclasses.replace(config, quantization=quantization))
 
 
 def pinned_layers(layers: int, config: Config) -> int:

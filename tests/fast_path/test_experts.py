@@ -424,3 +424,20 @@ def test_on_a_cpu_the_setting_changes_a_line(tmp_path):
     model = loaded("qwen3_moe", tmp_path)
     config = load_config((), {"quantization.experts": "cpu"})
     assert any(line.startswith("quantization.experts: cpu changes nothing") for line in base_lines(config, model))
+
+
+@pytest.mark.parametrize(
+    "targets, message",
+    [
+        ("[q_proj, experts.middle_proj]", "the model has no experts.middle_proj"),
+        ("all-linear", "use --dropout 0, or --target_modules q_proj,k_proj,v_proj,o_proj without experts"),
+        ("[q_proj, gate]", "gate is the router of the experts, which stays frozen"),
+    ],
+)
+def test_bad_targets_are_named_before_the_weights_are_read(targets, message, train, tmp_path, capfd):
+    folder = build("qwen3_moe", tmp_path / "model")
+    (folder / "model.safetensors").write_bytes(b"no weights")
+    code, output = train("--model_name", str(folder), "--target_modules", targets)
+    assert code == 2 and not output.exists()
+    error = capfd.readouterr().err
+    assert "lora.target_modules: " in error and message in error

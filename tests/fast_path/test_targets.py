@@ -183,6 +183,9 @@ def test_experts_that_are_named_get_adapters_without_dropout_and_the_error_says_
         ConfigError, match="these names include the experts.* --dropout 0, or --target_modules q_proj,k_"
     ):
         prepare_model_for_training(small_model("qwen3_moe"), create_lora_config(target_modules=named), False)
+    with pytest.raises(ConfigError, match="without DoRA; use --use_dora false, or --target_modules q_proj"):
+        asked = create_lora_config(dropout=0.0, target_modules=named, use_dora=True)
+        prepare_model_for_training(small_model("qwen3_moe"), asked, False)
     model = prepare_model_for_training(
         small_model("qwen3_moe"), create_lora_config(dropout=0.0, target_modules=named), False
     )
@@ -215,6 +218,12 @@ def test_experts_by_their_own_names(family):
     assert sum("experts.lora_A" in n for n in trained) == len(layers) and any("q_proj" in n for n in trained)
     targets = prepared.peft_config["default"].target_parameters  # where peft knows old names it shortens this one
     assert {name.rpartition(".")[2] for name in targets} == {"down_proj"}
+    some = create_lora_config(
+        dropout=0.0, target_modules=["q_proj", "mlp.experts.gate_up_proj"], layers_to_transform=[0]
+    )
+    if family == "gpt_oss":
+        with pytest.raises(ConfigError, match="gate_up_proj means the experts of all layers"):
+            prepare_model_for_training(small_model(family), some, False)
     with pytest.raises(ConfigError, match="the model has no experts.middle_proj; its own are"):
         asked = create_lora_config(dropout=0.0, target_modules=["experts.middle_proj"])
         prepare_model_for_training(small_model(family), asked, False)
