@@ -18,10 +18,9 @@ from toolkit.generation import Generator
 IDS = [[5, 9, 33, 120, 77, 8, 41, 3]]
 
 
-def load_base(folder: Path, **options: object):
-    model = load_model_and_tokenizer(str(folder), create_bnb_config(compute_dtype="float32"), device="cpu", **options)[
-        0
-    ]
+def load_base(folder: Path, dtype: str = "float32", device: str = "cpu", **options: object):
+    config = create_bnb_config(compute_dtype=dtype)
+    model, _ = load_model_and_tokenizer(str(folder), config, device=device, **options)
     model.generation_config = GenerationConfig()  # no end token: answers have their whole length
     return model
 
