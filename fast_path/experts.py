@@ -236,6 +236,8 @@ def grouped_gpu(device: torch.device) -> bool:
 def one_by_one(model: nn.Module, dtype: torch.dtype, device: torch.device) -> str | None:
     """Return why a model's experts are computed one after the other, as their numbers of rows reach the host; else None."""
     sizes = [p.quant_state.shape[1:] for p in expert_parameters(model) if isinstance(p, bnb.nn.Params4bit)]
+    if not sizes:
+        return None
     x = torch.empty(0, dtype=dtype, device=device)
     return None if all(_grouped(x, list(size)) for size in sizes) else "its experts are computed one after the other"
 

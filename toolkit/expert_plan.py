@@ -62,10 +62,12 @@ class ExpertShape:
 
         width: bytes of a number in the compute dtype. Without a GPU the plan is for one that unpacks a tensor whole.
         """
+        if not self.layers:
+            return 0
         whole = width == 2 and (not torch.cuda.is_available() or grouped_gpu(torch.device("cuda", 0)))
         unpacked = self.largest if whole or not self.count else self.largest // self.count
         gradients = 2 * self.each * tokens * (2 * self.hidden + 2 * self.first)
-        return gradients + unpacked * width + self.largest // families.BLOCK * 4 if self.layers else 0
+        return gradients + unpacked * width + self.largest // families.BLOCK * 4
 
 
 def expert_shape(model: nn.Module) -> ExpertShape:

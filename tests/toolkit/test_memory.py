@@ -144,7 +144,7 @@ def test_the_plan_of_qwen3_30b_a3b(tmp_path):
     plan = plan_memory(shape, apart, 1, 48)
     assert plan.parts["experts of two layers, in 4 bit"] / GIB == pytest.approx(0.581, abs=0.001)
     assert "experts, in 4 bit" not in plan.parts and plan.total < 8 * GIB
-    assert memory.card_facts(plan)[0].startswith("cards that hold this: from 8 GiB (")
+    assert memory.card_facts(plan)[0].startswith("cards that hold this: from 6 GiB (")
     lines = memory.expert_facts(shape.experts, apart.quantization)
     assert lines[1] == "experts in main memory: 13.93 GiB, pinned; the GPU holds those of two layers at a time"
     assert any(
