@@ -14,6 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 CAPABILITY = 89  # of the GPU that kernels are translated for: an RTX 4060's
+LAUNCHES: dict[tuple, tuple[dict[str, str], dict[str, Any]]] = {}  # by file, kernel, types and constants
 
 
 def interpret(module: str, checks: str) -> None:
@@ -25,14 +26,12 @@ def interpret(module: str, checks: str) -> None:
     pytest.importorskip("triton", reason="pip install triton: the kernels need it")
     with tempfile.TemporaryDirectory() as folder:
         seen = f"{folder}/launches"
-        interpreted = (
-            f"import torch; from tests import interpreter; launches = interpreter.patch_once(); from {module} import *"
+        checked = (
+            f"import torch; from tests import interpreter; interpreter.patch_once(); from {module} import *; {checks}"
         )
-        kept = f"{checks}; interpreter.keep(launches, {seen!r})"
-        for program, mode in (
-            (f"{interpreted}; {kept}", "1"),
-            (f"from tests import interpreter; interpreter.translate({seen!r})", "0"),
-        ):
+        kept = f"from tests import interpreter; interpreter.keep({seen!r})"
+        translated = f"from tests import interpreter; interpreter.translate({seen!r})"
+        for program, mode in ((f"{checked}; {kept}", "1"), (translated, "0")):
             environment = {**os.environ, "TRITON_INTERPRET": mode, "PYTHONPATH": str(ROOT)}
             done = subprocess.run(
                 [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True
@@ -40,19 +39,19 @@ def interpret(module: str, checks: str) -> None:
             assert done.returncode == 0, done.stderr[-2000:]
 
 
-def patch_once() -> dict:
-    """Have the interpreter prepare its language for the functions of a file once a launch; return the launches to come.
+def patch_once() -> None:
+    """Have the interpreter prepare its language for the functions of a file once a launch, and remember each launch.
 
     Triton 3.9 goes through all names of the language at every call of a device function: a third of the time.
     """
     from triton.runtime import interpreter
 
-    prepared, launch, launches = set(), interpreter.GridExecutor.__call__, {}
+    prepared, launch = set(), interpreter.GridExecutor.__call__
 
     def launch_anew(self, *args, **kwargs):
         prepared.clear()
         signature, constants = types_of(self, args, kwargs)
-        launches[self.fn.__module__, self.fn.__name__, repr(signature), repr(constants)] = signature, constants
+        LAUNCHES[self.fn.__module__, self.fn.__name__, repr(signature), repr(constants)] = signature, constants
         return launch(self, *args, **kwargs)
 
     def call(self, *args, **kwargs):
@@ -62,7 +61,6 @@ def patch_once() -> dict:
         return self.rewrite()(*args, **kwargs)
 
     interpreter.GridExecutor.__call__, interpreter.InterpretedFunction.__call__ = launch_anew, call
-    return launches
 
 
 def types_of(grid: Any, args: tuple, kwargs: dict) -> tuple[dict[str, str], dict[str, Any]]:
@@ -75,9 +73,9 @@ def types_of(grid: Any, args: tuple, kwargs: dict) -> tuple[dict[str, str], dict
     return {n: "constexpr" if n in constants else mangle_type(value) for n, value in values.items()}, constants
 
 
-def keep(launches: dict, path: str) -> None:
-    """Write the launches into a file."""
-    Path(path).write_bytes(pickle.dumps([(*key[:2], *value) for key, value in launches.items()]))
+def keep(path: str) -> None:
+    """Write the launches of this process into a file."""
+    Path(path).write_bytes(pickle.dumps([(*key[:2], *value) for key, value in LAUNCHES.items()]))
 
 
 def translate(path: str) -> None:

@@ -126,7 +126,9 @@ def test_layers_with_some_adapters_or_none_learn_what_plain_ones_do(random_model
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize("chosen", PARTLY[1:])
+@pytest.mark.parametrize(
+    "chosen", [PARTLY[1], *(pytest.param(c, marks=pytest.mark.long) for c in PARTLY[2:-1]), PARTLY[-1]]
+)
 def test_compiled_layers_with_some_adapters_or_none_learn_what_plain_ones_do(random_models, chosen):
     torch._dynamo.reset()
     plain_loss, plain = gradients(*prepared(random_models("qwen3"), **chosen))
@@ -683,14 +685,18 @@ def test_kernels_in_tritons_interpreter():
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize("kind", ["qwen2", "smollm3", "olmo2", "gemma2", "phi3"])
+@pytest.mark.parametrize(
+    "kind", ["qwen2", "gemma2", *(pytest.param(k, marks=pytest.mark.long) for k in ("smollm3", "olmo2", "phi3"))]
+)
 def test_layers_learn_the_same_from_kernels_in_tritons_interpreter(random_models, kind):
     interpret("tests.fast_path.test_layers", f"check_layers({str(random_models(kind))!r})")
 
 
 @pytest.mark.triton
 @pytest.mark.minutes
-@pytest.mark.parametrize("chosen", [PARTLY[1], PARTLY[-1]])  # a layer without adapters, and a part of each group
+@pytest.mark.parametrize(
+    "chosen", [pytest.param(PARTLY[1], marks=pytest.mark.long), PARTLY[-1]]
+)  # by layer, within one
 def test_layers_with_some_adapters_learn_the_same_from_kernels_in_tritons_interpreter(random_models, chosen):
     interpret("tests.fast_path.test_layers", f"check_layers({str(random_models('qwen2'))!r}, **{chosen!r})")
 
