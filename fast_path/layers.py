@@ -145,8 +145,9 @@ def _fused_attention(
 def _fused_mlp(self, x):
     """down(act(gate) * up): gate and up are one operator, and SwiGLU is the first part of down's operator.
 
-    If both have adapters, and gate and up are two linears, down's backward pass also computes dB of gate and up, while it holds their gradients. A
-    separate product would read all these gradients again and compute twice the numbers that are needed.
+    If both have adapters, and gate and up are two linears, down's backward pass also computes dB of gate and up, while
+    it holds their gradients. A separate product would read all these gradients again and compute twice the numbers that
+    are needed.
     """
     first, second = self.fused_gate_up, self.fused_down
     handed = first.adapters()[1] if second.adapters()[1] and len(first.outputs) == 2 else []

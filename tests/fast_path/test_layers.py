@@ -80,6 +80,11 @@ def gradients(model, clock, loss, length=24):
     return value.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
+def allowed(folder) -> float:
+    """Return how many times as far from fp32 as the plain path a family of this folder's name may be."""
+    return 1.05 if Path(folder).name.rstrip("0123456789") in ("qwen", "llama", "mistral") else 1.1
+
+
 def furthest(a: dict, b: dict) -> float:
     return max(((a[n] - b[n]).norm() / b[n].norm().clamp_min(1e-9)).item() for n in b)
 
@@ -669,7 +674,7 @@ def check_layers(folder: str, **chosen) -> None:
     # DIVIDED: in bfloat16's way, which the interpreter lacks; check_widen_backward has float16's too
     with mock.patch.multiple(fused_linear, share_rows=lambda *_: 32, DIVIDED=(torch.float16,)):
         _, fused = gradients(model, clock, loss)
-    assert fused.keys() == plain.keys() and furthest(fused, reference) <= 1.1 * furthest(plain, reference)
+    assert fused.keys() == plain.keys() and furthest(fused, reference) <= allowed(folder) * furthest(plain, reference)
 
 
 @pytest.mark.triton
@@ -889,7 +894,7 @@ def test_fused_error_on_the_gpu_is_no_larger_than_pefts(random_models, kind, com
         return sum((found[n] - reference[n]).square().sum() for n in reference).sqrt().item()
 
     worst = sorted(((found - reference[n]).norm() / reference[n].norm(), n) for n, found in fused.items())[-4:]
-    assert error(fused) <= 1.1 * error(plain), worst
+    assert error(fused) <= allowed(folder) * error(plain), worst
 
 
 @gpu
