@@ -161,6 +161,9 @@ EXCEPTIONS: dict[str, Exceptional] = {
     ),
     "deepseek_v2": Exceptional("experts per token have no default", {"num_experts_per_tok": 2}),
     "diffllama": Exceptional("its attention refuses dropout", {"attention_dropout": 0.0}),
+    "doge": Exceptional(  # equal tokens have equal scores in the first layer, and topk may keep either
+        "no two scores are equal where its attention stops to see tokens", {"keep_window_size": 20}
+    ),
     "dory": Exceptional(
         "layers are counted in three parts",
         {"num_hidden_layers": 3, "n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1,
