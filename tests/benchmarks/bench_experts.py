@@ -7,6 +7,7 @@ A line per part and tensor: milliseconds, and the share of the bytes or FLOP tha
 """
 
 import argparse
+import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +21,9 @@ before_heavy_imports()
 import torch
 import torch.nn.functional as F
 
-from fast_path import experts, packed_weights
+from fast_path import expert_kernel, experts, packed_weights
 from fast_path.expert_store import _pinned
+from fast_path.nf4 import Launch
 from quantization_utils import create_bnb_config
 
 after_heavy_imports()
@@ -78,6 +80,19 @@ def measure(options: argparse.Namespace, name: str, shape: list[int]) -> None:
     show("grouped product, forward", lambda: F.grouped_mm(x, dense.transpose(1, 2), offs=offsets))
     show("grouped product, backward", lambda: F.grouped_mm(g, dense, offs=offsets))
     show("one matrix of the same FLOP, forward", lambda: x @ dense[0].T)
+    reference = F.grouped_mm(x, dense.transpose(1, 2), offs=offsets), F.grouped_mm(g, dense, offs=offsets)
+    for launch in itertools.starmap(
+        Launch, ((128, 64, 8), (128, 64, 4), (64, 64, 8), (64, 64, 4), (128, 128, 8), (32, 64, 4))
+    ):
+        for rows_of, across, expected in ((x, True, reference[0]), (g, False, reference[1])):
+            try:
+                y = expert_kernel.routed_product(rows_of, offsets, W, across, launch)
+            except Exception as error:
+                print(f"   {launch}: {type(error).__name__}", flush=True)
+                continue
+            off = float((y - expected).float().norm() / expected.float().norm())
+            name = f"our kernel {launch.block_m, launch.block_k, launch.warps}, {'forward' if across else 'backward'}, off by {off:.1e}"
+            show(name, lambda a=rows_of, b=across, c=launch: expert_kernel.routed_product(a, offsets, W, b, c))
     show("expert_product, forward", lambda: experts.expert_product(x, offsets, *W, True))
     show("expert_product, backward", lambda: experts.expert_product(g, offsets, *W, False))
 
