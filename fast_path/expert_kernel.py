@@ -112,7 +112,8 @@ def has_kernel(dtype: torch.dtype, device: torch.device, shape: list[int], block
 
 
 @functools.cache
-def _levels(quant_type: str, device: torch.device) -> torch.Tensor:
+def levels_of(quant_type: str, device: torch.device) -> torch.Tensor:
+    """Return the 16 levels of a 4-bit type, fp32."""
     return bnb.functional.get_4bit_type(quant_type, device=device)
 
 
@@ -132,7 +133,7 @@ def routed_product(
     # Each expert has at most one tile that is partly filled, and a tile has at least one row.
     grid = triton.cdiv(outputs, COLUMNS), min(len(x), len(x) // launch.block_m + experts)
     expert_kernel[grid](
-        x, offsets, W.codes.flatten().view(torch.int32), absmax, absmax2, offset, code2, _levels(W.quant_type, x.device), y,
+        x, offsets, W.codes.flatten().view(torch.int32), absmax, absmax2, offset, code2, levels_of(W.quant_type, x.device), y,
         experts, columns if across else rows, outputs, ACROSS=across, NESTED=nested, BLOCKSIZE=W.blocksizes[0],
         BLOCKSIZE2=W.blocksizes[1], EXPERTS=triton.next_power_of_2(experts), BLOCK_M=launch.block_m, BLOCK_N=COLUMNS,
         BLOCK_K=launch.block_k, SHUFFLE=SHUFFLE, num_warps=launch.warps,

@@ -191,6 +191,7 @@ def unpack_by_blocks() -> torch.library.Library:
         rows = [count // blocksize, blocksize] if count % blocksize == 0 else [1, count]
         return theirs.call_boxed(keys, codes, absmax, blocksize, quant_type, rows, dtype).view(shape)
 
-    with warnings.catch_warnings(action="ignore"):  # that this replaces bitsandbytes' own
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that this replaces bitsandbytes' own
         own.impl(name, by_blocks, "CPU", with_keyset=True, allow_override=True)
     return own  # which holds what it registered for as long as it lives

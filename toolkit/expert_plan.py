@@ -8,6 +8,7 @@ from torch import nn
 from fast_path import families
 from fast_path.experts import grouped_gpu
 from fast_path.families import expert_parameters, expert_tensors
+from fast_path.nf4 import lacks_triton
 
 NESTED_BLOCK = 256  # constants per second-level one
 # A token's experts, by its names in transformers' configurations.
@@ -73,12 +74,17 @@ class ExpertShape:
         )
 
     def _unpacked(self, weights: int, width: int) -> int:
-        """Return the bytes of a tensor with so many weights per expert, unpacked, and of its constants in fp32.
+        """Return the bytes that a product needs for the unpacked weights of a tensor with so many of them per expert.
 
-        A GPU with grouped products unpacks all experts, another one at a time; without a GPU the plan is for the former.
+        As `expert_product` does it: with grouped products all experts, else with Triton none, else one of them and all
+        constants in fp32. Without a GPU the plan is for one with both.
         """
-        whole = width == 2 and (not torch.cuda.is_available() or grouped_gpu(torch.device("cuda", 0)))
-        return weights * (self.count if whole else 1) * width + weights * self.count // families.BLOCK * 4
+        gpu = torch.cuda.is_available()
+        if width == 2 and (not gpu or grouped_gpu(torch.device("cuda", 0))):
+            return weights * self.count * width + (weights * self.count // families.BLOCK * 4 if lacks_triton() else 0)
+        if width == 2 and not lacks_triton():
+            return 0
+        return weights * width + weights * self.count // families.BLOCK * 4
 
 
 def expert_shape(model: nn.Module) -> ExpertShape:

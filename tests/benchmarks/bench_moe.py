@@ -242,12 +242,20 @@ def main() -> None:
     )
     parser.add_argument("--profile", action="store_true", help="print what takes most of a step's time on the GPU")
     parser.add_argument("--tiny", action="store_true", help="a tiny shape with two layers")
+    parser.add_argument("--together", action="store_true", help="all cases in this process, which saves the imports")
     parser.add_argument("--single", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.single:
         print("RESULT " + json.dumps(run_case(json.loads(options.single))))
         return
-    rows = [run_process(case, options.timeout) for case in cases_of(options)]
+    if options.together:
+        rows = []
+        for case in cases_of(options):
+            rows.append(run_case(case))
+            print(json.dumps(rows[-1]), flush=True)
+            let_go()
+    else:
+        rows = [run_process(case, options.timeout) for case in cases_of(options)]
     print(f"{'case':<8}{'layers':>7}{'tokens/s':>10}{'peak GiB':>10}{'planned':>9}{'loaded':>8}{'loss':>16}")
     for row in rows:
         if "failed" in row:
