@@ -317,7 +317,11 @@ def load_model_and_tokenizer(
         model_config = AutoConfig.from_pretrained(model_name, **source)
         stored = stored_in_4bit(model_config, model_name)
         apart = experts == "cpu" and torch.device(device).type == "cuda"
-        if apart and (bnb_config is None or stored):
+        if apart and stored:
+            raise ConfigError(
+                f"quantization.experts: cpu needs a model in 16 bit, and {model_name} is stored in 4 bit; use gpu"
+            )
+        if apart and bnb_config is None:
             raise no_experts(model_name)
         with packing_experts(apart):
             model, loaded = auto_class(model_config).from_pretrained(

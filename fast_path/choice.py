@@ -8,7 +8,7 @@ from peft.utils.other import TrainableTokensWrapper
 
 from config import ConfigError, PerformanceConfig
 from fast_path import families
-from fast_path.experts import in_main_memory, one_by_one
+from fast_path.experts import one_by_one, products_line
 from fast_path.layers import plain_parts
 from fast_path.nf4 import HAS_TRITON
 from fast_path.packed_weights import fusable
@@ -53,12 +53,11 @@ def choose_fast_path(
 
     fused = decide("fused_lora", None if fusables else "no plain LoRA adapter on a 4-bit linear")
     no_triton = gpu and not HAS_TRITON and "Triton is not installed (Windows: pip install triton-windows)"
-    fetched = in_main_memory(model)
-    compiled = decide("compile", no_triton or fetched or (None if fused else "it needs fused_lora"))
+    compiled = decide("compile", no_triton or (None if fused else "it needs fused_lora"))
     copies = "no graph can hold the copies to main memory" if offload else None
     if trains_tokens(model):
         copies = "the rows of lora.train_tokens are looked up by numbers from the host"
-    copies = fetched or one_by_one(model.get_base_model(), dtype, device) or copies
+    copies = one_by_one(model.get_base_model(), dtype, device) or copies
     graphs = decide("cuda_graphs", copies if gpu else "there is no CUDA GPU")
     kernels = gpu and HAS_TRITON and dtype is not torch.float32  # not in fp32: tl.dot would round it to tf32
     line = "fast path: " + (", ".join(name for name, on in runs.items() if on) or "none")
@@ -67,4 +66,6 @@ def choose_fast_path(
     for reason in dict.fromkeys(reasons.values()):
         names = [name for name, other in reasons.items() if other == reason]
         line += f" ({reason})" if len(names) == len(runs) else f" | without {', '.join(names)}: {reason}"
+    if experts := products_line(model.get_base_model(), dtype, device):
+        line += f" | {experts}"
     return FastPath(fused, compiled, graphs, kernels, line)

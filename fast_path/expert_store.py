@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import bitsandbytes as bnb
 import torch
@@ -16,8 +16,8 @@ ALIGNED = 256  # bytes: where a tensor begins within a layer's buffer
 class ExpertStore:
     """Holds the packed experts of all layers in one buffer per layer, pinned, and brings them to the device in turn.
 
-    Each layer is one copy, on a stream of its own, into one of two slots: while a layer computes, the next one comes.
-    A guess that is wrong costs the time of a copy. On a device without streams (tests) copies are made at once.
+    Each layer is one copy, on a stream of its own, into one of two slots: while a layer computes, the next one comes. A
+    CUDA graph may hold the copies, since all addresses stay. On a device without streams (tests) copies are made at once.
     """
 
     def __init__(self, modules: Sequence[PackedExperts], device: torch.device):
@@ -30,7 +30,10 @@ class ExpertStore:
         self.stream = torch.cuda.Stream(device) if cuda else None
         self.ready = [torch.cuda.Event() if cuda else None for _ in range(2)]
         for number, module in enumerate(self.modules):
-            module.store, module.place = self, number
+            module.store = self
+            for name in module.packed_names:
+                place = Place(weakref.ref(self), number, name, name == module.packed_names[0])
+                PLACES[module._parameters[name].data_ptr()] = place
 
     def _gather(self, module: PackedExperts, pin: bool) -> tuple[torch.Tensor, dict[str, list[slice]]]:
         """Move a module's codes and constants into one buffer; return it and where each tensor's parts are in it."""
@@ -50,20 +53,18 @@ class ExpertStore:
             module._parameters[name] = _with_parts(module._parameters[name], views, self.device)
         return buffer, places
 
-    def expect(self, number: int) -> None:
-        """Bring a layer to the device, and start to bring the one that is needed after it.
+    def expect(self, number: int, turns: bool = False) -> None:
+        """Bring a layer to the device if it is not there, and start to bring the one that is needed after it.
 
         Backward passes go down, and their recomputed forward passes too; other forward passes go up, and with gradients
-        they turn round at the last layer.
+        (turns) they turn round at the last layer.
         """
-        count = len(self.modules)
-        if torch._C._current_graph_task_id() != -1:  # within autograd's backward pass, as torch's checkpoint asks too
-            following = number - 1 if number else 1
-        else:
-            following = number + 1 if number + 1 < count else number - 1 if torch.is_grad_enabled() else 0
+        following = number - 1 if _goes_down() else number + 1
+        if following == len(self.modules):
+            following = number - 1 if turns else -1
         if number not in self.holds:
             self._fetch(number, 0)
-        if 0 <= following < count and following not in self.holds:
+        if following >= 0 and following not in self.holds:
             self._fetch(following, 1 - self.holds.index(number))
 
     def tensor(self, number: int, name: str) -> Experts:
@@ -75,10 +76,6 @@ class ExpertStore:
         views = [_view(self.slots[slot], p, t) for p, t in zip(places, _parts(parameter), strict=True)]
         here = operand(parameter)
         return here._replace(codes=views[0], constants=[*views[1:], *here.constants[len(views) - 1 :]])
-
-    def product(self, x: torch.Tensor, offsets: torch.Tensor, module: PackedExperts, name: str) -> torch.Tensor:
-        """Return `expert_product` with a tensor of a layer that was expected."""
-        return _FetchedProduct.apply(x, offsets, module, name, not module.is_transposed)
 
     def _fetch(self, number: int, slot: int) -> None:
         buffer, self.holds[slot] = self.layers[number][0], number
@@ -126,21 +123,66 @@ def _with_parts(parameter: bnb.nn.Params4bit, parts: list[torch.Tensor], device:
     )  # fmt: skip
 
 
-class _FetchedProduct(torch.autograd.Function):
-    """`expert_product` with a tensor of the store, which it asks for again in the backward pass."""
+class Place(NamedTuple):
+    """Where a packed tensor belongs: the layer's number in its store, and whether the layer's forward pass begins with it."""
 
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, offsets: torch.Tensor, module: PackedExperts, name: str, across: bool):
-        ctx.save_for_backward(offsets)
-        ctx.settings = module, name, across
-        return expert_product(x, offsets, *module.store.tensor(module.place, name), across)
+    store: weakref.ref[ExpertStore]
+    number: int
+    name: str
+    begins: bool
 
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor):
-        (offsets,), (module, name, across) = ctx.saved_tensors, ctx.settings
-        module.store.expect(module.place)
-        W = module.store.tensor(module.place, name)
-        return expert_product(grad.contiguous(), offsets, *W, not across), None, None, None, None
+
+# By the address of the codes in main memory: to a compiler all layers are the same, and a number would be a constant of it.
+PLACES: dict[int, Place] = {}
+
+
+def _goes_down() -> bool:
+    """Return whether this is within autograd's backward pass; torch's checkpoint asks in the same way."""
+    return torch._C._current_graph_task_id() != -1
+
+
+@torch.library.custom_op("qlora::fetched_product", mutates_args=())
+def fetched_product(
+    x: torch.Tensor, offsets: torch.Tensor, codes: torch.Tensor, shape: list[int], across: bool, turns: bool
+) -> torch.Tensor:
+    """Return `expert_product` with a tensor of a store. codes: its codes in main memory; turns: as in ExpertStore.expect.
+
+    A forward pass fetches its first layer anew: a graph that was replayed may have left other layers in the slots.
+    """
+    _, number, name, begins = place = PLACES[codes.data_ptr()]
+    store = place.store()
+    if begins and number == 0 and not _goes_down():
+        store.holds = [None, None]
+    store.expect(number, turns)
+    return expert_product(x, offsets, *store.tensor(number, name), across)
+
+
+@fetched_product.register_fake
+def _(x, offsets, codes, shape, across, turns):
+    return x.new_empty(len(x), shape[1] if across else shape[2])
+
+
+def _setup(ctx, inputs, output):
+    _, offsets, codes, *ctx.settings = inputs
+    ctx.save_for_backward(offsets, codes)
+
+
+def _backward(ctx, grad):
+    shape, across, _ = ctx.settings
+    return fetched_product(grad.contiguous(), *ctx.saved_tensors, shape, not across, False), *[None] * 5
+
+
+fetched_product.register_autograd(_backward, setup_context=_setup)
+
+
+def join_copies() -> None:
+    """Have the current stream wait for copies that are part of the graph which it is capturing, as a capture must end."""
+    for store in {place.store() for place in PLACES.values()}:
+        if store is not None and store.stream is not None:
+            with torch.cuda.stream(store.stream):
+                captures = torch.cuda.is_current_stream_capturing()
+            if captures:
+                torch.cuda.current_stream(store.device).wait_stream(store.stream)
 
 
 def keep_in_main_memory(model: nn.Module, device: torch.device) -> None:

@@ -25,7 +25,9 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 
 from config import ConfigError
+from fast_path.expert_kernel import has_kernel, levels_of, routed_product
 from fast_path.families import expert_parameters, expert_tensors, routers
+from fast_path.packed_weights import Packed, operands
 
 # ------------------------------------------------------------------------------------------------ packing
 
@@ -177,7 +179,18 @@ class Experts(NamedTuple):
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """Return all experts."""
-        return _unpacked(self.codes, self.absmax(), self, dtype)
+        if not self.kernels(dtype):
+            return _unpacked(self.codes, self.absmax(), self, dtype)
+        absmax, *second = self.constants
+        if second:
+            second[1] = second[1].expand_as(second[0]).contiguous()  # the offset, one per second-level constant
+        lut, columns = levels_of(self.quant_type, self.codes.device), self.shape[2]
+        rows = Packed(self.codes.flatten(), [absmax, *second], lut, columns, self.blocksizes, self.quant_type)
+        return operands(rows, [], [], 1.0, dtype, kernels=True)[0].view(self.shape)
+
+    def kernels(self, dtype: torch.dtype) -> bool:
+        """Return whether Triton kernels unpack these experts and multiply by them."""
+        return has_kernel(dtype, self.codes.device, self.shape, self.blocksizes[0])
 
     def each(self, wanted: list[int], dtype: torch.dtype) -> Iterator[torch.Tensor]:
         """Yield these experts, one after the other."""
@@ -233,19 +246,31 @@ def grouped_gpu(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] in GROUPED
 
 
+def packed_tensors(model: nn.Module) -> list[Experts]:
+    """Return the packed tensors of a model's experts."""
+    return [operand(p) for p in expert_parameters(model) if isinstance(p, bnb.nn.Params4bit)]
+
+
 def one_by_one(model: nn.Module, dtype: torch.dtype, device: torch.device) -> str | None:
     """Return why a model's experts are computed one after the other, as their numbers of rows reach the host; else None."""
-    sizes = [p.quant_state.shape[1:] for p in expert_parameters(model) if isinstance(p, bnb.nn.Params4bit)]
-    if not sizes:
+    x, tensors = torch.empty(0, dtype=dtype, device=device), packed_tensors(model)
+    if all(_grouped(x, W.shape[1:]) for W in tensors):
         return None
-    x = torch.empty(0, dtype=dtype, device=device)
-    return None if all(_grouped(x, list(size)) for size in sizes) else "its experts are computed one after the other"
+    if not all(has_kernel(dtype, device, W.shape, W.blocksizes[0]) for W in tensors):
+        return "its experts are computed one after the other"
+    adapted = any(isinstance(module, ExpertsLora) for module in model.modules())
+    return "the adapters of its experts are computed one after the other" if adapted else None
 
 
-def in_main_memory(model: nn.Module) -> str | None:
-    """Return why a model's layers are neither compiled nor captured if they fetch their experts; else None."""
-    stored = any(isinstance(m, PackedExperts) and m.store is not None for m in model.modules())
-    return "layers fetch their experts from main memory" if stored else None
+def products_line(model: nn.Module, dtype: torch.dtype, device: torch.device) -> str:
+    """Return the words for the log about how a model's packed experts are computed; "" without such experts."""
+    if not (tensors := packed_tensors(model)):
+        return ""
+    if all(_grouped(torch.empty(0, dtype=dtype, device=device), W.shape[1:]) for W in tensors):
+        return "experts: all of a layer unpacked, one grouped product"
+    if all(has_kernel(dtype, device, W.shape, W.blocksizes[0]) for W in tensors):
+        return "experts: unpacked within the kernel of their product"
+    return "experts: unpacked and multiplied one after the other"
 
 
 def grouped_product(x: torch.Tensor, weights: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
@@ -266,18 +291,22 @@ def expert_product(
 ) -> torch.Tensor:  # fmt: skip
     """Return x times the packed matrix of each row's expert, as `grouped_product`; across: times its transpose.
 
-    On a GPU with grouped products nothing waits for the host: all experts are unpacked for one of them, or with fewer
-    rows than experts (generation) those of the rows. Elsewhere the routed experts are unpacked one at a time.
+    On a GPU with Triton nothing waits for the host: where torch has grouped products all experts are unpacked for one of
+    them; elsewhere, and with fewer rows than experts (generation), a kernel unpacks tiles of those that have rows. On a
+    CPU the routed experts are unpacked one at a time.
     """
     W = Experts(codes, constants, shape, blocksizes, quant_type)
+    grouped, few = _grouped(x, shape[1:]), len(x) < shape[0]
+    if W.kernels(x.dtype) and (few or not grouped):
+        return routed_product(x, offsets, W, across)
 
     def turned(w: torch.Tensor) -> torch.Tensor:
         return w.transpose(-2, -1) if across else w
 
-    if x.is_cuda and len(x) < shape[0]:
+    if x.is_cuda and few:
         wanted = torch.searchsorted(offsets, torch.arange(len(x), device=x.device, dtype=offsets.dtype), right=True)
         return torch.bmm(x[:, None], turned(W.some(wanted, x.dtype)))[:, 0]
-    if _grouped(x, shape[1:]):
+    if grouped:
         return F.grouped_mm(x, turned(W.dense(x.dtype)), offs=offsets)
     y, ends = x.new_empty(len(x), shape[1] if across else shape[2]), [0, *offsets.tolist()]
     wanted = [number for number in range(shape[0]) if ends[number] < ends[number + 1]]
@@ -351,7 +380,6 @@ class PackedExperts(nn.Module):
 
     packed_names: list[str]
     store: Any = None  # the ExpertStore that brings the tensors, if they lie in main memory
-    place = 0  # of this layer in the store
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor,
@@ -365,27 +393,31 @@ class PackedExperts(nn.Module):
         places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         offsets = torch.searchsorted(numbers, torch.arange(experts, device=order.device), right=True).int()
         adapters = adapters or {}
-        if self.store is not None:
-            self.store.expect(self.place)
 
-        def project(x: torch.Tensor, name: str) -> torch.Tensor:
+        def project(x: torch.Tensor, name: str, factor: torch.Tensor | int = 1) -> torch.Tensor:
             y = self.product(x, offsets, name)
             for A, B, scale in adapters.get(name, ()):
                 y = y + low_rank(x, A, B, scale, offsets)
-            return y + self._parameters[f"{name}_bias"][numbers] if self.has_bias else y
+            return y + factor * self._parameters[f"{name}_bias"][numbers] if self.has_bias else y
 
+        share = _Spread.apply(top_k_weights.reshape(-1, 1), order, places, 1)
         x = project(_Spread.apply(hidden_states.to(dtype), order, places, each), first)
-        x = project(self._apply_gate(x) if self.has_gate else self.act_fn(x), last)
+        x = self._apply_gate(x) if self.has_gate else self.act_fn(x)
         if self.has_post_expert_norm:
-            x = self.post_expert_norm(x)
-        x = x * _Spread.apply(top_k_weights.reshape(-1, 1), order, places, 1)
+            x = share * self.post_expert_norm(project(x, last))
+        else:
+            # An expert's share before its last product instead of after it: the same mixture, on fewer columns, and the
+            # gradient of the share needs no output of that product, which a compiled layer then does not compute again.
+            x = project((share * x).to(dtype), last, share)
         return _Gather.apply(x, order, places, each).to(hidden_states.dtype)
 
     def product(self, x: torch.Tensor, offsets: torch.Tensor, name: str) -> torch.Tensor:
         """Return x times the matrices of a tensor, for the expert of each row."""
+        W, across = operand(self._parameters[name]), not self.is_transposed
         if self.store is not None:
-            return self.store.product(x, offsets, self, name)
-        return expert_product(x, offsets, *operand(self._parameters[name]), not self.is_transposed)
+            turns = torch.is_grad_enabled()
+            return torch.ops.qlora.fetched_product(x, offsets, W.codes, W.shape, across, turns)
+        return expert_product(x, offsets, *W, across)
 
 
 @functools.cache

@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch import nn
 
 from fast_path import choice, dropout, families
+from fast_path.expert_store import join_copies
 from fast_path.loss import IGNORED, Objective
 
 # ------------------------------------------------------------------------------------------------ memory
@@ -132,6 +133,7 @@ class Captured:
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, pool=pool):
             self.result = self.step(**self.batch)
+            join_copies()
 
     def __call__(self, **batch: torch.Tensor) -> torch.Tensor:
         """Replay the graph for a batch of at most the captured shape. The next replay overwrites the returned tensor."""

@@ -99,6 +99,11 @@ def runs_on(device: torch.device) -> bool:
     return INTERPRETED or (HAS_TRITON and device.type == "cuda" and not torch.version.hip)
 
 
+def lacks_triton() -> bool:
+    """Return whether there is a GPU but no Triton; without a GPU the plan is for a GPU with Triton."""
+    return torch.cuda.is_available() and not HAS_TRITON
+
+
 # ------------------------------------------------------------------------------------------------ launches
 
 

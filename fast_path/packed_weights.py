@@ -1,6 +1,8 @@
 """4-bit weights for the operators: find the modules that have them, stack and dequantise them."""
 
+import functools
 import math
+import warnings
 from typing import NamedTuple
 
 import bitsandbytes as bnb  # (also registers the operators that dequantise without Triton)
@@ -163,8 +165,33 @@ def keep_packing(model: nn.Module, keep: bool = True) -> None:
     """Stop bitsandbytes from repacking its 4-bit weights; keep=False allows it again, which is its default.
 
     On a CPU with AVX512-BF16 one forward pass in eval mode repacks them permanently. Training after that would be
-    wrong, but generation is faster (docs/measurements.md).
+    wrong, but generation is faster (docs/measurements.md). Weights whose rows are not whole blocks, or whose rows are
+    not whole groups of 32, cannot be repacked: bitsandbytes 0.50 fails there.
     """
+    unpack_by_blocks()
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
-            module.support_avx512bf16_for_cpu = not keep and bnb.functional.has_avx512bf16()
+            state = getattr(module.weight, "quant_state", None)
+            whole = state is not None and module.in_features % state.blocksize == module.out_features % 32 == 0
+            module.support_avx512bf16_for_cpu = not keep and whole and bnb.functional.has_avx512bf16()
+
+
+@functools.cache
+def unpack_by_blocks() -> torch.library.Library:
+    """Have bitsandbytes unpack 4-bit weights on a CPU as rows of one block each, whatever their shape, in this process.
+
+    Version 0.50 takes wrong constants on a CPU with AVX-512 where rows are not whole blocks of 64 weights but divide by
+    16, such as the 4,304 of SigLIP's MLP: the values are wrong, without an error.
+    """
+    name, own = "dequantize_4bit", torch.library.Library("bitsandbytes", "IMPL")
+    theirs = torch.library.get_kernel(f"bitsandbytes::{name}", "CPU")
+
+    def by_blocks(keys, codes, absmax, blocksize, quant_type, shape, dtype):
+        count = math.prod(shape)
+        rows = [count // blocksize, blocksize] if count % blocksize == 0 else [1, count]
+        return theirs.call_boxed(keys, codes, absmax, blocksize, quant_type, rows, dtype).view(shape)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that this replaces bitsandbytes' own
+        own.impl(name, by_blocks, "CPU", with_keyset=True, allow_override=True)
+    return own  # which holds what it registered for as long as it lives

@@ -8,6 +8,7 @@ from torch import nn
 from fast_path import families
 from fast_path.experts import grouped_gpu
 from fast_path.families import expert_parameters, expert_tensors
+from fast_path.nf4 import lacks_triton
 
 NESTED_BLOCK = 256  # constants per second-level one
 # A token's experts, by its names in transformers' configurations.
@@ -21,7 +22,6 @@ class ExpertShape:
     packed: int = 0  # weights that load in 4 bit
     plain: int = 0  # of another layout, which stay in 16 bit
     of_a_layer: int = 0  # packed weights of the layer with the most
-    largest: int = 0  # weights of the largest tensor, which a GPU unpacks whole
     count: int = 0  # experts of a layer
     each: int = 0  # experts of a token
     hidden: int = 0
@@ -51,23 +51,40 @@ class ExpertShape:
     def saved_bytes(self) -> int:
         """Return the bytes per token that a layer without checkpointing keeps: of 16 bit but for indices and the router.
 
-        The first product's output, gate after its activation, and the last product's, which is weighted; where each row
-        belongs and comes back to, and its expert; the router's scores in fp32.
+        The first product's output, gate after its activation, and the last product's input before it is weighted; where
+        each row belongs and comes back to, and its expert; the router's scores in fp32.
         """
-        rows = 2 * (self.first + self.inner + self.hidden) + 3 * 8
+        rows = 2 * (self.first + 2 * self.inner) + 3 * 8
         return self.each * rows + 4 * self.count if self.layers else 0
 
     def transient_bytes(self, tokens: int, width: int) -> int:
-        """Return the bytes that the backward pass of a layer's experts needs for a moment: gradients, unpacked weights.
+        """Return the bytes that a layer's experts need for a moment of its backward pass, beyond what the layer saved.
 
-        width: bytes of a number in the compute dtype. Without a GPU the plan is for one that unpacks a tensor whole.
+        The largest of four moments. When the first product's gradient is computed, nothing is left of what the experts
+        saved. width: bytes of a number in the compute dtype.
         """
         if not self.layers:
             return 0
-        whole = width == 2 and (not torch.cuda.is_available() or grouped_gpu(torch.device("cuda", 0)))
-        unpacked = self.largest if whole or not self.count else self.largest // self.count
-        gradients = 2 * self.each * tokens * (2 * self.hidden + 2 * self.first)
-        return gradients + unpacked * width + self.largest // families.BLOCK * 4
+        row, first, last = width * self.each * tokens, self.hidden * self.first, self.hidden * self.inner
+        return max(
+            row * (self.hidden + self.inner) + self._unpacked(last, width),  # the last product: gradients of y and x
+            row * 2 * self.hidden + width * tokens * self.hidden,  # rows by expert, by token, and their sum
+            row * 3 * self.inner,  # the shares: gradients of both factors
+            row * (self.first + self.hidden) + self._unpacked(first, width) - tokens * self.saved_bytes(),
+        )
+
+    def _unpacked(self, weights: int, width: int) -> int:
+        """Return the bytes that a product needs for the unpacked weights of a tensor with so many of them per expert.
+
+        As `expert_product` does it: with grouped products all experts, else with Triton none, else one of them and all
+        constants in fp32. Without a GPU the plan is for one with both.
+        """
+        gpu = torch.cuda.is_available()
+        if width == 2 and (not gpu or grouped_gpu(torch.device("cuda", 0))):
+            return weights * self.count * width + (weights * self.count // families.BLOCK * 4 if lacks_triton() else 0)
+        if width == 2 and not lacks_triton():
+            return 0
+        return weights * width + weights * self.count // families.BLOCK * 4
 
 
 def expert_shape(model: nn.Module) -> ExpertShape:
@@ -92,7 +109,6 @@ def expert_shape(model: nn.Module) -> ExpertShape:
         packed=packed,
         plain=total - packed,
         of_a_layer=max(sizes),
-        largest=max(t.numel() for of_layer in tensors for t in of_layer),
         count=first.shape[0],
         each=each,
         hidden=last.shape[out],

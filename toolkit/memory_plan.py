@@ -19,7 +19,7 @@ from fast_path.experts import no_experts
 from fast_path.families import Family
 from fast_path.loss import default_logit_chunk
 from fast_path.model_targets import resolved_targets
-from fast_path.nf4 import HAS_TRITON
+from fast_path.nf4 import lacks_triton
 from fast_path.optimizers import OPTIMIZERS
 from fast_path.packed_weights import adapter_columns, operand_columns
 from fast_path.targets import named, select
@@ -198,13 +198,7 @@ def expected_path(config: Config) -> str:
     """Return the path that a run on a GPU with Triton would take."""
     if config.performance.fused_lora == "off" or config.lora.use_dora or not config.quantization.load_in_4bit:
         return PLAIN
-    fetched = config.quantization.experts == "cpu"  # by layers that no compiler can look into
-    return FUSED if config.performance.compile == "off" or lacks_triton() or fetched else COMPILED
-
-
-def lacks_triton() -> bool:
-    """Return whether there is a GPU but no Triton; without a GPU the plan is for a GPU with Triton."""
-    return torch.cuda.is_available() and not HAS_TRITON
+    return FUSED if config.performance.compile == "off" or lacks_triton() else COMPILED
 
 
 def plain_layers(shape: ModelShape, path: str) -> bool:

@@ -184,6 +184,12 @@ def run_case(case: dict) -> dict:
     losses += [step(2 + number, ids) for number in range(case["steps"])]
     wait()
     row["tokens_s"] = round(case["steps"] * case["length"] / (time.perf_counter() - began), 1)
+    if case["profile"] and device.type == "cuda":
+        with torch.profiler.profile() as profile:
+            step(99, ids)
+            wait()
+        table = profile.key_averages().table(sort_by="self_cuda_time_total", row_limit=30, max_name_column_width=70)
+        print(table, file=sys.stderr)
     row["first_loss"], row["last_loss"] = (round(float(loss), 3) for loss in (losses[0], losses[-1]))
     if device.type == "cuda":
         row["peak_gib"] = round(torch.cuda.max_memory_reserved() / GIB, 2)
@@ -198,6 +204,7 @@ def cases_of(options: argparse.Namespace) -> list[dict]:
     layers = min(options.layers, 2) if options.tiny else options.layers
     few = min(options.hf_layers, layers)
     rest = {"length": options.length, "steps": options.steps, "tiny": options.tiny, "set": options.set}
+    rest["profile"] = options.profile
     found = [
         {"name": name, "kind": "ours", "experts": name, "layers": layers} for name in options.cases if name != "hf"
     ]
@@ -214,7 +221,8 @@ def run_process(case: dict, timeout: int) -> dict:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
         rows = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
         row = rows[0] if rows else {"case": case["name"], "layers": case["layers"], "failed": done.stderr[-1500:]}
-        print("\n".join(line for line in done.stderr.splitlines() if line.startswith(("fast path", "adapters"))))
+        shown = [line for line in done.stderr.splitlines() if line.startswith(("fast path", "adapters"))]
+        print(done.stderr if case["profile"] else "\n".join(shown), flush=True)
     except subprocess.TimeoutExpired:
         row = {"case": case["name"], "layers": case["layers"], "failed": f"longer than {timeout} s"}
     print(json.dumps(row), flush=True)
@@ -232,13 +240,22 @@ def main() -> None:
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="SECTION.KEY=VALUE", help="settings of this toolkit's cases"
     )
+    parser.add_argument("--profile", action="store_true", help="print what takes most of a step's time on the GPU")
     parser.add_argument("--tiny", action="store_true", help="a tiny shape with two layers")
+    parser.add_argument("--together", action="store_true", help="all cases in this process, which saves the imports")
     parser.add_argument("--single", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.single:
         print("RESULT " + json.dumps(run_case(json.loads(options.single))))
         return
-    rows = [run_process(case, options.timeout) for case in cases_of(options)]
+    if options.together:
+        rows = []
+        for case in cases_of(options):
+            rows.append(run_case(case))
+            print(json.dumps(rows[-1]), flush=True)
+            let_go()
+    else:
+        rows = [run_process(case, options.timeout) for case in cases_of(options)]
     print(f"{'case':<8}{'layers':>7}{'tokens/s':>10}{'peak GiB':>10}{'planned':>9}{'loaded':>8}{'loss':>16}")
     for row in rows:
         if "failed" in row:

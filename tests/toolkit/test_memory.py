@@ -10,10 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import train_qlora
 from config import ConfigError, load_config
-from fast_path import attention, choice, compiled, dropout, micro_step
+from fast_path import attention, choice, compiled, dropout, experts, micro_step
 from fast_path.families import expert_parameters
 from fast_path.layers import fuse
 from fast_path.loss import CausalLMLoss
@@ -25,6 +26,7 @@ from quantization_utils import (
 )
 from tests.families import build
 from toolkit import evaluation, memory, memory_plan
+from toolkit.expert_plan import expert_shape
 from toolkit.memory import savings
 from toolkit.memory_plan import COMPILED, FUSED, GIB, PLAIN, MemoryPlan, Rates, fit, model_shape, plan_memory, step_down
 
@@ -428,3 +430,34 @@ def test_when_nothing_is_left_the_run_ends_with_three_and_its_checkpoint(train, 
     assert (folder / "checkpoint-2").is_dir()
     monkeypatch.undo()
     assert train(*FP32, output_dir=folder)[0] == 0  # and it goes on from there
+
+
+# (tokens, hidden, inner, experts, experts of a token): the first product's weights, the sum of rows, the activation
+@pytest.mark.parametrize("sizes", [(64, 256, 256, 16, 4), (512, 512, 64, 4, 4), (512, 128, 512, 4, 4)])
+def test_experts_need_what_is_planned_in_the_backward_pass(sizes, monkeypatch):
+    """What the allocator held at most in a layer's experts, forward and backward, as on a GPU that unpacks a tensor whole."""
+    tokens, hidden, inner, count, each = sizes
+    model = Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            vocab_size=64, hidden_size=hidden, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=16, num_experts=count, num_experts_per_tok=each, moe_intermediate_size=inner,
+        )
+    ).bfloat16()  # fmt: skip
+    planned = expert_shape(model)
+    experts.pack(model, create_bnb_config())
+    monkeypatch.setattr(experts, "_grouped", lambda x, sizes: True)
+    module = model.model.layers[0].mlp.experts
+    x = torch.randn(tokens, hidden, dtype=torch.bfloat16, requires_grad=True)
+    chosen = torch.rand(tokens, count).topk(each).indices
+    shares = torch.rand(tokens, each, dtype=torch.bfloat16, requires_grad=True)
+
+    def step() -> None:
+        module(x, chosen, shares).backward(torch.ones_like(x))
+
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    sizes = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    peak = max(itertools.accumulate(sizes))
+    needed = tokens * planned.saved_bytes() + planned.transient_bytes(tokens, 2)
+    assert peak == pytest.approx(needed, rel=0.06)
