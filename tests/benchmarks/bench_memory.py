@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,7 +34,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwe
 
 import train_qlora
 from fast_path import micro_step, optimizers
-from toolkit import memory_plan
+from toolkit import memory, memory_plan
 
 after_heavy_imports()
 
@@ -52,7 +53,16 @@ MODELS = {
         hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32, intermediate_size=11008,
         vocab_size=32000, tie_word_embeddings=False, max_position_embeddings=8192,
     ),
+    "qwen7b": Qwen2Config(
+        hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, intermediate_size=18944,
+        vocab_size=152064, tie_word_embeddings=False, max_position_embeddings=131072,
+    ),
+    "llama8b": LlamaConfig(
+        hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, intermediate_size=14336,
+        vocab_size=128256, tie_word_embeddings=False, max_position_embeddings=131072, head_dim=128,
+    ),
 }  # fmt: skip
+SMALL_CARD = {"performance.memory_limit_gib": "7.8"}  # with the context: 7.3 GiB for the allocator
 # (model, micro-batch, length, checkpointed layers, settings)
 GRID = [
     ("3b", 1, 512, 0, {}),
@@ -85,6 +95,9 @@ GRID = [
     ("7b", 4, 512, 32, {}),
     ("7b", 1, 8192, 32, {}),
     ("7b", 16, 512, 16, {}),
+    ("qwen7b", 1, 512, 28, SMALL_CARD),
+    ("llama8b", 1, 512, 32, SMALL_CARD),
+    ("llama8b", 4, 512, 32, SMALL_CARD),
 ]  # fmt: skip
 
 
@@ -118,17 +131,44 @@ def random_model(name: str, double: bool) -> PreTrainedModel:
     return model
 
 
-def measure(name: str, config: Config, plan: memory_plan.MemoryPlan) -> float:
-    """Return the GiB that an evaluation and two optimizer steps of two micro-batches reserve at most."""
+def held() -> dict[str, float]:
+    """Return the GiB that are allocated and reserved now, and the largest of both so far."""
+    stats = ("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved")
+    return {name: round(getattr(torch.cuda, name)() / GIB, 3) for name in stats}
+
+
+def pools() -> list[dict[str, object]]:
+    """Return the GiB of each of the allocator's pools and streams: reserved and in use."""
+    found: dict[tuple, list[int]] = {}
+    for segment in torch.cuda.memory_snapshot():
+        sizes = found.setdefault((str(segment["segment_pool_id"]), segment["stream"] % 10**6), [0, 0])
+        sizes[0] += segment["total_size"]
+        sizes[1] += segment["allocated_size"]
+    return [
+        {"pool": pool, "stream": stream, "reserved": round(reserved / GIB, 3), "in use": round(used / GIB, 3)}
+        for (pool, stream), (reserved, used) in found.items()
+    ]
+
+
+def measure(name: str, config: Config, plan: memory_plan.MemoryPlan, row: dict) -> float:
+    """Return the GiB that an evaluation and two optimizer steps of two micro-batches reserve at most.
+
+    row: gets what was held after each stage, and tokens/s.
+    """
+    device, stages = torch.device("cuda", 0), row.setdefault("stages", {})
     model = random_model(name, config.quantization.use_double_quant)
     micro_step.let_go()
     torch.cuda.reset_peak_memory_stats()  # making random weights takes more than loading them
+    if config.performance.memory_limit_gib:
+        memory.cap_memory(device, config.performance.memory_limit_gib)
+    stages["weights"] = held()
     learner = train_qlora.build_learner(config, model, plan, lambda line: None)
-    device = torch.device("cuda", 0)
+    stages["adapter, fused"] = held()
     optimizer = optimizers.create_optimizer(learner.parameters, config.training, device, print)
     ids = torch.randint(0, 30000, (plan.micro_batch, config.data.max_length), device=device)
     learner.objective.base.eval()
     learner.evaluation_sums(input_ids=ids, labels=ids)
+    stages["graphs"] = held()
     learner.train()
     for step in range(2):
         learner.zero_gradients()
@@ -136,7 +176,15 @@ def measure(name: str, config: Config, plan: memory_plan.MemoryPlan) -> float:
             learner.micro_step(step, torch.arange(plan.micro_batch), {"input_ids": ids, "labels": ids})
         optimizer.step()
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_reserved() / GIB
+    stages["two steps"], row["pools"] = held(), pools()
+    peak, seconds = torch.cuda.max_memory_reserved() / GIB, []
+    for _ in range(8):
+        start = time.perf_counter()
+        learner.micro_step(2, torch.arange(plan.micro_batch), {"input_ids": ids, "labels": ids})
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    row["tokens_per_s"] = round(ids.numel() / statistics.median(seconds))
+    return peak
 
 
 def label_of(case: tuple) -> str:
@@ -151,7 +199,8 @@ def plan_of(case: tuple) -> tuple[Config, memory_plan.MemoryPlan]:
     config = load_config((), {"lora.dropout": "0", "data.max_length": str(length), **settings})
     with torch.device("meta"):
         shape = memory_plan.shape_of(AutoModelForCausalLM.from_config(MODELS[name]))
-    return config, memory_plan.plan_memory(shape, config, micro_batch, checkpointed)
+    limit = memory.memory_limit(None, config.performance.memory_limit_gib)
+    return config, memory_plan.plan_memory(shape, config, micro_batch, checkpointed, limit=limit)
 
 
 def run_case(case: tuple) -> dict:
@@ -160,7 +209,7 @@ def run_case(case: tuple) -> dict:
     row = {"case": label_of(case), "planned": round(plan.reserved / GIB, 3)}
     row["parts"] = {part: round(size / GIB, 3) for part, size in plan.parts.items()}
     try:
-        row["measured"] = round(measure(case[0], config, plan), 3)
+        row["measured"] = round(measure(case[0], config, plan, row), 3)
         row["allocated"] = round(torch.cuda.max_memory_allocated() / GIB, 3)
         row["error"] = round(row["planned"] / row["measured"] - 1, 4)
     except torch.OutOfMemoryError:
