@@ -50,7 +50,7 @@ from fast_path.dropout import own_dropout_line
 from fast_path.expert_store import keep_in_main_memory
 from fast_path.experts import adapting_experts, expert_lines, no_experts, pack, packing_experts
 from fast_path.families import decoder_layers, head_width, known_positions, of, rope_parameters
-from fast_path.host_rows import keep_rows_in_main_memory, loading_to_main_memory, rows_name
+from fast_path.host_rows import keep_rows_in_main_memory, loading_to_main_memory, rows_name_of
 from fast_path.model_targets import DEFAULT_TARGETS, linear_modules, names_without_experts, resolved_targets
 from fast_path.nf4 import runs_on
 from fast_path.packed_weights import keep_packing
@@ -322,14 +322,10 @@ def load_model_and_tokenizer(
         apart = experts == "cpu" and torch.device(device).type == "cuda"
         if apart and (bnb_config is None or stored):
             raise no_experts(model_name)
-        table = ""
-        if rows_apart:
-            with torch.device("meta"):
-                table = rows_name(
-                    auto_class(model_config).from_config(model_config, trust_remote_code=trust_remote_code)
-                )
+        kind = auto_class(model_config)
+        table = rows_name_of(kind, model_config, trust_remote_code) if rows_apart else ""
         with packing_experts(apart), loading_to_main_memory(table):
-            model, loaded = auto_class(model_config).from_pretrained(
+            model, loaded = kind.from_pretrained(
                 model_name,
                 config=model_config,
                 quantization_config=None if stored else bnb_config,

@@ -9,11 +9,13 @@ graph too, where the tokens of generation are known to the GPU alone, and gives 
 import contextlib
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import transformers.integrations.accelerate
 import transformers.modeling_utils
 from torch import nn
+from transformers import PretrainedConfig
 
 from config import ConfigError
 from fast_path.expert_store import _pinned as registered
@@ -25,6 +27,12 @@ def rows_name(model: nn.Module) -> str:
     if head is None or head.weight is table.weight or not isinstance(table, nn.Embedding):
         return ""
     return next(f"{name}.weight" for name, module in model.named_modules() if module is table)
+
+
+def rows_name_of(kind: Any, config: PretrainedConfig, trust_remote_code: bool) -> str:
+    """Return `rows_name` of a model that is not loaded yet. kind: its auto class."""
+    with torch.device("meta"):
+        return rows_name(kind.from_config(config, trust_remote_code=trust_remote_code))
 
 
 @contextlib.contextmanager
