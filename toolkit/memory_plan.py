@@ -47,6 +47,7 @@ WORKSPACE_BYTES = 3 * 2**25  # cuBLAS keeps 32 MiB per stream: the default, the 
 # docs/measurements.md, tests/benchmarks/bench_memory.py.
 SLACK_BYTES, SLACK_SHARE = int(0.26 * GIB), 0.045  # constant, and as a share of what a step allocates and frees
 
+UNPAGED = 100_000  # weights of a tensor below which bitsandbytes does not page its states (Optimizer.get_state_buffer)
 PCIE = 20e9  # bytes per second from main memory, of a slot with 16 lanes of PCIe 4; a laptop's 8 lanes have half
 WORTH_MOVING = 0.03  # how much faster a step must be for an embedding to go to main memory, where a GB is pinned for it
 
@@ -261,30 +262,46 @@ def fused_columns(shape: ModelShape, config: Config) -> int:
 
 
 def transient_bytes(shape: ModelShape, config: Config, path: str, tokens: int) -> int:
-    """Return the largest amount that a layer's backward pass needs for a moment, in bytes.
+    """Return the largest amount that a layer's backward pass needs for a moment, in bytes: gradients of activations.
 
-    It consists of gradients of activations and of one dequantised operand.
+    Without the fast path one dequantised operand comes on top; with it, `scratch_bytes` has it.
     """
     h, inner, rank = shape.hidden, shape.inner, config.lora.rank
     width = 2 if config.quantization.compute_dtype != "float32" else 4
     experts = shape.experts.transient_bytes(tokens, width)
     if plain_layers(shape, path):  # the gradients of SwiGLU's three factors, and peft's fp32 copy of an adapter's input
-        return max(tokens * (2 * (4 * inner + 2 * h) + 4 * inner) + inner * h * width, experts)
+        unpacked = inner * h * width if path == PLAIN else 0
+        return max(tokens * (2 * (4 * inner + 2 * h) + 4 * inner) + unpacked, experts)
     wide_down, wide = operand_columns(inner, adapter_columns(rank, 1)), operand_columns(h, adapter_columns(rank, 2))
-    down = tokens * 2 * (2 * h + 2 * inner + wide_down) + h * wide_down * width
-    gate_up = tokens * 2 * (2 * h + wide) + 2 * inner * wide * width
-    return max(down, gate_up, experts)
+    return max(tokens * 2 * (2 * h + 2 * inner + wide_down), tokens * 2 * (2 * h + wide), experts)
+
+
+def scratch_bytes(shape: ModelShape, config: Config, path: str, tokens: int, chunk: int) -> int:
+    """Return the bytes that unpacked weights and, where a kernel computes the loss, logits share (fast_path/scratch.py)."""
+    if path == PLAIN:
+        return 0
+    h, inner, rank = shape.hidden, shape.inner, config.lora.rank
+    width = 2 if config.quantization.compute_dtype != "float32" else 4
+    wide_down, wide = operand_columns(inner, adapter_columns(rank, 1)), operand_columns(h, adapter_columns(rank, 2))
+    together = 1 if plain_layers(shape, path) else 2  # gate and up are one operand
+    qkv = (shape.query + shape.key_value) * operand_columns(h, adapter_columns(rank, 3))
+    weights = max(h * wide_down, together * inner * wide, qkv) * width
+    logits = min(chunk, tokens) * shape.vocabulary * width if loss_kernel(config, path) else 0
+    return max(weights, logits)
+
+
+def loss_kernel(config: Config, path: str) -> bool:
+    """Return whether a kernel computes the loss."""
+    return path != PLAIN and config.quantization.compute_dtype != "float32" and not lacks_triton()
 
 
 def loss_bytes(shape: ModelShape, config: Config, path: str, tokens: int, chunk: int) -> int:
     """Return the bytes that the loss needs: input of the last norm in fp32, its output and gradient, a chunk of logits.
 
-    The kernel overwrites the logits with their gradient. Without the kernel, compiled code keeps fp32 logits and their
-    gradient at the same time; uncompiled code the slope of a cap, too.
+    The kernel overwrites the logits, which are in `scratch_bytes`, with their gradient. Without the kernel, compiled code
+    keeps fp32 logits and their gradient at the same time; uncompiled code the slope of a cap, too.
     """
-    width = 8 if path == COMPILED else 15 if shape.capped else 11
-    if path != PLAIN and config.quantization.compute_dtype != "float32" and not lacks_triton():
-        width = 2
+    width = 0 if loss_kernel(config, path) else 8 if path == COMPILED else 15 if shape.capped else 11
     return tokens * 8 * shape.hidden + min(chunk, tokens) * shape.vocabulary * width
 
 
@@ -342,6 +359,13 @@ class MemoryPlan:
         return "\n".join([f"memory plan, GiB: {self.shape}", *rows, *paged, f"  {'total':<38}{self.total / GIB:8.3f}"])
 
 
+def small_states(shape: ModelShape, config: Config) -> int:
+    """Return the bytes of a paged optimizer's states that bitsandbytes does not page: those of small tensors."""
+    rank, each = config.lora.rank, OPTIMIZERS[config.training.optim].state_bytes
+    tensors = (rank * width for _, out, into in adapted(shape, config.lora) for width in (out, into))
+    return each * sum(size for size in tensors if size < UNPAGED)
+
+
 def static_parts(shape: ModelShape, config: Config, path: str, rows_apart: bool = False) -> tuple[dict[str, int], int]:
     """Return (bytes by purpose that do not depend on a step's sequences, bytes of paged optimizer states)."""
     quantization, optimizer = config.quantization, OPTIMIZERS[config.training.optim]
@@ -357,7 +381,7 @@ def static_parts(shape: ModelShape, config: Config, path: str, rows_apart: bool 
         here, further = {"experts of two layers, in 4 bit": experts.slots(double)}, 0
     constants += further
     states = trainable * (optimizer.state_bytes + optimizer.step_bytes)
-    paged = states if optimizer.paged else 0
+    paged = max(0, states - small_states(shape, config)) if optimizer.paged else 0
     quantised = quantization.load_in_4bit
     plain = experts.plain if quantised else experts.all
     parts = {
@@ -414,6 +438,7 @@ def plan_memory(
     parts |= {
         "checkpointed hidden states": (2 if offload else checkpointed) * hidden,
         "layers not checkpointed": free_layers * saved,
+        "unpacked weights, chunk of logits": scratch_bytes(shape, config, path, tokens, chunk),
         "one live layer, forward and backward": live,
         "loss, beyond the live layer": max(0, loss - live),
         "workspaces of cuBLAS": WORKSPACE_BYTES,

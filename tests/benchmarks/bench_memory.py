@@ -4,8 +4,8 @@
 
 The plan is that of memory_plan.plan_memory without the CUDA context, the measurement torch.cuda.max_memory_reserved after two
 optimizer steps of two micro-batches and an evaluation. Each case has a process of its own, some at a time, as many as the
-GPU has room for: what a process reserves does not depend on its neighbours. A JSON line a case as it ends, the table and the
-errors last.
+GPU has room for: what a process reserves does not depend on its neighbours, and its tokens/s are timed while no other case
+computes. A JSON line per case as it ends, the table and the errors last.
 """
 
 import argparse
@@ -14,15 +14,17 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from config import Config, load_config
+from tests.benchmarks.bench_training import turn
 from toolkit.startup import after_heavy_imports, before_heavy_imports
 
 before_heavy_imports()
@@ -33,7 +35,7 @@ from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config
 
 import train_qlora
-from fast_path import micro_step, optimizers
+from fast_path import host_rows, micro_step, optimizers
 from toolkit import memory, memory_plan
 
 after_heavy_imports()
@@ -63,7 +65,7 @@ MODELS = {
     ),
 }  # fmt: skip
 SMALL_CARD = {"performance.memory_limit_gib": "7.8"}  # with the context: 7.3 GiB for the allocator
-# (model, micro-batch, length, checkpointed layers, settings)
+# (model, micro-batch, length, checkpointed layers, settings); embedding: cpu is no setting but what the plan may choose
 GRID = [
     ("3b", 1, 512, 0, {}),
     ("3b", 1, 512, 18, {}),
@@ -96,8 +98,10 @@ GRID = [
     ("7b", 1, 8192, 32, {}),
     ("7b", 16, 512, 16, {}),
     ("qwen7b", 1, 512, 28, SMALL_CARD),
+    ("qwen7b", 1, 512, 28, SMALL_CARD | {"embedding": "cpu"}),
     ("llama8b", 1, 512, 32, SMALL_CARD),
-    ("llama8b", 4, 512, 32, SMALL_CARD),
+    ("llama8b", 1, 512, 32, SMALL_CARD | {"embedding": "cpu"}),
+    ("llama8b", 4, 512, 32, SMALL_CARD | {"embedding": "cpu"}),
 ]  # fmt: skip
 
 
@@ -150,13 +154,17 @@ def pools() -> list[dict[str, object]]:
     ]
 
 
-def measure(name: str, config: Config, plan: memory_plan.MemoryPlan, row: dict) -> float:
+def measure(
+    name: str, config: Config, plan: memory_plan.MemoryPlan, row: dict, alone: Callable[[], None]
+) -> float:  # fmt: skip
     """Return the GiB that an evaluation and two optimizer steps of two micro-batches reserve at most.
 
-    row: gets what was held after each stage, and tokens/s.
+    row: gets what was held after each stage, and tokens/s. alone: waits until no other case computes.
     """
     device, stages = torch.device("cuda", 0), row.setdefault("stages", {})
     model = random_model(name, config.quantization.use_double_quant)
+    if plan.rows_apart:
+        host_rows.keep_rows_in_main_memory(model, device)
     micro_step.let_go()
     torch.cuda.reset_peak_memory_stats()  # making random weights takes more than loading them
     if config.performance.memory_limit_gib:
@@ -178,6 +186,7 @@ def measure(name: str, config: Config, plan: memory_plan.MemoryPlan, row: dict) 
     torch.cuda.synchronize()
     stages["two steps"], row["pools"] = held(), pools()
     peak, seconds = torch.cuda.max_memory_reserved() / GIB, []
+    alone()
     for _ in range(8):
         start = time.perf_counter()
         learner.micro_step(2, torch.arange(plan.micro_batch), {"input_ids": ids, "labels": ids})
@@ -190,26 +199,30 @@ def measure(name: str, config: Config, plan: memory_plan.MemoryPlan, row: dict) 
 def label_of(case: tuple) -> str:
     """Return a case's name."""
     name, micro_batch, length, checkpointed, settings = case
-    return f"{name}-{micro_batch}x{length}-ck{checkpointed}" + "".join(f"-{k}={v}" for k, v in settings.items())
+    return f"{name}-{micro_batch}x{length}-ck{checkpointed}" + "".join(
+        f"-{k.rpartition('.')[2]}={v}" for k, v in settings.items()
+    )
 
 
 def plan_of(case: tuple) -> tuple[Config, memory_plan.MemoryPlan]:
     """Return a case's settings and plan."""
     name, micro_batch, length, checkpointed, settings = case
-    config = load_config((), {"lora.dropout": "0", "data.max_length": str(length), **settings})
+    own = {key: value for key, value in settings.items() if key != "embedding"}
+    config = load_config((), {"lora.dropout": "0", "data.max_length": str(length), **own})
     with torch.device("meta"):
         shape = memory_plan.shape_of(AutoModelForCausalLM.from_config(MODELS[name]))
     limit = memory.memory_limit(None, config.performance.memory_limit_gib)
-    return config, memory_plan.plan_memory(shape, config, micro_batch, checkpointed, limit=limit)
+    apart = "embedding" in settings
+    return config, memory_plan.plan_memory(shape, config, micro_batch, checkpointed, limit=limit, rows_apart=apart)
 
 
-def run_case(case: tuple) -> dict:
+def run_case(case: tuple, alone: Callable[[], None]) -> dict:
     """Return plan and measurement of one case, GiB, in this process."""
     config, plan = plan_of(case)
     row = {"case": label_of(case), "planned": round(plan.reserved / GIB, 3)}
     row["parts"] = {part: round(size / GIB, 3) for part, size in plan.parts.items()}
     try:
-        row["measured"] = round(measure(case[0], config, plan, row), 3)
+        row["measured"] = round(measure(case[0], config, plan, row, alone), 3)
         row["allocated"] = round(torch.cuda.max_memory_allocated() / GIB, 3)
         row["error"] = round(row["planned"] / row["measured"] - 1, 4)
     except torch.OutOfMemoryError:
@@ -238,9 +251,9 @@ class Room:
                 self.changed.notify_all()
 
 
-def run_process(number: int, room: Room) -> dict:
+def run_process(number: int, room: Room, lock: str) -> dict:
     """Run one case of the grid in a fresh process and return its row."""
-    command = [sys.executable, __file__, "--single", str(number)]
+    command = [sys.executable, __file__, "--single", str(number), "--lock", lock]
     with room.taken(plan_of(GRID[number])[1].total):
         done = subprocess.run(command, capture_output=True, text=True)
     rows = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
@@ -251,22 +264,26 @@ def run_process(number: int, room: Room) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="cases whose name begins so")
+    parser.add_argument("--only", nargs="+", default=[""], help="cases whose name begins so")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--single", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--lock", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.single is not None:
-        print("RESULT " + json.dumps(run_case(GRID[args.single])))
+        with turn({"turn": args.lock}) as alone:
+            print("RESULT " + json.dumps(run_case(GRID[args.single], alone)))
         return
-    numbers = [number for number, case in enumerate(GRID) if label_of(case).startswith(args.only)]
+    numbers = [number for number, case in enumerate(GRID) if label_of(case).startswith(tuple(args.only))]
     room = Room(int(torch.cuda.mem_get_info()[0] * 0.9))
-    with ThreadPoolExecutor(args.jobs) as pool:
-        rows = list(pool.map(lambda number: run_process(number, room), numbers))
+    with tempfile.NamedTemporaryFile() as lock, ThreadPoolExecutor(args.jobs) as pool:
+        rows = list(pool.map(lambda number: run_process(number, room, lock.name), numbers))
     errors = [row["error"] for row in rows if "error" in row]
-    print(f"{'case':<64}{'planned':>9}{'measured':>9}{'error':>8}")
+    print(f"{'case':<64}{'planned':>9}{'measured':>9}{'error':>8}{'tokens/s':>10}")
     for row in rows:
         error = f"{row['error']:8.1%}" if "error" in row else row["failed"]
-        print(f"{row['case']:<64}{row.get('planned', 0):>9.2f}{row.get('measured', 0):>9.2f}{error:>8}")
+        print(
+            f"{row['case']:<64}{row.get('planned', 0):>9.2f}{row.get('measured', 0):>9.2f}{error:>8}{row.get('tokens_per_s', 0):>10,}"
+        )
     median = statistics.median(map(abs, errors))
     print(f"{len(errors)} cases: error {min(errors):.1%} to {max(errors):.1%}, median {median:.1%}")
 
