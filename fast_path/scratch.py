@@ -9,6 +9,8 @@ import weakref
 
 import torch
 
+MOST = 2
+
 
 class Scratch:
     """A buffer for each dtype. What `take` returned is overwritten by what is taken next."""
@@ -23,8 +25,15 @@ class Scratch:
         self.elements = max(self.elements, elements)
 
     def take(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Return a tensor [rows, columns] that holds any values, to be used before the next call."""
-        needed, buffer = rows * columns, self.buffers.pop(dtype, None)
+        """Return a tensor [rows, columns] that holds any values, to be used before the next call.
+
+        What is more than MOST times as large as what was reserved gets memory of its own: the logits of a small model, or
+        of a mixture, whose experts need more for a moment than its other weights do.
+        """
+        needed = rows * columns
+        if needed > MOST * self.elements:
+            return torch.empty(rows, columns, dtype=dtype, device=device)
+        buffer = self.buffers.pop(dtype, None)
         if buffer is None or len(buffer) < needed:
             buffer = None  # before the larger one is made
             self.reserve(needed)

@@ -23,6 +23,7 @@ from fast_path.model_targets import resolved_targets
 from fast_path.nf4 import HAS_TRITON
 from fast_path.optimizers import OPTIMIZERS
 from fast_path.packed_weights import adapter_columns, operand_columns
+from fast_path.scratch import MOST
 from fast_path.targets import named, select
 from quantization_utils import (
     LOADING_ERRORS,
@@ -286,8 +287,8 @@ def scratch_bytes(shape: ModelShape, config: Config, path: str, tokens: int, chu
     together = 1 if plain_layers(shape, path) else 2  # gate and up are one operand
     qkv = (shape.query + shape.key_value) * operand_columns(h, adapter_columns(rank, 3))
     weights = max(h * wide_down, together * inner * wide, qkv) * width
-    logits = min(chunk, tokens) * shape.vocabulary * width if loss_kernel(config, path) else 0
-    return max(weights, logits)
+    logits = logit_bytes(shape, config, path, tokens, chunk)
+    return max(weights, logits) if loss_kernel(config, path) and logits <= MOST * weights else weights
 
 
 def loss_kernel(config: Config, path: str) -> bool:
@@ -295,14 +296,24 @@ def loss_kernel(config: Config, path: str) -> bool:
     return path != PLAIN and config.quantization.compute_dtype != "float32" and not lacks_triton()
 
 
+def logit_bytes(shape: ModelShape, config: Config, path: str, tokens: int, chunk: int) -> int:
+    """Return the bytes of a chunk of logits.
+
+    The kernel overwrites them with their gradient. Without the kernel, compiled code keeps fp32 logits and their gradient
+    at the same time; uncompiled code the slope of a cap, too.
+    """
+    width = 2 if loss_kernel(config, path) else 8 if path == COMPILED else 15 if shape.capped else 11
+    return min(chunk, tokens) * shape.vocabulary * width
+
+
 def loss_bytes(shape: ModelShape, config: Config, path: str, tokens: int, chunk: int) -> int:
     """Return the bytes that the loss needs: input of the last norm in fp32, its output and gradient, a chunk of logits.
 
-    The kernel overwrites the logits, which are in `scratch_bytes`, with their gradient. Without the kernel, compiled code
-    keeps fp32 logits and their gradient at the same time; uncompiled code the slope of a cap, too.
+    Logits that are in `scratch_bytes` do not count.
     """
-    width = 0 if loss_kernel(config, path) else 8 if path == COMPILED else 15 if shape.capped else 11
-    return tokens * 8 * shape.hidden + min(chunk, tokens) * shape.vocabulary * width
+    logits = logit_bytes(shape, config, path, tokens, chunk)
+    shared = loss_kernel(config, path) and logits <= scratch_bytes(shape, config, path, tokens, chunk)
+    return tokens * 8 * shape.hidden + (0 if shared else logits)
 
 
 def token_rows_bytes(shape: ModelShape, config: Config) -> int:

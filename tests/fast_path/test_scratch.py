@@ -64,21 +64,24 @@ def test_what_is_taken_is_the_same_memory_until_more_is_needed():
     assert held.take(5, 4, torch.float32, CPU).data_ptr() == first.data_ptr()
     assert held.take(5, 4, torch.bfloat16, CPU).data_ptr() != first.data_ptr()
     assert held.take(11, 10, torch.float32, CPU).shape == (11, 10) and held.elements == 110
+    assert held.take(12, 20, torch.float32, CPU).shape == (12, 20) and held.elements == 110  # of its own
 
 
 def test_a_graphs_memory_stays_when_more_is_needed(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(torch, "empty", lambda size, dtype, device, real=torch.empty: real(size, dtype=dtype))
     held, gpu = scratch.Scratch(), torch.device("cuda", 0)
+    held.reserve(4)
     first = held.take(2, 2, torch.float32, gpu)
     held.take(2, 2, torch.float32, gpu)
-    held.take(3, 3, torch.float32, gpu)
-    assert [len(buffer) for buffer in held.captured] == [4, 9]
+    held.take(3, 2, torch.float32, gpu)
+    assert [len(buffer) for buffer in held.captured] == [4, 6]
     assert held.captured[0].data_ptr() == first.data_ptr()
 
 
 def test_an_answer_first_does_not_keep_training_from_it():
     held = scratch.Scratch()
+    held.reserve(4)
     with torch.inference_mode():
         held.take(2, 2, torch.float32, CPU)
     assert not held.take(2, 2, torch.float32, CPU).fill_(1).is_inference()
