@@ -1,6 +1,7 @@
 """Compare the memory plan with what training reserves on this GPU, over a grid of shapes; models with random 4-bit weights.
 
     python tests/benchmarks/bench_memory.py [--only 3b-1x512] [--jobs 6]
+    python tests/benchmarks/bench_memory.py --cards      the largest model that trains on each of six cards, by the plan
 
 The plan is that of memory_plan.plan_memory without the CUDA context, the measurement torch.cuda.max_memory_reserved after two
 optimizer steps of two micro-batches and an evaluation. Each case has a process of its own, some at a time, as many as the
@@ -37,6 +38,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwe
 import train_qlora
 from fast_path import host_rows, micro_step, optimizers
 from toolkit import memory, memory_plan
+from toolkit.cards import find_card
 
 after_heavy_imports()
 
@@ -63,7 +65,25 @@ MODELS = {
         hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, intermediate_size=14336,
         vocab_size=128256, tie_word_embeddings=False, max_position_embeddings=131072, head_dim=128,
     ),
+    "qwen14b": Qwen2Config(
+        hidden_size=5120, num_hidden_layers=48, num_attention_heads=40, num_key_value_heads=8, intermediate_size=13824,
+        vocab_size=152064, tie_word_embeddings=False, max_position_embeddings=131072,
+    ),
+    "qwen32b": Qwen2Config(
+        hidden_size=5120, num_hidden_layers=64, num_attention_heads=40, num_key_value_heads=8, intermediate_size=27648,
+        vocab_size=152064, tie_word_embeddings=False, max_position_embeddings=131072,
+    ),
+    "llama70b": LlamaConfig(
+        hidden_size=8192, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8, intermediate_size=28672,
+        vocab_size=128256, tie_word_embeddings=False, max_position_embeddings=131072, head_dim=128,
+    ),
 }  # fmt: skip
+# What `--cards` looks for on each card, the largest first.
+BY_SIZE = {
+    "llama70b": "Llama-3.1-70B", "qwen32b": "Qwen2.5-32B", "qwen14b": "Qwen2.5-14B", "llama8b": "Llama-3.1-8B",
+    "qwen7b": "Qwen2.5-7B", "3b": "Qwen2.5-3B",
+}  # fmt: skip
+CARDS = ("RTX 3060 Laptop", "RTX 4060", "RTX 3060", "RTX 4060 Ti 16GB", "RTX 4090", "L40S")
 SMALL_CARD = {"performance.memory_limit_gib": "7.8"}  # with the context: 7.3 GiB for the allocator
 # (model, micro-batch, length, checkpointed layers, settings); embedding: cpu is no setting but what the plan may choose
 GRID = [
@@ -209,11 +229,51 @@ def plan_of(case: tuple) -> tuple[Config, memory_plan.MemoryPlan]:
     name, micro_batch, length, checkpointed, settings = case
     own = {key: value for key, value in settings.items() if key != "embedding"}
     config = load_config((), {"lora.dropout": "0", "data.max_length": str(length), **own})
-    with torch.device("meta"):
-        shape = memory_plan.shape_of(AutoModelForCausalLM.from_config(MODELS[name]))
+    shape = shape_named(name)
     limit = memory.memory_limit(None, config.performance.memory_limit_gib)
-    apart = "embedding" in settings
-    return config, memory_plan.plan_memory(shape, config, micro_batch, checkpointed, limit=limit, rows_apart=apart)
+    where = memory_plan.wants_offload(config), None, "embedding" in settings
+    return config, memory_plan.plan_memory(shape, config, micro_batch, checkpointed, None, limit, *where)
+
+
+def shape_named(name: str) -> memory_plan.ModelShape:
+    """Return the sizes of a model of MODELS."""
+    with torch.device("meta"):
+        return memory_plan.shape_of(AutoModelForCausalLM.from_config(MODELS[name]))
+
+
+def cards_table() -> str:
+    """Return, in Markdown, the largest model that trains on each of some cards: what `--plan --card` says of it."""
+    config, shapes = load_config((), {"lora.dropout": "0"}), {name: shape_named(name) for name in BY_SIZE}
+    sequences = config.training.batch_size * config.training.gradient_accumulation_steps
+    rows = [
+        "| card | for a run, GiB | model | 1 x 512 | `auto_fit` takes | GiB | tokens/s | longest |",
+        "|---" * 8 + "|",
+    ]
+    for card in map(find_card, CARDS):
+        limit = card.free_gib * GIB
+        least = {
+            name: memory_plan.plan_memory(shape, config, 1, shape.layers, limit=limit, rows_apart=True).total
+            for name, shape in shapes.items()
+        }
+        name = next(name for name, total in least.items() if total <= limit)
+        shape = shapes[name]
+        plan = memory_plan.fit(shape, config, sequences, limit, card.rates)
+        seconds = memory_plan.step_seconds(
+            shape, config, card.rates, plan.micro_batch, plan.checkpointed, plan.rows_apart > 0
+        )
+        taken = f"{plan.micro_batch} x 512, {plan.checkpointed} of {plan.layers} layers checkpointed"
+        taken += ", embedding in main memory" if plan.rows_apart else ""
+        longest = memory_plan.longest_length(shape, config, limit)
+        rows.append(
+            f"| {card.name} | {card.free_gib:.2f} | {BY_SIZE[name]} | {least[name] / GIB:.2f} | {taken} | "
+            f"{plan.total / GIB:.2f} | {plan.micro_batch * 512 / seconds:,.0f} | {longest:,} |"
+        )
+    wider = load_config((), {"lora.dropout": "0", "lora.rank": "32"})
+    for gib in (7.3, 24.0):
+        rows.append(
+            f"Llama-3.1-8B, r = 32, in {gib} GiB: {memory_plan.longest_length(shapes['llama8b'], wider, gib * GIB):,}"
+        )
+    return "\n".join(rows)
 
 
 def run_case(case: tuple, alone: Callable[[], None]) -> dict:
@@ -266,12 +326,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[""], help="cases whose name begins so")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
+    parser.add_argument(
+        "--cards", action="store_true", help="plans for graphics cards, by their data sheets; needs no GPU"
+    )
     parser.add_argument("--single", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--lock", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.single is not None:
         with turn({"turn": args.lock}) as alone:
             print("RESULT " + json.dumps(run_case(GRID[args.single], alone)))
+        return
+    if args.cards:
+        print(cards_table())
         return
     numbers = [number for number, case in enumerate(GRID) if label_of(case).startswith(tuple(args.only))]
     room = Room(int(torch.cuda.mem_get_info()[0] * 0.9))
