@@ -50,6 +50,7 @@ from fast_path.dropout import own_dropout_line
 from fast_path.expert_store import keep_in_main_memory
 from fast_path.experts import adapting_experts, expert_lines, no_experts, pack, packing_experts
 from fast_path.families import decoder_layers, head_width, known_positions, of, rope_parameters
+from fast_path.host_rows import keep_rows_in_main_memory, loading_to_main_memory, rows_name_of
 from fast_path.model_targets import DEFAULT_TARGETS, linear_modules, names_without_experts, resolved_targets
 from fast_path.nf4 import runs_on
 from fast_path.packed_weights import keep_packing
@@ -299,11 +300,13 @@ def load_model_and_tokenizer(
     device: torch.device | str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     experts: str = "gpu",
+    rows_apart: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return a causal language model and its tokenizer, from the hub or a folder.
 
     device: by default the first GPU, or the CPU if there is none. bnb_config: None loads the weights in compute_dtype.
     tokenizer: the model's, if it was loaded before; reading Qwen2.5's takes 0.7 s. experts: as in quantization.experts.
+    rows_apart: the input embedding waits in main memory, unless the head shares it (fast_path/host_rows.py).
     A model that is stored in 4 bit keeps its own quantisation. Only safetensors weights are loaded. Raises ConfigError.
     """
     device = torch.device(device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
@@ -323,8 +326,10 @@ def load_model_and_tokenizer(
             )
         if apart and bnb_config is None:
             raise no_experts(model_name)
-        with packing_experts(apart):
-            model, loaded = auto_class(model_config).from_pretrained(
+        kind = auto_class(model_config)
+        table = rows_name_of(kind, model_config, trust_remote_code) if rows_apart else ""
+        with packing_experts(apart), loading_to_main_memory(table):
+            model, loaded = kind.from_pretrained(
                 model_name,
                 config=model_config,
                 quantization_config=None if stored else bnb_config,
@@ -339,6 +344,8 @@ def load_model_and_tokenizer(
             pack(model, model.hf_quantizer.quantization_config)
         if apart:
             keep_in_main_memory(model, torch.device(device))
+        if table:
+            keep_rows_in_main_memory(model, torch.device(device))
     except (ConfigError, torch.OutOfMemoryError):
         raise
     except LOADING_ERRORS as error:
@@ -413,11 +420,12 @@ def unpacked_line(model: nn.Module) -> list[str]:
 
 
 def load_base(
-    config: Config, device: torch.device, quantized: bool = True, tokenizer: PreTrainedTokenizerBase | None = None
-) -> tuple[PreTrainedModel, Any]:
+    config: Config, device: torch.device, quantized: bool = True, tokenizer: PreTrainedTokenizerBase | None = None,
+    rows_apart: bool = False,
+) -> tuple[PreTrainedModel, Any]:  # fmt: skip
     """Return the configured base model and its tokenizer on the device; quantized=False: unquantised, in bfloat16.
 
-    tokenizer: the model's, if it was loaded before.
+    tokenizer: the model's, if it was loaded before. rows_apart: as in `load_model_and_tokenizer`.
     """
     dtype = compute_dtype_of(config) if quantized else torch.bfloat16
     settings = {k: v for k, v in vars(config.quantization).items() if k != "experts"} | {"compute_dtype": dtype}
@@ -428,6 +436,7 @@ def load_base(
         device=device,
         tokenizer=tokenizer,
         experts=config.quantization.experts if quantized else "gpu",
+        rows_apart=rows_apart,
         **{key: value for key, value in vars(config.model).items() if key != "name"},
     )
 

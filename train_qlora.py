@@ -360,7 +360,8 @@ def build_run(config: Config, accelerator: Accelerator, log: checkpoints.Log, fo
     tokenizer = load_tokenizer(config, say)
     with accelerator.main_process_first():
         blocks = make_blocks(prepare_dataset(config, tokenizer), tokenizer, config.data, training.seed)
-    model, _ = load_base(config, device, tokenizer=tokenizer)
+    rows_apart = plan is not None and plan.rows_apart > 0
+    model, _ = load_base(config, device, tokenizer=tokenizer, rows_apart=rows_apart)
     say(memory.memory_line(device))
     for line in quantization_utils.base_lines(config, model):
         say(line)
@@ -738,10 +739,7 @@ def save_state(run: Run) -> None:
         "effective": earlier_run.settings(run.effective),
         "fingerprint": run.fingerprint,
         "shape": {
-            "micro_batch": run.plan.micro_batch,
-            "checkpointed": run.plan.checkpointed,
-            "offload": run.plan.offload,
-            "logit_chunk": run.plan.logit_chunk,
+            **run.plan.saved(),
             "window": run.sequences_per_step,
             "processes": run.accelerator.num_processes,
         },

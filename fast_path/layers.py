@@ -14,9 +14,15 @@ from fast_path import families
 from fast_path.attention import CAPPED, CAUSAL, GROUPED, attend, attend_capped, grouped_attention, rotate
 from fast_path.dropout import DropoutClock, salt_of
 from fast_path.fused_linear import NOTHING_HANDED, Adapters, Handed, Masks, Norm, inverse_rms, run_linear
-from fast_path.packed_weights import fusable, stack_weights
+from fast_path.packed_weights import adapter_columns, fusable, operand_columns, stack_weights
+from fast_path.scratch import scratch_of
 
 # ------------------------------------------------------------------------------------------------ fused layers
+
+
+def rank_of(adapted: list[nn.Module]) -> int:
+    """Return the rank of the adapters of a group's members, 0 without adapters."""
+    return len(next(iter(adapted[0].lora_A.values())).weight) if adapted else 0
 
 
 class Group:
@@ -40,6 +46,9 @@ class Group:
         can = len(set(self.outputs)) == 1 and self.weight.divides_by(len(modules))
         self.pieces = len(modules) if in_pieces and can else 1
         self.salt = torch.tensor(clock.salted(salt), dtype=torch.int32, device=bases[0].weight.device)
+        width = operand_columns(self.weight.columns, adapter_columns(rank_of(adapted), len(adapted)))
+        self.scratch = scratch_of(self.salt.device)  # kept as long as the model is fused
+        self.scratch.reserve(sum(self.outputs) // self.pieces * width)
         biases = [base.bias for base in bases]
         self.bias = torch.cat([bias.detach() for bias in biases]) if all(bias is not None for bias in biases) else None
         self.adapted = adapted

@@ -20,6 +20,7 @@ from config import ConfigError
 from fast_path import families, training_kernels
 from fast_path.dropout import modes_kept
 from fast_path.nf4 import Launch, multiprocessors
+from fast_path.scratch import take
 from fast_path.token_rows import TokenRows, trained_rows
 
 IGNORED = -100  # the label of a position that is not supervised; PyTorch's default ignore_index
@@ -217,7 +218,11 @@ def kernel_chunk_loss(rows, weight, bias, targets, with_gradient: bool, form: Lo
 
     The compiled `_chunk_loss` is slower and needs twice the memory.
     """
-    logits = F.linear(rows.to(weight.dtype), weight, bias)
+    logits, rows16 = take(len(rows), len(weight), weight.dtype, weight.device), rows.to(weight.dtype)
+    if bias is None:
+        torch.mm(rows16, weight.t(), out=logits)
+    else:
+        torch.addmm(bias, rows16, weight.t(), out=logits)
     losses = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
     cross_entropy(logits, targets, losses, with_gradient, form)
     if not with_gradient:

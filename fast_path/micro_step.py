@@ -26,6 +26,17 @@ def let_go() -> None:
         torch.cuda.empty_cache()
 
 
+def forget_workspaces() -> None:
+    """Return the memory that cuBLAS holds for each stream that has used it; a stream that uses it again gets new memory.
+
+    torch has no public name for it, and calls it where Inductor captures graphs. A stream's takes 8 MiB, on Hopper 32.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.empty_cache()
+
+
 @contextlib.contextmanager
 def inputs_in_main_memory(shape: tuple[int, ...]) -> Iterator[None]:
     """Keep saved tensors of this shape in main memory until the backward pass: the inputs of checkpointed layers.
@@ -239,6 +250,7 @@ class Learner:
             for mode, step in ((self.train, self._forward_backward), (self.eval, self.objective.sequence_sums)):
                 mode()
                 graphs.append(Captured(step, self.clock.step.device, *self.batch_shape, names))
+            forget_workspaces()
             for mode, graph in zip((self.train, self.eval), graphs, strict=True):
                 mode()
                 graph.capture(pool)

@@ -13,6 +13,7 @@ from torch import nn
 
 from fast_path import training_kernels
 from fast_path.nf4 import SHUFFLE, Launch, triton
+from fast_path.scratch import take
 
 # ------------------------------------------------------------------------------------------------ as operands
 
@@ -77,12 +78,13 @@ def operands(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return [W | scale B | 0], [out features, operand columns], and `stack_adapters` of A.
 
-    Each member's B fills its own rows and its own columns (block diagonal). A may be empty although B is not.
+    Each member's B fills its own rows and its own columns (block diagonal). A may be empty although B is not. The next
+    call overwrites the first tensor while a fused model lives (scratch.py).
     """
     rows, rank = W.codes.numel() * 2 // W.columns, B[0].shape[1] if B else 0
     extra = adapter_columns(rank, len(B))
     stride = operand_columns(W.columns, extra)
-    out, behind = torch.empty(rows, stride, dtype=dtype, device=W.codes.device), stride - W.columns
+    out, behind = take(rows, stride, dtype, W.codes.device), stride - W.columns
     absmax, nested = W.constants[0], len(W.constants) > 1
     if kernels:
         stacked, none = out.new_empty(extra if A else 0, W.columns), [W.lut] * 3

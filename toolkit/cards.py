@@ -48,7 +48,7 @@ class Card:
 # GeForce: the tables of NVIDIA's architecture papers (Turing, GA102, Ada, RTX Blackwell), "Peak FP16 / BF16 Tensor
 # TFLOPS with FP32 Accumulate" without sparsity. It is half of what is printed on the box, which sums in 16 bit: 512
 # FLOP per multiprocessor and cycle, at the boost clock. A laptop's clock depends on the power that it gives the card.
-# The others: NVIDIA's data sheets of T4, L4, A10, A100, H100 SXM and H200, without sparsity. T4 and L4 rarely reach
+# The others: NVIDIA's data sheets of T4, RTX A6000, L40S, L4, A10, A100, H100 SXM and H200, without sparsity. T4 and L4 rarely reach
 # their rates within 70 W.
 # docs/measurements.md lists what was compared with other people's tables of those papers.
 CARDS = (
@@ -72,6 +72,8 @@ CARDS = (
     Card("RTX 5080", 16303, 960, 112.6, 84, 12.0),
     Card("RTX 5090", 32607, 1792, 209.5, 170, 12.0),
     Card("T4", 15360, 320, 65.0, 40, 7.5),
+    Card("A6000", 49140, 768, 154.8, 84, 8.6),
+    Card("L40S", 46068, 864, 362.0, 142, 8.9),
     Card("L4", 23034, 300, 121.0, 58, 8.9),
     Card("A10", 23028, 600, 125.0, 72, 8.6),
     Card("A100 40GB", 40960, 1555, 312.0, 108, 8.0),

@@ -60,9 +60,9 @@ def choose_plan(
     """
     auto_fit = config.performance.auto_fit
     if saved and auto_fit and not config.flags & set(SHAPE_KNOBS):
-        offload = saved.get("offload", False)
-        taken = saved["micro_batch"], saved["checkpointed"]
-        return plan_memory(shape, config, *taken, limit=limit, offload=offload, logit_chunk=saved.get("logit_chunk"))
+        taken = saved["micro_batch"], saved["checkpointed"], None, limit
+        rest = saved.get("offload", False), saved.get("logit_chunk"), saved.get("rows_apart", False)
+        return plan_memory(shape, config, *taken, *rest)
     if auto_fit and limit is not None:
         # Measured rates vary from day to day, and so would the shape.
         rates = rates or (Rates() if config.performance.deterministic else measure_rates(device))
@@ -114,17 +114,18 @@ def print_plan(config: Config, epoch_size: Callable[[Config], tuple[int, int] | 
         print("this machine has no GPU: the plan is that of a run on an NVIDIA GPU")
     lines = [*chosen_lines(config, plan, limit), *facts(shape, config, plan)]
     tokens = plan.micro_batch * config.data.max_length
-    speed = tokens / step_seconds(shape, config, rates, plan.micro_batch, plan.checkpointed)
+    speed = tokens / step_seconds(shape, config, rates, plan.micro_batch, plan.checkpointed, plan.rows_apart > 0)
     lines += speed_lines(rates, speed, device, card)
     lines += epoch_lines(config, epoch_size(config), sequences, speed)
     print(for_stdout("\n".join([*lines, *savings_lines(shape, config, plan, limit)])))
     if limit is None:
         return 0
     longest = longest_length(shape, config, limit)
-    offload = " with their inputs in main memory" if expected_path(config) == COMPILED else ""
+    apart = ["their inputs"] * (expected_path(config) == COMPILED) + ["the embedding"] * (shape.rows > 0)
+    where = f" with {' and '.join(apart)} in main memory" if apart else ""
     last = ", all positions that the model supports" if longest == shape.positions else ""
     line = "longest data.max_length that fits, with one sequence per micro-batch and all layers checkpointed"
-    print(for_stdout(f"{line}{offload}: {longest:,}{last}"))
+    print(for_stdout(f"{line}{where}: {longest:,}{last}"))
     print(f"{'fits' if plan.total <= limit else 'does not fit'} in {limit / GIB:.2f} GiB")
     return 0 if plan.total <= limit else 3
 
@@ -229,7 +230,8 @@ def savings(shape: ModelShape, config: Config, plan: MemoryPlan, limit: float | 
 
     def without(section: str, micro_batch: int = plan.micro_batch, checkpointed: int = plan.checkpointed, **changes):
         other = dataclasses.replace(config, **{section: dataclasses.replace(config[section], **changes)})
-        return plan.total - plan_memory(shape, other, micro_batch, checkpointed, None, limit, plan.offload).total
+        rest = None, limit, plan.offload, None, plan.rows_apart > 0
+        return plan.total - plan_memory(shape, other, micro_batch, checkpointed, *rest).total
 
     length, rank = max(8, config.data.max_length // 2), max(1, config.lora.rank // 2)
     attention, smaller = ("q_proj", "k_proj", "v_proj", "o_proj"), plan.micro_batch // 2
@@ -263,7 +265,8 @@ def savings_lines(
 def ran_out(config: Config, plan: MemoryPlan, device: torch.device) -> list[str]:
     """Return the table of a shape that ran out of memory, and lines with the three settings that would save most."""
     shape, limit = configured_shape(config), memory_limit(device, config.performance.memory_limit_gib)
-    plan = plan_memory(shape, config, plan.micro_batch, plan.checkpointed, limit=limit, offload=plan.offload)
+    rest = None, limit, plan.offload, None, plan.rows_apart > 0
+    plan = plan_memory(shape, config, plan.micro_batch, plan.checkpointed, *rest)
     return [plan.table(), *savings_lines(shape, config, plan, limit, count=3)]
 
 

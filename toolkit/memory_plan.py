@@ -17,11 +17,13 @@ from config import Config, ConfigError, LoraSettings
 from fast_path import families
 from fast_path.experts import no_experts
 from fast_path.families import Family
+from fast_path.host_rows import rows_name
 from fast_path.loss import default_logit_chunk
 from fast_path.model_targets import resolved_targets
 from fast_path.nf4 import lacks_triton
 from fast_path.optimizers import OPTIMIZERS
 from fast_path.packed_weights import adapter_columns, operand_columns
+from fast_path.scratch import MOST
 from fast_path.targets import named, select
 from quantization_utils import (
     LOADING_ERRORS,
@@ -46,7 +48,9 @@ WORKSPACE_BYTES = 3 * 2**25  # cuBLAS keeps 32 MiB per stream: the default, the 
 # docs/measurements.md, tests/benchmarks/bench_memory.py.
 SLACK_BYTES, SLACK_SHARE = int(0.26 * GIB), 0.045  # constant, and as a share of what a step allocates and frees
 
+UNPAGED = 100_000  # weights of a tensor below which bitsandbytes does not page its states (Optimizer.get_state_buffer)
 PCIE = 20e9  # bytes per second from main memory, of a slot with 16 lanes of PCIe 4; a laptop's 8 lanes have half
+WORTH_MOVING = 0.03  # how much faster a step must be for an embedding to go to main memory, where a GB is pinned for it
 
 # ------------------------------------------------------------------------------------------------ sizes of the model
 
@@ -60,6 +64,7 @@ class ModelShape:
     plain_linears: tuple[tuple[str, int, int], ...]  # of those that bitsandbytes leaves in 16 bit
     experts: ExpertShape  # the routed experts, tensors of three dimensions
     embedding: int  # parameters of embedding and head, counted once if they are tied
+    rows: int  # parameters of an embedding that is not tied, whose rows can wait in main memory; else 0
     other_parameters: int  # norms, biases and plain_linears; like the embedding they are kept in the compute dtype
     layers: int
     hidden: int
@@ -153,6 +158,7 @@ def shape_of(model: nn.Module) -> ModelShape:
         plain_linears=tuple(plain),
         experts=experts,
         embedding=embedding,
+        rows=table.weight.numel() if rows_name(model) else 0,
         other_parameters=total - embedding - experts.all - sum(out * into for _, out, into in packed),
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
@@ -251,31 +257,57 @@ def fused_columns(shape: ModelShape, config: Config) -> int:
 
 
 def transient_bytes(shape: ModelShape, config: Config, path: str, tokens: int) -> int:
-    """Return the largest amount that a layer's backward pass needs for a moment, in bytes.
+    """Return the largest amount that a layer's backward pass needs for a moment, in bytes: gradients of activations.
 
-    It consists of gradients of activations and of one dequantised operand.
+    Without the fast path one dequantised operand comes on top; with it, `scratch_bytes` has it.
     """
     h, inner, rank = shape.hidden, shape.inner, config.lora.rank
     width = 2 if config.quantization.compute_dtype != "float32" else 4
     experts = shape.experts.transient_bytes(tokens, width)
     if plain_layers(shape, path):  # the gradients of SwiGLU's three factors, and peft's fp32 copy of an adapter's input
-        return max(tokens * (2 * (4 * inner + 2 * h) + 4 * inner) + inner * h * width, experts)
+        unpacked = inner * h * width if path == PLAIN else 0
+        return max(tokens * (2 * (4 * inner + 2 * h) + 4 * inner) + unpacked, experts)
     wide_down, wide = operand_columns(inner, adapter_columns(rank, 1)), operand_columns(h, adapter_columns(rank, 2))
-    down = tokens * 2 * (2 * h + 2 * inner + wide_down) + h * wide_down * width
-    gate_up = tokens * 2 * (2 * h + wide) + 2 * inner * wide * width
-    return max(down, gate_up, experts)
+    return max(tokens * 2 * (2 * h + 2 * inner + wide_down), tokens * 2 * (2 * h + wide), experts)
+
+
+def scratch_bytes(shape: ModelShape, config: Config, path: str, tokens: int, chunk: int) -> int:
+    """Return the bytes that unpacked weights and, where a kernel computes the loss, logits share (fast_path/scratch.py)."""
+    if path == PLAIN:
+        return 0
+    h, inner, rank = shape.hidden, shape.inner, config.lora.rank
+    width = 2 if config.quantization.compute_dtype != "float32" else 4
+    wide_down, wide = operand_columns(inner, adapter_columns(rank, 1)), operand_columns(h, adapter_columns(rank, 2))
+    together = 1 if plain_layers(shape, path) else 2  # gate and up are one operand
+    qkv = (shape.query + shape.key_value) * operand_columns(h, adapter_columns(rank, 3))
+    weights = max(h * wide_down, together * inner * wide, qkv) * width
+    logits = logit_bytes(shape, config, path, tokens, chunk)
+    return max(weights, logits) if loss_kernel(config, path) and logits <= MOST * weights else weights
+
+
+def loss_kernel(config: Config, path: str) -> bool:
+    """Return whether a kernel computes the loss."""
+    return path != PLAIN and config.quantization.compute_dtype != "float32" and not lacks_triton()
+
+
+def logit_bytes(shape: ModelShape, config: Config, path: str, tokens: int, chunk: int) -> int:
+    """Return the bytes of a chunk of logits.
+
+    The kernel overwrites them with their gradient. Without the kernel, compiled code keeps fp32 logits and their gradient
+    at the same time; uncompiled code the slope of a cap, too.
+    """
+    width = 2 if loss_kernel(config, path) else 8 if path == COMPILED else 15 if shape.capped else 11
+    return min(chunk, tokens) * shape.vocabulary * width
 
 
 def loss_bytes(shape: ModelShape, config: Config, path: str, tokens: int, chunk: int) -> int:
     """Return the bytes that the loss needs: input of the last norm in fp32, its output and gradient, a chunk of logits.
 
-    The kernel overwrites the logits with their gradient. Without the kernel, compiled code keeps fp32 logits and their
-    gradient at the same time; uncompiled code the slope of a cap, too.
+    Logits that are in `scratch_bytes` do not count.
     """
-    width = 8 if path == COMPILED else 15 if shape.capped else 11
-    if path != PLAIN and config.quantization.compute_dtype != "float32" and not lacks_triton():
-        width = 2
-    return tokens * 8 * shape.hidden + min(chunk, tokens) * shape.vocabulary * width
+    logits = logit_bytes(shape, config, path, tokens, chunk)
+    shared = loss_kernel(config, path) and logits <= scratch_bytes(shape, config, path, tokens, chunk)
+    return tokens * 8 * shape.hidden + (0 if shared else logits)
 
 
 def token_rows_bytes(shape: ModelShape, config: Config) -> int:
@@ -302,6 +334,7 @@ class MemoryPlan:
     paged: int = 0
     offload: bool = False  # whether the inputs of checkpointed layers are kept in main memory
     logit_chunk: int | None = None  # positions whose logits exist at the same time; None: default_logit_chunk
+    rows_apart: int = 0  # bytes of the input embedding, if it is in main memory
 
     @property
     def total(self) -> int:
@@ -315,17 +348,31 @@ class MemoryPlan:
     @property
     def shape(self) -> str:
         where = ", their inputs in main memory" if self.offload else ""
+        where += ", the embedding in main memory" if self.rows_apart else ""
         return f"micro-batch {self.micro_batch}, {self.checkpointed} of {self.layers} layers checkpointed{where}"
+
+    def saved(self) -> dict[str, int | bool | None]:
+        """Return what a checkpoint keeps of the shape."""
+        names = ("micro_batch", "checkpointed", "offload", "logit_chunk")
+        return {name: getattr(self, name) for name in names} | {"rows_apart": self.rows_apart > 0}
 
     def table(self) -> str:
         """Return the plan in GiB, one line per purpose."""
         rows = [f"  {name:<38}{size / GIB:8.3f}" for name, size in self.parts.items()]
         paged = [f"  (paged, to main memory when needed {self.paged / GIB:8.3f})"] if self.paged else []
+        paged += [f"  (embedding, in pinned main memory  {self.rows_apart / GIB:8.3f})"] if self.rows_apart else []
         return "\n".join([f"memory plan, GiB: {self.shape}", *rows, *paged, f"  {'total':<38}{self.total / GIB:8.3f}"])
 
 
-def static_parts(shape: ModelShape, config: Config, path: str) -> tuple[dict[str, int], int]:
-    """Return (bytes by purpose that do not depend on the shape of a step, bytes of paged optimizer states)."""
+def small_states(shape: ModelShape, config: Config) -> int:
+    """Return the bytes of a paged optimizer's states that bitsandbytes does not page: those of small tensors."""
+    rank, each = config.lora.rank, OPTIMIZERS[config.training.optim].state_bytes
+    tensors = (rank * width for _, out, into in adapted(shape, config.lora) for width in (out, into))
+    return each * sum(size for size in tensors if size < UNPAGED)
+
+
+def static_parts(shape: ModelShape, config: Config, path: str, rows_apart: bool = False) -> tuple[dict[str, int], int]:
+    """Return (bytes by purpose that do not depend on a step's sequences, bytes of paged optimizer states)."""
     quantization, optimizer = config.quantization, OPTIMIZERS[config.training.optim]
     width = 4 if quantization.compute_dtype == "float32" else 2
     weights, trainable = sum(out * into for _, out, into in shape.linears), adapter_parameters(shape, config)
@@ -339,13 +386,13 @@ def static_parts(shape: ModelShape, config: Config, path: str) -> tuple[dict[str
         here, further = {"experts of two layers, in 4 bit": experts.slots(double)}, 0
     constants += further
     states = trainable * (optimizer.state_bytes + optimizer.step_bytes)
-    paged = states if optimizer.paged else 0
+    paged = max(0, states - small_states(shape, config)) if optimizer.paged else 0
     quantised = quantization.load_in_4bit
     plain = experts.plain if quantised else experts.all
     parts = {
         "packed weights": weights // 2 if quantised else weights * width,
         "quantisation constants": int(constants) if quantised else 0,
-        "embedding and head": shape.embedding * width,
+        "head" if rows_apart else "embedding and head": (shape.embedding - rows_apart * shape.rows) * width,
         "norms and biases": shape.other_parameters * width,
         **(here if experts.packed and quantised else {}),
         **({"experts, not in 4 bit": plain * width} if plain else {}),
@@ -365,15 +412,18 @@ def plan_memory(
     limit: float | None = None,
     offload: bool = False,
     logit_chunk: int | None = None,
+    rows_apart: bool = False,
 ) -> MemoryPlan:
     """Return the GPU memory that training needs if the first `checkpointed` layers recompute their activations.
 
     offload: their inputs are kept in main memory; the GPU holds only the one in use and the next one.
+    rows_apart: so are the rows of the input embedding, unless the head shares them.
     limit: bytes that the process may use, from which the chunk of logits is chosen; None: more than enough.
     logit_chunk: the chunk of a run that is continued, since its sums must be added in the same order.
     """
-    path = path or expected_path(config)
-    parts, paged = static_parts(shape, config, path)
+    path, rows_apart = path or expected_path(config), rows_apart and shape.rows > 0
+    parts, paged = static_parts(shape, config, path, rows_apart)
+    rows = rows_apart * shape.rows * (4 if config.quantization.compute_dtype == "float32" else 2)
     fixed = sum(parts.values())
     tokens, free_layers = micro_batch * config.data.max_length, shape.layers - checkpointed
     saved, transient = saved_bytes(shape, config, path) * tokens, transient_bytes(shape, config, path, tokens)
@@ -393,13 +443,14 @@ def plan_memory(
     parts |= {
         "checkpointed hidden states": (2 if offload else checkpointed) * hidden,
         "layers not checkpointed": free_layers * saved,
+        "unpacked weights, chunk of logits": scratch_bytes(shape, config, path, tokens, chunk),
         "one live layer, forward and backward": live,
         "loss, beyond the live layer": max(0, loss - live),
         "workspaces of cuBLAS": WORKSPACE_BYTES,
     }
     parts["allocator slack"] = SLACK_BYTES + int(SLACK_SHARE * (sum(parts.values()) - fixed))
     parts["CUDA context"] = CONTEXT_BYTES
-    return MemoryPlan(parts, micro_batch, checkpointed, shape.layers, paged, offload, chunk)
+    return MemoryPlan(parts, micro_batch, checkpointed, shape.layers, paged, offload, chunk, rows)
 
 
 SHAPE_KNOBS = ("training.batch_size", "training.gradient_accumulation_steps", "training.gradient_checkpointing")
@@ -477,7 +528,9 @@ def step_flops(shape: ModelShape, config: Config, micro_batch: int, checkpointed
     return micro_batch * config.data.max_length * (2 * weights + attention)
 
 
-def step_seconds(shape: ModelShape, config: Config, rates: Rates, micro_batch: int, checkpointed: int) -> float:
+def step_seconds(
+    shape: ModelShape, config: Config, rates: Rates, micro_batch: int, checkpointed: int, rows_apart: bool = False
+) -> float:
     """Return an estimated time for one micro-batch: matrix products, dequantisation and passes over activations."""
     tokens, passes = micro_batch * config.data.max_length, 2 + checkpointed / shape.layers
     share = tokens / (tokens + 256)  # small products use the GPU badly
@@ -485,7 +538,8 @@ def step_seconds(shape: ModelShape, config: Config, rates: Rates, micro_batch: i
     read = weights_read(shape, checkpointed) if config.quantization.load_in_4bit else 0
     activations = tokens * shape.layers * passes * 12 * (shape.hidden + shape.inner)
     fetched = 2 * shape.experts.packed / 2 / PCIE if config.quantization.experts == "cpu" else 0  # up and down
-    return max(products + (2.5 * read + activations) / rates.bytes, fetched)
+    rows = tokens * shape.hidden * 2 / PCIE if rows_apart else 0
+    return max(products + (2.5 * read + activations) / rates.bytes, fetched) + rows
 
 
 def shapes(shape: ModelShape, config: Config, sequences: int) -> Iterator[tuple[int, int]]:
@@ -505,22 +559,26 @@ def shapes(shape: ModelShape, config: Config, sequences: int) -> Iterator[tuple[
 def fit(shape: ModelShape, config: Config, sequences: int, limit: float, rates: Rates) -> MemoryPlan:
     """Return the plan of the fastest shape that needs at most `limit` bytes with the CUDA context, or of the smallest.
 
-    Offloading is used only if nothing else fits: the copies need time, and no CUDA graph can be captured.
+    An embedding that is not tied goes to main memory if nothing else fits, or if the memory that it leaves makes a step
+    faster by WORTH_MOVING. Offloading is used only if that is not enough either: the copies need time, and no CUDA
+    graph can be captured.
     """
     best, smallest = None, None
     pinned = "training.gradient_checkpointing" in config.flags and wants_offload(config)
-    for micro_batch, checkpointed in shapes(shape, config, sequences):
-        plan = plan_memory(shape, config, micro_batch, checkpointed, limit=limit, offload=pinned)
+    ways = (False, True) if shape.rows else (False,)
+    for apart, (micro_batch, checkpointed) in itertools.product(ways, shapes(shape, config, sequences)):
+        plan = plan_memory(shape, config, micro_batch, checkpointed, limit=limit, offload=pinned, rows_apart=apart)
         if smallest is None or plan.total < smallest.total:
             smallest = plan
-        seconds = step_seconds(shape, config, rates, micro_batch, checkpointed) / micro_batch
+        seconds = step_seconds(shape, config, rates, micro_batch, checkpointed, apart) / micro_batch
+        seconds *= 1 + WORTH_MOVING * apart
         if plan.total <= limit and (best is None or seconds < best[0]):
             best = (seconds, plan)
     if best:
         return best[1]
     every = smallest.micro_batch, shape.layers
     if expected_path(config) == COMPILED and every in shapes(shape, config, sequences):
-        return plan_memory(shape, config, *every, limit=limit, offload=True)
+        return plan_memory(shape, config, *every, limit=limit, offload=True, rows_apart=True)
     return smallest
 
 
@@ -549,13 +607,13 @@ def step_down(plan: MemoryPlan, sequences: int, compiled: bool) -> MemoryPlan | 
 def longest_length(shape: ModelShape, config: Config, limit: float) -> int:
     """Return the longest data.max_length that fits: a multiple of 128, or all positions that the model supports.
 
-    It is computed for one sequence per micro-batch with all layers checkpointed and, if layers are compiled, with their
-    inputs in main memory.
+    It is computed for one sequence per micro-batch with all layers checkpointed, an embedding that is not tied in main
+    memory and, if layers are compiled, the inputs of layers too.
     """
     low, high, offload = 0, 2**14, expected_path(config) == COMPILED  # in units of 128 tokens
     while high - low > 1:
         middle = (low + high) // 2
         other = dataclasses.replace(config, data=dataclasses.replace(config.data, max_length=middle * 128))
-        fits = plan_memory(shape, other, 1, shape.layers, limit=limit, offload=offload).total <= limit
-        low, high = (middle, high) if fits else (low, middle)
+        plan = plan_memory(shape, other, 1, shape.layers, limit=limit, offload=offload, rows_apart=True)
+        low, high = (middle, high) if plan.total <= limit else (low, middle)
     return min(low * 128, shape.positions or low * 128)

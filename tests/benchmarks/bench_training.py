@@ -176,6 +176,8 @@ def load_ours(case: dict):
     }
     config = load_config((), overrides)
     model, _ = quantization_utils.load_base(config, torch.device("cuda:0"))
+    case["loaded_gib"] = round(torch.cuda.memory_allocated() / GIB, 2)
+    case["load_peak_gib"] = round(torch.cuda.max_memory_reserved() / GIB, 2)
     length, packed = case["length"], case["packed"]
     samples = [-(-length // packed)] * case["batch"] if packed else []
 
