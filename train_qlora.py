@@ -42,6 +42,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     add = parser.add_argument
     add("--plan", action="store_true", help="print the memory plan and exit: 0 fits, 3 does not")
     add("--card", metavar="NAME", help="with --plan: for this card, such as 'RTX 3060', and not the one at hand")
+    add("--processes", type=int, metavar="N", help="with --plan: for a run of N processes, each on a card of its own")
     add("--evaluate", action="store_true", help="evaluate instead of training")
     add("--adapter", metavar="DIR", help="with --evaluate: the adapter's folder")
     add("--stride", type=int, metavar="N", help="with --evaluate: windows of max_length over the text, N tokens apart")
@@ -59,13 +60,16 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     if problems := unusable(vars(options)):
         raise ConfigError(*problems)
     options.notes = []
-    owners = {"adapter": "evaluate", "stride": "evaluate", "generate": "evaluate", "output": "compare", "card": "plan"}
+    owners = {"adapter": "evaluate", "stride": "evaluate", "generate": "evaluate", "output": "compare"}
+    owners |= {"card": "plan", "processes": "plan"}
     for name, owner in owners.items():
         if getattr(options, name) is not None and not getattr(options, owner):
             hint = "; to go on from an adapter, use --init_adapter" if name == "adapter" else ""
             raise ConfigError(f"--{name}: goes with --{owner}{hint}")
     if options.card is not None:
         find_card(options.card)
+    if options.processes is not None and options.processes < 1:
+        raise ConfigError(f"--processes: expected a number of processes >= 1, got {options.processes}")
     if is_asked(options, overrides) or options.compare:
         return options, Config()
     if options.adapter and not (Path(options.adapter) / "adapter_config.json").is_file():
@@ -143,7 +147,7 @@ from toolkit.data_files import quiet_datasets
 from toolkit.data_sources import SourceRows, make_blocks, read_sources
 from toolkit.evaluation import mean_loss, of_each
 from toolkit.memory import peak_gib
-from toolkit.memory_plan import MemoryPlan
+from toolkit.memory_plan import MemoryPlan, sequences_per_step
 from toolkit.resume import Found, check_resumable, check_tensors, find_checkpoint, fingerprint, restore_schedule
 from toolkit.run_lines import data_lines, end_lines, next_command, resume_lines, step_line
 from toolkit.sharding import load_base, own_batches
@@ -163,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
         quantization_utils.quiet_libraries()
         quiet_datasets()
         if options.plan:
-            return memory.print_plan(config, epoch_size, options.card)
+            return memory.print_plan(config, epoch_size, options.card, options.processes)
         for line in options.notes:
             print(visible(line), file=sys.stderr)
         if options.evaluate:
@@ -391,15 +395,6 @@ def build_run(config: Config, accelerator: Accelerator, log: checkpoints.Log, fo
         total_steps=total_steps,
         fingerprint=fingerprint(learner.model, tokenizer, blocks),
     )
-
-
-def sequences_per_step(training: TrainingConfig, processes: int) -> int:
-    """Return the sequences of an optimizer step over all micro-batches and processes."""
-    count = training.batch_size * training.gradient_accumulation_steps
-    if count % processes:
-        name = "training.batch_size x training.gradient_accumulation_steps"
-        raise ConfigError(f"{name}: expected a multiple of {processes} processes, got {count}")
-    return count
 
 
 def prepare_dataset(config: Config, tokenizer: PreTrainedTokenizerBase) -> DatasetDict | SourceRows:
