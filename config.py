@@ -315,6 +315,7 @@ class PerformanceConfig(Section):
     compile: str = free_knob("auto", "compile the layers with torch.compile", choices=SWITCH)
     cuda_graphs: str = free_knob("auto", "replay each micro-batch as one CUDA graph", choices=SWITCH)
     deterministic: bool = free_knob(False, "make runs on a GPU repeatable bit for bit")
+    shard_base: bool = free_knob(False, "divide the 4-bit weights of the base among the processes of torchrun")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -676,11 +677,8 @@ def _values(tree: dict, problems: list[str]) -> dict[str, Any]:
         if len(problems) > MOST_PROBLEMS:
             break
         if section not in SECTIONS:
-            hint = (
-                f"; did you mean {SHORT[section]}?"
-                if section in SHORT
-                else spelling.nearest(section, list(SECTIONS), SHORT)
-            )
+            meant = f"; did you mean {SHORT[section]}?" if section in SHORT else ""
+            hint = meant or spelling.nearest(section, list(SECTIONS), SHORT)
             problems.append(f"{spelling.word(section)}: unknown section{hint}")
         elif body is not None and not isinstance(body, dict):
             problems.append(f"{section}: expected keys and values, got {brief(body)}")
@@ -714,6 +712,9 @@ def _contradictions(config: Config) -> Iterator[str]:
         )
     if config.lora.train_tokens and config.lora.init_adapter:
         yield "lora.train_tokens: expected null with lora.init_adapter, whose adapter has no rows of tokens to go on from"
+    packed = config.quantization.load_in_4bit and config.quantization.experts == "gpu"
+    if config.performance.shard_base and (config.lora.use_dora or not packed):
+        yield "performance.shard_base: expected false with use_dora: true, experts: cpu or load_in_4bit: false"
     if config.performance.memory_limit_gib is not None and config.performance.memory_limit_gib > 4096:
         yield f"performance.memory_limit_gib: expected GiB, got {config.performance.memory_limit_gib}; is that MiB?"
 

@@ -54,6 +54,7 @@ from fast_path.host_rows import keep_rows_in_main_memory, loading_to_main_memory
 from fast_path.model_targets import DEFAULT_TARGETS, linear_modules, names_without_experts, resolved_targets
 from fast_path.nf4 import runs_on
 from fast_path.packed_weights import keep_packing
+from fast_path.sharding import is_share
 from fast_path.targets import is_pattern
 from toolkit.hub import asking_hub, cache_problem, hub_problem
 from toolkit.local_paths import is_hub_id, missing_model
@@ -538,7 +539,7 @@ def weight_count(parameter: nn.Parameter) -> int:
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Return the number of (trainable, all) parameters; 4-bit weights are counted unpacked, tied weights once."""
-    counts = [(weight_count(p), p.requires_grad) for p in model.parameters()]
+    counts = [(weight_count(p), p.requires_grad) for name, p in model.named_parameters() if not is_share(name)]
     return sum(n for n, trainable in counts if trainable), sum(n for n, _ in counts)
 
 

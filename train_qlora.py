@@ -42,6 +42,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     add = parser.add_argument
     add("--plan", action="store_true", help="print the memory plan and exit: 0 fits, 3 does not")
     add("--card", metavar="NAME", help="with --plan: for this card, such as 'RTX 3060', and not the one at hand")
+    add("--processes", type=int, metavar="N", help="with --plan: for a run of N processes, each on a card of its own")
     add("--evaluate", action="store_true", help="evaluate instead of training")
     add("--adapter", metavar="DIR", help="with --evaluate: the adapter's folder")
     add("--stride", type=int, metavar="N", help="with --evaluate: windows of max_length over the text, N tokens apart")
@@ -59,13 +60,16 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     if problems := unusable(vars(options)):
         raise ConfigError(*problems)
     options.notes = []
-    owners = {"adapter": "evaluate", "stride": "evaluate", "generate": "evaluate", "output": "compare", "card": "plan"}
+    owners = {"adapter": "evaluate", "stride": "evaluate", "generate": "evaluate", "output": "compare"}
+    owners |= {"card": "plan", "processes": "plan"}
     for name, owner in owners.items():
         if getattr(options, name) is not None and not getattr(options, owner):
             hint = "; to go on from an adapter, use --init_adapter" if name == "adapter" else ""
             raise ConfigError(f"--{name}: goes with --{owner}{hint}")
     if options.card is not None:
         find_card(options.card)
+    if options.processes is not None and options.processes < 1:
+        raise ConfigError(f"--processes: expected a number of processes >= 1, got {options.processes}")
     if is_asked(options, overrides) or options.compare:
         return options, Config()
     if options.adapter and not (Path(options.adapter) / "adapter_config.json").is_file():
@@ -128,24 +132,25 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 import quantization_utils
 from config import TrainingConfig, flatten
-from fast_path import attention, choice, compiled, dropout, families, layers, token_rows
+from fast_path import attention, choice, compiled, dropout, families, layers, sharding, token_rows
 from fast_path.loss import CausalLMLoss, compiled_chunk_loss, default_logit_chunk, kernel_chunk_loss, perplexity
 from fast_path.micro_step import Learner, be_deterministic
 from fast_path.optimizers import create_optimizer
-from quantization_utils import compute_dtype_of, create_lora_config, load_base, prepare_model_for_training, with_tokens
+from quantization_utils import compute_dtype_of, create_lora_config, prepare_model_for_training, with_tokens
 from toolkit import checkpoints, data_formats, data_sources, earlier_run, evaluation, machine, memory, memory_plan
 from toolkit.adapters import put_weights, start_from_adapter
 from toolkit.chat_templates import adopt_template, prepare_child
 from toolkit.compare import compare_runs
 from toolkit.curves import call_plot, plot_training_curves, rates_of
-from toolkit.data_blocks import Blocks, batches, sample_counts, step_windows
+from toolkit.data_blocks import Blocks, sample_counts, step_windows
 from toolkit.data_files import quiet_datasets
 from toolkit.data_sources import SourceRows, make_blocks, read_sources
 from toolkit.evaluation import mean_loss, of_each
 from toolkit.memory import peak_gib
-from toolkit.memory_plan import MemoryPlan
+from toolkit.memory_plan import MemoryPlan, sequences_per_step
 from toolkit.resume import Found, check_resumable, check_tensors, find_checkpoint, fingerprint, restore_schedule
 from toolkit.run_lines import data_lines, end_lines, next_command, resume_lines, step_line
+from toolkit.sharding import load_base, own_batches
 from toolkit.text_width import for_stdout
 from toolkit.turn_ends import left_beside, load_tokenizer, teach_ends
 
@@ -162,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
         quantization_utils.quiet_libraries()
         quiet_datasets()
         if options.plan:
-            return memory.print_plan(config, epoch_size, options.card)
+            return memory.print_plan(config, epoch_size, options.card, options.processes)
         for line in options.notes:
             print(visible(line), file=sys.stderr)
         if options.evaluate:
@@ -196,7 +201,7 @@ def fine_tune(config: Config, overwrite: bool, again: str) -> int:
     again: the command that continues the run if it is stopped.
     """
     checkpoints.check_output(config.training)
-    accelerator = machine.create_accelerator(config.training)
+    accelerator = machine.create_accelerator(config.training, config.performance.shard_base)
     device = accelerator.device
     log = checkpoints.Log(silent=not accelerator.is_main_process)
     machine.refuse_without_gpu(config, device)
@@ -278,7 +283,7 @@ def evaluate_adapter(config: Config, adapter: str | None, stride: int | None, pr
     The adapter's folder gets evaluation.json. stride: of windows over the whole text, as perplexities on Wikitext are
     reported; None evaluates on the validation blocks. prompts: how many of the held-out ones are answered too.
     """
-    accelerator = machine.create_accelerator(config.training)
+    accelerator = machine.create_accelerator(config.training, config.performance.shard_base)
     machine.refuse_without_gpu(config, accelerator.device)
     say = (lambda line: print(for_stdout(visible(line)))) if accelerator.is_main_process else (lambda line: None)
     if quantization_utils.replaces_bf16(config):
@@ -393,15 +398,6 @@ def build_run(config: Config, accelerator: Accelerator, log: checkpoints.Log, fo
     )
 
 
-def sequences_per_step(training: TrainingConfig, processes: int) -> int:
-    """Return the sequences of an optimizer step over all micro-batches and processes."""
-    count = training.batch_size * training.gradient_accumulation_steps
-    if count % processes:
-        name = "training.batch_size x training.gradient_accumulation_steps"
-        raise ConfigError(f"{name}: expected a multiple of {processes} processes, got {count}")
-    return count
-
-
 def prepare_dataset(config: Config, tokenizer: PreTrainedTokenizerBase) -> DatasetDict | SourceRows:
     """Return the tokenised rows: a DatasetDict with the split train, perhaps validation, and a column input_ids.
 
@@ -433,12 +429,12 @@ def build_learner(
     clock = dropout.DropoutClock(seed, device)
     dropout.use_stateless_dropout(peft_model, p, clock)
     token_rows.use_token_rows(peft_model)
-    objective = CausalLMLoss(peft_model, dtype)
     fast = choice.choose_fast_path(config.performance, peft_model, dtype, device, plan.offload)
     if plan.offload and not fast.compile:
         raise ConfigError(f"training.gradient_checkpointing: offload needs compiled layers; {fast.line}")
     if fast.fused_lora:
         layers.fuse(peft_model, clock, p, fast.kernels)
+    objective = CausalLMLoss(sharding.divide_base(peft_model), dtype)
     if fast.compile:
         compiled.compile_layers(peft_model)
         objective.chunk_loss = compiled_chunk_loss()
@@ -658,17 +654,16 @@ def micro_batches(run: Run, numbers: np.ndarray) -> Iterator[tuple[dict[str, tor
 
     Sequences are numbered within the optimizer step, over all processes.
     """
-    rank, processes = run.accelerator.process_index, run.accelerator.num_processes
-    mine, pad, device = numbers[rank::processes], run.tokenizer.pad_token_id, run.accelerator.device
-    for batch, tokens, positions in batches(run.blocks["train"], mine, run.plan.micro_batch, pad, device):
-        yield batch, int(tokens.sum()), torch.from_numpy(rank + processes * positions)
+    blocks, pad = run.blocks["train"], run.tokenizer.pad_token_id
+    for batch, tokens, places in own_batches(blocks, numbers, run.plan.micro_batch, pad, run.accelerator):
+        yield batch, int(tokens.sum()), torch.from_numpy(places)
 
 
 def use_less_memory(run: Run, problem: torch.OutOfMemoryError) -> None:
     """Change to the next smaller shape, which repeats the step from its start; raise `problem` where there is none."""
     sequences = run.sequences_per_step // run.accelerator.num_processes
     smaller = memory_plan.step_down(run.plan, sequences, run.learner.fast.compile)
-    if smaller is None:
+    if smaller is None or sharding.is_divided():  # the other processes wait for this one's part of the weights
         raise problem
     run.log.say(
         f"out of GPU memory with {run.plan.shape}: repeating the step with {smaller.shape}; "

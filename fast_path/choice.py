@@ -12,6 +12,7 @@ from fast_path.experts import one_by_one, products_line
 from fast_path.layers import plain_parts
 from fast_path.nf4 import HAS_TRITON
 from fast_path.packed_weights import fusable
+from fast_path.sharding import divided_line, is_divided
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +58,7 @@ def choose_fast_path(
     copies = "no graph can hold the copies to main memory" if offload else None
     if trains_tokens(model):
         copies = "the rows of lora.train_tokens are looked up by numbers from the host"
+    copies = "no graph can hold the gathering of a divided base" if is_divided(model) else copies
     copies = one_by_one(model.get_base_model(), dtype, device) or copies
     graphs = decide("cuda_graphs", copies if gpu else "there is no CUDA GPU")
     kernels = gpu and HAS_TRITON and dtype is not torch.float32  # not in fp32: tl.dot would round it to tf32
@@ -68,4 +70,4 @@ def choose_fast_path(
         line += f" ({reason})" if len(names) == len(runs) else f" | without {', '.join(names)}: {reason}"
     if experts := products_line(model.get_base_model(), dtype, device):
         line += f" | {experts}"
-    return FastPath(fused, compiled, graphs, kernels, line)
+    return FastPath(fused, compiled, graphs, kernels, line + divided_line(model))

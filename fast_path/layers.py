@@ -16,6 +16,7 @@ from fast_path.dropout import DropoutClock, salt_of
 from fast_path.fused_linear import NOTHING_HANDED, Adapters, Handed, Masks, Norm, inverse_rms, run_linear
 from fast_path.packed_weights import adapter_columns, fusable, operand_columns, stack_weights
 from fast_path.scratch import scratch_of
+from fast_path.sharding import divide, make_whole
 
 # ------------------------------------------------------------------------------------------------ fused layers
 
@@ -278,6 +279,7 @@ def fuse(model: PeftModel, clock: DropoutClock, p: float, kernels: bool, in_piec
 
     for layer in families.decoder_layers(base):
         before = families.of(layer).norms_before
+        make_whole(layer)  # of a divided base: one layer at a time
         for module in list(layer.modules()):
             if families.fused("attention", module) and attention_obstacle(module) is None:
                 qkv, out = _attention_linears(module)
@@ -290,6 +292,7 @@ def fuse(model: PeftModel, clock: DropoutClock, p: float, kernels: bool, in_piec
         for module in list(layer.modules()):
             if module not in fused and hasattr(module, "lora_A") and fusable(module):
                 _switch(module, _fused_linear, alone=group(module))
+        divide(layer, groups_of(layer))
     return len(fused)
 
 

@@ -38,7 +38,7 @@ training:     {num_epochs: 3, max_steps: null, batch_size: 1, gradient_accumulat
                save_steps: null, save_minutes: 15, save_total_limit: 2, early_stopping_patience: null, resume: auto,
                output_dir: output_qlora_qwen_3b, report_to: none}
 performance:  {auto_fit: true, memory_limit_gib: null, fused_lora: auto, compile: auto, cuda_graphs: auto,
-               deterministic: false}
+               deterministic: false, shard_base: false}
 generation:   {max_new_tokens: 128, temperature: 0.7, top_p: 0.9, top_k: null, repetition_penalty: 1.0, num_beams: 1,
                system_prompt: null}
 """

@@ -23,15 +23,17 @@ from fast_path.dropout import DropoutClock
 from fast_path.layers import fuse
 from fast_path.loss import CausalLMLoss, Objective, default_logit_chunk, kernel_chunk_loss, perplexity
 from fast_path.micro_step import Learner, let_go
+from fast_path.sharding import divide_base, is_divided
 from quantization_utils import compute_dtype_of
 from toolkit.adapters import load_adapter
 from toolkit.answers import answer_held_out, answerable
 from toolkit.checkpoints import write_atomically
-from toolkit.data_blocks import Blocks, batches, sample_counts
+from toolkit.data_blocks import Blocks, sample_counts
 from toolkit.data_sources import by_source, windows_of
 from toolkit.file_lines import some
 from toolkit.locks import exclusive, lock_of
 from toolkit.memory import free_bytes
+from toolkit.sharding import own_batches
 
 # ------------------------------------------------------------------------------------------------ losses on blocks
 
@@ -49,7 +51,7 @@ def block_losses(
     mine = np.arange(accelerator.process_index, len(blocks), accelerator.num_processes)
     hidden = not (accelerator.is_main_process and sys.stderr.isatty())
     count = math.ceil(len(mine) / micro_batch)
-    todo = batches(blocks, mine, micro_batch, pad, accelerator.device)
+    todo = own_batches(blocks, np.arange(len(blocks)), micro_batch, pad, accelerator)
     losses, tokens = [], []  # kept apart until the end: the GPU never waits for the next batch
     for batch, weights, _ in tqdm(todo, "evaluating", count, leave=False, disable=hidden):
         losses.append(sums_of(**batch)[: len(weights)].double())
@@ -75,7 +77,7 @@ def losses_that_fit(
         try:
             return block_losses(sums_of, blocks, accelerator, micro_batch, pad).cpu()
         except torch.OutOfMemoryError:
-            if micro_batch == 1:
+            if micro_batch == 1 or is_divided():  # the other processes wait for this one's part of the weights
                 raise
         micro_batch = halved(micro_batch, say)
 
@@ -142,17 +144,18 @@ TOGETHER = 8192  # tokens of a micro-batch: the default shape of training on a l
 
 def objective_of(model: PreTrainedModel | PeftModel, config: Config) -> CausalLMLoss:
     """Return the loss of a model in eval mode, computed as training's own evaluation computes it on this device."""
-    objective = CausalLMLoss(model.eval(), compute_dtype_of(config))
-    if model.device.type != "cuda":
-        return objective
-    free = free_bytes(model.device, config.performance.memory_limit_gib)
-    objective.logit_chunk = default_logit_chunk(len(objective.head.weight), free)
-    if isinstance(model, PeftModel):
-        fast = choose_fast_path(config.performance, model, objective.dtype, model.device)
+    dtype, on_gpu, kernels = compute_dtype_of(config), model.device.type == "cuda", False
+    if on_gpu and isinstance(model, PeftModel):
+        fast = choose_fast_path(config.performance, model, dtype, model.device)
         if fast.fused_lora:
             fuse(model, DropoutClock(0, model.device), 0.0, fast.kernels)
-        if fast.fused_lora and fast.kernels:
-            objective.chunk_loss = kernel_chunk_loss
+        kernels = fast.fused_lora and fast.kernels
+    objective = CausalLMLoss(divide_base(model).eval(), dtype)
+    if on_gpu:
+        free = free_bytes(model.device, config.performance.memory_limit_gib)
+        objective.logit_chunk = default_logit_chunk(len(objective.head.weight), free)
+    if kernels:
+        objective.chunk_loss = kernel_chunk_loss
     return objective
 
 

@@ -41,13 +41,19 @@ def no_gpu_reason() -> str:
     return f"{built} but finds no usable GPU; check nvidia-smi and the driver"
 
 
-def create_accelerator(training: TrainingConfig) -> Accelerator:
-    """Return accelerate's view of devices, processes and trackers; ConfigError where they cannot work."""
+def create_accelerator(training: TrainingConfig, shard_base: bool = False) -> Accelerator:
+    """Return accelerate's view of devices, processes and trackers; ConfigError where they cannot work.
+
+    shard_base: the base will be divided among processes.
+    """
     tracker = None if training.report_to == "none" else training.report_to
     known = [kind.value for kind in LoggerType if kind.value != "all"]
     if tracker is not None and tracker not in known:
         raise ConfigError(f"training.report_to: expected none or one of {', '.join(known)}, got {tracker!r}")
     launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if shard_base and launched == 1:
+        way = "start them with torchrun --nproc_per_node 2 train_qlora.py, or use --shard_base false"
+        raise ConfigError(f"performance.shard_base: expected two or more processes, got one: {way}")
     hint = f"use torchrun --nproc_per_node {launched}"
     alone = ConfigError(f"the launcher announces {launched} processes, but this one runs alone: {hint}")
     if launched > 1 and not {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():

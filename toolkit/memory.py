@@ -22,6 +22,7 @@ from toolkit.memory_plan import (
     COMPILED,
     CONTEXT_BYTES,
     GIB,
+    PCIE,
     SHAPE_KNOBS,
     MemoryPlan,
     ModelShape,
@@ -29,9 +30,11 @@ from toolkit.memory_plan import (
     configured_shape,
     expected_path,
     fit,
+    gather_seconds,
     longest_length,
     pinned_layers,
     plan_memory,
+    sequences_per_step,
     step_seconds,
     wants_offload,
 )
@@ -94,27 +97,37 @@ def plan_run(
     return plan
 
 
-def print_plan(config: Config, epoch_size: Callable[[Config], tuple[int, int] | None], name: str | None = None) -> int:
+def print_plan(
+    config: Config,
+    epoch_size: Callable[[Config], tuple[int, int] | None],
+    name: str | None = None,
+    processes: int | None = None,
+) -> int:
     """Print the plan of the shape that a run would use; return 3 if it exceeds the limit or the GPU, otherwise 0.
 
     epoch_size: returns (tokens, sequences) of an epoch, or None if the data cannot be read from here. name: of a card that
-    is not at hand, for which the plan is made.
+    is not at hand, for which the plan is made. processes: of the run, each on such a card; by default one.
     """
     card = find_card(name) if name else None
     device = torch.device("cuda", 0) if torch.cuda.is_available() and card is None else None
-    shape, limit = configured_shape(config), memory_limit(device, config.performance.memory_limit_gib)
+    shape = configured_shape(config, processes)
+    if config.performance.shard_base and shape.processes == 1:
+        raise ConfigError("performance.shard_base: expected --processes 2 or more beside --plan, got one process")
+    limit = memory_limit(device, config.performance.memory_limit_gib)
     if card:
         limit = min(limit or math.inf, card.free_gib * GIB)
-    sequences = config.training.batch_size * config.training.gradient_accumulation_steps
+    sequences = sequences_per_step(config.training, shape.processes)
     rates = card.rates if card else measure_rates(device)
-    plan = choose_plan(shape, config, sequences, device, limit, {}, card.rates if card else None)
+    plan = choose_plan(shape, config, sequences // shape.processes, device, limit, {}, card.rates if card else None)
     if card:
         print(for_stdout("\n".join(card_lines(card))))
     elif device is None:
         print("this machine has no GPU: the plan is that of a run on an NVIDIA GPU")
     lines = [*chosen_lines(config, plan, limit), *facts(shape, config, plan)]
     tokens = plan.micro_batch * config.data.max_length
-    speed = tokens / step_seconds(shape, config, rates, plan.micro_batch, plan.checkpointed, plan.rows_apart > 0)
+    seconds = step_seconds(shape, config, rates, plan.micro_batch, plan.checkpointed, plan.rows_apart > 0)
+    speed = shape.processes * tokens / seconds
+    lines += process_lines(shape, config, plan, rates)
     lines += speed_lines(rates, speed, device, card)
     lines += epoch_lines(config, epoch_size(config), sequences, speed)
     print(for_stdout("\n".join([*lines, *savings_lines(shape, config, plan, limit)])))
@@ -127,7 +140,24 @@ def print_plan(config: Config, epoch_size: Callable[[Config], tuple[int, int] | 
     line = "longest data.max_length that fits, with one sequence per micro-batch and all layers checkpointed"
     print(for_stdout(f"{line}{where}: {longest:,}{last}"))
     print(f"{'fits' if plan.total <= limit else 'does not fit'} in {limit / GIB:.2f} GiB")
+    if plan.total > limit and shape.processes == 1 and config.quantization.load_in_4bit:
+        print("more than one card: --plan --processes 2 --shard_base true divides the base among them")
     return 0 if plan.total <= limit else 3
+
+
+def process_lines(shape: ModelShape, config: Config, plan: MemoryPlan, rates: Rates) -> list[str]:
+    """Return lines about a run of several processes: what of the plan each card has, and what a divided base must move."""
+    if shape.processes == 1:
+        return []
+    lines = [f"processes: {shape.processes}, each on a card of its own; the plan is that of one card"]
+    if not config.performance.shard_base:
+        return lines
+    computing = step_seconds(
+        dataclasses.replace(shape, processes=1), config, rates, plan.micro_batch, plan.checkpointed
+    )
+    moved, seconds = gather_seconds(shape, config) * PCIE, gather_seconds(shape, config)
+    line = f"divided base: each card receives {moved / 1e9:.1f} GB per micro-batch, {duration(seconds)} at {PCIE / 1e9:.0f} GB/s"
+    return [*lines, f"{line} (PCIe 4.0 x16), while it computes for {duration(computing)}; NVLink is faster"]
 
 
 def card_lines(card: Card) -> list[str]:
@@ -248,6 +278,8 @@ def savings(shape: ModelShape, config: Config, plan: MemoryPlan, limit: float | 
         found.append((without("training", optim="paged_adamw_8bit"), "training.optim paged_adamw_8bit"))
     if shape.experts.packed and config.quantization.load_in_4bit and config.quantization.experts == "gpu":
         found.append((without("quantization", experts="cpu"), "quantization.experts cpu"))
+    if shape.processes > 1 and config.quantization.load_in_4bit and not config.performance.shard_base:
+        found.append((without("performance", shard_base=True), "performance.shard_base true"))
     if not config.quantization.use_double_quant:
         found.append((without("quantization", use_double_quant=True), "quantization.use_double_quant true"))
     return sorted((pair for pair in found if pair[0] > 0), reverse=True)

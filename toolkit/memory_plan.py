@@ -5,6 +5,7 @@ The shape of a run is its micro-batch, its number of checkpointed layers and whe
 
 import dataclasses
 import itertools
+import os
 import re
 from collections.abc import Iterable, Iterator
 
@@ -13,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
-from config import Config, ConfigError, LoraSettings
+from config import Config, ConfigError, LoraSettings, TrainingConfig
 from fast_path import families
 from fast_path.experts import no_experts
 from fast_path.families import Family
@@ -49,6 +50,11 @@ WORKSPACE_BYTES = 3 * 2**25  # cuBLAS keeps 32 MiB per stream: the default, the 
 SLACK_BYTES, SLACK_SHARE = int(0.26 * GIB), 0.045  # constant, and as a share of what a step allocates and frees
 
 UNPAGED = 100_000  # weights of a tensor below which bitsandbytes does not page its states (Optimizer.get_state_buffer)
+NCCL_BYTES = int(0.5 * GIB)  # what NCCL keeps of a card for its buffers, outside of torch's allocator
+# Layers of a divided base that a card holds whole at the same time: the one that runs, and in buffers of the gathering this
+# one and the next.
+GATHERED = 3
+
 PCIE = 20e9  # bytes per second from main memory, of a slot with 16 lanes of PCIe 4; a laptop's 8 lanes have half
 WORTH_MOVING = 0.03  # how much faster a step must be for an embedding to go to main memory, where a GB is pinned for it
 
@@ -78,6 +84,7 @@ class ModelShape:
         None  # as peft counts it, where adapters may be on experts; None: as `adapter_parameters` does
     )
     head: str = ""  # the name of the output head
+    processes: int = 1  # each on a card of its own; the plan is that of one card
 
     @property
     def parameters(self) -> int:
@@ -371,6 +378,22 @@ def small_states(shape: ModelShape, config: Config) -> int:
     return each * sum(size for size in tensors if size < UNPAGED)
 
 
+def of_this_process(shape: ModelShape, config: Config) -> float:
+    """Return the share of the packed weights that one process keeps."""
+    return 1 / shape.processes if config.performance.shard_base else 1.0
+
+
+def layer_bytes(shape: ModelShape) -> int:
+    """Return the bytes of a decoder layer's packed weights."""
+    return (sum(out * into for _, out, into in shape.linears) + shape.experts.packed) // 2 // shape.layers
+
+
+def gather_seconds(shape: ModelShape, config: Config) -> float:
+    """Return how long a micro-batch takes to gather all layers of a divided base twice, forward and backward, over PCIe."""
+    others = 1 - of_this_process(shape, config)
+    return 2 * shape.layers * layer_bytes(shape) * others / PCIE
+
+
 def static_parts(shape: ModelShape, config: Config, path: str, rows_apart: bool = False) -> tuple[dict[str, int], int]:
     """Return (bytes by purpose that do not depend on a step's sequences, bytes of paged optimizer states)."""
     quantization, optimizer = config.quantization, OPTIMIZERS[config.training.optim]
@@ -388,13 +411,15 @@ def static_parts(shape: ModelShape, config: Config, path: str, rows_apart: bool 
     states = trainable * (optimizer.state_bytes + optimizer.step_bytes)
     paged = max(0, states - small_states(shape, config)) if optimizer.paged else 0
     quantised = quantization.load_in_4bit
+    kept = of_this_process(shape, config)
     plain = experts.plain if quantised else experts.all
     parts = {
-        "packed weights": weights // 2 if quantised else weights * width,
+        "packed weights": int(weights // 2 * kept) if quantised else weights * width,
+        **({"packed weights, gathered": GATHERED * layer_bytes(shape)} if kept < 1 else {}),
         "quantisation constants": int(constants) if quantised else 0,
         "head" if rows_apart else "embedding and head": (shape.embedding - rows_apart * shape.rows) * width,
         "norms and biases": shape.other_parameters * width,
-        **(here if experts.packed and quantised else {}),
+        **({name: int(size * kept) for name, size in here.items()} if experts.packed and quantised else {}),
         **({"experts, not in 4 bit": plain * width} if plain else {}),
         "adapters (fp32)": trainable * 4,
         "gradients (fp32)": trainable * 4,
@@ -449,18 +474,31 @@ def plan_memory(
         "workspaces of cuBLAS": WORKSPACE_BYTES,
     }
     parts["allocator slack"] = SLACK_BYTES + int(SLACK_SHARE * (sum(parts.values()) - fixed))
-    parts["CUDA context"] = CONTEXT_BYTES
+    parts["CUDA context"] = CONTEXT_BYTES + (NCCL_BYTES if shape.processes > 1 else 0)
     return MemoryPlan(parts, micro_batch, checkpointed, shape.layers, paged, offload, chunk, rows)
+
+
+def sequences_per_step(training: TrainingConfig, processes: int) -> int:
+    """Return the sequences of an optimizer step over all micro-batches and processes."""
+    count = training.batch_size * training.gradient_accumulation_steps
+    if count % processes:
+        name = "training.batch_size x training.gradient_accumulation_steps"
+        raise ConfigError(f"{name}: expected a multiple of {processes} processes, got {count}")
+    return count
 
 
 SHAPE_KNOBS = ("training.batch_size", "training.gradient_accumulation_steps", "training.gradient_checkpointing")
 
 
-def configured_shape(config: Config) -> ModelShape:
-    """Return the sizes of the configured model; raise ConfigError if it lacks a target module."""
+def configured_shape(config: Config, processes: int | None = None) -> ModelShape:
+    """Return the sizes of the configured model; raise ConfigError if it lacks a target module.
+
+    processes: by default those of the launcher.
+    """
     model = model_skeleton(config.model.name, config.model.revision, config.model.trust_remote_code)
     resolved_targets(model, create_lora_config(**config.lora.arguments))
-    shape = shape_of(model)
+    processes = processes or int(os.environ.get("WORLD_SIZE", "1"))
+    shape = dataclasses.replace(shape_of(model), processes=processes)
     if config.quantization.experts == "cpu" and not (shape.experts.packed and config.quantization.load_in_4bit):
         raise no_experts(config.model.name)
     if not shape.experts.all:
@@ -539,7 +577,7 @@ def step_seconds(
     activations = tokens * shape.layers * passes * 12 * (shape.hidden + shape.inner)
     fetched = 2 * shape.experts.packed / 2 / PCIE if config.quantization.experts == "cpu" else 0  # up and down
     rows = tokens * shape.hidden * 2 / PCIE if rows_apart else 0
-    return max(products + (2.5 * read + activations) / rates.bytes, fetched) + rows
+    return max(products + (2.5 * read + activations) / rates.bytes, fetched, gather_seconds(shape, config)) + rows
 
 
 def shapes(shape: ModelShape, config: Config, sequences: int) -> Iterator[tuple[int, int]]:

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from config import Config, ConfigError, TrainingConfig
 from fast_path.optimizers import state_after_a_step
+from fast_path.sharding import whole_parameters
 from toolkit.checkpoints import Progress, latest_checkpoint, read_checkpoint, refusing
 from toolkit.data_blocks import Blocks
 from toolkit.earlier_run import (
@@ -117,7 +118,7 @@ def fingerprint(
     the ones before it stay, so that older runs can continue.
     """
     first, whole, tokens = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
-    for name, parameter in model.named_parameters():
+    for name, parameter in whole_parameters(model):
         if not parameter.requires_grad:
             first.update(name.encode() + _bytes_of(parameter.detach().flatten()[:256]))
             state = getattr(parameter, "quant_state", None)
@@ -135,7 +136,9 @@ def fingerprint(
 
 
 def _bytes_of(tensor: torch.Tensor) -> bytes:
-    return tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    # A copy, since the memory of what numpy has seen cannot be resized any more, as FSDP2 does.
+    own = tensor.cpu().clone(memory_format=torch.contiguous_format)
+    return own.view(torch.uint8).numpy().tobytes()
 
 
 def _summary(tensor: torch.Tensor) -> bytes:

@@ -1,0 +1,40 @@
+"""A base divided among processes, as the commands see it: loading, and equally many passes in each."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import quantization_utils
+from config import Config
+from fast_path.loss import IGNORED
+from fast_path.sharding import is_divided, loading_divided
+from toolkit.data_blocks import Blocks, batches
+
+
+def load_base(
+    config: Config, device: torch.device, tokenizer: PreTrainedTokenizerBase | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Do what quantization_utils.load_base does; with performance.shard_base this process keeps its part of the base. Raises ConfigError."""
+    with loading_divided(config.performance.shard_base):
+        return quantization_utils.load_base(config, device, tokenizer=tokenizer)
+
+
+def own_batches(
+    blocks: Blocks, numbers: np.ndarray, size: int, pad: int, accelerator: Accelerator
+) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor, np.ndarray]]:
+    """Yield `batches` of this process's blocks, which are every N-th of `numbers`, with N processes; places in `numbers`.
+
+    The passes of a divided base need all processes. One that has fewer batches than the first one computes a block whose
+    labels are all ignored, so that it adds nothing: it has no supervised tokens and no sequences.
+    """
+    rank, processes, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    mine = numbers[rank::processes]
+    for batch, tokens, places in batches(blocks, mine, size, pad, device):
+        yield batch, tokens, rank + processes * places
+    most, own = (-(-len(part) // size) for part in (numbers[::processes], mine))
+    for _ in range(most - own if is_divided() else 0):
+        for batch, tokens, places in batches(blocks, numbers[:1], 1, pad, device):
+            yield batch | {"labels": torch.full_like(batch["labels"], IGNORED)}, tokens[:0], places
