@@ -28,16 +28,7 @@ from toolkit.flags import build_parser, parse_arguments
 from toolkit.local_paths import MODEL_PARTS, missing_model, missing_sources
 from toolkit.run_commands import add_flags, answer, is_asked
 from toolkit.start_adapter import with_start_adapter
-from toolkit.startup import (
-    announced,
-    before_heavy_imports,
-    reader_gone,
-    report,
-    run_and_exit,
-    unusable,
-    visible,
-    wake_gpu,
-)
+from toolkit.startup import before_heavy_imports, reader_gone, report, run_and_exit, unusable, visible, wake_gpu
 from toolkit.template_files import check_template_files
 
 # What --help shows first.
@@ -112,7 +103,7 @@ if __name__ == "__main__":  # --help and every error in the configuration answer
         if (code := answer(parse(sys.argv[1:])[0])) is not None:
             sys.exit(code)
     except ConfigError as error:
-        if not announced():  # several processes tell each other of it, and then one of them says it
+        if not toolkit.startup.announced():  # several processes tell each other of it, and then one of them says it
             sys.exit(report(error))
     before_heavy_imports(announce=True)
     wake_gpu()
@@ -143,38 +134,21 @@ from fast_path.loss import CausalLMLoss, compiled_chunk_loss, default_logit_chun
 from fast_path.micro_step import Learner, be_deterministic
 from fast_path.optimizers import create_optimizer
 from quantization_utils import compute_dtype_of, create_lora_config, load_base, prepare_model_for_training, with_tokens
-from toolkit import (
-    checkpoints,
-    data_formats,
-    data_sources,
-    earlier_run,
-    evaluation,
-    machine,
-    memory,
-    memory_plan,
-    processes,
-)
+from toolkit import checkpoints, data_sources, earlier_run, evaluation, machine, memory, memory_plan, processes
 from toolkit.adapters import put_weights, start_from_adapter
 from toolkit.chat_templates import adopt_template, prepare_child
 from toolkit.compare import compare_runs
 from toolkit.curves import call_plot, plot_training_curves, rates_of
 from toolkit.data_blocks import Blocks, batches, sample_counts, step_windows
 from toolkit.data_files import quiet_datasets
+from toolkit.data_formats import untrained_chat_tokens
 from toolkit.data_sources import SourceRows, make_blocks, read_sources
 from toolkit.evaluation import mean_loss, of_each
 from toolkit.memory import peak_gib
 from toolkit.memory_plan import MemoryPlan
-from toolkit.resume import (
-    Found,
-    check_resumable,
-    check_tensors,
-    find_checkpoint,
-    fingerprint,
-    restore_schedule,
-    same_start,
-)
+from toolkit.resume import Found, check_resumable, check_tensors, find_checkpoint, fingerprint, restore_schedule
 from toolkit.run_lines import data_lines, end_lines, next_command, resume_lines, step_line
-from toolkit.run_state import after_failure, share_output, write_state
+from toolkit.run_state import after_failure, refuse_other_start, share_output, write_state
 from toolkit.text_width import for_stdout
 from toolkit.turn_ends import left_beside, load_tokenizer, teach_ends
 
@@ -186,7 +160,7 @@ def main(argv: list[str] | None = None) -> int:
     doing, output_dir, again = "loading", "", ""  # for the messages of errors
     try:
         processes.join()
-        with processes.together():
+        with processes.together(processes.ENDING):
             options, config = parse(argv)
             if (code := answer(options)) is not None:
                 return code
@@ -325,11 +299,8 @@ def evaluate_adapter(config: Config, adapter: str | None, stride: int | None, pr
     lines = [*checkpoints.edited_line(config, effective), *teach_ends(tokenizer)]
     for line in (*lines, *quantization_utils.check_length(config.data.max_length, model.config)):
         say(line)
-    blocks: Any = processes.first_alone(
-        lambda: make_blocks(
-            prepare_dataset(config, tokenizer), tokenizer, config.data, config.training.seed, close=stride is None
-        )
-    )["validation"]
+    rows = processes.first_alone(lambda: prepare_dataset(config, tokenizer))
+    blocks: Any = make_blocks(rows, tokenizer, config.data, config.training.seed, close=stride is None)["validation"]
     if blocks is None:
         raise ConfigError("data.validation_fraction: nothing is held out to evaluate on")
     task = evaluation.Task(Path(adapter) if adapter else None, stride, prompts)
@@ -404,7 +375,7 @@ def build_run(config: Config, accelerator: Accelerator, log: checkpoints.Log, fo
     for line in quantization_utils.base_lines(config, model):
         say(line)
     if (samples := data_sources.first_samples(blocks["train"])) is not None:
-        for line in data_formats.untrained_chat_tokens(model, tokenizer, samples, config.lora.train_tokens):
+        for line in untrained_chat_tokens(model, tokenizer, samples, config.lora.train_tokens):
             say(line)
     plan = plan or memory_plan.unplanned(config, sequences, len(families.decoder_layers(model)))
     learner = build_learner(config, model, plan, say, sample_counts(*blocks.values())[:per_step], tokenizer)
@@ -511,7 +482,7 @@ def create_scheduler(optimizer: Any, training: TrainingConfig, total_steps: int)
 def start_run(run: Run, found: Found | None) -> None:
     """Restore the checkpoint, if there is one, and open the output folder. A refusal comes before anything is written."""
     log = run.log
-    processes.refuse_differences(same_start(run.fingerprint, found))
+    refuse_other_start(run.fingerprint, found)
     if found is not None:
         folder, _, state = found
         # A checkpoint from before 2026-11-29 has the configured settings only.
@@ -721,7 +692,7 @@ def use_less_memory(run: Run, problem: torch.OutOfMemoryError) -> None:
     if smaller is None:
         raise problem
     run.log.say(
-        f"out of GPU memory with {run.plan.shape}: repeating the step with {smaller.shape}; "
+        f"out of GPU memory{processes.where(problem)} with {run.plan.shape}: repeating the step with {smaller.shape}; "
         "the effective batch size, and so the training result, does not change"
     )
     run.plan = smaller

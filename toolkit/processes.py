@@ -11,6 +11,7 @@ import io
 import os
 import pickle
 import platform
+import re
 import signal
 import sys
 import threading
@@ -32,6 +33,7 @@ T = TypeVar("T")
 JOIN = 300  # until all have started: imports from a cold network drive take minutes
 SET_UP = 7200  # until the first step is done: one process tokenises the data while the others wait, each one compiles
 WRITING = 600  # after something that only the first process does, such as writing a checkpoint
+ENDING = 86_400  # until the first process has answered prompts, written the adapter and drawn the curves
 # Between two exchanges all do equal work, so a process that is much slower than this one hangs. torchrun gives the
 # others 30 s to end before it kills them: together less than a minute.
 ANSWER = 20.0
@@ -180,6 +182,8 @@ def _lost(patience: float, timed_out: bool) -> RankFailed:
         time.sleep(ROLL_CALL)
         silent = [rank for rank in silent if not launch.store.check([f"alive/{rank}"])] or silent
     ended = [rank for rank in silent if _has_ended(rank)]
+    for rank in silent if timed_out else ():
+        _end(rank)
     if 0 not in (ended or silent):
         _leave_words_to_the_first()
     names = ", ".join(name_of(rank) for rank in ended or silent)
@@ -191,6 +195,14 @@ def name_of(rank: int) -> str:
     """Return the rank of a process with its machine and number, to look for it."""
     machine, process = _launch.names[rank] if _launch.names else ("?", 0)
     return f"rank {rank} ({machine}, process {process})"
+
+
+def _end(rank: int) -> None:
+    """Kill a process of this launcher that hangs, as the launcher will do half a minute later: its locks become free."""
+    machine, process = _launch.names[rank] if _launch.names else ("", 0)
+    with contextlib.suppress(psutil.Error):
+        if machine == platform.node() and psutil.Process(process).ppid() == os.getppid():
+            psutil.Process(process).kill()
 
 
 def _has_ended(rank: int) -> bool:
@@ -214,8 +226,8 @@ def wait_for_gpu() -> None:
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
-    """Let an error of one process end this block on all of them.
+def together(patience: float | None = None) -> Iterator[None]:
+    """Let an error of one process end this block on all of them. patience: at its end, as in `gathered`.
 
     All raise the same ConfigError or OutOfMemoryError, which names the rank. Of another error, which the failing process
     raises as it is, the others get a RankFailed. They notice it at their next exchange, here or within the block.
@@ -227,7 +239,7 @@ def together() -> Iterator[None]:
         mine = error
     if mine is None:
         if several() and not _launch.lost:
-            gathered(END)
+            gathered(END, patience)
     elif not several() or _launch.lost or getattr(mine, "agreed", False):
         raise mine
     else:
@@ -275,6 +287,12 @@ def _lines(failures: Mapping[int, Failure]) -> list[str]:
         topics |= {_topic(line) for line in fresh}
         lines += [f"rank {rank}: {line}" if rank else line for line in fresh]
     return lines
+
+
+def where(error: Exception) -> str:
+    """Return ` on rank N` for an error that together() took over from another process than the first, or nothing."""
+    named = re.match(r"(rank \d+): ", str(error))
+    return f" on {named[1]}" if named else ""
 
 
 def _topic(line: str) -> str:
@@ -361,5 +379,6 @@ def take_from_first(tensors: Sequence[torch.Tensor]) -> None:
     """Give tensors of all processes the values that the first one has: random numbers of two kinds of GPU differ."""
     if several():
         elements = flat(tensors)
+        gathered(None)  # all are here: one that has failed before would let the others wait for tensors
         dist.broadcast(elements, 0, group=_launch.reduce)
         _put(elements, tensors)

@@ -93,12 +93,6 @@ def check_resumable(state: dict, config: Config, prints: dict[str, str], sequenc
         raise other_run([*changes.values(), *contents.values()], config.training)
 
 
-def same_start(prints: dict[str, str], found: Found | None) -> dict[str, Any]:
-    """Return by name what all processes must start from: the same contents and the same checkpoint."""
-    contents = {f"the content of {key}": [prints[part][:12] for part in parts] for key, parts, _ in CONTENTS}
-    return contents | {"training.resume: the checkpoint": found[0].name if found else None}
-
-
 def restore_schedule(scheduler: Any, optimizer: Any, step: int) -> None:
     """Set the learning rate to that of a step of this run's schedule, which may be longer than the checkpoint's."""
     rates = [rate * schedule(step) for rate, schedule in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]

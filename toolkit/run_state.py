@@ -13,6 +13,7 @@ import torch
 
 from config import ConfigError
 from toolkit import checkpoints, earlier_run, processes
+from toolkit.resume import CONTENTS, Found
 from toolkit.startup import report
 
 if TYPE_CHECKING:
@@ -22,17 +23,22 @@ if TYPE_CHECKING:
 def share_output(output_dir: Path) -> None:
     """Raise ConfigError unless all processes of the launch see the folder that the first one has locked."""
     with contextlib.ExitStack() as held:
-        mark = (
-            held.enter_context(tempfile.NamedTemporaryFile(dir=output_dir, prefix=checkpoints.TEMPORARY))
-            if processes.is_first()
-            else None
-        )
-        name = processes.gathered(mark and Path(mark.name).name)[0]
-        if name and not os.path.exists(output_dir / name):
-            raise ConfigError(
-                f"training.output_dir: this process does not see {output_dir} of rank 0: all processes need the same folder"
-            )
-        processes.gathered(None)  # until all have looked
+        name = ""
+        if processes.is_first():
+            mark = held.enter_context(tempfile.NamedTemporaryFile(dir=output_dir, prefix=checkpoints.TEMPORARY))
+            name = Path(mark.name).name
+        with processes.together():
+            if not os.path.exists(output_dir / processes.gathered(name)[0]):
+                problem = "expected one folder that all processes see"
+                raise ConfigError(f"training.output_dir: {problem}, got another {output_dir} than that of rank 0")
+
+
+def refuse_other_start(prints: dict[str, str], found: Found | None) -> None:
+    """Raise ConfigError unless all processes start from the same contents and the same checkpoint."""
+    start: dict[str, object] = {}
+    for name, parts, _ in CONTENTS:
+        start[f"{name}: content"] = " ".join(prints[part][:12] for part in parts)
+    processes.refuse_differences(start | {"training.resume: checkpoint": found[0].name if found else None})
 
 
 def state_of(run: Run) -> dict:
