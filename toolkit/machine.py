@@ -27,7 +27,7 @@ from config import LEAVES, Config, ConfigError, DataConfig, ModelConfig, Perform
 from fast_path.micro_step import let_go
 from quantization_utils import bf16_missing, load_base, quiet_libraries, usable_dtype
 from toolkit.memory_plan import unplanned
-from toolkit.processes import RankFailed
+from toolkit.processes import RankFailed, sum_in_place
 from toolkit.startup import CANNOT_RUN, announced, import_failures, out_of_memory, reader_gone, report
 
 # ------------------------------------------------------------------------------------------------ the machine
@@ -63,6 +63,9 @@ def create_accelerator(training: TrainingConfig) -> Accelerator:
         raise ConfigError(f"training.report_to: the package of {tracker} is not installed")
     if launched != accelerator.num_processes:
         raise alone
+    sum_in_place(
+        torch.zeros(1, device=accelerator.device)
+    )  # NCCL takes its memory now, before a plan counts what is free
     return accelerator
 
 

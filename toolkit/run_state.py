@@ -1,13 +1,11 @@
 """What a checkpoint of a run holds, and what is saved of a run whose other processes have failed."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import os
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
@@ -16,8 +14,7 @@ from toolkit import checkpoints, earlier_run, processes
 from toolkit.resume import CONTENTS, Found
 from toolkit.startup import report
 
-if TYPE_CHECKING:
-    from train_qlora import Run
+# `run` is train_qlora's Run, which stands above this module.
 
 
 def share_output(output_dir: Path) -> None:
@@ -41,7 +38,7 @@ def refuse_other_start(prints: dict[str, str], found: Found | None) -> None:
     processes.refuse_differences(start | {"training.resume: checkpoint": found[0].name if found else None})
 
 
-def state_of(run: Run) -> dict:
+def state_of(run: Any) -> dict:
     """Return everything but the adapter that a resumed run needs."""
     return {
         "progress": dataclasses.asdict(run.progress),
@@ -64,7 +61,7 @@ def state_of(run: Run) -> dict:
     }
 
 
-def write_state(run: Run) -> None:
+def write_state(run: Any) -> None:
     """Write a checkpoint of the last complete step; a full disk is noted in run.unsaved and ends nothing."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()  # paged optimizer states are managed memory that the CPU is about to read
@@ -79,7 +76,7 @@ def write_state(run: Run) -> None:
     run.log.say(f"step {step}: {line}")
 
 
-def after_failure(run: Run, error: processes.RankFailed, again: str) -> int:
+def after_failure(run: Any, error: processes.RankFailed, again: str) -> int:
     """Write a checkpoint after another process has failed, say so, and return the exit code.
 
     Every process has all that a checkpoint holds, as it was after the last complete step. The first process writes it; if
