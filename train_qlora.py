@@ -107,7 +107,8 @@ if __name__ == "__main__":  # --help and every error in the configuration answer
         if (code := answer(parse(sys.argv[1:])[0])) is not None:
             sys.exit(code)
     except ConfigError as error:
-        sys.exit(report(error))
+        if not toolkit.startup.announced():  # several processes tell each other of it, and then one of them says it
+            sys.exit(report(error))
     before_heavy_imports(announce=True)
     wake_gpu()
 import contextlib
@@ -137,19 +138,21 @@ from fast_path.loss import CausalLMLoss, compiled_chunk_loss, default_logit_chun
 from fast_path.micro_step import Learner, be_deterministic
 from fast_path.optimizers import create_optimizer
 from quantization_utils import compute_dtype_of, create_lora_config, prepare_model_for_training, with_tokens
-from toolkit import checkpoints, data_formats, data_sources, earlier_run, evaluation, machine, memory, memory_plan
+from toolkit import checkpoints, data_sources, earlier_run, evaluation, machine, memory, memory_plan, processes
 from toolkit.adapters import put_weights, start_from_adapter
 from toolkit.chat_templates import adopt_template, prepare_child
 from toolkit.compare import compare_runs
 from toolkit.curves import call_plot, plot_training_curves, rates_of
 from toolkit.data_blocks import Blocks, sample_counts, step_windows
 from toolkit.data_files import quiet_datasets
+from toolkit.data_formats import untrained_chat_tokens
 from toolkit.data_sources import SourceRows, make_blocks, read_sources
 from toolkit.evaluation import mean_loss, of_each
 from toolkit.memory import peak_gib
 from toolkit.memory_plan import MemoryPlan, sequences_per_step
 from toolkit.resume import Found, check_resumable, check_tensors, find_checkpoint, fingerprint, restore_schedule
 from toolkit.run_lines import data_lines, end_lines, next_command, resume_lines, step_line
+from toolkit.run_state import after_failure, refuse_other_start, share_output, write_state
 from toolkit.sharding import load_base, own_batches
 from toolkit.text_width import for_stdout
 from toolkit.turn_ends import left_beside, load_tokenizer, teach_ends
@@ -161,23 +164,26 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     doing, output_dir, again = "loading", "", ""  # for the messages of errors
     try:
-        options, config = parse(argv)
-        if (code := answer(options)) is not None:
-            return code
-        quantization_utils.quiet_libraries()
-        quiet_datasets()
-        if options.plan:
-            return memory.print_plan(config, epoch_size, options.card, options.processes)
-        for line in options.notes:
-            print(visible(line), file=sys.stderr)
-        if options.evaluate:
-            doing = "evaluating"
-            return evaluate_adapter(config, options.adapter, options.stride, options.generate)
-        if options.compare:
-            return compare_runs(options.compare, options.output or "compare.png")
-        output_dir = config.training.output_dir
-        again = earlier_run.continuing_command(argv, config.training.resume)
-        return fine_tune(config, options.overwrite, again)
+        processes.join()
+        with processes.together(processes.ENDING):
+            options, config = parse(argv)
+            if (code := answer(options)) is not None:
+                return code
+            quantization_utils.quiet_libraries()
+            quiet_datasets()
+            if options.plan:
+                return memory.print_plan(config, epoch_size, options.card, options.processes)
+            for line in options.notes:
+                print(visible(line), file=sys.stderr)
+            processes.refuse_differences(earlier_run.common_settings(config, options.overwrite))
+            if options.evaluate:
+                doing = "evaluating"
+                return evaluate_adapter(config, options.adapter, options.stride, options.generate)
+            if options.compare:
+                return compare_runs(options.compare, options.output or "compare.png")
+            output_dir = config.training.output_dir
+            again = earlier_run.continuing_command(argv, config.training.resume)
+            return fine_tune(config, options.overwrite and not processes.restarted(), again)
     except memory.NoFit as error:
         print(visible(str(error)), file=sys.stderr)
         return 3
@@ -200,7 +206,7 @@ def fine_tune(config: Config, overwrite: bool, again: str) -> int:
 
     again: the command that continues the run if it is stopped.
     """
-    checkpoints.check_output(config.training)
+    processes.first_alone(lambda: checkpoints.check_output(config.training))
     accelerator = machine.create_accelerator(config.training, config.performance.shard_base)
     device = accelerator.device
     log = checkpoints.Log(silent=not accelerator.is_main_process)
@@ -208,6 +214,7 @@ def fine_tune(config: Config, overwrite: bool, again: str) -> int:
     with checkpoints.interrupted_early(log.say), contextlib.ExitStack() as held:
         if accelerator.is_main_process:
             held.enter_context(checkpoints.locked(Path(config.training.output_dir), log.say))
+        share_output(Path(config.training.output_dir))
         log.say(machine.device_block(device, compute_dtype_of(config), accelerator.num_processes))
         if quantization_utils.replaces_bf16(config):
             log.say(quantization_utils.SLOW_BF16)
@@ -233,6 +240,8 @@ def execute(run: Run, request: checkpoints.StopRequest, again: str) -> int:
     except NumbersWentWrong as error:
         say(f"error: {error}; {checkpoints.last_good(run.output_dir)}")
         return 1
+    except processes.RankFailed as error:
+        return after_failure(run, error, again)
     except torch.OutOfMemoryError as error:
         peak = f"a peak of {peak_gib(accelerator.device):.2f} GiB with {run.plan.shape}"
         good = checkpoints.last_good(run.output_dir)
@@ -295,7 +304,7 @@ def evaluate_adapter(config: Config, adapter: str | None, stride: int | None, pr
     lines = [*checkpoints.edited_line(config, effective), *teach_ends(tokenizer)]
     for line in (*lines, *quantization_utils.check_length(config.data.max_length, model.config)):
         say(line)
-    rows = prepare_dataset(config, tokenizer)
+    rows = processes.first_alone(lambda: prepare_dataset(config, tokenizer))
     blocks: Any = make_blocks(rows, tokenizer, config.data, config.training.seed, close=stride is None)["validation"]
     if blocks is None:
         raise ConfigError("data.validation_fraction: nothing is held out to evaluate on")
@@ -363,18 +372,20 @@ def build_run(config: Config, accelerator: Accelerator, log: checkpoints.Log, fo
     elif config.lora.init_adapter is None:
         memory_plan.check_mixture(config)
     tokenizer = load_tokenizer(config, say)
-    with accelerator.main_process_first():
-        blocks = make_blocks(prepare_dataset(config, tokenizer), tokenizer, config.data, training.seed)
+    blocks = processes.first_alone(
+        lambda: make_blocks(prepare_dataset(config, tokenizer), tokenizer, config.data, training.seed)
+    )
     rows_apart = plan is not None and plan.rows_apart > 0
     model, _ = load_base(config, device, tokenizer=tokenizer, rows_apart=rows_apart)
     say(memory.memory_line(device))
     for line in quantization_utils.base_lines(config, model):
         say(line)
     if (samples := data_sources.first_samples(blocks["train"])) is not None:
-        for line in data_formats.untrained_chat_tokens(model, tokenizer, samples, config.lora.train_tokens):
+        for line in untrained_chat_tokens(model, tokenizer, samples, config.lora.train_tokens):
             say(line)
     plan = plan or memory_plan.unplanned(config, sequences, len(families.decoder_layers(model)))
     learner = build_learner(config, model, plan, say, sample_counts(*blocks.values())[:per_step], tokenizer)
+    processes.take_from_first(learner.parameters)
     optimizer = create_optimizer(learner.parameters, training, device, say)
     effective = checkpoints.effective(config, learner.model)
     for line in checkpoints.edited_line(config, effective):
@@ -468,6 +479,7 @@ def create_scheduler(optimizer: Any, training: TrainingConfig, total_steps: int)
 def start_run(run: Run, found: Found | None) -> None:
     """Restore the checkpoint, if there is one, and open the output folder. A refusal comes before anything is written."""
     log = run.log
+    refuse_other_start(run.fingerprint, found)
     if found is not None:
         folder, _, state = found
         # A checkpoint from before 2026-11-29 has the configured settings only.
@@ -476,8 +488,8 @@ def start_run(run: Run, found: Found | None) -> None:
         check_resumable(known, now, run.fingerprint, run.sequences_per_step, folder.name)
         check_tensors(found, run.model, run.optimizer, run.learner.scaler, run.blocks["validation"])
         restore(run, found)
-    checkpoints.check_space(run.config.training, [p.numel() for p in run.learner.parameters])
-    run.accelerator.wait_for_everyone()
+    with processes.together():
+        checkpoints.check_space(run.config.training, [p.numel() for p in run.learner.parameters])
     if run.accelerator.is_main_process:
         files = left_beside(run.model.get_base_model(), run.tokenizer, run.blocks["train"])
         log.open(checkpoints.open_output(run.effective, run.progress.history, found is None, files))
@@ -537,7 +549,7 @@ def train(run: Run, request: checkpoints.StopRequest) -> bool:
             stop = result.stop or (run.accelerator.num_processes == 1 and request.signum is not None)
             if evaluation_due(run) and not stop:
                 evaluate_and_keep_best(run)
-            if last or epoch_end or stop or out_of_patience(run) or checkpoint_due(run):
+            if last or epoch_end or stop or out_of_patience(run) or result.due or saving_step(run):
                 save_state(run)
             if stop:
                 return False
@@ -559,12 +571,16 @@ def evaluation_due(run: Run) -> bool:
     return run.progress.step % every == 0 or run.progress.step == run.total_steps
 
 
-def checkpoint_due(run: Run) -> bool:
-    """Return whether save_steps or save_minutes asks for a checkpoint now."""
-    training = run.config.training
-    minutes = (time.monotonic() - run.saved_time) / 60
-    timed = training.save_minutes is not None and minutes >= training.save_minutes
-    return timed or (training.save_steps is not None and run.progress.step % training.save_steps == 0)
+def minutes_are_up(run: Run) -> bool:
+    """Return whether save_minutes asks for a checkpoint now."""
+    minutes = run.config.training.save_minutes
+    return minutes is not None and time.monotonic() - run.saved_time >= 60 * minutes
+
+
+def saving_step(run: Run) -> bool:
+    """Return whether save_steps asks for a checkpoint after this step."""
+    every = run.config.training.save_steps
+    return every is not None and run.progress.step % every == 0
 
 
 def out_of_patience(run: Run) -> bool:
@@ -585,7 +601,7 @@ def log_step(run: Run, result: StepResult, learning_rate: float) -> None:
         "tokens": progress.tokens,
         "tokens_per_second": round(progress.positions / progress.seconds, 1),
         "learned_tokens_per_second": round(progress.loss_tokens / progress.seconds, 1),
-        "peak_gib": round(peak_gib(run.accelerator.device), 3),
+        "peak_gib": round(max(processes.gathered(peak_gib(run.accelerator.device))), 3),
     }
     progress.loss_sum, progress.loss_tokens, progress.positions, progress.seconds = 0.0, 0, 0, 0.0
     run.note(row)
@@ -605,6 +621,7 @@ class StepResult:
     tokens: int
     grad_norm: float
     stop: bool  # some process was asked to stop
+    due: bool  # save_minutes asks for a checkpoint
 
 
 def training_step(run: Run, step: int, numbers: np.ndarray, stop: bool) -> StepResult:
@@ -618,23 +635,27 @@ def training_step(run: Run, step: int, numbers: np.ndarray, stop: bool) -> StepR
         learner.zero_gradients()
         loss_sum, tokens = torch.zeros((), device=run.accelerator.device), 0
         try:
-            for batch, count, sequences in micro_batches(run, numbers):
-                loss_sum += learner.micro_step(step, sequences, batch)
-                tokens += count
+            with processes.together():  # one process that runs out of memory has all of them repeat the step
+                for batch, count, sequences in micro_batches(run, numbers):
+                    loss_sum += learner.micro_step(step, sequences, batch)
+                    tokens += count
+                summed = processes.flat([p.grad for p in learner.parameters])
+                processes.wait_for_gpu()
             break
         except torch.OutOfMemoryError as error:
             problem = error.with_traceback(None)  # its frames hold the tensors of the micro-batch that failed
         use_less_memory(run, problem)
-    sums = sum_over_processes(run, [loss_sum, tokens, stop])
+    processes.sum_together([p.grad for p in learner.parameters], summed)
+    sums = processes.sum_numbers([loss_sum, tokens, stop, minutes_are_up(run)], run.accelerator.device)
     scaler.unscale_(run.optimizer)
     torch._foreach_mul_([p.grad for p in learner.parameters], learner.objective.mean(1, sums[1].float()))
     norm = nn.utils.clip_grad_norm_(learner.parameters, run.config.training.max_grad_norm)
-    if step == 0 and tokens and not any(p.grad.any() for n, p in learner.model.named_parameters() if "lora_B" in n):
+    if step == 0 and sums[1] and not any(p.grad.any() for n, p in learner.model.named_parameters() if "lora_B" in n):
         raise NumbersWentWrong("step 1: every gradient of lora_B is zero: the loss does not reach the adapter")
     # The update is launched before any number is read: the GPU still computes the micro-batches and never waits for a
     # launch.
     scaler.step(run.optimizer)
-    total, tokens, stops = sums.tolist()
+    total, tokens, stops, due = sums.tolist()
     grad_norm = norm.item()
     # An overflow in float16 is left to the scaler: it skips the step and halves its scale, from 2**6 down to 2**-10.
     overflow = scaler.is_enabled() and not math.isfinite(grad_norm) and scaler.get_scale() > 2.0**-10
@@ -646,7 +667,8 @@ def training_step(run: Run, step: int, numbers: np.ndarray, stop: bool) -> StepR
         )
     scaler.update()
     run.scheduler.step()
-    return StepResult(total, int(tokens), grad_norm, bool(stops))
+    processes.settle()
+    return StepResult(total, int(tokens), grad_norm, bool(stops), bool(due))
 
 
 def micro_batches(run: Run, numbers: np.ndarray) -> Iterator[tuple[dict[str, torch.Tensor], int, torch.Tensor]]:
@@ -666,23 +688,12 @@ def use_less_memory(run: Run, problem: torch.OutOfMemoryError) -> None:
     if smaller is None or sharding.is_divided():  # the other processes wait for this one's part of the weights
         raise problem
     run.log.say(
-        f"out of GPU memory with {run.plan.shape}: repeating the step with {smaller.shape}; "
+        f"out of GPU memory{processes.where(problem)} with {run.plan.shape}: repeating the step with {smaller.shape}; "
         "the effective batch size, and so the training result, does not change"
     )
     run.plan = smaller
+    processes.settle(False)  # a graph is captured again
     run.learner.reshape(smaller.micro_batch, smaller.checkpointed, smaller.offload)
-
-
-def sum_over_processes(run: Run, extra: list[float | torch.Tensor]) -> torch.Tensor:
-    """Sum the gradients, in their own memory, and the numbers of `extra` over all processes; return the numbers, fp64."""
-    device, gradients = run.accelerator.device, [p.grad for p in run.learner.parameters]
-    numbers = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in extra])
-    if run.accelerator.num_processes == 1:
-        return numbers
-    flat = run.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "sum")
-    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))
-    return run.accelerator.reduce(numbers, "sum")
 
 
 # ------------------------------------------------------------------------------------------------ evaluation
@@ -718,37 +729,11 @@ def evaluate_and_keep_best(run: Run) -> None:
 
 
 def save_state(run: Run) -> None:
-    """Write a checkpoint: everything that a resumed run needs."""
-    if not run.accelerator.is_main_process:
-        return
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()  # paged optimizer states are managed memory that the CPU is about to read
-    state = {
-        "progress": dataclasses.asdict(run.progress),
-        "optimizer": run.optimizer.state_dict(),
-        "scheduler": run.scheduler.state_dict(),
-        "scaler": run.learner.scaler.state_dict(),
-        "best_adapter": run.best_adapter or {},
-        "held_out": run.held_out,
-        "config": earlier_run.settings(run.config),
-        "effective": earlier_run.settings(run.effective),
-        "fingerprint": run.fingerprint,
-        "shape": {
-            **run.plan.saved(),
-            "window": run.sequences_per_step,
-            "processes": run.accelerator.num_processes,
-        },
-    }
-    adapter = checkpoints.adapter_tensors(run.model)
-    peft_config = checkpoints.adapter_settings(run.model, run.config.model.name)
-    step, keep = run.progress.step, run.config.training.save_total_limit
+    """Write a checkpoint, which the first process does for all: everything that a resumed run needs."""
     run.saved_time = time.monotonic()
-    try:
-        folder = checkpoints.write_checkpoint(run.output_dir, step, adapter, peft_config, state, keep)
-        run.unsaved, line = "", f"checkpoint written to {folder}"
-    except OSError as error:  # stopping would save nothing, and the disk may have room at the next one
-        run.unsaved = line = f"checkpoint not written ({error}); {checkpoints.last_good(run.output_dir)}"
-    run.log.say(f"step {step}: {line}")
+    if run.accelerator.is_main_process:
+        write_state(run)
+    processes.gathered(None, processes.WRITING)
 
 
 # ------------------------------------------------------------------------------------------------ the end of a run
@@ -762,7 +747,7 @@ def finish(run: Run) -> None:
     if run.accelerator.is_main_process:
         part = run.blocks["train"]
         checkpoints.save_adapter(run.output_dir, run.model, run.tokenizer, run.effective, progress, part)
-    peak = peak_gib(run.accelerator.device)
+    peak = max(processes.gathered(peak_gib(run.accelerator.device), processes.WRITING))
     for line in end_lines(progress, run.blocks["validation"], run.held_out, peak, run.plan):
         say(line)
     say(f"adapter, curves and log are in {run.output_dir}")

@@ -59,6 +59,12 @@ def settings(config: Config) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in flatten(config).items()}
 
 
+def common_settings(config: Config, overwrite: bool) -> dict[str, Any]:
+    """Return by name what all processes of a launch must have in common, but for the contents of NAMES."""
+    common = {name: value for name, value in settings(config).items() if name not in NAMES}
+    return common | {"--overwrite": overwrite}
+
+
 # ------------------------------------------------------------------------------------------------ training again
 
 

@@ -25,6 +25,7 @@ from fast_path.loss import CausalLMLoss, Objective, default_logit_chunk, kernel_
 from fast_path.micro_step import Learner, let_go
 from fast_path.sharding import divide_base, is_divided
 from quantization_utils import compute_dtype_of
+from toolkit import processes
 from toolkit.adapters import load_adapter
 from toolkit.answers import answer_held_out, answerable
 from toolkit.checkpoints import write_atomically
@@ -53,12 +54,14 @@ def block_losses(
     count = math.ceil(len(mine) / micro_batch)
     todo = own_batches(blocks, np.arange(len(blocks)), micro_batch, pad, accelerator)
     losses, tokens = [], []  # kept apart until the end: the GPU never waits for the next batch
-    for batch, weights, _ in tqdm(todo, "evaluating", count, leave=False, disable=hidden):
-        losses.append(sums_of(**batch)[: len(weights)].double())
-        tokens.append(weights)
-    if losses:  # there may be fewer blocks than processes
-        sums[mine] = torch.stack([torch.cat(losses), torch.cat(tokens).to(sums)], 1)
-    return accelerator.reduce(sums, "sum") if accelerator.num_processes > 1 else sums
+    with processes.together():  # one that runs out of memory has all of them repeat it
+        for batch, weights, _ in tqdm(todo, "evaluating", count, leave=False, disable=hidden):
+            losses.append(sums_of(**batch)[: len(weights)].double())
+            tokens.append(weights)
+        if losses:  # there may be fewer blocks than processes
+            sums[mine] = torch.stack([torch.cat(losses), torch.cat(tokens).to(sums)], 1)
+        processes.wait_for_gpu()
+    return processes.sum_in_place(sums)
 
 
 def halved(micro_batch: int, say: Callable[[str], None]) -> int:

@@ -27,7 +27,8 @@ from config import LEAVES, Config, ConfigError, DataConfig, ModelConfig, Perform
 from fast_path.micro_step import let_go
 from quantization_utils import bf16_missing, load_base, quiet_libraries, usable_dtype
 from toolkit.memory_plan import unplanned
-from toolkit.startup import CANNOT_RUN, import_failures, out_of_memory, reader_gone, report
+from toolkit.processes import RankFailed, sum_in_place
+from toolkit.startup import CANNOT_RUN, announced, import_failures, out_of_memory, reader_gone, report
 
 # ------------------------------------------------------------------------------------------------ the machine
 
@@ -56,7 +57,7 @@ def create_accelerator(training: TrainingConfig, shard_base: bool = False) -> Ac
         raise ConfigError(f"performance.shard_base: expected two or more processes, got one: {way}")
     hint = f"use torchrun --nproc_per_node {launched}"
     alone = ConfigError(f"the launcher announces {launched} processes, but this one runs alone: {hint}")
-    if launched > 1 and not {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+    if launched > 1 and not announced():
         raise alone  # torch would wait for the others
     cpu = not torch.cuda.is_available()  # without it accelerate starts no gloo group on a machine without a GPU
     runs = os.path.join(training.output_dir, "runs")
@@ -68,6 +69,9 @@ def create_accelerator(training: TrainingConfig, shard_base: bool = False) -> Ac
         raise ConfigError(f"training.report_to: the package of {tracker} is not installed")
     if launched != accelerator.num_processes:
         raise alone
+    sum_in_place(
+        torch.zeros(1, device=accelerator.device)
+    )  # NCCL takes its memory now, before a plan counts what is free
     return accelerator
 
 
@@ -117,7 +121,7 @@ def failed(error: Exception, advice: str) -> int:
         return report(ConfigError(f"performance.deterministic: {problem}"))
     if isinstance(error, BrokenPipeError) and reader_gone("\n"):
         return 1
-    if not isinstance(error, (OSError, SafetensorError, torch.AcceleratorError)):
+    if not isinstance(error, (OSError, SafetensorError, torch.AcceleratorError, RankFailed)):
         raise error
     report(ConfigError(f"{type(error).__name__}: {first}{advice}"))  # a full disk, a driver that was reset
     return 1

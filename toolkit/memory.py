@@ -12,7 +12,6 @@ from collections.abc import Callable
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 
 from config import Config, ConfigError, QuantizationConfig, counted
 from quantization_utils import beyond_positions
@@ -38,6 +37,7 @@ from toolkit.memory_plan import (
     step_seconds,
     wants_offload,
 )
+from toolkit.processes import gathered, name_of
 from toolkit.text_width import for_stdout
 
 # ------------------------------------------------------------------------------------------------ decide and print
@@ -85,9 +85,15 @@ def plan_run(
     number of processes is ignored.
     """
     shape, device = configured_shape(config), accelerator.device
-    limit = memory_limit(device, config.performance.memory_limit_gib, config.performance.deterministic)
+    limits = gathered(memory_limit(device, config.performance.memory_limit_gib, config.performance.deterministic))
+    limit = min(limits)
     saved = saved if saved.get("processes") == accelerator.num_processes else {}
-    plan = broadcast_object_list([choose_plan(shape, config, sequences, device, limit, saved)])[0]
+    plan = gathered(choose_plan(shape, config, sequences, device, limit, saved))[0]
+    if max(limits) - limit > GIB:
+        least = limits.index(limit)
+        say(
+            f"memory: {limit / GIB:.2f} GiB of {name_of(least)}, which has least, and {max(limits) / GIB:.2f} GiB at most"
+        )
     for line in chosen_lines(config, plan, limit):
         say(line)
     if plan.total > limit:

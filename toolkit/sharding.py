@@ -15,11 +15,11 @@ from toolkit.data_blocks import Blocks, batches
 
 
 def load_base(
-    config: Config, device: torch.device, tokenizer: PreTrainedTokenizerBase | None = None
+    config: Config, device: torch.device, tokenizer: PreTrainedTokenizerBase | None = None, rows_apart: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Do what quantization_utils.load_base does; with performance.shard_base this process keeps its part of the base. Raises ConfigError."""
     with loading_divided(config.performance.shard_base):
-        return quantization_utils.load_base(config, device, tokenizer=tokenizer)
+        return quantization_utils.load_base(config, device, tokenizer=tokenizer, rows_apart=rows_apart)
 
 
 def own_batches(

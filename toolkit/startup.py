@@ -194,6 +194,12 @@ def reader_gone(last: str = "") -> bool:
     return False
 
 
+def announced() -> bool:
+    """Return whether a launcher such as torchrun started this process as one of several, and says where they meet."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return several and {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+
+
 def wake_gpu() -> None:
     """Create the context of the GPU while the other imports run.
 
