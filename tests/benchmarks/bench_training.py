@@ -6,8 +6,8 @@
     python tests/benchmarks/bench_training.py families --cases 16x512:on 4x512 --peers ours plain hf unsloth
 
 MODEL is a folder, the name of a shape (tests/benchmarks/shapes.py), which is made with random weights and removed afterwards, or
-`families`, all of these; more than one may be named. The peer `plain` is this toolkit without its fast path. --unsloth-path: the
-PYTHONPATH of Unsloth's processes, where it needs another transformers than the rest.
+`families`, all of these; more than one may be named, and with peers of its own as in gemma-2-2b=ours,hf. The peer `plain` is this
+toolkit without its fast path. --unsloth-path: the PYTHONPATH of Unsloth's processes, where it needs another transformers than the rest.
 A case is BATCHxLENGTH, with :on or :off in the place of --checkpointing, @N confined to N multiprocessors (a stand-in for a smaller card;
 `tflops` of the line shows whether it held: about 6.5 for each) and %G capped at G GiB. LoRA r = 16 on all
 seven projections, NF4 + double quantisation, bf16, full blocks of random tokens. Each case runs in a process of its own and
@@ -440,13 +440,15 @@ def main() -> int:
             print("RESULT " + json.dumps(run_single(case, alone)))
         return 0
     names = [*SHAPES] if args.model == ["families"] else args.model
-    cases = [case for name in names for case in cases_of(args, name)]
+    cases = [case for name in names for case in cases_of(args, *name.partition("=")[::2])]
     print(table(run_cases(cases, lambda case: run_process(case, args.timeout, args.unsloth_path), args.together)))
     return 0
 
 
-def cases_of(args: argparse.Namespace, model: str) -> list[dict]:
-    """Return the cases of one model; end the program if one is written wrongly."""
+def cases_of(args: argparse.Namespace, model: str, own_peers: str = "") -> list[dict]:
+    """Return the cases of one model; end the program if one is written wrongly. own_peers: in the place of --peers."""
+    if wrong := set(filter(None, own_peers.split(","))) - {*PEERS}:
+        sys.exit(f"MODEL: expected peers of {', '.join(PEERS)}, got {min(wrong)}")
     cases = []
     for text in [args.profile] if args.profile else args.cases:
         match = re.fullmatch(r"(\d+)x(\d+)(?::(on|off|offload|\d+))?(?:@(\d+))?(?:%([\d.]+))?", text)
@@ -458,7 +460,7 @@ def cases_of(args: argparse.Namespace, model: str) -> list[dict]:
             "sms": int(match[4] or 0),
             "cap": float(match[5] or 0),
         }
-        peers = ["ours"] if args.packed or args.profile else args.peers
+        peers = ["ours"] if args.packed or args.profile else own_peers.split(",") if own_peers else args.peers
         ways = args.attention if args.packed else [None]
         checkpointings = [match[3]] if match[3] else args.checkpointing
         for peer, checkpointing, dropout, way in itertools.product(peers, checkpointings, args.dropout, ways):
