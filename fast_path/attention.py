@@ -337,6 +337,25 @@ def prepare_attention(
 
 
 @torch.no_grad()
+def hold_rotary_scale(model: nn.Module, length: int) -> dict[nn.Module, Any]:
+    """Have every text rotate as one of `length` tokens; return the modules and their `rope_type` of before.
+
+    For models of which `steady_positions` is not None.
+    """
+    x, positions = model.get_input_embeddings().weight[:1], torch.tensor([[length - 1]], device=model.device)
+    before: dict[nn.Module, Any] = {}
+    for module in families.decoder_of(model).modules():
+        kind = getattr(module, "rope_type", None)
+        if isinstance(kind, str):
+            module(x, positions)  # takes the frequencies of this length
+            before[module], module.rope_type = kind, "default"  # and keeps them
+        elif isinstance(kind, dict):
+            for layer_type in kind:
+                module(x, positions, layer_type)
+            before[module], module.rope_type = kind, dict.fromkeys(kind, "default")
+    return before
+
+
 def fix_rotary_scale(model: nn.Module, length: int, alike: bool) -> list[str]:
     """Keep one sequence's rotary embedding from depending on the others of its batch.
 
@@ -353,15 +372,7 @@ def fix_rotary_scale(model: nn.Module, length: int, alike: bool) -> list[str]:
             f"data.max_length: expected at most {limit:,}, got {length:,}: beyond {limit:,} positions the rotary scale of "
             f"{name} follows the longest sample of a batch, which would change what it computes for the shorter ones"
         )
-    x, positions = model.get_input_embeddings().weight[:1], torch.tensor([[length - 1]], device=model.device)
-    for module in families.decoder_of(model).modules():
-        if isinstance(kind := getattr(module, "rope_type", None), str):
-            module(x, positions)  # takes the frequencies of this length
-            module.rope_type = "default"  # and keeps them
-        elif isinstance(kind, dict):
-            for layer_type in kind:
-                module(x, positions, layer_type)
-            module.rope_type = dict.fromkeys(kind, "default")
+    hold_rotary_scale(model, length)
     return [f"rotary scale: that of {length:,} tokens, for a shorter last block too"]
 
 

@@ -179,12 +179,13 @@ def batch_linear_kernel(
 @triton.jit(do_not_specialize=["rank0", "rank1", "rank2"])
 def batch_norm_kernel(
     x, parts, after, weight, total, out, u, A0, A1, A2, rank0, rank1, rank2, after_eps, eps, AFTER: tl.constexpr,
-    K: tl.constexpr, M: tl.constexpr, PARTS: tl.constexpr, MEMBERS: tl.constexpr, RANK: tl.constexpr,
+    NORM: tl.constexpr, K: tl.constexpr, M: tl.constexpr, PARTS: tl.constexpr, MEMBERS: tl.constexpr, RANK: tl.constexpr,
     ORDERED: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Add up the residual (total = x + parts), and write its RMS norm and u = A norm(total) of the next adapters.
 
-    With AFTER, the sum of parts passes through a norm of its own before it is added; `after` is its weight.
+    With AFTER, the sum of parts passes through a norm of its own before it is added; `after` is its weight. Without NORM,
+    total itself takes the place of its norm.
 
     Grid: sequences, members. Every program computes the norm of its sequence in one tile of BLOCK numbers, since each
     member's adapter needs it; only the program of member 0 writes total and the norm. It then takes its member's A in
@@ -198,7 +199,7 @@ def batch_norm_kernel(
     dtype = out.dtype.element_ty
     k = tl.arange(0, BLOCK)
     inside = k < K
-    factor = tl.load(weight + k, mask=inside, other=0.0).to(tl.float32)
+    factor = tl.load(weight + k, mask=inside, other=0.0).to(tl.float32) if NORM else 1.0
     wait_for_earlier_kernels(OVERLAP)
     value = tl.load(x + sequence * K + k, mask=inside, other=0.0).to(tl.float32)
     if PARTS > 0:
@@ -211,11 +212,12 @@ def batch_norm_kernel(
     value = value.to(dtype)
     if member == 0:
         tl.store(total + sequence * K + k, value, mask=inside)
-    value = value.to(tl.float32)
-    value = value * tl.rsqrt(tl.sum(value * value) / K + eps)
-    if weight.dtype.element_ty != tl.float32:  # as Norm of fused_linear.py
-        value = value.to(dtype).to(tl.float32)
-    value = (value * factor).to(dtype)
+    if NORM:
+        number = value.to(tl.float32)
+        number = number * tl.rsqrt(tl.sum(number * number) / K + eps)
+        if weight.dtype.element_ty != tl.float32:  # as Norm of fused_linear.py
+            number = number.to(dtype).to(tl.float32)
+        value = (number * factor).to(dtype)
     if member == 0:
         tl.store(out + (input_place(k, K, M, sequence) if ORDERED else sequence * K + k), value, mask=inside)
     if RANK > 0:
@@ -229,6 +231,26 @@ def batch_norm_kernel(
             a = tl.load(A0 + j[:, None] * K + k[None], mask=real, other=0.0).to(tl.float32)
             place = (sequence * MEMBERS + member) * RANK + j
             tl.store(u + place, tl.sum(a * value.to(tl.float32)[None], 1))
+
+
+@triton.jit
+def roots_kernel(
+    qkv, roots, eps, Q: tl.constexpr, KV: tl.constexpr, M: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Write 1 / root mean square of all heads of q, and of all of k, to roots [M, 2].
+
+    Grid: sequences, q and k. A program reads all Q or KV numbers of its sequence in one tile of BLOCK: it is little work,
+    but each program of the attention kernel would have to do it. qkv: fp32 [PARTS, M, Q + 2 KV], whose parts are added.
+    """
+    let_next_kernel_start(OVERLAP)
+    sequence, which = tl.program_id(0), tl.program_id(1)
+    OUTPUTS: tl.constexpr = Q + 2 * KV
+    columns = tl.where(which == 0, Q, KV)
+    k = tl.arange(0, BLOCK)
+    wait_for_earlier_kernels(OVERLAP)
+    value = sum_of_parts(qkv + sequence * OUTPUTS + which * Q + k, k < columns, PARTS, M * OUTPUTS)
+    tl.store(roots + sequence * 2 + which, tl.rsqrt(tl.sum(value * value) / columns + eps))
 
 
 @triton.jit

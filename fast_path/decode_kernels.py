@@ -571,22 +571,47 @@ def sum_of_parts(x, mask, PARTS: tl.constexpr, STRIDE: tl.constexpr):
 
 
 @triton.jit
+def _normed(value, weight, inverse, j, heads, NORM: tl.constexpr):
+    """Return features j of heads after their norm. inverse: 1 / root mean square; heads: which exist, bool [heads, 1]."""
+    if NORM == "all":
+        value = value * inverse * tl.load(weight + j, mask=heads, other=0.0).to(tl.float32)
+    elif NORM == "head":
+        value = value * inverse * tl.load(weight + j).to(tl.float32)
+    return value
+
+
+@triton.jit
+def _partner(j, TURN: tl.constexpr):
+    """Return the feature that feature j is rotated with, if the first 2 TURN features of a head are; j for the rest."""
+    return tl.where(j < TURN, j + TURN, tl.where(j < 2 * TURN, j - TURN, j))
+
+
+@triton.jit
 def _rotated(
-    x, weight, c, s, eps, rows, NORM: tl.constexpr, HALF: tl.constexpr, PARTS: tl.constexpr, STRIDE: tl.constexpr
+    x, weight, root, c, s, c2, s2, eps, heads, NORM: tl.constexpr, HALF: tl.constexpr, TURN: tl.constexpr,
+    PARTS: tl.constexpr, STRIDE: tl.constexpr,
 ):  # fmt: skip
     """Return both halves of heads after their norm and rotary embedding, fp32 [heads, HALF] each.
 
-    rows: which heads exist, bool [heads, 1].
+    c, s, c2, s2: cosine and sine of both halves; heads: which heads exist, bool [heads, 1]; root: 1 / root mean square of
+    all heads together, for NORM "all".
     """
     j = tl.arange(0, HALF)[None]
-    first = sum_of_parts(x + j, rows, PARTS, STRIDE)
-    second = sum_of_parts(x + HALF + j, rows, PARTS, STRIDE)
-    if NORM:
+    first = sum_of_parts(x + j, heads, PARTS, STRIDE)
+    second = sum_of_parts(x + HALF + j, heads, PARTS, STRIDE)
+    inverse = root
+    if NORM == "head":
         square = tl.sum(first * first, 1) + tl.sum(second * second, 1)
         inverse = tl.rsqrt(square / (2 * HALF) + eps)[:, None]
-        first = first * inverse * tl.load(weight + j).to(tl.float32)
-        second = second * inverse * tl.load(weight + HALF + j).to(tl.float32)
-    return first * c - second * s, second * c + first * s
+    first = _normed(first, weight, inverse, j, heads, NORM)
+    second = _normed(second, weight, inverse, HALF + j, heads, NORM)
+    if TURN == HALF:
+        return first * c - second * s, second * c + first * s
+    else:
+        p, p2 = _partner(j, TURN), _partner(HALF + j, TURN)
+        other = _normed(sum_of_parts(x + p, heads, PARTS, STRIDE), weight, inverse, p, heads, NORM)
+        other2 = _normed(sum_of_parts(x + p2, heads, PARTS, STRIDE), weight, inverse, p2, heads, NORM)
+        return first * c + other * s, second * c2 + other2 * s2
 
 
 @triton.jit
@@ -617,20 +642,39 @@ def _softened(score, value, top, weight, total):
 
 
 @triton.jit
+def _angles(cos, sin, HALF: tl.constexpr, TURN: tl.constexpr):
+    """Return the cosine and sine of a position for the first half of a head, and for the second, fp32 [1, HALF] each."""
+    j = tl.arange(0, HALF)[None]
+    c, s = tl.load(cos + j).to(tl.float32), tl.load(sin + j).to(tl.float32)
+    c2, s2 = c, s
+    if TURN < HALF:
+        c2, s2 = tl.load(cos + HALF + j).to(tl.float32), tl.load(sin + HALF + j).to(tl.float32)
+    return c, s, c2, s2
+
+
+@triton.jit
 def _new_token(
-    qkv, q_weight, k_weight, c, s, eps, kv, head, real, wide, dtype: tl.constexpr, HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr, PARTS: tl.constexpr, STRIDE: tl.constexpr,
+    qkv, q_weight, k_weight, roots, c, s, c2, s2, eps, kv, head, real, wide, dtype: tl.constexpr, HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr, HALF: tl.constexpr, TURN: tl.constexpr, NORM: tl.constexpr, PARTS: tl.constexpr,
+    STRIDE: tl.constexpr,
 ):  # fmt: skip
     """Return both halves of the new token's query heads, both halves of its key, and its value, in the cache's dtype.
 
-    c, s: cosine and sine of its position, [1, HALF]; head, real: the query heads of head kv, and which of them exist.
+    c, s, c2, s2: see `_angles`; head, real: the query heads of head kv, and which of them exist.
     """
     SIZE: tl.constexpr = 2 * HALF
-    q1, q2 = _rotated(qkv + head[:, None] * SIZE, q_weight, c, s, eps, real, NORM, HALF, PARTS, STRIDE)
-    q1, q2 = q1.to(dtype), q2.to(dtype)
-    new = qkv + (HEADS + kv + tl.zeros((1, 1), tl.int32)) * SIZE
     one = (tl.arange(0, 1) < 1)[:, None]
-    k1, k2 = _rotated(new, k_weight, c, s, eps, one, NORM, HALF, PARTS, STRIDE)
+    new = qkv + (HEADS + kv + tl.zeros((1, 1), tl.int32)) * SIZE
+    root, root2 = 1.0, 1.0
+    if NORM == "all":
+        root, root2 = tl.load(roots), tl.load(roots + 1)
+        q_weight += head[:, None] * SIZE
+        k_weight += (kv + tl.zeros((1, 1), tl.int32)) * SIZE
+    q1, q2 = _rotated(
+        qkv + head[:, None] * SIZE, q_weight, root, c, s, c2, s2, eps, real, NORM, HALF, TURN, PARTS, STRIDE
+    )  # fmt: skip
+    q1, q2 = q1.to(dtype), q2.to(dtype)
+    k1, k2 = _rotated(new, k_weight, root2, c, s, c2, s2, eps, one, NORM, HALF, TURN, PARTS, STRIDE)
     k1, k2 = k1.to(dtype), k2.to(dtype)
     v = sum_of_parts(qkv + (HEADS + KV_HEADS + kv) * SIZE + wide, one, PARTS, STRIDE).to(dtype)
     return q1, q2, k1, k2, v
@@ -668,10 +712,10 @@ def _attend(
 
 @triton.jit
 def attention_kernel(
-    qkv, keys, values, position, starts, cos, sin, q_weight, k_weight, mixed, logs, eps, scale, stride,
-    cap, window, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr,
-    SPLITS: tl.constexpr, POSITIONS: tl.constexpr, NORM: tl.constexpr, M: tl.constexpr, PARTS: tl.constexpr,
-    CAPPED: tl.constexpr, OVERLAP: tl.constexpr,
+    qkv, keys, values, position, starts, cos, sin, q_weight, k_weight, roots, mixed, logs, eps, scale, stride,
+    cap, window, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, TURN: tl.constexpr,
+    GROUP: tl.constexpr, SPLITS: tl.constexpr, POSITIONS: tl.constexpr, NORM: tl.constexpr, M: tl.constexpr,
+    PARTS: tl.constexpr, CAPPED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Compute the attention of a new token to a share of the cache, and write its key and value into the cache.
 
@@ -687,6 +731,10 @@ def attention_kernel(
     (M > 1) mixed, logs, keys and values have one more dimension in front, and each sequence uses the cache, and counts
     positions, from its own `starts` on. window: the last positions that are seen. With CAPPED, scores are capped with cap
     tanh(score / cap).
+
+    NORM: "head" if q and k have norms as wide as a head, "all" if as wide as all heads, then with `roots` [M, 2] from
+    `roots_kernel`; otherwise "". The first 2 TURN features of each head are rotated, feature i together with i + TURN. If
+    these are not all, the sine of the first TURN has the sign that it is added with, and the rest has sine 0.
     """
     let_next_kernel_start(OVERLAP)
     kv, split = tl.program_id(0), tl.program_id(1)
@@ -705,9 +753,9 @@ def attention_kernel(
         values += sequence.to(tl.int64) * KV_HEADS * stride * SIZE
         mixed += sequence * (HEADS * SPLITS * SIZE)
         logs += sequence * (HEADS * SPLITS)
+        roots += sequence * 2
     j, wide = tl.arange(0, HALF)[None], tl.arange(0, SIZE)[None]
-    c = tl.load(cos + (here - begin) * SIZE + j).to(tl.float32)
-    s = tl.load(sin + (here - begin) * SIZE + j).to(tl.float32)
+    c, s, c2, s2 = _angles(cos + (here - begin) * SIZE, sin + (here - begin) * SIZE, HALF, TURN)
     keys += kv.to(tl.int64) * stride * SIZE
     values += kv.to(tl.int64) * stride * SIZE
     seen = tl.maximum(begin, here + 1 - window)
@@ -721,7 +769,8 @@ def attention_kernel(
     head = kv * EACH + group
     real = (group < EACH)[:, None]
     q1, q2, k1, k2, v = _new_token(
-        qkv, q_weight, k_weight, c, s, eps, kv, head, real, wide, dtype, HEADS, KV_HEADS, HALF, NORM, PARTS, M * OUTPUTS
+        qkv, q_weight, k_weight, roots, c, s, c2, s2, eps, kv, head, real, wide, dtype, HEADS, KV_HEADS, HALF, TURN, NORM,
+        PARTS, M * OUTPUTS,
     )  # fmt: skip
     top, weight, total = _attend(
         keys, values, q1, q2, k1, k2, v, next1, next2, next_value, start, end, here, scale, cap, GROUP, HALF, POSITIONS,

@@ -83,10 +83,11 @@ class Member:
     """A 4-bit linear and its adapter as the kernels read them, from the modules' own memory.
 
     A, B: None if there is no active adapter. factor: of its output; scales of the weights, of B and the bias take it in, so
-    that no kernel knows it. Raises Unsupported.
+    that no kernel knows it. halves, half: the member has the outputs of this part of the linear, of so many equal ones.
+    Raises Unsupported.
     """
 
-    def __init__(self, module: nn.Module, name: str, factor: float = 1.0):
+    def __init__(self, module: nn.Module, name: str, factor: float = 1.0, halves: int = 1, half: int = 0):
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         state = getattr(getattr(base, "weight", None), "quant_state", None)
         _check(type(base) is bnb.nn.Linear4bit and state is not None, f"{name} is not a 4-bit linear of bitsandbytes")
@@ -104,10 +105,24 @@ class Member:
         self.rank, self.scale = 0, 0.0
         if module is not base:
             self._adapter(module, name)
+        if halves > 1:
+            self._take_part(name, halves, half)
         if factor != 1:
             self.absmax = self.absmax if nested else self.absmax * factor
             self.second, self.offset = (x * factor for x in (self.second, self.offset)) if nested else [self.absmax] * 2
             self.bias, self.scale = None if self.bias is None else self.bias * factor, self.scale * factor
+
+    def _take_part(self, name: str, parts: int, part: int) -> None:
+        """Keep one of some equal parts of the outputs: views of the same memory."""
+        nested, size, size2, _ = self.kind
+        whole = parts * size * size2 if nested else parts * size
+        _check(self.rows * self.columns % whole == 0, f"{name} does not divide into {parts} parts of whole blocks")
+        self.rows //= parts
+        names = ["codes", "absmax", *(["second"] if nested else []), *([] if self.bias is None else ["bias"])]
+        for own in names + (["B"] if self.rank else []):
+            setattr(self, own, getattr(self, own).chunk(parts)[part])
+        if not nested:
+            self.second = self.offset = self.code2 = self.absmax
 
     def _adapter(self, module: nn.Module, name: str) -> None:
         _check(is_plain_lora(module), f"the adapter of {name} is no plain LoRA")
@@ -163,6 +178,9 @@ class Linears:
     ):  # fmt: skip
         self.activation = activation
         self.members = [Member(module, name, factor) for name, module in modules.items()]
+        if mode == "swiglu" and len(modules) == 1:  # gate and up are one linear
+            ((name, module),) = modules.items()
+            self.members = [Member(module, name, halves=2, half=half) for half in (0, 1)]
         first, adapted = self.members[0], [member for member in self.members if member.rank]
         for what in ("kind", "columns"):
             same = len({getattr(member, what) for member in self.members}) == 1
@@ -176,7 +194,7 @@ class Linears:
         self.rank = max(smallest, triton.next_power_of_2(max(self.ranks))) if adapted else 0
         self.columns, self.rows = first.columns, [member.rows for member in self.members]
         self.x = torch.zeros(self.columns * m, dtype=dtype, device=first.codes.device)
-        self.u = torch.zeros(parts, m, len(modules), max(self.rank, 1), dtype=torch.float32, device=self.x.device)
+        self.u = torch.zeros(parts, m, len(self.members), max(self.rank, 1), dtype=torch.float32, device=self.x.device)
         self.inverse, self.count = self.u.new_zeros(1), self.u.new_zeros(1, dtype=torch.int32)
         nothing = adapted[0].A if adapted else self.x
         self.A = [member.A if member.rank else nothing for member in self.members]
@@ -194,7 +212,7 @@ class Linears:
         self.multiprocessors = gpu.multi_processor_count if gpu else 1
         nested, blocksize, blocksize2, _ = first.kind
         self.constants = dict(
-            MEMBERS=len(modules), K=self.columns, RANK=self.rank, PARTS=parts, BIAS=None not in biases, NESTED=nested,
+            MEMBERS=len(self.members), K=self.columns, RANK=self.rank, PARTS=parts, BIAS=None not in biases, NESTED=nested,
             BLOCKSIZE=blocksize, BLOCKSIZE2=blocksize2, SHUFFLE=SHUFFLE,
             HALF=tl.bfloat16 if dtype is torch.bfloat16 else tl.float16, **_options(),
         )  # fmt: skip
@@ -298,10 +316,10 @@ def _norm(x: torch.Tensor, norm: Norm, out: torch.Tensor, first: bool = False) -
 
 
 def _batch_norm(
-    x: torch.Tensor, parts: torch.Tensor, total: torch.Tensor, norm: Norm, out: torch.Tensor,
+    x: torch.Tensor, parts: torch.Tensor, total: torch.Tensor, norm: Norm | None, out: torch.Tensor,
     linears: Linears | None = None, after: Norm | None = None,
 ) -> None:  # fmt: skip
-    """Write total = x + parts, or x + after(parts), and the norm of total to out.
+    """Write total = x + parts, or x + after(parts), and the norm of total to out, or total itself if there is no norm.
 
     With `linears`, out is in the order in which they read it, and u of their adapters is computed too. x, total:
     [sequences, width]; parts: [parts, m, width].
@@ -315,8 +333,8 @@ def _batch_norm(
     block = triton.next_power_of_2(width)
     tile = min(max(rank, 1), max(1, 16384 // block))  # rows of A at a time: 64 numbers per thread
     decode_batch_kernels.batch_norm_kernel[(sequences, members)](
-        x, parts, after.weight if after else x, norm.weight, total, out, *adapters, after.eps if after else 0.0, norm.eps,
-        AFTER=after is not None, K=width, M=parts.shape[1],
+        x, parts, after.weight if after else x, norm.weight if norm else x, total, out, *adapters,
+        after.eps if after else 0.0, norm.eps if norm else 0.0, AFTER=after is not None, NORM=norm is not None, K=width, M=parts.shape[1],
         PARTS=len(parts), MEMBERS=members, RANK=rank, ORDERED=linears is not None, BLOCK=block, TILE=tile,
         num_warps=8, **_options(),
     )  # fmt: skip
@@ -327,13 +345,31 @@ def _check_layer(layer: nn.Module, cache: Any) -> None:
     _check(families.fused("attention", attention), f"{type(attention).__name__} is unknown")
     _check(families.fused("mlp", mlp), f"{type(mlp).__name__} is unknown")
     _check(hasattr(attention, "q_norm") == bool(families.of(attention).qk_norms), "other norms of q and k")
-    activation = ACTIVATIONS[families.of(mlp).activation]
-    _check(isinstance(mlp.act_fn, activation), f"an MLP with {type(mlp.act_fn).__name__}")
+    activation = getattr(mlp, families.of(mlp).act)
+    known = ACTIVATIONS[families.of(mlp).activation]
+    _check(isinstance(activation, known), f"an MLP with {type(activation).__name__}")
     _check(type(cache) is StaticLayer, "no plain static cache")
     _check(cache.is_initialized, "the cache has no tensors yet; see its early_initialization")
     _check(cache.keys.shape[0] <= BATCH, f"a cache of {cache.keys.shape[0]} sequences, more than {BATCH}")
     _check(cache.keys.shape[3] == attention.head_dim, "the cache has other heads than the model")
     _check(attention.head_dim in (32, 64, 128, 256), f"heads of {attention.head_dim}")
+
+
+class Rotary(NamedTuple):
+    """The rotary embedding of all positions, as the attention kernel reads it."""
+
+    cos: torch.Tensor  # [positions, head size]
+    sin: torch.Tensor
+    turn: int  # half of the features of a head that are rotated
+
+
+def _rotary(cos: torch.Tensor, sin: torch.Tensor, size: int) -> Rotary:
+    """Take a model's tables, [positions, rotated features]; the features of a head behind these are not rotated."""
+    turn, rest = cos.shape[1] // 2, size - cos.shape[1]
+    if rest:
+        sin = torch.cat([-sin[:, :turn], sin[:, turn:]], 1)
+    pad = functools.partial(nn.functional.pad, pad=(0, rest))
+    return Rotary(pad(cos, value=1.0).contiguous(), pad(sin, value=0.0).contiguous(), turn)
 
 
 class Scratch(NamedTuple):
@@ -342,6 +378,7 @@ class Scratch(NamedTuple):
     qkv: torch.Tensor  # fp32 [splits, m, outputs of q, k and v]
     mixed: torch.Tensor  # fp32 [sequences, heads, splits, head size]
     logs: torch.Tensor  # fp32 [sequences, heads, splits]
+    roots: torch.Tensor  # fp32 [sequences, 2], for norms of q and k as wide as all heads
     parts: torch.Tensor  # fp32 [splits, m, width]; used for a batch only
 
 
@@ -372,15 +409,17 @@ class Layer(Generic[Kind]):
         factor = float(getattr(layer, family.residual_factor)) if family.residual_factor else 1.0
         self.turns = bool(getattr(attention, family.rotates)) if family.rotates else True
 
-        self.norms = tuple(Norm(getattr(layer, name)) for name in family.norms_before)
-        self.after = tuple(Norm(getattr(layer, name)) if name else None for name in family.norms_after)
+        self.norms, self.after = (
+            tuple(Norm(getattr(layer, name)) if name else None for name in names)
+            for names in (family.norms_before, family.norms_after)
+        )
         # Qwen's attention has an attribute for its sliding window, Mistral's reads its config.
         window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
         self.window = window or length
         cap = (family.score_cap and attention.attn_logit_softcapping) or 0.0
         self.keys, self.values = cache.keys, cache.values
         self.qkv = linears(attention, family.qkv, "stack", self.norms[0])
-        heads = self.qkv.rows[0] // size
+        heads = sum(self.qkv.rows) // size - 2 * kv_heads
         self.out = linears(attention, (family.out,), "residual", parts=heads, alone=True)
         self.gate_up = linears(mlp, family.gate_up, "swiglu", self.norms[1])
         self.down = linears(mlp, (family.down,), "residual", parts=triton.cdiv(self.gate_up.rows[0], self.chunk))
@@ -389,14 +428,14 @@ class Layer(Generic[Kind]):
             triton.next_power_of_2(max(4, programs // kv_heads)),
             triton.next_power_of_2(triton.cdiv(length, LAYOUT.positions)),
         )
-        any_norm = getattr(layer, family.norms_before[0])
-        (q_norm, eps), (k_norm, _) = (norm_of(getattr(attention, name, any_norm)) for name in ("q_norm", "k_norm"))
-        self.head_norms = q_norm, k_norm
+        self.head_norms, eps = (cache.keys, cache.keys), 0.0  # without norms of q and k nothing reads them
+        if family.qk_norms:
+            (q_norm, eps), (k_norm, _) = (norm_of(getattr(attention, name)) for name in ("q_norm", "k_norm"))
+            self.head_norms = q_norm, k_norm
         self.numbers = eps, attention.scaling, length, cap, self.window
         self.shape = dict(
             HEADS=heads, KV_HEADS=kv_heads, HALF=size // 2, GROUP=max(16, triton.next_power_of_2(heads // kv_heads)),
-            SPLITS=splits, POSITIONS=LAYOUT.positions, NORM=hasattr(attention, "q_norm"), M=m,
-            PARTS=self.qkv.splits, CAPPED=cap > 0,
+            SPLITS=splits, POSITIONS=LAYOUT.positions, NORM=family.qk_norms, M=m, PARTS=self.qkv.splits, CAPPED=cap > 0,
         )  # fmt: skip
 
     def scratch(self) -> Scratch:
@@ -406,18 +445,25 @@ class Layer(Generic[Kind]):
             qkv=new(self.shape["PARTS"], self.m, sum(self.qkv.rows)),
             mixed=new(sequences, *shares, self.keys.shape[3]),
             logs=new(sequences, *shares),
+            roots=new(sequences, 2),
             parts=new(max(self.out.splits, self.down.splits), self.m, self.out.rows[0]),
         )
 
-    def attend(self, position: torch.Tensor, starts: torch.Tensor, rotary: list, scratch: Scratch) -> None:
+    def attend(self, position: torch.Tensor, starts: torch.Tensor, rotary: Rotary, scratch: Scratch) -> None:
         """Compute x of o_proj from the sums of q, k and v, and write k and v into the cache.
 
-        position, starts: as in DecodeStep; rotary: cos and sin, [positions, head size].
+        position, starts: as in DecodeStep; rotary: see `Rotary`.
         """
         out, shape, sequences = self.out, self.shape, len(self.keys)
+        if shape["NORM"] == "all":
+            q, kv = (shape[name] * self.keys.shape[3] for name in ("HEADS", "KV_HEADS"))
+            decode_batch_kernels.roots_kernel[(sequences, 2)](
+                scratch.qkv, scratch.roots, self.numbers[0], Q=q, KV=kv, M=self.m, PARTS=shape["PARTS"],
+                BLOCK=triton.next_power_of_2(max(q, kv)), num_warps=8, **_options(),
+            )  # fmt: skip
         kernels.attention_kernel[(shape["KV_HEADS"], shape["SPLITS"], sequences)](
-            scratch.qkv, self.keys, self.values, position, starts, *rotary, *self.head_norms, scratch.mixed,
-            scratch.logs, *self.numbers, **shape, num_warps=4, **_options(),
+            scratch.qkv, self.keys, self.values, position, starts, rotary.cos, rotary.sin, *self.head_norms,
+            scratch.roots, scratch.mixed, scratch.logs, *self.numbers, TURN=rotary.turn, **shape, num_warps=4, **_options(),
         )  # fmt: skip
         kernels.combine_kernel[(shape["HEADS"], sequences)](
             scratch.mixed, scratch.logs, position, starts, out.x, out.A[0], out.u, out.ranks[0], self.window, K=out.columns, M=self.m,
@@ -432,12 +478,12 @@ class SingleLayer(Layer[SingleLinears]):
     kind, chunk = SingleLinears, CHUNK
 
     def __call__(
-        self, hidden: torch.Tensor, position: torch.Tensor, rotary: list, scratch: Scratch,
+        self, hidden: torch.Tensor, position: torch.Tensor, rotary: Rotary, scratch: Scratch,
         before: SingleLinears, follow: SingleLinears | None,
     ) -> None:  # fmt: skip
         """Add the layer's output to hidden, [width], in place.
 
-        rotary: cos and sin, [positions, head size]. before, follow: the last product of the layer before and the first
+        rotary: see `Rotary`. before, follow: the last product of the layer before and the first
         one of the layer after; follow is None for the last layer.
         """
         self.qkv(hidden, scratch.qkv, before)
@@ -454,7 +500,7 @@ class BatchLayer(Layer[BatchLinears]):
 
     def __call__(
         self, hidden: torch.Tensor, other: torch.Tensor, known: torch.Tensor, position: torch.Tensor,
-        starts: torch.Tensor, rotary: list, scratch: Scratch, before: Norm | None = None,
+        starts: torch.Tensor, rotary: Rotary, scratch: Scratch, before: Norm | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """Compute the layer on hidden + known; its output is hidden plus the returned parts.
 
@@ -498,7 +544,7 @@ class DecodeStep:
         _check(families.fused("model", model), f"{type(model).__name__}: {families.of(model).plain_decode}")
         decoder, dtype, device = families.decoder_of(model), model.dtype, model.device
         _check(dtype in (torch.bfloat16, torch.float16), f"the model computes in {dtype}")
-        rope = decoder.rotary_emb.rope_type  # Gemma 3 has one of its own for each type of layer
+        rope = decoder.rotary_emb.rope_type  # Gemma 3 and OLMo 3 have one of its own for each type of layer
         for name in rope.values() if isinstance(rope, dict) else [rope]:
             _check(name not in ("dynamic", "longrope"), f"rotary embedding {name} depends on the length")
         self.embedding, self.head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -520,10 +566,6 @@ class DecodeStep:
         self.last = torch.zeros(sequences, 1, model.config.hidden_size, dtype=dtype, device=device)
         self.starts = torch.zeros(sequences, 1, dtype=torch.long, device=device)
         self.angles = self._angles(decoder, rope)
-        _check(
-            {angles[0].shape[1] for angles in self.angles} == {self.layers[0].keys.shape[3]},
-            "rotary embedding of a part of each head",
-        )
         family = families.of(model)
         self.factor = float(getattr(decoder, family.embedding_factor)) if family.embedding_factor else 1.0
         form = logit_form(model) if family.shapes_logits else AS_THEY_ARE
@@ -533,17 +575,18 @@ class DecodeStep:
         self.scratch = self.layers[0].scratch()
 
     @torch.no_grad()
-    def _angles(self, decoder: nn.Module, rope: str | dict[str, str]) -> list[list[torch.Tensor]]:
-        """Return cos and sin of all positions, [positions, head size] each, for each layer; of 0 if it does not rotate."""
-        positions = torch.arange(self.layers[0].keys.shape[2], device=self.last.device)[None]
-        kinds = [[kind] for kind in rope] if isinstance(rope, dict) else [[]]
-        tables = [[part[0].contiguous() for part in decoder.rotary_emb(self.last, positions, *kind)] for kind in kinds]
-        still = [torch.ones_like(tables[0][0]), torch.zeros_like(tables[0][1])]
-        found = []
-        for layer, own in zip(decoder.layers, self.layers, strict=True):
-            kind = [layer.self_attn.layer_type] if isinstance(rope, dict) else []
-            found.append(tables[kinds.index(kind)] if own.turns else still)
-        return found
+    def _angles(self, decoder: nn.Module, rope: str | dict[str, str]) -> list[Rotary]:
+        """Return the rotary embedding of each layer; one that turns nothing for a layer that does not rotate."""
+        _, _, length, size = self.layers[0].keys.shape
+        positions, each = torch.arange(length, device=self.last.device)[None], isinstance(rope, dict)
+        kinds = decoder.config.layer_types if each else [""] * len(self.layers)
+        tables = {}
+        for kind in set(kinds):
+            cos, sin = decoder.rotary_emb(self.last, positions, *([kind] if each else []))
+            tables[kind] = _rotary(cos[0], sin[0], size)
+        one = tables[kinds[0]].cos
+        still = Rotary(torch.ones_like(one), torch.zeros_like(one), size // 2)
+        return [tables[kind] if layer.turns else still for kind, layer in zip(kinds, self.layers, strict=True)]
 
     @torch.no_grad()
     def __call__(self, ids: torch.Tensor, position: torch.Tensor, starts: torch.Tensor | None = None) -> torch.Tensor:

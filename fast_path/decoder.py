@@ -5,8 +5,8 @@ On a GPU the step of a token and the choice of the next one are CUDA graphs, so 
 
 import inspect
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -27,7 +27,8 @@ from transformers.generation import (
 )
 
 from config import counted
-from fast_path.attention import use_grouped_attention
+from fast_path.attention import hold_rotary_scale, use_grouped_attention
+from fast_path.families import steady_positions
 from fast_path.layers import plain_linears
 from fast_path.nf4 import runs_on
 from fast_path.sampling import sample
@@ -188,6 +189,20 @@ def attention_windows(config: Any) -> dict[str, int | None]:
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"]
     return {kind: window if kind == "sliding_attention" else None for kind in sorted(set(kinds))}
+
+
+@contextmanager
+def short_rotary(model: PreTrainedModel) -> Iterator[None]:
+    """Have a rotary embedding whose scale follows the length rotate as in a text of `steady_positions` or less.
+
+    It would look at the positions in Python, which a graph cannot, or has the frequencies of a longer text before.
+    """
+    before = {} if steady_positions(model.config) is None else hold_rotary_scale(model, 1)
+    try:
+        yield
+    finally:
+        for module, kind in before.items():
+            module.rope_type = kind
 
 
 def lora_layers(model: nn.Module) -> list[LoraLayer]:
@@ -438,10 +453,16 @@ class Decoder:
     ) -> list[list[int]]:
         """Return the tokens after each prompt, up to and including an end token, at most config.max_new_tokens.
 
-        rows: the tokens of each prompt. batch: the number of sequences in the buffers, if larger than the number of
-        rows. If it stays the same, a last, smaller batch draws the same tokens as within a larger one, and needs no new
-        graphs.
+        rows: the tokens of each prompt, with the answer at most `steady_positions` of them. batch: the number of
+        sequences in the buffers, if larger than the number of rows. If it stays the same, a last, smaller batch draws the
+        same tokens as within a larger one, and needs no new graphs.
         """
+        with short_rotary(self.base):
+            return self._generate(rows, config, watch, streamer, batch)
+
+    def _generate(
+        self, rows: list[list[int]], config: GenerationConfig, watch: Watch, streamer: Any, batch: int
+    ) -> list[list[int]]:
         count, longest = len(rows), max(map(len, rows))
         self.reserve(max(batch, count), longest + max(config.max_new_tokens, SHORT_CHUNK))
         self.prefill(rows + rows[-1:] * (self.batch - count))

@@ -85,7 +85,9 @@ class Family:
     @property
     def decodes_as_batch(self) -> bool:
         """Whether the decode step runs its kernels for batches for a single sequence too: only these know the facts."""
-        return self.further_norms > 0 or self.activation != "silu" or self.norm_scale != "weight"
+        return (
+            self.further_norms > 0 or self.activation != "silu" or self.norm_scale != "weight" or self.qk_norms == "all"
+        )
 
     @property
     def plain_attention(self) -> str | None:
@@ -108,12 +110,6 @@ class Family:
 
         These kernels replace whole layers, so they need every part of a layer to be fused.
         """
-        if len(self.qkv) != 3 or len(self.gate_up) != 2:
-            return "q, k and v or gate and up are one linear"
-        if self.rotary != "halves":
-            return "another rotary embedding"
-        if self.qk_norms == "all":
-            return "norms of q and k as wide as all heads"
         return self.plain_attention or self.plain_mlp or self.plain_norms
 
 

@@ -29,7 +29,6 @@ from fast_path.dropout import DropoutClock
 from fast_path.experts import one_by_one
 from fast_path.layers import fuse, groups_of, plain_linears
 from fast_path.nf4 import HAS_TRITON
-from quantization_utils import rope_parameters
 from toolkit.memory import peak_gib
 from toolkit.startup import visible
 
@@ -111,8 +110,6 @@ def obstacle(model: PreTrainedModel) -> str | None:
         return f"{type(model).__name__} {f'takes no {min(missing)}' if missing else 'has no positions but ALiBi'}"
     if getattr(config, "attention_chunk_size", None):
         return "the model computes attention in chunks"
-    if any(rope.get("rope_type") in ("dynamic", "longrope") for rope in rope_parameters(config)):
-        return "the rotary frequencies depend on the length of the text"
     if config._attn_implementation not in ("sdpa", GROUPED, "eager"):
         return f"attn_implementation {config._attn_implementation}"
     if trains_tokens(model):
@@ -183,6 +180,7 @@ class Generator:
         self.cacheless = base.config.model_type in families.WRONG_CACHE
         self.keeps = holds_keys_and_values(base) and not self.cacheless
         self.held: list[int] = []
+        self.limit = families.steady_positions(base.config)
         if self.decoder and gpu and isinstance(model, PeftModel):
             use_own_precision(model)
             # Prompts and batches unpack each weight once and multiply once, with the adapters included.
@@ -225,8 +223,10 @@ class Generator:
         self, rows: list[list[int]], config: GenerationConfig, watch: Watch, streamer: Any = None, batch: int = 1
     ) -> list[list[int]]:
         """Return the new tokens of each prompt, including an end token; arguments as in `Decoder.generate`."""
-        unknown = sorted(set(config.to_diff_dict()) - COVERED)
-        reason = f"the fast decoder does not support {unknown[0]}" if self.decoder and unknown else self.reason
+        unknown = [f"the fast decoder does not support {name}" for name in sorted(set(config.to_diff_dict()) - COVERED)]
+        if self.limit is not None and max(map(len, rows)) + config.max_new_tokens > self.limit:
+            unknown.append(f"beyond {self.limit:,} positions the rotary frequencies depend on the length of the text")
+        reason = unknown[0] if self.decoder and unknown else self.reason
         reason = WITHOUT_CACHE if self.cacheless else reason
         if reason:
             self._say_once(f"using transformers' generate() to decode: {reason}")

@@ -4,6 +4,9 @@ bfloat16 model in transformers.
     python tests/benchmarks/bench_generation.py MODEL --batch 1 32 --prompt 64 --new 256 --peers ours hf merged unsloth
     python tests/benchmarks/bench_generation.py MODEL --batch 1 --sms 24 --peers ours hf       a stand-in for a small card
     python tests/benchmarks/bench_generation.py MODEL --batch 1 --peers ours --check           greedy beside generate's
+    python tests/benchmarks/bench_generation.py families --batch 1 --peers ours hf --together 6
+
+MODEL is a folder, the name of a shape (tests/benchmarks/shapes.py) or `families`; more than one may be named.
 
 LoRA r = 16 on all seven projections, NF4 + double quantisation, bf16, random prompts, sampling at temperature 0.7 and
 top_p 0.9. Each case runs in a process of its own and prints a JSON line; the table comes last. tokens/s are of whole
@@ -13,26 +16,27 @@ its first answer, worth something with --together 1 only. Compare only figures o
 """
 
 import argparse
+import itertools
 import json
-import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from bench_training import confine, run_cases, turn
+from bench_training import attention_of, confine, environment_of, run_cases, targets_of, turn
+from shapes import SHAPES
 
 ROOT = Path(__file__).resolve().parents[2]
 PEERS = ("ours", "hf", "merged", "unsloth")
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 GIB = 2**30
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder of the model")
+    parser.add_argument("model", nargs="+", help=f"folder of a model, or families, or of these: {', '.join(SHAPES)}")
     parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=PEERS)
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 32], help="prompts together")
     parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
@@ -41,6 +45,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--timeout", type=int, default=300, help="seconds a case may take")
     parser.add_argument("--together", type=int, default=1, help="processes that load at once; timed in turn")
+    parser.add_argument("--unsloth-path", default="", metavar="PATH", help="PYTHONPATH of Unsloth's processes")
     parser.add_argument("--check", action="store_true", help="compare 32 greedy tokens of ours with generate's")
     parser.add_argument("--single", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -59,7 +64,7 @@ def load_ours(model: str):
 
     base, _ = load(load_config((), {"model.name": model}))
     keep_packing(base, keep=False)
-    return get_peft_model(base, create_lora_config(rank=16)).eval()
+    return get_peft_model(base, create_lora_config(rank=16, target_modules=targets_of(model))).eval()
 
 
 def load_unsloth(model: str):
@@ -70,7 +75,8 @@ def load_unsloth(model: str):
     base, _ = FastLanguageModel.from_pretrained(
         model, max_seq_length=2048, dtype=torch.bfloat16, load_in_4bit=True, local_files_only=True
     )
-    peft_model = FastLanguageModel.get_peft_model(base, r=16, lora_alpha=32, lora_dropout=0.0, target_modules=TARGETS)
+    lora = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": targets_of(model)}
+    peft_model = FastLanguageModel.get_peft_model(base, **lora)
     FastLanguageModel.for_inference(peft_model)
     return peft_model
 
@@ -93,9 +99,9 @@ def load_transformers(model: str, merged: bool):
         quantization_config=None if merged else quantization,
         dtype=torch.bfloat16,
         device_map={"": "cuda:0" if torch.cuda.is_available() else "cpu"},
-        attn_implementation="sdpa",
+        attn_implementation=attention_of(model),
     )
-    lora = LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS, task_type="CAUSAL_LM")
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules=targets_of(model), task_type="CAUSAL_LM")
     return (base if merged else get_peft_model(base, lora)).eval()
 
 
@@ -221,15 +227,17 @@ def run_single(case: dict, alone: Callable[[], None]) -> dict:
 COLUMNS = ("tokens_per_s", "first_ms", "step_ms", "gb_per_s", "reserved_gib", "start_s")
 
 
-def run_process(case: dict, timeout: int) -> dict:
+def run_process(case: dict, timeout: int, unsloth_path: str) -> dict:
     """Run one case in a fresh process and return its result."""
     case["started"] = time.time()
     command = [sys.executable, __file__, case["model"], "--single", json.dumps(case)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
-    except subprocess.TimeoutExpired:
-        return case | {"error": f"over {timeout} s"}
+    with tempfile.TemporaryDirectory() as empty:
+        environment = environment_of(case, empty, unsloth_path)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
+        except subprocess.TimeoutExpired:
+            print(f"{case['name']} {case['peer']}: over {timeout} s", file=sys.stderr, flush=True)
+            return case | {"error": f"over {timeout} s"}
     found = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     result = found[0] if found else case | {"error": "failed"}
     print("\n".join(done.stderr.splitlines()[-12 if not found else -3 :]), file=sys.stderr)
@@ -242,11 +250,13 @@ def run_process(case: dict, timeout: int) -> dict:
 
 def table(results: list[dict]) -> str:
     """Return the results a row a case."""
-    rows = [f"{'prompts':>8}{'sms':>5}  {'peer':<9}" + "".join(f"{name:>14}" for name in COLUMNS)]
+    rows = [f"{'model':<15}{'prompts':>8}{'sms':>5}  {'peer':<9}" + "".join(f"{name:>14}" for name in COLUMNS)]
     for r in results:
         cells = "".join(f"{r.get(name, '-'):>14}" for name in COLUMNS)
         agree = f"  {r['greedy_agree']} of 32 greedy tokens are generate's" if "greedy_agree" in r else ""
-        rows.append(f"{r['batch']:>8}{r['sms']:>5}  {r['peer']:<9}{cells}{agree} {r.get('error', '')}".rstrip())
+        rows.append(
+            f"{r['name'][:14]:<15}{r['batch']:>8}{r['sms']:>5}  {r['peer']:<9}{cells}{agree} {r.get('error', '')}".rstrip()
+        )
     return "\n".join(rows)
 
 
@@ -258,9 +268,13 @@ def main() -> int:
         with turn(case) as alone:
             print("RESULT " + json.dumps(run_single(case, alone)))
         return 0
-    settings = {name: getattr(args, name) for name in ("model", "prompt", "new", "sms", "repeat", "check")} | {"cap": 0}
-    cases = [{"peer": peer, "batch": batch, **settings} for batch in args.batch for peer in args.peers]
-    print(table(run_cases(cases, lambda case: run_process(case, args.timeout), args.together)))
+    settings = {name: getattr(args, name) for name in ("prompt", "new", "sms", "repeat", "check")} | {"cap": 0}
+    names = [*SHAPES] if args.model == ["families"] else args.model
+    cases = [
+        {"peer": peer, "batch": batch, "model": name, **settings}
+        for name, batch, peer in itertools.product(names, args.batch, args.peers)
+    ]
+    print(table(run_cases(cases, lambda case: run_process(case, args.timeout, args.unsloth_path), args.together)))
     return 0
 
 

@@ -6,7 +6,8 @@
     python tests/benchmarks/bench_training.py families --cases 16x512:on 4x512 --peers ours plain hf unsloth
 
 MODEL is a folder, the name of a shape (tests/benchmarks/shapes.py), which is made with random weights and removed afterwards, or
-`families`, all of these; more than one may be named. The peer `plain` is this toolkit without its fast path.
+`families`, all of these; more than one may be named, and with peers of its own as in gemma-2-2b=ours,hf. The peer `plain` is this
+toolkit without its fast path. --unsloth-path: the PYTHONPATH of Unsloth's processes, where it needs another transformers than the rest.
 A case is BATCHxLENGTH, with :on or :off in the place of --checkpointing, @N confined to N multiprocessors (a stand-in for a smaller card;
 `tflops` of the line shows whether it held: about 6.5 for each) and %G capped at G GiB. LoRA r = 16 on all
 seven projections, NF4 + double quantisation, bf16, full blocks of random tokens. Each case runs in a process of its own and
@@ -26,7 +27,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -41,6 +44,7 @@ PLAIN = [f"performance.{name}=off" for name in ("fused_lora", "compile", "cuda_g
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 GIB = 2**30
 WARM_UP = 4  # micro-batches before the timed ones
+QUIET = ("model", "profile", "set", "steps", "turn", "started", "packed", "attention", "cold")  # not in a case's line
 CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "UNSLOTH_COMPILE_LOCATION")
 
 
@@ -71,6 +75,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--together", type=int, default=1, help="processes that load and compile at once; timed in turn"
     )
+    parser.add_argument("--unsloth-path", default="", metavar="PATH", help="PYTHONPATH of Unsloth's processes")
     parser.add_argument("--cold", action="store_true", help="no compiled kernels from earlier runs")
     parser.add_argument(
         "--profile", metavar="CASE", help="print the GPU time of one micro-step of this toolkit by kernel"
@@ -93,9 +98,37 @@ def turn(case: dict) -> Iterator[Callable[[], None]]:
 
 
 def run_cases(cases: list[dict], run: Callable[[dict], dict], together: int) -> list[dict]:
-    """Run cases in processes of their own, some of them at a time, each timed alone."""
-    with tempfile.NamedTemporaryFile() as file, ThreadPoolExecutor(together) as pool:
-        return list(pool.map(lambda case: run(case | {"turn": file.name}), cases))
+    """Run cases in processes of their own, some of them at a time, each timed alone.
+
+    The models that they name as shapes are made meanwhile, and each is removed after its last case.
+    """
+    names = list(dict.fromkeys(case["model"] for case in cases))
+    left, counting = Counter(case["model"] for case in cases), threading.Lock()
+    kept = {name: contextlib.ExitStack() for name in names}
+    with (
+        tempfile.NamedTemporaryFile() as file,
+        ThreadPoolExecutor(together) as pool,
+        ThreadPoolExecutor(together) as makers,
+    ):
+
+        def made(name: str) -> str:
+            with turn({"turn": file.name}):
+                return str(kept[name].enter_context(folder_of(name)))
+
+        folders = {name: makers.submit(made, name) for name in names}
+
+        def one(case: dict) -> dict:
+            name = case["model"]
+            try:
+                return run(case | {"turn": file.name, "name": Path(name).name, "model": folders[name].result()})
+            finally:
+                with counting:
+                    left[name] -= 1
+                    last = not left[name]
+                if last:
+                    kept[name].close()
+
+        return list(pool.map(one, cases))
 
 
 def confine(case: dict) -> object:
@@ -151,6 +184,11 @@ def targets_of(model: str) -> list[str]:
     """Return the names of the linears that get an adapter: all of a layer's."""
     fused = text_config(model)["model_type"].startswith("phi3")
     return ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"] if fused else TARGETS
+
+
+def attention_of(model: str) -> str:
+    """Return the attention that transformers + peft use: SDPA, but for Gemma 2, which transformers refuses to run with it."""
+    return "eager" if text_config(model)["model_type"] == "gemma2" else "sdpa"
 
 
 def load_ours(case: dict):
@@ -242,9 +280,7 @@ def load_hf(case: dict):
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
-    capped = text_config(case["model"])["model_type"] == "gemma2"  # which transformers refuses to run with sdpa
-    attention = "eager" if capped else "sdpa"
-    options = {"dtype": torch.bfloat16, "device_map": {"": 0}, "attn_implementation": attention}
+    options = {"dtype": torch.bfloat16, "device_map": {"": 0}, "attn_implementation": attention_of(case["model"])}
     model = AutoModelForCausalLM.from_pretrained(case["model"], quantization_config=quantization, **options)
     model.config.use_cache = False
     model = prepare_model_for_kbit_training(
@@ -387,7 +423,7 @@ def table(results: list[dict]) -> str:
         name = (
             f"{r['batch']}x{r['length']}" + (f"@{r['sms']}" if r["sms"] else "") + (f"%{r['cap']}" if r["cap"] else "")
         )
-        name = f"{Path(r['model']).name[:14]} {name}"
+        name = f"{r['name'][:14]} {name}"
         name += f" / {r['packed']} {r['attention']}" if r["packed"] else ""
         speed = f"{r['tokens_per_s']:>8}{r['ms']:>9}" if "ms" in r else f"{r.get('error', 'failed'):>17}"
         rows.append(
@@ -405,17 +441,16 @@ def main() -> int:
         with turn(case) as alone:
             print("RESULT " + json.dumps(run_single(case, alone)))
         return 0
-    results, names = [], [*SHAPES] if args.model == ["families"] else args.model
-    for name in names:
-        with folder_of(name) as folder:
-            cases = cases_of(args, str(folder))
-            results += run_cases(cases, lambda case: run_process(case, args.timeout), args.together)
-            print(table(results), flush=True)
+    names = [*SHAPES] if args.model == ["families"] else args.model
+    cases = [case for name in names for case in cases_of(args, *name.partition("=")[::2])]
+    print(table(run_cases(cases, lambda case: run_process(case, args.timeout, args.unsloth_path), args.together)))
     return 0
 
 
-def cases_of(args: argparse.Namespace, model: str) -> list[dict]:
-    """Return the cases of one model; end the program if one is written wrongly."""
+def cases_of(args: argparse.Namespace, model: str, own_peers: str = "") -> list[dict]:
+    """Return the cases of one model; end the program if one is written wrongly. own_peers: in the place of --peers."""
+    if wrong := set(filter(None, own_peers.split(","))) - {*PEERS}:
+        sys.exit(f"MODEL: expected peers of {', '.join(PEERS)}, got {min(wrong)}")
     cases = []
     for text in [args.profile] if args.profile else args.cases:
         match = re.fullmatch(r"(\d+)x(\d+)(?::(on|off|offload|\d+))?(?:@(\d+))?(?:%([\d.]+))?", text)
@@ -427,7 +462,7 @@ def cases_of(args: argparse.Namespace, model: str) -> list[dict]:
             "sms": int(match[4] or 0),
             "cap": float(match[5] or 0),
         }
-        peers = ["ours"] if args.packed or args.profile else args.peers
+        peers = ["ours"] if args.packed or args.profile else own_peers.split(",") if own_peers else args.peers
         ways = args.attention if args.packed else [None]
         checkpointings = [match[3]] if match[3] else args.checkpointing
         for peer, checkpointing, dropout, way in itertools.product(peers, checkpointings, args.dropout, ways):
@@ -439,29 +474,38 @@ def cases_of(args: argparse.Namespace, model: str) -> list[dict]:
     return cases
 
 
-def run_process(case: dict, timeout: int) -> dict:
-    """Run one case in a fresh process and return its result."""
+def environment_of(case: dict, empty: str, unsloth_path: str = "") -> dict[str, str]:
+    """Return the environment of a case's process. empty: a folder for what it compiles, if nothing older may serve.
+
+    Unsloth always compiles into that folder: two of its processes would write the same files.
+    """
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}
+    new = CACHES if case.get("cold") else ["UNSLOTH_COMPILE_LOCATION"]
+    if case["peer"] == "unsloth" and unsloth_path:
+        environment["PYTHONPATH"] = unsloth_path
+    return environment | {name: f"{empty}/{name}" for name in new}
+
+
+def run_process(case: dict, timeout: int, unsloth_path: str = "") -> dict:
+    """Run one case in a fresh process and return its result."""
     with tempfile.TemporaryDirectory() as empty:
-        if case.get("cold"):
-            environment |= {name: f"{empty}/{name}" for name in CACHES}
+        environment = environment_of(case, empty, unsloth_path)
         command = [sys.executable, __file__, case["model"], "--single", json.dumps(case | {"started": time.time()})]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
-        except subprocess.TimeoutExpired:
-            return case | {"error": f"over {timeout} s"}
-    lines = done.stdout.splitlines()
+            output, complaint, reason = done.stdout, done.stderr, "failed"
+        except subprocess.TimeoutExpired as error:
+            output, complaint, reason = "", (error.stderr or b"").decode(errors="replace"), f"over {timeout} s"
+    lines = output.splitlines()
     for line in lines:
         if not line.startswith("RESULT ") and case.get("profile"):
             print(line)
     found = [json.loads(line[7:]) for line in lines if line.startswith("RESULT ")]
-    result = found[0] if found else case | {"error": "failed"}
+    result = found[0] if found else case | {"error": reason}
     if not found:
-        print("\n".join(done.stderr.splitlines()[-12:]), file=sys.stderr)
+        print("\n".join(complaint.splitlines()[-12:]), file=sys.stderr)
     print(
-        json.dumps(
-            {k: v for k, v in result.items() if k not in ("model", "profile", "set", "steps", "turn", "started")}
-        ),
+        json.dumps({k: v for k, v in result.items() if k not in QUIET}),
         flush=True,
     )
     return result

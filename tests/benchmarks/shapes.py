@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,15 +69,19 @@ def configuration(name: str):
     return kind(**own, dtype="bfloat16")
 
 
+COUNTING = threading.Lock()  # a thread that imports transformers while another one does may find half of it
+
+
 def parameters(name: str) -> int:
     """Return the number of a shape's parameters; tied ones count once."""
-    import torch
-    from transformers import AutoModelForCausalLM
+    with COUNTING:
+        import torch
+        from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(configuration(name))
-    model.tie_weights()
-    return sum(p.numel() for p in model.parameters())
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(configuration(name))
+        model.tie_weights()
+        return sum(p.numel() for p in model.parameters())
 
 
 def make(name: str, folder: Path) -> None:

@@ -37,9 +37,17 @@ CASES = [
     ("smollm3", None, [0, 9], 33),
     ("gemma2", {"targets": ["o_proj", "down_proj", "q_proj"]}, [0], 40),
     ("gemma3", {}, [5, 0], 40),
+    ("phi3", {}, [0], 40),
+    ("phi3", {"double": False, "targets": ["qkv_proj", "gate_up_proj"]}, [3, 0], 33),
+    ("olmo2", {"targets": ["q_proj", "o_proj", "up_proj"]}, [0], 40),
+    ("olmo3", {}, [0, 5], 40),
 ]
 # One sequence and several, NF4 and FP4, double quantisation and none, each family, adapters on all linears and on few.
-EACH_KIND = (0, 2, 3, 6, 9, 10, 11, 14, 15)
+EACH_KIND = (0, 2, 3, 6, 9, 10, 11, 14, 15, 16, 17, 18, 19)
+# In the interpreter, cases of two layers: one sequence, several, a layer without rotation, norms after a layer. And cases of
+# two steps, since the second shows what the first leaves behind; in case 5, one sequence's errors in one position of the
+# cache are up to 1.4 times the model's own otherwise.
+TWO_LAYERS, TWO_STEPS = (0, 1, 5, 6, 8, 11, 14), (2, 5, 9)
 REST = tuple(number for number in range(len(CASES)) if number not in EACH_KIND)
 NAMES = [f"{family}-{len(starts)}" for family, _, starts, _ in CASES]
 
@@ -48,18 +56,22 @@ NAMES = [f"{family}-{len(starts)}" for family, _, starts, _ in CASES]
 def folders(random_models, tmp_path_factory):
     """Return the families' folders; none has a sliding window here, other than in `random_models`."""
     found = {}
-    for name in ("mistral", "gemma2", "gemma3"):
+    for name in ("mistral", "gemma2", "gemma3", "olmo3"):
         found[name] = tmp_path_factory.mktemp(name) / "without_window"
         shutil.copytree(random_models(name), found[name])
         config = json.loads((found[name] / "config.json").read_text(encoding="utf-8"))
         kinds = {"layer_types": ["full_attention"] * 2} if "layer_types" in config else {"sliding_window": None}
         (found[name] / "config.json").write_text(json.dumps(config | kinds), encoding="utf-8")
-    return {**found, **{name: random_models(name) for name in ("qwen2", "qwen3", "llama", "granite", "smollm3")}}
+    return {
+        **found,
+        **{name: random_models(name) for name in ("qwen2", "qwen3", "llama", "granite", "smollm3", "phi3", "olmo2")},
+    }
 
 
-def loaded(folder, options, dtype, device):
+def loaded(folder, options, dtype, device, layers: int | None = None):
     """Return a model with transformers' own attention and, if there are options, with a non-zero adapter.
 
+    layers: how many to keep, if not all.
     Biases and the norms' weights are zeros and ones in a new model; they get random values, so that a kernel that
     forgets them fails.
     """
@@ -69,6 +81,11 @@ def loaded(folder, options, dtype, device):
         model = prepared(folder, dtype=dtype, p=0.0, device=device, **options)[0]
         base = model.get_base_model()
         base.set_attn_implementation("eager" if families.of(base).score_cap else "sdpa")
+    decoder, config = families.decoder_of(base), base.config
+    decoder.layers = decoder.layers[:layers]
+    config.num_hidden_layers = len(decoder.layers)
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
     generator = torch.Generator().manual_seed(3)
     for name, parameter in base.named_parameters():
         if name.endswith("bias") or "norm" in name:
@@ -111,14 +128,15 @@ def check_cache(mine: StaticCache, plain: list, reference: list, starts: list[in
 
 @torch.no_grad()
 def check_case(
-    folder, options, starts, before: int, dtype: str, device: str, wrap=lambda step: step, steps: int = 2
-) -> None:
+    folder, options, starts, before: int, dtype: str, device: str, wrap=lambda step: step, steps: int = 2,
+    layers: int | None = None,
+) -> None:  # fmt: skip
     """Compare steps after prompts with the model's own forward pass, which takes one sequence at a time.
 
     Both are measured by their distance from fp32 on the same 4-bit weights.
     """
     ids = torch.randint(0, 4096, (len(starts), before + steps), generator=torch.Generator().manual_seed(5)).to(device)
-    model, exact = (loaded(folder, options, kind, device) for kind in (dtype, "float32"))
+    model, exact = (loaded(folder, options, kind, device, layers) for kind in (dtype, "float32"))
     plain, reference = ([new_cache(m) for _ in starts] for m in (model, exact))
 
     def forward(m, caches: list[StaticCache], end: int, count: int | None = None) -> torch.Tensor:
@@ -152,18 +170,23 @@ def check_case(
     check_cache(mine, plain, reference, starts, before, steps)
 
 
+def use_few_programs() -> decode_step.Layout:
+    """Divide the work among few, large programs, since one costs the interpreter as much whatever its size."""
+    layout = decode_step.LAYOUT
+    # Rows in pieces, and a program that takes several; adapters of q, k and v in three programs.
+    layout.rows, layout.runs, layout.warps, layout.programs, decode_step.ADAPTERS = 128, 2, 5, 1, 4
+    layout.tile, layout.swiglu_tile = Tile(128, 16, 2), Tile(256, 32, 2)
+    layout.batch_programs = 8  # of products that add up, and products of several steps
+    return layout
+
+
 def check_all(folders: dict[str, str], dtype: str, device: str, numbers: tuple[int, ...]) -> None:
-    decode_step.LAYOUT.rows = 128  # a program costs the interpreter as much whatever its size
-    # Rows in pieces, and a program that takes several.
-    decode_step.LAYOUT.runs, decode_step.LAYOUT.warps = 2, 1
-    decode_step.LAYOUT.tile, decode_step.LAYOUT.swiglu_tile = Tile(64, 16, 2), Tile(128, 64, 2)
-    decode_step.LAYOUT.batch_programs = 8  # of products that add up, and products of several steps
+    layout = use_few_programs()
     for number in numbers:
         family, options, starts, before = CASES[number]
-        decode_step.LAYOUT.light_warps = 8 * (number % 2)  # the adapters of q, k and v in their launch, or ahead of it
-        # A second step shows what a first one leaves behind; once for each way, since a step takes 5 to 25 s. In the cache
-        # of case 5 a sequence's errors in one position alone are up to 1.4 times the model's own.
-        check_case(folders[family], options, starts, before, dtype, device, steps=2 if number in (0, 5, 6) else 1)
+        layout.light_warps = 8 * (number % 2)  # the adapters of q, k and v in their launch, or ahead of it
+        steps, layers = 1 + (number in TWO_STEPS), 1 + (number in TWO_LAYERS)
+        check_case(folders[family], options, starts, before, dtype, device, steps=steps, layers=layers)
 
 
 @pytest.mark.triton
@@ -178,8 +201,8 @@ def test_a_step_equals_the_models_own_in_tritons_interpreter(folders, numbers):
 @torch.no_grad()
 def check_swapped(folder) -> None:
     """Copy other numbers into the adapter's own memory: an existing step computes with them as a new one does."""
-    decode_step.LAYOUT.rows = 128  # a program costs the interpreter as much whatever its size
-    model, ids, position = loaded(folder, {}, "float16", "cpu"), torch.tensor([[7]]), torch.tensor([0])
+    use_few_programs()
+    model, ids, position = loaded(folder, {}, "float16", "cpu", 1), torch.tensor([[7]]), torch.tensor([0])
 
     def new_step() -> DecodeStep:
         cache = new_cache(model.get_base_model())
@@ -216,16 +239,16 @@ def check_attention(device: str) -> None:
             "SPLITS": splits,
             "POSITIONS": 16,
         }
-        shape |= {"NORM": False, "M": m, "PARTS": 1, "CAPPED": True}
+        shape |= {"NORM": "", "M": m, "PARTS": 1, "CAPPED": True}
         x = torch.zeros(heads * size * m, dtype=torch.float16, device=device)
         out = SimpleNamespace(x=x, A=[x], u=torch.zeros(1, device=device), ranks=[0], rank=0, columns=heads * size)
         zeros = functools.partial(torch.zeros, sequences, heads, splits, device=device)
-        scratch = SimpleNamespace(qkv=qkv, mixed=zeros(size), logs=zeros())
+        scratch = SimpleNamespace(qkv=qkv, mixed=zeros(size), logs=zeros(), roots=zeros())
         layer = SimpleNamespace(
             out=out, shape=shape, keys=keys, values=values, m=m, window=window, head_norms=(x, x),
             numbers=(1e-6, 0.3, 96, cap, window),
         )  # fmt: skip
-        still = [torch.ones(96, size, device=device), torch.zeros(96, size, device=device)]
+        still = decode_step.Rotary(torch.ones(96, size, device=device), torch.zeros(96, size, device=device), size // 2)
         at, first = torch.tensor([position], device=device), torch.tensor(starts, device=device)[:, None]
         decode_step.Layer.attend(layer, at, first if m > 1 else at, still, scratch)
         for i, start in enumerate(starts):
@@ -297,8 +320,7 @@ def two_adapters(model):
     "family, options, change, reason",
     [
         ("mistral", {}, None, "no plain static cache"),
-        ("olmo2", {}, None, "Olmo2ForCausalLM: norms of q and k as wide as all heads"),
-        ("phi3", {}, None, "Phi3ForCausalLM: q, k and v or gate and up are one linear"),
+        ("cwm", {}, None, "CwmForCausalLM: no row in families.py"),
         ("qwen2", {"dora": True}, None, "q_proj is no plain LoRA"),
         ("qwen2", {}, two_adapters, "2 active adapters: default, other"),
         ("qwen2", {"dtype": "float32"}, None, "computes in torch.float32"),
@@ -333,7 +355,7 @@ def test_an_unquantised_model_and_an_empty_cache_are_refused(random_models):
 # Types of the kernels' arguments, by name without the number of a member; the rest are 32-bit integers.
 POINTERS = {
     "*bf16": "x hidden total keys values cos sin q_weight k_weight weight next_weight bias after",
-    "*fp32": "u inverse lut code2 second offset qkv mixed logs parts A B",
+    "*fp32": "u inverse lut code2 second offset qkv roots mixed logs parts A B",
     "fp32": "scale eps after_eps cap",
     "*i32": "codes count count_before",
     "*u8": "absmax",
@@ -379,7 +401,7 @@ def attention(capability: int, splits: int, m: int, parts: int, half: int = 64) 
         "GROUP": 16,
         "POSITIONS": decode_step.LAYOUT.positions,
     }
-    return shape | {"SPLITS": splits, "NORM": False, "M": m, "PARTS": parts, "OVERLAP": capability >= 90}
+    return shape | {"SPLITS": splits, "NORM": "", "TURN": half, "M": m, "PARTS": parts, "OVERLAP": capability >= 90}
 
 
 def check_compiled(capability: int, done: list) -> None:
@@ -433,7 +455,16 @@ def test_a_batchs_kernels_compile_within_the_shared_memory_of_each_card(capabili
     qkv = {"SWIGLU": False, "MEMBERS": 3, "BIAS": True, "K": 2048, "OUTPUTS": 2560, "PARTS": 1, "SPLITS": 4}
     gate_up = {"SWIGLU": True, "MEMBERS": 2, "K": 2048, "OUTPUTS": 11008, "PARTS": 1, "SPLITS": 1}
     down = {"SWIGLU": False, "MEMBERS": 1, "K": 11008, "OUTPUTS": 2048, "PARTS": 43, "SPLITS": 8}
-    norm = {"K": 2048, "PARTS": 8, "MEMBERS": 3, "ORDERED": True, "BLOCK": 2048, "TILE": 8, "AFTER": False}
+    norm = {
+        "K": 2048,
+        "PARTS": 8,
+        "MEMBERS": 3,
+        "ORDERED": True,
+        "BLOCK": 2048,
+        "TILE": 8,
+        "AFTER": False,
+        "NORM": True,
+    }
     combine = {"K": 2048, "SIZE": 128, "SPLITS": 8, "POSITIONS": 32, "TILE": 16}
     products = [
         compiled(capability, decode_batch_kernels.batch_linear_kernel, tile | qkv, warps, 1, out="*fp32"),

@@ -9,10 +9,10 @@ import torch
 import transformers
 
 from config import load_config
-from fast_path import decode_step, families
+from fast_path import families
 from fast_path.choice import choose_fast_path
 from fast_path.layers import ACTIVATIONS, fuse
-from tests.fast_path.test_decode_step import check_case
+from tests.fast_path.test_decode_step import check_case, use_few_programs
 from tests.fast_path.test_layers import furthest, gradients, prepared
 from tests.interpreter import interpret
 from toolkit.memory_plan import model_shape
@@ -150,8 +150,8 @@ def test_a_llama_like_family_is_fused_with_one_row(random_models, monkeypatch):
 def check_new_row(folder: str) -> None:
     """Decode one token of the new family by decode_step's kernels."""
     families.FAMILIES = (*families.FAMILIES, CWM)
-    decode_step.LAYOUT.rows = 128  # a program costs the interpreter as much whatever its size
-    check_case(folder, {}, [0], 17, "float16", "cpu", steps=1)
+    use_few_programs()
+    check_case(folder, {}, [0], 17, "float16", "cpu", steps=1, layers=1)
 
 
 @pytest.mark.triton

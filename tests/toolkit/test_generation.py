@@ -24,9 +24,10 @@ from transformers import (
 
 import fast_path
 from fast_path import decoder as decoder_module
-from fast_path import dropout, layers
+from fast_path import dropout, families, layers
 from fast_path.decoder import Decoder, SlotCache, Watch, cache_argument, choose_tokens, processors
 from quantization_utils import create_bnb_config, create_lora_config, load_model_and_tokenizer
+from tests.families import small_model
 from toolkit import generation
 from toolkit.generation import Generator, Traffic, by_length, obstacle, weight_bytes
 
@@ -403,11 +404,26 @@ def test_what_the_decoder_does_not_cover_goes_through_generate(models: Callable)
     assert len(lines) == 2  # a CPU is told nothing
 
 
+def test_texts_up_to_where_the_rotary_scale_changes_go_through_the_decoder() -> None:
+    """Phi-4-mini's longrope. A longer text between two short ones leaves its frequencies in the model."""
+    lines: list[str] = []
+    model = small_model("phi3_longrope")
+    model.generation_config = GenerationConfig()
+    assert families.steady_positions(model.config) == 64 and obstacle(model) is None
+    generator = Generator(model, lines.append, fast=True)
+    for row, how, said in ((LONG, config(24), 0), (LONG, config(25), 1), (LONG[:20], config(24), 1)):
+        assert generator.generate([row], how, Watch())[0] == reference(model, row, how)
+        assert len(lines) == said
+    assert lines == [
+        "using transformers' generate() to decode: beyond 64 positions the rotary frequencies depend on the length of the text"
+    ]
+    held = generator.decoder.held
+    assert held == LONG[:20] + reference(model, LONG[:20], config(24))[:-1]  # the decoder's own answer
+    assert model.model.rotary_emb.rope_type == "longrope"
+
+
 def test_obstacles(models: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     model = models("llama")
-    monkeypatch.setattr(model.config, "rope_parameters", {"rope_type": "dynamic", "factor": 2.0})
-    assert "rotary" in obstacle(model)
-    monkeypatch.undo()
     monkeypatch.setattr(model.config, "_attn_implementation_internal", "flash_attention_2")
     assert "flash_attention_2" in obstacle(model)
     monkeypatch.undo()
