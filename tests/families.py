@@ -50,6 +50,7 @@ import inference_example
 import quantization_utils
 import train_qlora
 from fast_path.families import routers
+from toolkit.expert_plan import expert_shape
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENIZER = ROOT / "tiny" / "model"
@@ -352,15 +353,20 @@ def families() -> list[str]:
     return list(dict.fromkeys(known))
 
 
-def small_model(family: str) -> PreTrainedModel:
-    """Return a random model of a family whose norms, biases and persistent buffers are not trivial, fp32."""
+def fresh_model(family: str) -> PreTrainedModel:
+    """Return a random small model of a family as its class initialises it, fp32."""
     odd = EXCEPTIONS.get(family, Exceptional(""))
     cls = CONFIG_MAPPING[odd.of or family]
     config = cls(**sizes_of(cls, drops_out(family), odd.sizes))
     torch.manual_seed(zlib.crc32(family.encode()))
     name = odd.cls or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[odd.of or family]
-    model = getattr(transformers, name)(config).float()
-    unsettle(model, odd.derived)
+    return getattr(transformers, name)(config).float()
+
+
+def small_model(family: str) -> PreTrainedModel:
+    """Return a random model of a family whose norms, biases and persistent buffers are not trivial, fp32."""
+    model = fresh_model(family)
+    unsettle(model, EXCEPTIONS.get(family, Exceptional("")).derived)
     return model.eval()
 
 
@@ -781,11 +787,22 @@ plain transformers and peft cannot build or train the model; the note has the re
 """
 
 
+def experts_note(family: str) -> list[str]:
+    """Return the words about where a family's routed experts load, 4 or 16 bit; [] without such experts."""
+    try:
+        with torch.device("meta"):
+            shape = expert_shape(fresh_model(family))
+    except Exception:  # a model that cannot be built has its reason in the row
+        return []
+    widths = [f"experts in {width} bit" for width, count in ((4, shape.packed), (16, shape.plain)) if count]
+    return [" and ".join(widths)] if widths else []
+
+
 def row_of(family: str, found: dict[str, Outcome]) -> str:
     """Return a family's row of the table: what came of each column, and the first reason for what is not ok."""
     cells = [found.get(column, Outcome("impossible" if "plain" in found else "")).status for column in COLUMNS]
     odd = EXCEPTIONS.get(family, Exceptional(""))
-    notes = [f"targets {odd.targets}"] if odd.targets else []
+    notes = experts_note(family) + ([f"targets {odd.targets}"] if odd.targets else [])
     notes += list(dict.fromkeys(o.detail.replace("|", "/") for o in found.values() if o.status != "ok"))[:2]
     return f"| {family} | {' | '.join(cells)} | {'; '.join(notes)} |"
 
