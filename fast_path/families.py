@@ -40,9 +40,6 @@ class Family:
     out: str = "o_proj"
     # q and k pass through the norms q_norm and k_norm: each as wide as one "head", or as "all" heads together; "" if not
     qk_norms: str = ""
-    # "halves": feature i of a head is rotated together with feature i + width / 2; "part": that of the first features of
-    # each head, as many as the rotary embedding has, and the rest is not rotated.
-    rotary: str = "halves"
     rotates: str = ""  # the attribute of attention that says whether its layer rotates at all; "" where all do
     score_cap: bool = False  # attention scores are capped with a tanh
     # MLP
@@ -141,7 +138,7 @@ FAMILIES = (
     row("Olmo3", **OLMO),
     row("Gemma2", score_cap=True, shapes_logits=True, **GEMMA),
     row("Gemma3", qk_norms="head", **GEMMA),
-    row("Phi3", qkv=("qkv_proj",), gate_up=("gate_up_proj",), rotary="part", act="activation_fn"),
+    row("Phi3", qkv=("qkv_proj",), gate_up=("gate_up_proj",), act="activation_fn"),
 )
 UNKNOWN = Family()
 
