@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from fast_path import attention, capped_attention, dropout, experts, families, fused_linear, packed_weights
+from fast_path import attention, capped_attention, dropout, experts, families, fp8, fused_linear, packed_weights
 from fast_path.fused_linear import LINEAR_ARGUMENTS
 
 
@@ -51,7 +51,15 @@ def _run_layer(layer: nn.Module, hidden: torch.Tensor, **kwargs) -> torch.Tensor
 
 @functools.cache
 def operators_tag(
-    modules: tuple[ModuleType, ...] = (dropout, fused_linear, packed_weights, attention, capped_attention, experts),
+    modules: tuple[ModuleType, ...] = (
+        dropout,
+        fused_linear,
+        fp8,
+        packed_weights,
+        attention,
+        capped_attention,
+        experts,
+    ),
 ) -> str:
     """Return a tag that changes with the text of the operators' files, so that each version has its own."""
     return "qlora " + " ".join(f"{zlib.crc32(inspect.getsource(module).encode()):08x}" for module in modules)

@@ -14,7 +14,8 @@ import torch
 from accelerate import Accelerator
 
 from config import Config, ConfigError, QuantizationConfig, counted
-from quantization_utils import beyond_positions
+from fast_path.fp8 import refuse
+from quantization_utils import beyond_positions, compute_dtype_of
 from toolkit.cards import CARDS, RATES_ERROR, Card, Rates, find_card
 from toolkit.expert_plan import ExpertShape
 from toolkit.memory_plan import (
@@ -84,7 +85,9 @@ def plan_run(
     Raise NoFit if even the smallest shape is too large. sequences, saved: as in choose_plan; a shape saved by another
     number of processes is ignored.
     """
-    shape, device = configured_shape(config), accelerator.device
+    device = accelerator.device
+    refuse(config.quantization.products, device, compute_dtype_of(config))  # before the weights are downloaded
+    shape = configured_shape(config)
     limits = gathered(memory_limit(device, config.performance.memory_limit_gib, config.performance.deterministic))
     limit = min(limits)
     saved = saved if saved.get("processes") == accelerator.num_processes else {}
