@@ -399,7 +399,7 @@ def build_run(config: Config, accelerator: Accelerator, log: checkpoints.Log, fo
         log=log,
         tokenizer=tokenizer,
         blocks=blocks,
-        learner=learner,
+        learner=layers.guard(learner, blocks["train"][0], say),
         optimizer=optimizer,
         scheduler=create_scheduler(optimizer, training, total_steps),
         plan=plan,

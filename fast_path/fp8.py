@@ -17,8 +17,8 @@ from fast_path.packed_weights import Packed, absmax_of, dequantize, dot_size
 E4M3, LARGEST = torch.float8_e4m3fn, 448.0
 SMALLEST = 1e-30  # the least amax: rows of zeros, such as the gradients of padding, are divided by its scale
 # Hopper's tensor cores add e4m3 products in fewer bits than fp32 has. Exact: their sums are added in fp32 after every 128
-# products. docs/measurements.md, "Constants in the code", says what that costs and changes.
-EXACT = True
+# products, which is slower, and the error of a product is the same (docs/measurements.md, "Constants in the code").
+EXACT = False
 UNPACK_ROWS = {False: 32, True: 128}  # per program; transposed, so that a line of memory is written whole
 UNPACK_WARPS = {False: 2, True: 4}
 ALIGNED = 16  # bytes: rows of both operands must be multiples of it
@@ -93,7 +93,8 @@ def unpack(weight: Packed, transposed: bool, kernels: bool) -> torch.Tensor:
     columns, scales = weight.columns, weight.row_scales
     rows, nested = weight.codes.numel() * 2 // columns, len(weight.constants) > 1
     if not kernels:
-        W = (dequantize(weight, torch.float32) * (1 / scales)[:, None]).to(E4M3)
+        absmax = absmax_of(weight).view(rows, -1) * (1 / scales)[:, None]
+        W = dequantize(weight._replace(constants=[absmax.flatten()]), torch.float32).to(E4M3)
         return W.t().contiguous() if transposed else W
     out = torch.empty((columns, rows) if transposed else (rows, columns), dtype=E4M3, device=weight.codes.device)
     absmax, *second = weight.constants
@@ -129,28 +130,26 @@ def product(
         y = y if b_scales is None else y * b_scales
         y = y if u is None else y + u.float() @ B.float().t()
         return (y if bias is None else y + bias.float()).to(dtype)
-    if not has_scaled_mm(a.device):
-        return _product_kernel(a, a_scales, b, b_scales, dtype, u, B, bias)
+    if u is not None or not has_scaled_mm(a.device):  # torch would read and write y again for u B^T
+        return _product_kernel(a, a_scales, b, b_scales, dtype, u, B, bias, EXACT)
     b_scales = _ones(a.device)[: len(b)] if b_scales is None else b_scales
-    y = torch._scaled_mm(
-        a, b.t(), a_scales[:, None], b_scales[None], bias, out_dtype=dtype, use_fast_accum=not EXACT
-    )  # fmt: skip
-    return y if u is None else y.addmm_(u, B.t())
+    scales = a_scales[:, None], b_scales[None]
+    return torch._scaled_mm(a, b.t(), *scales, bias, out_dtype=dtype, use_fast_accum=not EXACT)
 
 
 @functools.cache
-def product_tile(rows: int, capability: tuple[int, int]) -> dict[str, int]:
-    """Return the tile of `product_kernel`. Only Hopper's was timed; the others fit 99 KiB of shared memory."""
-    if capability[0] == 9 and rows >= 1024:
-        return {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 128, "GROUP": 8, "num_warps": 8, "num_stages": 3}
+def product_tile(capability: tuple[int, int]) -> dict[str, int]:
+    """Return the tile of `product_kernel`. Only Hopper's was timed; the other fits 99 KiB of shared memory."""
+    if capability[0] == 9:
+        return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "GROUP": 8, "num_warps": 4, "num_stages": 3}
     return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3}
 
 
-def _product_kernel(a, a_scales, b, b_scales, dtype, u, B, bias, exact: bool = EXACT, tile: dict | None = None):
+def _product_kernel(a, a_scales, b, b_scales, dtype, u, B, bias, exact: bool, tile: dict | None = None):
     """Do `product` in one kernel, with the adapters' product in it."""
     (rows, inner), outputs, out = a.shape, len(b), torch.empty(len(a), len(b), dtype=dtype, device=a.device)
     capability = (8, 9) if INTERPRETED else torch.cuda.get_device_capability(a.device)
-    tile = tile or product_tile(rows, capability)
+    tile = tile or product_tile(capability)
     grid = (triton.cdiv(rows, tile["BLOCK_M"]) * triton.cdiv(outputs, tile["BLOCK_N"]),)
     fp8_kernels.product_kernel[grid](
         a, a_scales, b, a_scales if b_scales is None else b_scales, out if u is None else u, out if B is None else B,

@@ -4,7 +4,7 @@ Where they cannot run, the torch calls beside their launches compute the same nu
 """
 
 from fast_path.nf4 import lane_level, levels, tl, triton
-from fast_path.training_kernels import _gate, _keep, _key, _widen_columns
+from fast_path.training_kernels import _gate, _keep, _key
 
 
 @triton.jit
@@ -49,11 +49,11 @@ def dequantize_e4m3_kernel(
         constant += tl.load(offset + second, mask=inside, other=0.0)
     else:
         constant = tl.load(absmax + block, mask=inside, other=0.0)
-    inverse = tl.div_rn(1.0, tl.load(scales + row, mask=inside, other=1.0))
+    constant *= tl.div_rn(1.0, tl.load(scales + row, mask=inside, other=1.0))
     w0, w1, w2, w3, w4, w5, w6, w7 = levels(codes, lut, level, SHUFFLE)
     even = tl.interleave(tl.interleave(w0, w4), tl.interleave(w2, w6))
     odd = tl.interleave(tl.interleave(w1, w5), tl.interleave(w3, w7))
-    values = to_e4m3(tl.interleave(even, odd) * constant[:, None] * inverse[:, None], ROUND)
+    values = to_e4m3(tl.interleave(even, odd) * constant[:, None], ROUND)
     k = tl.program_id(1) * BLOCKSIZE + tl.arange(0, BLOCKSIZE)
     if TRANSPOSED:
         tl.store(out + k.to(tl.int64)[:, None] * rows + row[None], tl.trans(values), mask=inside[None])
@@ -85,8 +85,8 @@ def row_scale_kernel(
 ):  # fmt: skip
     """Write the scale of each row of what `narrow_kernel` quantises: its largest magnitude / 448, fp32.
 
-    One program per row; it walks over the columns in blocks of BLOCK. With FOLDED each column is multiplied by its own
-    number of `folded` first. A few operations per number that is read: memory traffic is the limit.
+    One program per row. It loads BLOCK columns at once, a whole row of most models, so that enough loads are under way:
+    memory traffic is the limit. With FOLDED each column is multiplied by its own number of `folded` first.
     """
     row = tl.program_id(0)
     k, place = tl.arange(0, BLOCK), x + row.to(tl.int64) * ((2 if SWIGLU else 1) * columns)
@@ -109,6 +109,28 @@ def row_scale_kernel(
 
 
 @triton.jit
+def _narrow_columns(
+    x, A, norm, folded, m, k, rows, end, columns, extra, a_row, a_column, SWIGLU: tl.constexpr, NORM: tl.constexpr,
+    FOLDED: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Load the tiles that `narrow_kernel` reads for columns k < end: x, or gate and up, the norm's weight, folded, A."""
+    inside = (m < rows)[:, None] & (k < end)[None]
+    place = x + m.to(tl.int64)[:, None] * ((2 if SWIGLU else 1) * columns) + k[None]
+    tile = tl.load(place, mask=inside, other=0.0)
+    up, weight, factor, a = tile, tile, tile, tile  # placeholders: nothing reads them if there are none
+    if SWIGLU:
+        up = tl.load(place + columns, mask=inside, other=0.0)
+    if NORM:
+        weight = tl.load(norm + k, mask=k < end, other=0.0)[None]
+    if FOLDED:
+        factor = tl.load(folded + k, mask=k < end, other=0.0)[None]
+    if BLOCK_R:
+        j = tl.arange(0, BLOCK_R)[:, None]
+        a = tl.load(A + j * a_row + k[None] * a_column, mask=(j < extra) & (k < end)[None], other=0.0)
+    return tile, up, weight, factor, a
+
+
+@triton.jit
 def narrow_kernel(
     x, narrow, dropped, A, sums, norm, inverse_rms, scales, folded, step, sequences, salt, rows, share, length, columns,
     extra, a_row, a_column, threshold, inverse, scale, SWIGLU: tl.constexpr, NORM: tl.constexpr, FOLDED: tl.constexpr,
@@ -121,8 +143,9 @@ def narrow_kernel(
     its own number of `folded` before it is quantised, but not for the product with A.
 
     Grid: dimension 0 takes tiles of BLOCK_M rows, dimension 1 takes shares of `share` columns; a program walks over its
-    share in steps of BLOCK_K columns. Its part of the product goes to sums [shares, rows, extra]. With BLOCK_R = 0 there
-    is no product, and with KEEP dropout(x) is written for one that follows.
+    share in steps of BLOCK_K columns, and loads the next tiles before it works on these. Its part of the product goes to
+    sums [shares, rows, extra]. With BLOCK_R = 0 there is no product, and with KEEP dropout(x) is written for one that
+    follows.
     """
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     first = tl.program_id(1) * share
@@ -135,32 +158,35 @@ def narrow_kernel(
         key = _key(step, salt)
     if NORM:
         rms = tl.load(inverse_rms + m, mask=m < rows, other=0.0)[:, None]
-    j = tl.arange(0, BLOCK_R if BLOCK_R else 16)
     if BLOCK_R:
         total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    after = _narrow_columns(
+        x, A, norm, folded, m, k, rows, end, columns, extra, a_row, a_column, SWIGLU, NORM, FOLDED, BLOCK_R
+    )  # fmt: skip
     for start in range(first, end, BLOCK_K):
-        tile, up, weight, _ = _widen_columns(x, A, norm, m, k, rows, end, columns, extra, SWIGLU, NORM, 0)
+        tile, up, weight, factor, a = after
+        after = _narrow_columns(
+            x, A, norm, folded, m, k + BLOCK_K, rows, end, columns, extra, a_row, a_column, SWIGLU, NORM, FOLDED, BLOCK_R
+        )  # fmt: skip
         tile = _input(tile, up, weight, rms, x.dtype.element_ty, SWIGLU, NORM, ACTIVATION)
         inside = below & (k < end)[None]
         value = tile.to(tl.float32)
         if FOLDED:
-            value *= tl.load(folded + k, mask=k < end, other=0.0)[None]
+            value *= factor
         tl.store(narrow + row * columns + k[None], to_e4m3(value * to_row, ROUND), mask=inside)
         if DROPOUT:
             pairs = start // 2 + tl.arange(0, BLOCK_K // 2)
             keep = _keep(key, sequences, m, pairs, length, threshold)
             tile = tl.where(keep, tile.to(tl.float32) * inverse, 0.0).to(tile.dtype)
         if BLOCK_R:
-            a = tl.load(
-                A + j[:, None] * a_row + k[None] * a_column, mask=(j < extra)[:, None] & (k < end)[None], other=0.0
-            )
             total = tl.dot(tile, tl.trans(a), total)
         elif KEEP:
             tl.store(dropped + row * columns + k[None], tile, mask=inside)
         k += BLOCK_K
     if BLOCK_R:
-        target = sums + (tl.program_id(1) * rows + row) * extra + j[None]
-        tl.store(target, (total * scale).to(sums.dtype.element_ty), mask=below & (j < extra)[None])
+        j = tl.arange(0, BLOCK_R)[None]
+        target = sums + (tl.program_id(1) * rows + row) * extra + j
+        tl.store(target, (total * scale).to(sums.dtype.element_ty), mask=below & (j < extra))
 
 
 @triton.jit

@@ -238,8 +238,9 @@ def narrow(
     scales = x.new_empty(len(x), dtype=torch.float32)
     how = {"SWIGLU": swiglu, "NORM": norm is not None, "FOLDED": folded is not None, "ACTIVATION": activation}
     before, factors = norm or (x, x), scales if folded is None else folded
+    block = min(32768, dot_size(columns))
     fp8_kernels.row_scale_kernel[(len(x),)](
-        x, *before, factors, scales, columns, fp8.SMALLEST, **how, BLOCK=1024, num_warps=4
+        x, *before, factors, scales, columns, fp8.SMALLEST, **how, BLOCK=block, num_warps=max(4, block // 2048)
     )  # fmt: skip
     x8, inside = torch.empty(len(x), columns, dtype=fp8.E4M3, device=x.device), 0 < extra <= MOST_NARROW_COLUMNS
     share = widen_share(len(x), columns, x.device) if inside else WIDEN.block_k

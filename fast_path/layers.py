@@ -1,11 +1,14 @@
 """Put the operators of fused_linear.py into a model's layers: attention, MLP and norms, in training and generation."""
 
 import functools
+import statistics
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import bitsandbytes as bnb
+import numpy as np
 import torch
 from peft import PeftModel
 from torch import nn
@@ -13,7 +16,7 @@ from transformers.activations import GELUTanh, SiLUActivation
 
 from fast_path import families
 from fast_path.attention import CAPPED, CAUSAL, GROUPED, attend, attend_capped, grouped_attention, rotate
-from fast_path.dropout import DropoutClock, salt_of
+from fast_path.dropout import DropoutClock, modes_kept, salt_of
 from fast_path.fp8 import fits, with_row_scales
 from fast_path.fused_linear import NOTHING_HANDED, Adapters, Handed, Masks, Norm, inverse_rms, run_linear
 from fast_path.packed_weights import adapter_columns, fusable, operand_columns, stack_weights
@@ -74,16 +77,17 @@ class Group:
         return self.run(x)[0]
 
     def run(
-        self, x: torch.Tensor, swiglu: bool = False, handed: Handed = NOTHING_HANDED
+        self, x: torch.Tensor, swiglu: bool = False, handed: Handed = NOTHING_HANDED, fp8: bool | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return y [..., outputs] and u of `linear`."""
+        """Return y [..., outputs] and u of `linear`. fp8: None means in training mode, where the group has it."""
         *shape, width = x.shape
         A, B = self.adapters()
         p = self.p if self.leader.training else 0.0
         rows, norm = x.reshape(-1, width), None
         if self.norm is not None:
             norm = Norm(self.norm, inverse_rms(rows.detach(), self.epsilon, self.kernels))
-        weight = self.fp8_weight if self.fp8_weight is not None and self.leader.training else self.weight
+        fp8 = self.leader.training if fp8 is None else fp8
+        weight = self.fp8_weight if fp8 and self.fp8_weight is not None else self.weight
         y, u = run_linear(
             rows, weight, Adapters(A, B, self.scale),
             Masks(self.clock.step, self.clock.sequences, self.salt, self.clock.length(len(rows)), p),
@@ -323,6 +327,51 @@ def fuse_for_training(model: PeftModel, clock: DropoutClock, p: float, kernels: 
         f"products in FP8: of {sum(len(group.outputs) for group in inside)} of {count} linears in 4 bit, in training alone"
         f"{reference}; evaluation and inference use bfloat16"
     ]
+
+
+MOST_ERROR = 0.1  # of an operator's output that FP8 may change; where it changes more, the operator stays in bfloat16
+MOST_PROBED = 1024  # tokens
+
+
+@torch.no_grad()
+def guard(learner: Any, block: np.ndarray, say: Callable[[str], None]) -> Any:
+    """Return the learner after taking FP8 away from operators whose output it would change by more than MOST_ERROR.
+
+    Each operator is tried on its real input: a training block goes through the base without its adapter. This depends on
+    weights and data alone, so a resumed run decides the same. block: as `Blocks` holds them, [tokens] or [rows, tokens].
+    """
+    model = learner.model
+    groups = [group for group in groups_of(model) if group.fp8_weight is not None]
+    if not groups:
+        return learner
+    errors: dict[Group, float] = {}
+
+    def probed(group: Group, x: torch.Tensor, swiglu: bool = False, handed: Handed = NOTHING_HANDED):
+        y, u = Group.run(group, x, swiglu, handed, fp8=False)
+        exact, other = y.flatten(0, -2).float(), Group.run(group, x, swiglu, handed, fp8=True)[0].flatten(0, -2).float()
+        change = (other - exact).square().sum(1) / exact.square().sum(1).clamp_min(1e-30)  # of each token
+        errors[group] = change.mean().sqrt().item()
+        return y, u
+
+    for group in groups:
+        group.run = functools.partial(probed, group)  # type: ignore[method-assign]
+    ids = torch.from_numpy(np.atleast_2d(block)[0][None, :MOST_PROBED]).to(model.device)
+    with modes_kept(model), model.disable_adapter(), learner.objective.autocast():
+        model.eval()
+        model.get_base_model().get_decoder()(input_ids=ids, use_cache=False)
+    for group in groups:
+        del group.run
+    names = {module: name.removeprefix("base_model.model.") for name, module in model.named_modules()}
+    worst = {names[group.leader]: errors[group] for group in groups if not errors[group] <= MOST_ERROR}
+    for group in groups:
+        if not errors[group] <= MOST_ERROR:
+            group.fp8_weight = None
+    found = f"FP8 changes the output of an operator by {statistics.median(errors.values()):.1%} in the median"
+    say(f"{found}, by {max(errors.values()):.1%} at most (a training block through the base)")
+    if worst:
+        named = ", ".join(f"{name} {error:.0%}" for name, error in worst.items())
+        say(f"in bfloat16 all the same, since FP8 would change more than {MOST_ERROR:.0%} of their output: {named}")
+    return learner
 
 
 # ------------------------------------------------------------------------------------------------ without them for a while

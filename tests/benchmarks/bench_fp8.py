@@ -136,9 +136,9 @@ def pieces(x, weight, A, B, masks, norm, swiglu) -> None:
         "narrow x": lambda: fused_linear.narrow(x, stacked, masks, 2.0, swiglu, True, norm),
         "narrow dy": lambda: fused_linear.narrow(grad, own.t(), none, 1.0, False, True, folded=weight.row_scales),
         "addmm": lambda: torch.empty(len(x), len(W), device="cuda", dtype=x.dtype).addmm_(u, own.t()),
-        "kernel+u fw": lambda: fp8._product_kernel(x8, scales, W, weight.row_scales, x.dtype, u, own, None),
-        "kernel fw": lambda: fp8._product_kernel(x8, scales, W, weight.row_scales, x.dtype, None, None, None),
-        "kernel bw": lambda: fp8._product_kernel(grad8, grad_scales, Wt, None, x.dtype, None, None, None),
+        "kernel+u fw": lambda: fp8._product_kernel(x8, scales, W, weight.row_scales, x.dtype, u, own, None, False),
+        "kernel fw": lambda: fp8._product_kernel(x8, scales, W, weight.row_scales, x.dtype, None, None, None, False),
+        "kernel bw": lambda: fp8._product_kernel(grad8, grad_scales, Wt, None, x.dtype, None, None, None, False),
     }
     if fp8.has_scaled_mm(x.device):
         ones = torch.ones(len(Wt), device="cuda")
