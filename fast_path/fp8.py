@@ -13,6 +13,7 @@ from config import ConfigError
 from fast_path import fp8_kernels
 from fast_path.nf4 import HAS_TRITON, INTERPRETED, SHUFFLE, triton
 from fast_path.packed_weights import Packed, absmax_of, dequantize, dot_size
+from fast_path.scratch import take
 
 E4M3, LARGEST = torch.float8_e4m3fn, 448.0
 SMALLEST = 1e-30  # the least amax: rows of zeros, such as the gradients of padding, are divided by its scale
@@ -68,13 +69,13 @@ def fits(weight: Packed) -> bool:
 # ------------------------------------------------------------------------------------------------ operands
 
 
-def with_row_scales(weight: Packed) -> Packed:
-    """Return the weights with a scale per output row, fp32 [out features]: the largest weight of the row / 448.
+def row_scales(weight: Packed) -> torch.Tensor:
+    """Return a scale per output row, fp32 [out features]: the largest weight of the row / 448.
 
     Every block holds a weight of the magnitude of its constant, so the constants are enough.
     """
     rows = absmax_of(weight).abs().view(-1, weight.columns // weight.blocksizes[0])
-    return weight._replace(row_scales=rows.amax(1).clamp_min(SMALLEST) * (1 / LARGEST))
+    return rows.amax(1).clamp_min(SMALLEST) * (1 / LARGEST)
 
 
 def quantise_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,7 +89,8 @@ def unpack(weight: Packed, transposed: bool, kernels: bool) -> torch.Tensor:
     """Return W / its row scales in e4m3: [out features, columns], or transposed [columns, out features].
 
     The numbers are the same both ways: dx = dy W needs a scale per output row on the axis that is summed over, so it is
-    multiplied into dy before dy is quantised (`narrow` in fused_linear.py).
+    multiplied into dy before dy is quantised (`narrow` in fused_linear.py). The next call overwrites the tensor while a
+    fused model lives (scratch.py).
     """
     columns, scales = weight.columns, weight.row_scales
     rows, nested = weight.codes.numel() * 2 // columns, len(weight.constants) > 1
@@ -96,7 +98,7 @@ def unpack(weight: Packed, transposed: bool, kernels: bool) -> torch.Tensor:
         absmax = absmax_of(weight).view(rows, -1) * (1 / scales)[:, None]
         W = dequantize(weight._replace(constants=[absmax.flatten()]), torch.float32).to(E4M3)
         return W.t().contiguous() if transposed else W
-    out = torch.empty((columns, rows) if transposed else (rows, columns), dtype=E4M3, device=weight.codes.device)
+    out = take(*((columns, rows) if transposed else (rows, columns)), E4M3, weight.codes.device)
     absmax, *second = weight.constants
     second = second or [absmax] * 3
     tile, row_blocks = UNPACK_ROWS[transposed], columns // weight.blocksizes[0]

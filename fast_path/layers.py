@@ -17,7 +17,7 @@ from transformers.activations import GELUTanh, SiLUActivation
 from fast_path import families
 from fast_path.attention import CAPPED, CAUSAL, GROUPED, attend, attend_capped, grouped_attention, rotate
 from fast_path.dropout import DropoutClock, modes_kept, salt_of
-from fast_path.fp8 import fits, with_row_scales
+from fast_path.fp8 import fits, row_scales
 from fast_path.fused_linear import NOTHING_HANDED, Adapters, Handed, Masks, Norm, inverse_rms, run_linear
 from fast_path.packed_weights import adapter_columns, fusable, operand_columns, stack_weights
 from fast_path.scratch import scratch_of
@@ -49,7 +49,7 @@ class Group:
         self.leader, self.clock, self.p, self.activation = modules[0], clock, p, activation
         self.norm, self.epsilon = norm or (None, 0.0)
         self.weight = stack_weights(bases)
-        self.fp8_weight = with_row_scales(self.weight) if fp8 and fits(self.weight) else None
+        self.row_scales = row_scales(self.weight) if fp8 and fits(self.weight) else None  # products are in FP8
         self.kernels = kernels and self.weight.columns % self.weight.blocksizes[0] == 0
         self.outputs = [base.out_features for base in bases]
         can = len(set(self.outputs)) == 1 and self.weight.divides_by(len(modules))
@@ -87,7 +87,7 @@ class Group:
         if self.norm is not None:
             norm = Norm(self.norm, inverse_rms(rows.detach(), self.epsilon, self.kernels))
         fp8 = self.leader.training if fp8 is None else fp8
-        weight = self.fp8_weight if fp8 and self.fp8_weight is not None else self.weight
+        weight = self.weight._replace(row_scales=self.row_scales) if fp8 else self.weight
         y, u = run_linear(
             rows, weight, Adapters(A, B, self.scale),
             Masks(self.clock.step, self.clock.sequences, self.salt, self.clock.length(len(rows)), p),
@@ -318,7 +318,7 @@ def fuse_for_training(model: PeftModel, clock: DropoutClock, p: float, kernels: 
     """Fuse a model as `fuse` does and return a line about the linears whose products are in FP8, if there are some."""
     fuse(model, clock, p, kernels, fp8=fp8)
     groups = groups_of(model)
-    inside = [group for group in groups if group.fp8_weight is not None]
+    inside = [group for group in groups if group.row_scales is not None]
     if not inside:
         return []
     count = sum(isinstance(module, bnb.nn.Linear4bit) for module in model.modules())
@@ -341,7 +341,7 @@ def guard(learner: Any, block: np.ndarray, say: Callable[[str], None]) -> Any:
     weights and data alone, so a resumed run decides the same. block: as `Blocks` holds them, [tokens] or [rows, tokens].
     """
     model = learner.model
-    groups = [group for group in groups_of(model) if group.fp8_weight is not None]
+    groups = [group for group in groups_of(model) if group.row_scales is not None]
     if not groups:
         return learner
     errors: dict[Group, float] = {}
@@ -365,7 +365,7 @@ def guard(learner: Any, block: np.ndarray, say: Callable[[str], None]) -> Any:
     worst = {names[group.leader]: errors[group] for group in groups if not errors[group] <= MOST_ERROR}
     for group in groups:
         if not errors[group] <= MOST_ERROR:
-            group.fp8_weight = None
+            group.row_scales = None
     found = f"FP8 changes the output of an operator by {statistics.median(errors.values()):.1%} in the median"
     say(f"{found}, by {max(errors.values()):.1%} at most (a training block through the base)")
     if worst:

@@ -53,7 +53,7 @@ class Packed(NamedTuple):
     codes: uint8, two weights per byte. lut: fp32 [16], the level of each code. constants: [absmax] in fp32, or with
     double quantisation [absmax in uint8, second-level absmax, offset, code]. Second-level absmax and offset hold one
     value for each `blocksizes[1]` values of absmax. row_scales: fp32 [out features], one per output row where
-    products are in FP8 (`with_row_scales`); else None.
+    products are in FP8 (fp8.py); else None.
     """
 
     codes: torch.Tensor

@@ -48,7 +48,8 @@ def inputs(rows: int, name: str):
     """Return x, weights, A, B, masks and norm of an operator; a few channels of x are 100 times the rest."""
     outputs, columns, swiglu, has_norm = OPERATORS[name]
     torch.manual_seed(0)
-    weight = fp8.with_row_scales(packed_weights(outputs, columns, "nf4", True, "cuda", torch.bfloat16))
+    weight = packed_weights(outputs, columns, "nf4", True, "cuda", torch.bfloat16)
+    weight = weight._replace(row_scales=fp8.row_scales(weight))
     x = torch.randn(rows, columns * (2 if swiglu else 1), device="cuda").bfloat16()
     x[:, [3, 700, 1500]] *= 100
     A = [torch.randn(RANK, columns, device="cuda") * columns**-0.5 for _ in outputs]

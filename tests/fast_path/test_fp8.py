@@ -9,7 +9,7 @@ import torch
 
 from fast_path import fp8, fp8_kernels, fused_linear
 from fast_path.fused_linear import Masks, Norm
-from fast_path.packed_weights import dequantize, stack_adapters
+from fast_path.packed_weights import Packed, dequantize, stack_adapters
 from tests.fast_path.test_layers import HALF, MASKS, SINGLE, WHOLE, apart, compile_for, packed_weights
 from tests.interpreter import interpret
 
@@ -30,6 +30,11 @@ def nearest(x: np.ndarray) -> np.ndarray:
     even = (np.abs(place - len(numbers) // 2) % 2) == 0  # zero stands in the middle
     below = (x - low < high - x) | ((x - low == high - x) & ~even)
     return np.where(below, low, high)
+
+
+def scaled(weight: Packed) -> Packed:
+    """Return weights whose products are in FP8."""
+    return weight._replace(row_scales=fp8.row_scales(weight))
 
 
 def some_numbers(device: str = "cpu") -> torch.Tensor:
@@ -55,7 +60,7 @@ def test_rows_become_the_nearest_numbers_of_e4m3():
 
 @pytest.mark.parametrize("quant_type, double", [("nf4", True), ("nf4", False), ("fp4", True)])
 def test_unpacked_weights_have_one_set_of_bytes_and_a_scale_per_output_row(quant_type, double):
-    weight = fp8.with_row_scales(packed_weights((64, 32), 192, quant_type, double, "cpu", torch.float32))
+    weight = scaled(packed_weights((64, 32), 192, quant_type, double, "cpu", torch.float32))
     exact = dequantize(weight, torch.float32)
     torch.testing.assert_close(weight.row_scales * 448, exact.abs().amax(1), rtol=1e-6, atol=0)
     found = fp8.unpack(weight, False, False)
@@ -72,7 +77,7 @@ def test_unpacked_weights_have_one_set_of_bytes_and_a_scale_per_output_row(quant
 def check_fp8_kernels(device: str, dtype: torch.dtype, tolerance: float) -> None:
     """Compare each kernel with the torch calls, with sizes that no tile divides; numbers in e4m3 must be the same."""
     for quant_type, double in (("nf4", True), ("nf4", False), ("fp4", True)):
-        weight = fp8.with_row_scales(packed_weights((64, 48), 192, quant_type, double, device, dtype))
+        weight = scaled(packed_weights((64, 48), 192, quant_type, double, device, dtype))
         for transposed in (False, True):
             found, want = (fp8.unpack(weight, transposed, kernels) for kernels in (True, False))
             assert torch.equal(found.float(), want.float()), (quant_type, double, transposed)
