@@ -98,7 +98,8 @@ def unpack(weight: Packed, transposed: bool, kernels: bool) -> torch.Tensor:
         absmax = absmax_of(weight).view(rows, -1) * (1 / scales)[:, None]
         W = dequantize(weight._replace(constants=[absmax.flatten()]), torch.float32).to(E4M3)
         return W.t().contiguous() if transposed else W
-    out = take(*((columns, rows) if transposed else (rows, columns)), E4M3, weight.codes.device)
+    shape = (columns, rows // 2) if transposed else (rows, columns // 2)
+    out = take(*shape, torch.bfloat16, weight.codes.device).view(E4M3)  # in the memory that evaluations unpack into
     absmax, *second = weight.constants
     second = second or [absmax] * 3
     tile, row_blocks = UNPACK_ROWS[transposed], columns // weight.blocksizes[0]

@@ -119,6 +119,11 @@ def print_plan(
     """
     card = find_card(name) if name else None
     device = torch.device("cuda", 0) if torch.cuda.is_available() and card is None else None
+    if card and config.quantization.products == "fp8" and card.capability < 8.9:
+        lacks = f"{card.name} has no FP8 (compute capability {card.capability}; 8.9 and above have it)"
+        raise ConfigError(f"quantization.products: fp8 cannot run there, use bf16: {lacks}")
+    if device:
+        refuse(config.quantization.products, device, compute_dtype_of(config))
     shape = configured_shape(config, processes)
     if config.performance.shard_base and shape.processes == 1:
         raise ConfigError("performance.shard_base: expected --processes 2 or more beside --plan, got one process")
