@@ -22,6 +22,9 @@ SMALLEST = 1e-30  # the least amax: rows of zeros, such as the gradients of padd
 EXACT = False
 UNPACK_ROWS = {False: 32, True: 128}  # per program; transposed, so that a line of memory is written whole
 UNPACK_WARPS = {False: 2, True: 4}
+# Tiles of `product_kernel`: rows, outputs, products that are summed at once, warps, stages.
+HOPPER = (128, 128, 128, 4, 3)
+OTHERS = (128, 128, 64, 8, 3)
 ALIGNED = 16  # bytes: rows of both operands must be multiples of it
 
 # ------------------------------------------------------------------------------------------------ where it runs
@@ -140,12 +143,10 @@ def product(
     return torch._scaled_mm(a, b.t(), *scales, bias, out_dtype=dtype, use_fast_accum=not EXACT)
 
 
-@functools.cache
 def product_tile(capability: tuple[int, int]) -> dict[str, int]:
     """Return the tile of `product_kernel`. Only Hopper's was timed; the other fits 99 KiB of shared memory."""
-    if capability[0] == 9:
-        return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "GROUP": 8, "num_warps": 4, "num_stages": 3}
-    return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3}
+    names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
+    return dict(zip(names, HOPPER if capability[0] == 9 else OTHERS, strict=True)) | {"GROUP": 8}
 
 
 def _product_kernel(a, a_scales, b, b_scales, dtype, u, B, bias, exact: bool, tile: dict | None = None):

@@ -26,6 +26,7 @@ WIDEN = Launch(block_m=16, block_k=128, warps=4)
 MOST_WIDEN_COLUMNS = 32
 # The same for the pass that quantises x. Without it, a normed x in 16 bit would have to be written for the product.
 MOST_NARROW_COLUMNS = 64
+NARROW = Launch(block_m=16, block_k=128, warps=4)
 WIDEN_BACKWARD = Launch(block_m=64, block_k=64, warps=4)
 MASKED_BACKWARD = Launch(block_m=16, block_k=64, warps=2)
 # The most adapter columns for which SwiGLU's backward runs as a kernel. It holds three sums [columns, block_k] in
@@ -243,17 +244,17 @@ def narrow(
         x, *before, factors, scales, columns, fp8.SMALLEST, **how, BLOCK=block, num_warps=max(4, block // 2048)
     )  # fmt: skip
     x8, inside = torch.empty(len(x), columns, dtype=fp8.E4M3, device=x.device), 0 < extra <= MOST_NARROW_COLUMNS
-    share = widen_share(len(x), columns, x.device) if inside else WIDEN.block_k
+    share = widen_share(len(x), columns, x.device) if inside else NARROW.block_k
     shares, last = triton.cdiv(columns, share), scale
     u = x.new_empty(len(x), extra)
     sums = x.new_empty(shares, len(x), extra, dtype=torch.float32) if inside and shares > 1 else u
     keep = extra > MOST_NARROW_COLUMNS and folded is None
     dropped = x.new_empty(len(x), columns) if keep else x
-    fp8_kernels.narrow_kernel[(triton.cdiv(len(x), WIDEN.block_m), shares)](
+    fp8_kernels.narrow_kernel[(triton.cdiv(len(x), NARROW.block_m), shares)](
         x, x8, dropped, A, sums, *before, scales, factors, masks.step, masks.sequences, masks.salt, len(x), share,
         masks.length, columns, extra, *A.stride(), drop_threshold(masks.p), 1 / (1 - masks.p), last, **how,
-        DROPOUT=masks.p > 0, KEEP=keep, BLOCK_M=WIDEN.block_m, BLOCK_K=WIDEN.block_k,
-        BLOCK_R=dot_size(extra) if inside else 0, ROUND=INTERPRETED, num_warps=WIDEN.warps,
+        DROPOUT=masks.p > 0, KEEP=keep, BLOCK_M=NARROW.block_m, BLOCK_K=NARROW.block_k,
+        BLOCK_R=dot_size(extra) if inside else 0, ROUND=INTERPRETED, num_warps=NARROW.warps,
     )  # fmt: skip
     if inside and shares > 1:
         u = sums.sum(0).to(x.dtype)

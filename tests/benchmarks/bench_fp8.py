@@ -9,6 +9,7 @@ distance of y, dx and the adapters' gradients from fp32, in both number formats.
 import argparse
 import functools
 import itertools
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 from bench_training import confine
 from triton.testing import do_bench
 
-from fast_path import fp8, fused_linear
+from fast_path import fp8, fused_linear, nf4
 from fast_path.fused_linear import Masks, Norm
 from fast_path.packed_weights import Packed, dequantize, operands
 from tests.fast_path.test_layers import apart, packed_weights
@@ -60,6 +61,11 @@ def inputs(rows: int, name: str):
     return x, weight, A, B, masks, norm
 
 
+def operands_of(weight: Packed, A, B) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return B and A of the members as operands in bfloat16."""
+    return operands(weight, A, B, 1.0, torch.bfloat16, True, only_adapters=True)
+
+
 def both_passes(x, weight: Packed, A, B, masks, norm, swiglu: bool, kernels: bool = True):
     """Return functions that run the operator's forward and its backward pass."""
     norm = [] if norm is None else list(norm)
@@ -97,7 +103,7 @@ def errors(rows: int, name: str) -> None:
             f"{what} {apart(a, b):.5f}" for what, a, b in zip(("y", "dx", "dA", "dB"), found, want, strict=True)
         )
         print(f"  {name:<9} {label:<15} {distances}", flush=True)
-    fp8.EXACT = True
+    fp8.EXACT = False
 
 
 def times(rows: int, name: str, total: dict[str, float]) -> None:
@@ -105,20 +111,18 @@ def times(rows: int, name: str, total: dict[str, float]) -> None:
     x, weight, A, B, masks, norm = inputs(rows, name)
     swiglu, plain = OPERATORS[name][2], weight._replace(row_scales=None)
     line = []
-    for label, own, exact in (("bf16", plain, True), ("fp8", weight, True), ("fast", weight, False)):
-        fp8.EXACT = exact
+    for label, own in (("bf16", plain), ("fp8", weight)):
         for which, call in zip(("fw", "bw"), both_passes(x, own, A, B, masks, norm, swiglu), strict=True):
             spent = microseconds(call)
             total[label] = total.get(label, 0.0) + spent
             line.append(f"{label} {which} {spent:.0f}")
-    fp8.EXACT = True
     print(f"  {name:<9} whole: {', '.join(line)}", flush=True)
     pieces(x, weight, A, B, masks, norm, swiglu)
 
 
 def pieces(x, weight, A, B, masks, norm, swiglu) -> None:
     """Print the microseconds of the steps of an operator."""
-    own, stacked = operands(weight, A, B, 1.0, x.dtype, True, only_adapters=True)
+    own, stacked = operands_of(weight, A, B)
     x8, scales, u = fused_linear.narrow(x, stacked, masks, 2.0, swiglu, True, norm)
     W, Wt = (fp8.unpack(weight, transposed, True) for transposed in (False, True))
     grad = torch.randn(len(x), len(W), device="cuda").to(x.dtype)
@@ -131,7 +135,7 @@ def pieces(x, weight, A, B, masks, norm, swiglu) -> None:
         "widen bf16": lambda: fused_linear.widen(x, stacked, masks, 2.0, swiglu, True, norm),
         "mm bf16 fw": lambda: torch.mm(torch.empty(len(x), wide.shape[1], device="cuda", dtype=x.dtype), wide.t()),
         "mm bf16 bw": lambda: grad @ dense,
-        "adapters": lambda: operands(weight, A, B, 1.0, x.dtype, True, only_adapters=True),
+        "adapters": lambda: operands_of(weight, A, B),
         "unpack": lambda: fp8.unpack(weight, False, True),
         "unpack T": lambda: fp8.unpack(weight, True, True),
         "narrow x": lambda: fused_linear.narrow(x, stacked, masks, 2.0, swiglu, True, norm),
@@ -155,28 +159,53 @@ def pieces(x, weight, A, B, masks, norm, swiglu) -> None:
 
 
 def tiles(rows: int) -> None:
-    """Print the microseconds of `product_kernel` in several layouts, on the two largest operators."""
-    names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
+    """Print the microseconds of `product_kernel` and of the pass that quantises in several layouts, and the best of each."""
     layouts = (
-        (128, 256, 128, 8, 3),
-        (128, 256, 64, 8, 4),
-        (128, 128, 128, 8, 4),
         (128, 128, 128, 4, 3),
-        (64, 256, 128, 4, 3),
+        (128, 128, 128, 4, 4),
+        (128, 256, 128, 8, 4),
+        (256, 128, 128, 8, 3),
+        (128, 128, 64, 4, 5),
     )
+    spent = dict.fromkeys(layouts, 0.0)
     for (outputs, inner), layout in itertools.product(((22016, 2048), (2048, 11008)), layouts):
         a, a_scales = fp8.quantise_rows(torch.randn(rows, inner, device="cuda"))
         b, b_scales = fp8.quantise_rows(torch.randn(outputs, inner, device="cuda"))
         u, B = (torch.randn(n, 32, device="cuda").bfloat16() for n in (rows, outputs))
-        tile, line = dict(zip(names, layout, strict=True)) | {"GROUP": 8}, []
-        for label, exact in (("exact", True), ("fast", False)):
-            operands = a, a_scales, b, b_scales, torch.bfloat16, u, B, None
-            try:
-                spent = microseconds(functools.partial(fp8._product_kernel, *operands, exact, tile))
-                line.append(f"{label} {spent:.0f} us {2e-6 * rows * outputs * inner / spent:.0f} TFLOP/s")
-            except Exception as error:  # too much shared memory
-                line.append(type(error).__name__)
-        print(f"  {rows}x{outputs}x{inner} {layout}: {', '.join(line)}", flush=True)
+        operands = a, a_scales, b, b_scales, torch.bfloat16, u, B, None, False
+        spent[layout] += timed(f"product {outputs}x{inner} {layout}", fp8._product_kernel, *operands, tile_of(layout))
+    print("BEST product", *min(spent, key=spent.get), flush=True)
+    layouts = ((16, 128, 4), (16, 256, 4), (16, 256, 8), (32, 128, 4))
+    spent = dict.fromkeys(layouts, 0.0)
+    for name, layout in itertools.product(("gate, up", "down"), layouts):
+        x, weight, A, B, masks, _ = inputs(rows, name)
+        own, stacked = operands_of(weight, A, B)
+        fused_linear.NARROW = nf4.Launch(*layout)
+        if name == "down":
+            arguments, how = (x, stacked, masks, 2.0, True, True), {}
+        else:
+            grad = torch.randn(rows, len(own), device="cuda").bfloat16()
+            arguments = grad, own.t(), fused_linear.no_masks(grad), 1.0, False, True
+            how = {"folded": weight.row_scales}
+        spent[layout] += timed(f"narrow of {name} {layout}", functools.partial(fused_linear.narrow, **how), *arguments)
+    print("BEST narrow", *min(spent, key=spent.get), flush=True)
+    fused_linear.NARROW = nf4.Launch(*min(spent, key=spent.get))
+
+
+def tile_of(layout: tuple[int, ...]) -> dict[str, int]:
+    """Return a layout as the arguments of a launch."""
+    return dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages"), layout, strict=True)) | {"GROUP": 8}
+
+
+def timed(label: str, call: Callable, *arguments) -> float:
+    """Print and return the microseconds of a call; infinity if the card has too little shared memory for it."""
+    try:
+        spent = microseconds(functools.partial(call, *arguments))
+    except Exception as error:
+        print(f"  {label}: {type(error).__name__}", flush=True)
+        return math.inf
+    print(f"  {label}: {spent:.0f} us", flush=True)
+    return spent
 
 
 def main() -> None:
@@ -194,13 +223,13 @@ def main() -> None:
     for rows in args.rows:
         total: dict[str, float] = {}
         print(f"{rows} rows, microseconds", flush=True)
+        if args.tiles:
+            tiles(rows)
         for name in OPERATORS:
             times(rows, name, total)
         print(
             f"  a layer's operators: {', '.join(f'{label} {spent:.0f}' for label, spent in total.items())}", flush=True
         )
-        if args.tiles:
-            tiles(rows)
     del context
 
 
