@@ -90,6 +90,7 @@ class QuantizationConfig(Section):
         choices=("bfloat16", "float16", "float32"),
     )
     use_double_quant: bool = knob(True, "quantise the quantisation constants too, which saves 0.373 bits per weight")
+    products: str = knob("bf16", "arithmetic of training's products with 4-bit weights", choices=("bf16", "fp8"))
     experts: str = free_knob(
         "gpu",
         "where the routed experts of a mixture lie; cpu fetches each layer's from main memory",

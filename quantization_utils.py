@@ -429,7 +429,8 @@ def load_base(
     tokenizer: the model's, if it was loaded before. rows_apart: as in `load_model_and_tokenizer`.
     """
     dtype = compute_dtype_of(config) if quantized else torch.bfloat16
-    settings = {k: v for k, v in vars(config.quantization).items() if k != "experts"} | {"compute_dtype": dtype}
+    apart = ("experts", "products")  # of the run, not of the weights
+    settings = {k: v for k, v in vars(config.quantization).items() if k not in apart} | {"compute_dtype": dtype}
     return load_model_and_tokenizer(
         config.model.name,
         create_bnb_config(**settings) if quantized else None,

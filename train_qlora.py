@@ -399,7 +399,7 @@ def build_run(config: Config, accelerator: Accelerator, log: checkpoints.Log, fo
         log=log,
         tokenizer=tokenizer,
         blocks=blocks,
-        learner=learner,
+        learner=layers.guard(learner, blocks["train"][0], say),
         optimizer=optimizer,
         scheduler=create_scheduler(optimizer, training, total_steps),
         plan=plan,
@@ -435,16 +435,16 @@ def build_learner(
         fresh = with_tokens(create_lora_config(**config.lora.arguments), config.lora.train_tokens, tokenizer)
         peft_model = prepare_model_for_training(model, fresh, plan.checkpointed)
     config = checkpoints.effective(config, peft_model)  # somebody may have edited the functions that made it
-    p, dtype = config.lora.dropout, compute_dtype_of(config)
+    p, dtype, products = config.lora.dropout, compute_dtype_of(config), config.quantization.products
     attention_lines = attention.prepare_attention(model, config.data, samples, config.model.attn_implementation)
     clock = dropout.DropoutClock(seed, device)
     dropout.use_stateless_dropout(peft_model, p, clock)
     token_rows.use_token_rows(peft_model)
-    fast = choice.choose_fast_path(config.performance, peft_model, dtype, device, plan.offload)
+    fast = choice.choose_fast_path(config.performance, peft_model, dtype, device, plan.offload, products)
     if plan.offload and not fast.compile:
         raise ConfigError(f"training.gradient_checkpointing: offload needs compiled layers; {fast.line}")
     if fast.fused_lora:
-        layers.fuse(peft_model, clock, p, fast.kernels)
+        attention_lines += layers.fuse_for_training(peft_model, clock, p, fast.kernels, fast.fp8)
     objective = CausalLMLoss(sharding.divide_base(peft_model), dtype)
     if fast.compile:
         compiled.compile_layers(peft_model)

@@ -9,6 +9,7 @@ from peft.utils.other import TrainableTokensWrapper
 from config import ConfigError, PerformanceConfig
 from fast_path import families
 from fast_path.experts import one_by_one, products_line
+from fast_path.fp8 import refuse
 from fast_path.layers import plain_parts
 from fast_path.nf4 import HAS_TRITON
 from fast_path.packed_weights import fusable
@@ -24,6 +25,7 @@ class FastPath:
     cuda_graphs: bool
     kernels: bool  # the operators run Triton kernels instead of torch calls
     line: str
+    fp8: bool = False  # the operators multiply in FP8 while they train
 
 
 def trains_tokens(model: torch.nn.Module) -> bool:
@@ -32,13 +34,15 @@ def trains_tokens(model: torch.nn.Module) -> bool:
 
 
 def choose_fast_path(
-    performance: PerformanceConfig, model: PeftModel, dtype: torch.dtype, device: torch.device, offload: bool = False
-) -> FastPath:
+    performance: PerformanceConfig, model: PeftModel, dtype: torch.dtype, device: torch.device, offload: bool = False,
+    products: str = "bf16",
+) -> FastPath:  # fmt: skip
     """Return which of fused_lora, compile and cuda_graphs run here.
 
     Raises ConfigError if a setting is `on` and its part cannot run. offload: the inputs of checkpointed layers wait in
-    main memory for the backward pass.
+    main memory for the backward pass. products: as in quantization.products; fp8 needs the fused operators.
     """
+    refuse(products, device, dtype)
     gpu, runs, reasons = device.type == "cuda", {}, {}
     layers = families.decoder_layers(model.get_base_model())
     fusables = any(fusable(module) and hasattr(module, "lora_A") for layer in layers for module in layer.modules())
@@ -47,12 +51,17 @@ def choose_fast_path(
         wanted = getattr(performance, name)
         if wanted == "on" and obstacle:
             raise ConfigError(f"performance.{name}: cannot be on here: {obstacle}")
-        runs[name] = wanted == "on" or (wanted == "auto" and not obstacle and gpu)
+        gains = gpu or (products == "fp8" and name == "fused_lora")
+        runs[name] = wanted == "on" or (wanted == "auto" and not obstacle and gains)
         if not runs[name]:
             reasons[name] = "off" if wanted == "off" else "no gain on a CPU" if not gpu else obstacle or ""
         return runs[name]
 
     fused = decide("fused_lora", None if fusables else "no plain LoRA adapter on a 4-bit linear")
+    if products == "fp8" and not fused:
+        raise ConfigError(
+            f"quantization.products: fp8 needs the fused operators: fused_lora is off ({reasons['fused_lora']})"
+        )
     no_triton = gpu and not HAS_TRITON and "Triton is not installed (Windows: pip install triton-windows)"
     compiled = decide("compile", no_triton or (None if fused else "it needs fused_lora"))
     copies = "no graph can hold the copies to main memory" if offload else None
@@ -70,4 +79,4 @@ def choose_fast_path(
         line += f" ({reason})" if len(names) == len(runs) else f" | without {', '.join(names)}: {reason}"
     if experts := products_line(model.get_base_model(), dtype, device):
         line += f" | {experts}"
-    return FastPath(fused, compiled, graphs, kernels, line + divided_line(model))
+    return FastPath(fused, compiled, graphs, kernels, line + divided_line(model), products == "fp8")

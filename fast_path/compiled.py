@@ -7,6 +7,7 @@ import zlib
 from types import ModuleType
 
 import torch
+import torch._dynamo.config
 import torch._dynamo.utils
 import torch._functorch.config
 from peft import PeftModel
@@ -20,6 +21,7 @@ from fast_path import (
     expert_store,
     experts,
     families,
+    fp8,
     fused_linear,
     packed_weights,
 )
@@ -63,12 +65,13 @@ def operators_tag(
     modules: tuple[ModuleType, ...] = (
         dropout,
         fused_linear,
+        fp8,
         packed_weights,
         attention,
         capped_attention,
         experts,
         expert_store,
-    ),  # fmt: skip
+    ),
 ) -> str:
     """Return a tag that changes with the text of the operators' files, so that each version has its own."""
     return "qlora " + " ".join(f"{zlib.crc32(inspect.getsource(module).encode()):08x}" for module in modules)
@@ -87,6 +90,8 @@ def compile_layers(model: PeftModel) -> None:
     # their outputs are compiled in: a run that loaded layers from another version of this toolkit failed with an
     # AssertionError.
     torch.compiler.config.cache_key_tag = operators_tag()
+    # Each of a layer's four operators is in FP8 or not (layers.guard); each combination is compiled once.
+    torch._dynamo.config.recompile_limit = max(16, torch._dynamo.config.recompile_limit)
     logging.getLogger("torch._higher_order_ops.wrap").addFilter(lambda record: "context_fn" not in record.getMessage())
     compiled = torch.compile(_run_layer, dynamic=False)
 

@@ -10,9 +10,9 @@ import bitsandbytes  # noqa: F401  (registers the operators that dequantise with
 import torch
 import torch.nn.functional as F
 
-from fast_path import training_kernels
+from fast_path import fp8, fp8_kernels, training_kernels
 from fast_path.dropout import drop_threshold, dropout_mask
-from fast_path.nf4 import Launch, multiprocessors, triton
+from fast_path.nf4 import INTERPRETED, Launch, multiprocessors, triton
 from fast_path.packed_weights import Packed, adapter_columns, dot_size, operand_columns, operands
 
 # ------------------------------------------------------------------------------------------------ layouts of the kernels
@@ -24,6 +24,9 @@ WIDEN = Launch(block_m=16, block_k=128, warps=4)
 # With at most this number of adapter columns, u = x A^T is computed in the pass that copies x, so that x is not read a
 # second time. With more columns (q, k and v have 48 at rank 16) a separate product is faster.
 MOST_WIDEN_COLUMNS = 32
+# The same for the pass that quantises x. Without it, a normed x in 16 bit would have to be written for the product.
+MOST_NARROW_COLUMNS = 64
+NARROW = Launch(block_m=16, block_k=128, warps=4)
 WIDEN_BACKWARD = Launch(block_m=64, block_k=64, warps=4)
 MASKED_BACKWARD = Launch(block_m=16, block_k=64, warps=2)
 # The most adapter columns for which SwiGLU's backward runs as a kernel. It holds three sums [columns, block_k] in
@@ -218,21 +221,64 @@ def _widen_kernel(
     )  # fmt: skip
 
 
+def narrow(
+    x: torch.Tensor, A: torch.Tensor, masks: Masks, scale: float, swiglu: bool, kernels: bool, norm: Norm | None = None,
+    activation: str = "silu", folded: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Return x in e4m3, its scales (`quantise_rows`), and scale dropout(x) A^T, [rows, adapter columns].
+
+    x: as in `widen`; it is rounded as there before it is quantised. folded: fp32 [columns], by which each column is
+    multiplied before it is quantised, and only for that.
+    """
+    extra, columns = A.shape
+    if not kernels:
+        read = _swiglu(x, activation) if swiglu else normed(x, norm, False)
+        dropped = _drop(read, masks) if masks.p > 0 else read
+        x8, scales = fp8.quantise_rows(read if folded is None else read.float() * folded)
+        return x8, scales, (dropped @ A.t()) * scale
+    scales = x.new_empty(len(x), dtype=torch.float32)
+    how = {"SWIGLU": swiglu, "NORM": norm is not None, "FOLDED": folded is not None, "ACTIVATION": activation}
+    before, factors = norm or (x, x), scales if folded is None else folded
+    block = min(32768, dot_size(columns))
+    fp8_kernels.row_scale_kernel[(len(x),)](
+        x, *before, factors, scales, columns, fp8.SMALLEST, **how, BLOCK=block, num_warps=max(4, block // 2048)
+    )  # fmt: skip
+    x8, inside = torch.empty(len(x), columns, dtype=fp8.E4M3, device=x.device), 0 < extra <= MOST_NARROW_COLUMNS
+    share = widen_share(len(x), columns, x.device) if inside else NARROW.block_k
+    shares, last = triton.cdiv(columns, share), scale
+    u = x.new_empty(len(x), extra)
+    sums = x.new_empty(shares, len(x), extra, dtype=torch.float32) if inside and shares > 1 else u
+    keep = extra > MOST_NARROW_COLUMNS and folded is None
+    dropped = x.new_empty(len(x), columns) if keep else x
+    fp8_kernels.narrow_kernel[(triton.cdiv(len(x), NARROW.block_m), shares)](
+        x, x8, dropped, A, sums, *before, scales, factors, masks.step, masks.sequences, masks.salt, len(x), share,
+        masks.length, columns, extra, *A.stride(), drop_threshold(masks.p), 1 / (1 - masks.p), last, **how,
+        DROPOUT=masks.p > 0, KEEP=keep, BLOCK_M=NARROW.block_m, BLOCK_K=NARROW.block_k,
+        BLOCK_R=dot_size(extra) if inside else 0, ROUND=INTERPRETED, num_warps=NARROW.warps,
+    )  # fmt: skip
+    if inside and shares > 1:
+        u = sums.sum(0).to(x.dtype)
+    elif extra and not inside:
+        u = (_product_fp32(dropped, A.t()) * scale).to(x.dtype)
+    return x8, scales, u
+
+
 DIVIDED = (torch.bfloat16,)  # dtypes in which du / rms can be stored; in float16 it would underflow
 
 
 def widen_backward(
-    wide: torch.Tensor, x: torch.Tensor, A: torch.Tensor, masks: Masks, kernels: bool, norm: Norm | None = None
-) -> tuple[torch.Tensor, torch.Tensor, Norm | None]:
+    wide: torch.Tensor, x: torch.Tensor, A: torch.Tensor, masks: Masks, kernels: bool, norm: Norm | None = None,
+    du: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, Norm | None]:  # fmt: skip
     """Return (dx, dA in fp32, norm) from wide = [dx | du], whose dx lacks the gradient through the adapters.
 
-    wide may be overwritten. With a norm, dx is the gradient of normed(x).
+    wide may be overwritten; with du, it holds dx alone. With a norm, dx is the gradient of normed(x).
 
     dA = du^T dropout(normed(x)). Where possible normed(x) is not computed again: dA = (du / rms)^T dropout(x), and its
     columns must still be multiplied by the norm's weight. The returned norm says so; None means that dA is complete.
     """
     extra, columns = A.shape
-    dx, du = wide[:, :columns], wide[:, columns : columns + extra]
+    dx, du = wide[:, :columns], wide[:, columns : columns + extra] if du is None else du
     alone = _leaves_no_gaps(extra, masks.p, kernels)
     if norm and not (alone and x.dtype in DIVIDED):
         x, norm = normed(x, norm, kernels), None
@@ -246,8 +292,8 @@ def widen_backward(
     divided = x.new_empty(len(x), extra) if norm else du
     grid = (triton.cdiv(len(x), launch.block_m), triton.cdiv(columns, launch.block_k))
     training_kernels.widen_backward_kernel[grid](
-        wide, x, out, dropped, A, norm.inverse if norm else x, divided, masks.step, masks.sequences, masks.salt, len(x),
-        masks.length, columns, wide.shape[1], extra, drop_threshold(masks.p), 1 / (1 - masks.p), NORM=norm is not None,
+        wide, du, x, out, dropped, A, norm.inverse if norm else x, divided, masks.step, masks.sequences, masks.salt,
+        len(x), masks.length, columns, wide.shape[1], du.stride(0), extra, drop_threshold(masks.p), 1 / (1 - masks.p), NORM=norm is not None,
         DROPOUT=masks.p > 0, BLOCK_M=launch.block_m, BLOCK_K=launch.block_k, BLOCK_R=dot_size(extra),
         num_warps=launch.warps,
     )  # fmt: skip
@@ -265,17 +311,17 @@ def _leaves_no_gaps(extra: int, p: float, kernels: bool) -> bool:
 
 def swiglu_backward(
     wide: torch.Tensor, x: torch.Tensor, A: torch.Tensor, masks: Masks, u: torch.Tensor | None, rank: int, kernels: bool,
-    activation: str = "silu",
+    activation: str = "silu", du: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Return (d[gate | up], sums) from wide = [dx | du] and x = [gate | up].
+    """Return (d[gate | up], sums) from wide = [dx | du] and x = [gate | up]. With du, wide holds dx alone.
 
     sums holds dA and the dB of gate and up; `apart` separates them. u: the scaled u of gate and up, [rows, adapter
     columns]; None, with rank 0, if their dB is not needed.
     """
     extra, columns = A.shape
+    du = wide[:, columns : columns + extra] if du is None else du
     if kernels and max(extra, rank) <= MOST_COLUMNS:
-        return _swiglu_backward_kernel(wide, x, A, masks, u, rank, activation)
-    du = wide[:, columns : columns + extra]
+        return _swiglu_backward_kernel(wide, du, x, A, masks, u, rank, activation)
     tile, back = _swiglu(x, activation), du @ A
     if masks.p > 0:
         tile, back = _drop(tile, masks), _drop(back, masks)
@@ -291,7 +337,7 @@ def apart(sums: torch.Tensor, extra: int, columns: int) -> tuple[torch.Tensor, t
     return sums[:size].view(extra, columns), sums[size:].view(2, columns, (len(sums) - size) // (2 * columns))
 
 
-def _swiglu_backward_kernel(wide, x, A, masks, u, rank, activation):
+def _swiglu_backward_kernel(wide, du, x, A, masks, u, rank, activation):
     """Do `swiglu_backward` in one pass. Each share of the rows writes its own sums, which are added in fixed order."""
     (extra, columns), rows = A.shape, len(x)
     launch = swiglu_launch(max(extra, rank))
@@ -300,8 +346,8 @@ def _swiglu_backward_kernel(wide, x, A, masks, u, rank, activation):
     shares, grads = triton.cdiv(rows, share), torch.empty_like(x)
     sums = x.new_empty(shares, (extra + 2 * rank) * columns, dtype=torch.float32)
     training_kernels.swiglu_backward_kernel[(blocks, shares)](
-        wide, x, grads, A, u if rank else x, sums, masks.step, masks.sequences, masks.salt, rows, share, masks.length,
-        columns, wide.shape[1], extra, u.stride(0) if rank else 0, rank, drop_threshold(masks.p), 1 / (1 - masks.p),
+        wide, du, x, grads, A, u if rank else x, sums, masks.step, masks.sequences, masks.salt, rows, share, masks.length,
+        columns, wide.shape[1], du.stride(0), extra, u.stride(0) if rank else 0, rank, drop_threshold(masks.p), 1 / (1 - masks.p),
         DROPOUT=masks.p > 0, BLOCK_M=launch.block_m, BLOCK_K=launch.block_k, BLOCK_R=dot_size(extra) if extra else 0,
         BLOCK_U=dot_size(rank) if rank else 0, ACTIVATION=activation, num_warps=launch.warps, num_stages=1,
     )  # fmt: skip
@@ -345,17 +391,25 @@ def linear(
     x: torch.Tensor, A: list[torch.Tensor], B: list[torch.Tensor], bias: torch.Tensor | None, scale: float,
     norm: list[torch.Tensor], hands_B: bool, swiglu: bool, before_u: torch.Tensor | None, before_B: list[torch.Tensor],
     codes: torch.Tensor, constants: list[torch.Tensor], lut: torch.Tensor, columns: int, blocksizes: list[int],
-    quant_type: str, step: torch.Tensor, sequences: torch.Tensor, salt: torch.Tensor, length: int, p: float,
-    kernels: bool, pieces: int, activation: str,
+    quant_type: str, row_scales: torch.Tensor | None, step: torch.Tensor, sequences: torch.Tensor, salt: torch.Tensor,
+    length: int, p: float, kernels: bool, pieces: int, activation: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Return (y, scale u), y: [rows, out features of all members]. x: [rows, columns], or with swiglu [gate | up].
 
     norm: empty, or the fields of a `Norm`; its 1 / rms is computed from x, but no gradient flows through it here.
     hands_B: skip dB here, because the backward pass of the down projection computes it. before_u, before_B: u and B of
     gate and up, passed in only so that their dB can be returned; y does not depend on them. pieces: 1, or the number
-    of members, which must all have the same size; their weights are then unpacked one after the other.
+    of members, which must all have the same size; their weights are then unpacked one after the other. row_scales: if
+    there are some, the products with W are in FP8 (fp8.py), in one piece.
     """
-    packed, first = Packed(codes, constants, lut, columns, blocksizes, quant_type), Norm(*norm) if norm else None
+    packed = Packed(codes, constants, lut, columns, blocksizes, quant_type, row_scales)
+    first, masks = Norm(*norm) if norm else None, Masks(step, sequences, salt, length, p)
+    if row_scales is not None:
+        own, stacked = operands(packed, A, B if A else [], 1.0, x.dtype, kernels, only_adapters=True)
+        masks = masks if A else no_masks(x)
+        x8, scales, u = narrow(x, stacked, masks, scale, swiglu, kernels, first, activation)
+        W, adapted = fp8.unpack(packed, False, kernels), (u, own) if A else (None, None)
+        return fp8.product(x8, scales, W, row_scales, x.dtype, kernels, *adapted, bias), u
 
     def unpack(i: int, A: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         if pieces == 1:
@@ -365,7 +419,7 @@ def linear(
 
     W, stacked = unpack(0, A)
     if A:
-        wide, u = widen(x, stacked, Masks(step, sequences, salt, length, p), scale, swiglu, kernels, first, activation)
+        wide, u = widen(x, stacked, masks, scale, swiglu, kernels, first, activation)
     elif swiglu:
         wide, u = widen(x, stacked, no_masks(x), 0.0, True, kernels, activation=activation)[0], x.new_empty(0)
     else:
@@ -429,34 +483,45 @@ def linear_backward(
     grad: torch.Tensor, x: torch.Tensor, u: torch.Tensor, A: list[torch.Tensor], B: list[torch.Tensor], scale: float,
     norm: list[torch.Tensor], hands_B: bool, swiglu: bool, before_u: torch.Tensor | None, before_rank: int,
     codes: torch.Tensor, constants: list[torch.Tensor], lut: torch.Tensor, columns: int, blocksizes: list[int],
-    quant_type: str, step: torch.Tensor, sequences: torch.Tensor, salt: torch.Tensor, length: int, p: float,
-    kernels: bool, activation: str,
+    quant_type: str, row_scales: torch.Tensor | None, step: torch.Tensor, sequences: torch.Tensor, salt: torch.Tensor,
+    length: int, p: float, kernels: bool, activation: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Return (dx, sums, dB [out features, rank]); sums and dB are in fp32.
 
     sums holds dA and, with swiglu, the dB of gate and up; `apart` separates them. With hands_B, dB is empty. With a
     norm, dx is the gradient of the norm's output, for `norm_backward`.
     """
-    packed, first = Packed(codes, constants, lut, columns, blocksizes, quant_type), Norm(*norm) if norm else None
-    W, stacked = operands(packed, A, B, scale, grad.dtype, kernels)
+    packed = Packed(codes, constants, lut, columns, blocksizes, quant_type, row_scales)
+    first, masks, du = Norm(*norm) if norm else None, Masks(step, sequences, salt, length, p), None
+    W, stacked = operands(packed, A, B, scale, grad.dtype, kernels, only_adapters=row_scales is not None)
     dB = grad.new_empty(0, len(stacked), dtype=torch.float32) if hands_B else _product_fp32(grad.t(), u)
     both, outputs = columns + len(stacked), [len(b) for b in B]
-    wide = grad.new_empty(len(grad), W.shape[1])
-    torch.mm(grad, W[:, :both], out=wide[:, :both])
+    if row_scales is None:
+        wide = grad.new_empty(len(grad), W.shape[1])
+        torch.mm(grad, W[:, :both], out=wide[:, :both])
+    else:
+        wide, du = _product_backward_fp8(grad, packed, W.t(), kernels)
     del W
-    masks = Masks(step, sequences, salt, length, p)
     if swiglu:
-        dx, sums = swiglu_backward(wide, x, stacked, masks, before_u, before_rank, kernels, activation)
+        dx, sums = swiglu_backward(wide, x, stacked, masks, before_u, before_rank, kernels, activation, du)
         return dx, sums, settle_gradients(sums, dB, outputs, len(A[0]), None, kernels)[1]
-    dx, dA, first = widen_backward(wide, x, stacked, masks, kernels, first)
+    dx, dA, first = widen_backward(wide, x, stacked, masks, kernels, first, du)
     dA, dB = settle_gradients(dA, dB, outputs, len(A[0]), first, kernels)
     return dx, dA.flatten(), dB
 
 
+def _product_backward_fp8(
+    grad: torch.Tensor, packed: Packed, B: torch.Tensor, kernels: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return dx, which lacks the gradient through the adapters, and du. B: scale B transposed."""
+    grad8, scales, du = narrow(grad, B, no_masks(grad), 1.0, False, kernels, folded=packed.row_scales)
+    return fp8.product(grad8, scales, fp8.unpack(packed, True, kernels), None, grad.dtype, kernels), du
+
+
 @linear_backward.register_fake
 def _(grad, x, u, A, B, scale, norm, hands_B, swiglu, before_u, before_rank, codes, constants, lut, columns, *rest):
-    extra, (p, kernels, _) = adapter_columns(len(A[0]), len(A)), rest[-3:]
-    alone = swiglu or _leaves_no_gaps(extra, p, kernels)
+    extra, fp8_scales, (p, kernels, _) = adapter_columns(len(A[0]), len(A)), rest[2], rest[-3:]
+    alone = swiglu or fp8_scales is not None or _leaves_no_gaps(extra, p, kernels)
     dx = x.new_empty(x.shape) if alone else x.new_empty(len(x), operand_columns(columns, extra))[:, :columns]
     sizes = ((extra + 2 * before_rank) * columns,), (0 if hands_B else grad.shape[1], len(A[0]))
     return dx, *(x.new_empty(size, dtype=torch.float32) for size in sizes)
@@ -468,7 +533,7 @@ def _linear_setup(ctx, inputs, output):
     for name in ("scale", "hands_B", "swiglu", "length", "p", "kernels", "activation"):
         setattr(ctx, name, given[name])
     ctx.quantisation = [given[name] for name in ("columns", "blocksizes", "quant_type")]
-    tensors = [given[name] for name in ("before_u", "codes", "lut", "step", "sequences", "salt")]
+    tensors = [given[name] for name in ("before_u", "codes", "lut", "row_scales", "step", "sequences", "salt")]
     ctx.sizes = len(norm), len(constants), len(A), len(B)
     ctx.before = [(b.shape[1], b.dtype) for b in before_B]
     ctx.save_for_backward(x, output[1], *tensors, *norm, *constants, *A, *B)
@@ -477,10 +542,10 @@ def _linear_setup(ctx, inputs, output):
 
 
 def _linear_backward(ctx, grad, _):
-    x, u, before_u, codes, lut, step, sequences, salt, *rest = ctx.saved_tensors
+    x, u, before_u, codes, lut, row_scales, step, sequences, salt, *rest = ctx.saved_tensors
     rest = iter(rest)
     norm, constants, A, B = (list(itertools.islice(rest, size)) for size in ctx.sizes)
-    quantised = codes, constants, lut, *ctx.quantisation
+    quantised = codes, constants, lut, *ctx.quantisation, row_scales
     empty = {"norm": [None] * len(norm), "constants": [None] * len(constants)}
     grads = dict.fromkeys(LINEAR_ARGUMENTS) | {"A": [], "B": [], "before_B": [], **empty}
     if A:
@@ -507,12 +572,13 @@ linear.register_autograd(_linear_backward, setup_context=_linear_setup)
 @torch.library.custom_op("qlora::product_backward", mutates_args=())
 def product_backward(
     grad: torch.Tensor, x: torch.Tensor, swiglu: bool, codes: torch.Tensor, constants: list[torch.Tensor],
-    lut: torch.Tensor, columns: int, blocksizes: list[int], quant_type: str, kernels: bool, activation: str,
+    lut: torch.Tensor, columns: int, blocksizes: list[int], quant_type: str, row_scales: torch.Tensor | None,
+    kernels: bool, activation: str,
 ) -> torch.Tensor:  # fmt: skip
     """Return dx of an operator without an adapter. With a norm, dx is the gradient of the norm's output."""
-    packed = Packed(codes, constants, lut, columns, blocksizes, quant_type)
-    W, stacked = operands(packed, [], [], 0.0, grad.dtype, kernels)
-    dx = grad @ W
+    packed = Packed(codes, constants, lut, columns, blocksizes, quant_type, row_scales)
+    W, stacked = operands(packed, [], [], 0.0, grad.dtype, kernels, only_adapters=row_scales is not None)
+    dx = grad @ W if row_scales is None else _product_backward_fp8(grad, packed, W.t(), kernels)[0]
     return swiglu_backward(dx, x, stacked, no_masks(x), None, 0, kernels, activation)[0] if swiglu else dx
 
 

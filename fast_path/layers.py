@@ -1,10 +1,14 @@
 """Put the operators of fused_linear.py into a model's layers: attention, MLP and norms, in training and generation."""
 
 import functools
+import statistics
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import bitsandbytes as bnb
+import numpy as np
 import torch
 from peft import PeftModel
 from torch import nn
@@ -12,7 +16,8 @@ from transformers.activations import GELUTanh, SiLUActivation
 
 from fast_path import families
 from fast_path.attention import CAPPED, CAUSAL, GROUPED, attend, attend_capped, grouped_attention, rotate
-from fast_path.dropout import DropoutClock, salt_of
+from fast_path.dropout import DropoutClock, modes_kept, salt_of
+from fast_path.fp8 import fits, row_scales
 from fast_path.fused_linear import NOTHING_HANDED, Adapters, Handed, Masks, Norm, inverse_rms, run_linear
 from fast_path.packed_weights import adapter_columns, fusable, operand_columns, stack_weights
 from fast_path.scratch import scratch_of
@@ -30,18 +35,21 @@ class Group:
     """Linears that read the same x (the members), as one operator: x [..., columns] -> [..., outputs].
 
     With swiglu, x is [gate | up], [..., 2 columns], and `activation` that of gate. norm: `norm_of` the RMS norm that the
-    operator applies to x first. in_pieces: unpack the members one after the other where their sizes allow it.
+    operator applies to x first. in_pieces: unpack the members one after the other where their sizes allow it. fp8: in
+    training mode, multiply in FP8; evaluations use the numbers that inference does.
     """
 
     def __init__(
         self, modules: list[nn.Module], salt: int, clock: DropoutClock, p: float, kernels: bool,
         norm: tuple[torch.Tensor, float] | None = None, in_pieces: bool = False, activation: str = "silu",
+        fp8: bool = False,
     ):  # fmt: skip
         bases = [getattr(module, "base_layer", module) for module in modules]
         adapted = [module for module in modules if hasattr(module, "lora_A")]
         self.leader, self.clock, self.p, self.activation = modules[0], clock, p, activation
         self.norm, self.epsilon = norm or (None, 0.0)
         self.weight = stack_weights(bases)
+        self.row_scales = row_scales(self.weight) if fp8 and fits(self.weight) else None  # products are in FP8
         self.kernels = kernels and self.weight.columns % self.weight.blocksizes[0] == 0
         self.outputs = [base.out_features for base in bases]
         can = len(set(self.outputs)) == 1 and self.weight.divides_by(len(modules))
@@ -69,17 +77,19 @@ class Group:
         return self.run(x)[0]
 
     def run(
-        self, x: torch.Tensor, swiglu: bool = False, handed: Handed = NOTHING_HANDED
+        self, x: torch.Tensor, swiglu: bool = False, handed: Handed = NOTHING_HANDED, fp8: bool | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return y [..., outputs] and u of `linear`."""
+        """Return y [..., outputs] and u of `linear`. fp8: None means in training mode, where the group has it."""
         *shape, width = x.shape
         A, B = self.adapters()
         p = self.p if self.leader.training else 0.0
         rows, norm = x.reshape(-1, width), None
         if self.norm is not None:
             norm = Norm(self.norm, inverse_rms(rows.detach(), self.epsilon, self.kernels))
+        fp8 = self.leader.training if fp8 is None else fp8
+        weight = self.weight._replace(row_scales=self.row_scales) if fp8 else self.weight
         y, u = run_linear(
-            rows, self.weight, Adapters(A, B, self.scale),
+            rows, weight, Adapters(A, B, self.scale),
             Masks(self.clock.step, self.clock.sequences, self.salt, self.clock.length(len(rows)), p),
             bias=self.bias.to(x.dtype) if self.bias is not None else None, norm=norm, swiglu=swiglu, handed=handed,
             kernels=self.kernels, pieces=self.pieces, activation=self.activation,
@@ -246,11 +256,14 @@ def plain_parts(model: PeftModel) -> dict[str, list[str]]:
     return {reason: list(parts) for reason, parts in reasons.items()}
 
 
-def fuse(model: PeftModel, clock: DropoutClock, p: float, kernels: bool, in_pieces: bool = False) -> int:
+def fuse(
+    model: PeftModel, clock: DropoutClock, p: float, kernels: bool, in_pieces: bool = False, fp8: bool = False
+) -> int:
     """Fuse the 4-bit linears of the decoder layers and return how many were fused; the parameters stay with peft.
 
     If an operator applies the RMS norm itself, the norm module becomes the identity. `unfused` remembers a module's
-    original class. in_pieces: gate and up are unpacked one after the other, which halves the memory for them.
+    original class. in_pieces: gate and up are unpacked one after the other, which halves the memory for them. fp8: as
+    in Group.
     """
     base, names = model.get_base_model(), {module: name for name, module in model.named_modules()}
     readers = families.of(base).readers
@@ -262,7 +275,7 @@ def fuse(model: PeftModel, clock: DropoutClock, p: float, kernels: bool, in_piec
     ) -> Group:  # fmt: skip
         fused.update(modules)
         salt = salt_of(names[modules[0]], readers)
-        return Group(list(modules), salt, clock, p, kernels, norm, in_pieces, activation)
+        return Group(list(modules), salt, clock, p, kernels, norm, in_pieces, activation, fp8)
 
     def take_norm(layer: nn.Module, name: str) -> tuple[torch.Tensor, float] | None:
         """Return `norm_of` a norm of the layer if its reader's operator can apply it, else None; it becomes the identity.
@@ -299,6 +312,66 @@ def fuse(model: PeftModel, clock: DropoutClock, p: float, kernels: bool, in_piec
 def groups_of(model: nn.Module) -> list[Group]:
     """Return the Groups that `fuse` has put into a model. Callers keep the list: walking through all modules is slow."""
     return [value for module in model.modules() for value in vars(module).values() if isinstance(value, Group)]
+
+
+def fuse_for_training(model: PeftModel, clock: DropoutClock, p: float, kernels: bool, fp8: bool) -> list[str]:
+    """Fuse a model as `fuse` does and return a line about the linears whose products are in FP8, if there are some."""
+    fuse(model, clock, p, kernels, fp8=fp8)
+    groups = groups_of(model)
+    inside = [group for group in groups if group.row_scales is not None]
+    if not inside:
+        return []
+    count = sum(isinstance(module, bnb.nn.Linear4bit) for module in model.modules())
+    reference = "" if inside[0].kernels else ", computed by the reference, which is slower"
+    return [
+        f"products in FP8: of {sum(len(group.outputs) for group in inside)} of {count} linears in 4 bit, in training alone"
+        f"{reference}; evaluation and inference use bfloat16"
+    ]
+
+
+MOST_ERROR = 0.1  # of an operator's output that FP8 may change; where it changes more, the operator stays in bfloat16
+MOST_PROBED = 1024  # tokens
+
+
+@torch.no_grad()
+def guard(learner: Any, block: np.ndarray, say: Callable[[str], None]) -> Any:
+    """Return the learner after taking FP8 away from operators whose output it would change by more than MOST_ERROR.
+
+    Each operator is tried on its real input: a training block goes through the base without its adapter. This depends on
+    weights and data alone, so a resumed run decides the same. block: as `Blocks` holds them, [tokens] or [rows, tokens].
+    """
+    model = learner.model
+    groups = [group for group in groups_of(model) if group.row_scales is not None]
+    if not groups:
+        return learner
+    errors: dict[Group, float] = {}
+
+    def probed(group: Group, x: torch.Tensor, swiglu: bool = False, handed: Handed = NOTHING_HANDED):
+        y, u = Group.run(group, x, swiglu, handed, fp8=False)
+        exact, other = y.flatten(0, -2).float(), Group.run(group, x, swiglu, handed, fp8=True)[0].flatten(0, -2).float()
+        change = (other - exact).square().sum(1) / exact.square().sum(1).clamp_min(1e-30)  # of each token
+        errors[group] = change.mean().sqrt().item()
+        return y, u
+
+    for group in groups:
+        group.run = functools.partial(probed, group)  # type: ignore[method-assign]
+    ids = torch.from_numpy(np.atleast_2d(block)[0][None, :MOST_PROBED]).to(model.device)
+    with modes_kept(model), model.disable_adapter(), learner.objective.autocast():
+        model.eval()
+        model.get_base_model().get_decoder()(input_ids=ids, use_cache=False)
+    for group in groups:
+        del group.run
+    names = {module: name.removeprefix("base_model.model.") for name, module in model.named_modules()}
+    worst = {names[group.leader]: errors[group] for group in groups if not errors[group] <= MOST_ERROR}
+    for group in groups:
+        if not errors[group] <= MOST_ERROR:
+            group.row_scales = None
+    found = f"FP8 changes the output of an operator by {statistics.median(errors.values()):.1%} in the median"
+    say(f"{found}, by {max(errors.values()):.1%} at most (a training block through the base)")
+    if worst:
+        named = ", ".join(f"{name} {error:.0%}" for name, error in worst.items())
+        say(f"in bfloat16 all the same, since FP8 would change more than {MOST_ERROR:.0%} of their output: {named}")
+    return learner
 
 
 # ------------------------------------------------------------------------------------------------ without them for a while

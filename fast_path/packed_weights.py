@@ -52,7 +52,8 @@ class Packed(NamedTuple):
 
     codes: uint8, two weights per byte. lut: fp32 [16], the level of each code. constants: [absmax] in fp32, or with
     double quantisation [absmax in uint8, second-level absmax, offset, code]. Second-level absmax and offset hold one
-    value for each `blocksizes[1]` values of absmax.
+    value for each `blocksizes[1]` values of absmax. row_scales: fp32 [out features], one per output row where
+    products are in FP8 (fp8.py); else None.
     """
 
     codes: torch.Tensor
@@ -61,6 +62,7 @@ class Packed(NamedTuple):
     columns: int
     blocksizes: list[int]
     quant_type: str
+    row_scales: torch.Tensor | None = None
 
     def divides_by(self, pieces: int) -> bool:
         """Return whether each of `pieces` equal pieces of the outputs ends where blocks of constants end."""
@@ -70,22 +72,27 @@ class Packed(NamedTuple):
     def piece(self, number: int, pieces: int) -> "Packed":
         """Return piece `number` of `pieces` equal pieces of the outputs."""
         codes, absmax, *second = (part.chunk(pieces)[number] for part in (self.codes, *self.constants[:3]))
-        return self._replace(codes=codes, constants=[absmax, *second, *self.constants[3:]])
+        return self._replace(codes=codes, constants=[absmax, *second, *self.constants[3:]], row_scales=None)
 
 
 def operands(
-    W: Packed, A: list[torch.Tensor], B: list[torch.Tensor], scale: float, dtype: torch.dtype, kernels: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+    W: Packed, A: list[torch.Tensor], B: list[torch.Tensor], scale: float, dtype: torch.dtype, kernels: bool,
+    only_adapters: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Return [W | scale B | 0], [out features, operand columns], and `stack_adapters` of A.
 
     Each member's B fills its own rows and its own columns (block diagonal). A may be empty although B is not. The next
-    call overwrites the first tensor while a fused model lives (scratch.py).
+    call overwrites the first tensor while a fused model lives (scratch.py). only_adapters: without W, so [scale B | 0],
+    [out features, adapter columns], in memory of its own.
     """
     rows, rank = W.codes.numel() * 2 // W.columns, B[0].shape[1] if B else 0
-    extra = adapter_columns(rank, len(B))
-    stride = operand_columns(W.columns, extra)
-    out, behind = take(rows, stride, dtype, W.codes.device), stride - W.columns
+    extra, before = adapter_columns(rank, len(B)), 0 if only_adapters else W.columns
+    stride = extra if only_adapters else operand_columns(W.columns, extra)
+    out = W.lut.new_empty(rows, stride, dtype=dtype) if only_adapters else take(rows, stride, dtype, W.codes.device)
+    behind = stride - before
     absmax, nested = W.constants[0], len(W.constants) > 1
+    if only_adapters and not B:
+        return out, out.new_empty(0, W.columns)
     if kernels:
         stacked, none = out.new_empty(extra if A else 0, W.columns), [W.lut] * 3
         absmax2, offset, code2 = W.constants[1:] if nested else (absmax,) * 3
@@ -93,26 +100,37 @@ def operands(
         block_r = dot_size(behind or 1)
         b_rows = max(1, 1024 // block_r)  # of B per program: more rows would need more registers than W
         programs = [
-            triton.cdiv(rows * row_blocks, DEQUANTIZE.block_m), triton.cdiv(rows, b_rows) if B else 0,
+            0 if only_adapters else triton.cdiv(rows * row_blocks, DEQUANTIZE.block_m),
+            triton.cdiv(rows, b_rows) if B else 0,
             triton.cdiv(stacked.numel(), 1024),
         ]  # fmt: skip
         training_kernels.dequantize_kernel[(sum(programs),)](
             W.codes.view(torch.int32), absmax, absmax2, offset, code2, W.lut, *[*A, *none][:3], *[*B, *none][:3], out,
             stacked, rows * row_blocks, rows, len(B[0]) if B else 0, len(B[1]) if len(B) > 1 else rows, stride,
-            rank, len(A), rank * W.columns, extra, behind, scale, programs[0], programs[0] + programs[1], NESTED=nested,
+            before, rank, len(A), rank * W.columns, extra, behind, scale, programs[0], programs[0] + programs[1], NESTED=nested,
             BLOCKSIZE=W.blocksizes[0], BLOCKSIZE2=W.blocksizes[1], ROW_BLOCKS=row_blocks, BLOCKS=DEQUANTIZE.block_m,
             ROWS=b_rows, BLOCK_R=block_r, BLOCK_A=1024, SHUFFLE=SHUFFLE, num_warps=DEQUANTIZE.warps,
         )  # fmt: skip
         return out, stacked
-    if nested:
-        codes, absmax2, offset, code2 = W.constants
-        absmax = torch.ops.bitsandbytes.dequantize_blockwise(codes, absmax2, code2, W.blocksizes[1], torch.float32)
-        absmax += offset.repeat_interleave(W.blocksizes[1])[: len(absmax)]
-    out[:, : W.columns] = torch.ops.bitsandbytes.dequantize_4bit(
-        W.codes, absmax, W.blocksizes[0], W.quant_type, [rows, W.columns], dtype
-    )
-    out[:, W.columns :] = F.pad(torch.block_diag(*B) * scale, (0, behind - rank * len(B))) if B else 0
+    if not only_adapters:
+        out[:, : W.columns] = dequantize(W, dtype)
+    out[:, before:] = F.pad(torch.block_diag(*B) * scale, (0, behind - rank * len(B))) if B else 0
     return out, stack_adapters(A, dtype) if A else out.new_empty(0, W.columns)
+
+
+def absmax_of(W: Packed) -> torch.Tensor:
+    """Return the constant of each quantisation block, fp32 [blocks]."""
+    if len(W.constants) == 1:
+        return W.constants[0]
+    codes, absmax2, offset, code2 = W.constants
+    absmax = torch.ops.bitsandbytes.dequantize_blockwise(codes, absmax2, code2, W.blocksizes[1], torch.float32)
+    return absmax + offset.repeat_interleave(W.blocksizes[1])[: len(absmax)]
+
+
+def dequantize(W: Packed, dtype: torch.dtype) -> torch.Tensor:
+    """Return W, [out features, columns], by torch calls."""
+    shape = [W.codes.numel() * 2 // W.columns, W.columns]
+    return torch.ops.bitsandbytes.dequantize_4bit(W.codes, absmax_of(W), W.blocksizes[0], W.quant_type, shape, dtype)
 
 
 # ------------------------------------------------------------------------------------------------ in a model's modules

@@ -55,7 +55,7 @@ def _gate(x, ACTIVATION: tl.constexpr):
 @triton.jit(do_not_specialize_on_alignment=["packed"])
 def dequantize_kernel(
     packed, absmax, absmax2, offset, code2, lut, A0, A1, A2, B0, B1, B2, out, stacked, blocks, rows, rows0, rows1,
-    stride, rank, members, size, extra, behind, scale, programs, b_programs, NESTED: tl.constexpr,
+    stride, before, rank, members, size, extra, behind, scale, programs, b_programs, NESTED: tl.constexpr,
     BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr, ROW_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_A: tl.constexpr, SHUFFLE: tl.constexpr,
 ):  # fmt: skip
@@ -63,7 +63,8 @@ def dequantize_kernel(
 
     One-dimensional grid. The first `programs` programs write BLOCKS quantisation blocks of W each. Those from there to
     `b_programs` write the columns after W, scale B and zeros, for ROWS rows each. The others write BLOCK_A numbers of
-    A each. size: numbers of one member's A; extra: rows of `stacked`; behind: columns of `out` after W's.
+    A each. before: columns of `out` before B's, 0 if W is left out; behind: those after W's. size: numbers of one
+    member's A; extra: rows of `stacked`.
 
     It takes 6 instructions per weight; with a gather through shared memory instead of shuffles it took 10.
     """
@@ -100,7 +101,7 @@ def dequantize_kernel(
         b = tl.load(B0 + row * rank + j, mask=in0, other=0.0)
         b += tl.load(B1 + (row - rows0) * rank + j - rank, mask=in1, other=0.0)
         b += tl.load(B2 + (row - rows0 - rows1) * rank + j - 2 * rank, mask=in2, other=0.0)
-        target = out + row.to(tl.int64) * stride + ROW_BLOCKS * BLOCKSIZE + j
+        target = out + row.to(tl.int64) * stride + before + j
         tl.store(target, (b * scale).to(dtype), mask=(j < behind) & (row < rows))
     else:
         e = (program - b_programs) * BLOCK_A + tl.arange(0, BLOCK_A)
@@ -233,11 +234,11 @@ def settle_kernel(
 
 @triton.jit
 def widen_backward_kernel(
-    wide, x, out, dropped, A, inverse_rms, divided, step, sequences, salt, rows, length, columns, stride, extra,
-    threshold, inverse, NORM: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    wide, du, x, out, dropped, A, inverse_rms, divided, step, sequences, salt, rows, length, columns, stride, du_stride,
+    extra, threshold, inverse, NORM: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Write dx + mask (du A) to out, from wide = [dx | du], and operands of dA.
+    """Write dx + mask (du A) to out, from dx, the first columns of wide, and du, and operands of dA.
 
     The operands are dropout(x) if there is dropout, and du / rms if there is a norm.
 
@@ -256,13 +257,14 @@ def widen_backward_kernel(
     if DROPOUT:
         tile = tl.load(x + target, mask=inside, other=0.0).to(tl.float32)
     a = tl.load(A + j[:, None] * columns + k[None], mask=(j < extra)[:, None] & (k < columns)[None], other=0.0)
-    du = tl.load(wide + row * stride + columns + j[None], mask=(m < rows)[:, None] & (j < extra)[None], other=0.0)
+    in_du = (m < rows)[:, None] & (j < extra)[None]
+    upstream = tl.load(du + row * du_stride + j[None], mask=in_du, other=0.0)
     if NORM:
         once = m < tl.where(tl.program_id(1) == 0, rows, 0)
         rms = tl.load(inverse_rms + m, mask=once, other=0.0)[:, None]
         place = divided + row * extra + j[None]
-        tl.store(place, (du.to(tl.float32) * rms).to(dtype), mask=once[:, None] & (j < extra)[None])
-    back = tl.dot(du, a)
+        tl.store(place, (upstream.to(tl.float32) * rms).to(dtype), mask=once[:, None] & (j < extra)[None])
+    back = tl.dot(upstream, a)
     if DROPOUT:
         pairs = tl.program_id(1) * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
         keep = _keep(_key(step, salt), sequences, m, pairs, length, threshold)
@@ -273,7 +275,8 @@ def widen_backward_kernel(
 
 @triton.jit
 def _swiglu_rows(
-    wide, x, u, m, end, k, columns, stride, extra, u_stride, rank, BLOCK_R: tl.constexpr, BLOCK_U: tl.constexpr
+    wide, upstream, x, u, m, end, k, columns, stride, du_stride, extra, u_stride, rank, BLOCK_R: tl.constexpr,
+    BLOCK_U: tl.constexpr,
 ):  # fmt: skip
     """Load the tiles that `swiglu_backward_kernel` reads for rows m < end: dx, gate, up, du, u of gate and of up."""
     row, below = m.to(tl.int64)[:, None], (m < end)[:, None]
@@ -284,7 +287,7 @@ def _swiglu_rows(
     du, u_gate, u_up = grad, grad, grad  # placeholders: nothing reads them if there are none
     if BLOCK_R:
         j = tl.arange(0, BLOCK_R)[None]
-        du = tl.load(wide + row * stride + columns + j, mask=below & (j < extra), other=0.0)
+        du = tl.load(upstream + row * du_stride + j, mask=below & (j < extra), other=0.0)
     if BLOCK_U:
         i = tl.arange(0, BLOCK_U)[None]
         u_gate = tl.load(u + row * u_stride + i, mask=below & (i < rank), other=0.0)
@@ -294,11 +297,13 @@ def _swiglu_rows(
 
 @triton.jit
 def swiglu_backward_kernel(
-    wide, x, grads, A, u, sums, step, sequences, salt, rows, share, length, columns, stride, extra, u_stride,
-    rank, threshold, inverse, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    wide, upstream, x, grads, A, u, sums, step, sequences, salt, rows, share, length, columns, stride, du_stride, extra,
+    u_stride, rank, threshold, inverse, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_U: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradients of [gate | up] from wide = [dx | du], and sums over rows for dA and for dB of gate and up.
+    """Write the gradients of [gate | up], and sums over rows for dA and for dB of gate and up.
+
+    They come from dx, the first columns of wide, and du (`upstream`).
 
     Grid: dimension 0 takes tiles of BLOCK_K columns, dimension 1 takes shares of `share` rows; a program walks over
     its share in steps of BLOCK_M rows and keeps its sums in registers. Each share writes its own sums, so the result
@@ -322,11 +327,13 @@ def swiglu_backward_kernel(
         sum_up = tl.zeros((BLOCK_U, BLOCK_K), tl.float32)
     end = tl.minimum(first + share, rows)
     m = first + tl.arange(0, BLOCK_M)
-    after = _swiglu_rows(wide, x, u, m, end, k, columns, stride, extra, u_stride, rank, BLOCK_R, BLOCK_U)
+    after = _swiglu_rows(
+        wide, upstream, x, u, m, end, k, columns, stride, du_stride, extra, u_stride, rank, BLOCK_R, BLOCK_U
+    )  # fmt: skip
     for _ in range(first, end, BLOCK_M):
         grad, gate, up, du, u_gate, u_up = after
         after = _swiglu_rows(
-            wide, x, u, m + BLOCK_M, end, k, columns, stride, extra, u_stride, rank, BLOCK_R, BLOCK_U
+            wide, upstream, x, u, m + BLOCK_M, end, k, columns, stride, du_stride, extra, u_stride, rank, BLOCK_R, BLOCK_U
         )  # fmt: skip
         grad, gate, up = grad.to(tl.float32), gate.to(tl.float32), up.to(tl.float32)
         sigmoid, slope = _gate(gate, ACTIVATION)

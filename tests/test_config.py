@@ -23,7 +23,7 @@ ROOT = Path(config.__file__).resolve().parent
 # The names and values that users rely on, written down apart from the schema.
 PROMISED = """
 model:        {name: Qwen/Qwen2.5-3B-Instruct, revision: null, attn_implementation: auto, trust_remote_code: false}
-quantization: {load_in_4bit: true, quant_type: nf4, compute_dtype: bfloat16, use_double_quant: true, experts: gpu}
+quantization: {load_in_4bit: true, quant_type: nf4, compute_dtype: bfloat16, use_double_quant: true, products: bf16, experts: gpu}
 lora:         {rank: 16, alpha: 32.0, dropout: 0.05,
                target_modules: [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj],
                exclude_modules: null, layers_to_transform: null, train_tokens: null,

@@ -14,7 +14,8 @@ import torch
 from accelerate import Accelerator
 
 from config import Config, ConfigError, QuantizationConfig, counted
-from quantization_utils import beyond_positions
+from fast_path.fp8 import refuse
+from quantization_utils import beyond_positions, compute_dtype_of
 from toolkit.cards import CARDS, RATES_ERROR, Card, Rates, find_card
 from toolkit.expert_plan import ExpertShape
 from toolkit.memory_plan import (
@@ -84,7 +85,9 @@ def plan_run(
     Raise NoFit if even the smallest shape is too large. sequences, saved: as in choose_plan; a shape saved by another
     number of processes is ignored.
     """
-    shape, device = configured_shape(config), accelerator.device
+    device = accelerator.device
+    refuse(config.quantization.products, device, compute_dtype_of(config))  # before the weights are downloaded
+    shape = configured_shape(config)
     limits = gathered(memory_limit(device, config.performance.memory_limit_gib, config.performance.deterministic))
     limit = min(limits)
     saved = saved if saved.get("processes") == accelerator.num_processes else {}
@@ -116,6 +119,11 @@ def print_plan(
     """
     card = find_card(name) if name else None
     device = torch.device("cuda", 0) if torch.cuda.is_available() and card is None else None
+    if card and config.quantization.products == "fp8" and card.capability < 8.9:
+        lacks = f"{card.name} has no FP8 (compute capability {card.capability}; 8.9 and above have it)"
+        raise ConfigError(f"quantization.products: fp8 cannot run there, use bf16: {lacks}")
+    if device:
+        refuse(config.quantization.products, device, compute_dtype_of(config))
     shape = configured_shape(config, processes)
     if config.performance.shard_base and shape.processes == 1:
         raise ConfigError("performance.shard_base: expected --processes 2 or more beside --plan, got one process")

@@ -55,6 +55,8 @@ NCCL_BYTES = int(0.5 * GIB)  # what NCCL keeps of a card for its buffers, outsid
 # one and the next.
 GATHERED = 3
 
+# How many times as fast as in bfloat16 the products with 4-bit weights are in FP8, with the passes that quantise.
+FP8_GAIN = 1.4
 PCIE = 20e9  # bytes per second from main memory, of a slot with 16 lanes of PCIe 4; a laptop's 8 lanes have half
 WORTH_MOVING = 0.03  # how much faster a step must be for an embedding to go to main memory, where a GB is pinned for it
 
@@ -275,7 +277,9 @@ def transient_bytes(shape: ModelShape, config: Config, path: str, tokens: int) -
         unpacked = inner * h * width if path == PLAIN else 0
         return max(tokens * (2 * (4 * inner + 2 * h) + 4 * inner) + unpacked, experts)
     wide_down, wide = operand_columns(inner, adapter_columns(rank, 1)), operand_columns(h, adapter_columns(rank, 2))
-    return max(tokens * 2 * (2 * h + 2 * inner + wide_down), tokens * 2 * (2 * h + wide), experts)
+    narrow = config.quantization.products == "fp8"  # a copy of the product's gradient in 8 bit
+    down = tokens * (2 * (2 * h + 2 * inner + wide_down) + narrow * h)
+    return max(down, tokens * (2 * (2 * h + wide) + narrow * 2 * inner), experts)
 
 
 def scratch_bytes(shape: ModelShape, config: Config, path: str, tokens: int, chunk: int) -> int:
@@ -403,6 +407,8 @@ def static_parts(shape: ModelShape, config: Config, path: str, rows_apart: bool 
     constants = weights / BLOCK * (4 if not double else 1)
     if double:  # fp32: a second-level constant each, and if fused an offset each
         constants += weights / BLOCK / NESTED_BLOCK * (8 if path != PLAIN else 4)
+    if quantization.products == "fp8":
+        constants += 4 * sum(out for _, out, _ in shape.linears)  # a scale per output row
     codes, further = experts.packed_bytes(experts.packed, double)
     here = {"experts, in 4 bit": codes}
     if quantization.experts == "cpu":
@@ -572,7 +578,11 @@ def step_seconds(
     """Return an estimated time for one micro-batch: matrix products, dequantisation and passes over activations."""
     tokens, passes = micro_batch * config.data.max_length, 2 + checkpointed / shape.layers
     share = tokens / (tokens + 256)  # small products use the GPU badly
-    products = step_flops(shape, config, micro_batch, checkpointed) / (rates.flops * share)
+    flops = step_flops(shape, config, micro_batch, checkpointed)
+    if config.quantization.products == "fp8":
+        dense = weights_read(shape, checkpointed) - shape.experts.all * (2 + checkpointed / shape.layers)
+        flops -= (1 - 1 / FP8_GAIN) * 2 * tokens * dense
+    products = flops / (rates.flops * share)
     read = weights_read(shape, checkpointed) if config.quantization.load_in_4bit else 0
     activations = tokens * shape.layers * passes * 12 * (shape.hidden + shape.inner)
     fetched = 2 * shape.experts.packed / 2 / PCIE if config.quantization.experts == "cpu" else 0  # up and down

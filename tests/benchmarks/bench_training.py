@@ -62,6 +62,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--peers", nargs="+", default=["ours", "hf", "unsloth"], choices=PEERS)
     parser.add_argument("--checkpointing", nargs="+", default=["on", "off"], type=checkpointing, help="N layers: ours")
     parser.add_argument("--dropout", nargs="+", type=float, default=[0.0])
+    parser.add_argument("--products", nargs="+", default=["bf16"], choices=("bf16", "fp8"), help="this toolkit's alone")
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="SECTION.KEY=VALUE", help="settings of this toolkit's cases"
     )
@@ -205,6 +206,7 @@ def load_ours(case: dict):
         "model.name": case["model"],
         "lora.target_modules": f"[{', '.join(targets_of(case['model']))}]",
         "lora.dropout": str(case["dropout"]),
+        "quantization.products": case["products"],
         "data.max_length": str(case["length"]),
         "training.batch_size": str(case["batch"]),
         "training.gradient_checkpointing": {"on": "true", "off": "false"}.get(
@@ -427,7 +429,7 @@ def table(results: list[dict]) -> str:
         name += f" / {r['packed']} {r['attention']}" if r["packed"] else ""
         speed = f"{r['tokens_per_s']:>8}{r['ms']:>9}" if "ms" in r else f"{r.get('error', 'failed'):>17}"
         rows.append(
-            f"{name:<34}{r['peer']:<9}{r['checkpointing']:<9}{r['dropout']:<9}{speed}"
+            f"{name:<34}{r['peer'] + ' fp8' * (r.get('products') == 'fp8'):<9}{r['checkpointing']:<9}{r['dropout']:<9}{speed}"
             f"{r.get('peak_reserved_gib', 0):>8}{r.get('planned_gib', 0):>9}{r.get('first_s', 0):>9}{'  in pieces' if r.get('pieces') else ''}"
         )
     return "\n".join(rows)
@@ -465,10 +467,14 @@ def cases_of(args: argparse.Namespace, model: str, own_peers: str = "") -> list[
         peers = ["ours"] if args.packed or args.profile else own_peers.split(",") if own_peers else args.peers
         ways = args.attention if args.packed else [None]
         checkpointings = [match[3]] if match[3] else args.checkpointing
-        for peer, checkpointing, dropout, way in itertools.product(peers, checkpointings, args.dropout, ways):
+        each = itertools.product(peers, checkpointings, args.dropout, ways, args.products)
+        for peer, checkpointing, dropout, way, products in each:
+            if peer not in ("ours", "plain") and products != args.products[0]:
+                continue
             if (checkpointing == "offload" and peer == "hf") or (checkpointing.isdigit() and peer in ("hf", "unsloth")):
                 continue
             case = {"peer": peer, **shape, "checkpointing": checkpointing, "dropout": dropout, "model": model}
+            case |= {"products": products} if peer in ("ours", "plain") else {}
             case |= {"packed": args.packed, "attention": way, "steps": args.steps, "set": args.set, "cold": args.cold}
             cases.append(case | {"profile": bool(args.profile)})
     return cases

@@ -1,6 +1,6 @@
 """The experiments of the README: what rank, targets and quantisation change, each over several seeds.
 
-python tests/benchmarks/experiments.py --model MODEL --data TEXTS --out runs          on a GPU: 18 runs of 200 steps
+python tests/benchmarks/experiments.py --model MODEL --data TEXTS --out runs          on a GPU: 21 runs of 200 steps
 python train_qlora.py --compare runs/*_seed1                                          the table and picture of one seed
 
 Each run is train_qlora.py in a process of its own, with everything but its flags as in config.yaml. The table gives the
@@ -28,6 +28,7 @@ EXPERIMENTS = {
     "attention": ["--target_modules", "q_proj,k_proj,v_proj,o_proj"],
     "fp4": ["--quant_type", "fp4"],
     "single_quant": ["--use_double_quant", "false"],
+    "fp8": ["--products", "fp8"],
 }
 
 
@@ -68,11 +69,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the runs")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument(
+        "--only", nargs="+", default=[*EXPERIMENTS], choices=EXPERIMENTS, help="the first is compared with"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     options, options.flags = parser.parse_known_args()
     seeds = range(1, options.seeds + 1)
     with ThreadPoolExecutor(options.jobs) as pool:
-        waiting = {name: [pool.submit(train, options, name, seed) for seed in seeds] for name in EXPERIMENTS}
+        waiting = {name: [pool.submit(train, options, name, seed) for seed in seeds] for name in options.only}
         runs = {name: [run.result() for run in group] for name, group in waiting.items()}
     first = next(iter(runs.values()))
     print("| experiment | trained weights | 4-bit weights, GiB | base loss | loss | difference from the first |")
