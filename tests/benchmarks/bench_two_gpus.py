@@ -73,7 +73,13 @@ class Bench:
         """Start a run that writes into the folder `name`; two: on both GPUs, otherwise on the first one."""
         launch = LAUNCH if two else [sys.executable]
         command = [*launch, script, *self.flags, "--output_dir", self.folder / name, *flags]
-        environment = {**os.environ, **OFF, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(max(1, os.cpu_count() // 8)), "PYTHONUNBUFFERED": "1"}
+        environment = {
+            **os.environ,
+            **OFF,
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": str(max(1, os.cpu_count() // 8)),
+            "PYTHONUNBUFFERED": "1",
+        }
         environment |= {} if two else {"CUDA_VISIBLE_DEVICES": "0"}
         with open(self.folder / f"{name}.log", "ab") as log:
             return subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, cwd=self.folder, env=environment)
