@@ -189,7 +189,9 @@ def continuing_command(argv: list[str] | None, resume: str) -> str:
         return f"train_qlora.main({kept})"
     started = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]  # python with its own options, and the script
     if "LOCAL_RANK" in os.environ:
-        started = ["torchrun", "--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", "1"), sys.argv[0]]
+        machines, each = (os.environ.get(name, "1") for name in ("GROUP_WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+        meet = ["--nnodes", machines, "--rdzv_backend", "c10d", "--rdzv_endpoint", "HOST:29500"]  # on each machine
+        started = ["torchrun", *(meet if machines != "1" else []), "--nproc_per_node", each, sys.argv[0]]
     return subprocess.list2cmdline([*started, *kept]) if os.name == "nt" else shlex.join([*started, *kept])
 
 

@@ -96,7 +96,7 @@ def join() -> None:
 
 def backend_of(gpu: bool) -> str:
     """Return torch's name for what carries tensors: NCCL between GPUs, gloo between CPUs."""
-    return "cpu:gloo,cuda:nccl" if gpu else "gloo"
+    return "cpu:gloo,cuda:nccl" if gpu and dist.is_nccl_available() else "gloo"  # Windows has no NCCL
 
 
 def several() -> bool:

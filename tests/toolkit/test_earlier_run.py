@@ -345,6 +345,9 @@ def test_the_command_that_continues_a_run_is_the_one_that_started_it(flags, resu
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert continuing_command(None, resume) == f"torchrun --nproc_per_node 2 ../train_qlora.py {kept}".strip()
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "3")
+    meet = "--nnodes 3 --rdzv_backend c10d --rdzv_endpoint HOST:29500"
+    assert continuing_command(None, resume) == f"torchrun {meet} --nproc_per_node 2 ../train_qlora.py {kept}".strip()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="quotes of a POSIX shell")

@@ -1,0 +1,240 @@
+"""Launches of two processes in which something happens to one of them, and a campaign that kills one at a random moment.
+
+python tests/faults/launches.py --kills 30            kill a random rank at a random time; continue, and compare with an unbroken run
+
+Prints a line of JSON with the counts; exit code 0 where every run could be continued, none hung and no process was left.
+"""
+
+import argparse
+import collections
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[2]
+LAUNCH = [sys.executable, "-m", "torch.distributed.run"]
+MINUTE = 60.0
+
+
+def start(
+    fault: str, flags: list, output_dir: Path, rank: int = 1, count: int = 2, **constants: str
+) -> subprocess.Popen:
+    """Start a run of the tiny model in `count` processes, and let `fault` happen to one of them; its output is piped.
+
+    constants: of toolkit/processes.py.
+    """
+    argv = ["--config", ROOT / "tiny" / "config.yaml", *flags, "--output_dir", output_dir.name]
+    child = [__file__, fault, rank, json.dumps(constants), *argv]
+    command = [*LAUNCH, "--standalone", "--nproc_per_node", count, *child]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
+    return subprocess.Popen(list(map(str, command)), env=environment, cwd=output_dir.parent, **pipes)
+
+
+def launch(fault: str, flags: list, output_dir: Path, rank: int = 1, count: int = 2, **constants: str):
+    """Return the ended launch, with its stdout and stderr; see start."""
+    run = start(fault, flags, output_dir, rank, count, **constants)
+    try:
+        out, err = run.communicate(timeout=300)
+    finally:
+        run.kill()
+    return subprocess.CompletedProcess(run.args, run.returncode, out, err)
+
+
+def left_running(folder: Path) -> list[int]:
+    """Return the processes whose current folder is this one."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.status() != psutil.STATUS_ZOMBIE and process.cwd() == str(folder):
+                found.append(process.pid)
+        except psutil.Error:
+            continue
+    return [pid for pid in found if pid != os.getpid()]
+
+
+# ------------------------------------------------------------------------------------------------ within a process
+
+
+def become_faulty(fault: str, flags: list[str]) -> None:
+    """Let `fault` happen to this process."""
+    import torch
+
+    import train_qlora
+    from toolkit import evaluation
+
+    if fault == "config":
+        flags += ["--learning_rate", "0.1"]
+    if fault == "folder":
+        os.makedirs("other", exist_ok=True)
+        os.chdir("other")
+    if fault == "data":
+        place = flags.index("--dataset") + 1
+        other = Path("other.txt")
+        other.write_text(Path(flags[place]).read_text(encoding="utf-8")[::-1], encoding="utf-8")
+        flags[place] = str(other)
+    originals = train_qlora.micro_batches, evaluation.batches
+
+    def micro_batches(run, numbers):
+        if run.progress.step == 2:
+            if fault == "full" or (fault == "reshape" and run.plan.micro_batch > 1):
+                raise torch.OutOfMemoryError("made up")
+            if fault == "error":
+                raise RuntimeError("made up")
+            if fault in ("hang", "signal"):
+                os.kill(os.getpid(), signal.SIGSTOP if fault == "hang" else signal.SIGTERM)
+        yield from originals[0](run, numbers)
+
+    def batches(blocks, mine, micro_batch, *rest):
+        if fault == "reshape" and micro_batch > 1:
+            raise torch.OutOfMemoryError("made up")
+        yield from originals[1](blocks, mine, micro_batch, *rest)
+
+    train_qlora.micro_batches, evaluation.batches = micro_batches, batches
+
+
+def child(fault: str, rank: str, constants: str, *flags: str) -> None:
+    """Run train_qlora in one of the processes."""
+    sys.path.insert(0, str(ROOT))
+    from toolkit import startup
+
+    startup.before_heavy_imports()
+    import train_qlora
+    from toolkit import processes
+
+    for name, value in json.loads(constants).items():
+        setattr(processes, name, float(value))
+    if fault == "shared" and os.environ["WORLD_SIZE"] != "1":  # both on the first GPU, which NCCL refuses
+        processes.backend_of = lambda gpu: "gloo"
+        os.environ["LOCAL_RANK"] = "0"
+    given = list(flags)
+    if os.environ["RANK"] == rank:
+        become_faulty(fault, given)
+    startup.run_and_exit(lambda: train_qlora.main(given))
+
+
+# ------------------------------------------------------------------------------------------------ the campaign
+
+
+def last_step(output_dir: Path) -> int:
+    from toolkit.earlier_run import checkpoints, step_of
+
+    found = checkpoints(output_dir) if output_dir.is_dir() else []
+    return step_of(found[0]) if found else 0
+
+
+def kill_one(run: subprocess.Popen, after: float, rank: int) -> float:
+    """Kill a process of a launch some seconds from now; return how long the launch went on, or -1 if it was over."""
+    time.sleep(after)
+    try:
+        ranks = [p for p in psutil.Process(run.pid).children() if p.environ().get("RANK") == str(rank)]
+        ranks[0].kill()
+    except (psutil.Error, IndexError):
+        return -1.0
+    killed = time.monotonic()
+    run.wait(300)
+    return time.monotonic() - killed
+
+
+def campaign(kills: int, seed: int, folder: Path) -> dict:
+    """Kill until it is enough, continuing the same run each time; return the counts."""
+    chance, counts = random.Random(seed), collections.Counter()
+    steps = [
+        "--max_length",
+        "32",
+        "--rank",
+        "4",
+        "--batch_size",
+        "2",
+        "--gradient_accumulation_steps",
+        "2",
+        "--compile",
+        "off",
+        "--max_steps",
+        "24",
+    ]
+    steps += [
+        "--compute_dtype",
+        "float32",
+        "--optim",
+        "adamw_torch",
+        "--logging_steps",
+        "1",
+        "--save_steps",
+        "5",
+        "--eval_steps",
+        "8",
+    ]
+    steps += ["--max_train_samples", "200", "--max_eval_samples", "60"]
+    slowest, whole, number, problems = 0.0, folder / "whole", 0, []
+    begun = time.monotonic()
+    assert launch("none", steps, whole).returncode == 0
+    seconds = time.monotonic() - begun
+    while counts["kills"] < kills:
+        output_dir, before = folder / f"run-{number}", last_step(folder / f"run-{number}")
+        run = start("none", steps, output_dir)
+        rank = chance.randrange(2)
+        took = kill_one(run, chance.uniform(0, 1.1 * seconds), rank)
+        out, err = run.communicate(timeout=300)
+        counts["left processes"] += len(left_running(folder))
+        if took < 0 or run.returncode == 0:  # it was done
+            counts["finished"] += run.returncode == 0
+            same = metrics(output_dir) == metrics(whole) if run.returncode == 0 else False
+            counts["same losses"] += same
+            problems += [] if same else [f"run {number}: {(out + err)[-500:]}"]
+            number += 1
+            continue
+        counts["kills"] += 1
+        counts[f"of rank {rank}"] += 1
+        slowest = max(slowest, took)
+        counts["slower than a minute"] += took > MINUTE
+        counts["in training"] += "/24 |" in out
+        counts["named"] += f"rank {rank} (" in out + err and "has ended" in out + err
+        now = last_step(output_dir)
+        counts["lost steps"] += now < before
+        steps_said = [
+            int(line.split("/")[0].split()[1])
+            for line in out.splitlines()
+            if line.startswith("step ") and "/24 |" in line
+        ]
+        counts["saved the last step"] += bool(steps_said) and now >= max(steps_said)
+        print(json.dumps({"run": number, "rank": rank, "seconds": round(took, 1), "checkpoint": now}), flush=True)
+    done = launch("none", steps, folder / f"run-{number}")  # the last one has to be able to end
+    counts["finished"] += done.returncode == 0
+    same = done.returncode == 0 and metrics(folder / f"run-{number}") == metrics(whole)
+    counts["same losses"] += same
+    problems += [] if same else [f"run {number}: {(done.stdout + done.stderr)[-500:]}"]
+    return {**counts, "runs": number + 1, "slowest": round(slowest, 1), "problems": problems}
+
+
+def metrics(folder: Path) -> list[tuple]:
+    """Return (step, loss) of each row, rounded: processes add in another order when they are killed elsewhere."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [(row["step"], round(row.get("loss", row.get("eval_loss")), 3)) for row in rows]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    sys.path.insert(0, str(ROOT))
+    with tempfile.TemporaryDirectory() as folder:
+        counts = campaign(options.kills, options.seed, Path(folder))
+    print(json.dumps(counts), flush=True)
+    wrong = counts.get("slower than a minute", 0) + counts.get("left processes", 0) + counts.get("lost steps", 0)
+    return 0 if not wrong and not counts["problems"] and counts["finished"] == counts["runs"] else 1
+
+
+if __name__ == "__main__":
+    if "RANK" in os.environ:
+        child(*sys.argv[1:])
+    sys.exit(main())

@@ -1,0 +1,209 @@
+"""The processes of one launch: what two of them do that one does not."""
+
+import json
+import re
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from config import ConfigError
+from tests.faults.launches import LAUNCH, ROOT, launch, left_running
+from toolkit import processes
+from toolkit.earlier_run import checkpoints
+
+SHORT = ["--max_length", 32, "--rank", 4, "--compute_dtype", "float32", "--optim", "adamw_torch", "--logging_steps", 1]
+SHORT += ["--batch_size", 2, "--gradient_accumulation_steps", 2, "--compile", "off"]
+
+
+def losses_of(folder: Path) -> list[float]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [row.get("loss", row.get("eval_loss")) for row in rows]
+
+
+def distance(folder: Path, other: Path) -> float:
+    """Return how far two adapters are apart, relative to their size."""
+    mine, theirs = (load_file(path / "adapter_model.safetensors") for path in (folder, other))
+    assert mine.keys() == theirs.keys()
+    apart = sum((mine[name] - theirs[name]).square().sum().item() for name in mine)
+    return (apart / sum(tensor.square().sum().item() for tensor in theirs.values())) ** 0.5
+
+
+# ------------------------------------------------------------------------------------------------ alone
+
+
+def test_alone_every_function_is_a_plain_call():
+    tensor, error = torch.ones(3), ValueError("own")
+    assert processes.gathered(7) == [7] and processes.is_first() and not processes.several()
+    assert processes.first_alone(lambda: 5) == 5
+    assert processes.sum_in_place(tensor) is tensor and tensor.tolist() == [1, 1, 1]
+    processes.sum_together([tensor], processes.flat([tensor]))
+    processes.take_from_first([tensor])
+    processes.refuse_differences({"lora.rank": 4})
+    with pytest.raises(ValueError, match="own") as found, processes.together():
+        raise error
+    assert found.value is error
+    assert tensor.tolist() == [1, 1, 1]
+
+
+def test_what_processes_say_is_said_once_and_names_the_rank():
+    failures = {0: ("refused", ["lora.rank: 5"]), 2: ("refused", ["lora.rank: 6", "data.dataset: gone"])}
+    assert processes._lines(failures) == ["lora.rank: 5", "rank 2: data.dataset: gone"]
+    assert processes._lines({1: ("refused", ["lora.rank: 5"])}) == ["rank 1: lora.rank: 5"]
+
+
+def test_the_rank_that_ran_out_of_memory_is_named():
+    assert processes.where(torch.OutOfMemoryError("rank 3: CUDA out of memory")) == " on rank 3"
+    assert processes.where(torch.OutOfMemoryError("CUDA out of memory")) == ""
+
+
+def test_a_launch_whose_processes_do_not_come_is_refused(monkeypatch):
+    with_port = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in with_port.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(processes, "JOIN", 1)
+    with pytest.raises(ConfigError, match="rank 1 of 2 announced processes cannot reach the others at 127.0.0.1"):
+        processes.join()
+
+
+# ------------------------------------------------------------------------------------------------ two
+
+# What is done to the second process, or to the first, at the third step; tests/faults/launches.py runs it.
+FAILURES = {
+    "config": ("", 2, r"^error: training.learning_rate: expected the same .* 0.004 for rank 0 and 0.1 for rank 1$"),
+    "folder": ("", 2, r"^error: rank 1: training.output_dir: expected one folder that all processes see"),
+    "data": ("", 2, r"^error: data.dataset: content: expected the same for all processes"),
+    "full": ("", 3, r"^error: out of GPU memory .*checkpoint-2 is intact.*rank 1: made up"),
+    "error": ("checkpoint-2", 1, r"^error: rank 1 \(.*, process \d+\) has failed: RuntimeError: made up; checkpoint-2"),
+}
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    "fault",
+    ["folder", *(pytest.param(name, marks=pytest.mark.long) for name in FAILURES if name != "folder")],
+)
+def test_what_one_of_two_meets_ends_both(fault, corpus, tmp_path):
+    left, code, says = FAILURES[fault]
+    flags = [*SHORT, "--dataset", corpus, "--max_steps", 4, "--save_steps", 2]
+    done = launch(fault, flags, tmp_path / "output")
+    text = done.stdout + done.stderr
+    assert len(re.findall(says, text, re.M)) == 1, text
+    assert re.findall(r"exitcode  : (-?\d+)", text) == [str(code)] * 2, text
+    assert len(re.findall("^error: ", text, re.M)) == 1, text
+    assert (tmp_path / "output").exists() == (code != 2)
+    if left:
+        assert [folder.name for folder in checkpoints(tmp_path / "output")] == [left]
+    assert not left_running(tmp_path)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(("fault", "rank"), [pytest.param("hang", 1, marks=pytest.mark.long), ("hang", 0)])
+def test_a_process_that_hangs_ends_all_within_a_minute(fault, rank, corpus, tmp_path, train):
+    """It is named and killed, and the other one leaves a checkpoint of the last step, from which one process continues."""
+    flags = [*SHORT, "--dataset", corpus, "--max_steps", 4]
+    start = time.monotonic()
+    done = launch(fault, flags, tmp_path / "output", rank, ANSWER="2")
+    assert time.monotonic() - start < 100  # of it the imports on a busy core; see ANSWER and ROLL_CALL for the rest
+    assert re.search(
+        rf"^error: rank {rank} \(.*\) has not answered for \d+ s; checkpoint-2 is intact",
+        done.stdout + done.stderr,
+        re.M,
+    )
+    assert [folder.name for folder in checkpoints(tmp_path / "output")] == ["checkpoint-2"] and not left_running(
+        tmp_path
+    )
+    assert train(*flags, output_dir=tmp_path / "output")[0] == 0
+    assert train(*flags, output_dir=tmp_path / "whole")[0] == 0
+    assert losses_of(tmp_path / "output") == pytest.approx(losses_of(tmp_path / "whole"), rel=1e-5)
+    assert distance(tmp_path / "output", tmp_path / "whole") < 1e-4
+
+
+@pytest.mark.faults
+def test_out_of_memory_on_one_reshapes_both(corpus, tmp_path, train):
+    """In training and in an evaluation; losses and adapter are those of one process, with dropout."""
+    flags = [*SHORT, "--dataset", corpus, "--max_steps", 3, "--lora.dropout", 0.05]
+    done = launch("reshape", flags, tmp_path / "two")
+    text = done.stdout + done.stderr
+    assert done.returncode == 0, text
+    assert (
+        "out of GPU memory on rank 1 with micro-batch 2, " in text and "repeating the step with micro-batch 1" in text
+    )
+    assert "an evaluation ran out of GPU memory; repeating it with 1 sequence at a time" in text
+    assert train(*flags, output_dir=tmp_path / "one")[0] == 0
+    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-5)
+    assert distance(tmp_path / "two", tmp_path / "one") < 1e-4
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dropout", [0.0, 0.05])
+def test_packed_chats_and_a_resume_with_another_number_of_processes(dropout, chats, tmp_path, train):
+    """Two processes, and two of which the run is continued by one, learn what one learns."""
+    flags = [*SHORT, "--dataset", chats, "--lora.dropout", dropout, "--max_length", 64, "--save_steps", 1]
+    assert train(*flags, "--max_steps", 5, output_dir=tmp_path / "whole")[0] == 0
+    assert launch("none", [*flags, "--max_steps", 5], tmp_path / "two").returncode == 0
+    again = tmp_path / "again"
+    assert launch("signal", [*flags, "--max_steps", 5], again).returncode != 0  # two, stopped after the third step
+    assert [folder.name for folder in checkpoints(again)] == ["checkpoint-3", "checkpoint-2"]
+    assert train(*flags, "--max_steps", 5, output_dir=again)[0] == 0
+    for other in ("two", "again"):
+        assert losses_of(tmp_path / other) == pytest.approx(losses_of(tmp_path / "whole"), rel=1e-5)
+        assert distance(tmp_path / other, tmp_path / "whole") < 1e-4
+
+
+@pytest.mark.long
+def test_two_machines_on_loopback(corpus, tmp_path, train):
+    """Two launchers of one process each, which meet at a port."""
+    flags = [*SHORT, "--dataset", corpus, "--max_steps", 3]
+    meet = ["--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_id", "test"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    argv = [
+        ROOT / "train_qlora.py",
+        "--config",
+        ROOT / "tiny" / "config.yaml",
+        *flags,
+        "--output_dir",
+        tmp_path / "two",
+    ]
+    command = [*LAUNCH, *meet, "--rdzv_endpoint", f"127.0.0.1:{port}", *argv]
+    machines = [
+        subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
+        for _ in range(2)
+    ]
+    said = [machine.communicate(timeout=300)[0] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], "\n".join(said)
+    assert sum("processes: 2" in text for text in said) == 1
+    assert train(*flags, output_dir=tmp_path / "one")[0] == 0
+    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-5)
+    assert distance(tmp_path / "two", tmp_path / "one") < 1e-4
+
+
+# ------------------------------------------------------------------------------------------------ one GPU, two processes
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("path", ["fast", "plain"])
+def test_one_gpu_shared_by_two_processes_learns_what_one_does(path, corpus, tmp_path, random_models):
+    """gloo sums the gradients, since NCCL refuses two processes on one GPU; each has its own graph and fused layers."""
+    plain = ["--fused_lora", "off", "--compile", "off", "--cuda_graphs", "off"]
+    flags = ["--dataset", corpus, "--model_name", random_models("qwen2"), "--max_length", 64, "--max_steps", 6]
+    flags += ["--batch_size", 4, "--gradient_accumulation_steps", 2, "--logging_steps", 1, "--lora.dropout", 0.05]
+    flags += ["--memory_limit_gib", 6, "--auto_fit", "false", *(plain if path == "plain" else [])]
+    folders = [tmp_path / name for name in ("one", "two", "again")]
+    for folder, count in zip(folders, (1, 2, 1), strict=True):
+        done = launch("shared", flags, folder, count=count)
+        text = done.stdout + done.stderr
+        assert done.returncode == 0, text
+        line = re.search("^fast path: .*", text, re.M)[0]
+        print(path, count, line, losses_of(folder), flush=True)
+        assert path == "plain" or "cuda_graphs" in line.split("|")[0], line
+        assert f"processes: {count}" in text
+    print(path, "adapters apart:", distance(folders[1], folders[0]), "twice one:", distance(folders[2], folders[0]))
+    assert losses_of(folders[1]) == pytest.approx(losses_of(folders[0]), rel=2e-3)  # bf16 products
+    assert distance(folders[1], folders[0]) < 0.05
