@@ -527,15 +527,15 @@ def fitted(engine: Engine, messages: list[dict[str, str]], settings: GenerationC
     return ids
 
 
-def answer_turn(engine: Engine, line: str, talk: Conversation, note: Callable = remark) -> tuple[list, str]:
+def answer_turn(engine: Engine, line: str, talk: Conversation, note: Callable = remark) -> tuple[list, str, bool]:
     """Print the answer to a line, after the conversation so far unless the engine is raw.
 
-    Return the messages that it answers, and the answer. Raise ConfigError if it cannot be made.
+    Return the messages that it answers, the answer, and whether Ctrl-C came. Raise ConfigError if it cannot be made.
     """
     messages = [*talk.messages, {"role": "user", "content": line}]
     ids = encode(engine, line, None) if engine.raw else fitted(engine, messages, talk.settings)
     try:
-        return messages, stream_answer(engine, ids, talk.settings, note)[0]
+        return messages, *stream_answer(engine, ids, talk.settings, note)
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
         raise ConfigError(
@@ -545,7 +545,7 @@ def answer_turn(engine: Engine, line: str, talk: Conversation, note: Callable = 
 
 def take_turn(engine: Engine, line: str, talk: Conversation) -> None:
     """Answer a line and add both to the conversation. A turn that fails changes nothing."""
-    messages, text = answer_turn(engine, line, talk)
+    messages, text, _ = answer_turn(engine, line, talk)
     talk.messages = [*messages, {"role": "assistant", "content": text}]
 
 
@@ -558,7 +558,10 @@ def interactive(voices: Voices, config: Config, keeps_history: bool = True) -> i
     transformers.set_seed(config.training.seed)
 
     def blind(line: str, talk: Conversation) -> str:
-        return answer_turn(voices.engine, line, talk, lambda line: None)[1]
+        _, text, stopped = answer_turn(voices.engine, line, talk, lambda line: None)
+        if stopped:  # half an answer is not compared with a whole one
+            raise KeyboardInterrupt
+        return text
 
     test = BlindTest(voices.labels, voices.active, voices.use, blind)
 

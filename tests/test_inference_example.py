@@ -935,6 +935,13 @@ def test_a_chat_switches_adapters_and_keeps_the_conversation(adapter, second, tm
     assert len(rows_of(Path("c.jsonl"))[0]["messages"]) == 4 and len(rows_of(Path("ab.jsonl"))) == 1
 
 
+def test_a_stopped_answer_is_not_compared(ctrl_c, adapter, second, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = main_with(monkeypatch, capsys, "--adapter", adapter, second, stdin="/ab\nwhich\n/exit\n")
+    assert code == 0 and "answer 1" in out and "[stopped]" in out and "answer 2" not in out
+    assert "no comparison was made" in out and not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     "change, says",
     [

@@ -26,7 +26,8 @@ def find_adapters(given: list[str] | None, paths: list[Path], overrides: dict[st
     real = [os.path.realpath(folder) for folder in folders]
     for place, folder in enumerate(real):
         if folder in real[:place]:
-            raise ConfigError(f"--adapter: expected different folders, got {folders[place]} twice")
+            first = folders[real.index(folder)]
+            raise ConfigError(f"--adapter: expected different folders, got {first} and {folders[place]}, which are one")
     return folders
 
 

@@ -209,11 +209,13 @@ def modelfile(
             missing.append(f'generation.system_prompt ends with " or has """, which no {NAME} can hold')
         else:
             lines.append(f'SYSTEM """{prompt}"""')
-    for token in dict.fromkeys(tokenizer.convert_ids_to_tokens(ends)):
-        if '"' in token or not token.isprintable():
-            missing.append(f"the end token {token!r} cannot be said in a {NAME}")
-        else:
+    for end in dict.fromkeys(ends):
+        # As it appears in an answer: in the vocabulary of byte-level tokenizers a line break is Ċ and a space Ġ. A model
+        # may name an end token that its tokenizer lacks, which has no text.
+        if (token := tokenizer.decode([end])) and '"' not in token and token.isprintable() and "\ufffd" not in token:
             lines.append(f'PARAMETER stop "{token}"')
+        else:
+            missing.append(f"the end token {end}, {token!r}, cannot be said in a {NAME}")
     lines += [f"PARAMETER {name} {value}" for name, value in parameters(settings).items()]
     if settings.num_beams > 1:
         missing.append(f"generation.num_beams {settings.num_beams}: Ollama has no beam search")

@@ -46,7 +46,7 @@ def check_rows(rows: list[Any]) -> None:
     """Raise ValueError unless these are rows of metrics.jsonl: numbers by name, and what a row of its kind always has."""
     for number, row in enumerate(rows, 1):
         numbers = isinstance(row, dict) and all(
-            v is None or (type(v) in (int, float) and v < 1e18) for v in row.values()
+            v is None or (type(v) in (int, float) and abs(v) < 1e18) for v in row.values()
         )
         needed = {"step"}
         if numbers and "loss" in row:
@@ -100,7 +100,7 @@ def read_rows(path: Path) -> list[dict]:
     """
     try:
         rows = [json.loads(line) for line in read_file(path, MOST).split(b"\n")[:-1] if line.strip()]
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path.name}: {error}") from None
     check_rows(rows)
     return rows

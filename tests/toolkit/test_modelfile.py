@@ -148,6 +148,18 @@ def test_parameters_are_the_effective_settings(tokenizer):
     )
 
 
+def test_end_tokens_are_written_as_answers_show_them(tokenizer):
+    line_break, wide = tokenizer("\n")["input_ids"][-1], tokenizer(" the")["input_ids"][-1]
+    text, lines = modelfile(tokenizer, [line_break, wide, 10**6], GenerationConfig(), {})
+    assert tokenizer.decode([wide]) == " the" and re.findall("^PARAMETER stop .*$", text, re.M) == [
+        'PARAMETER stop " the"'
+    ]
+    assert [line.split(" cannot")[0] for line in lines] == [
+        f"Modelfile: the end token {line_break}, '\\n',",
+        "Modelfile: the end token 1000000, '',",
+    ]
+
+
 @pytest.mark.parametrize("prompt, held", [("Be\nbrief.", True), ('Say """', False), ('End with "', False)])
 def test_a_system_prompt_is_written_or_said_to_be_missing(tokenizer, prompt, held):
     text, lines = modelfile(tokenizer, [], GenerationConfig(system_prompt=prompt), {})

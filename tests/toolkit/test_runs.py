@@ -103,6 +103,8 @@ def test_the_list_fits_the_terminal(columns):
         ("metrics.jsonl", '{"step": 3\n', "metrics.jsonl: Expecting"),
         ("metrics.jsonl", '{"step": "x"}\n', "metrics.jsonl: row 1: expected numbers"),
         ("metrics.jsonl", "\udcff\n", "metrics.jsonl: 'utf-8' codec"),
+        ("metrics.jsonl", '{"step": -Infinity}\n', "metrics.jsonl: row 1: expected numbers"),
+        ("metrics.jsonl", "[" * 100_000 + "\n", "metrics.jsonl: maximum recursion"),
         ("config.yaml", "lora: [", "config.yaml"),
         ("config.yaml", "lora: {rank: -3}", "lora.rank: expected"),
         ("config.yaml", "#" * 5_000_000, "config.yaml: expected at most"),
