@@ -566,9 +566,9 @@ def progress_bar(run: Run) -> tqdm:
 
 
 def evaluation_due(run: Run) -> bool:
-    """Return whether an evaluation belongs to this step; it does to step 0 and to the last one."""
+    """Return whether an evaluation belongs to this step; it does to step 0 and to the last one, or one beyond it."""
     every = run.config.training.eval_steps or run.steps_per_epoch
-    return run.progress.step % every == 0 or run.progress.step == run.total_steps
+    return run.progress.step % every == 0 or run.progress.step >= run.total_steps
 
 
 def minutes_are_up(run: Run) -> bool:

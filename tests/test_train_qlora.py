@@ -692,6 +692,20 @@ def test_a_run_that_has_more_steps_than_are_asked_for(train, few, tmp_path, caps
     assert lines[start + 2].startswith("perplexity ") and not any("schedule" in line for line in lines)
 
 
+def test_a_stopped_run_that_is_asked_for_fewer_steps_is_evaluated_where_it_stands(
+    train, few, tmp_path, monkeypatch, capsys
+):
+    """Its only evaluation was at step 0, so the adapter of that step, which has learned nothing, would be the best."""
+    flags = (*RESUMABLE, "--dataset", few, "--eval_steps", 5)
+    with monkeypatch.context() as patch:
+        Watch(patch, after=stop_after(3, signal.SIGINT))
+        assert train(*flags, output_dir=tmp_path / "out")[0] == 130
+    code, folder = train(*flags, "--max_steps", 2, output_dir=tmp_path / "out")
+    assert code == 0 and re.search(r"^step 3: validation loss .* best$", capsys.readouterr().out, flags=re.M)
+    assert [row["step"] for row in evaluations_of(folder)] == [0, 3]
+    assert any(weight.any() for name, weight in adapter_of(folder).items() if "lora_B" in name)
+
+
 def test_ctrl_c_before_the_first_step_leaves_nothing(train, tmp_path, monkeypatch, capsys):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
