@@ -144,13 +144,15 @@ def expect_packed(model: nn.Module, apart: list[str] | None = None) -> list[nn.M
 
 
 def pack(model: nn.Module, config: BitsAndBytesConfig, dtype: torch.dtype) -> None:
-    """Pack the experts of a model that is stored in 4 bit, which bitsandbytes left in 16 bit; the rest of 16 bit gets dtype.
+    """Pack the experts of a model that is stored in 4 bit, which bitsandbytes left in 16 bit; the rest gets the dtype.
 
     transformers reads what is not packed in the type that it is stored in, whatever type was asked for.
     """
     for parameter in model.parameters():
         if parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.to(dtype)
+        elif isinstance(parameter, bnb.nn.Params4bit):
+            parameter.quant_state.dtype = dtype  # of what it is unpacked to
     for module in expect_packed(model):
         for name in module.packed_names:
             module._parameters[name] = packed(module._parameters[name].data, config)

@@ -58,8 +58,7 @@ def persistent_tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tens
             if isinstance(module, PackedExperts) and name in module.packed_names:
                 tensor = unpacked(tensor)
             elif isinstance(tensor, bnb.nn.Params4bit):
-                # A model stored in 4 bit unpacks to the dtype that it was stored from, whatever it computes in.
-                tensor = bnb.functional.dequantize_4bit(tensor.data, tensor.quant_state).to(model.dtype)
+                tensor = bnb.functional.dequantize_4bit(tensor.data, tensor.quant_state)
                 if getattr(module, "source_cls", None) is Conv1D:  # it holds [inputs, outputs]
                     tensor = tensor.T.contiguous()
             yield f"{prefix}.{name}" if prefix else name, tensor.data.cpu()
