@@ -48,7 +48,7 @@ from transformers.utils import cached_file
 from config import Config, ConfigError
 from fast_path.dropout import own_dropout_line
 from fast_path.expert_store import keep_in_main_memory
-from fast_path.experts import adapting_experts, expert_lines, no_experts, pack, packing_experts
+from fast_path.experts import adapting_experts, check_stored, expert_lines, no_experts, pack, packing_experts
 from fast_path.families import decoder_layers, head_width, known_positions, of, rope_parameters
 from fast_path.host_rows import keep_rows_in_main_memory, loading_to_main_memory, rows_name_of
 from fast_path.model_targets import DEFAULT_TARGETS, linear_modules, names_without_experts, resolved_targets
@@ -260,7 +260,6 @@ def stored_in_4bit(model_config: PretrainedConfig, model_name: str) -> bool:
         raise ConfigError(
             f"model.name: {model_name} is quantised with {method}; expected bitsandbytes' 4 bit, or no quantisation{way_out}"
         )
-    print(f"{model_name} is stored in 4 bit: keeping its own quantisation", file=sys.stderr)
     return True
 
 
@@ -321,6 +320,9 @@ def load_model_and_tokenizer(
         model_config = AutoConfig.from_pretrained(model_name, **source)
         stored = stored_in_4bit(model_config, model_name)
         apart = experts == "cpu" and torch.device(device).type == "cuda"
+        if stored:
+            print(f"{model_name} is stored in 4 bit: keeping its own quantisation", file=sys.stderr)
+            check_stored(model_name, revision)
         if apart and stored:
             raise ConfigError(
                 f"quantization.experts: cpu needs a model in 16 bit, and {model_name} is stored in 4 bit; use gpu"
@@ -342,7 +344,7 @@ def load_model_and_tokenizer(
                 **source,
             )
         if stored:
-            pack(model, model.hf_quantizer.quantization_config)
+            pack(model, model.hf_quantizer.quantization_config, dtype)
         if apart:
             keep_in_main_memory(model, torch.device(device))
         if table:

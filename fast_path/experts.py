@@ -8,7 +8,10 @@ backward pass. Here a product unpacks what it needs and forgets it, forward and 
 
 import contextlib
 import functools
+import json
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import bitsandbytes as bnb
@@ -17,12 +20,14 @@ import torch.nn.functional as F
 from bitsandbytes.functional import QuantState
 from peft import LoraConfig
 from peft.tuners.lora.layer import ParamWrapper
+from safetensors import safe_open
 from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.integrations.bitsandbytes import Bnb4bitQuantize
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
+from transformers.utils import cached_file
 
 from config import ConfigError
 from fast_path.expert_kernel import has_kernel, levels_of, routed_product
@@ -138,11 +143,39 @@ def expect_packed(model: nn.Module, apart: list[str] | None = None) -> list[nn.M
     return modules
 
 
-def pack(model: nn.Module, config: BitsAndBytesConfig) -> None:
-    """Pack the experts of a model in memory: one that is stored in 4 bit, whose experts bitsandbytes left in 16 bit."""
+def pack(model: nn.Module, config: BitsAndBytesConfig, dtype: torch.dtype) -> None:
+    """Pack the experts of a model that is stored in 4 bit, which bitsandbytes left in 16 bit; the rest gets the dtype.
+
+    transformers reads what is not packed in the type that it is stored in, whatever type was asked for.
+    """
+    for parameter in model.parameters():
+        if parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.to(dtype)
+        elif isinstance(parameter, bnb.nn.Params4bit):
+            parameter.quant_state.dtype = dtype  # of what it is unpacked to
     for module in expect_packed(model):
         for name in module.packed_names:
             module._parameters[name] = packed(module._parameters[name].data, config)
+
+
+ONE_BY_ONE = re.compile(r"\.experts\.\d+\..*\.quant_state\.")
+
+
+def check_stored(model_name: str, revision: str | None) -> None:
+    """Raise ConfigError if a model stored in 4 bit has its experts one by one: transformers 5 reads them in 16 bit only."""
+    quietly = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
+    if index := cached_file(model_name, "model.safetensors.index.json", **quietly):
+        names = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].keys()
+    elif path := cached_file(model_name, "model.safetensors", **quietly):
+        with safe_open(path, "pt") as file:
+            names = file.keys()
+    else:
+        return  # loading says what is missing
+    if any(map(ONE_BY_ONE.search, names)):
+        raise ConfigError(
+            f"model.name: {model_name} stores its experts in 4 bit one by one, as transformers 4 did, which transformers 5 "
+            "cannot read; give a copy in 16 bit, whose experts are packed while they load"
+        )
 
 
 def expert_lines(model: nn.Module) -> list[str]:

@@ -794,7 +794,7 @@ def experts_note(family: str) -> list[str]:
             shape = expert_shape(fresh_model(family))
     except Exception:  # a model that cannot be built has its reason in the row
         return []
-    widths = [f"experts in {width} bit" for width, count in ((4, shape.packed), (16, shape.plain)) if count]
+    widths = [f"experts in {width} bit" for width, found in ((4, shape.packed), (16, shape.unknown)) if found]
     return [" and ".join(widths)] if widths else []
 
 

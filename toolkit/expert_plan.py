@@ -97,20 +97,21 @@ def expert_shape(model: nn.Module) -> ExpertShape:
     packed = sum(sizes)
     apart = [m for layer in decoder for m in layer.modules() if not expert_tensors(m)]
     three = [m for m in apart if any(p.ndim == 3 for p in m.parameters(recurse=False))]
+    text = model.config.get_text_config()
+    each = next((value for name in EXPERTS_EACH if (value := families.own_value(text, name))), None)
+    three = three if each else []  # such tensors are no experts in a model that routes nothing, as in Zamba or XLNet
     names = tuple(dict.fromkeys(type(m).__name__ for m in three if not type(m).__name__.startswith("Conv")))
     if not packed:
         return ExpertShape(plain=total, unknown=names)
     one = next(modules[0] for modules in known if modules)
     first, last = (one._parameters[name] for name in expert_tensors(one))
     out, into = (-1, -2) if one.is_transposed else (-2, -1)
-    text = model.config.get_text_config()
-    each = next((value for name in EXPERTS_EACH if (value := families.own_value(text, name))), first.shape[0])
     return ExpertShape(
         packed=packed,
         plain=total - packed,
         of_a_layer=max(sizes),
         count=first.shape[0],
-        each=each,
+        each=each or first.shape[0],
         hidden=last.shape[out],
         first=first.shape[out],
         inner=last.shape[into],

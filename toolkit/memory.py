@@ -217,7 +217,7 @@ def facts(shape: ModelShape, config: Config, plan: MemoryPlan) -> list[str]:
 
 def expert_facts(experts: ExpertShape, quantization: QuantizationConfig) -> list[str]:
     """Return lines about routed experts: how many of their weights are in 4 bit, where, and which have another layout."""
-    if not (experts.all and quantization.load_in_4bit):
+    if not ((experts.packed or experts.unknown) and quantization.load_in_4bit):
         return []
     main = sum(experts.packed_bytes(experts.packed, quantization.use_double_quant))
     there = f"experts in main memory: {main / GIB:.2f} GiB, pinned; the GPU holds those of two layers at a time"

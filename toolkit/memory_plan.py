@@ -34,6 +34,7 @@ from quantization_utils import (
     create_lora_config,
     known_positions,
     prepare_model_for_training,
+    stored_in_4bit,
 )
 from toolkit.cards import Rates
 from toolkit.expert_plan import EXPERTS_EACH, NESTED_BLOCK, ExpertShape, expert_shape
@@ -126,6 +127,7 @@ def model_skeleton(model_name: str, revision: str | None = None, trust_remote_co
             model_config = AutoConfig.from_pretrained(
                 model_name, revision=revision, trust_remote_code=trust_remote_code
             )
+        stored_in_4bit(model_config, model_name)  # which refuses another quantisation
         with torch.device("meta"):
             return auto_class(model_config).from_config(model_config, trust_remote_code=trust_remote_code)
     except ConfigError:

@@ -1,6 +1,7 @@
 """Routed experts in 4 bit: against bitsandbytes' own packing, and against plain transformers and peft on their values."""
 
 import copy
+import json
 import os
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 import torch
 from bitsandbytes.nn.parametrize import replace_parameter_4bit
 from peft import PeftModel
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -135,6 +137,36 @@ def test_without_4_bit_experts_stay_as_they_are(tmp_path):
     build("qwen3_moe", tmp_path)
     model, _ = load_model_and_tokenizer(str(tmp_path), None, compute_dtype="float32", device="cpu")
     assert not packed_modules(model) and model.model.layers[0].mlp.experts.down_proj.ndim == 3
+
+
+def test_a_model_stored_in_4_bit_computes_in_the_type_that_is_asked_for(tmp_path):
+    """bitsandbytes stores its experts in 16 bit; they are packed after loading, and the plain copy has the same logits."""
+    build("qwen2_moe", tmp_path / "plain")
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "plain", quantization_config=create_bnb_config(), dtype=torch.bfloat16
+    )
+    theirs.save_pretrained(tmp_path / "stored")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(ROOT / "tiny" / "model" / name, tmp_path / "stored")
+    config = create_bnb_config(compute_dtype="float32")
+    model, _ = load_model_and_tokenizer(str(tmp_path / "stored"), config, device="cpu")
+    tensors = [m._parameters[name] for m in packed_modules(model).values() for name in m.packed_names]
+    assert len(tensors) == 4 and all(tensor.quant_state.dtype is torch.float32 for tensor in tensors)
+    with torch.no_grad():
+        expected = merge.plain_copy(model)(input_ids=IDS, use_cache=False).logits
+        torch.testing.assert_close(model(input_ids=IDS, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_experts_stored_in_4_bit_one_by_one_are_refused(tmp_path):
+    """As in the copies of mixtures that transformers 4 wrote in 4 bit; the names are enough."""
+    folder = build("qwen3_moe", tmp_path)
+    settings = json.loads((folder / "config.json").read_text())
+    settings["quantization_config"] = create_bnb_config().to_dict()
+    (folder / "config.json").write_text(json.dumps(settings))
+    names = [f"model.layers.0.mlp.experts.0.up_proj.weight{end}" for end in ("", ".quant_state.bitsandbytes__nf4")]
+    save_file({name: torch.zeros(4, 1, dtype=torch.uint8) for name in names}, folder / "model.safetensors")
+    with pytest.raises(ConfigError, match="stores its experts in 4 bit one by one"):
+        load_model_and_tokenizer(str(folder), create_bnb_config(), device="cpu")
 
 
 def test_experts_of_another_layout_stay_in_16_bit_and_are_named(tmp_path):

@@ -444,7 +444,7 @@ def test_experts_need_what_is_planned_in_the_backward_pass(sizes, monkeypatch):
         )
     ).bfloat16()  # fmt: skip
     planned = expert_shape(model)
-    experts.pack(model, create_bnb_config())
+    experts.pack(model, create_bnb_config(), torch.bfloat16)
     monkeypatch.setattr(experts, "_grouped", lambda x, sizes: True)
     module = model.model.layers[0].mlp.experts
     x = torch.randn(tokens, hidden, dtype=torch.bfloat16, requires_grad=True)
