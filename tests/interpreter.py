@@ -1,11 +1,15 @@
 """Runs checks of Triton kernels in Triton's interpreter, on the CPU, and translates what was launched as for a GPU."""
 
+import atexit
+import functools
 import inspect
+import json
 import os
 import pickle
 import subprocess
 import sys
 import tempfile
+import traceback
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -25,18 +29,59 @@ def interpret(module: str, checks: str) -> None:
     """
     pytest.importorskip("triton", reason="pip install triton: the kernels need it")
     with tempfile.TemporaryDirectory() as folder:
-        seen = f"{folder}/launches"
+        seen, output = f"{folder}/launches", Path(folder, "output")
         checked = (
-            f"import torch; from tests import interpreter; interpreter.patch_once(); from {module} import *; {checks}"
+            f"import torch; from tests import interpreter; from {module} import *; {checks}; interpreter.keep({seen!r})"
         )
-        kept = f"from tests import interpreter; interpreter.keep({seen!r})"
-        translated = f"from tests import interpreter; interpreter.translate({seen!r})"
-        for program, mode in ((f"{checked}; {kept}", "1"), (translated, "0")):
-            environment = {**os.environ, "TRITON_INTERPRET": mode, "PYTHONPATH": str(ROOT)}
-            done = subprocess.run(
-                [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True
-            )
-            assert done.returncode == 0, done.stderr[-2000:]
+        server = interpreters()
+        server.stdin.write(json.dumps([checked, str(output)]) + "\n")
+        server.stdin.flush()
+        assert server.stdout.readline() == "0\n", output.read_text(encoding="utf-8")[-2000:]
+        program = f"from tests import interpreter; interpreter.translate({seen!r})"
+        done = subprocess.run([sys.executable, "-c", program], **started_with("0"), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+
+
+def started_with(mode: str) -> dict[str, Any]:
+    """Return the options of a process with Triton's interpreter (mode 1) or without (0)."""
+    return {"cwd": ROOT, "env": {**os.environ, "TRITON_INTERPRET": mode, "PYTHONPATH": str(ROOT)}}
+
+
+@functools.cache
+def interpreters() -> subprocess.Popen:
+    """Return the process that forks those of `interpret`, so that the imports, which take most of a short one, are paid once."""
+    program = "from tests import interpreter; interpreter.serve()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "encoding": "utf-8"}
+    server = subprocess.Popen([sys.executable, "-c", program], **started_with("1"), **pipes)
+    atexit.register(lambda: (server.stdin.close(), server.wait(), server.stdout.close()))
+    return server
+
+
+def serve() -> None:
+    """Fork a child for each program on stdin, and answer with its exit code. What the child prints goes into a file.
+
+    This process computes nothing: autograd refuses to run in the child of one that has.
+    """
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what an import prints is no answer
+    import_module("tests.fast_path.test_decode_step")  # and with it all that is heavy
+    patch_once()
+    for line in sys.stdin:
+        program, output = json.loads(line)
+        if not (child := os.fork()):
+            code = 1
+            try:
+                with open(output, "w", encoding="utf-8") as file:
+                    for stream in (1, 2):
+                        os.dup2(file.fileno(), stream)
+                exec(program, {})
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(code)  # nothing of the parent's is unwound twice
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=answers, flush=True)
 
 
 def patch_once() -> None:

@@ -110,6 +110,9 @@ def obstacle(model: PreTrainedModel) -> str | None:
         return f"{type(model).__name__} {f'takes no {min(missing)}' if missing else 'has no positions but ALiBi'}"
     if getattr(config, "attention_chunk_size", None):
         return "the model computes attention in chunks"
+    # Classes without a row may look at the length in code of their own, as PhiMoE's does; a graph cannot.
+    if families.steady_positions(config) is not None and families.of(model) is families.UNKNOWN:
+        return "the rotary frequencies depend on the length of the text"
     if config._attn_implementation not in ("sdpa", GROUPED, "eager"):
         return f"attn_implementation {config._attn_implementation}"
     if trains_tokens(model):

@@ -435,6 +435,7 @@ def test_kernels_compile_within_the_shared_memory_of_each_card(capability):
         compiled(capability, linear, wide | down, 2, maxnreg=128, out=half),
         compiled(capability, kernels.norm_kernel, {"K": 2048, "FIRST": False, "BLOCK": 2048, **overlap}, 4, out=half),
         compiled(capability, kernels.attention_kernel, attention(capability, 64, 1, 1), 4),
+        compiled(capability, kernels.attention_kernel, attention(capability, 64, 1, 1) | {"TURN": 48}, 4),
         compiled(capability, kernels.combine_kernel, combine | overlap, 4, out=half),
     ]
     check_compiled(capability, done)
@@ -480,7 +481,21 @@ def test_a_batchs_kernels_compile_within_the_shared_memory_of_each_card(capabili
         compiled(
             capability, decode_batch_kernels.batch_norm_kernel, norm | rank | {"AFTER": True}, 8, out="*bf16", **single
         ),
+        compiled(
+            capability,
+            decode_batch_kernels.batch_norm_kernel,
+            norm | rank | {"AFTER": True, "NORM": False},
+            8,
+            out="*bf16",
+        ),
         compiled(capability, kernels.attention_kernel, attention(capability, 8, m, 4, half=128), 4),
+        compiled(capability, kernels.attention_kernel, attention(capability, 8, m, 4) | {"NORM": "all"}, 4),
+        compiled(
+            capability,
+            decode_batch_kernels.roots_kernel,
+            {"Q": 4096, "KV": 4096, "M": m, "PARTS": 4, "BLOCK": 4096, "OVERLAP": capability >= 90},
+            8,
+        ),
         compiled(
             capability,
             decode_batch_kernels.batch_inner_kernel,

@@ -615,7 +615,7 @@ def check_swiglu_backward(device: str, dtype: torch.dtype, tolerance: float) -> 
         (20, 40, 0.0),
         (260, 8, 0.1),
     )
-    runs = itertools.product(cases, (20, 1000), ("silu", "gelu_pytorch_tanh"))
+    runs = [*itertools.product(cases, (20, 1000), ["silu"]), *((case, 20, "gelu_pytorch_tanh") for case in cases[:2])]
     for (rank, before, p), share, activation in runs:
         masks = fused_linear.Masks(step, sequences, salt, length, p)
         A = x.new_empty(0, columns)
@@ -636,13 +636,14 @@ def check_swiglu_backward(device: str, dtype: torch.dtype, tolerance: float) -> 
 def check_rotate(device: str, dtype: torch.dtype, tolerance: float) -> None:
     """Compare the operator and its gradient with apply_rotary_pos_emb in fp32.
 
-    There are few and many heads of k and v, widths that are no power of two, positions per sequence or for all, and heads
-    of which only a part is rotated.
+    There are few and many heads of k and v, widths that are no power of two, positions for all with angles in `dtype` or per
+    sequence with angles in fp32, and heads of which only a part is rotated.
     """
     torch.manual_seed(0)
     batch, length = 3, 7
-    cases = itertools.product(((64, 64), (80, 80), (64, 48)), ((6, 2), (3, 3)), (1, batch), (dtype, torch.float32))
-    for (width, turned), (heads, kv_heads), rows, angles in cases:
+    tables = (1, dtype), (batch, torch.float32)
+    cases = itertools.product(((64, 64), (80, 80), (64, 48)), ((6, 2), (3, 3)), tables)
+    for (width, turned), (heads, kv_heads), (rows, angles) in cases:
         qkv = torch.randn(batch, length, (heads + 2 * kv_heads) * width, device=device).to(dtype).requires_grad_()
         turns = torch.rand(rows, length, turned, device=device) * 100  # the halves not the same, as the function has it
         cos, sin = turns.cos().to(angles), turns.sin().to(angles)
@@ -662,17 +663,28 @@ def check_rotate(device: str, dtype: torch.dtype, tolerance: float) -> None:
     torch.library.opcheck(rotate, (qkv, cos, sin, heads, kv_heads))
 
 
-def check_layers(folder: str, **chosen) -> None:
+def check_layers(folder: str, layers: int | None = None, **chosen) -> None:
     """Compare gradients of fused layers with kernels, in half precision, with plain ones in fp32 and with peft's.
 
-    chosen: which layers and linears have adapters.
+    layers: how many to keep, if not all; chosen: which layers and linears have adapters.
     """
-    _, reference = gradients(*prepared(folder, **chosen))
-    _, plain = gradients(*prepared(folder, dtype="float16", **chosen))
-    model, clock, loss = prepared(folder, dtype="float16", checkpointing=True, **chosen)
+
+    def shortened(**options) -> tuple:
+        model, *rest = prepared(folder, **options, **chosen)
+        decoder = families.decoder_of(model.get_base_model())
+        decoder.layers = decoder.layers[:layers]
+        return model, *rest
+
+    _, reference = gradients(*shortened())
+    _, plain = gradients(*shortened(dtype="float16"))
+    model, clock, loss = shortened(dtype="float16", checkpointing=True)
     fuse(model, clock, 0.05, kernels=True)
     # DIVIDED: in bfloat16's way, which the interpreter lacks; check_widen_backward has float16's too
-    with mock.patch.multiple(fused_linear, share_rows=lambda *_: 32, DIVIDED=(torch.float16,)):
+    large = dataclasses.replace(DEQUANTIZE, block_m=2048)  # a program costs the interpreter as much whatever its size
+    with (
+        mock.patch.multiple(fused_linear, share_rows=lambda *_: 32, DIVIDED=(torch.float16,)),
+        mock.patch.object(packed_weights_module, "DEQUANTIZE", large),
+    ):
         _, fused = gradients(model, clock, loss)
     assert fused.keys() == plain.keys() and furthest(fused, reference) <= allowed(folder) * furthest(plain, reference)
 
@@ -694,7 +706,8 @@ def test_kernels_in_tritons_interpreter():
     "kind", ["qwen2", "gemma2", *(pytest.param(k, marks=pytest.mark.long) for k in ("smollm3", "olmo2", "phi3"))]
 )
 def test_layers_learn_the_same_from_kernels_in_tritons_interpreter(random_models, kind):
-    interpret("tests.fast_path.test_layers", f"check_layers({str(random_models(kind))!r})")
+    layers = 1 if kind in ("qwen2", "gemma2") else None  # their layers launch the same kernels
+    interpret("tests.fast_path.test_layers", f"check_layers({str(random_models(kind))!r}, {layers})")
 
 
 @pytest.mark.triton

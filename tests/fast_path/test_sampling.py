@@ -14,7 +14,9 @@ from tests.fast_path.test_layers import CAPABILITIES, SHARED_LIMIT
 from tests.interpreter import interpret
 
 CASES = [(0.05, None), (0.3, None), (0.9, None), (1.0, None), (None, 0.1), (0.7, 0.2), (0.0, None)]  # top_p, min_p
-GROUPS = 4096  # of a program of the kernel below
+GROUPS = (
+    4096  # at most, of a program of the kernel below; in the interpreter, which pays by the program, 16 times as many
+)
 
 
 @triton.jit
@@ -27,9 +29,10 @@ def _noise_kernel(seed, out, GROUPS: tl.constexpr):
 def noise(seed: torch.Tensor, rows: int, vocabulary: int) -> torch.Tensor:
     """Return the numbers of Exp(1) that the kernels draw for each token, fp64 [rows, vocabulary]."""
     groups = -(-vocabulary // 4)
-    programs = -(-rows * groups // GROUPS)
-    out = torch.empty(programs * GROUPS * 4, device=seed.device)
-    _noise_kernel[(programs,)](seed, out, GROUPS)
+    each = min(GROUPS if seed.is_cuda else 16 * GROUPS, triton.next_power_of_2(rows * groups))
+    programs = -(-rows * groups // each)
+    out = torch.empty(programs * each * 4, device=seed.device)
+    _noise_kernel[(programs,)](seed, out, each)
     return out[: rows * groups * 4].view(rows, -1)[:, :vocabulary].double()
 
 
@@ -71,9 +74,9 @@ def check_equal(rows: int, vocabulary: int, seeds: int, device: str) -> None:
 
 
 def check_small() -> None:
-    """Compare in the interpreter. A program takes several small blocks, and the vocabulary ends within a block."""
-    sampling.BLOCK, sampling.ROW_BLOCK, sampling.PROGRAMS = 64, 128, 9
-    assert layout(3, 500) == (3, 3) and layout(2, 331) == (2, 3)
+    """Compare in the interpreter. A program takes two blocks or one, and the vocabulary ends within a block."""
+    sampling.BLOCK, sampling.ROW_BLOCK, sampling.PROGRAMS = 128, 256, 6
+    assert layout(3, 500) == (2, 2) and layout(2, 331) == (1, 3)
     check_equal(3, 500, 2, "cpu")
     check_equal(2, 331, 1, "cpu")
 
@@ -83,7 +86,7 @@ def check_choices() -> None:
     sampling.BLOCK, sampling.ROW_BLOCK = 256, 1024
     how = GenerationConfig(do_sample=True, temperature=0.7, top_p=0.8, top_k=0, min_p=0.02, repetition_penalty=1.3)
     logits, history = random_scores(3, 1000, 5, "cpu"), torch.arange(400).view(1, 400).expand(3, -1)
-    for number in range(4):
+    for number in range(2):
         torch.manual_seed(number)
         found = choose_tokens(how, history, logits)
         torch.manual_seed(number)

@@ -423,6 +423,10 @@ def test_texts_up_to_where_the_rotary_scale_changes_go_through_the_decoder() -> 
 
 
 def test_obstacles(models: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = models("gemma")  # no row in families.py
+    monkeypatch.setattr(model.config, "rope_parameters", {"rope_type": "dynamic", "factor": 2.0})
+    assert "rotary" in obstacle(model)
+    monkeypatch.undo()
     model = models("llama")
     monkeypatch.setattr(model.config, "_attn_implementation_internal", "flash_attention_2")
     assert "flash_attention_2" in obstacle(model)
