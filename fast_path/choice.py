@@ -57,11 +57,11 @@ def choose_fast_path(
             reasons[name] = "off" if wanted == "off" else "no gain on a CPU" if not gpu else obstacle or ""
         return runs[name]
 
-    fused = decide("fused_lora", None if fusables else "no plain LoRA adapter on a 4-bit linear")
+    unfusable = None if fusables else "no plain LoRA adapter on a 4-bit linear"
+    fused = decide("fused_lora", unfusable)
     if products == "fp8" and not fused:
-        raise ConfigError(
-            f"quantization.products: fp8 needs the fused operators: fused_lora is off ({reasons['fused_lora']})"
-        )
+        why = unfusable or "performance.fused_lora is off"
+        raise ConfigError(f"quantization.products: fp8 needs the fused operators, use bf16: {why}")
     no_triton = gpu and not HAS_TRITON and "Triton is not installed (Windows: pip install triton-windows)"
     compiled = decide("compile", no_triton or (None if fused else "it needs fused_lora"))
     copies = "no graph can hold the copies to main memory" if offload else None

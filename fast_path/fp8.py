@@ -11,7 +11,7 @@ import torch
 
 from config import ConfigError
 from fast_path import fp8_kernels
-from fast_path.nf4 import HAS_TRITON, INTERPRETED, SHUFFLE, triton
+from fast_path.nf4 import HAS_TRITON, INTERPRETED, SHUFFLE, TensorDescriptor, triton
 from fast_path.packed_weights import Packed, absmax_of, dequantize, dot_size
 from fast_path.scratch import take
 
@@ -22,9 +22,9 @@ SMALLEST = 1e-30  # the least amax: rows of zeros, such as the gradients of padd
 EXACT = False
 UNPACK_ROWS = {False: 32, True: 128}  # per program; transposed, so that a line of memory is written whole
 UNPACK_WARPS = {False: 2, True: 4}
-# Tiles of `product_kernel`: rows, outputs, products that are summed at once, warps, stages.
-HOPPER = (128, 128, 128, 4, 3)
-OTHERS = (128, 128, 64, 8, 3)
+# Tiles of `product_kernel`: rows, outputs, products that are summed at once, warps, stages, descriptors.
+HOPPER = (128, 128, 128, 4, 3, False)
+OTHERS = (128, 128, 64, 8, 3, False)
 ALIGNED = 16  # bytes: rows of both operands must be multiples of it
 
 # ------------------------------------------------------------------------------------------------ where it runs
@@ -145,7 +145,7 @@ def product(
 
 def product_tile(capability: tuple[int, int]) -> dict[str, int]:
     """Return the tile of `product_kernel`. Only Hopper's was timed; the other fits 99 KiB of shared memory."""
-    names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
+    names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages", "DESCRIBED")
     return dict(zip(names, HOPPER if capability[0] == 9 else OTHERS, strict=True)) | {"GROUP": 8}
 
 
@@ -154,9 +154,15 @@ def _product_kernel(a, a_scales, b, b_scales, dtype, u, B, bias, exact: bool, ti
     (rows, inner), outputs, out = a.shape, len(b), torch.empty(len(a), len(b), dtype=dtype, device=a.device)
     capability = (8, 9) if INTERPRETED else torch.cuda.get_device_capability(a.device)
     tile = tile or product_tile(capability)
+    left, right = a, b
+    if tile["DESCRIBED"]:
+        left, right = (
+            TensorDescriptor.from_tensor(x, [tile[size], tile["BLOCK_K"]])
+            for x, size in ((a, "BLOCK_M"), (b, "BLOCK_N"))
+        )
     grid = (triton.cdiv(rows, tile["BLOCK_M"]) * triton.cdiv(outputs, tile["BLOCK_N"]),)
     fp8_kernels.product_kernel[grid](
-        a, a_scales, b, a_scales if b_scales is None else b_scales, out if u is None else u, out if B is None else B,
+        left, a_scales, right, a_scales if b_scales is None else b_scales, out if u is None else u, out if B is None else B,
         out if bias is None else bias, out, rows, outputs, inner, 0 if u is None else u.shape[1],
         SCALED=b_scales is not None, BIAS=bias is not None, EXACT=exact, BLOCK_R=0 if u is None else dot_size(u.shape[1]),
         **tile,

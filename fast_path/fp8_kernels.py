@@ -193,34 +193,36 @@ def narrow_kernel(
 def product_kernel(
     a, a_scales, b, b_scales, u, B, bias, out, rows, outputs, inner, extra, SCALED: tl.constexpr, BIAS: tl.constexpr,
     EXACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    GROUP: tl.constexpr,
+    GROUP: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """Write a_scales (a b^T) b_scales + u B^T + bias, [rows, outputs], for a [rows, inner] and b [outputs, inner] in e4m3.
 
     One-dimensional grid of tiles; GROUP tiles of rows take one tile of outputs after another, so that both operands
     stay in the L2 cache. EXACT: the sums of 128 products are added in fp32; the tensor cores of Hopper keep fewer bits.
-    u B^T, in 16 bit, is added to the tile before it is written (BLOCK_R > 0).
+    u B^T, in 16 bit, is added to the tile before it is written (BLOCK_R > 0). DESCRIBED: a and b are descriptors of
+    tensors, whose tiles Hopper's copy engine loads, without an address per thread.
     """
     tiles_m, tiles_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(outputs, BLOCK_N)
     group = tl.program_id(0) // (GROUP * tiles_n)
     first = group * GROUP
     size = tl.minimum(tiles_m - first, GROUP)
     place = tl.program_id(0) % (GROUP * tiles_n)
-    m = (first + place % size) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = (place // size) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    a_place = a + (m % rows).to(tl.int64)[:, None] * inner + k[None]
-    b_place = b + (n % outputs).to(tl.int64)[None] * inner + k[:, None]
+    first_m, first_n = (first + place % size) * BLOCK_M, (place // size) * BLOCK_N
+    m, n, k = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    if not DESCRIBED:
+        a_place = a + (m % rows).to(tl.int64)[:, None] * inner + k[None]
+        b_place = b + (n % outputs).to(tl.int64)[None] * inner + k[:, None]
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, inner, BLOCK_K):
-        x = tl.load(a_place, mask=(start + k < inner)[None], other=0.0)
-        w = tl.load(b_place, mask=(start + k < inner)[:, None], other=0.0)
+        if DESCRIBED:
+            x, w = a.load([first_m, start]), b.load([first_n, start]).T
+        else:
+            x = tl.load(a_place + start, mask=(start + k < inner)[None], other=0.0)
+            w = tl.load(b_place + start, mask=(start + k < inner)[:, None], other=0.0)
         if EXACT:
             total = tl.dot(x, w, total, max_num_imprecise_acc=min(BLOCK_K, 128))
         else:
             total = tl.dot(x, w, total)
-        a_place += BLOCK_K
-        b_place += BLOCK_K
     total *= tl.load(a_scales + m, mask=m < rows, other=0.0)[:, None]
     if SCALED:
         total *= tl.load(b_scales + n, mask=n < outputs, other=0.0)[None]

@@ -358,7 +358,7 @@ def guard(learner: Any, block: np.ndarray, say: Callable[[str], None]) -> Any:
     ids = torch.from_numpy(np.atleast_2d(block)[0][None, :MOST_PROBED]).to(model.device)
     with modes_kept(model), model.disable_adapter(), learner.objective.autocast():
         model.eval()
-        model.get_base_model().get_decoder()(input_ids=ids, use_cache=False)
+        learner.objective.decoder(input_ids=ids, use_cache=False)
     for group in groups:
         del group.run
     names = {module: name.removeprefix("base_model.model.") for name, module in model.named_modules()}

@@ -28,10 +28,11 @@ class _Absent:
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     HAS_TRITON = True
 except ImportError:  # a CPU build of torch, macOS, Windows without triton-windows
-    triton = tl = _Absent()
+    triton = tl = TensorDescriptor = _Absent()
     HAS_TRITON = False
 
 
