@@ -49,6 +49,7 @@ WORKSPACE_BYTES = 3 * 2**25  # cuBLAS keeps 32 MiB per stream: the default, the 
 # Memory that the allocator has reserved but cannot use, and all that the plan does not list. Fitted to measurements:
 # docs/measurements.md, tests/benchmarks/bench_memory.py.
 SLACK_BYTES, SLACK_SHARE = int(0.26 * GIB), 0.045  # constant, and as a share of what a step allocates and frees
+GRAPH_SLACK_BYTES = int(0.10 * GIB)  # the constant of a captured step, before which all that is not needed is returned
 
 UNPAGED = 100_000  # weights of a tensor below which bitsandbytes does not page its states (Optimizer.get_state_buffer)
 NCCL_BYTES = int(0.5 * GIB)  # what NCCL keeps of a card for its buffers, outside of torch's allocator
@@ -481,7 +482,12 @@ def plan_memory(
         "loss, beyond the live layer": max(0, loss - live),
         "workspaces of cuBLAS": WORKSPACE_BYTES,
     }
-    parts["allocator slack"] = SLACK_BYTES + int(SLACK_SHARE * (sum(parts.values()) - fixed))
+    captured = (
+        path == COMPILED and config.performance.cuda_graphs != "off" and not (offload or config.lora.train_tokens)
+    )
+    parts["allocator slack"] = (GRAPH_SLACK_BYTES if captured else SLACK_BYTES) + int(
+        SLACK_SHARE * (sum(parts.values()) - fixed)
+    )
     parts["CUDA context"] = CONTEXT_BYTES + (NCCL_BYTES if shape.processes > 1 else 0)
     return MemoryPlan(parts, micro_batch, checkpointed, shape.layers, paged, offload, chunk, rows)
 
@@ -628,7 +634,8 @@ def fit(shape: ModelShape, config: Config, sequences: int, limit: float, rates: 
         return best[1]
     every = smallest.micro_batch, shape.layers
     if expected_path(config) == COMPILED and every in shapes(shape, config, sequences):
-        return plan_memory(shape, config, *every, limit=limit, offload=True, rows_apart=True)
+        offloaded = plan_memory(shape, config, *every, limit=limit, offload=True, rows_apart=True)
+        return min(smallest, offloaded, key=lambda plan: plan.total)
     return smallest
 
 
@@ -660,10 +667,10 @@ def longest_length(shape: ModelShape, config: Config, limit: float) -> int:
     It is computed for one sequence per micro-batch with all layers checkpointed, an embedding that is not tied in main
     memory and, if layers are compiled, the inputs of layers too.
     """
-    low, high, offload = 0, 2**14, expected_path(config) == COMPILED  # in units of 128 tokens
+    low, high, ways = 0, 2**14, {False, expected_path(config) == COMPILED}  # in units of 128 tokens
     while high - low > 1:
         middle = (low + high) // 2
         other = dataclasses.replace(config, data=dataclasses.replace(config.data, max_length=middle * 128))
-        plan = plan_memory(shape, other, 1, shape.layers, limit=limit, offload=offload, rows_apart=True)
-        low, high = (middle, high) if plan.total <= limit else (low, middle)
+        plans = (plan_memory(shape, other, 1, shape.layers, None, limit, way, None, True) for way in ways)
+        low, high = (middle, high) if min(plan.total for plan in plans) <= limit else (low, middle)
     return min(low * 128, shape.positions or low * 128)

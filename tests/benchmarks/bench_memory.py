@@ -12,6 +12,7 @@ computes. A JSON line per case as it ends, the table and the errors last.
 import argparse
 import contextlib
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -241,6 +242,22 @@ def shape_named(name: str) -> memory_plan.ModelShape:
         return memory_plan.shape_of(AutoModelForCausalLM.from_config(MODELS[name]))
 
 
+def terms_table() -> str:
+    """Return, in Markdown, the terms of the plan of each model at 1 x 512, all layers checkpointed, embedding in main memory."""
+    config, plans = load_config((), {"lora.dropout": "0"}), {}
+    for name in BY_SIZE:
+        shape = shape_named(name)
+        limit = memory_plan.plan_memory(shape, config, 1, shape.layers, rows_apart=True).total + GIB
+        plans[name] = memory_plan.plan_memory(shape, config, 1, shape.layers, None, limit, False, None, True)
+    names = dict.fromkeys(part for plan in plans.values() for part in plan.parts)
+    rows = {part: [plan.parts.get(part, 0) for plan in plans.values()] for part in names}
+    rows = {part: sizes for part, sizes in rows.items() if any(sizes)}
+    rows["total, GiB"] = [plan.total for plan in plans.values()]
+    rows["in main memory: embedding"] = [plan.rows_apart for plan in plans.values()]
+    lines = [f"| {part} | {' | '.join(f'{size / GIB:.3f}' for size in sizes)} |" for part, sizes in rows.items()]
+    return "\n".join([f"| | {' | '.join(BY_SIZE.values())} |", "|---" * (len(plans) + 1) + "|", *lines])
+
+
 def cards_table() -> str:
     """Return, in Markdown, the largest model that trains on each of some cards: what `--plan --card` says of it."""
     config, shapes = load_config((), {"lora.dropout": "0"}), {name: shape_named(name) for name in BY_SIZE}
@@ -324,7 +341,7 @@ def run_process(number: int, room: Room, lock: str) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=[""], help="cases whose name begins so")
+    parser.add_argument("--only", nargs="+", default=[""], help="cases whose name begins so (regular expressions)")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument(
         "--cards", action="store_true", help="plans for graphics cards, by their data sheets; needs no GPU"
@@ -337,9 +354,9 @@ def main() -> None:
             print("RESULT " + json.dumps(run_case(GRID[args.single], alone)))
         return
     if args.cards:
-        print(cards_table())
+        print(terms_table(), cards_table(), sep="\n\n")
         return
-    numbers = [number for number, case in enumerate(GRID) if label_of(case).startswith(tuple(args.only))]
+    numbers = [number for number, case in enumerate(GRID) if re.match("|".join(args.only), label_of(case))]
     room = Room(int(torch.cuda.mem_get_info()[0] * 0.9))
     with tempfile.NamedTemporaryFile() as lock, ThreadPoolExecutor(args.jobs) as pool:
         rows = list(pool.map(lambda number: run_process(number, room, lock.name), numbers))
