@@ -925,6 +925,16 @@ def test_an_output_that_is_a_pipe_or_nested_too_deep_is_refused(tmp_path):
             finished_rows(tmp_path / name, ["Hello"], ["r8"])
 
 
+def test_a_link_is_no_folder_for_a_merged_model(adapter, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    for target in ("empty", "nowhere"):  # the finished folder could not be renamed to either
+        os.symlink(target, f"to {target}")
+        flags = ("--adapter", adapter, "--mode", "merge", "--output", f"to {target}")
+        code, _, err = main_with(monkeypatch, capsys, *flags)
+        assert code == 2 and err.count("\n") == 1 and "is not an empty folder" in err
+
+
 def test_demo_shows_columns_of_several_adapters(adapter, second, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr(inference_example, "DEMO_PROMPTS", ("The sea",))
