@@ -82,7 +82,7 @@ def check_options(options: argparse.Namespace) -> None:
         problems.append(
             "--output: needed by --mode merge (a folder) and --prompts (a .jsonl file), and used by nothing else"
         )
-    elif merge and output.exists() and not (output.is_dir() and not any(output.iterdir())):
+    elif merge and os.path.lexists(output) and (output.is_symlink() or not output.is_dir() or any(output.iterdir())):
         problems.append(f"--output: {output} already exists and is not an empty folder; choose another folder")
     elif output and text and (output.suffix.lower() != ".jsonl" or output.resolve() == Path(options.prompts).resolve()):
         problems.append(f"--output: expected a .jsonl file other than --prompts, got {output}")

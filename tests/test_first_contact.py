@@ -115,3 +115,18 @@ def test_a_package_that_is_missing_is_named_with_the_remedy(script, tmp_path):
     (line,) = done.stderr.splitlines()
     assert done.returncode == 1 and line.startswith("error: the package yaml is not installed in ")
     assert "pip install -r requirements.txt" in line
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("inference_example.py", "--adapter", "none", "--model_name"),
+        ("train_qlora.py", "--init_adapter"),
+        ("train_qlora.py", "--runs"),
+    ],
+)
+def test_a_name_that_is_too_long_is_one_line(words, tmp_path):
+    script, *flags = words
+    command = [sys.executable, str(ROOT / script), *flags, "n" * 5000]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "nnn" in done.stderr, done.stderr

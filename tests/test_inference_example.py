@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import io
 import json
+import os
 import re
 import shutil
 import signal
@@ -31,6 +32,7 @@ from toolkit import locks, merge
 from toolkit.data_files import load_rows
 from toolkit.data_formats import IGNORED, PLAIN_TEMPLATE, tokenize_rows
 from toolkit.generation import COVERED, Generator
+from toolkit.prompt_files import finished_rows
 
 TEXT = "A lighthouse is a tower that shows sailors where they are. In 1822 Fresnel built a lens."
 PROMPTS = ["Hello there.", "Who are you?", "Tell me about a town in the north of France.", "Is it late?"]
@@ -915,6 +917,24 @@ def test_prompts_get_an_answer_of_each_adapter(adapter, second, tmp_path, monkey
         assert code == 2 and "was not written for these prompts" in err and Path("both.jsonl").read_bytes() == before
 
 
+def test_an_output_that_is_a_pipe_or_nested_too_deep_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000 + "\n", encoding="utf-8")
+    for name in ("pipe.jsonl", "deep.jsonl"):
+        with pytest.raises(ConfigError, match=f"{name} already exists and was not written for these prompts"):
+            finished_rows(tmp_path / name, ["Hello"], ["r8"])
+
+
+def test_a_link_is_no_folder_for_a_merged_model(adapter, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    for target in ("empty", "nowhere"):  # the finished folder could not be renamed to either
+        os.symlink(target, f"to {target}")
+        flags = ("--adapter", adapter, "--mode", "merge", "--output", f"to {target}")
+        code, _, err = main_with(monkeypatch, capsys, *flags)
+        assert code == 2 and err.count("\n") == 1 and "is not an empty folder" in err
+
+
 def test_demo_shows_columns_of_several_adapters(adapter, second, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr(inference_example, "DEMO_PROMPTS", ("The sea",))
@@ -979,6 +999,7 @@ def test_adapters_taught_with_different_templates_are_refused(adapter, second, t
         (("--adapter", "A", "A", "--mode", "demo"), "expected different folders"),
         (("--adapter", "A", "none", "--mode", "demo"), "goes with no other adapter"),
         (("--adapter", "A", "nowhere", "--mode", "demo"), "no such folder: nowhere"),
+        (("--adapter", "A", "n" * 5000, "--mode", "demo"), "no such folder: nnn"),
         (("--adapter", "A", "B", "--mode", "merge", "--output", "m"), "several only work with"),
         (("--adapter", "A", "B", "--mode", "text", "--prompt", "x"), "several only work with"),
     ],

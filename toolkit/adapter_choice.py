@@ -34,9 +34,10 @@ def find_adapters(given: list[str] | None, paths: list[Path], overrides: dict[st
 def find_adapter(folder: Path) -> Path:
     """Return an adapter's folder; raise ConfigError if there is no adapter in it."""
     for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / name).is_file():
-            what = f"no {name} in {folder}" if folder.is_dir() else f"no such folder: {folder}"
-            unfinished = sorted(folder.glob("checkpoint-*/adapter_config.json"), key=os.path.getmtime)
+        if not os.path.isfile(folder / name):  # Path's own raise for long names
+            there = os.path.isdir(folder)
+            what = f"no {name} in {folder}" if there else f"no such folder: {folder}"
+            unfinished = sorted(folder.glob("checkpoint-*/adapter_config.json") if there else [], key=os.path.getmtime)
             hint = f"; to use the last checkpoint there: --adapter {unfinished[-1].parent}" if unfinished else ""
             raise ConfigError(
                 f"--adapter: {what}; train one with train_qlora.py, or use --adapter none for the base alone{hint}"

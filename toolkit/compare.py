@@ -93,10 +93,11 @@ def read_run(folder: Path) -> RunSummary:
 
     Of a run that has not finished, the adapter is that of its last checkpoint.
     """
-    unfinished = [] if (folder / "adapter_model.safetensors").is_file() else checkpoints(folder)[:1]
+    # Path.is_file raises for long names
+    unfinished = [] if os.path.isfile(folder / "adapter_model.safetensors") else checkpoints(folder)[:1]
     file = (unfinished or [folder])[0] / "adapter_model.safetensors"
     for path in (folder / "config.yaml", folder / "metrics.jsonl", file):
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise ConfigError(f"--compare: expected folders of runs, got {folder}, which has no {path.name}")
     with refusing(f"--compare: cannot read {folder}", ValueError, OSError, SafetensorError, RecursionError):
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

@@ -67,11 +67,13 @@ def finished_rows(output: Path, prompts: list[Prompt], names: list[str]) -> tupl
     Raise ConfigError if the file was not written for these prompts and, if there are several, these adapters.
     """
     try:
+        if output.exists() and not_regular(output):  # reading a pipe would wait for its other end
+            raise ValueError
         *rows, torn = output.read_bytes().split(b"\n") if output.exists() else [b""]
         found = [json.loads(row) for row in rows]
         known = [row["prompt"] for row in found] == prompts[: len(rows)]
         known &= all([*row.get("completions", [])] == (names if len(names) > 1 else []) for row in found)
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         known = False
     # An incomplete last row, left by a call that was killed, is written again. Any other file is never overwritten.
     if not known or not (torn.startswith(b'{"prompt": ') or b'{"prompt": '.startswith(torn)):

@@ -136,7 +136,7 @@ def check_staged(staged: Path, base: str, local: list[str]) -> None:
 
 
 def check_name(name: str) -> None:
-    """Raise ConfigError if a repository on the hub cannot have this name, or nothing can be sent from here."""
+    """Raise ConfigError if a repository on the hub cannot have this name, or nothing is to be sent from here."""
     try:
         validate_repo_id(name)
     except HFValidationError as error:
@@ -145,19 +145,26 @@ def check_name(name: str) -> None:
         ) from None
     if constants.HF_HUB_OFFLINE:
         raise ConfigError("--push: HF_HUB_OFFLINE is set, so nothing is sent; unset it")
-    if not get_token():
-        raise ConfigError("--push: no token: log in with `hf auth login`, or set HF_TOKEN to a token that may write")
 
 
 def upload(staged: Path, name: str, private: bool, replace: bool) -> str:
-    """Upload a staged folder, and return the repository's address; raise ConfigError. replace: it may exist already."""
+    """Upload a staged folder, and return the repository's address; raise ConfigError.
+
+    replace: it may exist already. Then it has to be as private as asked for, which create_repo does not change, and what
+    another run has left there, such as a chat template, goes away.
+    """
     api, made = HfApi(), ""
+    old = [*NEEDED, *ALONG] if replace else None
     try:
-        made = str(api.create_repo(name, private=private, exist_ok=replace).repo_id)
-        api.upload_folder(repo_id=made, folder_path=staged, commit_message="Upload a LoRA adapter")
+        repo = str(api.create_repo(name, private=private, exist_ok=replace).repo_id)
+        if replace and api.model_info(repo).private is not private:
+            there, hint = ("public", "add --public") if private else ("private", "leave out --public")
+            raise ConfigError(f"--push: {repo} is {there} on the hub; {hint} if that is meant, or choose another name")
+        made = repo
+        api.upload_folder(repo_id=made, folder_path=staged, commit_message="Upload a LoRA adapter", delete_patterns=old)
         return f"{constants.ENDPOINT}/{made}"
     except Exception as error:  # its HTTP library, whose errors these are, has changed more than once
-        after = f" (the repository {made} was made, and is not complete)" if made else ""
+        after = f" (the repository {made} is not complete: repeat the command with --overwrite)" if made else ""
         raise ConfigError(f"--push: {reason(error, name)}{after}") from None
 
 
@@ -184,6 +191,10 @@ def push(name: str, folder: Path, base: str | None, private: bool, replace: bool
         staged = Path(made)
         names = stage(folder, staged, base)
         size = sum(path.stat().st_size for path in staged.iterdir()) / 1e6
+        if not get_token():
+            raise ConfigError(
+                "--push: no token: log in with `hf auth login`, or set HF_TOKEN to a token that may write"
+            )
         say(f"uploading {len(names)} files, {size:,.1f} MB: {', '.join(names)}")
         address = upload(staged, name, private, replace)
     print(f"{'private' if private else 'public'}: {address}")

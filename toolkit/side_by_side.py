@@ -68,7 +68,10 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     try:
         if problem := not_regular(path) or not_utf8(path):
             raise ValueError(problem)
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        *lines, torn = path.read_text(encoding="utf-8").split("\n")
+        if torn:  # the next row would be written behind it
+            raise ValueError("its last line has no end")
+        rows = [json.loads(line) for line in lines if line.strip()]
         for row in rows:
             if not (row["voices"][0] != row["voices"][1] and row["better"] in (*row["voices"], None)):
                 raise ValueError("a row that names no two voices")
@@ -144,11 +147,13 @@ class BlindTest:
             raise ConfigError(f"/ab: {error}: {rest}") from None
         file = Path(os.path.expanduser(words.pop() if words and words[-1].endswith(".jsonl") else RESULTS))
         pair = [self.known(name, "/ab") for name in words]
-        if len(pair) not in (0, 2) or len(set(pair)) < len(pair) or len(self.voices) < 2:
-            raise ConfigError(
-                f"/ab: expected two different ones of {', '.join(self.voices)}, got {' '.join(pair) or 'one'}"
-            )
+        if len(self.voices) < 2:
+            raise ConfigError("/ab: expected an adapter beside base, got base alone; --adapter names adapters")
+        if len(pair) not in (0, 2) or len(set(pair)) < len(pair):
+            raise ConfigError(f"/ab: expected two different ones of {', '.join(self.voices)}, got {' '.join(pair)}")
         self.rows = read_results(file)
+        if not os.access(file if file.exists() else file.parent, os.W_OK):  # before the user has judged two answers
+            raise ConfigError(f"/ab: cannot write {file}")
         self.file, self.pair = file, pair
         earlier = f", which has {counted(len(self.rows), 'comparison')}" if self.rows else ""
         show(f"each message gets two answers now, in random order; results go to {file}{earlier}; /ab off ends it")

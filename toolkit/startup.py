@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import functools
 import gc
 import importlib
@@ -134,8 +135,8 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def in_one_line(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """As sys.excepthook: print a line instead of a traceback if memory runs out while the libraries are imported, or if
-    one of them is not installed.
+    """As sys.excepthook: print a line instead of a traceback if memory runs out while the libraries are imported, if one
+    of them is not installed, or if a path is too long for the system, which many functions of Path raise.
     """
     if out_of_memory(error):
         print("error: out of main memory", file=sys.stderr)
@@ -144,6 +145,11 @@ def in_one_line(kind: type[BaseException], error: BaseException, trace: Any) -> 
     elif isinstance(error, ModuleNotFoundError) and error.name not in (None, "config", "toolkit", "fast_path"):
         remedy = "activate the environment that has it (. .venv/bin/activate), or pip install -r requirements.txt"
         print(f"error: the package {error.name} is not installed in {sys.executable}: {remedy}", file=sys.stderr)
+    elif isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        print(
+            f"error: the name of a file or folder is too long: {visible(str(error.filename))[:100]}…", file=sys.stderr
+        )
+        sys.exit(2)
     else:
         sys.__excepthook__(kind, error, trace)
 

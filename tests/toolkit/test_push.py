@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import filter_repo_objects
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -124,10 +125,14 @@ class Hub:
     """Stands for the hub's client; `fails` says in which call it raises what."""
 
     fails: dict[str, Exception] = {}
+    private = True  # whether the repository that may be there already is
     calls: list[tuple] = []
 
     def create_repo(self, name: str, **options: object) -> SimpleNamespace:
         return self._call("create_repo", name, options, SimpleNamespace(repo_id=f"me/{name.split('/')[-1]}"))
+
+    def model_info(self, name: str) -> SimpleNamespace:
+        return SimpleNamespace(private=self.private)
 
     def upload_folder(self, **options: object) -> None:
         return self._call("upload_folder", options["repo_id"], options, None)
@@ -176,7 +181,7 @@ def test_one_repository_gets_the_whole_folder(hub, run, tmp_path, capsys, monkey
         (
             "upload_folder",
             TimeoutError(),
-            r"no connection to .*\(the repository me/mine was made, and is not complete\)",
+            r"no connection to .*\(the repository me/mine is not complete: repeat the command with --overwrite\)",
         ),
     ],
 )
@@ -185,6 +190,25 @@ def test_what_the_hub_says_no_to_is_one_line(hub, staged, call, error, says):
     with pytest.raises(ConfigError, match=says) as found:
         upload(staged, "me/mine", True, False)
     assert len(found.value.problems) == 1 and "\n" not in found.value.problems[0]
+
+
+def test_a_repository_that_is_there_keeps_nothing_of_another_run(hub, staged):
+    upload(staged, "me/mine", True, True)
+    upload(staged, "me/other", True, False)
+    patterns = [options["delete_patterns"] for what, _, options in hub.calls if what == "upload_folder"]
+    kept = ["notes.md", "picture.png", "model.gguf"]
+    old = ["chat_template.jinja", "adapter_model.safetensors", "tokenizer.json"]
+    assert [*filter_repo_objects([*kept, *old], allow_patterns=patterns[0])] == old and patterns[1] is None
+
+
+@pytest.mark.parametrize(
+    "private, says", [(True, "is public on the hub; add"), (False, "is private on the hub; leave")]
+)
+def test_a_repository_that_others_see_is_not_taken_for_a_private_one(hub, monkeypatch, staged, private, says):
+    monkeypatch.setattr(hub, "private", not private)
+    with pytest.raises(ConfigError, match=f"--push: me/mine {says}"):
+        upload(staged, "me/mine", private, True)
+    assert [what for what, *_ in hub.calls] == ["create_repo"]
 
 
 def command(*flags: object, home: Path, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -147,6 +147,8 @@ def test_earlier_counts_go_on(here, monkeypatch, capsys):
         ("/ab 'r8", "/ab: No closing quotation"),
         ("/ab other.jsonl", "/ab: expected a file of earlier comparisons"),
         ("/ab folder.jsonl", "/ab: expected a file of earlier comparisons"),
+        ("/ab torn.jsonl", "/ab: expected a file of earlier comparisons"),
+        ("/ab nowhere/new.jsonl", "/ab: cannot write nowhere/new.jsonl"),
         ("/adapter r9", "/adapter: there is no r9"),
         ("/adapter", "/adapter: there is no name"),
     ],
@@ -154,6 +156,7 @@ def test_earlier_counts_go_on(here, monkeypatch, capsys):
 def test_wrong_words_are_refused_in_one_line(here, monkeypatch, line, reason):
     Path("other.jsonl").write_text('{"prompt": "not ours"}\n')
     Path("folder.jsonl").mkdir()
+    Path("torn.jsonl").write_text(json.dumps(rows("r8")[0]))
     bench = Bench(monkeypatch, [])
     with pytest.raises(ConfigError) as found:
         bench.command(line)
