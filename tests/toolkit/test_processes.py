@@ -156,6 +156,17 @@ def test_packed_chats_and_a_resume_with_another_number_of_processes(dropout, cha
 
 
 @pytest.mark.long
+def test_a_restart_goes_on_from_the_last_checkpoint(corpus, tmp_path, train):
+    """torchrun --max-restarts: also where --overwrite was given, which counts for the first start."""
+    flags = [*SHORT, "--dataset", corpus, "--max_steps", 4]
+    done = launch("restart", [*flags, "--overwrite"], tmp_path / "two")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("at step 2 of 4") == 1, done.stdout
+    assert train(*flags, output_dir=tmp_path / "one")[0] == 0
+    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-5)
+
+
+@pytest.mark.long
 def test_two_machines_on_loopback(corpus, tmp_path, train):
     """Two launchers of one process each, which meet at a port."""
     flags = [*SHORT, "--dataset", corpus, "--max_steps", 3]
