@@ -532,7 +532,7 @@ def train(run: Run, request: checkpoints.StopRequest) -> bool:
         while progress.step < run.total_steps and not out_of_patience(run):
             start, learning_rate = time.perf_counter(), run.optimizer.param_groups[0]["lr"]
             _, numbers = next(windows)
-            result = training_step(run, progress.step, numbers, request.signum is not None)
+            result = training_step(run, progress.step, numbers, request)
             seconds = time.perf_counter() - start
             positions = run.blocks["train"].positions(numbers)
             progress.count(result.loss_sum, result.tokens, positions, seconds)
@@ -624,10 +624,10 @@ class StepResult:
     due: bool  # save_minutes asks for a checkpoint
 
 
-def training_step(run: Run, step: int, numbers: np.ndarray, stop: bool) -> StepResult:
+def training_step(run: Run, step: int, numbers: np.ndarray, request: checkpoints.StopRequest) -> StepResult:
     """Learn from the blocks of these numbers: sum loss and gradients over all of them, divide once, clip, update.
 
-    stop: whether this process was asked to stop, which all processes learn from the result.
+    request: whether this process was asked to stop, which all processes learn from the result.
     """
     learner, scaler = run.learner, run.learner.scaler
     learner.train()
@@ -646,7 +646,8 @@ def training_step(run: Run, step: int, numbers: np.ndarray, stop: bool) -> StepR
             problem = error.with_traceback(None)  # its frames hold the tensors of the micro-batch that failed
         use_less_memory(run, problem)
     processes.sum_together([p.grad for p in learner.parameters], summed)
-    sums = processes.sum_numbers([loss_sum, tokens, stop, minutes_are_up(run)], run.accelerator.device)
+    asked = [request.signum is not None, minutes_are_up(run)]
+    sums = processes.sum_numbers([loss_sum, tokens, *asked], run.accelerator.device)
     scaler.unscale_(run.optimizer)
     torch._foreach_mul_([p.grad for p in learner.parameters], learner.objective.mean(1, sums[1].float()))
     norm = nn.utils.clip_grad_norm_(learner.parameters, run.config.training.max_grad_norm)

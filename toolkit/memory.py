@@ -38,7 +38,7 @@ from toolkit.memory_plan import (
     step_seconds,
     wants_offload,
 )
-from toolkit.processes import gathered, name_of
+from toolkit.processes import gathered, name_of, several
 from toolkit.text_width import for_stdout
 
 # ------------------------------------------------------------------------------------------------ decide and print
@@ -89,14 +89,13 @@ def plan_run(
     refuse(config.quantization.products, device, compute_dtype_of(config))  # before the weights are downloaded
     shape = configured_shape(config)
     limits = gathered(memory_limit(device, config.performance.memory_limit_gib, config.performance.deterministic))
-    limit = min(limits)
+    limit, least = min(limits), limits.index(min(limits))
+    if several():  # the gradients in a row, to be summed; what NCCL holds is not free any more
+        limit -= 4 * adapter_parameters(shape, config)
     saved = saved if saved.get("processes") == accelerator.num_processes else {}
     plan = gathered(choose_plan(shape, config, sequences, device, limit, saved))[0]
-    if max(limits) - limit > GIB:
-        least = limits.index(limit)
-        say(
-            f"memory: {limit / GIB:.2f} GiB of {name_of(least)}, which has least, and {max(limits) / GIB:.2f} GiB at most"
-        )
+    if max(limits) - min(limits) > GIB:
+        say(f"memory: {name_of(least)} has least, {limits[least] / GIB:.2f} GiB of at most {max(limits) / GIB:.2f}")
     for line in chosen_lines(config, plan, limit):
         say(line)
     if plan.total > limit:

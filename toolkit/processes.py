@@ -153,7 +153,7 @@ def _exchange(value: Any, failure: Failure | None, patience: float | None) -> tu
         padded[: len(mine)] = mine
         parts = _all_gather(padded, ANSWER).view(launch.count, -1)
     except RuntimeError as error:
-        raise _lost(patience, "timed out" in str(error).lower()) from None
+        raise _lost(patience, error) from None
     launch.since = time.monotonic()
     found = [pickle.loads(part[:size].numpy().tobytes()) for part, size in zip(parts, sizes.tolist(), strict=True)]
     failures = {rank: failure for rank, (_, failure) in enumerate(found) if failure is not None}
@@ -171,16 +171,19 @@ def _all_gather(part: torch.Tensor, patience: float) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def _lost(patience: float, timed_out: bool) -> RankFailed:
-    """Return the error that names the processes which take no part in a roll call."""
-    launch = _launch
+def _lost(patience: float, error: RuntimeError) -> RankFailed:
+    """Return the error that names the processes which take no part in a roll call. error: of torch, which names none."""
+    launch, reason = _launch, " ".join(str(error).split())[:200]
+    timed_out = "timed out" in reason.lower()
     launch.lost = True
     _ignore_sigterm()
     silent = [rank for rank in range(launch.count) if rank != launch.rank]
     with contextlib.suppress(RuntimeError):  # the store may have gone with its process
         launch.store.set(f"alive/{launch.rank}", "1")
         time.sleep(ROLL_CALL)
-        silent = [rank for rank in silent if not launch.store.check([f"alive/{rank}"])] or silent
+        silent = [rank for rank in silent if not launch.store.check([f"alive/{rank}"])]
+    if not silent:
+        return RankFailed(f"the processes cannot reach each other: {reason}")
     ended = [rank for rank in silent if _has_ended(rank)]
     for rank in silent if timed_out else ():
         _end(rank)
@@ -347,8 +350,8 @@ def sum_in_place(tensor: torch.Tensor) -> torch.Tensor:
     if several():
         try:
             dist.all_reduce(tensor, group=_launch.reduce)
-        except RuntimeError:
-            raise _lost(REDUCE, timed_out=False) from None
+        except RuntimeError as error:
+            raise _lost(REDUCE, error) from None
     return tensor
 
 

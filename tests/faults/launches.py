@@ -29,11 +29,12 @@ def start(
 ) -> subprocess.Popen:
     """Start a run of the tiny model in `count` processes, and let `fault` happen to one of them; its output is piped.
 
-    constants: of toolkit/processes.py.
+    constants: of toolkit/processes.py. The fault `restart` comes once, and torchrun starts all again.
     """
     argv = ["--config", ROOT / "tiny" / "config.yaml", *flags, "--output_dir", output_dir.name]
     child = [__file__, fault, rank, json.dumps(constants), *argv]
-    command = [*LAUNCH, "--standalone", "--nproc_per_node", count, *child]
+    again = ["--max-restarts", "1"] if fault == "restart" else []
+    command = [*LAUNCH, "--standalone", *again, "--nproc_per_node", count, *child]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
     return subprocess.Popen(list(map(str, command)), env=environment, cwd=output_dir.parent, **pipes)
@@ -87,7 +88,7 @@ def become_faulty(fault: str, flags: list[str]) -> None:
         if run.progress.step == 2:
             if fault == "full" or (fault == "reshape" and run.plan.micro_batch > 1):
                 raise torch.OutOfMemoryError("made up")
-            if fault == "error":
+            if fault == "error" or (fault == "restart" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"):
                 raise RuntimeError("made up")
             if fault in ("hang", "signal"):
                 os.kill(os.getpid(), signal.SIGSTOP if fault == "hang" else signal.SIGTERM)

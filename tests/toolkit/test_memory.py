@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import train_qlora
-from config import ConfigError, load_config
+from config import ConfigError, ModelConfig, load_config
 from fast_path import attention, choice, compiled, dropout, experts, micro_step
 from fast_path.families import expert_parameters
 from fast_path.layers import fuse
@@ -251,6 +252,22 @@ def test_stepping_down_ends_at_the_smallest_shape():
     last = step_down(MemoryPlan({}, 1, 8, 8), 12, compiled=True)
     assert (last.micro_batch, last.checkpointed, last.offload) == (1, 8, True)
     assert step_down(last, 12, compiled=True) is None
+
+
+def test_processes_of_unequal_memory_take_the_plan_of_the_smallest(qwen_3b, monkeypatch):
+    """Each one has chosen its own; all take that of the first, which has to fit the smallest with the gradients in a row."""
+    limits, said = iter([24 * GIB, 8 * GIB]), []
+    config = dataclasses.replace(settings(), model=ModelConfig(name=str(qwen_3b)))
+    alone = memory.choose_plan(model_shape(str(qwen_3b)), config, 8, None, 8 * GIB, {}, Rates())
+    monkeypatch.setattr(memory, "memory_limit", lambda *_: next(limits))
+    monkeypatch.setattr(memory, "measure_rates", lambda device: Rates())
+    monkeypatch.setattr(memory, "several", lambda: True)
+    monkeypatch.setattr(memory, "name_of", "rank {}".format)
+    monkeypatch.setattr(memory, "gathered", lambda value: [value, next(limits)] if value == 24 * GIB else [value, None])
+    accelerator = SimpleNamespace(device=None, num_processes=2)
+    plan = memory.plan_run(config, accelerator, 8, {}, said.append)
+    assert alone.total <= 8 * GIB and plan.total <= 8 * GIB - 4 * 29_933_568
+    assert any(line.startswith("memory: rank 1") and "8.00 GiB of at most 24.00" in line for line in said)
 
 
 def test_main_memory_is_for_what_fits_in_no_other_way(qwen_3b):

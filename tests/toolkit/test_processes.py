@@ -156,6 +156,31 @@ def test_packed_chats_and_a_resume_with_another_number_of_processes(dropout, cha
 
 
 @pytest.mark.long
+def test_two_processes_evaluate_as_one(chats, tmp_path, train):
+    flags = ["--dataset", chats, "--max_length", 64, "--compute_dtype", "float32"]
+    assert train(*SHORT, *flags, "--max_steps", 1, output_dir=tmp_path / "one")[0] == 0
+    found = []
+    for count in (1, 2):
+        done = launch("none", [*flags, "--evaluate", "--adapter", tmp_path / "one"], tmp_path / "one", count=count)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout.count("adapter - base: loss") == 1
+        found.append(json.loads((tmp_path / "one" / "evaluation.json").read_text(encoding="utf-8")))
+    for name in ("base", "adapter", "difference"):
+        assert found[1][name] == pytest.approx(found[0][name], rel=1e-5), name
+
+
+@pytest.mark.long
+def test_a_restart_goes_on_from_the_last_checkpoint(corpus, tmp_path, train):
+    """torchrun --max-restarts: also where --overwrite was given, which counts for the first start."""
+    flags = [*SHORT, "--dataset", corpus, "--max_steps", 4]
+    done = launch("restart", [*flags, "--overwrite"], tmp_path / "two")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("at step 2 of 4") == 1, done.stdout
+    assert train(*flags, output_dir=tmp_path / "one")[0] == 0
+    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-5)
+
+
+@pytest.mark.long
 def test_two_machines_on_loopback(corpus, tmp_path, train):
     """Two launchers of one process each, which meet at a port."""
     flags = [*SHORT, "--dataset", corpus, "--max_steps", 3]
