@@ -11,15 +11,19 @@ import quantization_utils
 from config import Config
 from fast_path.loss import IGNORED
 from fast_path.sharding import is_divided, loading_divided
+from toolkit import processes
 from toolkit.data_blocks import Blocks, batches
 
 
 def load_base(
     config: Config, device: torch.device, tokenizer: PreTrainedTokenizerBase | None = None, rows_apart: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Do what quantization_utils.load_base does; with performance.shard_base this process keeps its part of the base. Raises ConfigError."""
+    """Do what quantization_utils.load_base does; with performance.shard_base this process keeps its part of the base."""
     with loading_divided(config.performance.shard_base):
-        return quantization_utils.load_base(config, device, tokenizer=tokenizer, rows_apart=rows_apart)
+        model, tokenizer = quantization_utils.load_base(config, device, tokenizer=tokenizer, rows_apart=rows_apart)
+    if config.performance.shard_base:
+        processes.tie()
+    return model, tokenizer
 
 
 def own_batches(
@@ -30,11 +34,11 @@ def own_batches(
     The passes of a divided base need all processes. One that has fewer batches than the first one computes a block whose
     labels are all ignored, so that it adds nothing: it has no supervised tokens and no sequences.
     """
-    rank, processes, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    mine = numbers[rank::processes]
+    rank, count, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    mine = numbers[rank::count]
     for batch, tokens, places in batches(blocks, mine, size, pad, device):
-        yield batch, tokens, rank + processes * places
-    most, own = (-(-len(part) // size) for part in (numbers[::processes], mine))
+        yield batch, tokens, rank + count * places
+    most, own = (-(-len(part) // size) for part in (numbers[::count], mine))
     for _ in range(most - own if is_divided() else 0):
         for batch, tokens, places in batches(blocks, numbers[:1], 1, pad, device):
             yield batch | {"labels": torch.full_like(batch["labels"], IGNORED)}, tokens[:0], places
