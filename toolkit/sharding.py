@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,6 +25,15 @@ def load_base(
     if config.performance.shard_base:
         processes.tie()
     return model, tokenizer
+
+
+def cannot_repeat(problem: torch.OutOfMemoryError) -> processes.RankFailed:
+    """Return the error of a process that ran out of memory: the others are inside a layer, so nothing can be repeated."""
+    who = processes.name_of(dist.get_rank())
+    way = "use --gradient_checkpointing true or a lower --memory_limit_gib"
+    return processes.RankFailed(
+        f"{who} ran out of GPU memory with a divided base, {way}: {str(problem).splitlines()[0]}"
+    )
 
 
 def own_batches(
