@@ -134,3 +134,12 @@ def test_one_process_cannot_divide_a_base(train, capsys):
 def test_what_a_divided_base_cannot_be_combined_with(train, capsys, flags):
     assert train("--shard_base", "true", *flags)[0] == 2
     assert "error: performance.shard_base: expected false with use_dora: true" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("plugin", ["fsdp", "deepspeed"])
+def test_a_plugin_of_accelerate_is_refused(train, capsys, monkeypatch, plugin):
+    monkeypatch.setenv(f"ACCELERATE_USE_{plugin.upper()}", "true")
+    code, folder = train()
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert code == 2 and not folder.exists()
+    assert line.startswith(f"error: accelerate launch --use_{plugin}: expected a launch without it; to divide the base")
