@@ -153,7 +153,7 @@ from toolkit.memory_plan import MemoryPlan, sequences_per_step
 from toolkit.resume import Found, check_resumable, check_tensors, find_checkpoint, fingerprint, restore_schedule
 from toolkit.run_lines import data_lines, end_lines, next_command, resume_lines, step_line
 from toolkit.run_state import after_failure, refuse_other_start, share_output, write_state
-from toolkit.sharding import load_base, own_batches
+from toolkit.sharding import cannot_repeat, load_base, own_batches
 from toolkit.text_width import for_stdout
 from toolkit.turn_ends import left_beside, load_tokenizer, teach_ends
 
@@ -686,7 +686,9 @@ def use_less_memory(run: Run, problem: torch.OutOfMemoryError) -> None:
     """Change to the next smaller shape, which repeats the step from its start; raise `problem` where there is none."""
     sequences = run.sequences_per_step // run.accelerator.num_processes
     smaller = memory_plan.step_down(run.plan, sequences, run.learner.fast.compile)
-    if smaller is None or sharding.is_divided():  # the other processes wait for this one's part of the weights
+    if sharding.is_divided():
+        raise cannot_repeat(problem)
+    if smaller is None:
         raise problem
     run.log.say(
         f"out of GPU memory{processes.where(problem)} with {run.plan.shape}: repeating the step with {smaller.shape}; "

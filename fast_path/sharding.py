@@ -176,8 +176,9 @@ def _put(owner: nn.Parameter | Stacked, codes: torch.Tensor) -> None:
 
 def _shard(module: nn.Module) -> None:
     """Give a module to FSDP2, which divides nothing in it but the parameters named SHARE."""
-    kind, device = type(module), next(module.parameters()).device
-    others = {parameter for name, parameter in module.named_parameters() if not is_share(name)}
+    kind, parameters = type(module), list(module.named_parameters())
+    device = next(parameter.device for name, parameter in parameters if is_share(name))
+    others = {parameter for name, parameter in parameters if not is_share(name)}
     fully_shard(module, mesh=_mesh(device.type), ignored_params=others)
     type(module).__name__, type(module).__module__ = kind.__name__, kind.__module__  # by which families.py knows it
 

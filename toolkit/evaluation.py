@@ -34,7 +34,7 @@ from toolkit.data_sources import by_source, windows_of
 from toolkit.file_lines import some
 from toolkit.locks import exclusive, lock_of
 from toolkit.memory import free_bytes
-from toolkit.sharding import own_batches
+from toolkit.sharding import cannot_repeat, own_batches
 
 # ------------------------------------------------------------------------------------------------ losses on blocks
 
@@ -79,8 +79,10 @@ def losses_that_fit(
     while True:
         try:
             return block_losses(sums_of, blocks, accelerator, micro_batch, pad).cpu()
-        except torch.OutOfMemoryError:
-            if micro_batch == 1 or is_divided():  # the other processes wait for this one's part of the weights
+        except torch.OutOfMemoryError as problem:
+            if is_divided():
+                raise cannot_repeat(problem) from None
+            if micro_batch == 1:
                 raise
         micro_batch = halved(micro_batch, say)
 

@@ -52,6 +52,10 @@ def create_accelerator(training: TrainingConfig, shard_base: bool = False) -> Ac
     if tracker is not None and tracker not in known:
         raise ConfigError(f"training.report_to: expected none or one of {', '.join(known)}, got {tracker!r}")
     launched = int(os.environ.get("WORLD_SIZE", "1"))
+    for plugin in ("fsdp", "deepspeed"):  # of accelerate launch; what they divide is not what is saved here
+        if os.environ.get(f"ACCELERATE_USE_{plugin.upper()}", "false").lower() in ("true", "1"):
+            way = "to divide the base among processes, use --shard_base true"
+            raise ConfigError(f"accelerate launch --use_{plugin}: expected a launch without it; {way}")
     if shard_base and launched == 1:
         way = "start them with torchrun --nproc_per_node 2 train_qlora.py, or use --shard_base false"
         raise ConfigError(f"performance.shard_base: expected two or more processes, got one: {way}")

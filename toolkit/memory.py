@@ -22,6 +22,7 @@ from toolkit.memory_plan import (
     COMPILED,
     CONTEXT_BYTES,
     GIB,
+    NCCL_BYTES,
     PCIE,
     SHAPE_KNOBS,
     MemoryPlan,
@@ -361,6 +362,11 @@ def peak_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (GIB if sys.platform == "darwin" else 2**20)
 
 
+def outside_torch() -> int:
+    """Return the bytes of a GPU that a process has outside of torch's allocator: CUDA's context and NCCL's buffers."""
+    return CONTEXT_BYTES + (NCCL_BYTES if several() else 0)
+
+
 def memory_limit(device: torch.device | None, limit_gib: float | None, fixed: bool = False) -> float | None:
     """Return the bytes that this process may use, with its CUDA context; None if there is neither GPU nor limit.
 
@@ -375,14 +381,14 @@ def memory_limit(device: torch.device | None, limit_gib: float | None, fixed: bo
         return limit
     if fixed:
         return min(torch.cuda.get_device_properties(device).total_memory, limit or math.inf)
-    # The CUDA context of this process exists already, so it is not part of the free memory.
-    free = torch.cuda.mem_get_info(device)[0] + CONTEXT_BYTES + torch.cuda.memory_reserved(device)
+    # The CUDA context and the buffers of this process exist already, so they are not part of the free memory.
+    free = torch.cuda.mem_get_info(device)[0] + outside_torch() + torch.cuda.memory_reserved(device)
     return free if limit is None else min(free, limit)
 
 
 def free_bytes(device: torch.device, limit_gib: float | None) -> int:
     """Return the bytes that this process may still allocate."""
-    return int(memory_limit(device, limit_gib) - CONTEXT_BYTES - torch.cuda.memory_reserved(device))
+    return int(memory_limit(device, limit_gib) - outside_torch() - torch.cuda.memory_reserved(device))
 
 
 def cap_memory(device: torch.device, limit_gib: float | None) -> None:
@@ -393,4 +399,4 @@ def cap_memory(device: torch.device, limit_gib: float | None) -> None:
     limit = memory_limit(device, limit_gib)
     if device.type == "cuda":
         total = torch.cuda.mem_get_info(device)[1]
-        torch.cuda.set_per_process_memory_fraction(min(1.0, (limit - CONTEXT_BYTES) / total), device.index or 0)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (limit - outside_torch()) / total), device.index or 0)

@@ -60,6 +60,7 @@ class _Launch:
     since: float = dataclasses.field(default_factory=time.monotonic)  # the last exchange
     settled: bool = False  # the first step is done
     lost: bool = False  # some process takes part in no exchange any more
+    tied: bool = False  # no process computes a layer without the others: see tie
 
 
 _launch: _Launch | None = None
@@ -118,6 +119,12 @@ def settle(settled: bool = True) -> None:
     """Say that a step of this shape is done: from here on a process that does not answer is noticed within seconds."""
     if _launch is not None:
         _launch.settled = settled
+
+
+def tie() -> None:
+    """Say that the processes compute each layer together: where one fails, the others wait for it and come to no exchange."""
+    if _launch is not None:
+        _launch.tied = True
 
 
 # ------------------------------------------------------------------------------------------------ exchanges
@@ -248,7 +255,7 @@ def together(patience: float | None = None) -> Iterator[None]:
     else:
         failure = _described(mine)
         try:
-            failures = _exchange(None, failure, None)[1]
+            failures = _exchange(None, failure, ANSWER if _launch.tied else None)[1]
         except RankFailed:  # nobody is left to be told
             raise mine from None
         if failure[0] == "memory":

@@ -7,6 +7,7 @@ python tests/benchmarks/bench_sharding.py --layers 8 --skip-check --set compile=
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -152,7 +153,8 @@ def rank_main(argv: list[str]) -> int:
         peak, left = torch.cuda.max_memory_allocated() / GIB, torch.cuda.memory_allocated() / GIB
         print(f"rank {rank}: loaded in {time.perf_counter() - start:.1f} s, peak {peak:.2f} GiB allocated, then {left:.2f}",
               flush=True)  # fmt: skip
-        torch.cuda.reset_peak_memory_stats()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
         return model
 
     def plan_run(*arguments, **named):
@@ -161,7 +163,7 @@ def rank_main(argv: list[str]) -> int:
 
     train_qlora.load_base, run_plan, memory.plan_run = load, memory.plan_run, plan_run
     code = train_qlora.main(argv)
-    free, total = torch.cuda.mem_get_info()
+    free, total = torch.cuda.mem_get_info() if torch.cuda.is_available() else (0, 0)
     reserved, allocated = torch.cuda.max_memory_reserved() / GIB, torch.cuda.max_memory_allocated() / GIB
     outside = (total - free) / GIB - torch.cuda.memory_reserved() / GIB
     plan = planned[-1].reserved / GIB if planned else math.nan
@@ -191,8 +193,10 @@ def finished(job: tuple[subprocess.Popen, str, Path], seconds: float) -> bool:
     try:
         code: int | str = process.wait(max(1.0, seconds))
     except subprocess.TimeoutExpired:
-        process.terminate()  # torchrun ends its processes
-        process.wait(20)
+        process.terminate()  # torchrun ends its processes; a run first writes a checkpoint
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(15)
+        process.kill()
         code = "out of time"
     say(f"---- {name}: {code}")
     lines = log.read_text(errors="replace").splitlines()

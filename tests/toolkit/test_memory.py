@@ -478,3 +478,54 @@ def test_experts_need_what_is_planned_in_the_backward_pass(sizes, monkeypatch):
     peak = max(itertools.accumulate(sizes))
     needed = tokens * planned.saved_bytes() + planned.transient_bytes(tokens, 2)
     assert peak == pytest.approx(needed, rel=0.06)
+
+
+# ------------------------------------------------------------------------------------------------ several processes
+
+LLAMA_70B = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128_256, "hidden_size": 8192,
+    "intermediate_size": 28_672, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8,
+    "head_dim": 128, "max_position_embeddings": 131_072, "tie_word_embeddings": False,
+}  # fmt: skip
+ON_TWO = ("--max_length", 2048, "--gradient_checkpointing", "true", "--batch_size", 1, "--card", "A100 80GB")
+
+
+def planned(capsys, folder, *flags):
+    """Return the exit code of --plan, its table as {part: GiB}, and all that it printed."""
+    code = train_qlora.main(["--plan", "--model_name", str(folder), *map(str, flags)])
+    out = capsys.readouterr().out
+    return code, {name.strip(): float(size) for name, size in re.findall(r"^  (\w.*?) +(\d+\.\d{3})$", out, re.M)}, out
+
+
+def test_the_plan_of_a_70b_divided_among_two_cards(tmp_path, capsys):
+    """Half of the packed weights on each card, and three layers gathered; the rest is whole."""
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_70B), encoding="utf-8")
+    _, whole, said = planned(capsys, tmp_path, *ON_TWO, "--processes", 2)
+    assert "performance.shard_base true would save 14.7" in said
+    code, parts, said = planned(capsys, tmp_path, *ON_TWO, "--processes", 2, "--shard_base", "true")
+    layer = 2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 28_672  # weights: q and o, k and v, the MLP
+    assert code == 0 and whole["packed weights"] == pytest.approx(80 * layer / 2 / 2**30, abs=1e-3)
+    assert parts["packed weights"] == pytest.approx(whole["packed weights"] / 2, abs=1e-3)
+    assert parts["packed weights, gathered"] == pytest.approx(3 * layer / 2 / 2**30, abs=1e-3)
+    same = ("quantisation constants", "adapters (fp32)", "gradients (fp32)", "checkpointed hidden states")
+    assert [parts[name] for name in same] == [whole[name] for name in same]
+    assert "each card receives 34.2 GB per micro-batch, 1.7 s at 20 GB/s" in said
+
+
+def test_the_plan_of_several_processes_counts_their_tokens_and_refuses_odd_shares(qwen_3b, capsys):
+    flags = ("--card", "RTX 3090", "--batch_size", 2, "--gradient_accumulation_steps", 8)
+    speeds = []
+    for processes in (1, 2):
+        _, parts, said = planned(capsys, qwen_3b, *flags, "--processes", processes)
+        assert "packed weights, gathered" not in parts
+        speeds.append(float(re.search(r"estimated, not measured: ([\d,]+) tokens/s", said)[1].replace(",", "")))
+    assert speeds[1] == pytest.approx(2 * speeds[0], rel=0.01)
+    for wrong, problem in (
+        (("--processes", 3), "expected a multiple of 3 processes, got 16"),
+        (("--processes", 0), "--processes: expected a number of processes >= 1, got 0"),
+        (("--shard_base", "true"), "performance.shard_base: expected --processes 2 or more beside --plan"),
+    ):
+        assert train_qlora.main(["--plan", "--model_name", str(qwen_3b), *map(str, (*flags, *wrong))]) == 2
+        assert problem in capsys.readouterr().err
+    assert train_qlora.main(["--processes", "2"]) == 2
+    assert "--processes: goes with --plan" in capsys.readouterr().err
