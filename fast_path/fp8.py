@@ -102,7 +102,9 @@ def unpack(weight: Packed, transposed: bool, kernels: bool) -> torch.Tensor:
         W = dequantize(weight._replace(constants=[absmax.flatten()]), torch.float32).to(E4M3)
         return W.t().contiguous() if transposed else W
     shape = (columns, rows // 2) if transposed else (rows, columns // 2)
-    out = take(shape[0], shape[1], torch.bfloat16, weight.codes.device).view(E4M3)  # in the memory that evaluations unpack into
+    out = take(shape[0], shape[1], torch.bfloat16, weight.codes.device).view(
+        E4M3
+    )  # in the memory that evaluations unpack into
     absmax, *second = weight.constants
     second = second or [absmax] * 3
     tile, row_blocks = UNPACK_ROWS[transposed], columns // weight.blocksizes[0]
