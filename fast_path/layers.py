@@ -17,6 +17,7 @@ from transformers.activations import GELUTanh, SiLUActivation
 from fast_path import families
 from fast_path.attention import CAPPED, CAUSAL, GROUPED, attend, attend_capped, grouped_attention, rotate
 from fast_path.dropout import DropoutClock, modes_kept, salt_of
+from fast_path.experts import unpacked_whole
 from fast_path.fp8 import fits, row_scales
 from fast_path.fused_linear import NOTHING_HANDED, Adapters, Handed, Masks, Norm, inverse_rms, run_linear
 from fast_path.packed_weights import adapter_columns, fusable, operand_columns, stack_weights
@@ -306,6 +307,8 @@ def fuse(
             if module not in fused and hasattr(module, "lora_A") and fusable(module):
                 _switch(module, _fused_linear, alone=group(module))
         divide(layer, groups_of(layer))
+    if fused and kernels:
+        scratch_of(clock.step.device).reserve(unpacked_whole(base, base.dtype, clock.step.device))
     return len(fused)
 
 

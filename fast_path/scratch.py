@@ -27,8 +27,8 @@ class Scratch:
     def take(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Return a tensor [rows, columns] that holds any values, to be used before the next call.
 
-        What is more than MOST times as large as what was reserved gets memory of its own: the logits of a small model, or
-        of a mixture, whose experts need more for a moment than its other weights do.
+        What is more than MOST times as large as what was reserved gets memory of its own, such as the logits of a small
+        model.
         """
         needed = rows * columns
         if needed > MOST * self.elements:

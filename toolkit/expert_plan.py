@@ -57,34 +57,41 @@ class ExpertShape:
         rows = 2 * (self.first + 2 * self.inner) + 3 * 8
         return self.each * rows + 4 * self.count if self.layers else 0
 
-    def transient_bytes(self, tokens: int, width: int) -> int:
+    def transient_bytes(self, tokens: int, width: int, shared: bool) -> int:
         """Return the bytes that a layer's experts need for a moment of its backward pass, beyond what the layer saved.
 
         The largest of four moments. When the first product's gradient is computed, nothing is left of what the experts
-        saved. width: bytes of a number in the compute dtype.
+        saved. width: bytes of a number in the compute dtype; shared: unpacked weights are in memory that weights share.
         """
         if not self.layers:
             return 0
         row, first, last = width * self.each * tokens, self.hidden * self.first, self.hidden * self.inner
+        first, last = (0 if shared else self._unpacked(weights, width) for weights in (first, last))
         return max(
-            row * (self.hidden + self.inner) + self._unpacked(last, width),  # the last product: gradients of y and x
+            row * (self.hidden + self.inner) + last,  # the last product: gradients of y and x
             row * 2 * self.hidden + width * tokens * self.hidden,  # rows by expert, by token, and their sum
             row * 3 * self.inner,  # the shares: gradients of both factors
-            row * (self.first + self.hidden) + self._unpacked(first, width) - tokens * self.saved_bytes(),
+            row * (self.first + self.hidden) + first - tokens * self.saved_bytes(),
         )
+
+    def whole_bytes(self, width: int) -> int:
+        """Return the bytes of the largest tensor of a layer, unpacked whole: for torch's grouped product, else 0.
+
+        Without a GPU the plan is for one that has this product.
+        """
+        grouped = width == 2 and (not torch.cuda.is_available() or grouped_gpu(torch.device("cuda", 0)))
+        return max(self.first, self.inner) * self.hidden * self.count * width if grouped else 0
 
     def _unpacked(self, weights: int, width: int) -> int:
         """Return the bytes that a product needs for the unpacked weights of a tensor with so many of them per expert.
 
-        As `expert_product` does it: with grouped products all experts, else with Triton none, else one of them and all
-        constants in fp32. Without a GPU the plan is for one with both.
+        As `expert_product` does it: with grouped products all experts, else with Triton none, else one of them; without
+        Triton all constants in fp32 too.
         """
-        gpu = torch.cuda.is_available()
-        if width == 2 and (not gpu or grouped_gpu(torch.device("cuda", 0))):
-            return weights * self.count * width + (weights * self.count // families.BLOCK * 4 if lacks_triton() else 0)
-        if width == 2 and not lacks_triton():
-            return 0
-        return weights * width + weights * self.count // families.BLOCK * 4
+        constants = weights * self.count // families.BLOCK * 4 if lacks_triton() or width != 2 else 0
+        if self.whole_bytes(width):
+            return weights * self.count * width + constants
+        return weights * width + constants if constants else 0
 
 
 def expert_shape(model: nn.Module) -> ExpertShape:

@@ -275,7 +275,7 @@ def transient_bytes(shape: ModelShape, config: Config, path: str, tokens: int) -
     """
     h, inner, rank = shape.hidden, shape.inner, config.lora.rank
     width = 2 if config.quantization.compute_dtype != "float32" else 4
-    experts = shape.experts.transient_bytes(tokens, width)
+    experts = shape.experts.transient_bytes(tokens, width, loss_kernel(config, path))
     if plain_layers(shape, path):  # the gradients of SwiGLU's three factors, and peft's fp32 copy of an adapter's input
         unpacked = inner * h * width if path == PLAIN else 0
         return max(tokens * (2 * (4 * inner + 2 * h) + 4 * inner) + unpacked, experts)
@@ -295,12 +295,14 @@ def scratch_bytes(shape: ModelShape, config: Config, path: str, tokens: int, chu
     together = 1 if plain_layers(shape, path) else 2  # gate and up are one operand
     qkv = (shape.query + shape.key_value) * operand_columns(h, adapter_columns(rank, 3))
     weights = max(h * wide_down, together * inner * wide, qkv) * width
+    if loss_kernel(config, path):
+        weights = max(weights, shape.experts.whole_bytes(width))
     logits = logit_bytes(shape, config, path, tokens, chunk)
     return max(weights, logits) if loss_kernel(config, path) and logits <= MOST * weights else weights
 
 
 def loss_kernel(config: Config, path: str) -> bool:
-    """Return whether a kernel computes the loss."""
+    """Return whether kernels compute the loss, and unpack weights into memory that these share."""
     return path != PLAIN and config.quantization.compute_dtype != "float32" and not lacks_triton()
 
 

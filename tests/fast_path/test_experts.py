@@ -220,7 +220,7 @@ def check_kernel(device: str, dtype: torch.dtype) -> None:
             parameter = experts.packed(torch.randn(shape, dtype=dtype), create_bnb_config(use_double_quant=double))
         W, dense = experts.operand(parameter), experts.unpacked(parameter).float()
         offsets = torch.tensor(counts, device=device).cumsum(0).int()
-        assert W.kernels(dtype)
+        assert W.has_kernel(dtype, torch.device(device))
         for across in (True, False):
             x = torch.randn(sum(counts), shape[2] if across else shape[1], device=device, dtype=dtype)
             numbers = torch.searchsorted(offsets, torch.arange(len(x), device=device), right=True)
