@@ -82,7 +82,7 @@ def become_faulty(fault: str, flags: list[str]) -> None:
         other = Path("other.txt")
         other.write_text(Path(flags[place]).read_text(encoding="utf-8")[::-1], encoding="utf-8")
         flags[place] = str(other)
-    originals = train_qlora.micro_batches, evaluation.batches
+    originals = train_qlora.micro_batches, evaluation.own_batches
 
     def micro_batches(run, numbers):
         if run.progress.step == 2:
@@ -94,12 +94,12 @@ def become_faulty(fault: str, flags: list[str]) -> None:
                 os.kill(os.getpid(), signal.SIGSTOP if fault == "hang" else signal.SIGTERM)
         yield from originals[0](run, numbers)
 
-    def batches(blocks, mine, micro_batch, *rest):
+    def own_batches(blocks, numbers, micro_batch, *rest):
         if fault == "reshape" and micro_batch > 1:
             raise torch.OutOfMemoryError("made up")
-        yield from originals[1](blocks, mine, micro_batch, *rest)
+        yield from originals[1](blocks, numbers, micro_batch, *rest)
 
-    train_qlora.micro_batches, evaluation.batches = micro_batches, batches
+    train_qlora.micro_batches, evaluation.own_batches = micro_batches, own_batches
 
 
 def child(fault: str, rank: str, constants: str, *flags: str) -> None:
