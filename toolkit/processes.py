@@ -256,11 +256,16 @@ def together(patience: float | None = None) -> Iterator[None]:
         failure = _described(mine)
         try:
             failures = _exchange(None, failure, ANSWER if _launch.tied else None)[1]
-        except RankFailed:  # nobody is left to be told
-            raise mine from None
+        except RankFailed as lost:  # nobody is left to be told
+            raise (lost if _is_about_others(mine) else mine) from None
         if failure[0] == "memory":
             mine.__traceback__ = None  # its frames hold the tensors of the micro-batch that failed
         raise _agreed(failures, mine) from None
+
+
+def _is_about_others(error: Exception) -> bool:
+    """Return whether an error comes from torch.distributed, such as in the passes of a divided base."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def _described(error: Exception) -> Failure:

@@ -82,7 +82,7 @@ def become_faulty(fault: str, flags: list[str]) -> None:
         other = Path("other.txt")
         other.write_text(Path(flags[place]).read_text(encoding="utf-8")[::-1], encoding="utf-8")
         flags[place] = str(other)
-    originals = train_qlora.micro_batches, evaluation.batches
+    originals = train_qlora.micro_batches, evaluation.own_batches
 
     def micro_batches(run, numbers):
         if run.progress.step == 2:
@@ -94,12 +94,12 @@ def become_faulty(fault: str, flags: list[str]) -> None:
                 os.kill(os.getpid(), signal.SIGSTOP if fault == "hang" else signal.SIGTERM)
         yield from originals[0](run, numbers)
 
-    def batches(blocks, mine, micro_batch, *rest):
+    def own_batches(blocks, numbers, micro_batch, *rest):
         if fault == "reshape" and micro_batch > 1:
             raise torch.OutOfMemoryError("made up")
-        yield from originals[1](blocks, mine, micro_batch, *rest)
+        yield from originals[1](blocks, numbers, micro_batch, *rest)
 
-    train_qlora.micro_batches, evaluation.batches = micro_batches, batches
+    train_qlora.micro_batches, evaluation.own_batches = micro_batches, own_batches
 
 
 def child(fault: str, rank: str, constants: str, *flags: str) -> None:
@@ -125,6 +125,13 @@ def child(fault: str, rank: str, constants: str, *flags: str) -> None:
 # ------------------------------------------------------------------------------------------------ the campaign
 
 
+CAMPAIGN = (
+    "--max_length 32 --rank 4 --batch_size 2 --gradient_accumulation_steps 2 --compile off --compute_dtype float32 --max_steps 40 "
+    "--optim adamw_torch --logging_steps 1 --save_steps 5 --eval_steps 8 --max_train_samples 200 --max_eval_samples 60"
+)
+STEPPED = "/40 |"  # in a line of the log about a step
+
+
 def last_step(output_dir: Path) -> int:
     from toolkit.earlier_run import checkpoints, step_of
 
@@ -148,33 +155,7 @@ def kill_one(run: subprocess.Popen, after: float, rank: int) -> float:
 def campaign(kills: int, seed: int, folder: Path) -> dict:
     """Kill until it is enough, continuing the same run each time; return the counts."""
     chance, counts = random.Random(seed), collections.Counter()
-    steps = [
-        "--max_length",
-        "32",
-        "--rank",
-        "4",
-        "--batch_size",
-        "2",
-        "--gradient_accumulation_steps",
-        "2",
-        "--compile",
-        "off",
-        "--max_steps",
-        "24",
-    ]
-    steps += [
-        "--compute_dtype",
-        "float32",
-        "--optim",
-        "adamw_torch",
-        "--logging_steps",
-        "1",
-        "--save_steps",
-        "5",
-        "--eval_steps",
-        "8",
-    ]
-    steps += ["--max_train_samples", "200", "--max_eval_samples", "60"]
+    steps = CAMPAIGN.split()
     slowest, whole, number, problems = 0.0, folder / "whole", 0, []
     begun = time.monotonic()
     assert launch("none", steps, whole).returncode == 0
@@ -183,7 +164,7 @@ def campaign(kills: int, seed: int, folder: Path) -> dict:
         output_dir, before = folder / f"run-{number}", last_step(folder / f"run-{number}")
         run = start("none", steps, output_dir)
         rank = chance.randrange(2)
-        took = kill_one(run, chance.uniform(0, 1.1 * seconds), rank)
+        took = kill_one(run, chance.uniform(0, seconds), rank)
         out, err = run.communicate(timeout=300)
         counts["left processes"] += len(left_running(folder))
         if took < 0 or run.returncode == 0:  # it was done
@@ -191,23 +172,26 @@ def campaign(kills: int, seed: int, folder: Path) -> dict:
             same = metrics(output_dir) == metrics(whole) if run.returncode == 0 else False
             counts["same losses"] += same
             problems += [] if same else [f"run {number}: {(out + err)[-500:]}"]
-            number += 1
+            number, seconds = number + 1, 0.7 * seconds  # other work on this machine may have ended
             continue
         counts["kills"] += 1
         counts[f"of rank {rank}"] += 1
         slowest = max(slowest, took)
         counts["slower than a minute"] += took > MINUTE
-        counts["in training"] += "/24 |" in out
+        counts["in training"] += STEPPED in out
         counts["named"] += f"rank {rank} (" in out + err and "has ended" in out + err
         now = last_step(output_dir)
         counts["lost steps"] += now < before
         steps_said = [
             int(line.split("/")[0].split()[1])
             for line in out.splitlines()
-            if line.startswith("step ") and "/24 |" in line
+            if line.startswith("step ") and STEPPED in line
         ]
         counts["saved the last step"] += bool(steps_said) and now >= max(steps_said)
-        print(json.dumps({"run": number, "rank": rank, "seconds": round(took, 1), "checkpoint": now}), flush=True)
+        print(
+            json.dumps({"run": number, "rank": rank, "seconds": round(took, 1), "checkpoint": now, **counts}),
+            flush=True,
+        )
     done = launch("none", steps, folder / f"run-{number}")  # the last one has to be able to end
     counts["finished"] += done.returncode == 0
     same = done.returncode == 0 and metrics(folder / f"run-{number}") == metrics(whole)

@@ -145,7 +145,8 @@ def test_packed_chats_and_a_resume_with_another_number_of_processes(dropout, cha
     """Two processes, and two of which the run is continued by one, learn what one learns."""
     flags = [*SHORT, "--dataset", chats, "--lora.dropout", dropout, "--max_length", 64, "--save_steps", 1]
     assert train(*flags, "--max_steps", 5, output_dir=tmp_path / "whole")[0] == 0
-    assert launch("none", [*flags, "--max_steps", 5], tmp_path / "two").returncode == 0
+    done = launch("none", [*flags, "--max_steps", 5], tmp_path / "two")
+    assert done.returncode == 0, done.stdout + done.stderr
     again = tmp_path / "again"
     assert launch("signal", [*flags, "--max_steps", 5], again).returncode != 0  # two, stopped after the third step
     assert [folder.name for folder in checkpoints(again)] == ["checkpoint-3", "checkpoint-2"]
