@@ -52,9 +52,10 @@ SLACK_BYTES, SLACK_SHARE = int(0.26 * GIB), 0.045  # constant, and as a share of
 GRAPH_SLACK_BYTES = int(0.10 * GIB)  # the constant of a captured step, before which all that is not needed is returned
 
 UNPAGED = 100_000  # weights of a tensor below which bitsandbytes does not page its states (Optimizer.get_state_buffer)
-NCCL_BYTES = int(0.5 * GIB)  # what NCCL keeps of a card for its buffers, outside of torch's allocator
+# What NCCL keeps of a card for its buffers, outside of torch's allocator: a guess, as nobody measured it here.
+NCCL_BYTES = int(0.5 * GIB)
 # Layers of a divided base that a card holds whole at the same time: the one that runs, and in buffers of the gathering this
-# one and the next.
+# one and the next. From FSDP2's code, not measured (tests/benchmarks/bench_sharding.py does).
 GATHERED = 3
 
 # How many times as fast as in bfloat16 the products with 4-bit weights are in FP8, with the passes that quantise.
@@ -434,6 +435,7 @@ def static_parts(shape: ModelShape, config: Config, path: str, rows_apart: bool 
         **({"experts, not in 4 bit": plain * width} if plain else {}),
         "adapters (fp32)": trainable * 4,
         "gradients (fp32)": trainable * 4,
+        **({"gradients in a row, to be summed": trainable * 4} if shape.processes > 1 else {}),
         "optimizer states": states - paged,
     }
     return parts, paged

@@ -2,7 +2,8 @@
 
 torchrun is started by this script; each rank's peak memory is printed beside the plan's figure.
 
-python tests/benchmarks/bench_sharding.py                       both parts, two GPUs, at most 240 s
+python tests/benchmarks/bench_sharding.py --skip-large          the small model alone
+python tests/benchmarks/bench_sharding.py --skip-check          the large one, at most 240 s
 python tests/benchmarks/bench_sharding.py --layers 8 --skip-check --set compile=off
 """
 
@@ -15,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -35,6 +37,9 @@ SMALL |= {"num_attention_heads": 16, "num_key_value_heads": 4}
 
 def seconds_so_far() -> float:
     return time.perf_counter() - START
+
+
+DIVIDED = {"shard_base": "true"}
 
 
 def say(*words: object) -> None:
@@ -161,6 +166,13 @@ def rank_main(argv: list[str]) -> int:
         planned.append(run_plan(*arguments, **named))
         return planned[-1]
 
+    def tell() -> None:  # of a run that is out of time, too
+        while torch.cuda.is_available():
+            time.sleep(10)
+            reserved, allocated = torch.cuda.max_memory_reserved() / GIB, torch.cuda.max_memory_allocated() / GIB
+            print(f"rank {rank}: peak so far {reserved:.2f} GiB reserved, {allocated:.2f} allocated", flush=True)
+
+    threading.Thread(target=tell, daemon=True).start()
     train_qlora.load_base, run_plan, memory.plan_run = load, memory.plan_run, plan_run
     code = train_qlora.main(argv)
     free, total = torch.cuda.mem_get_info() if torch.cuda.is_available() else (0, 0)
@@ -228,6 +240,8 @@ def main() -> int:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--limit-gib", type=float, default=79.5, help="of each card")
     parser.add_argument("--skip-check", action="store_true", help="leave out the small model")
+    parser.add_argument("--skip-large", action="store_true", help="leave out Llama-70B's shape")
+    parser.add_argument("--compile-check", action="store_true", help="compile the layers of the small model too")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of the large run")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     options = parser.parse_args()
@@ -238,63 +252,70 @@ def main() -> int:
         shutil.rmtree(work, ignore_errors=True)
 
 
+def flags(**named: object) -> list[object]:
+    """Return a command line's flags."""
+    return [word for name, value in named.items() for word in (f"--{name}", value)]
+
+
 def measure(options: argparse.Namespace, work: Path) -> int:
     """Run both parts. The small runs share the GPUs with the packing of the large model."""
-    import torch
-
-    gpus, divided = ",".join(map(str, range(options.processes))), ["--shard_base", "true"]
-    base = [
-        "--config",
-        ROOT / "tiny" / "config.yaml",
-        *["--compute_dtype", "bfloat16", "--logging_steps", "1", "--resume", "never"],
-    ]
-    base += ["--max_eval_samples", "60", "--gradient_checkpointing", "true"]
-    jobs, small, large = [], work / "small", work / "large"
-    if not options.skip_check:
-        write_small(small)
-        check = [
-            *base,
-            "--model_name",
-            small,
-            "--batch_size",
-            2 * options.processes,
-            "--gradient_accumulation_steps",
-            1,
-        ]
-        check += [
-            "--max_length",
-            "512",
-            "--max_steps",
-            "4",
-            "--optim",
-            "adamw_torch",
-            "--auto_fit",
-            "false",
-            "--cuda_graphs",
-            "off",
-        ]
-        for name, processes, more in (("one", 1, []), ("whole", 0, []), ("divided", 0, divided)):
-            argv, count = [*check, *more, "--output_dir", work / name], processes or options.processes
-            jobs.append(start(name, argv, count, gpus if count > 1 else "0", work / f"{name}.log"))
-    large.mkdir()
-    layers = write_packed(large, LLAMA_70B, options.layers, options.write_seconds, f"cuda:{options.processes - 1}")
-    size = sum(path.stat().st_size for path in large.iterdir()) / 1e9
-    say(f"wrote Llama-70B's shape with {layers} of 80 layers in 4 bit: {size:.1f} GB")
-    torch.cuda.empty_cache()
-    good = [finished(job, min(120, options.seconds - seconds_so_far() - 60)) for job in jobs]
+    common = {
+        "config": ROOT / "tiny" / "config.yaml",
+        "compute_dtype": "bfloat16",
+        "logging_steps": 1,
+        "resume": "never",
+    }
+    base = flags(**common, max_eval_samples=60, gradient_checkpointing="true")
+    jobs = [] if options.skip_check else start_small(options, work, base)
+    layers = 0 if options.skip_large else write_large(options, work / "large")
+    kept = 0 if options.skip_large else 60
+    good = [finished(job, options.seconds - seconds_so_far() - kept) for job in jobs]
     for other in ("one", "whole") if jobs and all(good) else ():
         compared(work / other, work / "divided")
-    run = [*base, "--model_name", large, "--max_length", options.length, "--batch_size", 1, "--max_steps", 3, *divided]
-    run += ["--gradient_accumulation_steps", options.processes, "--memory_limit_gib", options.limit_gib]
-    run += [word for pair in options.set for word in (f"--{pair.split('=', 1)[0]}", pair.split("=", 1)[1])]
-    for name, more in (("", []), (", not compiled", ["--compile", "off"])):
-        argv = [*run, *more, "--output_dir", work / f"large{len(more)}"]
-        job = start(f"{layers} layers of Llama-70B{name}", argv, options.processes, gpus, work / "large.log")
-        if finished(job, options.seconds - seconds_so_far()):
-            return 0 if all(good) else 1
-        if options.seconds - seconds_so_far() < 60:
-            break
-    return 1
+    if options.skip_large:
+        return 0 if all(good) else 1
+    run = base + flags(
+        model_name=work / "large", max_length=options.length, batch_size=1, max_steps=3, shard_base="true"
+    )
+    run += flags(gradient_accumulation_steps=options.processes, memory_limit_gib=options.limit_gib)
+    run += flags(**dict(pair.split("=", 1) for pair in options.set), output_dir=work / "out")
+    name = f"{layers} layers of Llama-70B"
+    job = start(name, run, options.processes, devices(options.processes), work / "large.log")
+    return 0 if finished(job, options.seconds - seconds_so_far()) and all(good) else 1
+
+
+def devices(processes: int) -> str:
+    return ",".join(map(str, range(processes)))
+
+
+def start_small(options: argparse.Namespace, work: Path, base: list[object]) -> list:
+    """Start a small model's runs: one process, several with whole bases, and several that divide the base."""
+    write_small(work / "small")
+    check = base + flags(model_name=work / "small", batch_size=2 * options.processes, gradient_accumulation_steps=1)
+    check += flags(max_length=512, max_steps=4, optim="adamw_torch", auto_fit="false", cuda_graphs="off")
+    if not options.compile_check:  # three cold caches at a time would take most of the seconds
+        check += flags(compile="off")
+    jobs = []
+    for name, count, more in (
+        ("one", 1, {}),
+        ("whole", options.processes, {}),
+        ("divided", options.processes, DIVIDED),
+    ):
+        argv = check + flags(**more, output_dir=work / name)
+        jobs.append(start(name, argv, count, devices(count), work / f"{name}.log"))
+    return jobs
+
+
+def write_large(options: argparse.Namespace, folder: Path) -> int:
+    """Write as many layers of Llama-70B's shape as there is time for, and return how many."""
+    import torch
+
+    folder.mkdir()
+    layers = write_packed(folder, LLAMA_70B, options.layers, options.write_seconds, f"cuda:{options.processes - 1}")
+    size = sum(path.stat().st_size for path in folder.iterdir()) / 1e9
+    say(f"wrote Llama-70B's shape with {layers} of 80 layers in 4 bit: {size:.1f} GB")
+    torch.cuda.empty_cache()
+    return layers
 
 
 if __name__ == "__main__":
