@@ -86,7 +86,7 @@ def check_targets(model: nn.Module, targets: Collection[str]) -> None:
             f"lora.target_modules: the model has no {', '.join(missing)}; "
             f"its own are --target_modules {','.join(linear_names(model))}"
         )
-    chosen = routers(model)
+    chosen = [*routers(model), *(name for name, module in modules.items() if "Router" in type(module).__name__)]
     routing = [t for t in targets if any(f".{name}".endswith(f".{t}") for name in chosen)]
     routing = [t for t in routing if not any(f".{name}".endswith(f".{t}") for name in linear_modules(model))]
     routing += [t for t in targets if t.rpartition(".")[2] == ROUTER and taken_for_experts(model, [t])]

@@ -507,15 +507,16 @@ def test_on_a_cpu_the_setting_changes_a_line(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "targets, message",
+    "family, targets, message",
     [
-        ("[q_proj, experts.middle_proj]", "the model has no experts.middle_proj"),
-        ("all-linear", "use --dropout 0, or --target_modules q_proj,k_proj,v_proj,o_proj without experts"),
-        ("[q_proj, gate]", "gate is the router of the experts, which stays frozen"),
+        ("qwen3_moe", "[q_proj, experts.middle_proj]", "the model has no experts.middle_proj"),
+        ("qwen3_moe", "all-linear", "use --dropout 0, or --target_modules q_proj,k_proj,v_proj,o_proj without experts"),
+        ("qwen3_moe", "[q_proj, gate]", "gate is the router of the experts, which stays frozen"),
+        ("gpt_oss", "[q_proj, router]", "router is the router of the experts, which stays frozen"),
     ],
 )
-def test_bad_targets_are_named_before_the_weights_are_read(targets, message, train, tmp_path, capfd):
-    folder = build("qwen3_moe", tmp_path / "model")
+def test_bad_targets_are_named_before_the_weights_are_read(family, targets, message, train, tmp_path, capfd):
+    folder = build(family, tmp_path / "model")
     (folder / "model.safetensors").write_bytes(b"no weights")
     code, output = train("--model_name", str(folder), "--target_modules", targets)
     assert code == 2 and not output.exists()
