@@ -32,6 +32,10 @@ for processes, argv in json.loads(sys.argv[1]):
             if processes > 1:
                 os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes))
                 os.environ.update(LOCAL_WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+                if rank and "DIES" in os.environ:
+                    own = train_qlora.Learner.micro_step
+                    dies = lambda self, step, *rest: own(self, step, *rest) if step < 2 else os.kill(os.getpid(), 9)
+                    train_qlora.Learner.micro_step = dies
             code = 1
             try:
                 code = train_qlora.main(argv)
@@ -44,14 +48,17 @@ for processes, argv in json.loads(sys.argv[1]):
 """
 
 
-def run(*runs):
-    """Run train_qlora.py for each (processes, flags), one after the other, and return what all printed."""
+def run(*runs, dies=False):
+    """Run train_qlora.py for each (processes, flags), one after the other, and return what all printed.
+
+    dies: the second process kills itself in its third step.
+    """
     config = ["--config", ROOT / "tiny" / "config.yaml"]
     argvs = [(processes, list(map(str, [*config, *FLAGS, *flags]))) for processes, flags in runs]
     command = [sys.executable, "-c", PROGRAM, json.dumps(argvs)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "OMP_NUM_THREADS": "1"} | ({"DIES": "1"} if dies else {})
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, encoding="utf-8", timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert (done.returncode == 0) != dies, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
@@ -105,6 +112,14 @@ def test_a_divided_run_continues_whole_and_a_whole_one_divided(corpus, tmp_path)
         found.append(json.loads((two / "evaluation.json").read_text(encoding="utf-8")))
     for name in ("base", "adapter"):
         assert found[1][name]["loss"] == pytest.approx(found[0][name]["loss"], rel=1e-6)
+
+
+@pytest.mark.long
+def test_a_process_that_dies_inside_a_layer_leaves_a_checkpoint(corpus, tmp_path):
+    """The others notice it while they gather a layer, name it, and write the last complete step."""
+    said = run((2, ["--dataset", corpus, "--output_dir", tmp_path / "out", *DIVIDED]), dies=True)
+    assert re.search(r"^error: rank 1 \(.*\) has ended; checkpoint-2 is intact; to continue: ", said, re.M), said
+    assert "Traceback" not in said and (tmp_path / "out" / "checkpoint-2").is_dir()
 
 
 @pytest.mark.long
