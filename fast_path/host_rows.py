@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import transformers.integrations.accelerate
 import transformers.modeling_utils
 from torch import nn
@@ -61,8 +62,14 @@ def keep_rows_in_main_memory(model: nn.Module, device: torch.device) -> None:
     table = model.get_input_embeddings()
     weight = table.weight.detach()
     content = weight.contiguous().flatten().view(torch.uint8)
-    rows = as_tensor_of(pinned_copy(content, device), device)
-    table.weight = nn.Parameter(rows.view(weight.dtype).view(weight.shape), requires_grad=False)
+    rows = as_tensor_of(pinned_copy(content, device), device).view(weight.dtype).view(weight.shape)
+    ends = torch.tensor([0, len(weight) - 1])
+    if not torch.equal(F.embedding(ends.to(device), rows).cpu(), weight[ends.to(weight.device)].cpu()):
+        raise ConfigError(
+            "performance.auto_fit: this GPU does not read the input embedding from main memory, which the plan needs; "
+            "`--auto_fit false` keeps it on the GPU"
+        )
+    table.weight = nn.Parameter(rows, requires_grad=False)
 
 
 def pinned_copy(content: torch.Tensor, device: torch.device) -> torch.Tensor:

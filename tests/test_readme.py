@@ -203,14 +203,14 @@ def test_the_memory_bar_is_the_plan(column, flags, qwen_3b, capsys):
     if flags:
         for line in (
             "true would save 4.01 GiB",
-            "would save 2.28 GiB",
-            "o_proj] would save 0.17 GiB",
+            "would save 2.29 GiB",
+            "o_proj] would save 0.18 GiB",
         ):
             assert line in plan
             figure = re.search(r"[\d.,]*\d (?:GiB|tokens/s)", line)
             assert figure and figure.group() in README
     else:
-        assert "lora.rank 8 would save 0.11 GiB" in plan and "only 0.11 GiB less" in README
+        assert "lora.rank 8 would save 0.10 GiB" in plan and "only 0.10 GiB less" in README
 
 
 def test_the_table_of_cards_is_the_plan(qwen_3b, capsys):

@@ -11,7 +11,7 @@ from config import ConfigError, load_config
 from fast_path import host_rows
 from fast_path.host_rows import as_tensor_of, loading_to_main_memory, pinned_copy, rows_name
 from quantization_utils import create_bnb_config, load_base, load_model_and_tokenizer
-from toolkit import memory_plan
+from toolkit import memory, memory_plan
 from toolkit.merge import plain_copy
 from toolkit.resume import fingerprint
 
@@ -67,6 +67,24 @@ def test_too_little_main_memory_is_said_in_a_line(monkeypatch):
     monkeypatch.setattr(torch, "empty_like", refuse)
     with pytest.raises(ConfigError, match="auto_fit: the input embedding .* does not fit into pinned main memory"):
         pinned_copy(torch.zeros(2**20, dtype=torch.uint8), torch.device("cuda"))
+
+
+def test_a_gpu_that_reads_other_rows_is_said_in_a_line(random_models, monkeypatch):
+    monkeypatch.setattr(host_rows, "as_tensor_of", lambda buffer, device: torch.zeros_like(buffer))
+    with pytest.raises(ConfigError, match="auto_fit: this GPU does not read the input embedding from main memory"):
+        load(random_models("llama"), rows_apart=True)
+
+
+def test_the_plan_moves_an_embedding_only_where_nothing_else_fits(random_models):
+    shape, config = memory_plan.model_shape(str(random_models("llama"))), load_config([], {"data.max_length": "128"})
+    here, apart = (memory_plan.plan_memory(shape, config, 1, 2, rows_apart=way) for way in (False, True))
+    assert here.total - apart.total == apart.rows_apart == 2 * shape.rows > 0 and apart.parts["head"] == 2 * shape.rows
+    fits = memory_plan.fit(shape, config, 1, here.total, memory_plan.Rates())
+    moved = memory_plan.fit(shape, config, 1, apart.total, memory_plan.Rates())
+    assert fits.rows_apart == 0 and moved.rows_apart and moved.total <= apart.total
+    assert "the embedding in main memory" in moved.shape and moved.saved()["rows_apart"] is True
+    resumed = memory.choose_plan(shape, config, 1, None, here.total, moved.saved())
+    assert resumed.rows_apart and resumed.shape == moved.shape
 
 
 # ------------------------------------------------------------------------------------------------ on a GPU
