@@ -92,7 +92,8 @@ def plan_run(
     limits = gathered(memory_limit(device, config.performance.memory_limit_gib, config.performance.deterministic))
     limit, least = min(limits), limits.index(min(limits))
     saved = saved if saved.get("processes") == accelerator.num_processes else {}
-    plan = gathered(choose_plan(shape, config, sequences, device, limit, saved))[0]
+    chosen = choose_plan(shape, config, sequences, device, limit, saved)
+    plan = MemoryPlan(**gathered(dataclasses.asdict(chosen))[0])
     if max(limits) - min(limits) > GIB:
         say(f"memory: {name_of(least)} has least, {limits[least] / GIB:.2f} GiB of at most {max(limits) / GIB:.2f}")
     for line in chosen_lines(config, plan, limit):

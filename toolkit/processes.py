@@ -8,8 +8,8 @@ and every function here is a plain call.
 import contextlib
 import dataclasses
 import io
+import json
 import os
-import pickle
 import platform
 import re
 import signal
@@ -131,7 +131,7 @@ def tie() -> None:
 
 
 def gathered(value: T, patience: float | None = None) -> list[T]:
-    """Return the value of every process, by rank. All processes must call it; it is small and goes over the CPU.
+    """Return the value of every process, by rank, as JSON reads it back. All must call it; values go over the CPU.
 
     patience: seconds to wait for the others; None means as long as equal work can take. Raises RankFailed if one of them
     does not answer, and instead of an answer the error of one that has failed (see together).
@@ -153,7 +153,7 @@ def _exchange(value: Any, failure: Failure | None, patience: float | None) -> tu
     launch = _launch
     if patience is None:
         patience = ANSWER + SLOWER * (time.monotonic() - launch.since) if launch.settled else SET_UP
-    mine = torch.frombuffer(bytearray(pickle.dumps((value, failure))), dtype=torch.uint8)
+    mine = torch.frombuffer(bytearray(json.dumps([value, failure]).encode()), dtype=torch.uint8)
     try:
         sizes = _all_gather(torch.tensor([len(mine)]), patience)
         padded = torch.zeros(int(sizes.max()), dtype=torch.uint8)
@@ -162,7 +162,7 @@ def _exchange(value: Any, failure: Failure | None, patience: float | None) -> tu
     except RuntimeError as error:
         raise _lost(patience, error) from None
     launch.since = time.monotonic()
-    found = [pickle.loads(part[:size].numpy().tobytes()) for part, size in zip(parts, sizes.tolist(), strict=True)]
+    found = [json.loads(part[:size].numpy().tobytes()) for part, size in zip(parts, sizes.tolist(), strict=True)]
     failures = {rank: failure for rank, (_, failure) in enumerate(found) if failure is not None}
     gone = [rank for rank, (other, _) in enumerate(found) if (other == END) != (value == END)]
     if gone and not failures:  # such as Ctrl-C for one process alone
