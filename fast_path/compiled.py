@@ -21,7 +21,6 @@ from fast_path import (
     expert_store,
     experts,
     families,
-    fp8,
     fused_linear,
     packed_weights,
 )
@@ -63,16 +62,9 @@ def _run_layer(layer: nn.Module, hidden: torch.Tensor, **kwargs) -> torch.Tensor
 @functools.cache
 def operators_tag(
     modules: tuple[ModuleType, ...] = (
-        dropout,
-        fused_linear,
-        fp8,
-        packed_weights,
-        attention,
-        capped_attention,
-        experts,
-        expert_store,
+        dropout, fused_linear, packed_weights, attention, capped_attention, experts, expert_store,
     ),
-) -> str:
+) -> str:  # fmt: skip
     """Return a tag that changes with the text of the operators' files, so that each version has its own."""
     return "qlora " + " ".join(f"{zlib.crc32(inspect.getsource(module).encode()):08x}" for module in modules)
 

@@ -238,29 +238,31 @@ def narrow(
         return x8, scales, (dropped @ A.t()) * scale
     scales = x.new_empty(len(x), dtype=torch.float32)
     how = {"SWIGLU": swiglu, "NORM": norm is not None, "FOLDED": folded is not None, "ACTIVATION": activation}
-    before, factors = norm or (x, x), scales if folded is None else folded
-    block = min(32768, dot_size(columns))
+    reads, block = (*(norm or (x, x)), scales if folded is None else folded), min(32768, dot_size(columns))
     fp8_kernels.row_scale_kernel[(len(x),)](
-        x, *before, factors, scales, columns, fp8.SMALLEST, **how, BLOCK=block, num_warps=max(4, block // 2048)
+        x, *reads, scales, columns, fp8.SMALLEST, **how, BLOCK=block, num_warps=max(4, block // 2048)
     )  # fmt: skip
-    x8, inside = torch.empty(len(x), columns, dtype=fp8.E4M3, device=x.device), 0 < extra <= MOST_NARROW_COLUMNS
-    share = widen_share(len(x), columns, x.device) if inside else NARROW.block_k
-    shares, last = triton.cdiv(columns, share), scale
-    u = x.new_empty(len(x), extra)
-    sums = x.new_empty(shares, len(x), extra, dtype=torch.float32) if inside and shares > 1 else u
-    keep = extra > MOST_NARROW_COLUMNS and folded is None
-    dropped = x.new_empty(len(x), columns) if keep else x
-    fp8_kernels.narrow_kernel[(triton.cdiv(len(x), NARROW.block_m), shares)](
-        x, x8, dropped, A, sums, *before, scales, factors, masks.step, masks.sequences, masks.salt, len(x), share,
-        masks.length, columns, extra, *A.stride(), drop_threshold(masks.p), 1 / (1 - masks.p), last, **how,
+    x8 = torch.empty(len(x), columns, dtype=fp8.E4M3, device=x.device)
+    return x8, scales, _narrow_kernel(x, x8, scales, A, masks, scale, reads, how)
+
+
+def _narrow_kernel(x, x8, scales, A, masks: Masks, scale: float, reads: tuple, how: dict) -> torch.Tensor:
+    """Launch `narrow_kernel`, which fills x8, and return scale dropout(x) A^T. reads: of `row_scale_kernel`."""
+    (extra, columns), rows = A.shape, len(x)
+    inside, keep = 0 < extra <= MOST_NARROW_COLUMNS, extra > MOST_NARROW_COLUMNS and not how["FOLDED"]
+    share = widen_share(rows, columns, x.device) if inside else NARROW.block_k
+    shares, u = triton.cdiv(columns, share), x.new_empty(rows, extra)
+    sums = x.new_empty(shares, rows, extra, dtype=torch.float32) if inside and shares > 1 else u
+    dropped = torch.empty(rows, columns, dtype=x.dtype, device=x.device) if keep else x
+    fp8_kernels.narrow_kernel[(triton.cdiv(rows, NARROW.block_m), shares)](
+        x, x8, dropped, A, sums, *reads[:2], scales, reads[2], masks.step, masks.sequences, masks.salt, rows, share,
+        masks.length, columns, extra, *A.stride(), drop_threshold(masks.p), 1 / (1 - masks.p), scale, **how,
         DROPOUT=masks.p > 0, KEEP=keep, BLOCK_M=NARROW.block_m, BLOCK_K=NARROW.block_k,
         BLOCK_R=dot_size(extra) if inside else 0, ROUND=INTERPRETED, num_warps=NARROW.warps,
     )  # fmt: skip
     if inside and shares > 1:
-        u = sums.sum(0).to(x.dtype)
-    elif extra and not inside:
-        u = (_product_fp32(dropped, A.t()) * scale).to(x.dtype)
-    return x8, scales, u
+        return sums.sum(0).to(x.dtype)
+    return u if inside or not extra else (_product_fp32(dropped, A.t()) * scale).to(x.dtype)
 
 
 DIVIDED = (torch.bfloat16,)  # dtypes in which du / rms can be stored; in float16 it would underflow

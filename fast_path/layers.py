@@ -48,6 +48,7 @@ class Group:
         bases = [getattr(module, "base_layer", module) for module in modules]
         adapted = [module for module in modules if hasattr(module, "lora_A")]
         self.leader, self.clock, self.p, self.activation = modules[0], clock, p, activation
+        self.members = tuple(modules)
         self.norm, self.epsilon = norm or (None, 0.0)
         self.weight = stack_weights(bases)
         self.row_scales = row_scales(self.weight) if fp8 and fits(self.weight) else None  # products are in FP8
@@ -327,7 +328,7 @@ def fuse_for_training(model: PeftModel, clock: DropoutClock, p: float, kernels: 
     count = sum(isinstance(module, bnb.nn.Linear4bit) for module in model.modules())
     reference = "" if inside[0].kernels else ", computed by the reference, which is slower"
     return [
-        f"products in FP8: of {sum(len(group.outputs) for group in inside)} of {count} linears in 4 bit, in training alone"
+        f"products in FP8: those of {sum(len(group.outputs) for group in inside)} of {count} linears in 4 bit, in training alone"
         f"{reference}; evaluation and inference use bfloat16"
     ]
 
@@ -365,14 +366,13 @@ def guard(learner: Any, block: np.ndarray, say: Callable[[str], None]) -> Any:
     for group in groups:
         del group.run
     names = {module: name.removeprefix("base_model.model.") for name, module in model.named_modules()}
-    worst = {names[group.leader]: errors[group] for group in groups if not errors[group] <= MOST_ERROR}
-    for group in groups:
-        if not errors[group] <= MOST_ERROR:
-            group.row_scales = None
+    left = [group for group in groups if not errors[group] <= MOST_ERROR]
+    for group in left:
+        group.row_scales = None
     found = f"FP8 changes the output of an operator by {statistics.median(errors.values()):.1%} in the median"
     say(f"{found}, by {max(errors.values()):.1%} at most (a training block through the base)")
-    if worst:
-        named = ", ".join(f"{name} {error:.0%}" for name, error in worst.items())
+    if left:
+        named = ", ".join(f"{' + '.join(names[part] for part in group.members)} {errors[group]:.0%}" for group in left)
         say(f"in bfloat16 all the same, since FP8 would change more than {MOST_ERROR:.0%} of their output: {named}")
     return learner
 

@@ -60,8 +60,6 @@ NCCL_BYTES = int(0.5 * GIB)
 # one and the next. From FSDP2's code, not measured (tests/benchmarks/bench_sharding.py does).
 GATHERED = 3
 
-# How many times as fast as in bfloat16 the products with 4-bit weights are in FP8, with the passes that quantise.
-FP8_GAIN = 1.4
 PCIE = 20e9  # bytes per second from main memory, of a slot with 16 lanes of PCIe 4; a laptop's 8 lanes have half
 
 # ------------------------------------------------------------------------------------------------ sizes of the model
@@ -591,11 +589,7 @@ def step_seconds(
     """Return an estimated time for one micro-batch: matrix products, dequantisation and passes over activations."""
     tokens, passes = micro_batch * config.data.max_length, 2 + checkpointed / shape.layers
     share = tokens / (tokens + 256)  # small products use the GPU badly
-    flops = step_flops(shape, config, micro_batch, checkpointed)
-    if config.quantization.products == "fp8":
-        dense = weights_read(shape, checkpointed) - shape.experts.all * (2 + checkpointed / shape.layers)
-        flops -= (1 - 1 / FP8_GAIN) * 2 * tokens * dense
-    products = flops / (rates.flops * share)
+    products = step_flops(shape, config, micro_batch, checkpointed) / (rates.flops * share)
     read = weights_read(shape, checkpointed) if config.quantization.load_in_4bit else 0
     activations = tokens * shape.layers * passes * 12 * (shape.hidden + shape.inner)
     fetched = 2 * shape.experts.packed / 2 / PCIE if config.quantization.experts == "cpu" else 0  # up and down
