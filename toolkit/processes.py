@@ -80,6 +80,8 @@ def join() -> None:
     gpu = torch.cuda.is_available()
     try:
         store, rank, count = next(dist.rendezvous("env://", timeout=timedelta(seconds=JOIN)))
+        # torchrun keeps its store over a restart, with the addresses of the processes that have ended.
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         backend = backend_of(gpu)
         dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=timedelta(seconds=JOIN))
         control = dist.new_group(backend="gloo", timeout=timedelta(seconds=SET_UP))
