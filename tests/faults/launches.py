@@ -139,6 +139,18 @@ def last_step(output_dir: Path) -> int:
     return step_of(found[0]) if found else 0
 
 
+def steps_logged(output_dir: Path) -> int:
+    log = output_dir / "metrics.jsonl"
+    return log.read_text(encoding="utf-8").count('"grad_norm"') if log.is_file() else 0
+
+
+def wait_for_a_step(run: subprocess.Popen, output_dir: Path) -> None:
+    """Wait until a run has logged a step more than it has now, or has ended."""
+    before = steps_logged(output_dir)
+    while run.poll() is None and steps_logged(output_dir) <= before:
+        time.sleep(0.02)
+
+
 def kill_one(run: subprocess.Popen, after: float, rank: int) -> float:
     """Kill a process of a launch some seconds from now; return how long the launch went on, or -1 if it was over."""
     time.sleep(after)
@@ -157,14 +169,18 @@ def campaign(kills: int, seed: int, folder: Path) -> dict:
     chance, counts = random.Random(seed), collections.Counter()
     steps = CAMPAIGN.split()
     slowest, whole, number, problems = 0.0, folder / "whole", 0, []
-    begun = time.monotonic()
-    assert launch("none", steps, whole).returncode == 0
-    seconds = time.monotonic() - begun
+    begun, first = time.monotonic(), start("none", steps, whole)
+    wait_for_a_step(first, whole)
+    set_up = time.monotonic() - begun
+    assert first.communicate(timeout=300) and first.returncode == 0
+    training = time.monotonic() - begun - set_up
     while counts["kills"] < kills:
         output_dir, before = folder / f"run-{number}", last_step(folder / f"run-{number}")
         run = start("none", steps, output_dir)
-        rank = chance.randrange(2)
-        took = kill_one(run, chance.uniform(0, seconds), rank)
+        rank, early = chance.randrange(2), chance.random() < 0.25
+        if not early:  # before the first step there is nothing to lose, so most kills come after it
+            wait_for_a_step(run, output_dir)
+        took = kill_one(run, chance.uniform(0, set_up if early else training / 2), rank)
         out, err = run.communicate(timeout=300)
         counts["left processes"] += len(left_running(folder))
         if took < 0 or run.returncode == 0:  # it was done
@@ -172,7 +188,7 @@ def campaign(kills: int, seed: int, folder: Path) -> dict:
             same = metrics(output_dir) == metrics(whole) if run.returncode == 0 else False
             counts["same losses"] += same
             problems += [] if same else [f"run {number}: {(out + err)[-500:]}"]
-            number, seconds = number + 1, 0.7 * seconds  # other work on this machine may have ended
+            number += 1
             continue
         counts["kills"] += 1
         counts[f"of rank {rank}"] += 1
