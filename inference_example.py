@@ -212,10 +212,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from config import LEAVES, GenerationConfig
 from fast_path import families
 from fast_path.decoder import Watch
+from fast_path.families import known_positions
 from quantization_utils import (
     SLOW_BF16,
     keep_packing,
-    known_positions,
     load_base,
     quiet_libraries,
     replaces_bf16,

@@ -46,13 +46,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from transformers.utils import cached_file
 
 from config import Config, ConfigError
-from fast_path.dropout import own_dropout_line
 from fast_path.expert_store import keep_in_main_memory
-from fast_path.experts import adapting_experts, check_stored, expert_lines, no_experts, pack, packing_experts
-from fast_path.families import decoder_layers, head_width, known_positions, of, rope_parameters
+from fast_path.experts import adapting_experts, check_stored, no_experts, pack, packing_experts
+from fast_path.families import decoder_layers
 from fast_path.host_rows import keep_rows_in_main_memory, loading_to_main_memory, rows_name_of
 from fast_path.model_targets import DEFAULT_TARGETS, linear_modules, names_without_experts, resolved_targets
-from fast_path.nf4 import runs_on
 from fast_path.packed_weights import keep_packing
 from fast_path.sharding import is_share
 from fast_path.targets import is_pattern
@@ -318,17 +316,8 @@ def load_model_and_tokenizer(
     try:
         check_index(model_name, revision)
         model_config = AutoConfig.from_pretrained(model_name, **source)
-        stored = stored_in_4bit(model_config, model_name)
         apart = experts == "cpu" and torch.device(device).type == "cuda"
-        if stored:
-            print(f"{model_name} is stored in 4 bit: keeping its own quantisation", file=sys.stderr)
-            check_stored(model_name, revision)
-        if apart and stored:
-            raise ConfigError(
-                f"quantization.experts: cpu needs a model in 16 bit, and {model_name} is stored in 4 bit; use gpu"
-            )
-        if apart and bnb_config is None:
-            raise no_experts(model_name)
+        stored = check_storage(model_config, model_name, revision, bnb_config, apart)
         kind = auto_class(model_config)
         table = rows_name_of(kind, model_config, trust_remote_code) if rows_apart else ""
         with packing_experts(apart), loading_to_main_memory(table):
@@ -353,13 +342,7 @@ def load_model_and_tokenizer(
         raise
     except LOADING_ERRORS as error:
         raise cannot_load(model_name, error) from None
-    if missing := sorted(loaded["missing_keys"]):  # transformers would leave them at random values
-        raise ConfigError(
-            f"model.name: {model_name} lacks {len(missing)} weights that its config.json needs, such as {missing[0]}"
-        )
-    rows, ids = model.get_input_embeddings().weight.shape[0], 1 + max(tokenizer.get_vocab().values())
-    if ids > rows:
-        raise ConfigError(f"model.name: the tokenizer of {model_name} has {ids:,} ids, its embedding {rows:,} rows")
+    check_loaded(model, loaded, tokenizer, model_name)
     keep_packing(model)
     for module in model.modules():  # a model stored in 4 bit keeps its quantisation, but not its compute dtype
         if isinstance(module, bnb.nn.Linear4bit):
@@ -367,59 +350,38 @@ def load_model_and_tokenizer(
     return model, tokenizer
 
 
-def beyond_positions(max_length: int, positions: int | None) -> list[str]:
-    """Return a list with a line if blocks are longer than the positions that a model supports, else []."""
-    if not positions or max_length <= positions:
-        return []
-    return [f"data.max_length: {max_length:,} tokens are more than the {positions:,} positions that the model supports"]
+def check_storage(
+    model_config: PretrainedConfig, model_name: str, revision: str | None, bnb_config: BitsAndBytesConfig | None,
+    apart: bool,
+) -> bool:  # fmt: skip
+    """Return whether a model is stored in 4 bit, and say so; raise ConfigError if it cannot be loaded as it is asked for.
 
-
-def check_length(max_length: int, config: PretrainedConfig) -> list[str]:
-    """Return beyond_positions; raise ConfigError if the model's positions are a table, which has no more rows.
-
-    Rotary embeddings also work beyond the positions, and packed samples may all be shorter than a block: then a line
-    is enough.
+    apart: whether its experts are to wait in main memory.
     """
-    positions = known_positions(config)
-    if positions and max_length > positions and not rope_parameters(config):
-        raise ConfigError(f"data.max_length: expected at most the model's {positions:,} positions, got {max_length:,}")
-    return beyond_positions(max_length, positions)
+    stored = stored_in_4bit(model_config, model_name)
+    if stored:
+        print(f"{model_name} is stored in 4 bit: keeping its own quantisation", file=sys.stderr)
+        check_stored(model_name, revision)
+    if apart and stored:
+        raise ConfigError(
+            f"quantization.experts: cpu needs a model in 16 bit, and {model_name} is stored in 4 bit; use gpu"
+        )
+    if apart and bnb_config is None:
+        raise no_experts(model_name)
+    return stored
 
 
-def base_lines(config: Config, model: PreTrainedModel) -> list[str]:
-    """Return the log lines about a loaded base: what of it is unusual in training. Raises ConfigError, as check_length."""
-    lines = check_length(config.data.max_length, model.config)
-    attention = model.config._attn_implementation
-    capped = runs_on(model.device) and of(decoder_layers(model)[0]).score_cap  # training runs capped_attention.py
-    if config.model.attn_implementation == "auto" and attention != "sdpa" and head_width(model.config) and not capped:
-        name = type(model).__name__
-        lines.append(f"attention: {attention}, since {name} has no sdpa; it stores the scores of all pairs of tokens")
-    lines += own_dropout_line(model) + expert_lines(model)
-    if config.quantization.experts == "cpu" and model.device.type == "cpu":
-        lines.append("quantization.experts: cpu changes nothing without a GPU, since all weights are in main memory")
-    return lines + (unpacked_line(model) if config.quantization.load_in_4bit else [])
-
-
-def unpacked_line(model: nn.Module) -> list[str]:
-    """Return a line if a hundredth of the weights or more stays in 16 bit besides embedding and head, else [].
-
-    bitsandbytes packs linear layers alone, not classes derived from nn.Linear; of the experts of a mixture those are
-    packed whose layout the toolkit knows (fast_path/experts.py).
-    """
-    left: dict[str, int] = {}
-    apart = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            if parameter.ndim > 1 and not isinstance(parameter, bnb.nn.Params4bit) and id(parameter) not in apart:
-                left[type(module).__name__] = left.get(type(module).__name__, 0) + parameter.numel()
-    total, packed = (
-        count_parameters(model)[1],
-        sum(weight_count(p) for p in model.parameters() if isinstance(p, bnb.nn.Params4bit)),
-    )
-    named = ", ".join(f"{count:,} of {name}" for name, count in left.items() if count >= total / 100)
-    return (
-        [f"in 4 bit: {packed:,} of {total:,} weights; in 16 bit besides embedding and head: {named}"] if named else []
-    )
+def check_loaded(
+    model: PreTrainedModel, loaded: dict[str, Any], tokenizer: PreTrainedTokenizerBase, model_name: str
+) -> None:
+    """Raise ConfigError if weights were missing, or if the tokenizer has ids for which the embedding has no row."""
+    if missing := sorted(loaded["missing_keys"]):  # transformers would leave them at random values
+        raise ConfigError(
+            f"model.name: {model_name} lacks {len(missing)} weights that its config.json needs, such as {missing[0]}"
+        )
+    rows, ids = model.get_input_embeddings().weight.shape[0], 1 + max(tokenizer.get_vocab().values())
+    if ids > rows:
+        raise ConfigError(f"model.name: the tokenizer of {model_name} has {ids:,} ids, its embedding {rows:,} rows")
 
 
 def load_base(

@@ -140,6 +140,7 @@ from fast_path.optimizers import create_optimizer
 from quantization_utils import compute_dtype_of, create_lora_config, prepare_model_for_training, with_tokens
 from toolkit import checkpoints, data_sources, earlier_run, evaluation, machine, memory, memory_plan, processes
 from toolkit.adapters import put_weights, start_from_adapter
+from toolkit.base_lines import base_lines, check_length
 from toolkit.chat_templates import adopt_template, prepare_child
 from toolkit.compare import compare_runs
 from toolkit.curves import call_plot, plot_training_curves, rates_of
@@ -302,7 +303,7 @@ def evaluate_adapter(config: Config, adapter: str | None, stride: int | None, pr
     adopt_template(tokenizer, Path(adapter) if adapter else None)
     effective = checkpoints.effective(config, model)
     lines = [*checkpoints.edited_line(config, effective), *teach_ends(tokenizer)]
-    for line in (*lines, *quantization_utils.check_length(config.data.max_length, model.config)):
+    for line in (*lines, *check_length(config.data.max_length, model.config)):
         say(line)
     rows = processes.first_alone(lambda: prepare_dataset(config, tokenizer))
     blocks: Any = make_blocks(rows, tokenizer, config.data, config.training.seed, close=stride is None)["validation"]
@@ -378,7 +379,7 @@ def build_run(config: Config, accelerator: Accelerator, log: checkpoints.Log, fo
     rows_apart = plan is not None and plan.rows_apart > 0
     model, _ = load_base(config, device, tokenizer=tokenizer, rows_apart=rows_apart)
     say(memory.memory_line(device))
-    for line in quantization_utils.base_lines(config, model):
+    for line in base_lines(config, model):
         say(line)
     if (samples := data_sources.first_samples(blocks["train"])) is not None:
         for line in untrained_chat_tokens(model, tokenizer, samples, config.lora.train_tokens):

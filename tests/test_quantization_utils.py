@@ -34,23 +34,21 @@ import quantization_utils
 import train_qlora
 from config import ConfigError
 from fast_path import layers as layers_module
+from fast_path.families import known_positions
 from quantization_utils import (
     DEFAULT_TARGETS,
-    base_lines,
-    check_length,
     count_parameters,
     create_bnb_config,
     create_lora_config,
-    known_positions,
     load_model_and_tokenizer,
     load_tokenizer,
     parameter_line,
     prepare_model_for_training,
     set_gradient_checkpointing,
-    unpacked_line,
 )
 from toolkit import machine
 from toolkit.adapters import load_adapter
+from toolkit.base_lines import base_lines, check_length, unpacked_line
 from toolkit.machine import check_nf4
 from toolkit.memory_plan import PLAIN, adapter_parameters, configured_shape, model_shape, plan_memory
 

@@ -15,7 +15,8 @@ from accelerate import Accelerator
 
 from config import Config, ConfigError, QuantizationConfig, counted
 from fast_path.fp8 import refuse
-from quantization_utils import beyond_positions, compute_dtype_of
+from quantization_utils import compute_dtype_of
+from toolkit.base_lines import beyond_positions
 from toolkit.cards import CARDS, RATES_ERROR, Card, Rates, find_card
 from toolkit.expert_plan import ExpertShape
 from toolkit.memory_plan import (

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from config import Config, ConfigError, LoraSettings, TrainingConfig
 from fast_path import families
 from fast_path.experts import no_experts
-from fast_path.families import Family
+from fast_path.families import Family, known_positions
 from fast_path.host_rows import rows_name
 from fast_path.loss import default_logit_chunk
 from fast_path.model_targets import resolved_targets
@@ -32,7 +32,6 @@ from quantization_utils import (
     cannot_load,
     count_parameters,
     create_lora_config,
-    known_positions,
     prepare_model_for_training,
     stored_in_4bit,
 )

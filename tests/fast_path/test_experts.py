@@ -25,7 +25,6 @@ from fast_path.families import expert_tensors, routers
 from fast_path.layers import fuse
 from fast_path.loss import CausalLMLoss
 from quantization_utils import (
-    base_lines,
     create_bnb_config,
     create_lora_config,
     load_model_and_tokenizer,
@@ -36,6 +35,7 @@ from tests.families import build, small_model
 from tests.fast_path.test_layers import CAPABILITIES, HALF, SINGLE, WHOLE, compile_for
 from tests.interpreter import interpret
 from toolkit import merge
+from toolkit.base_lines import base_lines
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 # Families whose experts have transformers' common layout; the first run in every CI.

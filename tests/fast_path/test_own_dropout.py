@@ -12,7 +12,8 @@ import config as schema
 import train_qlora
 from fast_path.dropout import modes_kept, own_dropout_line, train_adapters
 from fast_path.families import decoder_layers
-from quantization_utils import base_lines, load_base
+from quantization_utils import load_base
+from toolkit.base_lines import base_lines
 from toolkit.memory_plan import unplanned
 
 SMALL = {"vocab_size": 512, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
