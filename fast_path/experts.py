@@ -290,14 +290,18 @@ def unpacked_whole(model: nn.Module, dtype: torch.dtype, device: torch.device) -
 
     In memory of its own it would leave gaps: a step that was captured held 0.5 GiB more than it used (H200, 16 layers).
     """
+    if not (tensors := packed_tensors(model)):
+        return 0
     x = torch.empty(0, dtype=dtype, device=device)
-    whole = [W.shape for W in packed_tensors(model) if _grouped(x, W.shape[1:]) and W.has_kernel(dtype, device)]
+    whole = [W.shape for W in tensors if _grouped(x, W.shape[1:]) and W.has_kernel(dtype, device)]
     return max(map(math.prod, whole), default=0)
 
 
 def one_by_one(model: nn.Module, dtype: torch.dtype, device: torch.device) -> str | None:
     """Return why a model's experts are computed one after the other, as their numbers of rows reach the host; else None."""
-    x, tensors = torch.empty(0, dtype=dtype, device=device), packed_tensors(model)
+    if not (tensors := packed_tensors(model)):
+        return None
+    x = torch.empty(0, dtype=dtype, device=device)
     if all(_grouped(x, W.shape[1:]) for W in tensors):
         return None
     if not all(W.has_kernel(dtype, device) for W in tensors):

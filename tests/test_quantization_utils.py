@@ -99,6 +99,7 @@ def test_bnb_config_defaults_are_the_tutorials():
         "quant_type": "nf4",
         "compute_dtype": "bfloat16",
         "use_double_quant": True,
+        "products": "bf16",  # of training, which is not transformers' either
         "experts": "gpu",  # where they lie, which transformers' configuration does not say
     }  # the same in config.yaml's schema
 

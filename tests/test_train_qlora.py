@@ -1033,7 +1033,7 @@ def test_what_the_model_really_has_is_recorded(train, watch, monkeypatch, few, c
     assert found.quantization.load_in_4bit is bool(kinds)
     if kinds:
         assert (kinds, doubles) == ({found.quantization.quant_type}, {found.quantization.use_double_quant})
-    assert vars(found.quantization) == {**QUANTIZATION, "experts": "gpu", **quantization}
+    assert vars(found.quantization) == {**QUANTIZATION, "products": "bf16", "experts": "gpu", **quantization}
     assert (found.lora.rank, found.lora.alpha, found.lora.dropout) == (
         saved["r"],
         saved["lora_alpha"],

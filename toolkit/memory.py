@@ -122,8 +122,8 @@ def print_plan(
     if card and config.quantization.products == "fp8" and card.capability < 8.9:
         lacks = f"{card.name} has no FP8 (compute capability {card.capability}; 8.9 and above have it)"
         raise ConfigError(f"quantization.products: fp8 cannot run there, use bf16: {lacks}")
-    if device:
-        refuse(config.quantization.products, device, compute_dtype_of(config))
+    if device and config.quantization.products == "fp8":
+        refuse("fp8", device, compute_dtype_of(config))
     shape = configured_shape(config, processes)
     if config.performance.shard_base and shape.processes == 1:
         raise ConfigError("performance.shard_base: expected --processes 2 or more beside --plan, got one process")

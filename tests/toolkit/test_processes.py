@@ -102,7 +102,8 @@ def test_what_one_of_two_meets_ends_both(fault, corpus, tmp_path):
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize(("fault", "rank"), [pytest.param("hang", 1, marks=pytest.mark.long), ("hang", 0)])
+@pytest.mark.long
+@pytest.mark.parametrize(("fault", "rank"), [("hang", 1), ("hang", 0)])
 def test_a_process_that_hangs_ends_all_within_a_minute(fault, rank, corpus, tmp_path, train):
     """It is named and killed, and the other one leaves a checkpoint of the last step, from which one process continues."""
     flags = [*SHORT, "--dataset", corpus, "--max_steps", 4]
@@ -214,6 +215,7 @@ def test_two_machines_on_loopback(corpus, tmp_path, train):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, which two processes share")
 @pytest.mark.parametrize("path", ["fast", "plain"])
 def test_one_gpu_shared_by_two_processes_learns_what_one_does(path, corpus, tmp_path, random_models):
     """gloo sums the gradients, since NCCL refuses two processes on one GPU; each has its own graph and fused layers."""
