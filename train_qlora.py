@@ -592,7 +592,11 @@ def out_of_patience(run: Run) -> bool:
 
 def log_step(run: Run, result: StepResult, learning_rate: float) -> None:
     """Note the mean loss of the steps since the last logged one, and their speed."""
-    progress = run.progress
+    progress, lost, peaks = run.progress, None, [peak_gib(run.accelerator.device)]
+    try:
+        peaks = processes.gathered(peaks[0])
+    except processes.RankFailed as error:  # the step is complete, and the checkpoint that follows needs its row
+        lost = error
     row = {
         "step": progress.step,
         "epoch": round(progress.step / run.steps_per_epoch, 4),
@@ -602,11 +606,13 @@ def log_step(run: Run, result: StepResult, learning_rate: float) -> None:
         "tokens": progress.tokens,
         "tokens_per_second": round(progress.positions / progress.seconds, 1),
         "learned_tokens_per_second": round(progress.loss_tokens / progress.seconds, 1),
-        "peak_gib": round(max(processes.gathered(peak_gib(run.accelerator.device))), 3),
+        "peak_gib": round(max(peaks), 3),
     }
     progress.loss_sum, progress.loss_tokens, progress.positions, progress.seconds = 0.0, 0, 0, 0.0
     run.note(row)
     run.log.say(step_line(row, run.total_steps))
+    if lost:
+        raise lost
 
 
 # ------------------------------------------------------------------------------------------------ one optimizer step

@@ -43,7 +43,7 @@ from quantization_utils import (
     load_model_and_tokenizer,
     prepare_model_for_training,
 )
-from toolkit import evaluation, machine, memory, memory_plan
+from toolkit import evaluation, machine, memory, memory_plan, processes
 from toolkit.adapters import load_adapter
 from toolkit.checkpoints import read_checkpoint
 from toolkit.data_formats import IGNORED, PLAIN_TEMPLATE
@@ -656,6 +656,25 @@ def test_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(
     assert len(seen.windows) == 8 - 4
     assert same_rows(tmp_path / "parts", tmp_path / "whole")
     assert {p.name for p in checkpoints(tmp_path / "parts")} == {p.name for p in checkpoints(tmp_path / "whole")}
+
+
+def test_a_process_that_fails_while_the_others_log_a_step_loses_no_row(train, few, tmp_path, monkeypatch):
+    """The step is complete: a checkpoint of it without its row would make the next row the mean of two steps."""
+    flags, logged = (*RESUMABLE, "--dataset", few, "--logging_steps", 1), []
+
+    def gathered(value, patience=None):
+        logged.extend([value] * isinstance(value, float))
+        if len(logged) == 2:
+            raise processes.RankFailed("rank 1 has ended")
+        return [value]
+
+    assert train(*flags, output_dir=tmp_path / "whole")[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(processes, "gathered", gathered)
+        assert train(*flags, output_dir=tmp_path / "parts")[0] == 1
+    assert [row["step"] for row in steps_of(tmp_path / "parts")] == [1, 2]
+    assert train(*flags, output_dir=tmp_path / "parts")[0] == 0
+    assert same_rows(tmp_path / "parts", tmp_path / "whole")
 
 
 def test_a_stopped_run_says_how_to_continue(train, few, tmp_path, monkeypatch, capsys):

@@ -802,7 +802,7 @@ def test_kernels_of_the_backward_compile_within_the_shared_memory_of_each_card(c
         backward = fused_linear.MASKED_BACKWARD if dropout else fused_linear.WIDEN_BACKWARD
         tile = {"BLOCK_M": backward.block_m, "BLOCK_K": backward.block_k, "BLOCK_R": rank}
         tile |= {"DROPOUT": dropout, "NORM": True}
-        activations = dict.fromkeys(("x", "wide", "out", "dropped", "A", "divided"), HALF)
+        activations = dict.fromkeys(("x", "wide", "out", "dropped", "A", "divided", "du"), HALF)
         activations |= {"inverse_rms": SINGLE, **MASKS}
         compile_(training_kernels.widen_backward_kernel, activations, tile, backward.warps)
     for here, before, dropout in (
@@ -815,7 +815,7 @@ def test_kernels_of_the_backward_compile_within_the_shared_memory_of_each_card(c
     ):
         launch = fused_linear.swiglu_launch(max(here, before))
         tile = {"BLOCK_M": launch.block_m, "BLOCK_K": launch.block_k, "BLOCK_R": here, "BLOCK_U": before}
-        activations = dict.fromkeys(("x", "wide", "grads", "A", "u"), HALF) | {"sums": SINGLE, **MASKS}
+        activations = dict.fromkeys(("x", "wide", "grads", "A", "u", "upstream"), HALF) | {"sums": SINGLE, **MASKS}
         for activation in ("silu", "gelu_pytorch_tanh"):
             switches = tile | {"DROPOUT": dropout, "ACTIVATION": activation}
             compile_(training_kernels.swiglu_backward_kernel, activations, switches, launch.warps, num_stages=1)
@@ -826,7 +826,7 @@ def test_kernels_of_the_backward_compile_within_the_shared_memory_of_each_card(c
 
 @pytest.mark.triton
 def test_sm_86_takes_the_code_of_sm_89_and_sm_80_takes_it_too():
-    activations = dict.fromkeys(("x", "wide", "dropped", "A", "u", "norm", "grads"), HALF)
+    activations = dict.fromkeys(("x", "wide", "dropped", "A", "u", "norm", "grads", "du", "upstream"), HALF)
     activations |= {"sums": SINGLE, "inverse_rms": SINGLE, **MASKS}
     widen = {"SWIGLU": False, "NORM": True, "DROPOUT": True, "BLOCK_M": 16, "BLOCK_K": 128, "BLOCK_R": 32, "BLOCK_Z": 0}
     widen |= {"ACTIVATION": "silu"}
