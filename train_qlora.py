@@ -126,7 +126,6 @@ from accelerate import Accelerator
 from datasets import DatasetDict, load_dataset  # noqa: F401  (load_dataset: for a prepare_dataset of your own)
 from peft import PeftModel
 from safetensors import SafetensorError
-from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
@@ -387,7 +386,7 @@ def build_run(config: Config, accelerator: Accelerator, log: checkpoints.Log, fo
     plan = plan or memory_plan.unplanned(config, sequences, len(families.decoder_layers(model)))
     learner = build_learner(config, model, plan, say, sample_counts(*blocks.values())[:per_step], tokenizer)
     processes.take_from_first(learner.parameters)
-    optimizer = create_optimizer(learner.parameters, training, device, say)
+    optimizer = create_optimizer(learner.parameters, training, device, say, learner.memory)
     effective = checkpoints.effective(config, learner.model)
     for line in checkpoints.edited_line(config, effective):
         say(f"{line}; the run's config.yaml and model card record what the model has")
@@ -646,18 +645,18 @@ def training_step(run: Run, step: int, numbers: np.ndarray, request: checkpoints
                 for batch, count, sequences in micro_batches(run, numbers):
                     loss_sum += learner.micro_step(step, sequences, batch)
                     tokens += count
-                summed = processes.flat([p.grad for p in learner.parameters])
                 processes.wait_for_gpu()
             break
         except torch.OutOfMemoryError as error:
             problem = error.with_traceback(None)  # its frames hold the tensors of the micro-batch that failed
         use_less_memory(run, problem)
-    processes.sum_together([p.grad for p in learner.parameters], summed)
+    for gradients in learner.memory.all_gradients():
+        processes.sum_in_place(gradients)
     asked = [request.signum is not None, minutes_are_up(run)]
     sums = processes.sum_numbers([loss_sum, tokens, *asked], run.accelerator.device)
     scaler.unscale_(run.optimizer)
-    torch._foreach_mul_([p.grad for p in learner.parameters], learner.objective.mean(1, sums[1].float()))
-    norm = nn.utils.clip_grad_norm_(learner.parameters, run.config.training.max_grad_norm)
+    torch._foreach_mul_(learner.memory.all_gradients(), learner.objective.mean(1, sums[1].float()))
+    norm = learner.memory.clip(run.config.training.max_grad_norm)
     if step == 0 and sums[1] and not any(p.grad.any() for n, p in learner.model.named_parameters() if "lora_B" in n):
         raise NumbersWentWrong("step 1: every gradient of lora_B is zero: the loss does not reach the adapter")
     # The update is launched before any number is read: the GPU still computes the micro-batches and never waits for a

@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch import nn
 
 from fast_path import choice, dropout, families
+from fast_path.adapter_memory import AdapterMemory
 from fast_path.expert_store import join_copies
 from fast_path.loss import IGNORED, Objective
 
@@ -176,6 +177,7 @@ class Learner:
     captured_evaluation: Captured | None = None
 
     def __post_init__(self):
+        self.memory = AdapterMemory(self.parameters)
         self.sums = GradientSums(self.parameters)
 
     def micro_step(self, step: int, sequences: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -270,10 +272,7 @@ class Learner:
 
     def zero_gradients(self) -> None:
         """Set all gradients to zero in place, since a captured graph adds to their memory."""
-        if self.parameters[0].grad is None:
-            for parameter in self.parameters:
-                parameter.grad = torch.zeros_like(parameter)
-        torch._foreach_zero_([p.grad for p in self.parameters])
+        self.memory.zero_gradients()
 
 
 # ------------------------------------------------------------------------------------------------ the same bits

@@ -4,9 +4,11 @@ torch's `fully_shard` gathers a layer's weights before the layer runs, forward a
 puts parameters of its own into the places of those that it divides, and these have no quantisation state. So it gets one
 tensor per layer, with the bytes of all packed weights, and each packed weight, stacked or not, is a view of the memory into
 which FSDP2 gathers. It stays bitsandbytes' parameter, and fused and plain layers read it as ever. FSDP2 frees the memory
-by resizing it to nothing, and gathers into the same memory again, so the views stay valid: `_attach` checks that. The bytes
-are stored as bfloat16, since FSDP2 is made for types that can have gradients; they are only copied. Adapters, constants,
-norms, embedding and head are whole in each process.
+by resizing it to nothing, and gathers into the same memory again, so the views stay valid: `_attach` checks that, and that
+the bytes are those that were divided. They are stored as float32, since FSDP2 is made for types that can have gradients.
+bfloat16 would not do: on a GPU FSDP2 copies with torch._foreach_copy_, which computes bfloat16 in float32, so that every
+pair of bytes that reads as NaN, about one in 256, becomes the same NaN. Adapters, constants, norms, embedding and
+head are whole in each process.
 """
 
 import contextlib
@@ -31,6 +33,7 @@ from config import ConfigError
 from fast_path.families import decoder_layers, decoder_of
 from fast_path.packed_weights import Packed
 
+STORED = torch.float32  # the type under which FSDP2 stores and copies the bytes
 SHARE = "packed_share"  # the name of a divided layer's own parameter
 ALIGNED = 256  # bytes; tensors start at multiples of it, as in memory that torch allocates
 _divided: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # the decoder layers whose weights are divided
@@ -155,12 +158,16 @@ def divide(layer: nn.Module, groups: Sequence[Stacked] = ()) -> None:
             total += len(pieces[-1])
         first = starts[memory] + tensor.storage_offset() * tensor.element_size()
         places.append((owner, first, tensor.shape, tensor.dtype))
-    share = nn.Parameter(torch.cat(pieces).view(torch.bfloat16), requires_grad=False)
+    share = nn.Parameter(torch.cat(pieces).view(STORED), requires_grad=False)
     for owner, *_ in places:
         _put(owner, pieces[0].new_empty(0))
     layer.register_parameter(SHARE, share)
-    layer.packed_places = places
+    layer.packed_places, layer.packed_sum = places, _sum_of(share.data)
     _shard(layer)
+
+
+def _sum_of(codes: torch.Tensor) -> int:
+    return int(codes.view(torch.int32).sum(dtype=torch.int64))
 
 
 def _packed(layer: nn.Module) -> list[nn.Parameter]:
@@ -210,7 +217,12 @@ def divide_base(model: AnyModel) -> AnyModel:
 def _attach(layer: Any) -> None:
     """Make the packed weights of a divided layer views of the memory into which FSDP2 gathers its share."""
     layer.unshard()
-    memory = getattr(layer, SHARE).data.view(torch.uint8)
+    whole = getattr(layer, SHARE).data
+    if _sum_of(whole) != layer.packed_sum:
+        raise RuntimeError(
+            f"FSDP2 of torch {torch.__version__} does not gather the bytes that it divided: use --shard_base false"
+        )
+    memory = whole.view(torch.uint8)
     for owner, first, shape, dtype in layer.packed_places:
         size = shape.numel() * dtype.itemsize
         _put(owner, memory[first : first + size].view(dtype).view(shape))

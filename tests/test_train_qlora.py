@@ -1663,3 +1663,28 @@ def test_a_deterministic_runs_gradients_repeat_at_the_3bs_head_width(tiny_model,
         torch.use_deterministic_algorithms(False)
     assert all(gradient.any() for gradient in first)
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, for which the CPU could wait")
+def test_the_update_is_launched_without_waiting_for_the_gpu(train, corpus, monkeypatch):
+    """From the last micro-batch to the update nothing waits for the GPU: it always has work in its queue."""
+    launched = []
+
+    def watched(*arguments):
+        torch.cuda.set_sync_debug_mode("error" if launched else "default")  # the first step looks at the gradients
+        return sum_numbers(*arguments)
+
+    def step(self, optimizer):
+        launched.append(torch.cuda.get_sync_debug_mode())
+        optimizer.step()  # bitsandbytes' counters of steps are numbers of the CPU
+        torch.cuda.set_sync_debug_mode("default")
+
+    sum_numbers = processes.sum_numbers
+    monkeypatch.setattr(processes, "sum_numbers", watched)
+    monkeypatch.setattr(torch.amp.GradScaler, "step", step)
+    try:
+        code, _ = train("--dataset", corpus, "--max_length", 64, "--max_steps", 4, "--optim", "adamw_8bit")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert code == 0 and launched == [0, 2, 2, 2]

@@ -171,7 +171,7 @@ def check_step(device: torch.device, performance: PerformanceConfig) -> tuple[fl
         )
         model, tokenizer = load_base(config, device)
         learner = train.build_learner(config, model, unplanned(config, 2, layers=2), lines.append)
-        optimizer = train.create_optimizer(learner.parameters, training, device, lines.append)
+        optimizer = train.create_optimizer(learner.parameters, training, device, lines.append, learner.memory)
         blocks: Any = list(torch.randint(512, (2, 64), generator=torch.Generator().manual_seed(0)).numpy())
         # Not imported above, since it imports datasets, which inference does not need.
         batches = importlib.import_module("toolkit.data_blocks").batches
@@ -183,7 +183,7 @@ def check_step(device: torch.device, performance: PerformanceConfig) -> tuple[fl
             learner.zero_gradients()
             losses.append(learner.micro_step(step, torch.from_numpy(places), batch).item() / tokens)
             learner.scaler.unscale_(optimizer)
-            torch._foreach_mul_([parameter.grad for parameter in learner.parameters], 1 / tokens)
+            torch._foreach_mul_(learner.memory.all_gradients(), 1 / tokens)
             learner.scaler.step(optimizer)
             learner.scaler.update()
         del model, learner, optimizer

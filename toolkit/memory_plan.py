@@ -433,7 +433,6 @@ def static_parts(shape: ModelShape, config: Config, path: str, rows_apart: bool 
         **({"experts, not in 4 bit": plain * width} if plain else {}),
         "adapters (fp32)": trainable * 4,
         "gradients (fp32)": trainable * 4,
-        **({"gradients in a row, to be summed": trainable * 4} if shape.processes > 1 else {}),
         "optimizer states": states - paged,
     }
     return parts, paged

@@ -370,25 +370,25 @@ def sum_in_place(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def flat(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return the elements of all tensors in a row, for a single reduction; of a process that is alone no copy is made."""
-    return torch.cat([tensor.flatten() for tensor in tensors]) if several() else torch.empty(0)
-
-
-def sum_together(tensors: Sequence[torch.Tensor], elements: torch.Tensor) -> None:
-    """Sum tensors over all processes, in their own memory, by a single reduction. elements: from `flat`."""
-    if several():
-        sum_in_place(elements)
-        _put(elements, tensors)
+    """Return the elements of all tensors in a row, to be sent at once."""
+    return torch.cat([tensor.flatten() for tensor in tensors])
 
 
 def sum_numbers(numbers: Sequence[float | torch.Tensor], device: torch.device) -> torch.Tensor:
     """Return the sums of numbers over all processes, fp64, on the device."""
-    return sum_in_place(torch.stack([torch.as_tensor(n, dtype=torch.float64, device=device) for n in numbers]))
+    known = torch.tensor([0.0 if isinstance(n, torch.Tensor) else n for n in numbers], dtype=torch.float64)
+    if device.type == "cuda":
+        known = known.pin_memory()  # so that the copy is queued and the CPU does not wait for the GPU
+    own = known.to(device, non_blocking=True)
+    for place, number in enumerate(numbers):
+        if isinstance(number, torch.Tensor):
+            own[place] = number
+    return sum_in_place(own)
 
 
 def _put(elements: torch.Tensor, tensors: Sequence[torch.Tensor]) -> None:
-    for tensor, part in zip(tensors, elements.split([t.numel() for t in tensors]), strict=True):
-        tensor.copy_(part.view_as(tensor))
+    parts = elements.split([tensor.numel() for tensor in tensors])
+    torch._foreach_copy_(list(tensors), [part.view_as(t) for part, t in zip(parts, tensors, strict=True)])
 
 
 @torch.no_grad()

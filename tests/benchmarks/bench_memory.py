@@ -193,7 +193,7 @@ def measure(
     stages["weights"] = held()
     learner = train_qlora.build_learner(config, model, plan, lambda line: None)
     stages["adapter, fused"] = held()
-    optimizer = optimizers.create_optimizer(learner.parameters, config.training, device, print)
+    optimizer = optimizers.create_optimizer(learner.parameters, config.training, device, print, learner.memory)
     ids = torch.randint(0, 30000, (plan.micro_batch, config.data.max_length), device=device)
     learner.objective.base.eval()
     learner.evaluation_sums(input_ids=ids, labels=ids)

@@ -124,13 +124,13 @@ def load_ours(case: dict, device: torch.device) -> tuple[Callable[[int, torch.Te
     plan = memory_plan.plan_memory(memory_plan.shape_of(skeleton), config, 1, case["layers"])
     model = random_mixture(shape, device, case["experts"])
     learner = train_qlora.build_learner(config, model, plan, lambda line: print(line, file=sys.stderr, flush=True))
-    optimizer = optimizers.create_optimizer(learner.parameters, config.training, device, print)
+    optimizer = optimizers.create_optimizer(learner.parameters, config.training, device, print, learner.memory)
     learner.train()
 
     def step(number: int, ids: torch.Tensor) -> torch.Tensor:
         learner.zero_gradients()
         loss = learner.micro_step(number, torch.arange(1), {"input_ids": ids, "labels": ids})
-        torch._foreach_mul_([p.grad for p in learner.parameters], 1 / (ids.numel() - 1))
+        torch._foreach_mul_(learner.memory.all_gradients(), 1 / (ids.numel() - 1))
         optimizer.step()
         return loss / (ids.numel() - 1)
 

@@ -98,6 +98,12 @@ def turn(case: dict) -> Iterator[Callable[[], None]]:
         yield alone
 
 
+def shared_file():
+    """Return the file whose lock gives the turns; the file that BENCH_TURN names is shared with other benchmarks of one GPU."""
+    named = os.environ.get("BENCH_TURN")
+    return open(named, "a") if named else tempfile.NamedTemporaryFile()
+
+
 def run_cases(cases: list[dict], run: Callable[[dict], dict], together: int) -> list[dict]:
     """Run cases in processes of their own, some of them at a time, each timed alone.
 
@@ -107,7 +113,7 @@ def run_cases(cases: list[dict], run: Callable[[dict], dict], together: int) -> 
     left, counting = Counter(case["model"] for case in cases), threading.Lock()
     kept = {name: contextlib.ExitStack() for name in names}
     with (
-        tempfile.NamedTemporaryFile() as file,
+        shared_file() as file,
         ThreadPoolExecutor(together) as pool,
         ThreadPoolExecutor(together) as makers,
     ):
@@ -234,7 +240,9 @@ def load_ours(case: dict):
     positions = (torch.arange(length, device="cuda") % (packed or length)).repeat(case["batch"], 1)
     learner.train()
     learner.zero_gradients()
-    optimizer = optimizers.create_optimizer(learner.parameters, config.training, torch.device("cuda:0"), print)
+    optimizer = optimizers.create_optimizer(
+        learner.parameters, config.training, torch.device("cuda:0"), print, learner.memory
+    )
     sequences = torch.arange(case["batch"])
 
     def micro_batch(step: int, ids: torch.Tensor) -> torch.Tensor:

@@ -94,6 +94,7 @@ def micro_steps(folder, apart: bool, tokens: str) -> tuple[list[torch.Tensor], d
     """Return losses, gradients and an evaluation's sums of captured steps, the run's fingerprint, and the embedding."""
     config = load_config([], {"model.name": str(folder), "data.max_length": "128", "lora.train_tokens": tokens})
     model, tokenizer = load_base(config, torch.device("cuda"), rows_apart=apart)
+    table = dict(plain_copy(model).named_parameters())[TABLE]  # before peft puts its layers into the model
     plan = memory_plan.unplanned(config, 2, 2)
     learner = train_qlora.build_learner(config, model, plan, lambda line: None, tokenizer=tokenizer)
     learner.reshape(2, 2, False)
@@ -107,7 +108,7 @@ def micro_steps(folder, apart: bool, tokens: str) -> tuple[list[torch.Tensor], d
     found.append(learner.evaluation_sums(input_ids=ids, labels=ids).clone())
     assert learner.fast.cuda_graphs == (tokens == "null"), learner.fast.line
     prints = fingerprint(learner.model, tokenizer, {})
-    return found, prints, dict(plain_copy(model).named_parameters())[TABLE]
+    return found, prints, table
 
 
 @pytest.mark.gpu

@@ -476,11 +476,11 @@ def test_labels_move_one_to_the_left():
 
 
 @pytest.mark.parametrize("kind", [bnb.optim.AdamW8bit, bnb.optim.AdamW32bit])
-def test_an_optimizer_without_waits_steps_as_bitsandbytes_does(kind):
+def test_the_quick_optimizer_steps_as_bitsandbytes_does(kind):
     torch.manual_seed(0)
     start = [torch.randn(64, 128), torch.randn(16)]
     runs = []
-    for optimizer in (kind, optimizers.without_waits(kind)):
+    for optimizer in (kind, optimizers.quick(kind)):
         parameters = [torch.nn.Parameter(tensor.clone()) for tensor in start]
         adam = optimizer(parameters, lr=1e-2, weight_decay=0.1)
         for step in range(5):

@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
+from fast_path import sharding
 from tests.benchmarks import bench_sharding
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -158,3 +160,22 @@ def test_a_plugin_of_accelerate_is_refused(train, capsys, monkeypatch, plugin):
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert code == 2 and not folder.exists()
     assert line.startswith(f"error: accelerate launch --use_{plugin}: expected a launch without it; to divide the base")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, which copies in another way than a CPU")
+def test_a_gpu_copies_every_pattern_of_bytes_as_fsdp2_does():
+    """With the operators that FSDP2 gathers with; as bfloat16 each NaN would become the same one."""
+    codes = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).repeat_interleave(2).view(torch.uint8)
+    codes = torch.cat([codes, codes.flip(0)]).cuda()
+    changed = {}
+    for dtype in (sharding.STORED, torch.bfloat16):
+        share = codes.view(dtype)
+        copied, halves = torch.empty_like(share), torch.empty(2, len(share) // 2, dtype=dtype, device="cuda")
+        torch._foreach_copy_([copied], [share])
+        torch.ops.fsdp.split_with_sizes_copy(
+            share.view(1, -1), [len(share) // 2] * 2, dim=1, out=list(halves.unsqueeze(1))
+        )
+        changed[dtype] = [int((found.view(torch.uint8).view(-1) != codes).sum()) for found in (copied, halves)]
+    assert changed[sharding.STORED] == [0, 0], changed
+    assert changed[torch.bfloat16][0] > 0, "if no type changes bytes any more, the float32 is not needed"

@@ -255,7 +255,7 @@ def test_stepping_down_ends_at_the_smallest_shape():
 
 
 def test_processes_of_unequal_memory_take_the_plan_of_the_smallest(qwen_3b, monkeypatch):
-    """Each one has chosen its own; all take that of the first, which has to fit the smallest with the gradients in a row."""
+    """Each one has chosen its own; all take that of the first, which has to fit the smallest."""
     limits, said = iter([24 * GIB, 8 * GIB]), []
     config = dataclasses.replace(settings(), model=ModelConfig(name=str(qwen_3b)))
     alone = memory.choose_plan(model_shape(str(qwen_3b)), config, 8, None, 8 * GIB, {}, Rates())
@@ -266,7 +266,7 @@ def test_processes_of_unequal_memory_take_the_plan_of_the_smallest(qwen_3b, monk
     monkeypatch.setattr(memory, "gathered", lambda value: [value, next(limits)] if value == 24 * GIB else [value, None])
     accelerator = SimpleNamespace(device=None, num_processes=2)
     plan = memory.plan_run(config, accelerator, 8, {}, said.append)
-    assert alone.total <= 8 * GIB and plan.total <= 8 * GIB - 4 * 29_933_568
+    assert alone.total <= 8 * GIB and plan.total <= 8 * GIB
     assert any(line.startswith("memory: rank 1") and "8.00 GiB of at most 24.00" in line for line in said)
 
 

@@ -41,7 +41,6 @@ def test_alone_every_function_is_a_plain_call():
     assert processes.gathered(7) == [7] and processes.is_first() and not processes.several()
     assert processes.first_alone(lambda: 5) == 5
     assert processes.sum_in_place(tensor) is tensor and tensor.tolist() == [1, 1, 1]
-    processes.sum_together([tensor], processes.flat([tensor]))
     processes.take_from_first([tensor])
     processes.refuse_differences({"lora.rank": 4})
     with pytest.raises(ValueError, match="own") as found, processes.together():
