@@ -4,6 +4,7 @@ Unsloth reads a checkpoint. The disk need not hold one of 57 GiB: a single layer
 and each layer of the model reads that one, so all have the same weights, which changes neither speed nor memory.
 """
 
+import gc
 import json
 import shutil
 import sys
@@ -23,6 +24,7 @@ from transformers import Qwen3MoeConfig
 from unsloth import FastLanguageModel
 
 GIB = 2**30
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 TOKENIZER = Path(__file__).resolve().parents[2] / "tiny" / "model"  # any will do: the tokens are random ids
 
@@ -80,7 +82,7 @@ def write(shape: dict, layers: int, folder: Path) -> None:
     ).save_pretrained(folder)
     made = {}
     for name, size in tensors(shape):
-        made[name] = torch.ones(size) if len(size) == 1 else 0.02 * torch.randn(size, device="cuda")
+        made[name] = torch.ones(size) if len(size) == 1 else 0.02 * torch.randn(size, device=DEVICE)
     made = {name: tensor.to("cpu", torch.bfloat16) for name, tensor in made.items()}
     save_file(made, folder / "model.safetensors", {"format": "pt"})
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -111,26 +113,32 @@ def main(case: dict) -> dict:
     row["experts"] = f"{packed} of {len(experts)} tensors in 4 bit, {sum(p.nbytes for p in experts) / GIB:.2f} GiB"
     model.train()
     optimizer = bnb.optim.PagedAdamW8bit([p for p in model.parameters() if p.requires_grad], lr=2e-4)
+    gc.collect()
     torch.cuda.empty_cache()
     row["loaded_gib"] = round(torch.cuda.memory_allocated() / GIB, 2)
-    torch.cuda.reset_peak_memory_stats()
-    ids = torch.randint(0, 4096, (1, case["length"]), device="cuda")
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    ids = torch.randint(0, 4096, (1, case["length"]), device=DEVICE)
 
     def step() -> torch.Tensor:
         optimizer.zero_grad()
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch.autocast(DEVICE, torch.bfloat16):
             loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         optimizer.step()
         return loss.detach()
 
+    def wait() -> None:
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+
     losses = [step() for _ in range(3)]  # compile
-    torch.cuda.synchronize()
+    wait()
     print("READY", flush=True)
     sys.stdin.readline()
     began = time.perf_counter()
     losses += [step() for _ in range(case["steps"])]
-    torch.cuda.synchronize()
+    wait()
     row["tokens_s"] = round(case["steps"] * case["length"] / (time.perf_counter() - began), 1)
     row["first_loss"], row["last_loss"] = (round(float(loss), 3) for loss in (losses[0], losses[-1]))
     row["peak_gib"] = round(torch.cuda.max_memory_reserved() / GIB, 2)
