@@ -320,7 +320,8 @@ def load_model_and_tokenizer(
         stored = check_storage(model_config, model_name, revision, bnb_config, apart)
         kind = auto_class(model_config)
         table = rows_name_of(kind, model_config, trust_remote_code) if rows_apart else ""
-        with packing_experts(apart), loading_to_main_memory(table):
+        packs = experts != "16bit"
+        with packing_experts(apart, packs), loading_to_main_memory(table):
             model, loaded = kind.from_pretrained(
                 model_name,
                 config=model_config,
@@ -333,7 +334,7 @@ def load_model_and_tokenizer(
                 **source,
             )
         if stored:
-            pack(model, model.hf_quantizer.quantization_config, dtype)
+            pack(model, model.hf_quantizer.quantization_config, dtype, packs)
         if apart:
             keep_in_main_memory(model, torch.device(device))
         if table:

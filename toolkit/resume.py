@@ -90,7 +90,7 @@ def check_resumable(state: dict, config: Config, prints: dict[str, str], sequenc
             changes[key] = changed_line(key, before.get(key), now[key], name)
         else:
             # A mixture's experts were in 16 bit before 2026-11-29.
-            packing = ", or this version packs it into 4 bit otherwise" if key == "model.name" else ""
+            packing = ", or its experts were in 16 bit then (--experts 16bit)" if key == "model.name" else ""
             contents[key] = f"{key}: its content has changed since {name} was written{packing}"
     if changes or contents:
         raise other_run([*changes.values(), *contents.values()], config.training)
