@@ -175,7 +175,8 @@ def test_experts_of_another_layout_are_refused_before_the_weights_are_read(famil
     """In 16 bit they would be QLoRA in name only; the setting that allows it is named."""
     folder = build(family, tmp_path / "model")
     (folder / "model.safetensors").write_bytes(b"no weights")
-    code, output = train("--model_name", folder, "--target_modules", "[q_proj]")
+    capfd.readouterr()
+    code, output = train("--model_name", folder, "--target_modules", "all-linear")
     error = capfd.readouterr().err
     assert code == 2 and not output.exists() and error.count("\n") == 1
     assert re.search(
