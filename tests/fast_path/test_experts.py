@@ -41,23 +41,16 @@ from toolkit.base_lines import base_lines
 ROOT = Path(__file__).resolve().parent.parent.parent
 # Families whose experts have transformers' common layout; the first run in every CI.
 FIRST = (
-    "qwen3_moe",
-    "mixtral",
-    "gpt_oss",
-    "nemotron_h",
-    "aria_text",
-    "qwen2_moe",
-    "deepseek_v3",
-    "granitemoe",
-    "afmoe",
-)
+    "qwen3_moe", "mixtral", "gpt_oss", "qwen2_moe", "qwen3_next", "deepseek_v2", "deepseek_v3", "glm4_moe", "granitemoe",
+    "olmoe", "phimoe", "nemotron_h", "aria_text", "afmoe",
+)  # fmt: skip
 FURTHER = (
-    "axk1", "axk2", "bailing_hybrid", "beam", "cohere2_moe", "deepseek_v2", "deepseek_v32", "deepseek_v4", "dots1",
-    "dots3_note", "dots3_note_text", "ernie4_5_moe", "exaone_moe", "flex_olmo", "glm4_moe", "glm4_moe_lite",
+    "axk1", "axk2", "bailing_hybrid", "beam", "cohere2_moe", "deepseek_v32", "deepseek_v4", "dots1",
+    "dots3_note", "dots3_note_text", "ernie4_5_moe", "exaone_moe", "flex_olmo", "glm4_moe_lite",
     "glm_moe_dsa", "granitemoe_swa", "granitemoehybrid", "granitemoeshared", "hunyuan_v1_moe", "hy_v3", "hy_v4",
     "inkling2_loop_text", "inkling2_text", "inkling_text", "jamba", "kimi_linear", "kolibri1", "laguna",
-    "lara_mini", "lfm2_moe", "mellum", "mimo_v2_flash", "minimax", "minimax_m2", "minimax_m3_vl_text", "olmoe",
-    "phimoe", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next", "qwen4_exp", "qwen4_exp_text", "sarvam_mla",
+    "lara_mini", "lfm2_moe", "mellum", "mimo_v2_flash", "minimax", "minimax_m2", "minimax_m3_vl_text",
+    "qwen3_5_moe", "qwen3_5_moe_text", "qwen4_exp", "qwen4_exp_text", "sarvam_mla",
     "sarvam_moe", "solar_open", "zaya",
 )  # fmt: skip
 FAMILIES = [*FIRST, *(pytest.param(name, marks=pytest.mark.long) for name in FURTHER)]
