@@ -26,6 +26,7 @@ from fast_path.families import expert_tensors, routers
 from fast_path.layers import fuse
 from fast_path.loss import CausalLMLoss
 from quantization_utils import (
+    adapter_lines,
     create_bnb_config,
     create_lora_config,
     load_model_and_tokenizer,
@@ -117,7 +118,19 @@ def test_experts_are_packed_and_the_router_is_not(family, tmp_path):
     trained = prepare_model_for_training(model, create_lora_config(dropout=0.0, target_modules="all-linear"), False)
     names = [name for name, p in trained.named_parameters() if p.requires_grad]
     assert names and not any("gate.lora" in name or "router" in name for name in names)
-    assert any("experts" in name for name in names) is (family == "qwen3_moe")  # peft has no old names for gpt-oss
+    adapted = family == "qwen3_moe"  # peft has no old names for gpt-oss
+    assert any("experts" in name for name in names) is adapted
+    left_out = (
+        "adapters: not on the routed experts; name them, without other settings: experts.gate_up_proj,experts.down_proj"
+    )
+    assert (left_out in adapter_lines(trained)) is not adapted
+
+
+def test_all_linear_of_some_layers_says_that_experts_are_left_out(tmp_path):
+    asked = create_lora_config(dropout=0.0, target_modules="all-linear")
+    asked.layers_to_transform = [0]
+    lines = adapter_lines(prepare_model_for_training(loaded("qwen3_moe", tmp_path), asked, False))
+    assert any(line.startswith("adapters: not on the routed experts; name them") for line in lines)
 
 
 @pytest.mark.parametrize("family", ["afmoe", "hunyuan_v1_moe"])
