@@ -64,6 +64,7 @@ def find_checkpoint(training: TrainingConfig, overwrite: bool, say: Callable[[st
     return found
 
 
+EXPERTS = "quantization.experts"
 # Inputs of a run: their name, their keys in `fingerprint`, and the settings that change them.
 CONTENTS = (
     # an adapter renames the weights it is attached to
@@ -86,6 +87,10 @@ def check_resumable(state: dict, config: Config, prints: dict[str, str], sequenc
         same = all(then.get(part, prints[part]) == prints[part] for part in parts)
         if same or any(changed.startswith(causes) for changed in changes):
             continue
+        if key == "model.name" and "16bit" in {before.get(EXPERTS, "gpu")} ^ {now[EXPERTS]}:
+            key = (
+                EXPERTS  # may change where a model has no experts, or had them in 16 bit before this setting was there
+            )
         if key in now and before.get(key) != now[key]:
             changes[key] = changed_line(key, before.get(key), now[key], name)
         else:
