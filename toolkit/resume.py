@@ -87,7 +87,7 @@ def check_resumable(state: dict, config: Config, prints: dict[str, str], sequenc
         same = all(then.get(part, prints[part]) == prints[part] for part in parts)
         if same or any(changed.startswith(causes) for changed in changes):
             continue
-        if key == "model.name" and "16bit" in {before.get(EXPERTS, "gpu")} ^ {now[EXPERTS]}:
+        if key == "model.name" and "16bit" in {before.get(EXPERTS, now[EXPERTS])} ^ {now[EXPERTS]}:
             key = (
                 EXPERTS  # may change where a model has no experts, or had them in 16 bit before this setting was there
             )
@@ -95,7 +95,9 @@ def check_resumable(state: dict, config: Config, prints: dict[str, str], sequenc
             changes[key] = changed_line(key, before.get(key), now[key], name)
         else:
             # A mixture's experts were in 16 bit before 2026-11-29.
-            packing = ", or its experts were in 16 bit then (--experts 16bit)" if key == "model.name" else ""
+            packing = (
+                ", or an older version left its experts in 16 bit (--experts 16bit)" if key == "model.name" else ""
+            )
             contents[key] = f"{key}: its content has changed since {name} was written{packing}"
     if changes or contents:
         raise other_run([*changes.values(), *contents.values()], config.training)
