@@ -93,8 +93,8 @@ class QuantizationConfig(Section):
     products: str = knob("bf16", "arithmetic of training's products with 4-bit weights", choices=("bf16", "fp8"))
     experts: str = free_knob(
         "gpu",
-        "where the routed experts of a mixture lie; cpu fetches each layer's from main memory",
-        choices=("gpu", "cpu"),
+        "the routed experts of a mixture: in 4 bit where they are computed, or in main memory (cpu); or 16bit",
+        choices=("gpu", "cpu", "16bit"),
     )
 
 
@@ -715,7 +715,7 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield "lora.train_tokens: expected null with lora.init_adapter, whose adapter has no rows of tokens to go on from"
     packed = config.quantization.load_in_4bit and config.quantization.experts == "gpu"
     if config.performance.shard_base and (config.lora.use_dora or not packed):
-        yield "performance.shard_base: expected false with use_dora: true, experts: cpu or load_in_4bit: false"
+        yield "performance.shard_base: expected false with use_dora: true, experts: cpu or 16bit, or load_in_4bit: false"
     if config.performance.memory_limit_gib is not None and config.performance.memory_limit_gib > 4096:
         yield f"performance.memory_limit_gib: expected GiB, got {config.performance.memory_limit_gib}; is that MiB?"
 

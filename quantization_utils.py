@@ -50,7 +50,13 @@ from fast_path.expert_store import keep_in_main_memory
 from fast_path.experts import adapting_experts, check_stored, no_experts, pack, packing_experts
 from fast_path.families import decoder_layers
 from fast_path.host_rows import keep_rows_in_main_memory, loading_to_main_memory, rows_name_of
-from fast_path.model_targets import DEFAULT_TARGETS, linear_modules, names_without_experts, resolved_targets
+from fast_path.model_targets import (
+    DEFAULT_TARGETS,
+    expert_names,
+    linear_modules,
+    names_without_experts,
+    resolved_targets,
+)
 from fast_path.packed_weights import keep_packing
 from fast_path.sharding import is_share
 from fast_path.targets import is_pattern
@@ -320,7 +326,8 @@ def load_model_and_tokenizer(
         stored = check_storage(model_config, model_name, revision, bnb_config, apart)
         kind = auto_class(model_config)
         table = rows_name_of(kind, model_config, trust_remote_code) if rows_apart else ""
-        with packing_experts(apart), loading_to_main_memory(table):
+        packs = experts != "16bit"
+        with packing_experts(apart, packs), loading_to_main_memory(table):
             model, loaded = kind.from_pretrained(
                 model_name,
                 config=model_config,
@@ -333,7 +340,7 @@ def load_model_and_tokenizer(
                 **source,
             )
         if stored:
-            pack(model, model.hf_quantizer.quantization_config, dtype)
+            pack(model, model.hf_quantizer.quantization_config, dtype, packs)
         if apart:
             keep_in_main_memory(model, torch.device(device))
         if table:
@@ -519,6 +526,10 @@ def adapter_lines(model: PeftModel) -> list[str]:
     elif set(asked.target_modules) == set(DEFAULT_TARGETS) != set(found.target_modules):
         left = ", ".join(sorted(set(DEFAULT_TARGETS) - set(found.target_modules)))
         lines = [f"adapters: not on {left}: its routed experts get adapters only where they are named"]
+    # peft may have no name for experts that all-linear could mean, or a setting chooses among layers.
+    left_out = asked.target_modules == "all-linear" and not found.target_parameters
+    if left_out and (names := expert_names(model.get_base_model())):
+        lines.append(f"adapters: not on the routed experts; name them, without other settings: {','.join(names)}")
     return [parameter_line(model), *lines]
 
 

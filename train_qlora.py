@@ -369,7 +369,7 @@ def build_run(config: Config, accelerator: Accelerator, log: checkpoints.Log, fo
     sequences, plan = per_step // accelerator.num_processes, None  # of this process
     if device.type == "cuda":  # before the weights are downloaded; a CPU runs the configured shape
         plan = memory.plan_run(config, accelerator, sequences, found[2]["shape"] if found else {}, say)
-    elif config.lora.init_adapter is None:
+    else:
         memory_plan.check_mixture(config)
     tokenizer = load_tokenizer(config, say)
     blocks = processes.first_alone(

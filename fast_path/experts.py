@@ -11,7 +11,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,6 +84,7 @@ class _Quantizer(Bnb4BitHfQuantizer):
     """transformers' quantizer of 4-bit linears, which also packs experts: each tensor as soon as it is read."""
 
     main_memory = False  # where packed experts go
+    packs = True
 
     def param_element_size(self, model: nn.Module, param_name: str, param: torch.Tensor) -> float:
         if self.main_memory and _is_packed_by(model, param_name):
@@ -95,7 +96,8 @@ class _Quantizer(Bnb4BitHfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, device_map: Any, **kwargs: Any) -> None:
         super()._process_model_before_weight_loading(model, device_map, **kwargs)
-        found = [] if self.pre_quantized else expect_packed(model, self.modules_to_not_convert)
+        plain = self.pre_quantized or not self.packs
+        found = [] if plain else expect_packed(model, self.modules_to_not_convert)
         if self.main_memory and not found:
             raise no_experts(type(model).__name__)
 
@@ -110,6 +112,18 @@ class _QuantizerToMainMemory(_Quantizer):
     main_memory = True
 
 
+class _QuantizerOfTheRest(_Quantizer):
+    packs = False
+
+
+def not_packed(name: str, classes: Iterable[str], count: int, total: int) -> ConfigError:
+    """Return the error about a mixture whose experts would stay in 16 bit though nobody asked for it."""
+    return ConfigError(
+        f"quantization.experts: expected 16bit, since the experts of {name} ({', '.join(classes)}) have a layout of their own "
+        f"and cannot be packed: {count:,} of {total:,} weights would stay in 16 bit"
+    )
+
+
 def no_experts(name: str) -> ConfigError:
     """Return the error about experts in main memory of a model that has none which are packed."""
     return ConfigError(
@@ -118,13 +132,15 @@ def no_experts(name: str) -> ConfigError:
 
 
 @contextlib.contextmanager
-def packing_experts(main_memory: bool = False) -> Iterator[None]:
+def packing_experts(main_memory: bool = False, packs: bool = True) -> Iterator[None]:
     """Let transformers' `from_pretrained` pack experts into 4 bit beside linears while the context is open.
 
-    main_memory: each packed tensor goes there at once; `keep_in_main_memory` must follow.
+    main_memory: each packed tensor goes there at once; `keep_in_main_memory` must follow. packs: False leaves experts in
+    16 bit, and the router too.
     """
     before = AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"]
-    AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] = _QuantizerToMainMemory if main_memory else _Quantizer
+    kind = _QuantizerToMainMemory if main_memory else _Quantizer
+    AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] = kind if packs else _QuantizerOfTheRest
     try:
         yield
     finally:
@@ -144,17 +160,18 @@ def expect_packed(model: nn.Module, apart: list[str] | None = None) -> list[nn.M
     return modules
 
 
-def pack(model: nn.Module, config: BitsAndBytesConfig, dtype: torch.dtype) -> None:
+def pack(model: nn.Module, config: BitsAndBytesConfig, dtype: torch.dtype, packs: bool = True) -> None:
     """Pack the experts of a model that is stored in 4 bit, which bitsandbytes left in 16 bit; the rest gets the dtype.
 
-    transformers reads what is not packed in the type that it is stored in, whatever type was asked for.
+    transformers reads what is not packed in the type that it is stored in, whatever type was asked for. packs: False leaves
+    experts in 16 bit.
     """
     for parameter in model.parameters():
         if parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.to(dtype)
         elif isinstance(parameter, bnb.nn.Params4bit):
             parameter.quant_state.dtype = dtype  # of what it is unpacked to
-    for module in expect_packed(model):
+    for module in expect_packed(model) if packs else ():
         for name in module.packed_names:
             module._parameters[name] = packed(module._parameters[name].data, config)
 

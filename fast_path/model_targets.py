@@ -67,6 +67,12 @@ def named_experts(model: nn.Module, targets: Collection[str]) -> set[str]:
     )
 
 
+def expert_names(model: nn.Module) -> list[str]:
+    """Return the different names by which adapters reach a model's routed experts, such as experts.down_proj."""
+    named = ((name.rpartition(".")[2], module) for name, module in model.named_modules())
+    return list(dict.fromkeys(f"{name}.{tensor}" for name, module in named for tensor in expert_tensors(module)))
+
+
 def names_without_experts(model: nn.Module) -> list[str]:
     """Return linear_names without those that peft applies to routed experts: attention's, in most mixtures."""
     names = linear_names(model)

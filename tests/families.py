@@ -146,6 +146,7 @@ class Exceptional:
 
 SEVEN = "[q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj]"
 ATTENTION = "[q_proj, k_proj, v_proj, o_proj]"
+IN_16_BIT = ("--experts", "16bit")  # experts of a layout of their own
 MAMBA_TARGETS = "[in_proj, q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj]"
 TWO_KINDS = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
 EXCEPTIONS: dict[str, Exceptional] = {
@@ -159,6 +160,7 @@ EXCEPTIONS: dict[str, Exceptional] = {
     "dbrx": Exceptional(
         "its sizes are in two more configs",
         {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}, "ffn_config": {"moe_top_k": 2}},
+        IN_16_BIT,
     ),
     "deepseek_v2": Exceptional("experts per token have no default", {"num_experts_per_tok": 2}),
     "diffllama": Exceptional("its attention refuses dropout", {"attention_dropout": 0.0}),
@@ -226,9 +228,10 @@ EXCEPTIONS: dict[str, Exceptional] = {
     ),
     "gemma4_unified_assistant": Exceptional("it continues another model's states", impossible="shared_kv_states cannot"),
     "llama4": Exceptional(
-        "a wrapper; peft cannot adapt its router", targets=SEVEN, cls="Llama4ForConditionalGeneration",
+        "a wrapper; peft cannot adapt its router", flags=IN_16_BIT, targets=SEVEN, cls="Llama4ForConditionalGeneration",
     ),
-    "llama4_text": Exceptional("peft cannot adapt its router", {"floor_scale": 8}, targets=SEVEN),
+    "llama4_text": Exceptional("peft cannot adapt its router", {"floor_scale": 8}, IN_16_BIT, SEVEN),
+    "jetmoe": Exceptional("experts of a layout of its own", flags=IN_16_BIT),
     "mamba": Exceptional("peft refuses out_proj", targets="[in_proj]", impossible="of batch2 tensor to be"),
     "rwkv": Exceptional(
         "its quantised weights cannot be rescaled, as it does in eval mode",
@@ -238,7 +241,7 @@ EXCEPTIONS: dict[str, Exceptional] = {
     "minimax": Exceptional("its decays follow from the number of heads", derived=r"slope_rate|_decay"),
     "xlnet": Exceptional("its layers read tokens before sequences", refuses={"dropout": "dropout 0"}),
     "phimoe": Exceptional("peft cannot adapt its router", targets=ATTENTION),
-    "longcat_flash": Exceptional("its router reads a weight that is in 4 bit", targets="[q_a_proj, q_b_proj, kv_a_proj_with_mqa, o_proj]", impossible="1x8320"),
+    "longcat_flash": Exceptional("its router reads a weight that is in 4 bit", flags=IN_16_BIT, targets="[q_a_proj, q_b_proj, kv_a_proj_with_mqa, o_proj]", impossible="1x8320"),
     "deepseek_v4": Exceptional("no small config runs in plain transformers yet", impossible="The size of tensor a (32)"),
     "mllama": Exceptional("a wrapper", cls="MllamaForConditionalGeneration"),
     "falcon_mamba": Exceptional("peft refuses out_proj", targets="[in_proj]"),
@@ -802,7 +805,11 @@ def row_of(family: str, found: dict[str, Outcome]) -> str:
     """Return a family's row of the table: what came of each column, and the first reason for what is not ok."""
     cells = [found.get(column, Outcome("impossible" if "plain" in found else "")).status for column in COLUMNS]
     odd = EXCEPTIONS.get(family, Exceptional(""))
-    notes = experts_note(family) + ([f"targets {odd.targets}"] if odd.targets else [])
+    notes = (
+        experts_note(family)
+        + ([" ".join(odd.flags)] if odd.flags else [])
+        + ([f"targets {odd.targets}"] if odd.targets else [])
+    )
     notes += list(dict.fromkeys(o.detail.replace("|", "/") for o in found.values() if o.status != "ok"))[:2]
     return f"| {family} | {' | '.join(cells)} | {'; '.join(notes)} |"
 

@@ -4,6 +4,7 @@ import dataclasses
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 
 from fast_path import families
 from fast_path.experts import grouped_gpu
@@ -38,6 +39,10 @@ class ExpertShape:
     def active(self) -> int:
         """The weights that a token's products read."""
         return self.all * self.each // self.count if self.count else self.all
+
+    def in_16_bit(self) -> "ExpertShape":
+        """Return the sizes where no weight is packed."""
+        return dataclasses.replace(self, packed=0, plain=self.all, of_a_layer=0)
 
     def packed_bytes(self, weights: int, double: bool) -> tuple[int, int]:
         """Return the bytes of codes and of constants of packed weights. double: with double quantisation."""
@@ -79,7 +84,7 @@ class ExpertShape:
 
         Without a GPU the plan is for one that has this product.
         """
-        grouped = width == 2 and (not torch.cuda.is_available() or grouped_gpu(torch.device("cuda", 0)))
+        grouped = self.packed and width == 2 and (not torch.cuda.is_available() or grouped_gpu(torch.device("cuda", 0)))
         return max(self.first, self.inner) * self.hidden * self.count * width if grouped else 0
 
     def _unpacked(self, weights: int, width: int) -> int:
@@ -88,15 +93,25 @@ class ExpertShape:
         As `expert_product` does it: with grouped products all experts, else with Triton none, else one of them; without
         Triton all constants in fp32 too.
         """
+        if not self.packed:
+            return 0
         constants = weights * self.count // families.BLOCK * 4 if lacks_triton() or width != 2 else 0
         if self.whole_bytes(width):
             return weights * self.count * width + constants
         return weights * width + constants if constants else 0
 
 
+def experts_each(config: PretrainedConfig) -> int:
+    """Return the experts of a token; 0 for a model that routes nothing."""
+    text = config.get_text_config()
+    parts = (text, getattr(text, "ffn_config", None))  # DBRX's
+    found = (families.own_value(part, name) for part in parts if part is not None for name in EXPERTS_EACH)
+    return next(filter(None, found), 0)
+
+
 def expert_shape(model: nn.Module) -> ExpertShape:
     """Return the sizes of a model's routed experts; the model is not quantised yet and may be on the meta device."""
-    total = sum(p.numel() for p in expert_parameters(model))
+    each = experts_each(model.config)
     decoder = families.decoder_layers(model)
     known = [[m for m in layer.modules() if expert_tensors(m)] for layer in decoder]
     tensors = [[m._parameters[name] for m in modules for name in expert_tensors(m)] for modules in known]
@@ -104,10 +119,11 @@ def expert_shape(model: nn.Module) -> ExpertShape:
     packed = sum(sizes)
     apart = [m for layer in decoder for m in layer.modules() if not expert_tensors(m)]
     three = [m for m in apart if any(p.ndim == 3 for p in m.parameters(recurse=False))]
-    text = model.config.get_text_config()
-    each = next((value for name in EXPERTS_EACH if (value := families.own_value(text, name))), None)
+    flat = [m for m in apart if "Expert" in type(m).__name__ and any(p.ndim == 2 for p in m.parameters(recurse=False))]
     three = three if each else []  # such tensors are no experts in a model that routes nothing, as in Zamba or XLNet
-    names = tuple(dict.fromkeys(type(m).__name__ for m in three if not type(m).__name__.startswith("Conv")))
+    names = tuple(dict.fromkeys(type(m).__name__ for m in three + flat if not type(m).__name__.startswith("Conv")))
+    total = sum(p.numel() for p in expert_parameters(model))
+    total += sum(p.numel() for m in flat for p in m.parameters(recurse=False) if p.ndim == 2)  # DBRX: all in one matrix
     if not packed:
         return ExpertShape(plain=total, unknown=names)
     one = next(modules[0] for modules in known if modules)

@@ -206,7 +206,8 @@ def facts(shape: ModelShape, config: Config, plan: MemoryPlan) -> list[str]:
     """Return lines with other facts that help before a download."""
     trainable = adapter_parameters(shape, config)
     quantised = sum(out * into for _, out, into in shape.linears) + shape.experts.packed
-    loaded = (quantised // 2 if config.quantization.load_in_4bit else 2 * quantised) + 2 * shape.embedding
+    loaded = quantised // 2 if config.quantization.load_in_4bit else 2 * quantised
+    loaded += 2 * (shape.embedding + shape.experts.plain)
     return [
         f"parameters: {shape.parameters:,}; trainable {trainable:,}, adapter {trainable * 4 / 1e6:.1f} MB",
         f"download: {2 * shape.parameters / 1e9:.2f} GB in 16 bit; loading uses about {loaded / 1e9 + 3:.1f} GB of RAM",
@@ -218,11 +219,12 @@ def facts(shape: ModelShape, config: Config, plan: MemoryPlan) -> list[str]:
 
 def expert_facts(experts: ExpertShape, quantization: QuantizationConfig) -> list[str]:
     """Return lines about routed experts: how many of their weights are in 4 bit, where, and which have another layout."""
-    if not ((experts.packed or experts.unknown) and quantization.load_in_4bit):
+    if not ((experts.layers or experts.unknown) and quantization.load_in_4bit):
         return []
     main = sum(experts.packed_bytes(experts.packed, quantization.use_double_quant))
     there = f"experts in main memory: {main / GIB:.2f} GiB, pinned; the GPU holds those of two layers at a time"
-    kept = f"; in 16 bit: {experts.plain:,} of {', '.join(experts.unknown)}, whose layout is not known"
+    unknown = f" of {', '.join(experts.unknown)}, whose layout is not known" if experts.unknown else ""
+    kept = f"; in 16 bit: {experts.plain:,}{unknown}"
     line = f"experts: {experts.packed:,} weights in 4 bit{kept if experts.plain else ''}"
     return [line, there] if quantization.experts == "cpu" else [line]
 

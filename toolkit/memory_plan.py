@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from config import Config, ConfigError, LoraSettings, TrainingConfig
 from fast_path import families
-from fast_path.experts import no_experts
+from fast_path.experts import no_experts, not_packed
 from fast_path.families import Family, known_positions
 from fast_path.host_rows import rows_name
 from fast_path.loss import default_logit_chunk
@@ -36,7 +36,7 @@ from quantization_utils import (
     stored_in_4bit,
 )
 from toolkit.cards import Rates
-from toolkit.expert_plan import EXPERTS_EACH, NESTED_BLOCK, ExpertShape, expert_shape
+from toolkit.expert_plan import NESTED_BLOCK, ExpertShape, expert_shape, experts_each
 from toolkit.hub import asking_hub
 
 GIB = 2**30
@@ -514,13 +514,24 @@ def configured_shape(config: Config, processes: int | None = None) -> ModelShape
     resolved_targets(model, create_lora_config(**config.lora.arguments))
     processes = processes or int(os.environ.get("WORLD_SIZE", "1"))
     shape = dataclasses.replace(shape_of(model), processes=processes)
-    if config.quantization.experts == "cpu" and not (shape.experts.packed and config.quantization.load_in_4bit):
+    experts = shape.experts
+    check_layout(config, experts, shape.parameters)
+    if config.quantization.experts == "cpu" and not (experts.packed and config.quantization.load_in_4bit):
         raise no_experts(config.model.name)
-    if not shape.experts.all:
+    if not experts.all:
         return shape
+    if config.quantization.experts == "16bit":
+        shape = dataclasses.replace(shape, experts=experts.in_16_bit())
     with torch.device("meta"):
         adapted_model = prepare_model_for_training(model, create_lora_config(**config.lora.arguments), False)
     return dataclasses.replace(shape, trainable=count_parameters(adapted_model)[0])
+
+
+def check_layout(config: Config, experts: ExpertShape, total: int) -> None:
+    """Raise ConfigError if routed experts would stay in 16 bit though 4 bit was asked for. total: the model's weights."""
+    asked = config.quantization.load_in_4bit and config.quantization.experts != "16bit"
+    if asked and experts.unknown and not experts.packed:
+        raise not_packed(config.model.name, experts.unknown, experts.plain, total)
 
 
 def check_mixture(config: Config) -> None:
@@ -534,9 +545,10 @@ def check_mixture(config: Config) -> None:
         model = AutoConfig.from_pretrained(config.model.name, local_files_only=True, **source)
     except LOADING_ERRORS:  # loading says what is wrong
         return
-    if any(families.own_value(model.get_text_config(), name) for name in EXPERTS_EACH):
-        quantization = dataclasses.replace(config.quantization, experts="gpu")
-        configured_shape(dataclasses.replace(config, quantization=quantization))
+    if experts_each(model):
+        if config.quantization.experts == "cpu":
+            config = dataclasses.replace(config, quantization=dataclasses.replace(config.quantization, experts="gpu"))
+        configured_shape(config)
 
 
 def pinned_layers(layers: int, config: Config) -> int:

@@ -64,6 +64,7 @@ def find_checkpoint(training: TrainingConfig, overwrite: bool, say: Callable[[st
     return found
 
 
+EXPERTS = "quantization.experts"
 # Inputs of a run: their name, their keys in `fingerprint`, and the settings that change them.
 CONTENTS = (
     # an adapter renames the weights it is attached to
@@ -86,11 +87,17 @@ def check_resumable(state: dict, config: Config, prints: dict[str, str], sequenc
         same = all(then.get(part, prints[part]) == prints[part] for part in parts)
         if same or any(changed.startswith(causes) for changed in changes):
             continue
+        if key == "model.name" and "16bit" in {before.get(EXPERTS, now[EXPERTS])} ^ {now[EXPERTS]}:
+            key = (
+                EXPERTS  # may change where a model has no experts, or had them in 16 bit before this setting was there
+            )
         if key in now and before.get(key) != now[key]:
             changes[key] = changed_line(key, before.get(key), now[key], name)
         else:
             # A mixture's experts were in 16 bit before 2026-11-29.
-            packing = ", or this version packs it into 4 bit otherwise" if key == "model.name" else ""
+            packing = (
+                ", or an older version left its experts in 16 bit (--experts 16bit)" if key == "model.name" else ""
+            )
             contents[key] = f"{key}: its content has changed since {name} was written{packing}"
     if changes or contents:
         raise other_run([*changes.values(), *contents.values()], config.training)

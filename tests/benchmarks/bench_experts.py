@@ -48,6 +48,14 @@ def show(name: str, call: Callable[[], object]) -> None:
         print(f"{name:<58} {type(error).__name__}: {str(error).splitlines()[0][:90]}", flush=True)
 
 
+def one_by_one(x: torch.Tensor, offsets: torch.Tensor, W: experts.Experts, across: bool) -> torch.Tensor:
+    """Return the products of experts that are unpacked one after the other, as on a GPU with neither kernel nor grouped product."""
+    ends = [0, *offsets.tolist()]
+    wanted = [number for number in range(W.shape[0]) if ends[number] < ends[number + 1]]
+    parts = zip(wanted, W.each(wanted, x.dtype), strict=True)
+    return torch.cat([x[ends[n] : ends[n + 1]] @ (w.T if across else w) for n, w in parts])
+
+
 def measure(options: argparse.Namespace, name: str, shape: list[int]) -> None:
     device = torch.device("cuda", 0)
     rows = options.tokens * options.each
@@ -70,6 +78,8 @@ def measure(options: argparse.Namespace, name: str, shape: list[int]) -> None:
     show("grouped product, forward", lambda: F.grouped_mm(x, dense.transpose(1, 2), offs=offsets))
     show("grouped product, backward", lambda: F.grouped_mm(g, dense, offs=offsets))
     show("one matrix of the same FLOP, forward", lambda: x @ dense[0].T)
+    show("unpack + loop, forward", lambda: one_by_one(x, offsets, W, True))
+    show("unpack + loop, backward", lambda: one_by_one(g, offsets, W, False))
     reference = F.grouped_mm(x, dense.transpose(1, 2), offs=offsets), F.grouped_mm(g, dense, offs=offsets)
     for launch in itertools.starmap(Launch, ((128, 64, 8), (64, 64, 4), (64, 64, 8))):
         for a, across, expected in ((x, True, reference[0]), (g, False, reference[1])):

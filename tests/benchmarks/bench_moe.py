@@ -2,22 +2,29 @@
 
     python tests/benchmarks/bench_moe.py                          48 layers, 1 x 2048 tokens; plain code with fewer layers
     python tests/benchmarks/bench_moe.py --layers 8 --cases gpu cpu hf --set lora.rank=8
+    python tests/benchmarks/bench_moe.py --cases gpu cpu hf unsloth --hf-layers 48 --at-once --unsloth-path /tmp/site
     python tests/benchmarks/bench_moe.py --tiny                   a tiny shape, on a CPU too, to try this file
 
 Weights are made and packed one tensor at a time on the device, so nothing is downloaded and no disk is needed. Cases: gpu and cpu are
 this toolkit with quantization.experts, hf is transformers + peft + bitsandbytes, whose experts stay in 16 bit; it and gpu@hf, this toolkit
-beside it, have --hf-layers layers. All train LoRA of rank 16 on attention, all layers checkpointed, and each step is one micro-batch and one
-update. A case has a process of its own and prints a JSON line; the table comes last. Memory is what the allocator reserved
-while training, planned memory is the plan without the CUDA context.
+beside it, have --hf-layers layers. unsloth is moe_unsloth.py. All train LoRA of rank 16 on attention, all layers checkpointed, and each step is
+one micro-batch and one update. A case has a process of its own and prints a JSON line; the table comes last. --at-once: all build their
+models and compile at the same time, and each is timed while the others wait. Memory is what the allocator reserved while training, planned
+memory is the plan without the CUDA context.
 """
 
 import argparse
+import contextlib
 import json
+import os
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -44,6 +51,7 @@ from toolkit import memory_plan
 after_heavy_imports()
 
 GIB = 2**30
+OURS = ("gpu", "cpu")
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 REAL = {
     "vocab_size": 151936, "hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
@@ -158,6 +166,13 @@ def load_hf(case: dict, device: torch.device) -> tuple[Callable[[int, torch.Tens
     return step, 0.0
 
 
+def wait_for_turn(case: dict) -> None:
+    """Tell the process that started this one that it is ready, and wait until it may be timed."""
+    if case.get("waits"):
+        print("READY", flush=True)
+        sys.stdin.readline()
+
+
 def run_case(case: dict) -> dict:
     """Return the figures of one case, trained in this process."""
     quiet_libraries()
@@ -180,6 +195,7 @@ def run_case(case: dict) -> dict:
         torch.cuda.reset_peak_memory_stats()  # making random weights takes more than training
     losses = [step(number, ids) for number in range(2)]  # compile, capture
     wait()
+    wait_for_turn(case)
     began = time.perf_counter()
     losses += [step(2 + number, ids) for number in range(case["steps"])]
     wait()
@@ -206,37 +222,75 @@ def cases_of(options: argparse.Namespace) -> list[dict]:
     rest = {"length": options.length, "steps": options.steps, "tiny": options.tiny, "set": options.set}
     rest["profile"] = options.profile
     found = [
-        {"name": name, "kind": "ours", "experts": name, "layers": layers} for name in options.cases if name != "hf"
+        {"name": name, "kind": "ours", "experts": name, "layers": layers} for name in options.cases if name in OURS
     ]
+    if "unsloth" in options.cases:
+        shape = TINY if options.tiny else REAL
+        found += [{"name": "unsloth", "kind": "unsloth", "experts": "gpu", "layers": layers, "shape": shape}]
     if "hf" in options.cases:
         found += [{"name": "gpu@hf", "kind": "ours", "experts": "gpu", "layers": few}] if few != layers else []
         found += [{"name": "hf", "kind": "hf", "experts": "gpu", "layers": few}]
     return [case | rest for case in found]
 
 
-def run_process(case: dict, timeout: int) -> dict:
-    """Run one case in a fresh process; print and return its row."""
-    command = [sys.executable, __file__, "--single", json.dumps(case)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
-        rows = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-        row = rows[0] if rows else {"case": case["name"], "layers": case["layers"], "failed": done.stderr[-1500:]}
-        shown = [line for line in done.stderr.splitlines() if line.startswith(("fast path", "adapters"))]
-        print(done.stderr if case["profile"] else "\n".join(shown), flush=True)
-    except subprocess.TimeoutExpired:
-        row = {"case": case["name"], "layers": case["layers"], "failed": f"longer than {timeout} s"}
-    print(json.dumps(row), flush=True)
+def start(case: dict, unsloth_path: str, complaints: TextIO) -> subprocess.Popen:
+    """Start the process of a case, which builds its model and then waits."""
+    script, environment = Path(__file__), dict(os.environ)
+    if case["kind"] == "unsloth":
+        script = script.with_name("moe_unsloth.py")
+        environment |= {"PYTHONPATH": unsloth_path} if unsloth_path else {}
+    command = [sys.executable, str(script), "--single", json.dumps(case | {"waits": True})]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": complaints}
+    return subprocess.Popen(command, text=True, env=environment, **pipes)
+
+
+def line_of(process: subprocess.Popen, word: str, seconds: float) -> str:
+    """Return the rest of a process's next line that begins with the word, "" if none came; after seconds it is killed."""
+    timer = threading.Timer(max(seconds, 0.0), process.kill)
+    timer.start()
+    found = next((line for line in process.stdout if line.startswith(word)), word)
+    timer.cancel()
+    return found.removeprefix(word)
+
+
+def run_processes(cases: list[dict], options: argparse.Namespace) -> list[dict]:
+    """Run cases in processes that build their models at the same time; time one after the other; print and return rows."""
+    until = time.monotonic() + options.timeout
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in cases]
+        processes = [start(case, options.unsloth_path, file) for case, file in zip(cases, files, strict=True)]
+        for process in processes:
+            line_of(process, "READY", until - time.monotonic())
+        return [row_of(*of_case, until, options) for of_case in zip(cases, processes, files, strict=True)]
+
+
+def row_of(case: dict, process: subprocess.Popen, file: TextIO, until: float, options: argparse.Namespace) -> dict:
+    """Let a process that is ready be timed; print and return its row, or why there is none."""
+    late = process.poll() is not None and time.monotonic() > until
+    if process.poll() is None:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    result = line_of(process, "RESULT ", options.timeout)
+    process.wait()
+    file.seek(0)
+    said = file.read()
+    failed = f"not ready within {options.timeout} s" if late else said[-1500:] or "it said nothing"
+    row = json.loads(result) if result else {"case": case["name"], "layers": case["layers"], "failed": failed}
+    shown = [line for line in said.splitlines() if line.startswith(("fast path", "adapters"))]
+    print(said if case["profile"] else "\n".join(shown), json.dumps(row), sep="\n", flush=True)
     return row
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", default=["gpu", "cpu", "hf"], choices=("gpu", "cpu", "hf"))
+    parser.add_argument("--cases", nargs="+", default=["gpu", "cpu", "hf"], choices=(*OURS, "hf", "unsloth"))
     parser.add_argument("--layers", type=int, default=48)
     parser.add_argument("--hf-layers", type=int, default=12)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--timeout", type=int, default=280, help="seconds a case may take")
+    parser.add_argument("--timeout", type=int, default=280, help="seconds a case may take until it is timed")
+    parser.add_argument("--unsloth-path", default="", metavar="PATH", help="PYTHONPATH of Unsloth's process")
+    parser.add_argument("--at-once", action="store_true", help="build all models at the same time")
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="SECTION.KEY=VALUE", help="settings of this toolkit's cases"
     )
@@ -246,7 +300,7 @@ def main() -> None:
     parser.add_argument("--single", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.single:
-        print("RESULT " + json.dumps(run_case(json.loads(options.single))))
+        print("RESULT " + json.dumps(run_case(json.loads(options.single))), flush=True)
         return
     if options.together:
         rows = []
@@ -254,8 +308,10 @@ def main() -> None:
             rows.append(run_case(case))
             print(json.dumps(rows[-1]), flush=True)
             let_go()
+    elif options.at_once:
+        rows = run_processes(cases_of(options), options)
     else:
-        rows = [run_process(case, options.timeout) for case in cases_of(options)]
+        rows = [row for case in cases_of(options) for row in run_processes([case], options)]
     print(f"{'case':<8}{'layers':>7}{'tokens/s':>10}{'peak GiB':>10}{'planned':>9}{'loaded':>8}{'loss':>16}")
     for row in rows:
         if "failed" in row:

@@ -569,6 +569,9 @@ def test_resume_refuses_other_contents_and_another_window():
     [
         ({"lora.target_modules": ["q_proj"]}, {"weight": 1.0}, ["lora.target_modules"]),
         ({"quantization.quant_type": "fp4"}, {"weight": 1.0}, ["quantization.quant_type"]),
+        ({"quantization.experts": "16bit"}, {"weight": 1.0}, ["quantization.experts"]),
+        ({"quantization.experts": "16bit"}, {}, []),  # a model without experts
+        ({"quantization.experts": "cpu"}, {}, []),
         ({"data.max_length": 64}, {"token": 8}, ["data.max_length"]),
         ({"data.max_eval_samples": 5}, {"token": 8}, ["data.max_eval_samples"]),
         ({"training.seed": 1}, {"token": 8}, ["training.seed"]),
