@@ -60,7 +60,9 @@ for name, (rows, K) in SHAPES.items():
     want = exact @ x[:K].double()
     own = (exact.bfloat16().double() @ x[:K].double()); own_error = ((own - want).norm() / want.norm()).item()
     del exact
+    line, worst, number = [], 0.0, -1
     for case in CASES:
+        number += 1
         W, WK, TWO, AHEAD, regs, resident, RAW, S = case
         if WK * 256 > K + 255 and WK > 8 or (case, name) == 0: continue
         tiles = -(-(rows // 2 if TWO else rows) // (16 * (W // WK)))
@@ -81,7 +83,10 @@ for name, (rows, K) in SHAPES.items():
                 times.append(a.elapsed_time(b) * 500 / copies)
             us = statistics.median(times)
             size = rows * K * (0.5 + 1 / 64)
-            print(f"{name} @{n_sm} W{W} WK{WK} two{TWO} ahead{AHEAD} r{regs}x{resident} raw{RAW} s{S} loop{LOOP}: err {error:.1e} (bf16 {own_error:.1e}) {us:7.2f} us {size/us/1e3:6.0f} GB/s", flush=True)
+            line.append(f"{number}:{us:.1f}")
+            if not RAW and S != 2: worst = max(worst, error) if error == error else float("nan")
         except Exception as e:
             print(name, case, "FAILED", repr(e)[:300], flush=True)
             if "CUDA" in repr(e) and "illegal" in repr(e): sys.exit(1)
+    size = rows * K * (0.5 + 1 / 64)
+    print(f"{name} @{n_sm} {size / 1e6:.1f} MB err {worst:.1e} (bf16 {own_error:.1e}) us " + " ".join(line), flush=True)
