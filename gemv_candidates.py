@@ -37,7 +37,7 @@ with contextlib.ExitStack() as stack:
     print(f"compiled in {time.time() - start:.0f} s", flush=True)
     alone_now = alone
     alone_now()
-    stack.pop_all()
+    held = stack.pop_all()
 for name, (rows, K) in SHAPES.items():
     if not name.startswith(which): continue
     torch.manual_seed(0)
@@ -83,7 +83,8 @@ for name, (rows, K) in SHAPES.items():
                 times.append(a.elapsed_time(b) * 500 / copies)
             us = statistics.median(times)
             size = rows * K * (0.5 + 1 / 64)
-            line.append(f"{number}:{us:.1f}")
+            bad = "" if RAW or S == 2 or error < own_error else f"!{error:.1e}"
+            line.append(f"{number}:{us:.1f}{bad}")
             if not RAW and S != 2: worst = max(worst, error) if error == error else float("nan")
         except Exception as e:
             print(name, case, "FAILED", repr(e)[:300], flush=True)
