@@ -39,7 +39,8 @@ GRANITE = {
 }  # fmt: skip
 # Of the config.json of google/gemma-2-2b, google/gemma-3-4b-pt (its text part), microsoft/Phi-4-mini-instruct,
 # HuggingFaceTB/SmolLM3-3B, allenai/OLMo-2-0425-1B and -1124-7B, ibm-granite/granite-3.3-2b-instruct and
-# mistralai/Ministral-8B-Instruct-2410, meta-llama/Llama-3.1-8B, Qwen/Qwen2.5-7B. name: (prefix of transformers' classes, sizes)
+# mistralai/Ministral-8B-Instruct-2410, meta-llama/Llama-3.1-8B, meta-llama/Llama-3.2-3B, Qwen/Qwen2.5-7B,
+# Qwen/Qwen3-4B. name: (prefix of transformers' classes, sizes)
 SHAPES = {
     "gemma-2-2b": ("Gemma2", sizes(256_000, 2304, 9216, 26, 8, 4, 256, query_pre_attn_scalar=256)),
     "gemma-3-4b": ("Gemma3", sizes(262_208, 2560, 10240, 34, 8, 4, 256, sliding_window=1024)),
@@ -54,6 +55,10 @@ SHAPES = {
     "olmo-2-1b": ("Olmo2", sizes(100_352, 2048, 8192, 16, 16, 16, 128)),
     "olmo-2-7b": ("Olmo2", sizes(100_352, 4096, 11008, 32, 32, 32, 128)),
     "granite-3.3-2b": ("Granite", sizes(49_159, 2048, 8192, 40, 32, 8, 64, tie_word_embeddings=True, **GRANITE)),
+    "llama-3.2-3b": (
+        "Llama", sizes(128_256, 3072, 8192, 28, 24, 8, 128, rope_parameters=LLAMA3 | {"factor": 32.0}, tie_word_embeddings=True)
+    ),
+    "qwen3-4b": ("Qwen3", sizes(151_936, 2560, 9728, 36, 32, 8, 128, tie_word_embeddings=True)),
     "llama-3.1-8b": ("Llama", sizes(128_256, 4096, 14336, 32, 32, 8, 128, rope_parameters=LLAMA3)),
     "qwen2.5-7b": ("Qwen2", sizes(152_064, 3584, 18944, 28, 28, 4, 128)),
     "ministral-8b": ("Ministral", sizes(131_072, 4096, 12288, 36, 32, 8, 128, sliding_window=32_768)),

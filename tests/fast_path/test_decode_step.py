@@ -5,9 +5,10 @@ import json
 import shutil
 from types import SimpleNamespace
 
+import bitsandbytes as bnb
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from transformers import StaticCache
 
 from fast_path import decode_step, families
@@ -173,8 +174,8 @@ def check_case(
 def use_few_programs() -> decode_step.Layout:
     """Divide the work among few, large programs, since one costs the interpreter as much whatever its size."""
     layout = decode_step.LAYOUT
-    # Rows in pieces, and a program that takes several; adapters of q, k and v in three programs.
-    layout.rows, layout.runs, layout.warps, layout.programs, decode_step.ADAPTERS = 128, 2, 5, 1, 4
+    # 256 outputs of a program at a time, each in one or two pieces; adapters of q, k and v in three programs.
+    layout.warps, layout.shares, layout.programs_each, layout.programs, decode_step.ADAPTERS = 16, 1, 6, 1, 64
     layout.tile, layout.swiglu_tile = Tile(128, 16, 2), Tile(256, 32, 2)
     layout.batch_programs = 8  # of products that add up, and products of several steps
     return layout
@@ -184,7 +185,8 @@ def check_all(folders: dict[str, str], dtype: str, device: str, numbers: tuple[i
     layout = use_few_programs()
     for number in numbers:
         family, options, starts, before = CASES[number]
-        layout.light_warps = 8 * (number % 2)  # the adapters of q, k and v in their launch, or ahead of it
+        decode_step.SHORT = 8 * (number % 2)  # the adapters of q, k and v in their launch, or ahead of it
+        layout.shares, layout.two, layout.ahead = 1 + number % 2, number % 3 == 1, number % 3 > 0
         steps, layers = 1 + (number in TWO_STEPS), 1 + (number in TWO_LAYERS)
         check_case(folders[family], options, starts, before, dtype, device, steps=steps, layers=layers)
 
@@ -221,6 +223,86 @@ def check_swapped(folder) -> None:
 @pytest.mark.minutes
 def test_a_step_reads_an_adapter_that_is_copied_into_place(folders):
     interpret("tests.fast_path.test_decode_step", f"check_swapped({str(folders['qwen2'])!r})")
+
+
+def four_bit_pair(inputs: int, outputs: int, dtype: torch.dtype, device: str, **quantisation):
+    """Return two 4-bit linears with adapters of rank 16, and what both compute, as a function of x, in fp32."""
+    model = torch.nn.Module()
+    model.q, model.k = (
+        bnb.nn.Linear4bit(inputs, outputs, bias=False, compute_dtype=dtype, **quantisation) for _ in range(2)
+    )
+    model.is_loaded_in_4bit = True
+    model = get_peft_model(model.to(device), LoraConfig(r=16, lora_alpha=8, target_modules=["q", "k"])).base_model.model
+    for layer in (model.q, model.k):
+        for half in (layer.lora_A, layer.lora_B):
+            half["default"].weight.data = (torch.randn_like(half["default"].weight, dtype=torch.float32) / 8).to(dtype)
+
+    def exact(x: torch.Tensor) -> list[torch.Tensor]:
+        found = []
+        for layer in (model.q, model.k):
+            weight = bnb.functional.dequantize_4bit(layer.base_layer.weight.data, layer.base_layer.weight.quant_state)
+            A, B = (half["default"].weight.float() for half in (layer.lora_A, layer.lora_B))
+            found.append(x.float() @ (weight.float() + 0.5 * B @ A).T)
+        return found
+
+    return {"q": model.q, "k": model.k}, exact
+
+
+# mode, inputs (whole pieces, part of one, an odd number of runs), outputs, layout
+PRODUCTS = [
+    ("swiglu", 640, 48, {"shares": 1, "ahead": True}),
+    ("stack", 1088, 40, {"shares": 2, "two": True, "ahead": True}),
+    ("residual", 1088, 40, {"shares": 2, "two": True, "ahead": False}),
+    ("residual", 1024, 24, {"shares": 1, "two": False, "ahead": True}),
+]
+
+
+def check_products(device: str, dtype: torch.dtype, ways: tuple[bool, ...], cases=tuple(PRODUCTS)) -> None:
+    """Compare products of one sequence with the same in fp32, with NVIDIA's instructions (ways: True) and without."""
+    torch.manual_seed(0)
+    for number, (mode, inputs, outputs, layout) in enumerate(cases):
+        vars(decode_step.LAYOUT).update(warps=4, programs_each=6, **layout)
+        modules, exact = four_bit_pair(inputs, outputs, dtype, device, quant_type=("nf4", "fp4")[number % 2])
+        modules = dict([*modules.items()][: 1 if mode == "residual" else 2])
+        x, before = torch.randn(inputs).to(device, dtype), torch.randn(outputs).to(device, dtype)
+
+        def place(size: int) -> torch.Tensor:
+            """Return where the kernels keep each of some inputs, see `input_place`."""
+            index = torch.arange(size, device=device)
+            return index // 128 * 128 + index // 8 % 4 * 32 + index // 32 % 4 * 8 + index % 8
+
+        y = exact(x)
+        want = {"stack": torch.cat(y), "residual": before + y[0], "swiglu": torch.nn.functional.silu(y[0]) * y[1]}[mode]
+        for way in ways:
+            # Without NVIDIA's instructions nothing waits for the adapters' programs, so they get a launch of their own.
+            decode_step.SHUFFLE, decode_step.SHORT = way, 0 if way or device == "cpu" else 10**6
+            linears = decode_step.SingleLinears(modules, mode, dtype)
+            linears.x[place(inputs)] = x
+            hidden = before.clone() if mode == "residual" else x
+            out = torch.full((2 * outputs + 128,), float("nan"), device=device)
+            out = out if mode == "stack" else out.to(dtype)
+            norm = SimpleNamespace(norm=SimpleNamespace(factor=torch.ones_like(before)))
+            linears(hidden, out, linears, norm if mode == "residual" else None)
+            found = {"stack": out[: 2 * outputs], "residual": hidden, "swiglu": out[place(outputs)]}[mode].float()
+            error = ((found - want).norm() / want.norm()).item()
+            assert error < (4e-3 if dtype is torch.bfloat16 else 6e-4), (mode, way, error)
+            if mode == "residual":
+                assert torch.equal(out[place(outputs)], hidden)
+
+
+@pytest.mark.triton
+def test_products_of_one_sequence_in_tritons_interpreter():
+    interpret("tests.fast_path.test_decode_step", "check_products('cpu', torch.float16, (False,), PRODUCTS[:2])")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: the kernels as they run there")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_products_of_one_sequence_on_the_gpu_with_and_without_nvidias_instructions(monkeypatch, dtype):
+    monkeypatch.setattr(decode_step, "LAYOUT", decode_step.Layout())
+    for name in ("SHUFFLE", "SHORT"):
+        monkeypatch.setattr(decode_step, name, getattr(decode_step, name))
+    check_products("cuda", getattr(torch, dtype), (True, False))
 
 
 def check_attention(device: str) -> None:
@@ -260,8 +342,7 @@ def check_attention(device: str) -> None:
             score = cap * torch.tanh(torch.einsum("hd,hnd->hn", q, key.repeat_interleave(2, 0)) * 0.3 / cap)
             want = torch.einsum("hn,hnd->hd", score.softmax(-1), value.repeat_interleave(2, 0)).flatten()
             index = torch.arange(heads * size)
-            eight = (index // 32) % 2 * 4 + (index // 2) % 4  # `input_place` for one sequence
-            place = ((eight * (heads * size // 64) + index // 64) * 4 + index // 8 % 4) * 2 + index % 2
+            place = index // 128 * 128 + index // 8 % 4 * 32 + index // 32 % 4 * 8 + index % 8  # `input_place`
             place = place if m == 1 else (index % 8 * (heads * size // 8) + index // 8) * m + i
             torch.testing.assert_close(x[place.to(device)].float(), want, rtol=2e-3, atol=2e-3)
 
@@ -416,23 +497,32 @@ def check_compiled(capability: int, done: list) -> None:
 def test_kernels_compile_within_the_shared_memory_of_each_card(capability):
     """With the constants of Qwen2.5-3B."""
     from fast_path import decode_kernels as kernels
+    from fast_path import decode_product_kernels as product_kernels
 
-    every = packed(capability) | {"ROWS": decode_step.LAYOUT.rows, "OUTPUTS": 11008}
-    narrow, wide = every | {"K": 2048, "BLOCKS": 32}, every | {"K": 11008, "BLOCKS": 64, "LOOP": 1}
-    linear, half, single = kernels.linear_kernel, "*bf16", "*fp32"
-    first = {"RANK": 16, "TAKE": 1, "CHUNK": 2048, "BLOCK": 2048, "NORM": True}
-    one = {"PARTS": 1, "PARTS_2": 1, "NEXT": False, **first}
+    every = packed(capability) | {"WARPS": 8, "SHARES": 4, "K": 2048, "NEXT": False, "AHEAD": True, "OUTPUTS": 2048}
+    linear, half, single = product_kernels.linear_kernel, "*bf16", "*fp32"
+    first = {"RANK": 16, "TAKE": 2, "CHUNK": 2048, "BLOCK": 2048, "NORM": True}
+    every |= {"PARTS": 1, "PARTS_2": 1, **first}
     qkv = {"MODE": "stack", "MEMBERS": 3, "BIAS": True, "TWO": False, "LOOP": 1, "ADAPTERS": 0}
-    gate_up = {"MODE": "swiglu", "MEMBERS": 2, "TWO": True, "LOOP": 6, "ADAPTERS": 32}
-    down = {"MODE": "residual", "MEMBERS": 1, "TWO": True, "NORM": False, "NEXT": True, "ADAPTERS": 24, "TAKE": 4}
-    down |= {"CHUNK": 2048, "BLOCK": 1024, "PARTS": 6, "PARTS_2": 8}
+    gate_up = {"MODE": "swiglu", "MEMBERS": 2, "TWO": True, "LOOP": 3, "ADAPTERS": 16}
+    down = {
+        "MODE": "residual",
+        "MEMBERS": 1,
+        "TWO": True,
+        "NORM": False,
+        "NEXT": True,
+        "ADAPTERS": 24,
+        "TAKE": 4,
+        "LOOP": 1,
+    }
+    down |= {"K": 11008, "CHUNK": 2048, "BLOCK": 1024, "PARTS": 6, "PARTS_2": 8}
     overlap = {"OVERLAP": capability >= 90}
     combine = {"K": 2048, "M": 1, "SIZE": 128, "SPLITS": 64, "POSITIONS": 32, "RANK": 16, "TILE": 16}
     done = [
-        compiled(capability, kernels.adapter_kernel, first | {"K": 2048, "MEMBERS": 3} | overlap, 4),
-        compiled(capability, linear, narrow | one | qkv, 1, maxnreg=80, out=single),
-        compiled(capability, linear, narrow | one | gate_up, 1, maxnreg=128, out=half),
-        compiled(capability, linear, wide | down, 2, maxnreg=128, out=half),
+        compiled(capability, product_kernels.adapter_kernel, first | {"K": 2048, "MEMBERS": 3} | overlap, 4),
+        compiled(capability, linear, every | qkv, 8, maxnreg=128, out=single),
+        compiled(capability, linear, every | gate_up, 8, maxnreg=128, out=half),
+        compiled(capability, linear, every | down, 8, maxnreg=128, out=half),
         compiled(capability, kernels.norm_kernel, {"K": 2048, "FIRST": False, "BLOCK": 2048, **overlap}, 4, out=half),
         compiled(capability, kernels.attention_kernel, attention(capability, 64, 1, 1), 4),
         compiled(capability, kernels.attention_kernel, attention(capability, 64, 1, 1) | {"TURN": 48}, 4),

@@ -1,0 +1,227 @@
+"""Time the kernels of a decode step one by one, and the whole step, each as a captured CUDA graph.
+
+    python tests/benchmarks/bench_decode.py MODEL --batch 1 --sms 24 --layers 6
+
+MODEL is a folder or the name of a shape (tests/benchmarks/shapes.py), which --layers makes smaller. A kernel's graph launches it once for each layer,
+so that the weights of every launch come from memory: us is the time of one launch, and MB what it must read (4-bit
+weights, their constants and the adapter). Shares are of 4.8 TB/s. The last line is the whole step, and what it would be for all layers. Processes with the same --turn
+FILE load together and are timed one after the other. --layouts: times the products, one line for each layout of
+decode_step.py, such as warps=8,shares=4.
+"""
+
+import argparse
+import contextlib
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from bench_training import confine, turn
+from shapes import SHAPES, folder_of, make
+
+ROOT = Path(__file__).resolve().parents[2]
+PEAK = 4.8e12
+
+
+def timed(call: Callable[[], object], repeat: int = 7, inner: int = 5) -> float:
+    """Return the median time of a call in us, as a replayed graph."""
+    import torch
+
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    times = []
+    for _ in range(repeat):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        graph.replay()
+        start.record()
+        for _ in range(inner):
+            graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / inner)
+    return statistics.median(times)
+
+
+def bytes_of(linears) -> float:
+    """Return the bytes that a launch of some linears must read."""
+    whole = 0
+    for member in linears.members:
+        nested, size, size2, _ = member.kind
+        weights = member.rows * member.columns
+        whole += weights / 2 + weights / size * (1 + 4 / size2 if nested else 4)
+        whole += 2 * member.rank * (member.rows + member.columns)
+    return whole
+
+
+def parts_of(step, ids, position) -> dict[str, tuple[Callable[[], object], float, int]]:
+    """Return for each kind of kernel: a call that launches it for every layer, a launch's bytes, and launches."""
+    layers, scratch, embedding = step.layers, step.scratch, step.embedding
+    hidden = embedding(ids)[:, 0].clone()
+    starts, n = step.starts, len(step.layers)
+    first = layers[0]
+
+    def each(launch):
+        return lambda: [launch(layer) for layer in layers]
+
+    if step.single_layers:
+        products = {
+            "qkv": lambda a: a.qkv(hidden[0], scratch.qkv, a.down),
+            "o": lambda a: a.out(hidden[0], a.gate_up.x, a.qkv, a.gate_up),
+            "gate_up": lambda a: a.gate_up(hidden[0], a.down.x, a.out),
+            "down": lambda a: a.down(hidden[0], a.qkv.x, a.gate_up, a.qkv),
+        }
+    else:
+        products = {
+            "qkv": lambda a: a.qkv(scratch.qkv),
+            "o": lambda a: a.out(scratch.parts),
+            "gate_up": lambda a: a.gate_up(a.down.x),
+            "down": lambda a: a.down(scratch.parts),
+        }
+    linears = {"qkv": first.qkv, "o": first.out, "gate_up": first.gate_up, "down": first.down}
+    found = {name: (each(call), bytes_of(linears[name]), n) for name, call in products.items()}
+    angles = step.angles[0]
+    found["attention"] = (each(lambda a: a.attend(position, starts, angles, scratch)), 0.0, n)
+    head = step.head.weight
+    found["head"] = (lambda: step.head(step.last), float(head.numel() * head.element_size()), 1)
+    return found
+
+
+@contextlib.contextmanager
+def smaller(name: str, layers: int | None) -> Iterator[Path]:
+    """Yield the folder of a model; a shape is made with so many layers."""
+    if name in SHAPES and layers:
+        SHAPES[name][1]["num_hidden_layers"] = layers
+        with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+            make(name, Path(folder))
+            yield Path(folder)
+    else:
+        with folder_of(name) as folder:
+            yield folder
+
+
+def new_step(model, batch: int):
+    """Return a decode step with a cache of random numbers."""
+    from transformers import StaticCache
+
+    from fast_path.decode_step import DecodeStep
+
+    config = model.config
+    cache = StaticCache(config, max_cache_len=512)
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cache.early_initialization(batch, config.num_key_value_heads, size, model.dtype, model.device)
+    for layer in cache.layers:
+        layer.keys.normal_()
+        layer.values.normal_()
+    return DecodeStep(model, cache)
+
+
+def time_batch(model, batch: int, position: int, layers: int, name: str) -> None:
+    """Print the lines of one batch size. layers: of the whole model."""
+    import torch
+
+    step = new_step(model, batch)
+    ids = torch.randint(5, 1000, (batch, 1), device="cuda")
+    at = torch.tensor([position], device="cuda")
+    for kind, (call, size, launches) in parts_of(step, ids, at).items():
+        us = timed(call) / launches
+        rate = f"{size / us / 1e3:7.0f} GB/s {100 * size / us * 1e6 / PEAK:5.1f} %"
+        print(f"{name} {kind:<10}{us:8.2f} us {size / 1e6:8.2f} MB {rate}", flush=True)
+    whole, head = timed(lambda: step(ids, at)), timed(lambda: step.head(step.last))
+    full = head + (whole - head) / len(step.layers) * layers
+    linears = [each for layer in step.layers for each in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+    total = sum(map(bytes_of, linears)) / len(step.layers) * layers + step.head.weight.nbytes
+    print(
+        f"{name} step of {len(step.layers)} layers {whole:.1f} us; of {layers} {full:.1f} us : {batch * 1e6 / full:.1f} tokens/s, "
+        f"{total / 1e6:.0f} MB at {total / full / 1e3:.0f} GB/s {100 * total / full * 1e6 / PEAK:.1f} %", flush=True,
+    )  # fmt: skip
+
+
+def time_layouts(model, layouts: list[str], position: int, name: str, alone: Callable[[], None]) -> None:
+    """Print a line for each layout: us of each product and of a layer."""
+    import torch
+
+    from fast_path import decode_step
+
+    usual, made = vars(decode_step.LAYOUT).copy(), []
+    ids, at = torch.randint(5, 1000, (1, 1), device="cuda"), torch.tensor([position], device="cuda")
+
+    def use(layout: str) -> None:
+        vars(decode_step.LAYOUT).update(usual)
+        for setting in filter(None, layout.split(",")):
+            key, value = setting.split("=")
+            setattr(decode_step.LAYOUT, key, int(value))
+
+    for layout in layouts:
+        try:
+            use(layout)
+            step = new_step(model, 1)
+            step(ids, at)
+            made.append((layout, step))
+        except Exception as error:
+            print(f"{name} {layout}: {str(error)[:150]}", flush=True)
+    alone()
+    for layout, step in made:
+        use(layout)
+        parts = parts_of(step, ids, at)
+        each = {kind: timed(parts[kind][0]) / parts[kind][2] for kind in ("qkv", "o", "gate_up", "down")}
+        layer = (timed(lambda step=step: step(ids, at)) - timed(lambda step=step: step.head(step.last))) / len(
+            step.layers
+        )
+        print(
+            f"{name} {layout or 'usual'} : "
+            + " ".join(f"{kind} {us:.2f}" for kind, us in each.items())
+            + f" layer {layer:.2f} us ",
+            flush=True,
+        )
+
+
+def main() -> int:
+    """Load the model, keep a few layers, and time each batch size."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--batch", nargs="+", type=int, default=[1])
+    parser.add_argument("--sms", type=int, default=0)
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--position", type=int, default=192, help="positions in the cache")
+    parser.add_argument("--turn", default="/dev/null")
+    parser.add_argument("--layouts", nargs="*", default=[])
+    args = parser.parse_args()
+    sys.path.insert(0, str(ROOT))
+    with turn({"turn": args.turn}) as alone:
+        layers = SHAPES[args.model][1]["num_hidden_layers"] if args.model in SHAPES else 0
+        with smaller(args.model, args.layers) as folder:
+            import torch
+            from bench_generation import load_ours
+
+            context = confine({"sms": args.sms, "cap": 0})
+            model = load_ours(str(folder)).get_base_model()
+        if context:
+            context.set_context()
+        from fast_path import families
+
+        decoder = families.decoder_of(model)
+        layers = layers or len(decoder.layers)
+        decoder.layers = decoder.layers[: args.layers]
+        model.config.num_hidden_layers = len(decoder.layers)
+        with torch.no_grad():
+            if args.layouts:
+                name = f"{Path(args.model).name} @{args.sms or 'all'}"
+                time_layouts(model, ["", *args.layouts], args.position, name, alone)
+                return 0
+            for batch in args.batch:  # compiles beside other processes
+                new_step(model, batch)(
+                    torch.full((batch, 1), 5, device="cuda"), torch.tensor([args.position], device="cuda")
+                )
+            alone()
+            for batch in args.batch:
+                name = f"{Path(args.model).name} batch {batch} @{args.sms or 'all'}"
+                time_batch(model, batch, args.position, layers, name)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
