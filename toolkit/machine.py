@@ -56,6 +56,11 @@ def create_accelerator(training: TrainingConfig, shard_base: bool = False) -> Ac
         if os.environ.get(f"ACCELERATE_USE_{plugin.upper()}", "false").lower() in ("true", "1"):
             way = "to divide the base among processes, use --shard_base true"
             raise ConfigError(f"accelerate launch --use_{plugin}: expected a launch without it; {way}")
+    if {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ:
+        way = "add --multi_gpu (on a CPU too), or use torchrun --nproc_per_node N"
+        raise ConfigError(
+            f"accelerate launch: it announces several processes, but starts one without --multi_gpu: {way}"
+        )
     if shard_base and launched == 1:
         way = "start them with torchrun --nproc_per_node 2 train_qlora.py, or use --shard_base false"
         raise ConfigError(f"performance.shard_base: expected two or more processes, got one: {way}")

@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -80,8 +81,7 @@ def join() -> None:
     gpu = torch.cuda.is_available()
     try:
         store, rank, count = next(dist.rendezvous("env://", timeout=timedelta(seconds=JOIN)))
-        # torchrun keeps its store over a restart, with the addresses of the processes that have ended.
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        store = _without_what_has_been(store, rank, count)
         backend = backend_of(gpu)
         dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=timedelta(seconds=JOIN))
         control = dist.new_group(backend="gloo", timeout=timedelta(seconds=SET_UP))
@@ -97,6 +97,28 @@ def join() -> None:
         raise ConfigError(f"{here} processes on {platform.node()}, which has {cards} GPU: use --nproc_per_node {cards}")
 
 
+def _without_what_has_been(store: dist.Store, rank: int, count: int) -> dist.Store:
+    """Return a part of the store that nobody has used: torchrun keeps its store over a restart, with the old addresses.
+
+    Launchers of several machines count restarts differently. So the first process names a new part, each other one says
+    there who it is, and takes it once it is greeted; what an earlier first process named greets nobody any more.
+    """
+    mine, end = uuid.uuid4().hex, time.monotonic() + JOIN
+    if rank == 0:
+        store.set("start", mine)
+        part = dist.PrefixStore(mine, store)
+        for other in range(1, count):
+            part.set(f"greeted/{part.get(f'here/{other}').decode()}", "1")
+        return part
+    while time.monotonic() < end:
+        part = dist.PrefixStore(store.get("start").decode(), store)
+        part.set(f"here/{rank}", mine)
+        if part.check([f"greeted/{mine}"]):
+            return part
+        time.sleep(0.1)
+    raise RuntimeError(f"rank 0 has not answered for {JOIN} s")
+
+
 def backend_of(gpu: bool) -> str:
     """Return torch's name for what carries tensors: NCCL between GPUs, gloo between CPUs."""
     return "cpu:gloo,cuda:nccl" if gpu and dist.is_nccl_available() else "gloo"  # Windows has no NCCL
@@ -105,11 +127,6 @@ def backend_of(gpu: bool) -> str:
 def several() -> bool:
     """Return whether this process works together with others."""
     return _launch is not None and dist.is_initialized()
-
-
-def restarted() -> bool:
-    """Return whether torchrun --max-restarts started this process again, after a failure."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def is_first() -> bool:
