@@ -171,6 +171,8 @@ def main(argv: list[str] | None = None) -> int:
             processes.refuse_differences(commands_of(options))
             if (code := answer(options)) is not None:
                 return code
+            if (options.plan or options.compare) and not processes.is_first():
+                return 0
             quantization_utils.quiet_libraries()
             quiet_datasets()
             if options.plan:

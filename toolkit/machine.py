@@ -73,7 +73,10 @@ def create_accelerator(training: TrainingConfig, shard_base: bool = False) -> Ac
     try:
         accelerator = Accelerator(cpu=cpu, gradient_accumulation_steps=1, log_with=tracker, project_dir=runs)
     except (ImportError, ValueError) as error:
-        raise ConfigError(f"training.report_to: {tracker}: {' '.join(str(error).split())[:200]}") from None
+        reason = " ".join(str(error).split())[:200]
+        if tracker is None:  # such as a launch by mpirun, whose variables accelerate reads too
+            raise ConfigError(f"accelerate cannot start here, use torchrun --nproc_per_node N: {reason}") from None
+        raise ConfigError(f"training.report_to: {tracker}: {reason}") from None
     if tracker is not None and not accelerator.log_with:
         raise ConfigError(f"training.report_to: the package of {tracker} is not installed")
     if launched != accelerator.num_processes:

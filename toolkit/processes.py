@@ -141,9 +141,21 @@ def settle(settled: bool = True) -> None:
 
 
 def tie() -> None:
-    """Say that the processes compute each layer together: where one fails, the others wait for it and come to no exchange."""
-    if _launch is not None:
-        _launch.tied = True
+    """Say that the processes compute each layer together: where one fails, the others wait for it within a layer."""
+    if _launch is None or _launch.tied:
+        return
+    _launch.tied = True
+    if "nccl" in backend_of(torch.cuda.is_available()):  # gloo notices by itself that a process has ended
+        threading.Thread(target=_leave_the_layer, args=[_launch.store.clone()], daemon=True).start()
+
+
+def _leave_the_layer(store: dist.Store) -> None:
+    """Wait until another process has failed or ended, then end what this one's GPU waits for, so that it can answer."""
+    others = [rank for rank in range(_launch.count) if rank != _launch.rank]
+    with contextlib.suppress(RuntimeError):  # the store may go with its process
+        while not any(_has_ended(rank) or store.check([f"failed/{rank}"]) for rank in others):
+            time.sleep(1)
+    dist.group.WORLD._get_backend(torch.device("cuda")).abort()
 
 
 # ------------------------------------------------------------------------------------------------ exchanges
@@ -165,6 +177,7 @@ def gathered(value: T, patience: float | None = None) -> list[T]:
 
 END = "the end of a block"  # exchanged in place of a value
 Failure = tuple[str, list[str]]  # (kind, lines) of an error
+OTHERS = "others"  # the kind of an error that comes from another process
 
 
 def _exchange(value: Any, failure: Failure | None, patience: float | None) -> tuple[list, dict[int, Failure]]:
@@ -273,6 +286,9 @@ def together(patience: float | None = None) -> Iterator[None]:
         raise mine
     else:
         failure = _described(mine)
+        if _launch.tied:
+            with contextlib.suppress(RuntimeError):
+                _launch.store.set(f"failed/{_launch.rank}", failure[0])
         try:
             failures = _exchange(None, failure, ANSWER if _launch.tied else None)[1]
         except RankFailed as lost:  # nobody is left to be told
@@ -292,11 +308,14 @@ def _described(error: Exception) -> Failure:
         return "refused", list(error.problems)
     if isinstance(error, torch.OutOfMemoryError):
         return "memory", [str(error).splitlines()[0]]
+    if _is_about_others(error):
+        return OTHERS, [str(error).splitlines()[0]]
     return type(error).__name__, [(str(error).splitlines() or [""])[0]]
 
 
 def _agreed(failures: Mapping[int, Failure], mine: Exception | None = None) -> Exception:
     """Return the error that this process raises when some have failed. mine: its own error, if it is one of them."""
+    failures = {rank: found for rank, found in failures.items() if found[0] != OTHERS} or failures
     first = min(failures)
     kind, lines = failures[first][0], _lines(failures)
     error: Exception
@@ -305,9 +324,11 @@ def _agreed(failures: Mapping[int, Failure], mine: Exception | None = None) -> E
     elif kind == "memory":
         error = torch.OutOfMemoryError(lines[0])
     else:
-        error = mine or RankFailed(f"{name_of(first)} has failed: {kind}: {failures[first][1][0]}")
+        own = mine if _launch.rank in failures else None
+        error = own or RankFailed(f"{name_of(first)} has failed: {kind}: {failures[first][1][0]}")
         _launch.lost = True
-    if kind == "refused" or len(failures) == _launch.count or (mine is None and first > 0):
+    all_know = kind == "refused" or (kind == "memory" and _launch.tied)
+    if all_know or len(failures) == _launch.count or first not in (0, _launch.rank):
         _leave_words_to_the_first()
     error.agreed = True  # type: ignore[attr-defined]
     return error
