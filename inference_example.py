@@ -34,6 +34,7 @@ from toolkit.local_paths import missing_model
 from toolkit.locks import exclusive, lock_of
 from toolkit.prompt_files import Prompt, clean, finished_rows, read_prompts
 from toolkit.startup import (
+    announced,
     before_heavy_imports,
     out_of_memory,
     reader_gone,
@@ -188,8 +189,18 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     return options, config
 
 
+def refuse_launcher() -> None:
+    """Raise ConfigError if this process is one of several; only the first one says so."""
+    if announced():
+        if os.environ["RANK"] != "0":
+            sys.exit(2)
+        several = f"got one of {os.environ['WORLD_SIZE']}: start it with python, without a launcher"
+        raise ConfigError(f"inference_example.py: expected to be the only process, {several}")
+
+
 if __name__ == "__main__":  # --help and errors in options or configuration appear before torch is imported
     try:
+        refuse_launcher()
         name = parse(sys.argv[1:])[1].model.name
     except ConfigError as error:
         sys.exit(report(error))

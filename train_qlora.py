@@ -26,7 +26,7 @@ from toolkit.earlier_run import config_with_adapter, refuse_other_run
 from toolkit.encodings import check_config
 from toolkit.flags import build_parser, parse_arguments
 from toolkit.local_paths import MODEL_PARTS, missing_model, missing_sources
-from toolkit.run_commands import add_flags, answer, is_asked
+from toolkit.run_commands import add_flags, answer, commands_of, is_asked
 from toolkit.start_adapter import with_start_adapter
 from toolkit.startup import before_heavy_imports, reader_gone, report, run_and_exit, unusable, visible, wake_gpu
 from toolkit.template_files import check_template_files
@@ -97,7 +97,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     if problems:
         raise ConfigError(*problems)
     check_template_files(config.model.name)
-    if not (options.plan or options.evaluate):
+    if not (options.plan or options.evaluate or toolkit.startup.launched()):  # see as_of_this_start
         refuse_other_run(config, options.overwrite)
     return options, config
 
@@ -152,7 +152,7 @@ from toolkit.memory import peak_gib
 from toolkit.memory_plan import MemoryPlan, sequences_per_step
 from toolkit.resume import Found, check_resumable, check_tensors, find_checkpoint, fingerprint, restore_schedule
 from toolkit.run_lines import data_lines, end_lines, next_command, resume_lines, step_line
-from toolkit.run_state import after_failure, refuse_other_start, share_output, write_state
+from toolkit.run_state import after_failure, as_of_this_start, refuse_other_start, share_output, write_state
 from toolkit.sharding import cannot_repeat, load_base, own_batches
 from toolkit.text_width import for_stdout
 from toolkit.turn_ends import left_beside, load_tokenizer, teach_ends
@@ -167,15 +167,18 @@ def main(argv: list[str] | None = None) -> int:
         processes.join()
         with processes.together(processes.ENDING):
             options, config = parse(argv)
+            processes.refuse_differences(commands_of(options))
             if (code := answer(options)) is not None:
                 return code
+            if (options.plan or options.compare) and not processes.is_first():
+                return 0
             quantization_utils.quiet_libraries()
             quiet_datasets()
             if options.plan:
                 return memory.print_plan(config, epoch_size, options.card, options.processes)
             for line in options.notes:
                 print(visible(line), file=sys.stderr)
-            processes.refuse_differences(earlier_run.common_settings(config, options.overwrite))
+            processes.refuse_differences(earlier_run.common_settings(config))
             if options.evaluate:
                 doing = "evaluating"
                 return evaluate_adapter(config, options.adapter, options.stride, options.generate)
@@ -183,7 +186,7 @@ def main(argv: list[str] | None = None) -> int:
                 return compare_runs(options.compare, options.output or "compare.png")
             output_dir = config.training.output_dir
             again = earlier_run.continuing_command(argv, config.training.resume)
-            return fine_tune(config, options.overwrite and not processes.restarted(), again)
+            return fine_tune(*as_of_this_start(config, options.overwrite), again)
     except memory.NoFit as error:
         print(visible(str(error)), file=sys.stderr)
         return 3

@@ -4,6 +4,7 @@ This module imports no torch: a user who edits config.yaml and runs again must n
 an error is shown.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -59,10 +60,10 @@ def settings(config: Config) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in flatten(config).items()}
 
 
-def common_settings(config: Config, overwrite: bool) -> dict[str, Any]:
-    """Return by name what all processes of a launch must have in common, but for the contents of NAMES."""
-    common = {name: value for name, value in settings(config).items() if name not in NAMES}
-    return common | {"--overwrite": overwrite}
+def common_settings(config: Config) -> dict[str, Any]:
+    """Return by name what all processes of a launch must have in common, but for what is behind paths."""
+    apart = (*NAMES, "training.output_dir")  # machines may reach one folder by different paths; see share_output
+    return {name: value for name, value in settings(config).items() if name not in apart}
 
 
 # ------------------------------------------------------------------------------------------------ training again
@@ -217,6 +218,13 @@ def other_run(changes: list[str], training: TrainingConfig) -> ConfigError:
 def all_damaged(output_dir: Path) -> ConfigError:
     """Return the error about an output folder in which no checkpoint can be read."""
     return ConfigError(f"training.resume: all checkpoints in {output_dir} are damaged; use --overwrite to start over")
+
+
+def begun_since(output_dir: Path, then: float) -> bool:
+    """Return whether the run in a folder was begun or continued after a time, in seconds as of files."""
+    with contextlib.suppress(OSError):
+        return os.stat(output_dir / "config.yaml").st_mtime > then
+    return False
 
 
 def refuse_other_run(config: Config, overwrite: bool) -> None:

@@ -56,6 +56,11 @@ def create_accelerator(training: TrainingConfig, shard_base: bool = False) -> Ac
         if os.environ.get(f"ACCELERATE_USE_{plugin.upper()}", "false").lower() in ("true", "1"):
             way = "to divide the base among processes, use --shard_base true"
             raise ConfigError(f"accelerate launch --use_{plugin}: expected a launch without it; {way}")
+    if {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ:
+        way = "add --multi_gpu (on a CPU too), or use torchrun --nproc_per_node N"
+        raise ConfigError(
+            f"accelerate launch: it announces several processes, but starts one without --multi_gpu: {way}"
+        )
     if shard_base and launched == 1:
         way = "start them with torchrun --nproc_per_node 2 train_qlora.py, or use --shard_base false"
         raise ConfigError(f"performance.shard_base: expected two or more processes, got one: {way}")
@@ -68,7 +73,10 @@ def create_accelerator(training: TrainingConfig, shard_base: bool = False) -> Ac
     try:
         accelerator = Accelerator(cpu=cpu, gradient_accumulation_steps=1, log_with=tracker, project_dir=runs)
     except (ImportError, ValueError) as error:
-        raise ConfigError(f"training.report_to: {tracker}: {' '.join(str(error).split())[:200]}") from None
+        reason = " ".join(str(error).split())[:200]
+        if tracker is None:  # such as a launch by mpirun, whose variables accelerate reads too
+            raise ConfigError(f"accelerate cannot start here, use torchrun --nproc_per_node N: {reason}") from None
+        raise ConfigError(f"training.report_to: {tracker}: {reason}") from None
     if tracker is not None and not accelerator.log_with:
         raise ConfigError(f"training.report_to: the package of {tracker} is not installed")
     if launched != accelerator.num_processes:

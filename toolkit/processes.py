@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -80,8 +81,7 @@ def join() -> None:
     gpu = torch.cuda.is_available()
     try:
         store, rank, count = next(dist.rendezvous("env://", timeout=timedelta(seconds=JOIN)))
-        # torchrun keeps its store over a restart, with the addresses of the processes that have ended.
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        store = _without_what_has_been(store, rank, count)
         backend = backend_of(gpu)
         dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=timedelta(seconds=JOIN))
         control = dist.new_group(backend="gloo", timeout=timedelta(seconds=SET_UP))
@@ -97,6 +97,28 @@ def join() -> None:
         raise ConfigError(f"{here} processes on {platform.node()}, which has {cards} GPU: use --nproc_per_node {cards}")
 
 
+def _without_what_has_been(store: dist.Store, rank: int, count: int) -> dist.Store:
+    """Return a part of the store that nobody has used: torchrun keeps its store over a restart, with the old addresses.
+
+    Launchers of several machines count restarts differently. So the first process names a new part, each other one says
+    there who it is, and takes it once it is greeted; what an earlier first process named greets nobody any more.
+    """
+    mine, end = uuid.uuid4().hex, time.monotonic() + JOIN
+    if rank == 0:
+        store.set("start", mine)
+        part = dist.PrefixStore(mine, store)
+        for other in range(1, count):
+            part.set(f"greeted/{part.get(f'here/{other}').decode()}", "1")
+        return part
+    while time.monotonic() < end:
+        part = dist.PrefixStore(store.get("start").decode(), store)
+        part.set(f"here/{rank}", mine)
+        if part.check([f"greeted/{mine}"]):
+            return part
+        time.sleep(0.1)
+    raise RuntimeError(f"rank 0 has not answered for {JOIN} s")
+
+
 def backend_of(gpu: bool) -> str:
     """Return torch's name for what carries tensors: NCCL between GPUs, gloo between CPUs."""
     return "cpu:gloo,cuda:nccl" if gpu and dist.is_nccl_available() else "gloo"  # Windows has no NCCL
@@ -105,11 +127,6 @@ def backend_of(gpu: bool) -> str:
 def several() -> bool:
     """Return whether this process works together with others."""
     return _launch is not None and dist.is_initialized()
-
-
-def restarted() -> bool:
-    """Return whether torchrun --max-restarts started this process again, after a failure."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def is_first() -> bool:
@@ -124,9 +141,21 @@ def settle(settled: bool = True) -> None:
 
 
 def tie() -> None:
-    """Say that the processes compute each layer together: where one fails, the others wait for it and come to no exchange."""
-    if _launch is not None:
-        _launch.tied = True
+    """Say that the processes compute each layer together: where one fails, the others wait for it within a layer."""
+    if _launch is None or _launch.tied:
+        return
+    _launch.tied = True
+    if "nccl" in backend_of(torch.cuda.is_available()):  # gloo notices by itself that a process has ended
+        threading.Thread(target=_leave_the_layer, args=[_launch.store.clone()], daemon=True).start()
+
+
+def _leave_the_layer(store: dist.Store) -> None:
+    """Wait until another process has failed or ended, then end what this one's GPU waits for, so that it can answer."""
+    others = [rank for rank in range(_launch.count) if rank != _launch.rank]
+    with contextlib.suppress(RuntimeError):  # the store may go with its process
+        while not any(_has_ended(rank) or store.check([f"failed/{rank}"]) for rank in others):
+            time.sleep(1)
+    dist.group.WORLD._get_backend(torch.device("cuda")).abort()
 
 
 # ------------------------------------------------------------------------------------------------ exchanges
@@ -148,6 +177,7 @@ def gathered(value: T, patience: float | None = None) -> list[T]:
 
 END = "the end of a block"  # exchanged in place of a value
 Failure = tuple[str, list[str]]  # (kind, lines) of an error
+OTHERS = "others"  # the kind of an error that comes from another process
 
 
 def _exchange(value: Any, failure: Failure | None, patience: float | None) -> tuple[list, dict[int, Failure]]:
@@ -256,6 +286,9 @@ def together(patience: float | None = None) -> Iterator[None]:
         raise mine
     else:
         failure = _described(mine)
+        if _launch.tied:
+            with contextlib.suppress(RuntimeError):
+                _launch.store.set(f"failed/{_launch.rank}", failure[0])
         try:
             failures = _exchange(None, failure, ANSWER if _launch.tied else None)[1]
         except RankFailed as lost:  # nobody is left to be told
@@ -275,11 +308,14 @@ def _described(error: Exception) -> Failure:
         return "refused", list(error.problems)
     if isinstance(error, torch.OutOfMemoryError):
         return "memory", [str(error).splitlines()[0]]
+    if _is_about_others(error):
+        return OTHERS, [str(error).splitlines()[0]]
     return type(error).__name__, [(str(error).splitlines() or [""])[0]]
 
 
 def _agreed(failures: Mapping[int, Failure], mine: Exception | None = None) -> Exception:
     """Return the error that this process raises when some have failed. mine: its own error, if it is one of them."""
+    failures = {rank: found for rank, found in failures.items() if found[0] != OTHERS} or failures
     first = min(failures)
     kind, lines = failures[first][0], _lines(failures)
     error: Exception
@@ -288,9 +324,11 @@ def _agreed(failures: Mapping[int, Failure], mine: Exception | None = None) -> E
     elif kind == "memory":
         error = torch.OutOfMemoryError(lines[0])
     else:
-        error = mine or RankFailed(f"{name_of(first)} has failed: {kind}: {failures[first][1][0]}")
+        own = mine if _launch.rank in failures else None
+        error = own or RankFailed(f"{name_of(first)} has failed: {kind}: {failures[first][1][0]}")
         _launch.lost = True
-    if kind == "refused" or len(failures) == _launch.count or (mine is None and first > 0):
+    all_know = kind == "refused" or (kind == "memory" and _launch.tied)
+    if all_know or len(failures) == _launch.count or first not in (0, _launch.rank):
         _leave_words_to_the_first()
     error.agreed = True  # type: ignore[attr-defined]
     return error

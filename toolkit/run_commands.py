@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -36,10 +37,18 @@ def is_asked(options: argparse.Namespace, overrides: dict[str, Any]) -> bool:
     return options.runs is not None or options.push is not None
 
 
+def commands_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the flags of a script that say what it does, which all processes of a launch must have in common."""
+    apart = ("config", "notes", "overrides")
+    return {f"--{name}": value for name, value in vars(options).items() if name not in apart}
+
+
 def answer(options: argparse.Namespace) -> int | None:
     """Carry out the command that is asked for and return the exit code; None if none of them is. Raises ConfigError."""
     if options.runs is None and options.push is None:
         return None
+    if os.environ.get("RANK", "0") != "0":  # of several processes the first one does it
+        return 0
     with contextlib.suppress(AttributeError):
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a console that lacks a character
     try:

@@ -9,12 +9,28 @@ from typing import Any
 
 import torch
 
-from config import ConfigError
+from config import Config, ConfigError
 from toolkit import checkpoints, earlier_run, processes
 from toolkit.resume import CONTENTS, Found
-from toolkit.startup import report
+from toolkit.startup import launched, launcher_started, report
 
 # `run` is train_qlora's Run, which stands above this module.
+
+
+def as_of_this_start(config: Config, overwrite: bool) -> tuple[Config, bool]:
+    """Return the configuration and whether to overwrite. Raise ConfigError for a folder with a run that is not continued.
+
+    torchrun starts its processes again after a failure, and where a machine joins (--nnodes 1:2). --overwrite and
+    training.resume count for the first start: a run that was begun since the launcher started is its own, and goes on.
+    """
+    launchers = processes.gathered(launcher_started())
+    begun = earlier_run.begun_since(Path(config.training.output_dir), min(launchers))
+    if processes.gathered(begun)[0]:
+        training = dataclasses.replace(config.training, resume="auto")
+        config, overwrite = dataclasses.replace(config, training=training), False
+    if launched():  # others were refused before
+        earlier_run.refuse_other_run(config, overwrite)
+    return config, overwrite
 
 
 def share_output(output_dir: Path) -> None:

@@ -1,5 +1,6 @@
 """A base divided among processes, as the commands see it: loading, and equally many passes in each."""
 
+import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -29,11 +30,12 @@ def load_base(
 
 def cannot_repeat(problem: torch.OutOfMemoryError) -> processes.RankFailed:
     """Return the error of a process that ran out of memory: the others are inside a layer, so nothing can be repeated."""
-    who = processes.name_of(dist.get_rank())
+    named = re.match(r"rank (\d+): ", str(problem))  # of another process; the first one's has no name
+    alone = not getattr(problem, "agreed", False)
+    who = processes.name_of(int(named[1]) if named else dist.get_rank() if alone else 0)
     way = "use --gradient_checkpointing true or a lower --memory_limit_gib"
-    return processes.RankFailed(
-        f"{who} ran out of GPU memory with a divided base, {way}: {str(problem).splitlines()[0]}"
-    )
+    reason = str(problem).splitlines()[0][named.end() if named else 0 :]
+    return processes.RankFailed(f"{who} ran out of GPU memory with a divided base, {way}: {reason}")
 
 
 def own_batches(

@@ -9,6 +9,7 @@ import functools
 import gc
 import importlib
 import logging
+import math
 import os
 import re
 import signal
@@ -204,6 +205,22 @@ def announced() -> bool:
     """Return whether a launcher such as torchrun started this process as one of several, and says where they meet."""
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     return several and {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+
+
+def launched() -> bool:
+    """Return whether torchrun started this process, which starts all processes again after a failure."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def launcher_started() -> float:
+    """Return when the torchrun that started this process began, in seconds as of files; infinity without one."""
+    if not launched():
+        return math.inf
+    import psutil  # not at the top, since a process without a launcher needs it later or never
+
+    with contextlib.suppress(psutil.Error):
+        return psutil.Process(os.getppid()).create_time()
+    return math.inf
 
 
 def wake_gpu() -> None:

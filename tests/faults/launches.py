@@ -23,6 +23,7 @@ import psutil
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = [sys.executable, "-m", "torch.distributed.run"]
 MINUTE = 60.0
+SIGNALS = {"hang": signal.SIGSTOP, "signal": signal.SIGTERM, "die": signal.SIGKILL}  # what a process sends itself
 SAME = 1e-4  # the largest difference between the losses of runs that are the same within rounding
 
 
@@ -92,8 +93,8 @@ def become_faulty(fault: str, flags: list[str]) -> None:
                 raise torch.OutOfMemoryError("made up")
             if fault == "error" or (fault == "restart" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"):
                 raise RuntimeError("made up")
-            if fault in ("hang", "signal"):
-                os.kill(os.getpid(), signal.SIGSTOP if fault == "hang" else signal.SIGTERM)
+            if fault in SIGNALS:
+                os.kill(os.getpid(), SIGNALS[fault])
         yield from originals[0](run, numbers)
 
     def own_batches(blocks, numbers, micro_batch, *rest):
