@@ -6,7 +6,8 @@ bfloat16 model in transformers.
     python tests/benchmarks/bench_generation.py MODEL --batch 1 --peers ours --check           greedy beside generate's
     python tests/benchmarks/bench_generation.py families --batch 1 --peers ours hf --together 6
 
-MODEL is a folder, the name of a shape (tests/benchmarks/shapes.py) or `families`; more than one may be named.
+MODEL is a folder, the name of a shape (tests/benchmarks/shapes.py) or `families`; more than one may be named, and with peers of
+its own as in granite-3.3-2b=ours,unsloth.
 
 LoRA r = 16 on all seven projections, NF4 + double quantisation, bf16, random prompts, sampling at temperature 0.7 and
 top_p 0.9. Each case runs in a process of its own and prints a JSON line; the table comes last. tokens/s are of whole
@@ -26,7 +27,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from bench_training import attention_of, confine, environment_of, run_cases, targets_of, turn
+from bench_training import attention_of, confine, environment_of, peers_of, run_cases, targets_of, turn
 from shapes import SHAPES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -272,7 +273,8 @@ def main() -> int:
     names = [*SHAPES] if args.model == ["families"] else args.model
     cases = [
         {"peer": peer, "batch": batch, "model": name, **settings}
-        for name, batch, peer in itertools.product(names, args.batch, args.peers)
+        for name, own in (peers_of(text, PEERS) for text in names)
+        for batch, peer in itertools.product(args.batch, own or args.peers)
     ]
     print(table(run_cases(cases, lambda case: run_process(case, args.timeout, args.unsloth_path), args.together)))
     return 0
