@@ -3,8 +3,8 @@
 import inspect
 import itertools
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import bitsandbytes  # noqa: F401  (registers the operators that dequantise without Triton)
 import torch
@@ -500,6 +500,28 @@ def _(x, A, B, bias, scale, norm, hands_B, swiglu, before_u, before_B, codes, co
     return x.new_empty(len(x), codes.numel() * 2 // columns), u
 
 
+def over_x_of(operator: Any, gradients: Callable) -> Any:
+    """Return a twin of a backward operator that writes dx over x and returns an empty tensor in its place.
+
+    No result of an operator may share memory with an argument. gradients(over_x, **arguments): what the operator computes.
+    """
+    function, name = operator._init_fn, f"{operator._qualname}_over_x"
+    parameters = tuple(inspect.signature(function).parameters)
+
+    def without_dx(x: torch.Tensor, results: Any) -> Any:
+        empty = x.new_empty(0)
+        return empty if isinstance(results, torch.Tensor) else (empty, *results[1:])
+
+    def run(*arguments):
+        given = dict(zip(parameters, arguments, strict=True))
+        return without_dx(given["x"], gradients(True, **given))
+
+    schema = torch.library.infer_schema(function, mutates_args=("x",))
+    twin = torch.library.custom_op(name, run, mutates_args=("x",), schema=schema)
+    twin.register_fake(lambda grad, x, *rest: without_dx(x, operator(grad, x, *rest)))
+    return twin
+
+
 @torch.library.custom_op("qlora::linear_backward", mutates_args=())
 def linear_backward(
     grad: torch.Tensor, x: torch.Tensor, u: torch.Tensor, A: list[torch.Tensor], B: list[torch.Tensor], scale: float,
@@ -541,18 +563,6 @@ def _gradients(
     return dx, dA.flatten(), dB
 
 
-def _gradients_over_x(*arguments):
-    given = dict(zip(inspect.signature(linear_backward._init_fn).parameters, arguments, strict=True))
-    _, sums, dB = _gradients(True, **given)
-    return given["x"].new_empty(0), sums, dB  # the first result is in x: no result of an operator may share its memory
-
-
-linear_backward_over_x = torch.library.custom_op(
-    "qlora::linear_backward_over_x", _gradients_over_x, mutates_args=("x",),
-    schema=torch.library.infer_schema(linear_backward._init_fn, mutates_args=("x",)),
-)  # fmt: skip
-
-
 def _product_backward_fp8(
     grad: torch.Tensor, packed: Packed, B: torch.Tensor, kernels: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -571,10 +581,7 @@ def _(grad, x, u, A, B, scale, norm, hands_B, swiglu, before_u, before_ranks, co
     return dx, *(x.new_empty(size, dtype=torch.float32) for size in sizes)
 
 
-@linear_backward_over_x.register_fake
-def _(grad, x, *rest):
-    _, sums, dB = linear_backward(grad, x, *rest)
-    return x.new_empty(0), sums, dB
+linear_backward_over_x = over_x_of(linear_backward, _gradients)
 
 
 def _linear_setup(ctx, inputs, output):
@@ -614,7 +621,9 @@ def _linear_backward(ctx, grad, _):
         parts = before_dB.flatten(0, 1).chunk(max(1, len(ctx.before)))
         grads["before_B"] = [part.to(dtype) for part, (_, dtype) in zip(parts, ctx.before, strict=False)]
     else:
-        dx = product_backward(grad.contiguous(), x, ctx.swiglu, *quantised, ctx.kernels, ctx.activation)
+        backward = product_backward_over_x if ctx.over_x else product_backward
+        dx = backward(grad.contiguous(), x, ctx.swiglu, *quantised, ctx.kernels, ctx.activation)
+        dx = x if ctx.over_x else dx
     grads["x"] = norm_backward(dx, x, Norm(*norm)) if norm else dx
     return tuple(grads.values())
 
@@ -629,12 +638,23 @@ def product_backward(
     kernels: bool, activation: str,
 ) -> torch.Tensor:  # fmt: skip
     """Return dx of an operator without an adapter. With a norm, dx is the gradient of the norm's output."""
+    return _product_gradient(False, **locals())
+
+
+def _product_gradient(
+    over_x, grad, x, swiglu, codes, constants, lut, columns, blocksizes, quant_type, row_scales, kernels, activation
+):  # fmt: skip
     packed = Packed(codes, constants, lut, columns, blocksizes, quant_type, row_scales)
     W, stacked = operands(packed, [], [], 0.0, grad.dtype, kernels, only_adapters=row_scales is not None)
     dx = grad @ W if row_scales is None else _product_backward_fp8(grad, packed, W.t(), kernels)[0]
-    return swiglu_backward(dx, x, stacked, no_masks(x), Before(), kernels, activation)[0] if swiglu else dx
+    if not swiglu:
+        return dx
+    return swiglu_backward(dx, x, stacked, no_masks(x), Before(), kernels, activation, over_x=over_x)[0]
 
 
 @product_backward.register_fake
 def _(grad, x, *rest):
     return torch.empty_like(x)
+
+
+product_backward_over_x = over_x_of(product_backward, _product_gradient)

@@ -207,6 +207,11 @@ def test_a_gradient_over_what_was_recomputed_is_the_same_and_is_told_to_the_comp
     assert not nothing.numel() and not torch.equal(over, x)
     for found, want in zip((over, *sums), wanted, strict=True):
         assert torch.equal(found, want)
+    arguments = arguments[0], x, True, *weights, False, "silu"
+    torch.library.opcheck(fused_linear.product_backward_over_x, arguments)
+    over = x.clone()
+    fused_linear.product_backward_over_x(arguments[0], over, *arguments[2:])
+    assert torch.equal(over, fused_linear.product_backward(*arguments))
 
 
 @pytest.mark.compiled
