@@ -3,8 +3,8 @@
 import inspect
 import itertools
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import bitsandbytes  # noqa: F401  (registers the operators that dequantise without Triton)
 import torch
@@ -311,25 +311,41 @@ def _leaves_no_gaps(extra: int, p: float, kernels: bool) -> bool:
     return kernels and (p > 0 or extra <= 64)
 
 
+class Before(NamedTuple):
+    """The adapters of gate and up, whose dB `swiglu_backward` computes. u: their scaled u, [rows, adapter columns].
+
+    members: 2, or 1 if gate and up are one linear, whose one adapter has one u for both. rank: 0 without adapters.
+    """
+
+    u: torch.Tensor | None = None
+    rank: int = 0
+    members: int = 2
+
+    def part(self, i: int) -> slice:
+        """Return the columns of u that belong to gate (0) or up (1)."""
+        start = i * self.rank if self.members > 1 else 0
+        return slice(start, start + self.rank)
+
+
 def swiglu_backward(
-    wide: torch.Tensor, x: torch.Tensor, A: torch.Tensor, masks: Masks, u: torch.Tensor | None, rank: int, kernels: bool,
-    activation: str = "silu", du: torch.Tensor | None = None,
+    wide: torch.Tensor, x: torch.Tensor, A: torch.Tensor, masks: Masks, before: Before, kernels: bool,
+    activation: str = "silu", du: torch.Tensor | None = None, over_x: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Return (d[gate | up], sums) from wide = [dx | du] and x = [gate | up]. With du, wide holds dx alone.
 
-    sums holds dA and the dB of gate and up; `apart` separates them. u: the scaled u of gate and up, [rows, adapter
-    columns]; None, with rank 0, if their dB is not needed.
+    sums holds dA and the dB of gate and up; `apart` separates them. over_x: the first result overwrites x.
     """
     extra, columns = A.shape
     du = wide[:, columns : columns + extra] if du is None else du
-    if kernels and max(extra, rank) <= MOST_COLUMNS:
-        return _swiglu_backward_kernel(wide, du, x, A, masks, u, rank, activation)
+    if kernels and max(extra, before.rank) <= MOST_COLUMNS:
+        return _swiglu_backward_kernel(wide, du, x, A, masks, before, activation, x if over_x else torch.empty_like(x))
     tile, back = _swiglu(x, activation), du @ A
     if masks.p > 0:
         tile, back = _drop(tile, masks), _drop(back, masks)
     grads = _swiglu_backward(x, wide[:, :columns] + back, activation)
-    parts = [grads[:, i * columns : (i + 1) * columns].t() for i in range(2 if rank else 0)]
-    dB = [_product_fp32(part, u[:, i * rank : (i + 1) * rank]) for i, part in enumerate(parts)]
+    parts = [grads[:, i * columns : (i + 1) * columns].t() for i in range(2 if before.rank else 0)]
+    dB = [_product_fp32(part, before.u[:, before.part(i)]) for i, part in enumerate(parts)]
+    grads = x.copy_(grads) if over_x else grads
     return grads, torch.cat([part.flatten() for part in (_product_fp32(du.t(), tile), *dB)])
 
 
@@ -339,17 +355,20 @@ def apart(sums: torch.Tensor, extra: int, columns: int) -> tuple[torch.Tensor, t
     return sums[:size].view(extra, columns), sums[size:].view(2, columns, (len(sums) - size) // (2 * columns))
 
 
-def _swiglu_backward_kernel(wide, du, x, A, masks, u, rank, activation):
-    """Do `swiglu_backward` in one pass. Each share of the rows writes its own sums, which are added in fixed order."""
-    (extra, columns), rows = A.shape, len(x)
+def _swiglu_backward_kernel(wide, du, x, A, masks, before: Before, activation, grads):
+    """Do `swiglu_backward` in one pass. Each share of the rows writes its own sums, which are added in fixed order.
+
+    grads may be x: each number of x is read once, by the program that overwrites it.
+    """
+    (extra, columns), rows, (u, rank, _) = A.shape, len(x), before
     launch = swiglu_launch(max(extra, rank))
     blocks = triton.cdiv(columns, launch.block_k)
     share = triton.cdiv(share_rows(rows, blocks, x.device), launch.block_m) * launch.block_m
-    shares, grads = triton.cdiv(rows, share), torch.empty_like(x)
+    shares = triton.cdiv(rows, share)
     sums = x.new_empty(shares, (extra + 2 * rank) * columns, dtype=torch.float32)
     training_kernels.swiglu_backward_kernel[(blocks, shares)](
         wide, du, x, grads, A, u if rank else x, sums, masks.step, masks.sequences, masks.salt, rows, share, masks.length,
-        columns, wide.shape[1], du.stride(0), extra, u.stride(0) if rank else 0, rank, drop_threshold(masks.p), 1 / (1 - masks.p),
+        columns, wide.shape[1], du.stride(0), extra, u.stride(0) if rank else 0, before.part(1).start, rank, drop_threshold(masks.p), 1 / (1 - masks.p),
         DROPOUT=masks.p > 0, BLOCK_M=launch.block_m, BLOCK_K=launch.block_k, BLOCK_R=dot_size(extra) if extra else 0,
         BLOCK_U=dot_size(rank) if rank else 0, ACTIVATION=activation, num_warps=launch.warps, num_stages=1,
     )  # fmt: skip
@@ -394,7 +413,7 @@ def linear(
     norm: list[torch.Tensor], hands_B: bool, swiglu: bool, before_u: torch.Tensor | None, before_B: list[torch.Tensor],
     codes: torch.Tensor, constants: list[torch.Tensor], lut: torch.Tensor, columns: int, blocksizes: list[int],
     quant_type: str, row_scales: torch.Tensor | None, step: torch.Tensor, sequences: torch.Tensor, salt: torch.Tensor,
-    length: int, p: float, kernels: bool, pieces: int, activation: str,
+    length: int, p: float, kernels: bool, pieces: int, activation: str, over_x: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Return (y, scale u), y: [rows, out features of all members]. x: [rows, columns], or with swiglu [gate | up].
 
@@ -402,7 +421,8 @@ def linear(
     hands_B: skip dB here, because the backward pass of the down projection computes it. before_u, before_B: u and B of
     gate and up, passed in only so that their dB can be returned; y does not depend on them. pieces: 1, or the number
     of members, which must all have the same size; their weights are then unpacked one after the other. row_scales: if
-    there are some, the products with W are in FP8 (fp8.py), in one piece.
+    there are some, the products with W are in FP8 (fp8.py), in one piece. over_x: with swiglu, the gradient of x overwrites
+    x, which must be a recomputed tensor that nothing else reads.
     """
     packed = Packed(codes, constants, lut, columns, blocksizes, quant_type, row_scales)
     first, masks = Norm(*norm) if norm else None, Masks(step, sequences, salt, length, p)
@@ -462,12 +482,12 @@ NOTHING_HANDED = Handed()
 def run_linear(
     x: torch.Tensor, weight: Packed, adapters: Adapters, masks: Masks, *, bias: torch.Tensor | None = None,
     norm: Norm | None = None, swiglu: bool = False, handed: Handed = NOTHING_HANDED, kernels: bool, pieces: int = 1,
-    activation: str = "silu",
+    activation: str = "silu", over_x: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Return y and u of `linear`. It takes named groups of arguments; the schema of an operator has to be flat."""
     return linear(
         x, *adapters[:2], bias, adapters.scale, [] if norm is None else list(norm), handed.hands_B, swiglu, handed.u, handed.B,
-        *weight, *masks, kernels, pieces, activation,
+        *weight, *masks, kernels, pieces, activation, over_x,
     )  # fmt: skip
 
 
@@ -480,10 +500,32 @@ def _(x, A, B, bias, scale, norm, hands_B, swiglu, before_u, before_B, codes, co
     return x.new_empty(len(x), codes.numel() * 2 // columns), u
 
 
+def over_x_of(operator: Any, gradients: Callable) -> Any:
+    """Return a twin of a backward operator that writes dx over x and returns an empty tensor in its place.
+
+    No result of an operator may share memory with an argument. gradients(over_x, **arguments): what the operator computes.
+    """
+    function, name = operator._init_fn, f"{operator._qualname}_over_x"
+    parameters = tuple(inspect.signature(function).parameters)
+
+    def without_dx(x: torch.Tensor, results: Any) -> Any:
+        empty = x.new_empty(0)
+        return empty if isinstance(results, torch.Tensor) else (empty, *results[1:])
+
+    def run(*arguments):
+        given = dict(zip(parameters, arguments, strict=True))
+        return without_dx(given["x"], gradients(True, **given))
+
+    schema = torch.library.infer_schema(function, mutates_args=("x",))
+    twin = torch.library.custom_op(name, run, mutates_args=("x",), schema=schema)
+    twin.register_fake(lambda grad, x, *rest: without_dx(x, operator(grad, x, *rest)))
+    return twin
+
+
 @torch.library.custom_op("qlora::linear_backward", mutates_args=())
 def linear_backward(
     grad: torch.Tensor, x: torch.Tensor, u: torch.Tensor, A: list[torch.Tensor], B: list[torch.Tensor], scale: float,
-    norm: list[torch.Tensor], hands_B: bool, swiglu: bool, before_u: torch.Tensor | None, before_rank: int,
+    norm: list[torch.Tensor], hands_B: bool, swiglu: bool, before_u: torch.Tensor | None, before_ranks: list[int],
     codes: torch.Tensor, constants: list[torch.Tensor], lut: torch.Tensor, columns: int, blocksizes: list[int],
     quant_type: str, row_scales: torch.Tensor | None, step: torch.Tensor, sequences: torch.Tensor, salt: torch.Tensor,
     length: int, p: float, kernels: bool, activation: str,
@@ -491,8 +533,16 @@ def linear_backward(
     """Return (dx, sums, dB [out features, rank]); sums and dB are in fp32.
 
     sums holds dA and, with swiglu, the dB of gate and up; `apart` separates them. With hands_B, dB is empty. With a
-    norm, dx is the gradient of the norm's output, for `norm_backward`.
+    norm, dx is the gradient of the norm's output, for `norm_backward`. before_ranks: of gate and up's adapters, one
+    where these are one linear.
     """
+    return _gradients(False, **locals())
+
+
+def _gradients(
+    over_x, grad, x, u, A, B, scale, norm, hands_B, swiglu, before_u, before_ranks, codes, constants, lut, columns,
+    blocksizes, quant_type, row_scales, step, sequences, salt, length, p, kernels, activation,
+):  # fmt: skip
     packed = Packed(codes, constants, lut, columns, blocksizes, quant_type, row_scales)
     first, masks, du = Norm(*norm) if norm else None, Masks(step, sequences, salt, length, p), None
     W, stacked = operands(packed, A, B, scale, grad.dtype, kernels, only_adapters=row_scales is not None)
@@ -505,7 +555,8 @@ def linear_backward(
         wide, du = _product_backward_fp8(grad, packed, W.t(), kernels)
     del W
     if swiglu:
-        dx, sums = swiglu_backward(wide, x, stacked, masks, before_u, before_rank, kernels, activation, du)
+        before = Before(before_u, before_ranks[0], len(before_ranks)) if before_ranks else Before()
+        dx, sums = swiglu_backward(wide, x, stacked, masks, before, kernels, activation, du, over_x)
         return dx, sums, settle_gradients(sums, dB, outputs, len(A[0]), None, kernels)[1]
     dx, dA, first = widen_backward(wide, x, stacked, masks, kernels, first, du)
     dA, dB = settle_gradients(dA, dB, outputs, len(A[0]), first, kernels)
@@ -521,18 +572,22 @@ def _product_backward_fp8(
 
 
 @linear_backward.register_fake
-def _(grad, x, u, A, B, scale, norm, hands_B, swiglu, before_u, before_rank, codes, constants, lut, columns, *rest):
+def _(grad, x, u, A, B, scale, norm, hands_B, swiglu, before_u, before_ranks, codes, constants, lut, columns, *rest):
     extra, fp8_scales, (p, kernels, _) = adapter_columns(len(A[0]), len(A)), rest[2], rest[-3:]
     alone = swiglu or fp8_scales is not None or _leaves_no_gaps(extra, p, kernels)
     dx = x.new_empty(x.shape) if alone else x.new_empty(len(x), operand_columns(columns, extra))[:, :columns]
+    before_rank = before_ranks[0] if before_ranks else 0
     sizes = ((extra + 2 * before_rank) * columns,), (0 if hands_B else grad.shape[1], len(A[0]))
     return dx, *(x.new_empty(size, dtype=torch.float32) for size in sizes)
+
+
+linear_backward_over_x = over_x_of(linear_backward, _gradients)
 
 
 def _linear_setup(ctx, inputs, output):
     given = dict(zip(LINEAR_ARGUMENTS, inputs, strict=True))
     x, A, B, norm, constants, before_B = (given[name] for name in ("x", "A", "B", "norm", "constants", "before_B"))
-    for name in ("scale", "hands_B", "swiglu", "length", "p", "kernels", "activation"):
+    for name in ("scale", "hands_B", "swiglu", "length", "p", "kernels", "activation", "over_x"):
         setattr(ctx, name, given[name])
     ctx.quantisation = [given[name] for name in ("columns", "blocksizes", "quant_type")]
     tensors = [given[name] for name in ("before_u", "codes", "lut", "row_scales", "step", "sequences", "salt")]
@@ -551,19 +606,24 @@ def _linear_backward(ctx, grad, _):
     empty = {"norm": [None] * len(norm), "constants": [None] * len(constants)}
     grads = dict.fromkeys(LINEAR_ARGUMENTS) | {"A": [], "B": [], "before_B": [], **empty}
     if A:
-        dx, sums, dB = linear_backward(
+        backward = linear_backward_over_x if ctx.over_x else linear_backward
+        dx, sums, dB = backward(
             grad.contiguous(), x, u, A, B, ctx.scale, norm, ctx.hands_B, ctx.swiglu, before_u,
-            ctx.before[0][0] if ctx.before else 0, *quantised, step, sequences, salt, ctx.length, ctx.p, ctx.kernels,
+            [rank for rank, _ in ctx.before], *quantised, step, sequences, salt, ctx.length, ctx.p, ctx.kernels,
             ctx.activation,
         )  # fmt: skip
+        dx = x if ctx.over_x else dx
         rank, columns = A[0].shape
         dA, before_dB = apart(sums, adapter_columns(rank, len(A)), columns)
         grads["A"] = [dA[i * rank : (i + 1) * rank].to(a.dtype) for i, a in enumerate(A)]
         parts = [None] * len(B) if ctx.hands_B else dB.split([len(b) for b in B])
         grads["B"] = [part if part is None else part.to(b.dtype) for part, b in zip(parts, B, strict=True)]
-        grads["before_B"] = [before_dB[i].to(dtype) for i, (_, dtype) in enumerate(ctx.before)]
+        parts = before_dB.flatten(0, 1).chunk(max(1, len(ctx.before)))
+        grads["before_B"] = [part.to(dtype) for part, (_, dtype) in zip(parts, ctx.before, strict=False)]
     else:
-        dx = product_backward(grad.contiguous(), x, ctx.swiglu, *quantised, ctx.kernels, ctx.activation)
+        backward = product_backward_over_x if ctx.over_x else product_backward
+        dx = backward(grad.contiguous(), x, ctx.swiglu, *quantised, ctx.kernels, ctx.activation)
+        dx = x if ctx.over_x else dx
     grads["x"] = norm_backward(dx, x, Norm(*norm)) if norm else dx
     return tuple(grads.values())
 
@@ -578,12 +638,23 @@ def product_backward(
     kernels: bool, activation: str,
 ) -> torch.Tensor:  # fmt: skip
     """Return dx of an operator without an adapter. With a norm, dx is the gradient of the norm's output."""
+    return _product_gradient(False, **locals())
+
+
+def _product_gradient(
+    over_x, grad, x, swiglu, codes, constants, lut, columns, blocksizes, quant_type, row_scales, kernels, activation
+):  # fmt: skip
     packed = Packed(codes, constants, lut, columns, blocksizes, quant_type, row_scales)
     W, stacked = operands(packed, [], [], 0.0, grad.dtype, kernels, only_adapters=row_scales is not None)
     dx = grad @ W if row_scales is None else _product_backward_fp8(grad, packed, W.t(), kernels)[0]
-    return swiglu_backward(dx, x, stacked, no_masks(x), None, 0, kernels, activation)[0] if swiglu else dx
+    if not swiglu:
+        return dx
+    return swiglu_backward(dx, x, stacked, no_masks(x), Before(), kernels, activation, over_x=over_x)[0]
 
 
 @product_backward.register_fake
 def _(grad, x, *rest):
     return torch.empty_like(x)
+
+
+product_backward_over_x = over_x_of(product_backward, _product_gradient)

@@ -48,6 +48,7 @@ class Group:
         bases = [getattr(module, "base_layer", module) for module in modules]
         adapted = [module for module in modules if hasattr(module, "lora_A")]
         self.leader, self.clock, self.p, self.activation = modules[0], clock, p, activation
+        self.recomputed = False  # x is recomputed for the backward pass; `compiled.recompute` says so
         self.members = tuple(modules)
         self.norm, self.epsilon = norm or (None, 0.0)
         self.weight = stack_weights(bases)
@@ -95,6 +96,7 @@ class Group:
             Masks(self.clock.step, self.clock.sequences, self.salt, self.clock.length(len(rows)), p),
             bias=self.bias.to(x.dtype) if self.bias is not None else None, norm=norm, swiglu=swiglu, handed=handed,
             kernels=self.kernels, pieces=self.pieces, activation=self.activation,
+            over_x=swiglu and self.recomputed,
         )  # fmt: skip
         return y.view(*shape, -1), u
 
@@ -167,12 +169,11 @@ def _fused_attention(
 def _fused_mlp(self, x):
     """down(act(gate) * up): gate and up are one operator, and SwiGLU is the first part of down's operator.
 
-    If both have adapters, and gate and up are two linears, down's backward pass also computes dB of gate and up, while
-    it holds their gradients. A separate product would read all these gradients again and compute twice the numbers that
-    are needed.
+    If both have adapters, down's backward pass also computes dB of gate and up, while it holds their gradients. A
+    separate product would read all these gradients again and, for two linears, compute twice the numbers that are needed.
     """
     first, second = self.fused_gate_up, self.fused_down
-    handed = first.adapters()[1] if second.adapters()[1] and len(first.outputs) == 2 else []
+    handed = first.adapters()[1] if second.adapters()[1] else []
     handing = len(handed) > 0  # torch 2.11's Dynamo cannot trace bool(list): a graph break per layer
     gate_up, u = first.run(x, handed=Handed(hands_B=handing))
     return second.run(gate_up, swiglu=True, handed=Handed(u=u if handing else None, B=handed))[0]

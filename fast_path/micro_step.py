@@ -14,6 +14,7 @@ from torch import nn
 
 from fast_path import choice, dropout, families
 from fast_path.adapter_memory import AdapterMemory
+from fast_path.compiled import recompute
 from fast_path.expert_store import join_copies
 from fast_path.loss import IGNORED, Objective
 
@@ -267,7 +268,10 @@ class Learner:
         self.fast = dataclasses.replace(self.fast, cuda_graphs=self.fast.cuda_graphs and not offload)
         layers = families.decoder_layers(self.model.get_base_model())
         for number, layer in enumerate(layers):
-            setattr(layer, "recompute" if self.fast.compile else "gradient_checkpointing", number < checkpointed)
+            if self.fast.compile:
+                recompute(layer, number < checkpointed)
+            else:
+                layer.gradient_checkpointing = number < checkpointed
         let_go()
 
     def zero_gradients(self) -> None:

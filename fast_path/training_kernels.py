@@ -275,8 +275,8 @@ def widen_backward_kernel(
 
 @triton.jit
 def _swiglu_rows(
-    wide, upstream, x, u, m, end, k, columns, stride, du_stride, extra, u_stride, rank, BLOCK_R: tl.constexpr,
-    BLOCK_U: tl.constexpr,
+    wide, upstream, x, u, m, end, k, columns, stride, du_stride, extra, u_stride, up_u, rank,
+    BLOCK_R: tl.constexpr, BLOCK_U: tl.constexpr,
 ):  # fmt: skip
     """Load the tiles that `swiglu_backward_kernel` reads for rows m < end: dx, gate, up, du, u of gate and of up."""
     row, below = m.to(tl.int64)[:, None], (m < end)[:, None]
@@ -291,14 +291,14 @@ def _swiglu_rows(
     if BLOCK_U:
         i = tl.arange(0, BLOCK_U)[None]
         u_gate = tl.load(u + row * u_stride + i, mask=below & (i < rank), other=0.0)
-        u_up = tl.load(u + row * u_stride + rank + i, mask=below & (i < rank), other=0.0)
+        u_up = tl.load(u + row * u_stride + up_u + i, mask=below & (i < rank), other=0.0)
     return grad, gate, up, du, u_gate, u_up
 
 
 @triton.jit
 def swiglu_backward_kernel(
     wide, upstream, x, grads, A, u, sums, step, sequences, salt, rows, share, length, columns, stride, du_stride, extra,
-    u_stride, rank, threshold, inverse, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    u_stride, up_u, rank, threshold, inverse, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_U: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """Write the gradients of [gate | up], and sums over rows for dA and for dB of gate and up.
@@ -308,7 +308,8 @@ def swiglu_backward_kernel(
     Grid: dimension 0 takes tiles of BLOCK_K columns, dimension 1 takes shares of `share` rows; a program walks over
     its share in steps of BLOCK_M rows and keeps its sums in registers. Each share writes its own sums, so the result
     does not depend on the order in which programs run. BLOCK_R, BLOCK_U: the sizes of the tiles for `extra` (the
-    adapter columns here) and `rank` (the rank of gate and up); 0 where there are none.
+    adapter columns here) and `rank` (the rank of gate and up); 0 where there are none. up_u: the first column of up's u.
+    grads may be x, whose numbers are read once, by the program that overwrites them.
     """
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     first = tl.program_id(1) * share
@@ -328,12 +329,12 @@ def swiglu_backward_kernel(
     end = tl.minimum(first + share, rows)
     m = first + tl.arange(0, BLOCK_M)
     after = _swiglu_rows(
-        wide, upstream, x, u, m, end, k, columns, stride, du_stride, extra, u_stride, rank, BLOCK_R, BLOCK_U
+        wide, upstream, x, u, m, end, k, columns, stride, du_stride, extra, u_stride, up_u, rank, BLOCK_R, BLOCK_U
     )  # fmt: skip
     for _ in range(first, end, BLOCK_M):
         grad, gate, up, du, u_gate, u_up = after
         after = _swiglu_rows(
-            wide, upstream, x, u, m + BLOCK_M, end, k, columns, stride, du_stride, extra, u_stride, rank, BLOCK_R, BLOCK_U
+            wide, upstream, x, u, m + BLOCK_M, end, k, columns, stride, du_stride, extra, u_stride, up_u, rank, BLOCK_R, BLOCK_U
         )  # fmt: skip
         grad, gate, up = grad.to(tl.float32), gate.to(tl.float32), up.to(tl.float32)
         sigmoid, slope = _gate(gate, ACTIVATION)

@@ -267,9 +267,10 @@ def fused_columns(shape: ModelShape, config: Config) -> int:
     return sum(adapter_columns(config.lora.rank, count) for count in members)
 
 
-def transient_bytes(shape: ModelShape, config: Config, path: str, tokens: int) -> int:
+def transient_bytes(shape: ModelShape, config: Config, path: str, tokens: int, recomputed: bool = False) -> int:
     """Return the largest amount that a layer's backward pass needs for a moment, in bytes: gradients of activations.
 
+    recomputed: the layer is checkpointed; where it is compiled, the gradients of gate and up then take their place.
     Without the fast path one dequantised operand comes on top; with it, `scratch_bytes` has it.
     """
     h, inner, rank = shape.hidden, shape.inner, config.lora.rank
@@ -280,7 +281,8 @@ def transient_bytes(shape: ModelShape, config: Config, path: str, tokens: int) -
         return max(tokens * (2 * (4 * inner + 2 * h) + 4 * inner) + unpacked, experts)
     wide_down, wide = operand_columns(inner, adapter_columns(rank, 1)), operand_columns(h, adapter_columns(rank, 2))
     narrow = config.quantization.products == "fp8"  # a copy of the product's gradient in 8 bit
-    down = tokens * (2 * (2 * h + 2 * inner + wide_down) + narrow * h)
+    over = recomputed and path == COMPILED
+    down = tokens * (2 * (2 * h + (0 if over else 2 * inner) + wide_down) + narrow * h)
     return max(down, tokens * (2 * (2 * h + wide) + narrow * 2 * inner), experts)
 
 
@@ -461,7 +463,8 @@ def plan_memory(
     rows = rows_apart * shape.rows * (4 if config.quantization.compute_dtype == "float32" else 2)
     fixed = sum(parts.values())
     tokens, free_layers = micro_batch * config.data.max_length, shape.layers - checkpointed
-    saved, transient = saved_bytes(shape, config, path) * tokens, transient_bytes(shape, config, path, tokens)
+    saved = saved_bytes(shape, config, path) * tokens
+    at_once, recomputing = (transient_bytes(shape, config, path, tokens, recomputed) for recomputed in (False, True))
     if path == PLAIN and free_layers:
         saved += 2 * adapter_parameters(shape, config) // shape.layers  # copies of the adapters in the compute dtype
     hidden = tokens * shape.hidden * 2
@@ -472,9 +475,8 @@ def plan_memory(
     # The backward pass starts at the last layer. When it reaches the checkpointed layers, which are the first ones, the
     # activations of the other layers are gone already.
     norms = 2 * hidden if plain_layers(shape, path) else 0  # recomputing makes the outputs of the norms too
-    live = transient + (saved + norms if checkpointed else 0)
-    relief = free_layers * saved if checkpointed else 0
-    live = max(live - relief, transient if free_layers else live)
+    live = recomputing + saved + norms - free_layers * saved if checkpointed else 0
+    live = max(live, at_once if free_layers else 0)
     parts |= {
         "checkpointed hidden states": (2 if offload else checkpointed) * hidden,
         "layers not checkpointed": free_layers * saved,

@@ -73,14 +73,14 @@ def both_passes(x, weight: Packed, A, B, masks, norm, swiglu: bool, kernels: boo
 
     def forward():
         return fused_linear.linear(
-            x, A, B, None, 2.0, norm, False, swiglu, None, [], *weight, *masks, kernels, 1, "silu"
+            x, A, B, None, 2.0, norm, False, swiglu, None, [], *weight, *masks, kernels, 1, "silu", False
         )
 
     u = forward()[1]
 
     def backward():
         return fused_linear.linear_backward(
-            grad, x, u, A, B, 2.0, norm, False, swiglu, None, 0, *weight, *masks, kernels, "silu"
+            grad, x, u, A, B, 2.0, norm, False, swiglu, None, [], *weight, *masks, kernels, "silu"
         )
 
     return forward, backward

@@ -7,7 +7,8 @@ bfloat16 model in transformers.
     python tests/benchmarks/bench_generation.py families --batch 1 --peers ours hf --together 6
     python tests/benchmarks/bench_generation.py qwen3-4b llama-3.2-3b --batch 1 --peers ours unsloth unsloth-graphs --together 6
 
-MODEL is a folder, the name of a shape (tests/benchmarks/shapes.py) or `families`; more than one may be named.
+MODEL is a folder, the name of a shape (tests/benchmarks/shapes.py) or `families`; more than one may be named, and with peers of
+its own as in granite-3.3-2b=ours,unsloth.
 
 unsloth-graphs is Unsloth with its decode graphs on; `replays` says how many steps they ran (none for a model type without them).
 LoRA r = 16 on all seven projections, NF4 + double quantisation, bf16, random prompts, sampling at temperature 0.7 and
@@ -28,7 +29,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from bench_training import attention_of, confine, environment_of, run_cases, targets_of, turn
+from bench_training import attention_of, confine, environment_of, peers_of, run_cases, targets_of, turn
 from shapes import SHAPES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -282,7 +283,8 @@ def main() -> int:
     names = [*SHAPES] if args.model == ["families"] else args.model
     cases = [
         {"peer": peer, "batch": batch, "model": name, **settings}
-        for name, batch, peer in itertools.product(names, args.batch, args.peers)
+        for name, own in (peers_of(text, PEERS) for text in names)
+        for batch, peer in itertools.product(args.batch, own or args.peers)
     ]
     print(table(run_cases(cases, lambda case: run_process(case, args.timeout, args.unsloth_path), args.together)))
     return 0

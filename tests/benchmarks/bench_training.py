@@ -2,6 +2,7 @@
 
     python tests/benchmarks/bench_training.py MODEL --cases 1x512 16x512 4x512@24 1x8192%7.3 --peers ours hf unsloth
     python tests/benchmarks/bench_training.py MODEL --profile 16x512 --checkpointing on        GPU time by kind of work
+    python tests/benchmarks/bench_training.py MODEL --cases 16x512:on --peers ours --parts     what the memory holds at its peak
     python tests/benchmarks/bench_training.py MODEL --packed 64 --attention varlen mask        blocks of samples of 64 tokens
     python tests/benchmarks/bench_training.py families --cases 16x512:on 4x512 --peers ours plain hf unsloth
 
@@ -44,7 +45,18 @@ PLAIN = [f"performance.{name}=off" for name in ("fused_lora", "compile", "cuda_g
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 GIB = 2**30
 WARM_UP = 4  # micro-batches before the timed ones
-QUIET = ("model", "profile", "set", "steps", "turn", "started", "packed", "attention", "cold")  # not in a case's line
+QUIET = (
+    "model",
+    "profile",
+    "parts",
+    "set",
+    "steps",
+    "turn",
+    "started",
+    "packed",
+    "attention",
+    "cold",
+)  # not in a case's line
 CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "UNSLOTH_COMPILE_LOCATION")
 
 
@@ -81,6 +93,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--profile", metavar="CASE", help="print the GPU time of one micro-step of this toolkit by kernel"
     )
+    parser.add_argument("--parts", action="store_true", help="print what the memory holds at its peak; slows down")
     parser.add_argument("--single", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -336,6 +349,8 @@ def run_single(case: dict, alone: Callable[[], None]) -> dict:
     import torch
 
     context = confine(case)
+    if case.get("parts"):
+        torch.cuda.memory._record_memory_history(context="alloc", stacks="python", max_entries=2_000_000)
     try:
         micro_batch, optimizer, zero = (load_ours if ours else load_peer)(case)
         if context:
@@ -360,6 +375,8 @@ def run_single(case: dict, alone: Callable[[], None]) -> dict:
                 case["first_s"] = round(time.time() - case["started"], 1)
         if case.get("profile"):
             profile(case, micro_batch, ids)
+        if case.get("parts"):
+            print_parts(torch.cuda.memory._snapshot())
         if ours:
             from fast_path.compiled import compiled_in_pieces
 
@@ -424,6 +441,44 @@ def profile(case: dict, micro_batch, ids) -> None:
         print(f"{event.self_device_time_total / 1e3:9.2f} ms {event.count:6d} x  {event.key[:110]}")
 
 
+def maker(frames: list[dict]) -> str:
+    """Return the innermost line of this repository, or of compiled code, that asked for memory: file, line, function."""
+    for frame in frames:
+        path, ours = Path(frame["filename"]), str(ROOT) in frame["filename"]
+        if ours or frame["name"] == "call":
+            return f"{path.name if ours else 'compiled'}:{frame['line']} {frame['name']}"
+    return frames[0]["name"] if frames else "unknown"
+
+
+def print_parts(snapshot: dict, most: int = 24) -> None:
+    """Print what was allocated when most of it was: MiB by the line that asked for it, and MiB reserved by pool at the end."""
+    living: dict[int, dict] = {}
+    now = peak = 0
+    held: list[dict] = []
+    for event in snapshot["device_traces"][0]:
+        if event["action"] == "alloc":
+            living[event["addr"]] = event
+            now += event["size"]
+            if now > peak + 2**21:  # every 2 MiB is exact enough, and the list need not be copied each time
+                peak, held = now, list(living.values())
+        elif event["action"] == "free_requested" and event["addr"] in living:
+            now -= living.pop(event["addr"])["size"]
+    sizes, counts = Counter(), Counter()
+    for event in held:
+        place = maker(event.get("frames", []))
+        sizes[place] += event["size"]
+        counts[place] += 1
+    print(f"allocated at the peak: {peak / 2**20:.0f} MiB")
+    for place, size in sizes.most_common(most):
+        print(f"{size / 2**20:9.1f} MiB {counts[place]:6d} x  {place[:80]}")
+    pools, used = Counter(), Counter()
+    for segment in snapshot["segments"]:
+        pools[tuple(segment["segment_pool_id"])] += segment["total_size"]
+        used[tuple(segment["segment_pool_id"])] += segment["allocated_size"]
+    for pool, size in pools.items():
+        print(f"pool {pool}: {size / 2**20:.0f} MiB reserved at the end, {used[pool] / 2**20:.0f} in use")
+
+
 def table(results: list[dict]) -> str:
     """Return the results a row a case."""
     rows = [
@@ -452,15 +507,22 @@ def main() -> int:
             print("RESULT " + json.dumps(run_single(case, alone)))
         return 0
     names = [*SHAPES] if args.model == ["families"] else args.model
-    cases = [case for name in names for case in cases_of(args, *name.partition("=")[::2])]
+    cases = [case for text in names for case in cases_of(args, *peers_of(text, PEERS))]
     print(table(run_cases(cases, lambda case: run_process(case, args.timeout, args.unsloth_path), args.together)))
     return 0
 
 
-def cases_of(args: argparse.Namespace, model: str, own_peers: str = "") -> list[dict]:
+def peers_of(text: str, known: tuple[str, ...]) -> tuple[str, list[str]]:
+    """Return the model and its own peers, [] if it has none, of MODEL or MODEL=PEER,PEER; end the program for unknown ones."""
+    name, _, own = text.partition("=")
+    peers = [peer for peer in own.split(",") if peer]
+    if wrong := {*peers} - {*known}:
+        sys.exit(f"MODEL: expected peers of {', '.join(known)}, got {min(wrong)}")
+    return name, peers
+
+
+def cases_of(args: argparse.Namespace, model: str, own_peers: list[str]) -> list[dict]:
     """Return the cases of one model; end the program if one is written wrongly. own_peers: in the place of --peers."""
-    if wrong := set(filter(None, own_peers.split(","))) - {*PEERS}:
-        sys.exit(f"MODEL: expected peers of {', '.join(PEERS)}, got {min(wrong)}")
     cases = []
     for text in [args.profile] if args.profile else args.cases:
         match = re.fullmatch(r"(\d+)x(\d+)(?::(on|off|offload|\d+))?(?:@(\d+))?(?:%([\d.]+))?", text)
@@ -472,7 +534,7 @@ def cases_of(args: argparse.Namespace, model: str, own_peers: str = "") -> list[
             "sms": int(match[4] or 0),
             "cap": float(match[5] or 0),
         }
-        peers = ["ours"] if args.packed or args.profile else own_peers.split(",") if own_peers else args.peers
+        peers = ["ours"] if args.packed or args.profile else own_peers or args.peers
         ways = args.attention if args.packed else [None]
         checkpointings = [match[3]] if match[3] else args.checkpointing
         each = itertools.product(peers, checkpointings, args.dropout, ways, args.products)
@@ -484,7 +546,7 @@ def cases_of(args: argparse.Namespace, model: str, own_peers: str = "") -> list[
             case = {"peer": peer, **shape, "checkpointing": checkpointing, "dropout": dropout, "model": model}
             case |= {"products": products} if peer in ("ours", "plain") else {}
             case |= {"packed": args.packed, "attention": way, "steps": args.steps, "set": args.set, "cold": args.cold}
-            cases.append(case | {"profile": bool(args.profile)})
+            cases.append(case | {"profile": bool(args.profile), "parts": args.parts})
     return cases
 
 
@@ -512,7 +574,7 @@ def run_process(case: dict, timeout: int, unsloth_path: str = "") -> dict:
             output, complaint, reason = "", (error.stderr or b"").decode(errors="replace"), f"over {timeout} s"
     lines = output.splitlines()
     for line in lines:
-        if not line.startswith("RESULT ") and case.get("profile"):
+        if not line.startswith("RESULT ") and (case.get("profile") or case.get("parts")):
             print(line)
     found = [json.loads(line[7:]) for line in lines if line.startswith("RESULT ")]
     result = found[0] if found else case | {"error": reason}

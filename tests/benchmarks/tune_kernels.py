@@ -94,7 +94,8 @@ def tune_swiglu_backward(label: str, wide, x, A, masks, peak: float) -> None:
     """Tune the kernel behind `swiglu_backward` and over how many rows its programs sum up; the sums' sum is counted."""
     rows, columns = len(x), A.shape[1]
     u, default = torch.randn(rows, 2 * RANK, device="cuda", dtype=x.dtype), fused_linear.share_rows
-    call = functools.partial(fused_linear.swiglu_backward, wide, x, A, masks, u, RANK, True)
+    before = fused_linear.Before(u, RANK)
+    call = functools.partial(fused_linear.swiglu_backward, wide, x, A, masks, before, True)
     for shares in (None, 1, 2, 3, 4, 6, 8):
         if shares:
             fused_linear.share_rows = lambda *_, shares=shares: -(-rows // shares)

@@ -145,10 +145,10 @@ def test_opcheck_of_the_operators_with_scales():
     A, B = [torch.randn(8, 128) for _ in range(2)], [torch.randn(n, 8) for n in (64, 32)]
     step = torch.tensor(1, dtype=torch.int32)
     masks, x = Masks(step, step[None], step, 6, 0.1), torch.randn(6, 128)
-    arguments = (x, A, B, None, 0.5, [], False, False, None, [], *weight, *masks, False, 1, "silu")
+    arguments = (x, A, B, None, 0.5, [], False, False, None, [], *weight, *masks, False, 1, "silu", False)
     torch.library.opcheck(fused_linear.linear, arguments)
     u = fused_linear.linear(*arguments)[1]
-    backward = (torch.randn(6, 96), x, u, A, B, 0.5, [], False, False, None, 0, *weight, *masks, False, "silu")
+    backward = (torch.randn(6, 96), x, u, A, B, 0.5, [], False, False, None, [], *weight, *masks, False, "silu")
     torch.library.opcheck(fused_linear.linear_backward, backward)
 
 

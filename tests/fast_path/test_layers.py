@@ -14,6 +14,7 @@ import bitsandbytes as bnb
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb as apply_rotary_part
@@ -166,13 +167,81 @@ def test_the_operator_is_what_it_tells_the_compiler(members, rank, behind_norm):
     norm = [torch.rand(64), fused_linear.inverse_rms(x.detach(), 1e-6, False)] if behind_norm else []
     masks = (*(torch.tensor(n, dtype=torch.int32) for n in ([3], [1, 2], [7])), 3, 0.1)
     before = norm, False, False, None, []
-    torch.library.opcheck(fused_linear.linear, (x, A, B, None, 0.5, *before, *weights, *masks, False, 1, "silu"))
+    torch.library.opcheck(fused_linear.linear, (x, A, B, None, 0.5, *before, *weights, *masks, False, 1, "silu", False))
     if members:
         grad, u = torch.randn(6, 64 * members), torch.randn(6, adapter_columns(rank, members))
-        before = norm, False, False, None, 0
+        before = norm, False, False, None, []
         tensors = [t.detach() for t in A], [t.detach() for t in B]
         arguments = (grad, x.detach(), u, *tensors, 0.5, *before, *weights, *masks, False, "silu")
         torch.library.opcheck(fused_linear.linear_backward, arguments)
+
+
+@pytest.mark.parametrize("ranks", [[], [8], [8, 8]])
+def test_a_gradient_over_what_was_recomputed_is_the_same_and_is_told_to_the_compiler(ranks):
+    """ranks: of the adapters of gate and up; one where these are one linear."""
+    weights = packed_weights((32,), 64, "nf4", True, "cpu", torch.float32)
+    A, B, x = [torch.randn(16, 64)], [torch.randn(32, 16)], torch.randn(6, 128)
+    masks = (*(torch.tensor(n, dtype=torch.int32) for n in ([3], [1, 2], [7])), 3, 0.1)
+    u = torch.randn(6, 16) if ranks else None
+    arguments = (
+        torch.randn(6, 32),
+        x,
+        torch.randn(6, 16),
+        A,
+        B,
+        0.5,
+        [],
+        False,
+        True,
+        u,
+        ranks,
+        *weights,
+        *masks,
+        False,
+        "silu",
+    )
+    wanted = fused_linear.linear_backward(*arguments)
+    torch.library.opcheck(fused_linear.linear_backward_over_x, arguments)
+    over = x.clone()
+    nothing, *sums = fused_linear.linear_backward_over_x(arguments[0], over, *arguments[2:])
+    assert not nothing.numel() and not torch.equal(over, x)
+    for found, want in zip((over, *sums), wanted, strict=True):
+        assert torch.equal(found, want)
+    arguments = arguments[0], x, True, *weights, False, "silu"
+    torch.library.opcheck(fused_linear.product_backward_over_x, arguments)
+    over = x.clone()
+    fused_linear.product_backward_over_x(arguments[0], over, *arguments[2:])
+    assert torch.equal(over, fused_linear.product_backward(*arguments))
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("kind", ["qwen2", "phi3"])
+def test_a_compiled_layer_that_recomputes_copies_nothing_for_the_gradient_over_it(random_models, kind):
+    """The gradient of gate and up is where gate and up were recomputed; a compiler that saw another reader would copy them."""
+    torch._dynamo.reset()
+    _, plain = gradients(*prepared(random_models(kind)))
+    model, clock, loss = prepared(random_models(kind), checkpointing=1)
+    fuse(model, clock, 0.05, kernels=False)
+    compile_layers(model)
+    made, read, product, backward = [], [], F.linear, fused_linear.swiglu_backward
+
+    def noted_product(*arguments):
+        made.append(product(*arguments))  # kept, so that no copy can have its memory
+        return made[-1]
+
+    def noted(*arguments):
+        read.append((arguments[1].data_ptr(), arguments[-1]))
+        return backward(*arguments)
+
+    gradients(model, clock, loss)
+    model.zero_grad()
+    with mock.patch.object(F, "linear", noted_product), mock.patch.object(fused_linear, "swiglu_backward", noted):
+        _, found = gradients(model, clock, loss)
+    places = {tensor.data_ptr() for tensor in made}
+    assert [over for _, over in read] == [False, True], (
+        "the last layer saves its activations, the first recomputes them"
+    )
+    assert all(place in places for place, _ in read) and furthest(found, plain) < 1e-4
 
 
 @pytest.mark.parametrize("double", [False, True])
@@ -192,7 +261,24 @@ def test_members_unpacked_one_after_the_other_give_the_same(adapted, double):
 
     for pieces, bias_or_none in itertools.product((1, 2), (bias, None)):
         with mock.patch.object(fused_linear, "operands", noted):
-            arguments = x, A, B, bias_or_none, 0.5, [], False, False, None, [], *weights, *masks, False, pieces, "silu"
+            arguments = (
+                x,
+                A,
+                B,
+                bias_or_none,
+                0.5,
+                [],
+                False,
+                False,
+                None,
+                [],
+                *weights,
+                *masks,
+                False,
+                pieces,
+                "silu",
+                False,
+            )
             y, u = fused_linear.linear(*arguments)
         grads = torch.autograd.grad(y.square().sum(), [x, *A, *B])
         results.append([y, u, *grads])
@@ -616,18 +702,22 @@ def check_swiglu_backward(device: str, dtype: torch.dtype, tolerance: float) -> 
         (260, 8, 0.1),
     )
     runs = [*itertools.product(cases, (20, 1000), ["silu"]), *((case, 20, "gelu_pytorch_tanh") for case in cases[:2])]
-    for (rank, before, p), share, activation in runs:
+    for number, ((rank, before, p), share, activation) in enumerate(runs):
+        members, over = 2 - number % 3 // 2, number % 2 == 1  # one u for both, and the result over x
         masks = fused_linear.Masks(step, sequences, salt, length, p)
         A = x.new_empty(0, columns)
         if rank:
             A = stack_adapters([torch.randn(rank, columns, device=device) * 0.1], dtype)
         du = torch.randn(len(x), len(A), device=device)
-        u = torch.randn(len(x), adapter_columns(before, 2), device=device) if before else None
+        u = torch.randn(len(x), adapter_columns(before, members), device=device) if before else None
         operands = [tensor if tensor is None else tensor.to(dtype) for tensor in (torch.cat([wide, du], 1), x, A, u)]
         exact = [tensor if tensor is None else tensor.float() for tensor in operands]
         with mock.patch.object(fused_linear, "share_rows", lambda *_, share=share: share):
-            found = fused_linear.swiglu_backward(*operands[:3], masks, operands[3], before, True, activation)
-        want = fused_linear.swiglu_backward(*exact[:3], masks, exact[3], before, False, activation)
+            handed = fused_linear.Before(operands[3], before, members)
+            found = fused_linear.swiglu_backward(*operands[:3], masks, handed, True, activation, None, over)
+        assert (found[0].data_ptr() == operands[1].data_ptr()) == over
+        handed = fused_linear.Before(exact[3], before, members)
+        want = fused_linear.swiglu_backward(*exact[:3], masks, handed, False, activation)
         found, want = ((side[0], *fused_linear.apart(side[1], len(A), columns)) for side in (found, want))
         for a, b in zip(found, want, strict=True):
             assert a.shape == b.shape and (not b.numel() or apart(a, b) < tolerance), (rank, before, p, share)
