@@ -164,6 +164,8 @@ def divide(layer: nn.Module, groups: Sequence[Stacked] = ()) -> None:
     layer.register_parameter(SHARE, share)
     layer.packed_places, layer.packed_sum = places, _sum_of(share.data)
     _shard(layer)
+    if codes.is_cuda:  # a layer's pieces are larger than its share, in whose place nothing else would fit
+        torch.cuda.empty_cache()
 
 
 def _sum_of(codes: torch.Tensor) -> int:
@@ -211,6 +213,8 @@ def divide_base(model: AnyModel) -> AnyModel:
     decoder._get_fsdp_state()._lazy_init()  # as its first forward pass would; before it no layer can be gathered alone
     for layer in decoder_layers(base):
         _attach(layer)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     return model
 
 
