@@ -129,12 +129,15 @@ def resolved_targets(model: nn.Module, asked: LoraConfig) -> LoraConfig:
     ):
         lora.target_modules = targets = every_target(model)
     check_targets(model, targets)
-    if not isinstance(targets, str) and (own := named_experts(model, targets)):
-        if asked.exclude_modules or asked.layers_to_transform is not None:
+    if not isinstance(targets, str) and (asked.exclude_modules or asked.layers_to_transform is not None):
+        linears = [f".{name}" for name in linear_modules(model)]
+        means = named_experts(model, targets) | taken_for_experts(model, targets)
+        if means := {t for t in means if not any(name.endswith(f".{t}") for name in linears)}:
             raise ConfigError(
-                f"lora.target_modules: {min(own)} means the experts of all layers, which exclude_modules and "
+                f"lora.target_modules: {min(means)} means the experts of all layers, which exclude_modules and "
                 "layers_to_transform cannot choose among; leave it out, or these settings"
             )
+    if not isinstance(targets, str) and (own := named_experts(model, targets)):
         lora.target_parameters = sorted({*(asked.target_parameters or ()), *own})
         lora.target_modules = targets = set(targets) - own
     layers = asked.layers_to_transform

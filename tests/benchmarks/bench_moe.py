@@ -5,8 +5,8 @@
     python tests/benchmarks/bench_moe.py --cases gpu cpu hf unsloth --hf-layers 48 --at-once --unsloth-path /tmp/site
     python tests/benchmarks/bench_moe.py --tiny                   a tiny shape, on a CPU too, to try this file
 
-Weights are made and packed one tensor at a time on the device, so nothing is downloaded and no disk is needed. Cases: gpu and cpu are
-this toolkit with quantization.experts, hf is transformers + peft + bitsandbytes, whose experts stay in 16 bit; it and gpu@hf, this toolkit
+Weights are made and packed one tensor at a time on the device, so nothing is downloaded and no disk is needed. Cases: gpu, cpu and
+16bit are this toolkit with quantization.experts, hf is transformers + peft + bitsandbytes, whose experts stay in 16 bit; it and gpu@hf, this toolkit
 beside it, have --hf-layers layers. unsloth is moe_unsloth.py. All train LoRA of rank 16 on attention, all layers checkpointed, and each step is
 one micro-batch and one update. A case has a process of its own and prints a JSON line; the table comes last. --at-once: all build their
 models and compile at the same time, and each is timed while the others wait. Memory is what the allocator reserved while training, planned
@@ -15,6 +15,7 @@ memory is the plan without the CUDA context.
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import subprocess
@@ -51,7 +52,7 @@ from toolkit import memory_plan
 after_heavy_imports()
 
 GIB = 2**30
-OURS = ("gpu", "cpu")
+OURS = ("gpu", "cpu", "16bit")
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 REAL = {
     "vocab_size": 151936, "hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
@@ -73,14 +74,14 @@ def random(shape: torch.Size, device: torch.device) -> torch.Tensor:
 
 
 def random_mixture(config: Qwen3MoeConfig, device: torch.device, where: str) -> PreTrainedModel:
-    """Return a model with random weights in NF4, made one tensor at a time. where: gpu, cpu, or hf: experts in bfloat16."""
+    """Return a model with random weights in NF4, made one tensor at a time. where: gpu, cpu, or 16bit: experts in bfloat16."""
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
     quantized = create_bnb_config()
     for path, module in list(model.named_modules()):
         if type(module) is nn.Linear and module is not model.get_output_embeddings():
             model.set_submodule(path, random_linear(module, device))
-    for module in experts.expect_packed(model) if where != "hf" else ():
+    for module in experts.expect_packed(model) if where != "16bit" else ():
         for name in expert_tensors(module):
             tensor = experts.packed(random(module._parameters[name].shape, device), quantized)
             module._parameters[name] = tensor.to("cpu") if where == "cpu" else tensor
@@ -129,7 +130,10 @@ def load_ours(case: dict, device: torch.device) -> tuple[Callable[[int, torch.Te
     config, shape = settings(case), shape_config(case["tiny"], case["layers"])
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(shape)
-    plan = memory_plan.plan_memory(memory_plan.shape_of(skeleton), config, 1, case["layers"])
+    sizes = memory_plan.shape_of(skeleton)
+    if case["experts"] == "16bit":
+        sizes = dataclasses.replace(sizes, experts=sizes.experts.in_16_bit())
+    plan = memory_plan.plan_memory(sizes, config, 1, case["layers"])
     model = random_mixture(shape, device, case["experts"])
     learner = train_qlora.build_learner(config, model, plan, lambda line: print(line, file=sys.stderr, flush=True))
     optimizer = optimizers.create_optimizer(learner.parameters, config.training, device, print, learner.memory)
@@ -147,7 +151,7 @@ def load_ours(case: dict, device: torch.device) -> tuple[Callable[[int, torch.Te
 
 def load_hf(case: dict, device: torch.device) -> tuple[Callable[[int, torch.Tensor], torch.Tensor], float]:
     """Return the same for transformers + peft + bitsandbytes, as their documentation trains a 4-bit model."""
-    model = random_mixture(shape_config(case["tiny"], case["layers"]), device, "hf")
+    model = random_mixture(shape_config(case["tiny"], case["layers"]), device, "16bit")
     model.config.use_cache = False
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=ATTENTION, task_type="CAUSAL_LM"))
