@@ -62,15 +62,32 @@ def dequantize_e4m3_kernel(
 
 
 @triton.jit
+def _row_part(x, row, k, columns, SWIGLU: tl.constexpr):
+    """Load columns k of a row of x; with SWIGLU, x is [gate | up] and both are loaded."""
+    place, within = x + row * ((2 if SWIGLU else 1) * columns) + k, k < columns
+    tile = tl.load(place, mask=within, other=0.0)
+    return tile, tl.load(place + columns, mask=within, other=0.0) if SWIGLU else tile
+
+
+@triton.jit
 def _input(
-    tile, up, weight, rms, dtype: tl.constexpr, SWIGLU: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr
+    tile,
+    up,
+    norm,
+    k,
+    columns,
+    rms,
+    dtype: tl.constexpr,
+    SWIGLU: tl.constexpr,
+    NORM: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):
     """Return what a product reads: x, its norm, or SwiGLU of [gate | up], rounded to dtype as `widen_kernel` does."""
     if NORM:
         unit = tile.to(tl.float32) * rms
-        if weight.dtype != tl.float32:
-            unit = unit.to(tile.dtype).to(tl.float32)
-        tile = (unit * weight.to(tl.float32)).to(dtype)
+        if norm.dtype.element_ty != tl.float32:
+            unit = unit.to(dtype).to(tl.float32)
+        tile = (unit * tl.load(norm + k, mask=k < columns, other=0.0).to(tl.float32)).to(dtype)
     if SWIGLU:
         gate = tile.to(tl.float32)
         sigmoid, _ = _gate(gate, ACTIVATION)
@@ -79,114 +96,84 @@ def _input(
 
 
 @triton.jit
-def row_scale_kernel(
-    x, norm, inverse_rms, folded, scales, columns, smallest, SWIGLU: tl.constexpr, NORM: tl.constexpr,
-    FOLDED: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,
+def narrow_kernel(
+    x, narrow, scales, read, norm, inverse_rms, folded, step, sequences, salt, length, columns, smallest, threshold,
+    inverse, SWIGLU: tl.constexpr, NORM: tl.constexpr, FOLDED: tl.constexpr, DROPOUT: tl.constexpr, KEEP: tl.constexpr,
+    CHUNKS: tl.constexpr, BLOCK: tl.constexpr, HELD: tl.constexpr, ACTIVATION: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
-    """Write the scale of each row of what `narrow_kernel` quantises: its largest magnitude / 448, fp32.
+    """Write x, its norm, or SwiGLU of [gate | up] in e4m3, and the scale of each row: its largest magnitude / 448, fp32.
 
-    One program per row. It loads BLOCK columns at once, a whole row of most models, so that enough loads are under way:
-    memory traffic is the limit. With FOLDED each column is multiplied by its own number of `folded` first.
+    One program per row, in CHUNKS chunks of BLOCK columns. The scale must be known before anything is written, so a row
+    stays in registers (HELD) and is read once: memory traffic is the limit. Rows that would need too many registers are
+    read and computed twice. With FOLDED each column of x is multiplied by its own number of `folded` before it is
+    quantised. With KEEP what the product reads, after dropout, is written in 16 bit too, for the adapters' product.
     """
-    row = tl.program_id(0)
-    k, place = tl.arange(0, BLOCK), x + row.to(tl.int64) * ((2 if SWIGLU else 1) * columns)
-    largest, rms = tl.zeros((BLOCK,), tl.float32), 1.0
+    dtype: tl.constexpr = x.dtype.element_ty
+    row, k = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    largest, values, rms = tl.zeros((BLOCK,), tl.float32), (), 1.0
     if NORM:
         rms = tl.load(inverse_rms + row)
-    for start in range(0, columns, BLOCK):
-        within = start + k < columns
-        tile = tl.load(place + start + k, mask=within, other=0.0)
-        up, weight = tile, tile  # placeholders: nothing reads them if there are none
-        if SWIGLU:
-            up = tl.load(place + columns + start + k, mask=within, other=0.0)
-        if NORM:
-            weight = tl.load(norm + start + k, mask=within, other=0.0)
-        value = _input(tile, up, weight, rms, x.dtype.element_ty, SWIGLU, NORM, ACTIVATION).to(tl.float32)
+    if DROPOUT and KEEP:
+        key, m = _key(step, salt), tl.program_id(0) + tl.zeros((1,), tl.int32)
+    if HELD:  # all loads come first: none may pass a store that might write what it reads
+        parts = _row_part(x, row, k, columns, SWIGLU)
+        for chunk in tl.static_range(1, CHUNKS):
+            parts = parts + _row_part(x, row, chunk * BLOCK + k, columns, SWIGLU)
+    for chunk in tl.static_range(CHUNKS):
+        place = chunk * BLOCK + k
+        if HELD:
+            tile, up = parts[2 * chunk], parts[2 * chunk + 1]
+        else:
+            tile, up = _row_part(x, row, place, columns, SWIGLU)
+        value = _input(tile, up, norm, place, columns, rms, dtype, SWIGLU, NORM, ACTIVATION)
+        if KEEP:
+            kept = value
+            if DROPOUT:
+                pairs = chunk * (BLOCK // 2) + tl.arange(0, BLOCK // 2)
+                keep = tl.reshape(_keep(key, sequences, m, pairs, length, threshold), (BLOCK,))
+                kept = tl.where(keep, value.to(tl.float32) * inverse, 0.0).to(value.dtype)
+            tl.store(read + row * columns + place, kept, mask=place < columns)
         if FOLDED:
-            value *= tl.load(folded + start + k, mask=within, other=0.0)
-        largest = tl.maximum(largest, tl.abs(value))
-    tl.store(scales + row, tl.maximum(tl.max(largest, 0), smallest) * (1.0 / 448.0))
+            value = value.to(tl.float32) * tl.load(folded + place, mask=place < columns, other=0.0)
+        largest = tl.maximum(largest, tl.abs(value.to(tl.float32)))
+        if HELD:
+            values = values + (value,)  # type: ignore[assignment]
+    scale = tl.maximum(tl.max(largest, 0), smallest) * (1.0 / 448.0)
+    tl.store(scales + row, scale)
+    to_row = tl.div_rn(1.0, scale)
+    for chunk in tl.static_range(CHUNKS):
+        place = chunk * BLOCK + k
+        if HELD:
+            value = values[chunk]
+        else:
+            tile, up = _row_part(x, row, place, columns, SWIGLU)
+            value = _input(tile, up, norm, place, columns, rms, dtype, SWIGLU, NORM, ACTIVATION)
+            if FOLDED:
+                value = value.to(tl.float32) * tl.load(folded + place, mask=place < columns, other=0.0)
+        tl.store(narrow + row * columns + place, to_e4m3(value.to(tl.float32) * to_row, ROUND), mask=place < columns)
 
 
 @triton.jit
-def _narrow_columns(
-    x, A, norm, folded, m, k, rows, end, columns, extra, a_row, a_column, SWIGLU: tl.constexpr, NORM: tl.constexpr,
-    FOLDED: tl.constexpr, BLOCK_R: tl.constexpr,
+def thin_kernel(
+    x, A, u, rows, columns, extra, a_row, a_column, scale, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Load the tiles that `narrow_kernel` reads for columns k < end: x, or gate and up, the norm's weight, folded, A."""
-    inside = (m < rows)[:, None] & (k < end)[None]
-    place = x + m.to(tl.int64)[:, None] * ((2 if SWIGLU else 1) * columns) + k[None]
-    tile = tl.load(place, mask=inside, other=0.0)
-    up, weight, factor, a = tile, tile, tile, tile  # placeholders: nothing reads them if there are none
-    if SWIGLU:
-        up = tl.load(place + columns, mask=inside, other=0.0)
-    if NORM:
-        weight = tl.load(norm + k, mask=k < end, other=0.0)[None]
-    if FOLDED:
-        factor = tl.load(folded + k, mask=k < end, other=0.0)[None]
-    if BLOCK_R:
-        j = tl.arange(0, BLOCK_R)[:, None]
-        a = tl.load(A + j * a_row + k[None] * a_column, mask=(j < extra) & (k < end)[None], other=0.0)
-    return tile, up, weight, factor, a
+    """Write u = scale x A^T, [rows, extra], for a few adapter columns. A is read at A + j a_row + k a_column.
 
-
-@triton.jit
-def narrow_kernel(
-    x, narrow, dropped, A, sums, norm, inverse_rms, scales, folded, step, sequences, salt, rows, share, length, columns,
-    extra, a_row, a_column, threshold, inverse, scale, SWIGLU: tl.constexpr, NORM: tl.constexpr, FOLDED: tl.constexpr,
-    DROPOUT: tl.constexpr, KEEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    ACTIVATION: tl.constexpr, ROUND: tl.constexpr,
-):  # fmt: skip
-    """Write x, its norm, or SwiGLU of [gate | up] in e4m3, and scale dropout(x) A^T from the same pass.
-
-    A is read at A + j a_row + k a_column, so that it may lie transposed. With FOLDED each column of x is multiplied by
-    its own number of `folded` before it is quantised, but not for the product with A.
-
-    Grid: dimension 0 takes tiles of BLOCK_M rows, dimension 1 takes shares of `share` columns; a program walks over its
-    share in steps of BLOCK_K columns, and loads the next tiles before it works on these. Its part of the product goes to
-    sums [shares, rows, extra]. With BLOCK_R = 0 there is no product, and with KEEP dropout(x) is written for one that
-    follows.
+    Each program takes BLOCK_M rows and walks over all columns, so x is read once: memory traffic is the limit.
     """
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    first = tl.program_id(1) * share
-    end = tl.minimum(first + share, columns)
-    k = first + tl.arange(0, BLOCK_K)
-    row, below = m.to(tl.int64)[:, None], (m < rows)[:, None]
-    to_row = tl.div_rn(1.0, tl.load(scales + m, mask=m < rows, other=1.0))[:, None]
-    rms = to_row  # a placeholder
-    if DROPOUT:
-        key = _key(step, salt)
-    if NORM:
-        rms = tl.load(inverse_rms + m, mask=m < rows, other=0.0)[:, None]
-    if BLOCK_R:
-        total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    after = _narrow_columns(
-        x, A, norm, folded, m, k, rows, end, columns, extra, a_row, a_column, SWIGLU, NORM, FOLDED, BLOCK_R
-    )  # fmt: skip
-    for start in range(first, end, BLOCK_K):
-        tile, up, weight, factor, a = after
-        after = _narrow_columns(
-            x, A, norm, folded, m, k + BLOCK_K, rows, end, columns, extra, a_row, a_column, SWIGLU, NORM, FOLDED, BLOCK_R
-        )  # fmt: skip
-        tile = _input(tile, up, weight, rms, x.dtype.element_ty, SWIGLU, NORM, ACTIVATION)
-        inside = below & (k < end)[None]
-        value = tile.to(tl.float32)
-        if FOLDED:
-            value *= factor
-        tl.store(narrow + row * columns + k[None], to_e4m3(value * to_row, ROUND), mask=inside)
-        if DROPOUT:
-            pairs = start // 2 + tl.arange(0, BLOCK_K // 2)
-            keep = _keep(key, sequences, m, pairs, length, threshold)
-            tile = tl.where(keep, tile.to(tl.float32) * inverse, 0.0).to(tile.dtype)
-        if BLOCK_R:
-            total = tl.dot(tile, tl.trans(a), total)
-        elif KEEP:
-            tl.store(dropped + row * columns + k[None], tile, mask=inside)
-        k += BLOCK_K
-    if BLOCK_R:
-        j = tl.arange(0, BLOCK_R)[None]
-        target = sums + (tl.program_id(1) * rows + row) * extra + j
-        tl.store(target, (total * scale).to(sums.dtype.element_ty), mask=below & (j < extra))
+    m, j = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R)
+    total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    place, below = x + m.to(tl.int64)[:, None] * columns, (m < rows)[:, None]
+    for start in range(0, columns, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        tile = tl.load(place + k[None], mask=below & (k < columns)[None], other=0.0)
+        a = tl.load(
+            A + j[None] * a_row + k[:, None] * a_column, mask=(j < extra)[None] & (k < columns)[:, None], other=0.0
+        )
+        total = tl.dot(tile, a, total)
+    target = u + m.to(tl.int64)[:, None] * extra + j[None]
+    tl.store(target, (total * scale).to(u.dtype.element_ty), mask=below & (j < extra)[None])
 
 
 @triton.jit

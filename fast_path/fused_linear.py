@@ -24,9 +24,11 @@ WIDEN = Launch(block_m=16, block_k=128, warps=4)
 # With at most this number of adapter columns, u = x A^T is computed in the pass that copies x, so that x is not read a
 # second time. With more columns (q, k and v have 48 at rank 16) a separate product is faster.
 MOST_WIDEN_COLUMNS = 32
-# The same for the pass that quantises x. Without it, a normed x in 16 bit would have to be written for the product.
-MOST_NARROW_COLUMNS = 64
-NARROW = Launch(block_m=16, block_k=128, warps=4)
+# The pass that quantises takes a row per program, a chunk of it at a time: 8 columns, 16 bytes, per thread. It holds this
+# many chunks in registers, enough for 28,672 columns; longer rows are read twice.
+MOST_HELD = 14
+# With at most this number of adapter columns an own kernel computes u from what that pass read; else cuBLAS does.
+MOST_THIN_COLUMNS = 64
 WIDEN_BACKWARD = Launch(block_m=64, block_k=64, warps=4)
 MASKED_BACKWARD = Launch(block_m=16, block_k=64, warps=2)
 # The most adapter columns for which SwiGLU's backward runs as a kernel. It holds three sums [columns, block_k] in
@@ -56,6 +58,19 @@ def swiglu_launch(columns: int) -> Launch:
     if columns <= 32:
         return Launch(block_m=16, block_k=64, warps=4)
     return Launch(block_m=16, block_k=32, warps=8)
+
+
+def narrow_launch(columns: int) -> Launch:
+    """Return the layout of the pass that quantises: one row per program, and a chunk of it at a time."""
+    warps = 4 if columns <= 4096 else 8
+    return Launch(block_m=1, block_k=256 * warps, warps=warps)
+
+
+def thin_launch(rows: int, device: torch.device) -> Launch:
+    """Return the layout of the adapters' product after that pass: fewer rows per program where there are few rows."""
+    programs = multiprocessors(device)
+    block_m = next((size for size in (64, 32) if triton.cdiv(rows, size) >= programs * 0.9), 16)
+    return Launch(block_m=block_m, block_k=128, warps=4)
 
 
 def share_rows(rows: int, blocks: int, device: torch.device) -> int:
@@ -236,33 +251,32 @@ def narrow(
         dropped = _drop(read, masks) if masks.p > 0 else read
         x8, scales = fp8.quantise_rows(read if folded is None else read.float() * folded)
         return x8, scales, (dropped @ A.t()) * scale
-    scales = x.new_empty(len(x), dtype=torch.float32)
-    how = {"SWIGLU": swiglu, "NORM": norm is not None, "FOLDED": folded is not None, "ACTIVATION": activation}
-    reads, block = (*(norm or (x, x)), scales if folded is None else folded), min(32768, dot_size(columns))
-    fp8_kernels.row_scale_kernel[(len(x),)](
-        x, *reads, scales, columns, fp8.SMALLEST, **how, BLOCK=block, num_warps=max(4, block // 2048)
+    rows, p = len(x), masks.p if extra else 0.0
+    scales, x8 = x.new_empty(rows, dtype=torch.float32), torch.empty(rows, columns, dtype=fp8.E4M3, device=x.device)
+    keep = extra > 0 and (swiglu or norm is not None or p > 0)
+    read, launch = x.new_empty(rows, columns) if keep else x, narrow_launch(columns)
+    chunks = triton.cdiv(columns, launch.block_k)
+    fp8_kernels.narrow_kernel[(rows,)](
+        x, x8, scales, read, *(norm or (x, x)), scales if folded is None else folded, masks.step, masks.sequences,
+        masks.salt, masks.length, columns, fp8.SMALLEST, drop_threshold(p), 1 / (1 - p), SWIGLU=swiglu,
+        NORM=norm is not None, FOLDED=folded is not None, DROPOUT=p > 0, KEEP=keep, CHUNKS=chunks, BLOCK=launch.block_k,
+        HELD=chunks <= MOST_HELD, ACTIVATION=activation, ROUND=INTERPRETED, num_warps=launch.warps,
     )  # fmt: skip
-    x8 = torch.empty(len(x), columns, dtype=fp8.E4M3, device=x.device)
-    return x8, scales, _narrow_kernel(x, x8, scales, A, masks, scale, reads, how)
+    return x8, scales, adapters_product(read, A, scale)
 
 
-def _narrow_kernel(x, x8, scales, A, masks: Masks, scale: float, reads: tuple, how: dict) -> torch.Tensor:
-    """Launch `narrow_kernel`, which fills x8, and return scale dropout(x) A^T. reads: of `row_scale_kernel`."""
+def adapters_product(x: torch.Tensor, A: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return scale x A^T, [rows, adapter columns], in x's dtype, summed in fp32. A may lie transposed."""
     (extra, columns), rows = A.shape, len(x)
-    inside, keep = 0 < extra <= MOST_NARROW_COLUMNS, extra > MOST_NARROW_COLUMNS and not how["FOLDED"]
-    share = widen_share(rows, columns, x.device) if inside else NARROW.block_k
-    shares, u = triton.cdiv(columns, share), x.new_empty(rows, extra)
-    sums = x.new_empty(shares, rows, extra, dtype=torch.float32) if inside and shares > 1 else u
-    dropped = torch.empty(rows, columns, dtype=x.dtype, device=x.device) if keep else x
-    fp8_kernels.narrow_kernel[(triton.cdiv(rows, NARROW.block_m), shares)](
-        x, x8, dropped, A, sums, *reads[:2], scales, reads[2], masks.step, masks.sequences, masks.salt, rows, share,
-        masks.length, columns, extra, *A.stride(), drop_threshold(masks.p), 1 / (1 - masks.p), scale, **how,
-        DROPOUT=masks.p > 0, KEEP=keep, BLOCK_M=NARROW.block_m, BLOCK_K=NARROW.block_k,
-        BLOCK_R=dot_size(extra) if inside else 0, ROUND=INTERPRETED, num_warps=NARROW.warps,
+    if not extra or extra > MOST_THIN_COLUMNS:
+        return (_product_fp32(x, A.t()) * scale).to(x.dtype) if extra else x.new_empty(rows, 0)
+    u, launch = x.new_empty(rows, extra), thin_launch(rows, x.device)
+    fp8_kernels.thin_kernel[(triton.cdiv(rows, launch.block_m),)](
+        x, A, u, rows, columns, extra, *A.stride(), scale, BLOCK_M=launch.block_m, BLOCK_K=launch.block_k,
+        BLOCK_R=dot_size(extra), num_warps=launch.warps,
+        num_stages=4 if extra <= 32 else 3,
     )  # fmt: skip
-    if inside and shares > 1:
-        return sums.sum(0).to(x.dtype)
-    return u if inside or not extra else (_product_fp32(dropped, A.t()) * scale).to(x.dtype)
+    return u
 
 
 DIVIDED = (torch.bfloat16,)  # dtypes in which du / rms can be stored; in float16 it would underflow

@@ -13,6 +13,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
 
@@ -126,7 +127,7 @@ def pieces(x, weight, A, B, masks, norm, swiglu) -> None:
     x8, scales, u = fused_linear.narrow(x, stacked, masks, 2.0, swiglu, True, norm)
     W, Wt = (fp8.unpack(weight, transposed, True) for transposed in (False, True))
     grad = torch.randn(len(x), len(W), device="cuda").to(x.dtype)
-    none = fused_linear.no_masks(grad)
+    none, read = fused_linear.no_masks(grad), torch.randn(len(x), W.shape[1], device="cuda").to(x.dtype)
     grad8, grad_scales, _ = fused_linear.narrow(grad, own.t(), none, 1.0, False, True, folded=weight.row_scales)
     wide = operands(weight, A, B, 1.0, x.dtype, True)[0]
     dense = dequantize(weight, torch.bfloat16)
@@ -136,6 +137,8 @@ def pieces(x, weight, A, B, masks, norm, swiglu) -> None:
         "mm bf16 fw": lambda: torch.mm(torch.empty(len(x), wide.shape[1], device="cuda", dtype=x.dtype), wide.t()),
         "mm bf16 bw": lambda: grad @ dense,
         "adapters": lambda: operands_of(weight, A, B),
+        "u": lambda: fused_linear.adapters_product(read, stacked, 2.0),
+        "du": lambda: fused_linear.adapters_product(grad, own.t(), 1.0),
         "unpack": lambda: fp8.unpack(weight, False, True),
         "unpack T": lambda: fp8.unpack(weight, True, True),
         "narrow x": lambda: fused_linear.narrow(x, stacked, masks, 2.0, swiglu, True, norm),
@@ -170,21 +173,23 @@ def tiles(rows: int) -> None:
         operands = a, a_scales, b, b_scales, torch.bfloat16, u, B, None, False
         spent[layout] += timed(f"product {outputs}x{inner} {layout}", fp8._product_kernel, *operands, tile_of(layout))
     print("BEST product", *min(spent, key=spent.get), flush=True)
-    layouts = ((16, 128, 4), (16, 256, 4), (16, 256, 8), (32, 128, 4))
+    layouts = ((1, 1024, 4), (1, 2048, 8), (1, 4096, 16), (1, 2048, 16))
     spent = dict.fromkeys(layouts, 0.0)
     for name, layout in itertools.product(("gate, up", "down"), layouts):
         x, weight, A, B, masks, _ = inputs(rows, name)
         own, stacked = operands_of(weight, A, B)
-        fused_linear.NARROW = nf4.Launch(*layout)
         if name == "down":
             arguments, how = (x, stacked, masks, 2.0, True, True), {}
         else:
             grad = torch.randn(rows, len(own), device="cuda").bfloat16()
             arguments = grad, own.t(), fused_linear.no_masks(grad), 1.0, False, True
             how = {"folded": weight.row_scales}
-        spent[layout] += timed(f"narrow of {name} {layout}", functools.partial(fused_linear.narrow, **how), *arguments)
+        launch = nf4.Launch(*layout)
+        with mock.patch.object(fused_linear, "narrow_launch", lambda _, own=launch: own):
+            spent[layout] += timed(
+                f"narrow of {name} {layout}", functools.partial(fused_linear.narrow, **how), *arguments
+            )
     print("BEST narrow", *min(spent, key=spent.get), flush=True)
-    fused_linear.NARROW = nf4.Launch(*min(spent, key=spent.get))
 
 
 def tile_of(layout: tuple[int, ...]) -> dict[str, int]:

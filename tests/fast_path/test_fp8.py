@@ -308,7 +308,7 @@ def check_fp8_kernels(device: str, dtype: torch.dtype, tolerance: float) -> None
 def check_narrow(device: str, dtype: torch.dtype, tolerance: float) -> None:
     """Compare the pass that quantises: with a norm or SwiGLU before it, dropout, and the adapters' product."""
     torch.manual_seed(1)
-    columns, length = 160, 20
+    columns, length = 160, 5
     step, salt = (torch.tensor(n, dtype=torch.int32, device=device) for n in (3, -12345))
     sequences = torch.tensor([5, 9], dtype=torch.int32, device=device)
     for swiglu, members, p in ((False, 1, 0.1), (False, 3, 0.0), (False, 9, 0.1), (True, 1, 0.1)):
@@ -318,16 +318,20 @@ def check_narrow(device: str, dtype: torch.dtype, tolerance: float) -> None:
         norm = Norm(torch.rand(columns, device=device).to(dtype), fused_linear.inverse_rms(x, 1e-6, False))
         once = Norm(norm.weight.float() + 1, norm.inverse)  # rounded after its factor alone, as in Gemma
         kinds = [(None, "silu"), (None, "gelu_pytorch_tanh")] if swiglu else [(n, "silu") for n in (None, norm, once)]
-        for (norm, activation), share in itertools.product(kinds, (64, 1024)):
-            with mock.patch.object(fused_linear, "widen_share", lambda *_, share=share: share):
+        for (norm, activation), (held, block, most) in itertools.product(
+            kinds, ((14, 64, 64), (2, 64, 0), (1, 1024, 64))
+        ):
+            launch = fused_linear.Launch(block_m=1, block_k=block, warps=4)
+            own = {"MOST_HELD": held, "MOST_THIN_COLUMNS": most, "narrow_launch": lambda _, own=launch: own}
+            with mock.patch.multiple(fused_linear, **own):
                 found = fused_linear.narrow(x, A, masks, 0.5, swiglu, True, norm, activation)
             want = fused_linear.narrow(x, A, masks, 0.5, swiglu, False, norm, activation)
-            case = swiglu, members, p, activation, share
+            case = swiglu, members, p, activation, held, block
             assert apart(found[1], want[1]) < tolerance and apart(found[2], want[2]) < tolerance, case
             there = (side[0].float() * side[1][:, None] for side in (found, want))
             assert apart(*there) < 0.01, case  # a rounding in 16 bit before may choose the neighbour in e4m3
     folded, B = torch.rand(columns, device=device), torch.randn(columns, 16, device=device).to(dtype)
-    x = torch.randn(40, columns, device=device).to(dtype)
+    x = torch.randn(2 * length, columns, device=device).to(dtype)
     found, want = (fused_linear.narrow(x, B.t(), masks, 0.5, False, k, folded=folded) for k in (True, False))
     assert torch.equal(found[0].float(), want[0].float()) and apart(found[2], want[2]) < tolerance
 
@@ -368,14 +372,22 @@ def test_kernels_compile_within_the_shared_memory_of_each_card(capability):
             capability, fp8_kernels.dequantize_e4m3_kernel, weights, constants, fp8.UNPACK_WARPS[transposed]
         )
         assert "cvt.rn.satfinite.e4m3x2.f32" in unpack  # two numbers per instruction, saturated
-    pointers = {"x": HALF, "narrow": eighth, "dropped": HALF, "A": HALF, "sums": SINGLE, "norm": HALF, **MASKS}
+    pointers = {"x": HALF, "narrow": eighth, "read": HALF, "norm": HALF, **MASKS, "smallest": "fp32"}
     pointers |= dict.fromkeys(("inverse_rms", "scales", "folded"), SINGLE)
-    for swiglu, norm, folded, columns in ((True, False, False, 16), (False, True, False, 64), (False, False, True, 32)):
-        how = {"SWIGLU": swiglu, "NORM": norm, "FOLDED": folded, "ACTIVATION": "silu"}
-        own = {name: kind for name, kind in pointers.items() if name in fp8_kernels.row_scale_kernel.arg_names}
-        compile_for(capability, fp8_kernels.row_scale_kernel, own | {"smallest": "fp32"}, how | {"BLOCK": 16384}, 8)
-        how |= {"DROPOUT": not folded, "KEEP": False, "BLOCK_M": 16, "BLOCK_K": 128, "BLOCK_R": columns, "ROUND": False}
-        compile_for(capability, fp8_kernels.narrow_kernel, pointers, how, 4)
+    for swiglu, norm, folded, columns in (
+        (True, False, False, 11008),
+        (False, True, False, 2048),
+        (False, False, True, 22016),
+    ):
+        how = {"SWIGLU": swiglu, "NORM": norm, "FOLDED": folded, "ACTIVATION": "silu", "DROPOUT": not folded}
+        launch = fused_linear.narrow_launch(columns)
+        how |= {"KEEP": not folded, "BLOCK": launch.block_k, "CHUNKS": -(-columns // launch.block_k), "ROUND": False}
+        narrow = compile_for(capability, fp8_kernels.narrow_kernel, pointers, how | {"HELD": True}, launch.warps)
+        assert "cvt.rn.satfinite.e4m3x2.f32" in narrow and ".local" not in narrow
+    for extra, stages in ((32, 4), (64, 3)):
+        how = {"BLOCK_M": 64, "BLOCK_K": 128, "BLOCK_R": extra}
+        thin = {"x": HALF, "A": HALF, "u": HALF}
+        compile_for(capability, fp8_kernels.thin_kernel, thin, how, 4, num_stages=stages)
     operands = {"a": eighth, "b": eighth, "a_scales": SINGLE, "b_scales": SINGLE}
     operands |= dict.fromkeys(("u", "B", "bias", "out"), HALF)
     for exact in (True, False):
