@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from config import Config, ConfigError
 from tests.faults.launches import LAUNCH, ROOT, launch, left_running
-from toolkit import processes, run_state, sharding
+from toolkit import processes, run_state
 from toolkit.earlier_run import checkpoints, common_settings
 from toolkit.machine import create_accelerator
 from toolkit.run_commands import answer, commands_of
@@ -130,20 +130,6 @@ def test_the_launcher_is_the_process_that_started_this_one(monkeypatch):
 # ------------------------------------------------------------------------------------------------ launches
 
 
-def test_an_error_that_comes_from_another_process_explains_nothing(monkeypatch):
-    """Two are inside a layer that needs both: one runs out of memory, the other one only sees that it is gone."""
-    monkeypatch.setattr(processes, "_launch", processes._Launch(None, 0, 2, None, None, tied=True))
-    monkeypatch.setattr(processes, "_leave_words_to_the_first", lambda: None)
-    lost = dist.DistBackendError("NCCL communicator was aborted")
-    failures = {0: processes._described(lost), 1: processes._described(torch.OutOfMemoryError("made up"))}
-    agreed = processes._agreed(failures, lost)
-    assert isinstance(agreed, torch.OutOfMemoryError) and str(agreed) == "rank 1: made up"
-    problem = str(sharding.cannot_repeat(agreed))
-    assert problem.startswith("rank 1 (?, process 0) ran out of GPU memory") and problem.endswith(": made up")
-    only = processes._agreed({0: processes._described(lost)}, lost)
-    assert only is lost
-
-
 def test_accelerate_that_starts_one_of_several_is_refused(monkeypatch):
     """`accelerate launch --num_processes 2` without two GPUs starts one process, and says so by nothing but an address."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
@@ -179,7 +165,8 @@ def test_of_several_processes_one_lists_and_uploads_runs(tmp_path, monkeypatch, 
     monkeypatch.setenv("RANK", "1")
     assert answer(options) == 0 and capsys.readouterr() == ("", "")
     monkeypatch.setenv("RANK", "0")
-    assert answer(options) == 0 and "no run" in "".join(capsys.readouterr())
+    with pytest.raises(ConfigError, match="--runs: no run"):
+        answer(options)
 
 
 def test_inference_is_one_process(monkeypatch):
