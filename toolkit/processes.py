@@ -160,9 +160,10 @@ def _watch_the_others(launch: _Launch, store: dist.Store) -> None:
             for rank, (last, since) in beats.items():
                 beat = store.get(f"beat/{rank}") if store.check([f"beat/{rank}"]) else b""
                 beats[rank] = (beat, since if beat == last else time.monotonic())
-                if silent := time.monotonic() - beats[rank][1] > SILENT:
+                if time.monotonic() - beats[rank][1] > SILENT:
+                    store.set(f"failed/{rank}", f"has not answered for {SILENT:.0f} s")
                     _end(rank)
-                well = well and not (silent or _has_ended(rank) or store.check([f"failed/{rank}"]))
+                well = well and not (_has_ended(rank) or store.check([f"failed/{rank}"]))
     if "nccl" in backend_of(torch.cuda.is_available()):  # which would wait; gloo notices that a connection is closed
         dist.group.WORLD._get_backend(torch.device("cuda")).abort()
 
