@@ -176,14 +176,14 @@ def main(argv: list[str] | None = None) -> int:
             quiet_datasets()
             if options.plan:
                 return memory.print_plan(config, epoch_size, options.card, options.processes)
+            if options.compare:
+                return compare_runs(options.compare, options.output or "compare.png")
             for line in options.notes:
                 print(visible(line), file=sys.stderr)
             processes.refuse_differences(earlier_run.common_settings(config))
             if options.evaluate:
                 doing = "evaluating"
                 return evaluate_adapter(config, options.adapter, options.stride, options.generate)
-            if options.compare:
-                return compare_runs(options.compare, options.output or "compare.png")
             output_dir = config.training.output_dir
             again = earlier_run.continuing_command(argv, config.training.resume)
             return fine_tune(*as_of_this_start(config, options.overwrite), again)

@@ -41,6 +41,7 @@ ANSWER = 20.0
 SLOWER = 3.0  # times the seconds that this process itself took, on top of ANSWER
 # After an exchange, gradients are on their way within milliseconds. NCCL cannot see that a process has died.
 REDUCE = 60
+SILENT = 30.0  # without a sign of life from a process that computes layers together with this one
 ROLL_CALL = 2.0  # until each process that is alive has said so
 
 
@@ -142,20 +143,29 @@ def settle(settled: bool = True) -> None:
 
 def tie() -> None:
     """Say that the processes compute each layer together: where one fails, the others wait for it within a layer."""
-    if _launch is None or _launch.tied:
-        return
-    _launch.tied = True
-    if "nccl" in backend_of(torch.cuda.is_available()):  # gloo notices by itself that a process has ended
-        threading.Thread(target=_leave_the_layer, args=[_launch.store.clone()], daemon=True).start()
+    if _launch is not None and not _launch.tied:
+        _launch.tied = True
+        threading.Thread(target=_watch_the_others, args=[_launch, _launch.store.clone()], daemon=True).start()
 
 
-def _leave_the_layer(store: dist.Store) -> None:
-    """Wait until another process has failed or ended, then end what this one's GPU waits for, so that it can answer."""
-    others = [rank for rank in range(_launch.count) if rank != _launch.rank]
+def _watch_the_others(launch: _Launch, store: dist.Store) -> None:
+    """Show that this process is alive, and free its main thread from a layer as soon as another process is not."""
+    beats = {rank: (b"", time.monotonic()) for rank in range(launch.count) if rank != launch.rank}
+    well, number = True, 0
     with contextlib.suppress(RuntimeError):  # the store may go with its process
-        while not any(_has_ended(rank) or store.check([f"failed/{rank}"]) for rank in others):
+        while well:
+            number += 1
+            store.set(f"beat/{launch.rank}", str(number))
             time.sleep(1)
-    dist.group.WORLD._get_backend(torch.device("cuda")).abort()
+            for rank, (last, since) in beats.items():
+                beat = store.get(f"beat/{rank}") if store.check([f"beat/{rank}"]) else b""
+                beats[rank] = (beat, since if beat == last else time.monotonic())
+                if time.monotonic() - beats[rank][1] > SILENT:
+                    store.set(f"failed/{rank}", f"has not answered for {SILENT:.0f} s")
+                    _end(rank)
+                well = well and not (_has_ended(rank) or store.check([f"failed/{rank}"]))
+    if "nccl" in backend_of(torch.cuda.is_available()):  # which would wait; gloo notices that a connection is closed
+        dist.group.WORLD._get_backend(torch.device("cuda")).abort()
 
 
 # ------------------------------------------------------------------------------------------------ exchanges
@@ -177,7 +187,7 @@ def gathered(value: T, patience: float | None = None) -> list[T]:
 
 END = "the end of a block"  # exchanged in place of a value
 Failure = tuple[str, list[str]]  # (kind, lines) of an error
-OTHERS = "others"  # the kind of an error that comes from another process
+FULL = "ran out of GPU memory"
 
 
 def _exchange(value: Any, failure: Failure | None, patience: float | None) -> tuple[list, dict[int, Failure]]:
@@ -210,19 +220,25 @@ def _all_gather(part: torch.Tensor, patience: float) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def _lost(patience: float, error: RuntimeError) -> RankFailed:
+def _lost(patience: float, error: Exception) -> RankFailed:
     """Return the error that names the processes which take no part in a roll call. error: of torch, which names none."""
     launch, reason = _launch, " ".join(str(error).split())[:200]
     timed_out = "timed out" in reason.lower()
     launch.lost = True
     _ignore_sigterm()
-    silent = [rank for rank in range(launch.count) if rank != launch.rank]
+    silent, said = [rank for rank in range(launch.count) if rank != launch.rank], ""
     with contextlib.suppress(RuntimeError):  # the store may have gone with its process
         launch.store.set(f"alive/{launch.rank}", "1")
         time.sleep(ROLL_CALL)
         silent = [rank for rank in silent if not launch.store.check([f"alive/{rank}"])]
+        failed = [rank for rank in silent if launch.store.check([f"failed/{rank}"])]  # see _left_behind
+        said = launch.store.get(f"failed/{failed[0]}").decode() if failed else ""
     if not silent:
         return RankFailed(f"the processes cannot reach each other: {reason}")
+    if said:
+        if failed[0] > 0 or said.startswith(FULL):
+            _leave_words_to_the_first()
+        return RankFailed(f"{name_of(failed[0])} {said}")
     ended = [rank for rank in silent if _has_ended(rank)]
     for rank in silent if timed_out else ():
         _end(rank)
@@ -286,16 +302,34 @@ def together(patience: float | None = None) -> Iterator[None]:
         raise mine
     else:
         failure = _described(mine)
-        if _launch.tied:
-            with contextlib.suppress(RuntimeError):
-                _launch.store.set(f"failed/{_launch.rank}", failure[0])
+        if _launch.tied and failure[0] != "refused":  # the others may be in a layer, and come to no exchange
+            raise _left_behind(mine, failure) from None
         try:
-            failures = _exchange(None, failure, ANSWER if _launch.tied else None)[1]
+            failures = _exchange(None, failure, None)[1]
         except RankFailed as lost:  # nobody is left to be told
             raise (lost if _is_about_others(mine) else mine) from None
         if failure[0] == "memory":
             mine.__traceback__ = None  # its frames hold the tensors of the micro-batch that failed
         raise _agreed(failures, mine) from None
+
+
+def _left_behind(mine: Exception, failure: Failure) -> Exception:
+    """Return the error of a process that leaves a layer: its own one, which it leaves in the store, or who else has failed."""
+    if _is_about_others(mine):
+        return _lost(ANSWER, mine)
+    full, text = failure[0] == "memory", f"has failed: {failure[0]}: {failure[1][0]}"
+    with contextlib.suppress(RuntimeError):
+        _launch.store.set(f"failed/{_launch.rank}", full_with_others(failure[1][0]) if full else text)
+    _launch.lost = True
+    if full:
+        _leave_words_to_the_first()
+    return mine
+
+
+def full_with_others(reason: str) -> str:
+    """Return what is said of a process that runs out of GPU memory in a layer which it computes with others."""
+    way = "use --gradient_checkpointing true or a lower --memory_limit_gib"
+    return f"{FULL} with a divided base, {way}: {reason}"
 
 
 def _is_about_others(error: Exception) -> bool:
@@ -308,14 +342,11 @@ def _described(error: Exception) -> Failure:
         return "refused", list(error.problems)
     if isinstance(error, torch.OutOfMemoryError):
         return "memory", [str(error).splitlines()[0]]
-    if _is_about_others(error):
-        return OTHERS, [str(error).splitlines()[0]]
     return type(error).__name__, [(str(error).splitlines() or [""])[0]]
 
 
 def _agreed(failures: Mapping[int, Failure], mine: Exception | None = None) -> Exception:
     """Return the error that this process raises when some have failed. mine: its own error, if it is one of them."""
-    failures = {rank: found for rank, found in failures.items() if found[0] != OTHERS} or failures
     first = min(failures)
     kind, lines = failures[first][0], _lines(failures)
     error: Exception
@@ -324,11 +355,9 @@ def _agreed(failures: Mapping[int, Failure], mine: Exception | None = None) -> E
     elif kind == "memory":
         error = torch.OutOfMemoryError(lines[0])
     else:
-        own = mine if _launch.rank in failures else None
-        error = own or RankFailed(f"{name_of(first)} has failed: {kind}: {failures[first][1][0]}")
+        error = mine or RankFailed(f"{name_of(first)} has failed: {kind}: {failures[first][1][0]}")
         _launch.lost = True
-    all_know = kind == "refused" or (kind == "memory" and _launch.tied)
-    if all_know or len(failures) == _launch.count or first not in (0, _launch.rank):
+    if kind == "refused" or len(failures) == _launch.count or (mine is None and first > 0):
         _leave_words_to_the_first()
     error.agreed = True  # type: ignore[attr-defined]
     return error

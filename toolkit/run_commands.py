@@ -38,9 +38,9 @@ def is_asked(options: argparse.Namespace, overrides: dict[str, Any]) -> bool:
 
 
 def commands_of(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the flags of a script that say what it does, which all processes of a launch must have in common."""
+    """Return what the flags say but for settings, which are compared as configurations: what a script is to do."""
     apart = ("config", "notes", "overrides")
-    return {f"--{name}": value for name, value in vars(options).items() if name not in apart}
+    return {f"--{name}": value for name, value in vars(options).items() if name not in apart and "." not in name}
 
 
 def answer(options: argparse.Namespace) -> int | None:

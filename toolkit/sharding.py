@@ -1,6 +1,5 @@
 """A base divided among processes, as the commands see it: loading, and equally many passes in each."""
 
-import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -30,12 +29,8 @@ def load_base(
 
 def cannot_repeat(problem: torch.OutOfMemoryError) -> processes.RankFailed:
     """Return the error of a process that ran out of memory: the others are inside a layer, so nothing can be repeated."""
-    named = re.match(r"rank (\d+): ", str(problem))  # of another process; the first one's has no name
-    alone = not getattr(problem, "agreed", False)
-    who = processes.name_of(int(named[1]) if named else dist.get_rank() if alone else 0)
-    way = "use --gradient_checkpointing true or a lower --memory_limit_gib"
-    reason = str(problem).splitlines()[0][named.end() if named else 0 :]
-    return processes.RankFailed(f"{who} ran out of GPU memory with a divided base, {way}: {reason}")
+    said = processes.full_with_others(str(problem).splitlines()[0])
+    return processes.RankFailed(f"{processes.name_of(dist.get_rank())} {said}")
 
 
 def own_batches(

@@ -1,20 +1,30 @@
 """The processes of one launch: what two of them do that one does not."""
 
+import dataclasses
 import json
+import math
+import os
 import re
 import socket
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
-from config import ConfigError
+from config import Config, ConfigError
 from tests.faults.launches import LAUNCH, ROOT, launch, left_running
-from toolkit import processes
-from toolkit.earlier_run import checkpoints
+from toolkit import processes, run_state
+from toolkit.earlier_run import checkpoints, common_settings
+from toolkit.machine import create_accelerator
+from toolkit.run_commands import answer, commands_of
+from toolkit.startup import launcher_started
 
 SHORT = ["--max_length", 32, "--rank", 4, "--compute_dtype", "float32", "--optim", "adamw_torch", "--logging_steps", 1]
 SHORT += ["--batch_size", 2, "--gradient_accumulation_steps", 2, "--compile", "off"]
@@ -67,6 +77,110 @@ def test_a_launch_whose_processes_do_not_come_is_refused(monkeypatch):
     monkeypatch.setattr(processes, "JOIN", 1)
     with pytest.raises(ConfigError, match="rank 1 of 2 announced processes cannot reach the others at 127.0.0.1"):
         processes.join()
+
+
+# ------------------------------------------------------------------------------------------------ restarts
+
+
+def test_a_restart_meets_nothing_of_the_start_before_it():
+    """torchrun keeps its store; what earlier processes wrote there, under whatever names, reaches nobody."""
+    store = dist.HashStore()
+    store.set("start", "old")
+    for rank in (1, 2):
+        dist.PrefixStore("old", store).set(f"here/{rank}", f"old {rank}")
+        dist.PrefixStore("old", store).set(f"greeted/old {rank}", "1")
+    with ThreadPoolExecutor(3) as pool:
+        late = [pool.submit(processes._without_what_has_been, store, rank, 3) for rank in (1, 2)]
+        time.sleep(0.3)  # both have found the old start, which greets neither
+        assert not any(found.done() for found in late)
+        found = [pool.submit(processes._without_what_has_been, store, 0, 3), *late]
+        parts = [each.result(timeout=10) for each in found]
+    parts[0].set("address", "new")
+    assert [part.get("address") for part in parts] == [b"new"] * 3
+    assert not store.check(["address"]) and not dist.PrefixStore("old", store).check(["address"])
+
+
+@pytest.mark.parametrize(("since_launch", "resume"), [(-5.0, "never"), (5.0, "never"), (5.0, "checkpoint-1")])
+def test_overwrite_and_resume_count_for_the_first_start(since_launch, resume, tmp_path, monkeypatch):
+    """Where a machine joins, torchrun starts all again and counts no restart: the run that is under way must go on."""
+    (tmp_path / "config.yaml").write_text("", encoding="utf-8")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "some")
+    monkeypatch.setattr(
+        run_state, "launcher_started", lambda: (tmp_path / "config.yaml").stat().st_mtime - since_launch
+    )
+    training = dataclasses.replace(Config().training, output_dir=str(tmp_path), resume=resume)
+    config, overwrite = run_state.as_of_this_start(dataclasses.replace(Config(), training=training), True)
+    begun = since_launch > 0
+    assert (config.training.resume, overwrite) == (("auto", False) if begun else (resume, True))
+
+
+def test_a_process_without_torchrun_overwrites(tmp_path, monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    (tmp_path / "config.yaml").write_text("", encoding="utf-8")
+    training = dataclasses.replace(Config().training, output_dir=str(tmp_path))
+    config = dataclasses.replace(Config(), training=training)
+    assert launcher_started() == math.inf and run_state.as_of_this_start(config, True) == (config, True)
+
+
+def test_the_launcher_is_the_process_that_started_this_one(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "some")
+    assert launcher_started() == psutil.Process(os.getppid()).create_time() < time.time()
+
+
+# ------------------------------------------------------------------------------------------------ launches
+
+
+def test_accelerate_that_starts_one_of_several_is_refused(monkeypatch):
+    """`accelerate launch --num_processes 2` without two GPUs starts one process, and says so by nothing but an address."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with pytest.raises(ConfigError, match="starts one without --multi_gpu: add --multi_gpu"):
+        create_accelerator(Config().training)
+
+
+def test_processes_that_do_different_things_are_refused(monkeypatch):
+    """The commands that are no settings are compared too; two with one list of flags are the same."""
+    import train_qlora
+
+    tiny = ["--config", str(ROOT / "tiny" / "config.yaml")]
+    train, evaluate, plan = (
+        commands_of(train_qlora.parse([*tiny, *more])[0])
+        for more in ([], ["--evaluate"], ["--plan", "--processes", "2"])
+    )
+    assert train == commands_of(train_qlora.parse(["--rank", "5", *tiny])[0]) and json.loads(json.dumps(train)) == train
+    for other, problem in ((evaluate, "--evaluate"), (plan, "--plan")):
+        monkeypatch.setattr(processes, "gathered", lambda value, other=other: [value, other])
+        with pytest.raises(ConfigError, match=f"{problem}: expected the same for all processes, got False for rank 0"):
+            processes.refuse_differences(train)
+
+
+def test_one_folder_may_have_two_paths():
+    """Machines may mount it at different places: whether it is one folder is tried, not read."""
+    names = common_settings(Config())
+    assert "training.output_dir" not in names and "model.name" not in names and "training.resume" in names
+
+
+def test_of_several_processes_one_lists_and_uploads_runs(tmp_path, monkeypatch, capsys):
+    options = SimpleNamespace(runs=str(tmp_path), push=None)
+    monkeypatch.setenv("RANK", "1")
+    assert answer(options) == 0 and capsys.readouterr() == ("", "")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ConfigError, match="--runs: no run"):
+        answer(options)
+
+
+def test_inference_is_one_process(monkeypatch):
+    import inference_example
+
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "here", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ConfigError, match="expected to be the only process, got one of 2"):
+        inference_example.refuse_launcher()
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as ended:
+        inference_example.refuse_launcher()
+    assert ended.value.code == 2
 
 
 # ------------------------------------------------------------------------------------------------ two
