@@ -26,7 +26,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from config import Config, load_config
-from tests.benchmarks.bench_training import turn
+from tests.benchmarks.bench_training import shared_file, turn
 from toolkit.startup import after_heavy_imports, before_heavy_imports
 
 before_heavy_imports()
@@ -358,7 +358,7 @@ def main() -> None:
         return
     numbers = [number for number, case in enumerate(GRID) if re.match("|".join(args.only), label_of(case))]
     room = Room(int(torch.cuda.mem_get_info()[0] * 0.9))
-    with tempfile.NamedTemporaryFile() as lock, ThreadPoolExecutor(args.jobs) as pool:
+    with shared_file() as lock, ThreadPoolExecutor(args.jobs) as pool:
         rows = list(pool.map(lambda number: run_process(number, room, lock.name), numbers))
     errors = [row["error"] for row in rows if "error" in row]
     print(f"{'case':<64}{'planned':>9}{'measured':>9}{'error':>8}{'tokens/s':>10}")
