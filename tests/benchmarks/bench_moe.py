@@ -7,7 +7,7 @@
 
 Weights are made and packed one tensor at a time on the device, so nothing is downloaded and no disk is needed. Cases: gpu, cpu and
 16bit are this toolkit with quantization.experts, hf is transformers + peft + bitsandbytes, whose experts stay in 16 bit; it and gpu@hf, this toolkit
-beside it, have --hf-layers layers. unsloth is moe_unsloth.py. All train LoRA of rank 16 on attention, all layers checkpointed, and each step is
+beside it, have --hf-layers layers. unsloth is moe_unsloth.py; it and gpu@u have --unsloth-layers. All train LoRA of rank 16 on attention, all layers checkpointed, and each step is
 one micro-batch and one update. A case has a process of its own and prints a JSON line; the table comes last. --at-once: all build their
 models and compile at the same time, and each is timed while the others wait. Memory is what the allocator reserved while training, planned
 memory is the plan without the CUDA context.
@@ -229,8 +229,9 @@ def cases_of(options: argparse.Namespace) -> list[dict]:
         {"name": name, "kind": "ours", "experts": name, "layers": layers} for name in options.cases if name in OURS
     ]
     if "unsloth" in options.cases:
-        shape = TINY if options.tiny else REAL
-        found += [{"name": "unsloth", "kind": "unsloth", "experts": "gpu", "layers": layers, "shape": shape}]
+        shape, fewer = TINY if options.tiny else REAL, min(options.unsloth_layers, layers)
+        found += [{"name": "gpu@u", "kind": "ours", "experts": "gpu", "layers": fewer}] if fewer != layers else []
+        found += [{"name": "unsloth", "kind": "unsloth", "experts": "gpu", "layers": fewer, "shape": shape}]
     if "hf" in options.cases:
         found += [{"name": "gpu@hf", "kind": "ours", "experts": "gpu", "layers": few}] if few != layers else []
         found += [{"name": "hf", "kind": "hf", "experts": "gpu", "layers": few}]
@@ -250,7 +251,7 @@ def start(case: dict, unsloth_path: str, complaints: TextIO) -> subprocess.Popen
 
 def line_of(process: subprocess.Popen, word: str, seconds: float) -> str:
     """Return the rest of a process's next line that begins with the word, "" if none came; after seconds it is killed."""
-    timer = threading.Timer(max(seconds, 0.0), process.kill)
+    timer = threading.Timer(max(seconds, 1.0), process.kill)  # 1: its line may be there already
     timer.start()
     found = next((line for line in process.stdout if line.startswith(word)), word)
     timer.cancel()
@@ -270,7 +271,7 @@ def run_processes(cases: list[dict], options: argparse.Namespace) -> list[dict]:
 
 def row_of(case: dict, process: subprocess.Popen, file: TextIO, until: float, options: argparse.Namespace) -> dict:
     """Let a process that is ready be timed; print and return its row, or why there is none."""
-    late = process.poll() is not None and time.monotonic() > until
+    late = f"not ready within {options.timeout} s; " if process.poll() is not None and time.monotonic() > until else ""
     if process.poll() is None:
         process.stdin.write("\n")
         process.stdin.flush()
@@ -278,7 +279,7 @@ def row_of(case: dict, process: subprocess.Popen, file: TextIO, until: float, op
     process.wait()
     file.seek(0)
     said = file.read()
-    failed = f"not ready within {options.timeout} s" if late else said[-1500:] or "it said nothing"
+    failed = late + (said[-1500:].strip() or "it said nothing")
     row = json.loads(result) if result else {"case": case["name"], "layers": case["layers"], "failed": failed}
     shown = [line for line in said.splitlines() if line.startswith(("fast path", "adapters"))]
     print(said if case["profile"] else "\n".join(shown), json.dumps(row), sep="\n", flush=True)
@@ -290,6 +291,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=["gpu", "cpu", "hf"], choices=(*OURS, "hf", "unsloth"))
     parser.add_argument("--layers", type=int, default=48)
     parser.add_argument("--hf-layers", type=int, default=12)
+    parser.add_argument("--unsloth-layers", type=int, default=48)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--timeout", type=int, default=280, help="seconds a case may take until it is timed")

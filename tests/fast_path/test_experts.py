@@ -254,6 +254,8 @@ def check_kernel(device: str, dtype: torch.dtype) -> None:
         with torch.device(device):
             parameter = experts.packed(torch.randn(shape, dtype=dtype), create_bnb_config(use_double_quant=double))
         W, dense = experts.operand(parameter), experts.unpacked(parameter).float()
+        theirs = experts._unpacked(W.codes, W.absmax(), W, dtype).float()
+        torch.testing.assert_close(dense, theirs, rtol=1e-2, atol=1e-6)  # within a bit of bfloat16
         offsets = torch.tensor(counts, device=device).cumsum(0).int()
         assert W.has_kernel(dtype, torch.device(device))
         for across in (True, False):
