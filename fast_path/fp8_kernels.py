@@ -177,6 +177,15 @@ def thin_kernel(
 
 
 @triton.jit
+def _adapter_tiles(u, B, m, n, rows, outputs, extra, BLOCK_R: tl.constexpr):
+    """Load rows m of u and, transposed, rows n of B."""
+    j = tl.arange(0, BLOCK_R)
+    left = tl.load(u + m[:, None] * extra + j[None], mask=(m < rows)[:, None] & (j < extra)[None], other=0.0)
+    right = tl.load(B + n[None] * extra + j[:, None], mask=(n < outputs)[None] & (j < extra)[:, None], other=0.0)
+    return left, right
+
+
+@triton.jit
 def product_kernel(
     a, a_scales, b, b_scales, u, B, bias, out, rows, outputs, inner, extra, SCALED: tl.constexpr, BIAS: tl.constexpr,
     EXACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -199,6 +208,11 @@ def product_kernel(
     if not DESCRIBED:
         a_place = a + (m % rows).to(tl.int64)[:, None] * inner + k[None]
         b_place = b + (n % outputs).to(tl.int64)[None] * inner + k[:, None]
+    a_scale = tl.load(a_scales + m, mask=m < rows, other=0.0)  # loaded now, so that nothing waits for memory at the end
+    if SCALED:
+        b_scale = tl.load(b_scales + n, mask=n < outputs, other=0.0)
+    if BLOCK_R and BLOCK_R <= 32:  # more would leave one program per multiprocessor: they wait in shared memory
+        left, right = _adapter_tiles(u, B, m, n, rows, outputs, extra, BLOCK_R)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, inner, BLOCK_K):
         if DESCRIBED:
@@ -210,13 +224,12 @@ def product_kernel(
             total = tl.dot(x, w, total, max_num_imprecise_acc=min(BLOCK_K, 128))
         else:
             total = tl.dot(x, w, total)
-    total *= tl.load(a_scales + m, mask=m < rows, other=0.0)[:, None]
+    total *= a_scale[:, None]
     if SCALED:
-        total *= tl.load(b_scales + n, mask=n < outputs, other=0.0)[None]
+        total *= b_scale[None]
+    if BLOCK_R > 32:
+        left, right = _adapter_tiles(u, B, m, n, rows, outputs, extra, BLOCK_R)
     if BLOCK_R:
-        j = tl.arange(0, BLOCK_R)
-        left = tl.load(u + m[:, None] * extra + j[None], mask=(m < rows)[:, None] & (j < extra)[None], other=0.0)
-        right = tl.load(B + n[None] * extra + j[:, None], mask=(n < outputs)[None] & (j < extra)[:, None], other=0.0)
         total = tl.dot(left, right, total)
     if BIAS:
         total += tl.load(bias + n, mask=n < outputs, other=0.0).to(tl.float32)[None]
