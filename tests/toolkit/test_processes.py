@@ -216,6 +216,7 @@ def test_what_one_of_two_meets_ends_both(fault, corpus, tmp_path):
 
 
 @pytest.mark.faults
+@pytest.mark.long
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="two processes that are forked, since imports take long")
 def test_a_random_process_is_killed_at_a_random_time(corpus, tmp_path, train, forker):
     """Twice; the other one ends within a minute and leaves the last step, from which the next launch goes on."""
