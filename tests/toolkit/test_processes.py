@@ -23,7 +23,7 @@ from config import Config, ConfigError
 from tests.faults.launches import LAUNCH, ROOT, launch, left_running
 from toolkit import processes, run_state
 from toolkit.earlier_run import checkpoints, common_settings, step_of
-from toolkit.machine import create_accelerator
+from toolkit.machine import create_accelerator, device_block
 from toolkit.run_commands import answer, commands_of
 from toolkit.startup import launcher_started
 
@@ -137,6 +137,17 @@ def test_accelerate_that_starts_one_of_several_is_refused(monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     with pytest.raises(ConfigError, match="starts one without --multi_gpu: add --multi_gpu"):
         create_accelerator(Config().training)
+
+
+def test_what_accelerate_launch_asks_for_in_vain_is_named(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
+    assert "not used" not in device_block(torch.device("cpu"), torch.float32, 2)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    said = device_block(torch.device("cpu"), torch.float32, 2)
+    assert "--mixed_precision fp16 is not used: quantization.compute_dtype decides" in said
+    assert "--dynamo_backend inductor is not used: performance.compile decides" in said
 
 
 def test_processes_that_do_different_things_are_refused(monkeypatch):
