@@ -52,7 +52,11 @@ def create_accelerator(training: TrainingConfig, shard_base: bool = False) -> Ac
     if tracker is not None and tracker not in known:
         raise ConfigError(f"training.report_to: expected none or one of {', '.join(known)}, got {tracker!r}")
     launched = int(os.environ.get("WORLD_SIZE", "1"))
-    for plugin in ("fsdp", "deepspeed"):  # of accelerate launch; what they divide is not what is saved here
+    for plugin in (
+        "fsdp",
+        "deepspeed",
+        "megatron_lm",
+    ):  # of accelerate launch; what they divide is not what is saved here
         if os.environ.get(f"ACCELERATE_USE_{plugin.upper()}", "false").lower() in ("true", "1"):
             way = "to divide the base among processes, use --shard_base true"
             raise ConfigError(f"accelerate launch --use_{plugin}: expected a launch without it; {way}")
@@ -114,6 +118,10 @@ def device_block(device: torch.device, dtype: torch.dtype, processes: int) -> st
     versions = installed("torch", "transformers", "peft", "bitsandbytes")
     compute = f"Compute type: {dtype} | processes: {processes}"
     rows = [f"Device: {device}", gpu, " | ".join(versions[:3]), " | ".join(versions[3:]), compute]
+    if (asked := os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) != "no":
+        rows.append(f"accelerate launch --mixed_precision {asked} is not used: quantization.compute_dtype decides")
+    if (asked := os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO")) != "NO":
+        rows.append(f"accelerate launch --dynamo_backend {asked.lower()} is not used: performance.compile decides")
     return "\n".join(["=" * 60, *rows, "=" * 60])
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import random
 import re
 import socket
 import subprocess
@@ -21,8 +22,8 @@ from safetensors.torch import load_file
 from config import Config, ConfigError
 from tests.faults.launches import LAUNCH, ROOT, launch, left_running
 from toolkit import processes, run_state
-from toolkit.earlier_run import checkpoints, common_settings
-from toolkit.machine import create_accelerator
+from toolkit.earlier_run import checkpoints, common_settings, step_of
+from toolkit.machine import create_accelerator, device_block
 from toolkit.run_commands import answer, commands_of
 from toolkit.startup import launcher_started
 
@@ -138,6 +139,17 @@ def test_accelerate_that_starts_one_of_several_is_refused(monkeypatch):
         create_accelerator(Config().training)
 
 
+def test_what_accelerate_launch_asks_for_in_vain_is_named(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
+    assert "not used" not in device_block(torch.device("cpu"), torch.float32, 2)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    said = device_block(torch.device("cpu"), torch.float32, 2)
+    assert "--mixed_precision fp16 is not used: quantization.compute_dtype decides" in said
+    assert "--dynamo_backend inductor is not used: performance.compile decides" in said
+
+
 def test_processes_that_do_different_things_are_refused(monkeypatch):
     """The commands that are no settings are compared too; two with one list of flags are the same."""
     import train_qlora
@@ -211,6 +223,60 @@ def test_what_one_of_two_meets_ends_both(fault, corpus, tmp_path):
     assert (tmp_path / "output").exists() == (code != 2)
     if left:
         assert [folder.name for folder in checkpoints(tmp_path / "output")] == [left]
+    assert not left_running(tmp_path)
+
+
+@pytest.mark.faults
+@pytest.mark.long
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="two processes that are forked, since imports take long")
+def test_a_random_process_is_killed_at_a_random_time(corpus, tmp_path, train, forker):
+    """Twice; the other one ends within a minute and leaves the last step, from which the next launch goes on."""
+    flags = [*SHORT, "--dataset", corpus, "--max_steps", 30, "--save_steps", 15, "--eval_steps", 30]
+    argv = ["--config", ROOT / "tiny" / "config.yaml", *flags]
+    output, seed, reached = tmp_path / "output", time.time_ns(), 0
+    chance = random.Random(seed)
+    for _ in range(2):
+        rank, after = chance.randrange(2), chance.uniform(0, 0.3)
+        ended = forker.run(
+            "kill_one", list(map(str, [rank, after, output, *argv])), tmp_path, dict(os.environ), None, 120
+        )
+        codes, seconds = json.loads(ended.stdout.splitlines()[-1])
+        said = f"seed {seed}: {ended.stdout}{ended.stderr}"
+        assert codes[rank] == -9 and codes[1 - rank] == 1 and seconds < 60, said
+        assert re.search(
+            rf"^error: rank {rank} \(.*\) has ended; checkpoint-\d+ is intact", ended.stdout + ended.stderr, re.M
+        )
+        found = step_of(checkpoints(output)[0])
+        shown = max(int(step) for step in re.findall(r"^step (\d+)/30", ended.stdout, re.M))
+        assert found >= shown > reached, said
+        reached = found
+    assert train(*flags, output_dir=output)[0] == 0
+    assert train(*flags, output_dir=tmp_path / "whole")[0] == 0
+    assert losses_of(output) == pytest.approx(losses_of(tmp_path / "whole"), rel=1e-5)
+    assert distance(output, tmp_path / "whole") < 1e-4
+
+
+@pytest.mark.faults
+@pytest.mark.long
+@pytest.mark.parametrize(("fault", "rank"), [("full", 1), ("full", 0), ("error", 1), ("hang", 1), ("die", 0)])
+def test_what_one_of_two_meets_within_a_divided_layer_ends_both(fault, rank, corpus, tmp_path):
+    """The other one waits in a layer for weights; it is told, names the reason and writes the last step."""
+    flags = [*SHORT, "--dataset", corpus, "--max_steps", 4, "--shard_base", "true"]
+    start = time.monotonic()
+    done = launch(fault, flags, tmp_path / "output", rank, SILENT="5")
+    text = done.stdout + done.stderr
+    assert time.monotonic() - start < 100
+    why = {
+        "full": "ran out of GPU memory with a divided base, use .*: made up",
+        "error": "has failed: RuntimeError: made up",
+    }
+    why |= {"hang": "has not answered for 5 s", "die": "has ended"}
+    assert (
+        len(re.findall(rf"^error: rank {rank} \(.*\) {why[fault]}; checkpoint-2 is intact; to continue", text, re.M))
+        == 1
+    )
+    assert len(re.findall("^error: ", text, re.M)) == 1, text
+    assert [folder.name for folder in checkpoints(tmp_path / "output")] == ["checkpoint-2"]
     assert not left_running(tmp_path)
 
 
