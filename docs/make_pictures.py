@@ -244,7 +244,7 @@ def captured_step(path: Path) -> None:
 
 @picture
 def memory_bar(path: Path) -> None:
-    """Draw the plan of Qwen2.5-3B's shape for two shapes of a step of 512 tokens, beside what an H100 measured."""
+    """Draw the plan of Qwen2.5-3B's shape for two shapes of a step of 512 tokens, beside what an H200 measured."""
     # Not imported above: torch and transformers take seconds, and the other pictures do not need them.
     import torch
     from transformers import AutoModelForCausalLM, Qwen2Config
@@ -260,7 +260,7 @@ def memory_bar(path: Path) -> None:
     shape = shape_of(model)
     listed = {name for names, _ in PURPOSES.values() for name in names}
     figure, axes = canvas(70, 17)
-    for y, micro_batch, layers, limit, measured in ((9.8, 1, 36, None, 2.73), (3.4, 4, 0, 8 * GIB, 7.13)):
+    for y, micro_batch, layers, limit, measured in ((9.8, 1, 36, None, 2.78), (3.4, 4, 0, 8 * GIB, 7.11)):
         parts, x = plan_memory(shape, Config(), micro_batch, layers, limit=limit).parts, 1.0
         del parts["CUDA context"]  # which torch's allocator, whose figure is measured, does not count
         for names, color in PURPOSES.values():

@@ -40,6 +40,8 @@ class AdapterMemory:
         for parameter in inside:
             self.view(self.weights, parameter).copy_(parameter.detach())
             parameter.data = self.view(self.weights, parameter)
+        if first.is_cuda:
+            torch.cuda.empty_cache()  # the memory of so many small tensors would stay reserved, and no large one fits it
 
     def view(self, memory: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
         """Return the part of a tensor as long as `weights` that belongs to a parameter, in the parameter's shape."""
