@@ -35,7 +35,8 @@ EXPERIMENTS = {
 def train(options: argparse.Namespace, name: str, seed: int) -> dict[str, float]:
     """Train one experiment with one seed, if that was not done before, and return its figures."""
     folder = options.out / f"{name}_seed{seed}"
-    command = [sys.executable, str(ROOT / "train_qlora.py"), "--config", str(ROOT / "config.yaml")]
+    script = ROOT / ("tests/benchmarks/cached_weights.py" if options.cached else "train_qlora.py")
+    command = [sys.executable, str(script), "--config", str(ROOT / "config.yaml")]
     command += ["--model_name", str(options.model), "--dataset", str(options.data), "--seed", str(seed)]
     command += ["--max_steps", str(options.steps), "--output_dir", str(folder), *EXPERIMENTS[name], *options.flags]
     if not (folder / "adapter_model.safetensors").exists():
@@ -73,6 +74,7 @@ def main() -> None:
         "--only", nargs="+", default=[*EXPERIMENTS], choices=EXPERIMENTS, help="the first is compared with"
     )
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
+    parser.add_argument("--cached", action="store_true", help="on a CPU: weights are unpacked once (cached_weights.py)")
     options, options.flags = parser.parse_known_args()
     seeds = range(1, options.seeds + 1)
     with ThreadPoolExecutor(options.jobs) as pool:

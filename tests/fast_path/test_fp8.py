@@ -311,6 +311,9 @@ def check_narrow(device: str, dtype: torch.dtype, tolerance: float) -> None:
     columns, length = 160, 5
     step, salt = (torch.tensor(n, dtype=torch.int32, device=device) for n in (3, -12345))
     sequences = torch.tensor([5, 9], dtype=torch.int32, device=device)
+    ways = itertools.cycle(
+        [(14, 64, 64), (2, 64, 0), (1, 1024, 64), (5, 32, 64)]
+    )  # four, so that each kind has several
     for swiglu, members, p in ((False, 1, 0.1), (False, 3, 0.0), (False, 9, 0.1), (True, 1, 0.1)):
         masks = Masks(step, sequences, salt, length, p)
         x = torch.randn(2 * length, columns * (2 if swiglu else 1), device=device).to(dtype)
@@ -318,9 +321,7 @@ def check_narrow(device: str, dtype: torch.dtype, tolerance: float) -> None:
         norm = Norm(torch.rand(columns, device=device).to(dtype), fused_linear.inverse_rms(x, 1e-6, False))
         once = Norm(norm.weight.float() + 1, norm.inverse)  # rounded after its factor alone, as in Gemma
         kinds = [(None, "silu"), (None, "gelu_pytorch_tanh")] if swiglu else [(n, "silu") for n in (None, norm, once)]
-        for (norm, activation), (held, block, most) in itertools.product(
-            kinds, ((14, 64, 64), (2, 64, 0), (1, 1024, 64))
-        ):
+        for (norm, activation), (held, block, most) in zip(kinds, ways, strict=False):
             launch = fused_linear.Launch(block_m=1, block_k=block, warps=4)
             own = {"MOST_HELD": held, "MOST_THIN_COLUMNS": most, "narrow_launch": lambda _, own=launch: own}
             with mock.patch.multiple(fused_linear, **own):
