@@ -156,10 +156,12 @@ def _watch_the_others(launch: _Launch, store: dist.Store) -> None:
         while well:
             number += 1
             store.set(f"beat/{launch.rank}", str(number))
+            slept = time.monotonic()
             time.sleep(1)
+            stopped = time.monotonic() - slept > SILENT / 2  # this process too, such as by Ctrl-Z: all begin anew
             for rank, (last, since) in beats.items():
                 beat = store.get(f"beat/{rank}") if store.check([f"beat/{rank}"]) else b""
-                beats[rank] = (beat, since if beat == last else time.monotonic())
+                beats[rank] = (beat, since if beat == last and not stopped else time.monotonic())
                 if time.monotonic() - beats[rank][1] > SILENT:
                     store.set(f"failed/{rank}", f"has not answered for {SILENT:.0f} s")
                     _end(rank)
