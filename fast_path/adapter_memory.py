@@ -40,6 +40,7 @@ class AdapterMemory:
         for parameter in inside:
             self.view(self.weights, parameter).copy_(parameter.detach())
             parameter.data = self.view(self.weights, parameter)
+        torch.cuda.empty_cache()  # of the memory in which the weights were: a graph's own memory cannot reuse it
 
     def view(self, memory: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
         """Return the part of a tensor as long as `weights` that belongs to a parameter, in the parameter's shape."""
