@@ -193,68 +193,39 @@ def _number(code2, code, table, PTX: tl.constexpr):
 
 
 @triton.jit
-def _stored_constants(
-    absmax, second, row, rows, run, RUNS: tl.constexpr, NESTED: tl.constexpr, BLOCKSIZE: tl.constexpr,
-    BLOCKSIZE2: tl.constexpr,
+def _constants(
+    absmax, second, code2, shift, table, row, rows, run, RUNS: tl.constexpr, NESTED: tl.constexpr,
+    BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """Load the constants of each thread's run of its row and of the next run, and what these are multiplied by.
-
-    With NESTED the constants are 8-bit codes; without it nothing is to be multiplied, and they are returned twice.
-    """
-    place, real, real1 = row * RUNS + run, (row < rows) & (run < RUNS), (row < rows) & (run + 1 < RUNS)
-    if NESTED and BLOCKSIZE == 64 and RUNS % 2 == 0 and BLOCKSIZE2 % 2 == 0:  # two codes in one load
+    """Return the quantisation constants of each thread's run of its row and of the next run, fp32; 0 outside."""
+    place, real = row * RUNS + run, (row < rows) & (run < RUNS)
+    EACH: tl.constexpr = BLOCKSIZE // 64
+    if NESTED and EACH == 1 and RUNS % 2 == 0 and BLOCKSIZE2 % 2 == 0:  # two codes in one load
         codes = tl.load((absmax + place).to(tl.pointer_type(tl.uint16)), mask=real, other=0).to(tl.int32)
         factor = tl.load(second + place // BLOCKSIZE2, mask=real, other=0.0)
-        return codes & 255, codes >> 8, factor, factor
+        offset = tl.where(real, shift, 0.0)
+        return (
+            _number(code2, codes & 255, table, PTX) * factor + offset,
+            _number(code2, codes >> 8, table, PTX) * factor + offset,
+        )
     else:
-        block, block1 = place // (BLOCKSIZE // 64), (place + 1) // (BLOCKSIZE // 64)
+        real1 = (row < rows) & (run + 1 < RUNS)
+        block, block1 = place // EACH, (place + 1) // EACH
         constant, constant1 = tl.load(absmax + block, mask=real, other=0), tl.load(absmax + block1, mask=real1, other=0)
         if NESTED:
             factor = tl.load(second + block // BLOCKSIZE2, mask=real, other=0.0)
             factor1 = tl.load(second + block1 // BLOCKSIZE2, mask=real1, other=0.0)
-            return constant.to(tl.int32), constant1.to(tl.int32), factor, factor1
-        else:
-            return constant, constant1, constant, constant1
+            constant = _number(code2, constant.to(tl.int32), table, PTX) * factor + tl.where(real, shift, 0.0)
+            constant1 = _number(code2, constant1.to(tl.int32), table, PTX) * factor1 + tl.where(real1, shift, 0.0)
+        return constant, constant1
 
 
 @triton.jit
-def _constants(
-    stored, code2, shift, table, row, rows, run, RUNS: tl.constexpr, NESTED: tl.constexpr, PTX: tl.constexpr
-):  # fmt: skip
-    """Return the constants of each thread's run and of the next one from what `_stored_constants` loaded; 0 outside."""
-    if NESTED:
-        return (
-            _number(code2, stored[0], table, PTX) * stored[2] + tl.where((row < rows) & (run < RUNS), shift, 0.0),
-            _number(code2, stored[1], table, PTX) * stored[3] + tl.where((row < rows) & (run + 1 < RUNS), shift, 0.0),
-        )
-    else:
-        return stored[0], stored[1]
-
-
-@triton.jit
-def _run(start, lane, RUNS: tl.constexpr):
-    """Return the first of the two runs, in a piece from input `start` on, whose sums a lane has; RUNS if another one has them.
-
-    Each run's sums come out in two lanes, of which one has them over the run's own weights.
-    """
-    return tl.where(lane % 2 == lane // 16, start // 64 + lane % 4 * 2, RUNS)
-
-
-@triton.jit
-def _piece(
-    codes, absmax, second, row, rows, start, lane, K: tl.constexpr, NESTED: tl.constexpr, BLOCKSIZE: tl.constexpr,
-    BLOCKSIZE2: tl.constexpr, PTX: tl.constexpr,
-):  # fmt: skip
-    """Load a piece from input `start` on: 32 weights of each thread's row and of row + 4, then of both those 256 further on.
-
-    Behind these are the constants of both rows as they are stored.
-    """
-    k, run = start + lane // 16 * 128 + lane % 4 * 32, _run(start, lane, K // 64)
+def _piece(codes, row, rows, k, K: tl.constexpr, PTX: tl.constexpr):
+    """Load a piece: of each thread's row and of row + 4 the 32 weights from k on, then of both those from k + 256 on."""
     return (
         _weights(codes, row, rows, k, K, PTX), _weights(codes, row + 4, rows, k, K, PTX),
         _weights(codes, row, rows, k + 256, K, PTX), _weights(codes, row + 4, rows, k + 256, K, PTX),
-        _stored_constants(absmax, second, row, rows, run, K // 64, NESTED, BLOCKSIZE, BLOCKSIZE2),
-        _stored_constants(absmax, second, row + 4, rows, run, K // 64, NESTED, BLOCKSIZE, BLOCKSIZE2),
     )  # fmt: skip
 
 
@@ -340,16 +311,19 @@ def _results(
 
 @triton.jit
 def _scaled(
-    total, total4, sums, w, code2, shift, table, row, rows, start, lane, RUNS: tl.constexpr, NESTED: tl.constexpr,
-    PTX: tl.constexpr,
+    total, total4, sums, absmax, second, code2, shift, table, row, rows, run, RUNS: tl.constexpr, NESTED: tl.constexpr,
+    BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Return the totals of rows `row` and row + 4 after adding a piece's sums times the constants of their runs.
 
     A constant is applied to the sum of its 64 products, which is one multiplication instead of 64.
     """
-    run = _run(start, lane, RUNS)
-    a, b = _constants(w[4], code2, shift, table, row, rows, run, RUNS, NESTED, PTX)
-    c, d = _constants(w[5], code2, shift, table, row + 4, rows, run, RUNS, NESTED, PTX)
+    a, b = _constants(
+        absmax, second, code2, shift, table, row, rows, run, RUNS, NESTED, BLOCKSIZE, BLOCKSIZE2, PTX
+    )  # fmt: skip
+    c, d = _constants(
+        absmax, second, code2, shift, table, row + 4, rows, run, RUNS, NESTED, BLOCKSIZE, BLOCKSIZE2, PTX
+    )  # fmt: skip
     return total + (sums[0] * a + sums[1] * b), total4 + (sums[2] * c + sums[3] * d)
 
 
@@ -449,14 +423,13 @@ def adapter_kernel(
 
 @triton.jit
 def _two_pieces(
-    codes0, absmax0, second0, rows0, codes1, absmax1, second1, rows1, row, beside, start, lane, K: tl.constexpr,
-    NESTED: tl.constexpr, BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr, TWO: tl.constexpr, PTX: tl.constexpr,
+    codes0, rows0, codes1, rows1, row, beside, k, K: tl.constexpr, TWO: tl.constexpr, PTX: tl.constexpr
 ):  # fmt: skip
     """Load a `_piece` of each thread's row and, if TWO, of row + beside of the second matrix; else the first twice."""
-    w = _piece(codes0, absmax0, second0, row, rows0, start, lane, K, NESTED, BLOCKSIZE, BLOCKSIZE2, PTX)
+    w = _piece(codes0, row, rows0, k, K, PTX)
     w1 = w
     if TWO:
-        w1 = _piece(codes1, absmax1, second1, row + beside, rows1, start, lane, K, NESTED, BLOCKSIZE, BLOCKSIZE2, PTX)
+        w1 = _piece(codes1, row + beside, rows1, k, K, PTX)
     return w, w1
 
 
@@ -485,7 +458,7 @@ def _leave(hidden, out, weight, row, rows, y, y1, MODE: tl.constexpr, OUTPUTS: t
     elif MODE == "stack":
         tl.store(out + row, y, mask=inside)
     else:
-        y = y.to(hidden.dtype.element_ty)
+        y = (y + tl.load(hidden + row, mask=inside, other=0.0).to(tl.float32)).to(hidden.dtype.element_ty)
         tl.store(hidden + row, y, mask=inside)
         if NEXT:
             factor = tl.load(weight + row, mask=inside, other=0.0).to(tl.float32)
@@ -493,27 +466,16 @@ def _leave(hidden, out, weight, row, rows, y, y1, MODE: tl.constexpr, OUTPUTS: t
 
 
 @triton.jit
-def _addends(
-    B, bias, hidden, row, rows, rank, RANK: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr
-):  # fmt: skip
-    """Load what is added to some rows of W x: rows of B, [rows, RANK], and the bias or hidden or both, [rows]."""
-    b, offset = tl.zeros((row.shape[0], 1), tl.float32), tl.zeros((row.shape[0],), tl.float32)
+def _finished(total, sums, B, bias, row, rows, rank, RANK: tl.constexpr, BIAS: tl.constexpr):
+    """Return W x + bias + B (A x), fp32 [rows]. total: W x; sums: A x, [RANK]."""
     if BIAS:
-        offset += tl.load(bias + row, mask=row < rows, other=0.0).to(tl.float32)
-    if RESIDUAL:
-        offset += tl.load(hidden + row, mask=row < rows, other=0.0).to(tl.float32)
+        total += tl.load(bias + row, mask=row < rows, other=0.0).to(tl.float32)
     if RANK > 0:
         j = tl.arange(0, RANK)
-        b = tl.load(B + row[:, None] * rank + j[None], mask=(row < rows)[:, None] & (j < rank)[None], other=0.0)
-    return b, offset
-
-
-@triton.jit
-def _finished(total, sums, addends, RANK: tl.constexpr):
-    """Return W x + bias + B (A x), fp32 [rows]. total: W x; sums: A x, [RANK]; addends: see `_addends`."""
-    if RANK > 0:
-        total += tl.sum(addends[0].to(tl.float32) * sums[None], 1)
-    return total + addends[1]
+        inside = (row < rows)[:, None] & (j < rank)[None]
+        b = tl.load(B + row[:, None] * rank + j[None], mask=inside, other=0.0).to(tl.float32)
+        total += tl.sum(b * sums[None], 1)
+    return total
 
 
 @triton.jit(do_not_specialize=["rank0", "rank1", "rank2"])  # to Triton a rank of 1 would be of another type than 0
@@ -574,11 +536,9 @@ def linear_kernel(
         beside = 8 * TILES
     thread = tl.arange(0, 32 * WARPS)
     lane, share = thread % 32, thread // 32 % SHARES
+    k = share * 512 + lane // 16 * 128 + lane % 4 * 32
     row = program * (STRIDE * LOOP) + thread // (32 * SHARES) * 8 + lane // 4 % 4
-    w, w1 = _two_pieces(
-        codes0, absmax0, second0, rows0, codes1, absmax1, second1, rows1, row, beside, share * 512, lane, K, NESTED,
-        BLOCKSIZE, BLOCKSIZE2, TWO, SHUFFLE,
-    )  # fmt: skip
+    w, w1 = _two_pieces(codes0, rows0, codes1, rows1, row, beside, k, K, TWO, SHUFFLE)
     table = _table(lut, code2, thread, 32 * WARPS, HALF, NESTED, SHUFFLE)
     shift = tl.load(offset0) if NESTED else 0.0
     shift1 = tl.load(offset1) if NESTED and TWO else 0.0
@@ -591,37 +551,30 @@ def linear_kernel(
     )  # fmt: skip
     if HERE:
         tl.store(count_before, 0, mask=program == 0)
-    RESIDUAL: tl.constexpr = MODE == "residual"
     for i in range(LOOP):
-        here = (program * LOOP + i) * STRIDE + _tile_rows(TILES)
-        added = _addends(B0, bias0, hidden, here, rows0, rank0, RANK, BIAS, RESIDUAL)
-        added1 = added
-        if TWO:
-            added1 = _addends(B1, bias1, hidden, here + beside, rows1, rank1, RANK, BIAS, RESIDUAL)
         a, a4 = tl.zeros((32 * WARPS,), tl.float32), tl.zeros((32 * WARPS,), tl.float32)
         b, b4 = a, a4
         for piece in range(PIECES):
             start = (piece * SHARES + share) * 512
-            then, after = row, start
+            next_w, next_w1 = w, w1
             if AHEAD:
-                after = start + STEP
+                then, after = row, k + (piece + 1) * STEP
                 if piece + 1 == PIECES:
-                    then, after = row + STRIDE, share * 512
-            next_w, next_w1 = _two_pieces(
-                codes0, absmax0, second0, rows0, codes1, absmax1, second1, rows1, then, beside, after, lane, K, NESTED,
-                BLOCKSIZE, BLOCKSIZE2, TWO, SHUFFLE,
-            )  # fmt: skip
-            if not AHEAD:
-                w, w1 = next_w, next_w1
+                    then, after = row + STRIDE, k
+                next_w, next_w1 = _two_pieces(codes0, rows0, codes1, rows1, then, beside, after, K, TWO, SHUFFLE)
+            else:
+                w, w1 = _two_pieces(codes0, rows0, codes1, rows1, row, beside, k + piece * STEP, K, TWO, SHUFFLE)
             inputs = _piece_inputs(x, start, lane, K, SHUFFLE)
-            sums_ = _products(w, inputs, table, lane, lut, 32 * WARPS, HALF, SHUFFLE)
+            # Each run's sums are in two lanes, of which one has them over the run's own weights.
+            run = tl.where(lane % 2 == lane // 16, start // 64 + lane % 4 * 2, K // 64)
             a, a4 = _scaled(
-                a, a4, sums_, w, code2, shift, table, row, rows0, start, lane, K // 64, NESTED, SHUFFLE
+                a, a4, _products(w, inputs, table, lane, lut, 32 * WARPS, HALF, SHUFFLE), absmax0, second0, code2, shift,
+                table, row, rows0, run, K // 64, NESTED, BLOCKSIZE, BLOCKSIZE2, SHUFFLE,
             )  # fmt: skip
             if TWO:
-                sums_ = _products(w1, inputs, table, lane, lut, 32 * WARPS, HALF, SHUFFLE)
                 b, b4 = _scaled(
-                    b, b4, sums_, w1, code2, shift1, table, row + beside, rows1, start, lane, K // 64, NESTED, SHUFFLE
+                    b, b4, _products(w1, inputs, table, lane, lut, 32 * WARPS, HALF, SHUFFLE), absmax1, second1, code2,
+                    shift1, table, row + beside, rows1, run, K // 64, NESTED, BLOCKSIZE, BLOCKSIZE2, SHUFFLE,
                 )  # fmt: skip
             w, w1 = next_w, next_w1
         if i == (-1 if HERE else 0):
@@ -629,11 +582,11 @@ def linear_kernel(
                 u, inverse, _arrivals(count, ADAPTERS, SHUFFLE), member, rank0, scale0, rank1, scale1, NORM, SWIGLU,
                 MEMBERS, RANK, max(RANK, 1), PARTS, PARTS_2,
             )  # fmt: skip
+        here = (program * LOOP + i) * STRIDE + _tile_rows(TILES)
         y, y1 = _row_sums(a, a4, b, b4, TILES, SHARES, TWO)
-        y, y1 = (
-            _finished(y * (root * unscale), sums, added, RANK),
-            _finished(y1 * (root * unscale), sums1, added1, RANK),
-        )
+        y = _finished(y * (root * unscale), sums, B0, bias0, here, rows0, rank0, RANK, BIAS)
+        if TWO:
+            y1 = _finished(y1 * (root * unscale), sums1, B1, bias1, here + beside, rows1, rank1, RANK, BIAS)
         _leave(hidden, out + first_outputs, next_weight, here, rows0, y, y1, MODE, OUTPUTS, NEXT)
         if TWO and not SWIGLU:
             _leave(hidden, out + first_outputs, next_weight, here + beside, rows0, y1, y1, MODE, OUTPUTS, NEXT)
