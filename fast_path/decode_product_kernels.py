@@ -34,30 +34,22 @@ def _lookup(byte: int, word: str, to: str) -> str:
     return f"dp4a.u32.u32 p, {word}, {0x80 << 8 * byte}, $11; add.u32 p, p, $10; ld.shared.b32 {to}, [p];"
 
 
-def _multiplication(dtype: str, inputs: int) -> str:
+def _multiplication(dtype: str) -> str:
     """Return the instructions of `_multiply`.
 
     $0 to $3: sums; $4, $5: a word of either row; $6 to $9: eight inputs; $10: the table; $11: 4 lane; $12 to $15: the sums
-    before. Each mma multiplies 16 rows x 8 or 16 inputs with as many inputs x 8 columns.
+    before. Each mma multiplies 16 rows x 16 inputs with 16 inputs x 8 columns.
     """
     pairs = "\n".join(_lookup(i, "$4", f"a{2 * i}") + _lookup(i, "$5", f"a{2 * i + 1}") for i in range(4))
-    mma, sums, count = (
-        f"mma.sync.aligned.m16n8k{inputs}.row.col.f32.{dtype}.{dtype}.f32",
-        "{$0, $1, $2, $3}",
-        inputs // 8,
-    )
-    products = ""
-    for i in range(0, 4, count):
-        a, b = (
-            ", ".join(f"{name}{j}" for j in range(start, start + n))
-            for name, start, n in (("a", 2 * i, 2 * count), ("$", 6 + i, count))
-        )
-        products += f"{mma} {sums}, {{{a}}}, {{{b}}}, {sums if i else '{$12, $13, $14, $15}'};\n"
-    return f"{{ .reg .b32 p, a0, a1, a2, a3, a4, a5, a6, a7;\n{pairs}\n{products}}}"
+    mma = f"mma.sync.aligned.m16n8k16.row.col.f32.{dtype}.{dtype}.f32 {{$0, $1, $2, $3}},"
+    return f"""{{ .reg .b32 p, a0, a1, a2, a3, a4, a5, a6, a7;
+        {pairs}
+        {mma} {{a0, a1, a2, a3}}, {{$6, $7}}, {{$12, $13, $14, $15}};
+        {mma} {{a4, a5, a6, a7}}, {{$8, $9}}, {{$0, $1, $2, $3}};
+    }}"""
 
 
-# float16 is what cards before bfloat16 compute in (RTX 20, T4); their tensor cores take eight inputs at a time.
-MULTIPLY_BF16, MULTIPLY_FP16 = tl.constexpr(_multiplication("bf16", 16)), tl.constexpr(_multiplication("f16", 8))
+MULTIPLY_BF16, MULTIPLY_FP16 = tl.constexpr(_multiplication("bf16")), tl.constexpr(_multiplication("f16"))
 
 
 @triton.jit

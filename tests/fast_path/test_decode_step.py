@@ -537,21 +537,6 @@ def test_kernels_compile_within_the_shared_memory_of_each_card(capability):
 
 
 @pytest.mark.triton
-def test_a_product_in_float16_compiles_for_a_card_without_bfloat16():
-    """An RTX 20 and a T4 have other instructions for their tensor cores than later cards."""
-    from triton import language
-
-    from fast_path.decode_product_kernels import linear_kernel
-
-    constants = packed(75) | {"HALF": language.float16, "WARPS": 8, "SHARES": 4, "TWO": False, "LOOP": 1, "AHEAD": True}
-    constants |= {"MODE": "stack", "MEMBERS": 3, "ADAPTERS": 0, "NORM": True, "NEXT": False, "OUTPUTS": 2048, "K": 2048}
-    constants |= {"PARTS": 1, "PARTS_2": 1, "TAKE": 2, "CHUNK": 2048, "BLOCK": 2048}
-    half = dict.fromkeys("x hidden weight next_weight bias0 bias1 bias2".split(), "*fp16")
-    kernel = compiled(75, linear_kernel, constants, 8, maxnreg=128, out="*fp32", **half)
-    assert "m16n8k8" in kernel.asm["ptx"] and kernel.metadata.shared + 33 * 1024 <= 64 * 1024
-
-
-@pytest.mark.triton
 @pytest.mark.parametrize("m", [32, 64])
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_a_batchs_kernels_compile_within_the_shared_memory_of_each_card(capability, m):
