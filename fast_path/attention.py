@@ -97,19 +97,16 @@ def sample_starts(sees: Callable, batch: int, length: int, most: int, device: to
 
 @torch.library.custom_op("qlora::rotate", mutates_args=())
 def rotate(
-    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int, kv_heads: int, norms: list[torch.Tensor],
-    epsilon: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int, kv_heads: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return q and k rotated as transformers' apply_rotary_pos_emb does, and v, each [batch, length, its heads, width].
 
     qkv: [batch, length, (heads + 2 kv_heads) width]; cos, sin: [batch or 1, length, the features of a head that are
-    rotated, its first ones]. norms: empty, or the factors of the RMS norms of q and of k, [width] (`norm_of`), which each head
-    passes through before. Computed in fp32 and rounded once. It has a kernel of its own because the kernel that
-    torch.compile makes for the backward pass is several times slower than its memory traffic requires
-    (docs/measurements.md).
+    rotated, its first ones]. Computed in fp32 and rounded once. It has a kernel of its own because the kernel that torch.compile makes for the backward
+    pass is several times slower than its memory traffic requires (docs/measurements.md).
     """
     parts = _apart(qkv, heads, kv_heads)
-    _rotate(qkv, *parts, cos, sin, norms, epsilon)
+    _rotate(qkv, *parts, cos, sin, back=False)
     return parts
 
 
@@ -120,51 +117,41 @@ def _apart(qkv: torch.Tensor, heads: int, kv_heads: int) -> tuple[torch.Tensor, 
     return q, k, v
 
 
-def _rotate(qkv, q, k, v, cos, sin, norms, epsilon: float, grad: torch.Tensor | None = None) -> None:
-    """Fill q, k and v from qkv; with grad, fill grad, the gradient of qkv, from the gradients q, k and v."""
+def _rotate(qkv, q, k, v, cos, sin, back: bool) -> None:
+    """Fill q, k and v from qkv; with back, fill the gradient qkv from the gradients q, k and v."""
     (*_, heads, width), kv_heads = q.shape, k.shape[-2]
     rows, block, turned = qkv.numel() // width, triton.next_power_of_2(width // 2), cos.shape[-1]
     block_m = max(1, ROTATE.block_m * ROTATE.block_k // block)
     training_kernels.rotate_kernel[(triton.cdiv(rows, block_m),)](
-        qkv, q, k, v, cos.contiguous(), sin.contiguous(), *(norms or (cos, cos)), qkv if grad is None else grad, rows,
-        cos.numel() // turned, epsilon, HEADS=heads, KV_HEADS=kv_heads, HALF=turned // 2, WIDTH=width, BLOCK_M=block_m,
-        BLOCK_K=block, NORM=len(norms) > 0, BACK=grad is not None, num_warps=ROTATE.warps,
+        qkv, q, k, v, cos.contiguous(), sin.contiguous(), rows, cos.numel() // turned, HEADS=heads, KV_HEADS=kv_heads,
+        HALF=turned // 2, WIDTH=width, BLOCK_M=block_m, BLOCK_K=block, BACK=back, num_warps=ROTATE.warps,
     )  # fmt: skip
 
 
 @rotate.register_fake
-def _(qkv, cos, sin, heads, kv_heads, norms, epsilon):
+def _(qkv, cos, sin, heads, kv_heads):
     return _apart(qkv, heads, kv_heads)
 
 
 @torch.library.custom_op("qlora::rotate_backward", mutates_args=())
 def rotate_backward(
-    dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
-    qkv: torch.Tensor | None, norms: list[torch.Tensor], epsilon: float,
-) -> torch.Tensor:  # fmt: skip
-    """Return the gradient of qkv from those of q, k and v. qkv: what `rotate` read; None without norms."""
+    dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> torch.Tensor:
+    """Return the gradient of qkv from those of q, k and v."""
     grad = dq.new_empty(*dq.shape[:2], sum(part.shape[2] for part in (dq, dk, dv)) * dq.shape[3])
-    read = grad if qkv is None else qkv
-    _rotate(read, dq.contiguous(), dk.contiguous(), dv.contiguous(), cos, sin, norms, epsilon, grad)
+    _rotate(grad, dq.contiguous(), dk.contiguous(), dv.contiguous(), cos, sin, back=True)
     return grad
 
 
 @rotate_backward.register_fake
-def _(dq, dk, dv, cos, sin, qkv, norms, epsilon):
+def _(dq, dk, dv, cos, sin):
     return dq.new_empty(*dq.shape[:2], sum(part.shape[2] for part in (dq, dk, dv)) * dq.shape[3])
 
 
-def _rotate_setup(ctx, inputs, output):
-    qkv, cos, sin, _, _, norms, ctx.epsilon = inputs
-    ctx.save_for_backward(cos, sin, qkv if norms else None, *norms)
-
-
-def _rotate_backward(ctx, *grads):
-    cos, sin, qkv, *norms = ctx.saved_tensors
-    return rotate_backward(*grads, cos, sin, qkv, norms, ctx.epsilon), None, None, None, None, [None] * len(norms), None
-
-
-rotate.register_autograd(_rotate_backward, setup_context=_rotate_setup)
+rotate.register_autograd(
+    lambda ctx, *grads: (rotate_backward(*grads, *ctx.saved_tensors), None, None, None, None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[1:3]),
+)
 
 
 @torch.library.custom_op("qlora::cudnn_attention", mutates_args=())

@@ -118,18 +118,12 @@ def sum_of_parts(x, mask, PARTS: tl.constexpr, STRIDE: tl.constexpr):
 
 
 @triton.jit
-def _within(mask, j, SIZE: tl.constexpr, HALF: tl.constexpr):
-    """Return mask for the features j that a head of SIZE has; where 2 HALF covers it exactly, all exist."""
-    if SIZE < 2 * HALF:
-        mask = mask & (j < SIZE)
-    return mask
-
-
-@triton.jit
 def _normed(value, weight, inverse, j, heads, NORM: tl.constexpr):
     """Return features j of heads after their norm. inverse: 1 / root mean square; heads: which exist, bool [heads, 1]."""
-    if NORM != "":
+    if NORM == "all":
         value = value * inverse * tl.load(weight + j, mask=heads, other=0.0).to(tl.float32)
+    elif NORM == "head":
+        value = value * inverse * tl.load(weight + j).to(tl.float32)
     return value
 
 
@@ -141,8 +135,8 @@ def _partner(j, TURN: tl.constexpr):
 
 @triton.jit
 def _rotated(
-    x, weight, root, c, s, c2, s2, eps, heads, NORM: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr,
-    TURN: tl.constexpr, PARTS: tl.constexpr, STRIDE: tl.constexpr,
+    x, weight, root, c, s, c2, s2, eps, heads, NORM: tl.constexpr, HALF: tl.constexpr, TURN: tl.constexpr,
+    PARTS: tl.constexpr, STRIDE: tl.constexpr,
 ):  # fmt: skip
     """Return both halves of heads after their norm and rotary embedding, fp32 [heads, HALF] each.
 
@@ -150,21 +144,20 @@ def _rotated(
     all heads together, for NORM "all".
     """
     j = tl.arange(0, HALF)[None]
-    behind = _within(heads, HALF + j, SIZE, HALF)
     first = sum_of_parts(x + j, heads, PARTS, STRIDE)
-    second = sum_of_parts(x + HALF + j, behind, PARTS, STRIDE)
+    second = sum_of_parts(x + HALF + j, heads, PARTS, STRIDE)
     inverse = root
     if NORM == "head":
         square = tl.sum(first * first, 1) + tl.sum(second * second, 1)
-        inverse = tl.rsqrt(square / SIZE + eps)[:, None]
+        inverse = tl.rsqrt(square / (2 * HALF) + eps)[:, None]
     first = _normed(first, weight, inverse, j, heads, NORM)
-    second = _normed(second, weight, inverse, HALF + j, behind, NORM)
+    second = _normed(second, weight, inverse, HALF + j, heads, NORM)
     if TURN == HALF:
         return first * c - second * s, second * c + first * s
     else:
         p, p2 = _partner(j, TURN), _partner(HALF + j, TURN)
         other = _normed(sum_of_parts(x + p, heads, PARTS, STRIDE), weight, inverse, p, heads, NORM)
-        other2 = _normed(sum_of_parts(x + p2, behind, PARTS, STRIDE), weight, inverse, p2, behind, NORM)
+        other2 = _normed(sum_of_parts(x + p2, heads, PARTS, STRIDE), weight, inverse, p2, heads, NORM)
         return first * c + other * s, second * c2 + other2 * s2
 
 
@@ -179,8 +172,8 @@ def _tile(keys, values, n, here, j, wide, SIZE: tl.constexpr, HALF: tl.constexpr
     """Load both halves of the keys, and the values, of positions n; from `here` on they are 0."""
     old = (n < here)[:, None]
     first = tl.load(keys + n[:, None] * SIZE + j, mask=old, other=0.0)
-    second = tl.load(keys + n[:, None] * SIZE + HALF + j, mask=_within(old, HALF + j, SIZE, HALF), other=0.0)
-    return first, second, tl.load(values + n[:, None] * SIZE + wide, mask=_within(old, wide, SIZE, HALF), other=0.0)
+    second = tl.load(keys + n[:, None] * SIZE + HALF + j, mask=old, other=0.0)
+    return first, second, tl.load(values + n[:, None] * SIZE + wide, mask=old, other=0.0)
 
 
 @triton.jit
@@ -196,28 +189,27 @@ def _softened(score, value, top, weight, total):
 
 
 @triton.jit
-def _angles(cos, sin, SIZE: tl.constexpr, HALF: tl.constexpr, TURN: tl.constexpr):
+def _angles(cos, sin, HALF: tl.constexpr, TURN: tl.constexpr):
     """Return the cosine and sine of a position for the first half of a head, and for the second, fp32 [1, HALF] each."""
     j = tl.arange(0, HALF)[None]
     c, s = tl.load(cos + j).to(tl.float32), tl.load(sin + j).to(tl.float32)
     c2, s2 = c, s
     if TURN < HALF:
-        behind = _within(j < HALF, HALF + j, SIZE, HALF)
-        c2 = tl.load(cos + HALF + j, mask=behind, other=0.0).to(tl.float32)
-        s2 = tl.load(sin + HALF + j, mask=behind, other=0.0).to(tl.float32)
+        c2, s2 = tl.load(cos + HALF + j).to(tl.float32), tl.load(sin + HALF + j).to(tl.float32)
     return c, s, c2, s2
 
 
 @triton.jit
 def _new_token(
     qkv, q_weight, k_weight, roots, c, s, c2, s2, eps, kv, head, real, wide, dtype: tl.constexpr, HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr, TURN: tl.constexpr, NORM: tl.constexpr,
-    PARTS: tl.constexpr, STRIDE: tl.constexpr,
+    KV_HEADS: tl.constexpr, HALF: tl.constexpr, TURN: tl.constexpr, NORM: tl.constexpr, PARTS: tl.constexpr,
+    STRIDE: tl.constexpr,
 ):  # fmt: skip
     """Return both halves of the new token's query heads, both halves of its key, and its value, in the cache's dtype.
 
     c, s, c2, s2: see `_angles`; head, real: the query heads of head kv, and which of them exist.
     """
+    SIZE: tl.constexpr = 2 * HALF
     one = (tl.arange(0, 1) < 1)[:, None]
     new = qkv + (HEADS + kv + tl.zeros((1, 1), tl.int32)) * SIZE
     root, root2 = 1.0, 1.0
@@ -226,30 +218,30 @@ def _new_token(
         q_weight += head[:, None] * SIZE
         k_weight += (kv + tl.zeros((1, 1), tl.int32)) * SIZE
     q1, q2 = _rotated(
-        qkv + head[:, None] * SIZE, q_weight, root, c, s, c2, s2, eps, real, NORM, SIZE, HALF, TURN, PARTS, STRIDE
+        qkv + head[:, None] * SIZE, q_weight, root, c, s, c2, s2, eps, real, NORM, HALF, TURN, PARTS, STRIDE
     )  # fmt: skip
     q1, q2 = q1.to(dtype), q2.to(dtype)
-    k1, k2 = _rotated(new, k_weight, root2, c, s, c2, s2, eps, one, NORM, SIZE, HALF, TURN, PARTS, STRIDE)
+    k1, k2 = _rotated(new, k_weight, root2, c, s, c2, s2, eps, one, NORM, HALF, TURN, PARTS, STRIDE)
     k1, k2 = k1.to(dtype), k2.to(dtype)
-    there = _within(one, wide, SIZE, HALF)
-    v = sum_of_parts(qkv + (HEADS + KV_HEADS + kv) * SIZE + wide, there, PARTS, STRIDE).to(dtype)
+    v = sum_of_parts(qkv + (HEADS + KV_HEADS + kv) * SIZE + wide, one, PARTS, STRIDE).to(dtype)
     return q1, q2, k1, k2, v
 
 
 @triton.jit
 def _attend(
     keys, values, q1, q2, k1, k2, v, next1, next2, next_value, start, end, here, scale, cap, GROUP: tl.constexpr,
-    SIZE: tl.constexpr, HALF: tl.constexpr, POSITIONS: tl.constexpr, CAPPED: tl.constexpr,
+    HALF: tl.constexpr, POSITIONS: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     """Return the largest score, the sum of weights and the sum of weighted values over positions start to end.
 
     next1, next2, next_value: the first tile, which is loaded already; each pass loads the next tile. Position `here` is
     the new token, whose k1, k2 and v are not in the cache yet.
     """
-    j, wide = tl.arange(0, HALF)[None], tl.arange(0, 2 * HALF)[None]
+    SIZE: tl.constexpr = 2 * HALF
+    j, wide = tl.arange(0, HALF)[None], tl.arange(0, SIZE)[None]
     top = tl.full((GROUP,), -float("inf"), tl.float32)
     weight = tl.zeros((GROUP,), tl.float32)
-    total = tl.zeros((GROUP, 2 * HALF), tl.float32)
+    total = tl.zeros((GROUP, SIZE), tl.float32)
     for first in range(start, end, POSITIONS):
         n = first + tl.arange(0, POSITIONS)
         own = (n == here)[:, None]
@@ -268,8 +260,8 @@ def _attend(
 @triton.jit
 def attention_kernel(
     qkv, keys, values, position, starts, cos, sin, q_weight, k_weight, roots, mixed, logs, eps, scale, stride,
-    cap, window, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr,
-    TURN: tl.constexpr, GROUP: tl.constexpr, SPLITS: tl.constexpr, POSITIONS: tl.constexpr, NORM: tl.constexpr, M: tl.constexpr,
+    cap, window, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, TURN: tl.constexpr,
+    GROUP: tl.constexpr, SPLITS: tl.constexpr, POSITIONS: tl.constexpr, NORM: tl.constexpr, M: tl.constexpr,
     PARTS: tl.constexpr, CAPPED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Compute the attention of a new token to a share of the cache, and write its key and value into the cache.
@@ -280,10 +272,9 @@ def attention_kernel(
     and v, so the positions are split as well; otherwise most multiprocessors would have no work. Shares are as equal as
     whole tiles allow.
 
-    Heads have SIZE features, which 2 HALF covers, a power of two. Each share writes its mean of the values to mixed [HEADS,
-    SPLITS, SIZE] and the base-2 logarithm of its sum of
+    Each share writes its mean of the values to mixed [HEADS, SPLITS, 2 HALF] and the base-2 logarithm of its sum of
     weights to logs [HEADS, SPLITS], -inf if it has no positions; `combine_kernel` puts them together. qkv: fp32
-    [PARTS, M, outputs], whose parts are added up here; keys, values: [KV_HEADS, stride, SIZE]. With several sequences
+    [PARTS, M, outputs], whose parts are added up here; keys, values: [KV_HEADS, stride, 2 HALF]. With several sequences
     (M > 1) mixed, logs, keys and values have one more dimension in front, and each sequence uses the cache, and counts
     positions, from its own `starts` on. window: the last positions that are seen. With CAPPED, scores are capped with cap
     tanh(score / cap).
@@ -295,6 +286,7 @@ def attention_kernel(
     let_next_kernel_start(OVERLAP)
     kv, split = tl.program_id(0), tl.program_id(1)
     dtype = keys.dtype.element_ty
+    SIZE: tl.constexpr = 2 * HALF
     EACH: tl.constexpr = HEADS // KV_HEADS
     OUTPUTS: tl.constexpr = (HEADS + 2 * KV_HEADS) * SIZE
     # The loads before the wait read only what earlier steps wrote.
@@ -309,8 +301,8 @@ def attention_kernel(
         mixed += sequence * (HEADS * SPLITS * SIZE)
         logs += sequence * (HEADS * SPLITS)
         roots += sequence * 2
-    j, wide = tl.arange(0, HALF)[None], tl.arange(0, 2 * HALF)[None]
-    c, s, c2, s2 = _angles(cos + (here - begin) * SIZE, sin + (here - begin) * SIZE, SIZE, HALF, TURN)
+    j, wide = tl.arange(0, HALF)[None], tl.arange(0, SIZE)[None]
+    c, s, c2, s2 = _angles(cos + (here - begin) * SIZE, sin + (here - begin) * SIZE, HALF, TURN)
     keys += kv.to(tl.int64) * stride * SIZE
     values += kv.to(tl.int64) * stride * SIZE
     seen = tl.maximum(begin, here + 1 - window)
@@ -324,30 +316,28 @@ def attention_kernel(
     head = kv * EACH + group
     real = (group < EACH)[:, None]
     q1, q2, k1, k2, v = _new_token(
-        qkv, q_weight, k_weight, roots, c, s, c2, s2, eps, kv, head, real, wide, dtype, HEADS, KV_HEADS, SIZE, HALF, TURN,
-        NORM, PARTS, M * OUTPUTS,
+        qkv, q_weight, k_weight, roots, c, s, c2, s2, eps, kv, head, real, wide, dtype, HEADS, KV_HEADS, HALF, TURN, NORM,
+        PARTS, M * OUTPUTS,
     )  # fmt: skip
     top, weight, total = _attend(
-        keys, values, q1, q2, k1, k2, v, next1, next2, next_value, start, end, here, scale, cap, GROUP, SIZE, HALF,
-        POSITIONS, CAPPED,
+        keys, values, q1, q2, k1, k2, v, next1, next2, next_value, start, end, here, scale, cap, GROUP, HALF, POSITIONS,
+        CAPPED,
     )  # fmt: skip
     if (start <= here) & (here < start + share):
         place = here * SIZE
         tl.store(keys + place + j, k1)
-        tl.store(keys + place + HALF + j, k2, mask=_within(j < HALF, HALF + j, SIZE, HALF))
-        tl.store(values + place + wide, v, mask=_within(wide >= 0, wide, SIZE, HALF))
+        tl.store(keys + place + HALF + j, k2)
+        tl.store(values + place + wide, v)
     place = head * SPLITS + split
     used = group < tl.where(start < end, EACH, 0)
-    there = _within(used[:, None], wide, SIZE, HALF)
-    tl.store(mixed + place[:, None] * SIZE + wide, total / weight[:, None], mask=there)
+    tl.store(mixed + place[:, None] * SIZE + wide, total / weight[:, None], mask=used[:, None])
     tl.store(logs + place, tl.where(start < end, top + tl.log2(weight), -float("inf")), mask=group < EACH)
 
 
 @triton.jit
 def combine_kernel(
     mixed, logs, position, starts, out, A, u, rank, window, K: tl.constexpr, M: tl.constexpr, SIZE: tl.constexpr,
-    HALF: tl.constexpr, SPLITS: tl.constexpr, POSITIONS: tl.constexpr, RANK: tl.constexpr, TILE: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    SPLITS: tl.constexpr, POSITIONS: tl.constexpr, RANK: tl.constexpr, TILE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Combine the shares of attention to o_proj's x, and compute each head's part of u = A x for o_proj's adapter.
 
@@ -359,10 +349,10 @@ def combine_kernel(
     let_next_kernel_start(OVERLAP)
     head, sequence = tl.program_id(0), tl.program_id(1)
     dtype = out.dtype.element_ty
-    split, wide, j = tl.arange(0, SPLITS), tl.arange(0, 2 * HALF), tl.arange(0, TILE)
+    split, wide, j = tl.arange(0, SPLITS), tl.arange(0, SIZE), tl.arange(0, TILE)
     A += head * SIZE + wide[None]
     if RANK > 0:
-        a = tl.load(A + j[:, None] * K, mask=_within((j < rank)[:, None], wide[None], SIZE, HALF), other=0.0)
+        a = tl.load(A + j[:, None] * K, mask=(j < rank)[:, None], other=0.0)
     positions = tl.load(position).to(tl.int32)
     begin = 0
     if M > 1:
@@ -374,15 +364,13 @@ def combine_kernel(
     used = split * _share(positions, seen, SPLITS, POSITIONS) <= positions - seen
     wait_for_earlier_kernels(OVERLAP)
     place = head * SPLITS + split
-    there = _within(used[:, None], wide[None], SIZE, HALF)
-    parts = tl.load(mixed + place[:, None] * SIZE + wide[None], mask=there, other=0.0)
+    parts = tl.load(mixed + place[:, None] * SIZE + wide[None], mask=used[:, None], other=0.0)
     log = tl.load(logs + place, mask=used, other=-float("inf"))
     weight = tl.exp2(log - tl.max(log, 0))
     x = (tl.sum(parts * weight[:, None], 0) / tl.sum(weight, 0)).to(dtype)
-    tl.store(out + input_place(head * SIZE + wide, K, M, sequence), x, mask=_within(wide >= 0, wide, SIZE, HALF))
+    tl.store(out + input_place(head * SIZE + wide, K, M, sequence), x)
     if RANK > 0:
         for start in range(0, RANK, TILE):
             tl.store(u + head * (M * RANK) + start + j, tl.sum(a.to(tl.float32) * x.to(tl.float32)[None], 1))
             more = start + TILE + j
-            within = (more < tl.minimum(rank, RANK))[:, None]
-            a = tl.load(A + more[:, None] * K, mask=_within(within, wide[None], SIZE, HALF), other=0.0)
+            a = tl.load(A + more[:, None] * K, mask=(more < tl.minimum(rank, RANK))[:, None], other=0.0)

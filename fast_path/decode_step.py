@@ -387,12 +387,7 @@ def _check_layer(layer: nn.Module, cache: Any) -> None:
     _check(cache.is_initialized, "the cache has no tensors yet; see its early_initialization")
     _check(cache.keys.shape[0] <= BATCH, f"a cache of {cache.keys.shape[0]} sequences, more than {BATCH}")
     _check(cache.keys.shape[3] == attention.head_dim, "the cache has other heads than the model")
-    _check(attention.head_dim in range(32, 257, 16), f"heads of {attention.head_dim}")
-
-
-def half_of(size: int) -> int:
-    """Return half the width of the tiles that cover a head of `size` features: tiles are powers of two wide."""
-    return triton.next_power_of_2(size) // 2
+    _check(attention.head_dim in (32, 64, 128, 256), f"heads of {attention.head_dim}")
 
 
 class Rotary(NamedTuple):
@@ -406,7 +401,7 @@ class Rotary(NamedTuple):
 def _rotary(cos: torch.Tensor, sin: torch.Tensor, size: int) -> Rotary:
     """Take a model's tables, [positions, rotated features]; the features of a head behind these are not rotated."""
     turn, rest = cos.shape[1] // 2, size - cos.shape[1]
-    if turn < half_of(size):
+    if rest:
         sin = torch.cat([-sin[:, :turn], sin[:, turn:]], 1)
     pad = functools.partial(nn.functional.pad, pad=(0, rest))
     return Rotary(pad(cos, value=1.0).contiguous(), pad(sin, value=0.0).contiguous(), turn)
@@ -474,7 +469,7 @@ class Layer(Generic[Kind]):
             self.head_norms = q_norm, k_norm
         self.numbers = eps, attention.scaling, length, cap, self.window
         self.shape = dict(
-            HEADS=heads, KV_HEADS=kv_heads, SIZE=size, HALF=half_of(size), GROUP=max(16, triton.next_power_of_2(heads // kv_heads)),
+            HEADS=heads, KV_HEADS=kv_heads, HALF=size // 2, GROUP=max(16, triton.next_power_of_2(heads // kv_heads)),
             SPLITS=splits, POSITIONS=LAYOUT.positions, NORM=family.qk_norms, M=m, PARTS=self.qkv.splits, CAPPED=cap > 0,
         )  # fmt: skip
 
@@ -507,7 +502,7 @@ class Layer(Generic[Kind]):
         )  # fmt: skip
         kernels.combine_kernel[(shape["HEADS"], sequences)](
             scratch.mixed, scratch.logs, position, starts, out.x, out.A[0], out.u, out.ranks[0], self.window, K=out.columns, M=self.m,
-            SIZE=shape["SIZE"], HALF=shape["HALF"], SPLITS=shape["SPLITS"], POSITIONS=shape["POSITIONS"], RANK=out.rank,
+            SIZE=self.keys.shape[3], SPLITS=shape["SPLITS"], POSITIONS=shape["POSITIONS"], RANK=out.rank,
             TILE=min(max(out.rank, 1), 16), num_warps=4, **_options(),
         )  # fmt: skip
 

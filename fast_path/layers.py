@@ -132,10 +132,9 @@ def _rotated_heads(self, hidden_states, position_embeddings):
     """Return q, k and v, [batch, heads, length, width], from one operator. hidden_states: [batch, length, width]."""
     shape, normed = hidden_states.shape[:-1], hasattr(self, "q_norm")
     qkv = self.fused_qkv(hidden_states)
-    if self.fused_qkv.kernels and self.turns and (len(self.head_norms) > 0 or not normed):
+    if self.fused_qkv.kernels and self.turns and not normed:
         heads, kv_heads = (size // self.head_dim for size in self.sizes[:2])
-        parts = rotate(qkv, *position_embeddings, heads, kv_heads, self.head_norms, self.head_epsilon)
-        return tuple(part.transpose(1, 2) for part in parts)
+        return tuple(part.transpose(1, 2) for part in rotate(qkv, *position_embeddings, heads, kv_heads))
     q, k, v = qkv.split(self.sizes, -1)
     if normed and self.qk_norms == "all":
         q, k = self.q_norm(q), self.k_norm(k)
@@ -208,10 +207,6 @@ def _switch_attention(attention: nn.Module, qkv: Group, out: Group) -> None:
     attention.sizes = [q, (total - q) // 2, (total - q) // 2]
     attention.turns = bool(getattr(attention, family.rotates)) if family.rotates else True
     attention.qk_norms, attention.caps = family.qk_norms, family.score_cap
-    attention.head_norms, attention.head_epsilon = [], 0.0  # of norms that the pass that rotates computes
-    if family.qk_norms == "head" and not attention.q_norm.weight.requires_grad:
-        (q_norm, attention.head_epsilon), (k_norm, _) = norm_of(attention.q_norm), norm_of(attention.k_norm)
-        attention.head_norms = [q_norm, k_norm]
     _switch(attention, _fused_attention, qkv=qkv, out=out)
 
 

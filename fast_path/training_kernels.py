@@ -477,13 +477,10 @@ def rotated_places(i, HALF: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def rotate_kernel(
-    qkv, q, k, v, cos, sin, q_norm, k_norm, grad, rows, positions, epsilon, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
-    HALF: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, NORM: tl.constexpr,
-    BACK: tl.constexpr,
+    qkv, q, k, v, cos, sin, rows, positions, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
-    """Write rotated q, rotated k, and v from qkv; with BACK, write grad, the gradient of qkv, from those of q, k and v.
-
-    With NORM, each head of q and k passes through an RMS norm before, whose factors are q_norm and k_norm.
+    """Write rotated q, rotated k, and v from qkv; with BACK, write the gradient of qkv from those of q, k and v.
 
     A row is one head of one token, WIDTH features, of which the first 2 HALF are rotated. Each program takes BLOCK_M rows
     and all features (BLOCK_K, a power of two, covers half of them). Every number is read and written once, with a few
@@ -497,33 +494,19 @@ def rotate_kernel(
     in_k = inside & ((head >= HEADS) & (head < HEADS + KV_HEADS))[:, None]
     in_v = inside & (head >= HEADS + KV_HEADS)[:, None]
     low_at, high_at = rotated_places(i, HALF, WIDTH)
-    dtype = qkv.dtype.element_ty
-    own = r.to(tl.int64)[:, None] * WIDTH
+    together = qkv + r.to(tl.int64)[:, None] * WIDTH
     long = token.to(tl.int64)
     to_q = q + (long * HEADS + head)[:, None] * WIDTH
     to_k = k + (long * KV_HEADS + head - HEADS)[:, None] * WIDTH
     to_v = v + (long * KV_HEADS + head - HEADS - KV_HEADS)[:, None] * WIDTH
-    if NORM or not BACK:
-        x_low = tl.load(qkv + own + low_at, mask=inside, other=0.0).to(tl.float32)
-        x_high = tl.load(qkv + own + high_at, mask=inside, other=0.0).to(tl.float32)
-    if NORM:
-        normed = in_q | in_k
-        weight_low = tl.load(q_norm + low_at, mask=in_q, other=0.0) + tl.load(k_norm + low_at, mask=in_k, other=0.0)
-        weight_high = tl.load(q_norm + high_at, mask=in_q, other=0.0) + tl.load(k_norm + high_at, mask=in_k, other=0.0)
-        weight_low, weight_high = weight_low.to(tl.float32), weight_high.to(tl.float32)
-        root = tl.rsqrt(tl.sum(x_low * x_low + x_high * x_high, 1) / WIDTH + epsilon)[:, None]
-        unit_low, unit_high = x_low * root, x_high * root
-        if not BACK and q_norm.dtype.element_ty != tl.float32:  # `Norm` of fused_linear.py says why
-            unit_low, unit_high = unit_low.to(dtype).to(tl.float32), unit_high.to(dtype).to(tl.float32)
     if BACK:
         low = tl.load(to_q + low_at, mask=in_q, other=0.0) + tl.load(to_k + low_at, mask=in_k, other=0.0)
         low = (low + tl.load(to_v + low_at, mask=in_v, other=0.0)).to(tl.float32)
         high = tl.load(to_q + high_at, mask=in_q, other=0.0) + tl.load(to_k + high_at, mask=in_k, other=0.0)
         high = (high + tl.load(to_v + high_at, mask=in_v, other=0.0)).to(tl.float32)
     else:
-        low, high = x_low, x_high
-        if NORM:
-            low, high = tl.where(normed, unit_low * weight_low, low), tl.where(normed, unit_high * weight_high, high)
+        low = tl.load(together + low_at, mask=inside, other=0.0).to(tl.float32)
+        high = tl.load(together + high_at, mask=inside, other=0.0).to(tl.float32)
     turned = (in_q | in_k) & (i < HALF)
     angle = (token % positions)[:, None] * (2 * HALF) + i
     cos_low = tl.load(cos + angle, mask=turned, other=1.0).to(tl.float32)
@@ -534,16 +517,11 @@ def rotate_kernel(
         new_low, new_high = low * cos_low + high * sin_high, high * cos_high - low * sin_low
     else:
         new_low, new_high = low * cos_low - high * sin_low, high * cos_high + low * sin_high
-    low, high = tl.where(turned, new_low, low), tl.where(turned, new_high, high)
-    if NORM and BACK:
-        low_w, high_w = low * weight_low, high * weight_high
-        mean = (tl.sum(low_w * unit_low + high_w * unit_high, 1) / WIDTH)[:, None]
-        low = tl.where(normed, root * (low_w - unit_low * mean), low)
-        high = tl.where(normed, root * (high_w - unit_high * mean), high)
-    low, high = low.to(dtype), high.to(dtype)
+    dtype = qkv.dtype.element_ty
+    low, high = tl.where(turned, new_low, low).to(dtype), tl.where(turned, new_high, high).to(dtype)
     if BACK:
-        tl.store(grad + own + low_at, low, mask=inside)
-        tl.store(grad + own + high_at, high, mask=inside)
+        tl.store(together + low_at, low, mask=inside)
+        tl.store(together + high_at, high, mask=inside)
     else:
         tl.store(to_q + low_at, low, mask=in_q)
         tl.store(to_q + high_at, high, mask=in_q)

@@ -715,16 +715,13 @@ def check_rotate(device: str, dtype: torch.dtype, tolerance: float) -> None:
     """Compare the operator and its gradient with apply_rotary_pos_emb in fp32.
 
     There are few and many heads of k and v, widths that are no power of two, positions for all with angles in `dtype` or per
-    sequence with angles in fp32, heads of which only a part is rotated, and norms of the heads before, with factors in
-    `dtype` or fp32.
+    sequence with angles in fp32, and heads of which only a part is rotated.
     """
     torch.manual_seed(0)
     batch, length = 3, 7
     tables = (1, dtype), (batch, torch.float32)
     cases = itertools.product(((64, 64), (80, 80), (64, 48)), ((6, 2), (3, 3)), tables)
-    for number, ((width, turned), (heads, kv_heads), (rows, angles)) in enumerate(cases):
-        factors = ([], [dtype] * 2, [torch.float32] * 2)[number % 3]
-        norms = [torch.rand(width, device=device).add(0.5).to(kind) for kind in factors]
+    for (width, turned), (heads, kv_heads), (rows, angles) in cases:
         qkv = torch.randn(batch, length, (heads + 2 * kv_heads) * width, device=device).to(dtype).requires_grad_()
         turns = torch.rand(rows, length, turned, device=device) * 100  # the halves not the same, as the function has it
         cos, sin = turns.cos().to(angles), turns.sin().to(angles)
@@ -733,18 +730,15 @@ def check_rotate(device: str, dtype: torch.dtype, tolerance: float) -> None:
             x.unflatten(-1, (-1, width)) for x in exact.split([n * width for n in (heads, kv_heads, kv_heads)], -1)
         )
         q, k, v = parts
-        if norms:
-            q, k = (F.rms_norm(x, (width,), norm.float(), 1e-3) for x, norm in zip((q, k), norms, strict=True))
         want = *apply_rotary_part(q, k, cos.float(), sin.float(), unsqueeze_dim=2), v
-        found = rotate(qkv, cos, sin, heads, kv_heads, norms, 1e-3)
+        found = rotate(qkv, cos, sin, heads, kv_heads)
         grads = [torch.randn(x.shape, device=device).to(dtype) for x in want]
         torch.autograd.backward(want, [grad.float() for grad in grads])
         torch.autograd.backward(found, [grad.transpose(1, 2).contiguous().transpose(1, 2) for grad in grads])
-        case = width, turned, heads, rows, angles, factors
+        case = width, turned, heads, rows, angles
         assert all(x.is_contiguous() and apart(x, y) < tolerance for x, y in zip(found, want, strict=True)), case
         assert torch.equal(found[2], v.to(dtype)) and apart(qkv.grad, exact.grad) < tolerance, case
-    for factors in ([], norms):
-        torch.library.opcheck(rotate, (qkv, cos, sin, heads, kv_heads, factors, 1e-3))
+    torch.library.opcheck(rotate, (qkv, cos, sin, heads, kv_heads))
 
 
 def check_layers(folder: str, layers: int | None = None, **chosen) -> None:
@@ -787,8 +781,7 @@ def test_kernels_in_tritons_interpreter():
 
 @pytest.mark.triton
 @pytest.mark.parametrize(
-    "kind",
-    ["qwen2", "gemma2", *(pytest.param(k, marks=pytest.mark.long) for k in ("smollm3", "olmo2", "phi3", "gemma3"))],
+    "kind", ["qwen2", "gemma2", *(pytest.param(k, marks=pytest.mark.long) for k in ("smollm3", "olmo2", "phi3"))]
 )
 def test_layers_learn_the_same_from_kernels_in_tritons_interpreter(random_models, kind):
     layers = 1 if kind in ("qwen2", "gemma2") else None  # their layers launch the same kernels
@@ -875,10 +868,8 @@ def test_kernels_compile_within_the_shared_memory_of_each_card(capability):
         compile_(training_kernels.cross_entropy_kernel, pointers, constants, CROSS_ENTROPY.warps)
     heads = {"HEADS": 16, "KV_HEADS": 2, "HALF": 64, "WIDTH": 128, "BLOCK_M": ROTATE.block_m, "BLOCK_K": 64}
     for back, angles, half in itertools.product((False, True), (HALF, SINGLE), (64, 48)):
-        activations = dict.fromkeys(("qkv", "q", "k", "v", "grad"), HALF) | {"cos": angles, "sin": angles}
-        activations |= {"q_norm": angles, "k_norm": angles}
-        constants = heads | {"BACK": back, "HALF": half, "NORM": half == 64}
-        compile_(training_kernels.rotate_kernel, activations, constants, ROTATE.warps)
+        activations = dict.fromkeys(("qkv", "q", "k", "v"), HALF) | {"cos": angles, "sin": angles}
+        compile_(training_kernels.rotate_kernel, activations, heads | {"BACK": back, "HALF": half}, ROTATE.warps)
 
 
 @pytest.mark.triton
@@ -919,8 +910,7 @@ def test_sm_86_takes_the_code_of_sm_89_and_sm_80_takes_it_too():
     widen |= {"ACTIVATION": "silu"}
     swiglu = {"DROPOUT": True, "BLOCK_M": 16, "BLOCK_K": 64, "BLOCK_R": 16, "BLOCK_U": 16, "ACTIVATION": "silu"}
     heads = {"HEADS": 16, "KV_HEADS": 2, "HALF": 64, "WIDTH": 128, "BLOCK_M": 16, "BLOCK_K": 64, "BACK": True}
-    heads |= {"NORM": True}
-    rotated = dict.fromkeys(("qkv", "q", "k", "v", "cos", "sin", "q_norm", "k_norm", "grad"), HALF)
+    rotated = dict.fromkeys(("qkv", "q", "k", "v", "cos", "sin"), HALF)
     for kernel, pointers, constants in (
         (training_kernels.widen_kernel, activations, widen),
         (training_kernels.swiglu_backward_kernel, activations, swiglu),
