@@ -5,10 +5,9 @@ import json
 import shutil
 from types import SimpleNamespace
 
-import bitsandbytes as bnb
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from transformers import StaticCache
 
 from fast_path import decode_step, families
@@ -223,86 +222,6 @@ def check_swapped(folder) -> None:
 @pytest.mark.minutes
 def test_a_step_reads_an_adapter_that_is_copied_into_place(folders):
     interpret("tests.fast_path.test_decode_step", f"check_swapped({str(folders['qwen2'])!r})")
-
-
-def four_bit_pair(inputs: int, outputs: int, dtype: torch.dtype, device: str, **quantisation):
-    """Return two 4-bit linears with adapters of rank 16, and what both compute, as a function of x, in fp32."""
-    model = torch.nn.Module()
-    model.q, model.k = (
-        bnb.nn.Linear4bit(inputs, outputs, bias=False, compute_dtype=dtype, **quantisation) for _ in range(2)
-    )
-    model.is_loaded_in_4bit = True
-    model = get_peft_model(model.to(device), LoraConfig(r=16, lora_alpha=8, target_modules=["q", "k"])).base_model.model
-    for layer in (model.q, model.k):
-        for half in (layer.lora_A, layer.lora_B):
-            half["default"].weight.data = (torch.randn_like(half["default"].weight, dtype=torch.float32) / 8).to(dtype)
-
-    def exact(x: torch.Tensor) -> list[torch.Tensor]:
-        found = []
-        for layer in (model.q, model.k):
-            weight = bnb.functional.dequantize_4bit(layer.base_layer.weight.data, layer.base_layer.weight.quant_state)
-            A, B = (half["default"].weight.float() for half in (layer.lora_A, layer.lora_B))
-            found.append(x.float() @ (weight.float() + 0.5 * B @ A).T)
-        return found
-
-    return {"q": model.q, "k": model.k}, exact
-
-
-# mode, inputs (whole pieces, part of one, an odd number of runs), outputs, layout
-PRODUCTS = [
-    ("swiglu", 640, 48, {"shares": 1, "ahead": True}),
-    ("stack", 1088, 40, {"shares": 2, "two": True, "ahead": True}),
-    ("residual", 1088, 40, {"shares": 2, "two": True, "ahead": False}),
-    ("residual", 1024, 24, {"shares": 1, "two": False, "ahead": True}),
-]
-
-
-def check_products(device: str, dtype: torch.dtype, ways: tuple[bool, ...], cases=tuple(PRODUCTS)) -> None:
-    """Compare products of one sequence with the same in fp32, with NVIDIA's instructions (ways: True) and without."""
-    torch.manual_seed(0)
-    for number, (mode, inputs, outputs, layout) in enumerate(cases):
-        vars(decode_step.LAYOUT).update(warps=4, programs_each=6, **layout)
-        modules, exact = four_bit_pair(inputs, outputs, dtype, device, quant_type=("nf4", "fp4")[number % 2])
-        modules = dict([*modules.items()][: 1 if mode == "residual" else 2])
-        x, before = torch.randn(inputs).to(device, dtype), torch.randn(outputs).to(device, dtype)
-
-        def place(size: int) -> torch.Tensor:
-            """Return where the kernels keep each of some inputs, see `input_place`."""
-            index = torch.arange(size, device=device)
-            return index // 128 * 128 + index // 8 % 4 * 32 + index // 32 % 4 * 8 + index % 8
-
-        y = exact(x)
-        want = {"stack": torch.cat(y), "residual": before + y[0], "swiglu": torch.nn.functional.silu(y[0]) * y[1]}[mode]
-        for way in ways:
-            # Without NVIDIA's instructions nothing waits for the adapters' programs, so they get a launch of their own.
-            decode_step.SHUFFLE, decode_step.SHORT = way, 0 if way or device == "cpu" else 10**6
-            linears = decode_step.SingleLinears(modules, mode, dtype)
-            linears.x[place(inputs)] = x
-            hidden = before.clone() if mode == "residual" else x
-            out = torch.full((2 * outputs + 128,), float("nan"), device=device)
-            out = out if mode == "stack" else out.to(dtype)
-            norm = SimpleNamespace(norm=SimpleNamespace(factor=torch.ones_like(before)))
-            linears(hidden, out, linears, norm if mode == "residual" else None)
-            found = {"stack": out[: 2 * outputs], "residual": hidden, "swiglu": out[place(outputs)]}[mode].float()
-            error = ((found - want).norm() / want.norm()).item()
-            assert error < (4e-3 if dtype is torch.bfloat16 else 6e-4), (mode, way, error)
-            if mode == "residual":
-                assert torch.equal(out[place(outputs)], hidden)
-
-
-@pytest.mark.triton
-def test_products_of_one_sequence_in_tritons_interpreter():
-    interpret("tests.fast_path.test_decode_step", "check_products('cpu', torch.float16, (False,), PRODUCTS[:2])")
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: the kernels as they run there")
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_products_of_one_sequence_on_the_gpu_with_and_without_nvidias_instructions(monkeypatch, dtype):
-    monkeypatch.setattr(decode_step, "LAYOUT", decode_step.Layout())
-    for name in ("SHUFFLE", "SHORT"):
-        monkeypatch.setattr(decode_step, name, getattr(decode_step, name))
-    check_products("cuda", getattr(torch, dtype), (True, False))
 
 
 def check_attention(device: str) -> None:
