@@ -1,5 +1,4 @@
 """Candidate: NF4 products by a table of pairs in shared memory and tensor cores (standalone, for measuring)."""
-
 import triton
 import triton.language as tl
 
@@ -29,9 +28,7 @@ def _fill_asm(threads: int) -> str:
     }}"""
 
 
-LEVEL_SCALE = (
-    1.43701171875  # the best of 65,536 for NF4: levels times this have bf16 neighbours that are 2.5 times closer
-)
+LEVEL_SCALE = 1.43701171875  # the best of 65,536 for NF4: levels times this have bf16 neighbours that are 2.5 times closer
 FILL = {n: tl.constexpr(_fill_asm(n)) for n in (256, 512)}
 FILL256, FILL512 = FILL[256], FILL[512]
 
@@ -41,21 +38,17 @@ LOADX = tl.constexpr("ld.global.v4.b32 {$0, $1, $2, $3}, [$4];")
 
 
 def _pair(byte, word, to):
-    shift = ("shl.b32 p, {w}, 7;", "shr.u32 p, {w}, 1;", "shr.u32 p, {w}, 9;", "shr.u32 p, {w}, 17;")[byte].format(
-        w=word
-    )
+    shift = ("shl.b32 p, {w}, 7;", "shr.u32 p, {w}, 1;", "shr.u32 p, {w}, 9;", "shr.u32 p, {w}, 17;")[byte].format(w=word)
     return f"{shift} lop3.b32 p, p, 0x7f80, $11, 0xEA; add.u32 p, p, $10; ld.shared.b32 {to}, [p];"
 
 
 # $0-3: sums; $4, $5: words of rows g and g + 8; $6-9: four pairs of inputs; $10: table; $11: lane * 4; $12-15: sums before
-MMA = tl.constexpr(
-    "{ .reg .b32 p, a0, a1, a2, a3, a4, a5, a6, a7;"
+MMA = tl.constexpr("{ .reg .b32 p, a0, a1, a2, a3, a4, a5, a6, a7;"
     + "".join(_pair(b, "$4", f"a{2 * b}") + _pair(b, "$5", f"a{2 * b + 1}") for b in range(4))
     + """
     mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0, $1, $2, $3}, {a0, a1, a2, a3}, {$6, $7}, {$12, $13, $14, $15};
     mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0, $1, $2, $3}, {a4, a5, a6, a7}, {$8, $9}, {$0, $1, $2, $3};
-    }"""
-)
+    }""")
 # ablation: no lookup, the words themselves are the operand
 RAW = tl.constexpr("""{
     mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0, $1, $2, $3}, {$4, $5, $4, $5}, {$6, $7}, {$12, $13, $14, $15};
@@ -65,33 +58,21 @@ RAW = tl.constexpr("""{
 
 @triton.jit
 def load4(address, real):
-    return tl.inline_asm_elementwise(
-        LOAD,
-        "=&r,=&r,=&r,=&r,l,r",
-        [address, real.to(tl.int32)],
-        dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
-        is_pure=True,
-        pack=1,
-    )
+    return tl.inline_asm_elementwise(LOAD, "=&r,=&r,=&r,=&r,l,r", [address, real.to(tl.int32)],
+        dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1)
 
 
 @triton.jit
 def loadx(address):
-    return tl.inline_asm_elementwise(
-        LOADX, "=&r,=&r,=&r,=&r,l", [address], dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1
-    )
+    return tl.inline_asm_elementwise(LOADX, "=&r,=&r,=&r,=&r,l", [address],
+        dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1)
 
 
 @triton.jit
 def mma(c, w, w8, x, table, four, ASM: tl.constexpr):
-    return tl.inline_asm_elementwise(
-        ASM,
-        "=&f,=&f,=&f,=&f,r,r,r,r,r,r,r,r,f,f,f,f",
+    return tl.inline_asm_elementwise(ASM, "=&f,=&f,=&f,=&f,r,r,r,r,r,r,r,r,f,f,f,f",
         [w, w8, x[0], x[1], x[2], x[3], table, four, c[0], c[1], c[2], c[3]],
-        dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
-        is_pure=True,
-        pack=1,
-    )
+        dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1)
 
 
 @triton.jit
@@ -100,12 +81,8 @@ def piece_words(codes, row, rows, piece, t, K: tl.constexpr):
     k = piece * 256 + t * 32
     at = codes + (row.to(tl.int64) * (K // 2) + k // 2)
     r0, r8 = row < rows, row + 8 < rows
-    return (
-        load4(at, r0 & (k < K)),
-        load4(at + 64, r0 & (k + 128 < K)),
-        load4(at + 8 * (K // 2), r8 & (k < K)),
-        load4(at + 8 * (K // 2) + 64, r8 & (k + 128 < K)),
-    )
+    return (load4(at, r0 & (k < K)), load4(at + 64, r0 & (k + 128 < K)),
+            load4(at + 8 * (K // 2), r8 & (k < K)), load4(at + 8 * (K // 2) + 64, r8 & (k + 128 < K)))
 
 
 @triton.jit
@@ -141,14 +118,8 @@ def products(w, xs, ys, table, four, ASM: tl.constexpr):
 @triton.jit
 def level2(code, code2, table, SHARED: tl.constexpr):
     if SHARED:
-        return tl.inline_asm_elementwise(
-            "{ .reg .b32 p; shl.b32 p, $1, 2; add.u32 p, p, $2; ld.shared.f32 $0, [p + 32768]; }",
-            "=f,r,r",
-            [code, table],
-            dtype=tl.float32,
-            is_pure=True,
-            pack=1,
-        )
+        return tl.inline_asm_elementwise("{ .reg .b32 p; shl.b32 p, $1, 2; add.u32 p, p, $2; ld.shared.f32 $0, [p + 32768]; }", "=f,r,r",
+            [code, table], dtype=tl.float32, is_pure=True, pack=1)
     else:
         return tl.load(code2 + code)
 
@@ -166,25 +137,8 @@ def scaled(c, q, q8, code2, shift, table, S: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["LOOP", "rows"])
-def lut_kernel(
-    x,
-    codes,
-    absmax,
-    second,
-    code2,
-    offset,
-    lut,
-    out,
-    rows,
-    K: tl.constexpr,
-    W: tl.constexpr,
-    WK: tl.constexpr,
-    LOOP,
-    TWO: tl.constexpr,
-    AHEAD: tl.constexpr,
-    RAWX: tl.constexpr,
-    S: tl.constexpr,
-):
+def lut_kernel(x, codes, absmax, second, code2, offset, lut, out, rows, K: tl.constexpr, W: tl.constexpr, WK: tl.constexpr,
+               LOOP, TWO: tl.constexpr, AHEAD: tl.constexpr, RAWX: tl.constexpr, S: tl.constexpr):
     """Tiles of 16 rows for each group of WK warps (TWO: and of 16 in the second half of the matrix)."""
     ASM: tl.constexpr = RAW if RAWX else MMA
     PIECES: tl.constexpr = (K + 255) // 256
@@ -195,13 +149,9 @@ def lut_kernel(
     g, t = lane // 4, lane % 4
     four = lane * 4
     if W == 8:
-        table = tl.inline_asm_elementwise(
-            FILL256, "=r,l,r,l", [lut.to(tl.int64), tid, code2.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-        )
+        table = tl.inline_asm_elementwise(FILL256, "=r,l,r,l", [lut.to(tl.int64), tid, code2.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
     else:
-        table = tl.inline_asm_elementwise(
-            FILL512, "=r,l,r,l", [lut.to(tl.int64), tid, code2.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-        )
+        table = tl.inline_asm_elementwise(FILL512, "=r,l,r,l", [lut.to(tl.int64), tid, code2.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
     half = rows // 2 if TWO else rows
     base, xb = codes.to(tl.int64), x.to(tl.int64)
     zeros = xb + K * 2
@@ -229,28 +179,19 @@ def lut_kernel(
                 nv = nw
                 if TWO:
                     nv = piece_words(base, then + half, rows, after, t, K)
-            q, q8 = (
-                piece_constants(absmax, second, row, half, piece, t, K),
-                piece_constants(absmax, second, row + 8, half, piece, t, K),
-            )
+            q, q8 = piece_constants(absmax, second, row, half, piece, t, K), piece_constants(absmax, second, row + 8, half, piece, t, K)
             xs, ys = piece_x(xb, zeros, g, t, piece, 0, K), piece_x(xb, zeros, g, t, piece, 1, K)
             a, b = scaled(products(w, xs, ys, table, four, ASM), q, q8, code2, shift, table, S)
             y0 += a
             y8 += b
             if TWO:
-                q, q8 = (
-                    piece_constants(absmax, second, row + half, rows, piece, t, K),
-                    piece_constants(absmax, second, row + half + 8, rows, piece, t, K),
-                )
+                q, q8 = piece_constants(absmax, second, row + half, rows, piece, t, K), piece_constants(absmax, second, row + half + 8, rows, piece, t, K)
                 a, b = scaled(products(v, xs, ys, table, four, ASM), q, q8, code2, shift, table, S)
                 z0 += a
                 z8 += b
             if AHEAD:
                 w, v = nw, nv
-        r = (first + i) * 16 * WR + tl.reshape(
-            tl.arange(0, WR)[:, None, None] * 16 + tl.arange(0, 8)[None, :, None] + tl.arange(0, 2)[None, None] * 8,
-            (WR * 16,),
-        )
+        r = (first + i) * 16 * WR + tl.reshape(tl.arange(0, WR)[:, None, None] * 16 + tl.arange(0, 8)[None, :, None] + tl.arange(0, 2)[None, None] * 8, (WR * 16,))
         if TWO:
             y = tl.reshape(tl.join(tl.join(y0, y8), tl.join(z0, z8)), (WR, WK, 8, 4, 4))
             y = tl.reshape(tl.sum(tl.sum(y, 3), 1), (WR * 16, 2))

@@ -1,16 +1,17 @@
-"""The Triton kernels of a decode step other than the products: norms and attention, and what all its kernels share.
+"""The Triton kernels of a decode step through 4-bit weights. decode_step.py launches them and describes the whole step.
 
-decode_step.py launches them and describes the whole step. A member is one of up to three linears that read the same x in
-one launch.
+Words used here: a member is one of up to three linears that read the same x in one launch; a run is 64 consecutive
+weights of a row, which one thread processes; a piece is BLOCKS runs of a row, which a program processes at a time.
 """
 
-from fast_path.nf4 import tl, triton
+from fast_path.nf4 import lane_level, levels, tl, triton
 
-# x lies in another order than the model's, so that it fits the 4-bit words that it is multiplied with. A word holds the
-# codes of eight consecutive weights of a row.
+# x lies in another order than the model's, so that it fits the 4-bit words that it is multiplied with. A word holds
+# the codes of eight consecutive weights of a row.
 #
-# One sequence: of every 128 inputs, as 4 x 4 groups of eight, the groups are transposed. A lane has 32 consecutive weights,
-# which are four words; the inputs for the same word of four lanes are then 64 consecutive bytes.
+# One sequence: x is stored as pairs of inputs, [2, 4, inputs / 64, 4]. Pair p of word w in half h (the first or the
+# last four words) of a run is at [h, p, run, w]. A thread loads 16 bytes at a time, the pairs p of four words, and the
+# loads of the 32 threads of a warp are consecutive in memory.
 #
 # A batch: x is stored as [8, inputs / 8, M], with input k at [k % 8, k // 8]. The j-th weights of all words are
 # multiplied with slice j in a matrix product of their own, so weights never have to be interleaved. M is 1 for one
@@ -38,7 +39,99 @@ def input_place(k, K: tl.constexpr, M: tl.constexpr = 1, m=0):
     if M > 1:
         return (k % 8 * (K // 8) + k // 8) * M + m
     else:
-        return k // 128 * 128 + k // 8 % 4 * 32 + k // 32 % 4 * 8 + k % 8
+        return ((((k // 32) % 2 * 4 + (k // 2) % 4) * (K // 64) + k // 64) * 4 + (k // 8) % 4) * 2 + k % 2
+
+
+@triton.jit
+def _input(place, K: tl.constexpr):
+    """Return the input at a place of x for one sequence: the inverse of `input_place`."""
+    run = place // 8 % (K // 64) * 64 + place // (K // 2) * 32
+    return run + place // 2 % 4 * 8 + place // (K // 8) % 4 * 2 + place % 2
+
+
+@triton.jit
+def _pair(x, dtype: tl.constexpr):
+    """Return the two 16-bit numbers in each 32-bit word, as fp32."""
+    x = x.to(tl.uint32, bitcast=True)
+    first = (x & 0xFFFF).to(tl.uint16).to(dtype, bitcast=True)
+    return first.to(tl.float32), (x >> 16).to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _issued(COMPILED: tl.constexpr):
+    """Return 0, but only after all earlier loads have been issued.
+
+    ptxas moves the loads for the next pass of a loop to the end of the loop, after everything that they should overlap
+    with. It does not move them across a barrier, and anything computed from the barrier's result stays after the
+    barrier.
+    """
+    if COMPILED:
+        return tl.inline_asm_elementwise(
+            "{ .reg .pred no; setp.ne.u32 no, 0, 0; bar.red.popc.u32 $0, 0, no; }",
+            "=r", [], tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        return 0
+
+
+@triton.jit
+def _arrivals(count, expected, COMPILED: tl.constexpr):
+    """Return 0 once `expected` programs of this kernel have added 1 to the count. What they wrote is in memory then.
+
+    Those programs have lower numbers than the one that waits, so they have started already, and the wait ends. The
+    interpreter runs programs one after another in the order of their numbers, so there is nothing to wait for.
+    """
+    if COMPILED:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .pred less; .reg .u32 found;
+            AGAIN:
+            ld.acquire.gpu.global.u32 found, [$1];
+            setp.lt.u32 less, found, $2;
+            @less bra AGAIN;
+            mov.u32 $0, 0;
+            }""",
+            "=r,l,r", [count.to(tl.int64), expected], tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        return 0
+
+
+@triton.jit
+def _inputs(x, piece, RUNS: tl.constexpr, BLOCKS: tl.constexpr):
+    """Return the inputs that a piece is multiplied with: eight tensors of words [1, BLOCKS, 4], two inputs per word.
+
+    Each thread gets the 32 pairs of inputs of its run. Past the end of x the inputs are 0.
+    """
+    run = piece * BLOCKS + tl.arange(0, BLOCKS)
+    inside = (run < RUNS)[None, :, None]
+    x += (run * 4)[None, :, None] + tl.arange(0, 4)[None, None]
+    STRIDE: tl.constexpr = RUNS * 4
+    return (
+        tl.load(x, mask=inside, other=0), tl.load(x + STRIDE, mask=inside, other=0),
+        tl.load(x + 2 * STRIDE, mask=inside, other=0), tl.load(x + 3 * STRIDE, mask=inside, other=0),
+        tl.load(x + 4 * STRIDE, mask=inside, other=0), tl.load(x + 5 * STRIDE, mask=inside, other=0),
+        tl.load(x + 6 * STRIDE, mask=inside, other=0), tl.load(x + 7 * STRIDE, mask=inside, other=0),
+    )  # fmt: skip
+
+
+@triton.jit
+def _half(total, words, x0, x1, x2, x3, lut, level, dtype: tl.constexpr, SHUFFLE: tl.constexpr):
+    """Return the total after adding the products of 32 of each run's 64 weights. words, total: [rows, BLOCKS, 4]."""
+    l0, l1, l2, l3, l4, l5, l6, l7 = levels(words, lut, level, SHUFFLE)
+    a, b = _pair(x0, dtype)
+    total += l0 * a
+    total += l1 * b
+    a, b = _pair(x1, dtype)
+    total += l2 * a
+    total += l3 * b
+    a, b = _pair(x2, dtype)
+    total += l4 * a
+    total += l5 * b
+    a, b = _pair(x3, dtype)
+    total += l6 * a
+    total += l7 * b
+    return total
 
 
 @triton.jit
@@ -51,6 +144,163 @@ def quantisation_constants(code, second, shift, code2, block, real, NESTED: tl.c
         code = tl.load(code2 + code.to(tl.int32))
         code = code * tl.load(second + block // BLOCKSIZE2, mask=real, other=0.0) + shift
     return code
+
+
+@triton.jit
+def _places(row, rows, piece, RUNS: tl.constexpr, BLOCKS: tl.constexpr):
+    """Return the numbers of a piece's runs within the matrix, and whether these runs exist, [rows, BLOCKS] each."""
+    run = piece * BLOCKS + tl.arange(0, BLOCKS)
+    return row[:, None] * RUNS + run[None], (row < rows)[:, None] & (run < RUNS)[None]
+
+
+@triton.jit
+def _weights(
+    codes, absmax, second, row, rows, piece, RUNS: tl.constexpr, BLOCKS: tl.constexpr, NESTED: tl.constexpr,
+    BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr,
+):  # fmt: skip
+    """Load a piece of some rows of a matrix: one run of 64 weights per thread.
+
+    Returns the words of the first and of the second 32 weights of each run, [rows, BLOCKS, 4] each; the quantisation
+    constants of the runs as they are stored, [rows, BLOCKS]; and with NESTED the constants that those are multiplied
+    by, [rows, BLOCKS], otherwise the former again.
+    """
+    place, real = _places(row, rows, piece, RUNS, BLOCKS)
+    words = codes + (place * 8)[:, :, None] + tl.arange(0, 4)[None, None]
+    block = place // (BLOCKSIZE // 64)
+    constant = tl.load(absmax + block, mask=real, other=0)
+    factor = tl.load(second + block // BLOCKSIZE2, mask=real, other=0.0) if NESTED else constant
+    # Words outside of the matrix may hold anything: they are multiplied by a constant of 0 or by inputs of 0.
+    return tl.load(words, mask=real[:, :, None]), tl.load(words + 4, mask=real[:, :, None]), constant, factor
+
+
+@triton.jit
+def _products(
+    low, high, constant, x, lut, level, BLOCKS: tl.constexpr, dtype: tl.constexpr, SHUFFLE: tl.constexpr
+):  # fmt: skip
+    """Return each run's part of W x, fp32 [rows, BLOCKS], from what `_weights` and `_inputs` loaded."""
+    total = tl.zeros((low.shape[0], BLOCKS, 4), tl.float32)
+    total = _half(total, low, x[0], x[1], x[2], x[3], lut, level, dtype, SHUFFLE)
+    total = _half(total, high, x[4], x[5], x[6], x[7], lut, level, dtype, SHUFFLE)
+    return tl.sum(total, 2) * constant
+
+
+@triton.jit
+def _adapter_sums(
+    u, rank, MEMBERS: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr,
+    PARTS_2: tl.constexpr,
+):  # fmt: skip
+    """Return the adapter's A x, summed over its parts and followed by zeros, [WIDTH].
+
+    u: [PARTS, MEMBERS, RANK], starting at this member.
+    """
+    j, part = tl.arange(0, WIDTH), tl.arange(0, PARTS_2)
+    inside = (part < PARTS)[:, None] & (j < rank)[None]
+    return tl.sum(tl.load(u + part[:, None] * (MEMBERS * RANK) + j[None], mask=inside, other=0.0), 0)
+
+
+@triton.jit
+def _results(
+    u, inverse, zero, member, rank0, scale0, rank1, scale1, NORM: tl.constexpr, SWIGLU: tl.constexpr,
+    MEMBERS: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, PARTS_2: tl.constexpr,
+):  # fmt: skip
+    """Load the results of `_adapter_program`: 1 / root mean square, and scaled A x of a member and of a second one.
+
+    Without NORM the first is 1. Without SWIGLU there is no second member, and the first one's A x is returned twice.
+    zero: 0, computed from something that is known only when the results are in memory; it keeps the loads after that.
+    """
+    root = tl.full((), 1.0, tl.float32)
+    sums = tl.zeros((WIDTH,), tl.float32)
+    sums1 = sums
+    if NORM:
+        root = tl.load(inverse + zero)
+    if RANK > 0:
+        sums = _adapter_sums(u + zero + member * RANK, rank0, MEMBERS, RANK, WIDTH, PARTS, PARTS_2) * scale0
+        sums1 = sums
+        if SWIGLU:
+            sums1 = _adapter_sums(u + zero + RANK, rank1, MEMBERS, RANK, WIDTH, PARTS, PARTS_2) * scale1
+    return root, sums, sums1
+
+
+@triton.jit
+def _adapter_rows(
+    B, bias, row, rows, rank, RANK: tl.constexpr, WIDTH: tl.constexpr, BIAS: tl.constexpr
+):  # fmt: skip
+    """Load rows of B, followed by zeros, [rows, WIDTH], and the biases of these rows, 0 if there are none."""
+    b, offset = tl.zeros((row.shape[0], 1), tl.float32), tl.zeros((row.shape[0],), tl.float32)
+    if BIAS:
+        offset = tl.load(bias + row, mask=row < rows, other=0.0).to(tl.float32)
+    if RANK > 0:
+        j = tl.arange(0, WIDTH)
+        inside = (row < rows)[:, None] & (j < rank)[None]
+        b = tl.load(B + row[:, None] * rank + j[None], mask=inside, other=0.0).to(tl.float32)
+    return b, offset
+
+
+@triton.jit
+def _two_weights(
+    codes0, absmax0, second0, rows0, codes1, absmax1, second1, rows1, row, half, piece, RUNS: tl.constexpr,
+    BLOCKS: tl.constexpr, NESTED: tl.constexpr, BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr,
+    TWO: tl.constexpr,
+):  # fmt: skip
+    """Load `_weights` of some rows and, if TWO, of the rows `half` further on; without TWO the first twice."""
+    w = _weights(codes0, absmax0, second0, row, rows0, piece, RUNS, BLOCKS, NESTED, BLOCKSIZE, BLOCKSIZE2)
+    w1 = w
+    if TWO:
+        w1 = _weights(
+            codes1, absmax1, second1, half + row, rows1, piece, RUNS, BLOCKS, NESTED, BLOCKSIZE, BLOCKSIZE2
+        )  # fmt: skip
+    return w, w1
+
+
+@triton.jit
+def _two_adapters(
+    B0, bias0, rows0, rank0, B1, bias1, rows1, rank1, row, half, RANK: tl.constexpr, WIDTH: tl.constexpr,
+    BIAS: tl.constexpr, TWO: tl.constexpr,
+):  # fmt: skip
+    """Load `_adapter_rows` of some rows and, if TWO, of the rows `half` further on; without TWO the first twice."""
+    b, bias = _adapter_rows(B0, bias0, row, rows0, rank0, RANK, WIDTH, BIAS)
+    b1, bias1_ = b, bias
+    if TWO:
+        b1, bias1_ = _adapter_rows(B1, bias1, half + row, rows1, rank1, RANK, WIDTH, BIAS)
+    return b, bias, b1, bias1_
+
+
+@triton.jit
+def _finished(total, sums, b, bias, RANK: tl.constexpr, BLOCKS: tl.constexpr):
+    """Return bias + W x + B (A x), fp32 [rows]. total: the runs' parts of W x, [rows, BLOCKS]; sums: A x."""
+    if RANK > 0:
+        if RANK <= BLOCKS:  # then one reduction adds up both products
+            total += b * sums[None]
+        else:
+            bias += tl.sum(b * sums[None], 1)
+    return bias + tl.sum(total, 1)
+
+
+@triton.jit
+def _add(hidden, out, weight, row, rows, y, OUTPUTS: tl.constexpr, NEXT: tl.constexpr):
+    """Write rows of hidden and, with NEXT, of the next product's x: hidden times the weight of its norm."""
+    y = y.to(hidden.dtype.element_ty)
+    tl.store(hidden + row, y, mask=row < rows)
+    if NEXT:
+        factor = tl.load(weight + row, mask=row < rows, other=0.0).to(tl.float32)
+        tl.store(out + input_place(row, OUTPUTS), (y.to(tl.float32) * factor).to(y.dtype), mask=row < rows)
+
+
+@triton.jit
+def _leave(
+    hidden, out, weight, row, row1, rows, rows1, y, y1, MODE: tl.constexpr, OUTPUTS: tl.constexpr,
+    NEXT: tl.constexpr, TWO: tl.constexpr,
+):  # fmt: skip
+    """Write the outputs of some rows and, if TWO, of row1, in the way that `linear_kernel` describes for MODE."""
+    if MODE == "swiglu":
+        y = y / (1.0 + tl.exp(-y)) * y1
+        tl.store(out + input_place(row, OUTPUTS), y.to(out.dtype.element_ty), mask=row < rows)
+    elif MODE == "stack":
+        tl.store(out + row, y, mask=row < rows)
+    else:
+        _add(hidden, out, weight, row, rows, y, OUTPUTS, NEXT)
+        if TWO:
+            _add(hidden, out, weight, row1, rows1, y1, OUTPUTS, NEXT)
 
 
 @triton.jit
@@ -82,6 +332,209 @@ def find_member(
         codes0, absmax0, second0, offset0, bias0, B0 = codes1, absmax1, second1, offset1, bias1, B1
         rows0, rank0, scale0 = rows1, rank1, scale1
     return program, first_outputs, member, codes0, absmax0, second0, offset0, bias0, B0, rows0, rank0, scale0
+
+
+@triton.jit
+def _adapter_program(
+    program, x, hidden, weight, eps, scale, u, inverse, count, count_before, A0, A1, A2, rank0, rank1, rank2,
+    K: tl.constexpr, MEMBERS: tl.constexpr, RANK: tl.constexpr, TAKE: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr, NORM: tl.constexpr, COUNT: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Write TAKE numbers of one part of u [parts, MEMBERS, RANK], whose parts add up to A x.
+
+    A part sums over CHUNK inputs, in blocks of BLOCK. With NORM, x is the RMS norm of hidden, and the first program
+    writes its 1 / root mean square, times `scale`, to `inverse`. With COUNT, the program adds 1 to `count` at the end,
+    for the programs that wait in `_arrivals`. `count_before`, the count of the product before, is set back to 0.
+    """
+    TILES: tl.constexpr = RANK // TAKE if RANK > 0 else 1
+    member, part = program // TILES % MEMBERS, program // (TILES * MEMBERS)
+    if member == 2:
+        A0, rank0 = A2, rank2
+    elif member == 1:
+        A0, rank0 = A1, rank1
+    j = program % TILES * TAKE + tl.arange(0, TAKE)
+    place = part * CHUNK + tl.arange(0, BLOCK)  # in x; the columns of A are loaded in the same order
+    rows = A0 + j[:, None] * K
+    real = (j < rank0)[:, None]
+    a = tl.load(rows + (place if NORM else _input(place, K))[None], mask=real & (place < K)[None], other=0.0)
+    factor = tl.load(weight + place, mask=place < K, other=0.0) if NORM else 1.0
+    wait_for_earlier_kernels(OVERLAP)
+    if program == 0:
+        tl.store(count_before, 0)
+    products = tl.zeros((TAKE, BLOCK), tl.float32)
+    squares = tl.zeros((BLOCK,), tl.float32)
+    for _ in range(CHUNK // BLOCK):
+        value = tl.load((hidden if NORM else x) + place, mask=place < K, other=0.0).to(tl.float32)
+        if NORM:
+            squares += value * value
+            value *= factor.to(tl.float32)
+        products += a.to(tl.float32) * value[None]
+        place += BLOCK
+        inside = place < tl.minimum(K, part * CHUNK + CHUNK)
+        a = tl.load(rows + (place if NORM else _input(place, K))[None], mask=real & inside[None], other=0.0)
+        if NORM:
+            factor = tl.load(weight + place, mask=inside, other=0.0)
+    total = tl.sum(products, 1)
+    if NORM:
+        root = tl.rsqrt(tl.sum(squares, 0) / K + eps)
+        total *= root
+        if program == 0:
+            tl.store(inverse, root * scale)
+    if RANK > 0:
+        tl.store(u + (part * MEMBERS + member) * RANK + j, total)
+    if COUNT:
+        tl.debug_barrier()  # one thread adds 1 for all, so all must have written first
+        tl.atomic_add(count, 1, sem="release")
+
+
+@triton.jit(do_not_specialize=["rank0", "rank1", "rank2"])
+def adapter_kernel(
+    x, hidden, weight, eps, scale, u, inverse, count, count_before, A0, A1, A2, rank0, rank1, rank2,
+    K: tl.constexpr, MEMBERS: tl.constexpr, RANK: tl.constexpr, TAKE: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr, NORM: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Compute u = A x of up to three adapters and, with NORM, 1 / root mean square, ahead of the product.
+
+    One-dimensional grid: each program takes TAKE rows of one A and a CHUNK of the inputs, see `_adapter_program`. Each
+    number of A is read once, for one multiplication and addition. It is a launch of its own where the programs of the
+    product are short, since these would need u before it is ready.
+    """
+    let_next_kernel_start(OVERLAP)
+    _adapter_program(
+        tl.program_id(0), x, hidden, weight, eps, scale, u, inverse, count, count_before, A0, A1, A2, rank0, rank1,
+        rank2, K, MEMBERS, RANK, TAKE, CHUNK, BLOCK, NORM, False, OVERLAP,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["rank0", "rank1", "rank2"])  # to Triton a rank of 1 would be of another type than 0
+def linear_kernel(
+    x, hidden, weight, eps, scale, u, inverse, count, count_before, out, next_weight, lut, code2, A0, A1, A2,
+    codes0, absmax0, second0, offset0, bias0, B0, rows0, rank0, scale0,
+    codes1, absmax1, second1, offset1, bias1, B1, rows1, rank1, scale1,
+    codes2, absmax2, second2, offset2, bias2, B2, rows2, rank2, scale2,
+    MODE: tl.constexpr, NORM: tl.constexpr, NEXT: tl.constexpr, MEMBERS: tl.constexpr, K: tl.constexpr,
+    OUTPUTS: tl.constexpr, RANK: tl.constexpr, ADAPTERS: tl.constexpr, TAKE: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr, PARTS: tl.constexpr, PARTS_2: tl.constexpr, BIAS: tl.constexpr, NESTED: tl.constexpr,
+    BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr, ROWS: tl.constexpr, LOOP: tl.constexpr,
+    BLOCKS: tl.constexpr, TWO: tl.constexpr, SHUFFLE: tl.constexpr, HALF: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Compute up to three 4-bit linears with their adapters on the x of one sequence, in one launch.
+
+    One-dimensional grid. A program computes LOOP times ROWS outputs (rows of W) of one member, in pieces of BLOCKS
+    runs. With TWO it computes as many more outputs from the same inputs: of the second matrix in MODE "swiglu",
+    otherwise of the second half of the same matrix. Every weight is read once, for one multiplication and addition, so
+    reading the weights is the limit. Therefore the weights of the next piece are loaded while the present ones are
+    used.
+
+    The first ADAPTERS programs compute what the other programs add after their first products: u of the adapters and,
+    with NORM, 1 / root mean square. With NORM x is hidden times the norm's weight, so only this factor is missing. If
+    an earlier launch has computed them, ADAPTERS is 0.
+
+    MODE says where the outputs go. "stack": to out, fp32 [outputs of all members]. "residual": they are added to
+    hidden, and with NEXT hidden times next_weight is written to out in the order of `input_place`. "swiglu":
+    silu(first) * second is written to out in that order.
+    """
+    let_next_kernel_start(OVERLAP)
+    program = tl.program_id(0)
+    if program < ADAPTERS:
+        _adapter_program(
+            program, x, hidden, weight, eps, scale, u, inverse, count, count_before, A0, A1, A2, rank0, rank1, rank2,
+            K, MEMBERS, RANK, TAKE, CHUNK, BLOCK, NORM, True, OVERLAP,
+        )  # fmt: skip
+        return
+    program -= ADAPTERS
+    first_outputs = 0
+    member = 0
+    SWIGLU: tl.constexpr = MODE == "swiglu"
+    RUNS: tl.constexpr = K // 64
+    PIECES: tl.constexpr = (RUNS + BLOCKS - 1) // BLOCKS
+    MORE: tl.constexpr = LOOP * PIECES > 1
+    WIDTH: tl.constexpr = RANK if RANK > BLOCKS else BLOCKS
+    if MODE == "stack":
+        program, first_outputs, member, codes0, absmax0, second0, offset0, bias0, B0, rows0, rank0, scale0 = find_member(
+            program, ROWS * LOOP,
+            codes0, absmax0, second0, offset0, bias0, B0, rows0, rank0, scale0,
+            codes1, absmax1, second1, offset1, bias1, B1, rows1, rank1, scale1,
+            codes2, absmax2, second2, offset2, bias2, B2, rows2, rank2, scale2,
+        )  # fmt: skip
+    half = 0  # the first of the second rows
+    if TWO and not SWIGLU:
+        codes1, absmax1, second1, offset1, bias1, B1 = codes0, absmax0, second0, offset0, bias0, B0
+        rows1, rank1, scale1 = rows0, rank0, scale0
+        half = tl.cdiv(rows0, 2)
+        rows0 = half
+    stride = tl.cdiv(rows0, ROWS * LOOP) * ROWS
+    row = program * ROWS + tl.arange(0, ROWS)
+    level = lane_level(lut, SHUFFLE)
+    shift = tl.load(offset0) if NESTED else 0.0
+    shift1 = tl.load(offset1) if NESTED and TWO else 0.0
+    w, w1 = _two_weights(
+        codes0, absmax0, second0, rows0, codes1, absmax1, second1, rows1, row, half, 0, RUNS, BLOCKS, NESTED,
+        BLOCKSIZE, BLOCKSIZE2, TWO,
+    )  # fmt: skip
+    b, bias, b1, bias1_ = _two_adapters(
+        B0, bias0, rows0, rank0, B1, bias1, rows1, rank1, row, half, RANK, WIDTH, BIAS, TWO
+    )  # fmt: skip
+    wait_for_earlier_kernels(OVERLAP)
+    pairs = x.to(tl.pointer_type(tl.int32))
+    inputs = _inputs(pairs, 0, RUNS, BLOCKS)  # if there is only one piece, they stay in registers
+    HERE: tl.constexpr = ADAPTERS == 0  # the results of `_adapter_program` are in memory already
+    root, sums, sums1 = _results(
+        u, inverse, 0, member, rank0, scale0, rank1, scale1, NORM and HERE, SWIGLU, MEMBERS, RANK if HERE else 0,
+        WIDTH, PARTS, PARTS_2,
+    )  # fmt: skip
+    if HERE:
+        tl.store(count_before, 0, mask=program == 0)
+    for i in range(LOOP):
+        next_row = row + stride
+        next_b, next_bias, next_b1, next_bias1 = b, bias, b1, bias1_
+        if LOOP > 1:  # loads past the last row are masked
+            next_b, next_bias, next_b1, next_bias1 = _two_adapters(
+                B0, bias0, rows0, rank0, B1, bias1, rows1, rank1, next_row, half, RANK, WIDTH, BIAS, TWO
+            )  # fmt: skip
+        if MODE == "residual":
+            bias += tl.load(hidden + row, mask=row < rows0, other=0.0).to(tl.float32)
+            if TWO:
+                bias1_ += tl.load(hidden + half + row, mask=half + row < rows1, other=0.0).to(tl.float32)
+        total = tl.zeros((ROWS, BLOCKS), tl.float32)
+        total1 = total
+        for piece in range(PIECES):
+            next_w, next_w1, zero = w, w1, 0
+            if MORE:
+                then, after = row, piece + 1
+                if after == PIECES:
+                    then, after = next_row, 0
+                next_w, next_w1 = _two_weights(
+                    codes0, absmax0, second0, rows0, codes1, absmax1, second1, rows1, then, half, after, RUNS,
+                    BLOCKS, NESTED, BLOCKSIZE, BLOCKSIZE2, TWO,
+                )  # fmt: skip
+                zero = _issued(SHUFFLE)
+                level = (level.to(tl.int32, bitcast=True) | zero).to(tl.float32, bitcast=True)
+            if PIECES > 1:
+                inputs = _inputs(pairs + zero * 4, piece, RUNS, BLOCKS)
+            constant, constant1 = w[2], w1[2]
+            if NESTED:
+                constant = tl.load(code2 + (constant.to(tl.int32) | zero)) * w[3] + shift
+                if TWO:
+                    constant1 = tl.load(code2 + (constant1.to(tl.int32) | zero)) * w1[3] + shift1
+            total += _products(w[0], w[1], constant, inputs, lut, level, BLOCKS, HALF, SHUFFLE)
+            if TWO:
+                total1 += _products(w1[0], w1[1], constant1, inputs, lut, level, BLOCKS, HALF, SHUFFLE)
+            w, w1 = next_w, next_w1
+        if i == (-1 if HERE else 0):
+            root, sums, sums1 = _results(
+                u, inverse, _arrivals(count, ADAPTERS, SHUFFLE), member, rank0, scale0, rank1, scale1, NORM, SWIGLU,
+                MEMBERS, RANK, WIDTH, PARTS, PARTS_2,
+            )  # fmt: skip
+        y = _finished(total * root, sums, b, bias, RANK, BLOCKS)
+        y1 = y
+        if TWO:
+            y1 = _finished(total1 * root, sums1, b1, bias1_, RANK, BLOCKS)
+        _leave(
+            hidden, out + first_outputs, next_weight, row, half + row, rows0, rows1, y, y1, MODE, OUTPUTS, NEXT, TWO
+        )  # fmt: skip
+        row = next_row
+        b, bias, b1, bias1_ = next_b, next_bias, next_b1, next_bias1
 
 
 @triton.jit

@@ -25,7 +25,6 @@ from transformers.cache_utils import StaticLayer
 
 from fast_path import decode_batch_kernels, families
 from fast_path import decode_kernels as kernels
-from fast_path import decode_product_kernels as product_kernels
 from fast_path.layers import ACTIVATIONS, norm_of
 from fast_path.loss import AS_THEY_ARE, logit_form
 from fast_path.nf4 import HAS_TRITON, INTERPRETED, SHUFFLE, runs_on, tl, triton
@@ -48,11 +47,13 @@ class Tile(NamedTuple):
 class Layout:
     """How the work of the kernels is divided among the programs and warps of a GPU."""
 
-    warps: int = 8  # of a program of a product
-    shares: int = 8  # most of these that share the inputs of the same outputs
-    two: bool = False  # whether a warp multiplies two pieces with the same inputs, other than of gate and up
-    ahead: bool = True
-    programs_each: int = 2  # of these on a multiprocessor, each with 128 registers per thread and 33 KiB for its table
+    # Outputs that a program of a product computes side by side in the same threads; with SwiGLU this many of gate and
+    # this many of up. More are slower (docs/measurements.md).
+    rows: int = 1
+    runs: int = 64  # runs of 64 weights that a program processes of a row at a time; one per thread, so 2 warps
+    # Warps per multiprocessor, among which the outputs are divided. With 128 registers per thread it has room for 16.
+    warps: int = 16
+    light_warps: int = 24  # the same if each program has a single output; a thread then uses 80 registers
     positions: int = 32  # positions in a tile of the cache
     # On sm_90 and later a kernel may start, and load its weights, before the previous kernel has ended.
     overlap: bool = True
@@ -64,8 +65,6 @@ class Layout:
 
 LAYOUT = Layout()
 RUN = 64  # weights of a row that a thread processes at a time; they share one quantisation constant
-ROWS, PIECE = 8, 512  # outputs and inputs of a piece of a product, see decode_product_kernels.py
-SHORT = 2  # pieces of a warp up to which a product's programs are short
 CHUNK = 2048  # inputs per program of u = A x in down_proj
 ADAPTERS = 48  # warps per launch that compute u = A x; more only where each program would have over TAKE rows of A
 TAKE = 8
@@ -219,31 +218,8 @@ class Linears:
         )  # fmt: skip
 
 
-@functools.cache
-def _scale_of(levels: tuple[float, ...], dtype: torch.dtype) -> float:
-    """Return the number from 1 to 2 such that the levels times it are closest to numbers of half precision.
-
-    The levels are rounded, since a tensor core reads half precision. NF4 in bfloat16: a mean error of 0.06 % with 1.437,
-    0.11 % with 1; a dequantised matrix, which is rounded after the multiplication with its constants, has 0.16 %.
-    """
-    scales = torch.linspace(1, 2, 4097, dtype=torch.float64)[:-1]
-    exact = scales[:, None] * torch.tensor(levels, dtype=torch.float64)
-    return scales[((exact.to(dtype) - exact) / scales[:, None]).square().sum(1).argmin()].item()
-
-
-def _levels(lut: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return the levels times their `_scale_of`, and 1 divided by it: fp32 [17]."""
-    scale = _scale_of(tuple(lut.tolist()), dtype)
-    return torch.cat([lut * scale, lut.new_tensor([1 / scale])])
-
-
 class SingleLinears(Linears):
     """Linears for one sequence: products of a matrix and a vector."""
-
-    def __init__(self, *arguments: Any, **keywords: Any):
-        super().__init__(*arguments, **keywords)
-        self.x = self.x.new_zeros(triton.cdiv(self.columns, 128) * 128)  # see `input_place`
-        self.arguments[0] = _levels(self.arguments[0], self.x.dtype)
 
     def adapters(self, warps: int, most: float) -> dict[str, int]:
         """Return the layout of the programs that compute u = A x, and 1 / root mean square if x still needs the norm.
@@ -263,34 +239,23 @@ class SingleLinears(Linears):
         If the programs of a product are short, all of them would need u before it is ready. Then u is computed in a
         launch of its own, ahead of the product.
         """
-        warps, pieces = LAYOUT.warps, triton.cdiv(self.columns, PIECE)
-        shares = min(LAYOUT.shares, triton.next_power_of_2(pieces + 1) // 2)  # at least a piece for each
-        two = LAYOUT.two or self.mode == "swiglu"
-        each = ROWS * warps // shares * (2 if two and self.mode != "swiglu" else 1)
+        swiglu, runs = self.mode == "swiglu", self.columns // RUN
+        blocks = min(LAYOUT.runs, max(32, triton.next_power_of_2(runs)))
+        warps = max(1, blocks // 32)
+        two = swiglu or (self.mode == "residual" and runs > blocks)  # with several pieces two outputs share loads of x
         rows = self.rows if self.mode == "stack" else self.rows[:1]
-        resident = self.multiprocessors * LAYOUT.programs_each
-
-        def loop_of(programs: int) -> int:
-            return triton.cdiv(sum(triton.cdiv(n, each) for n in rows), max(1, programs))
-
-        work = loop_of(resident) * triton.cdiv(pieces, shares) * (2 if two else 1)
-        some, adapters = not self.alone and bool(self.norm or self.rank), self.adapters(warps, ADAPTERS)
-        ahead = some and work <= SHORT
-        apart = adapters["ADAPTERS"] if some and not ahead else 0
-        loop = loop_of(resident - apart)
-        registers = {} if INTERPRETED else {"maxnreg": 65536 // (32 * warps * LAYOUT.programs_each) // 8 * 8}
-        options = dict(
-            LOOP=loop,
-            WARPS=warps,
-            SHARES=shares,
-            TWO=two,
-            AHEAD=LAYOUT.ahead,
-            num_warps=warps,
-            num_stages=1,
-            **registers,
-        )
+        each = LAYOUT.rows if swiglu or not two else 2 * LAYOUT.rows
+        shares, adapters = sum(triton.cdiv(n, each) for n in rows), self.adapters(warps, ADAPTERS)
+        light = not two and shares <= self.multiprocessors * LAYOUT.light_warps // warps
+        resident = LAYOUT.light_warps if light else LAYOUT.warps
+        some = not self.alone and bool(self.norm or self.rank)
+        apart = adapters["ADAPTERS"] if some and not light else 0
+        loop = 1 if light else triton.cdiv(shares, max(1, self.multiprocessors * resident // warps - apart))
+        # Without a limit ptxas uses 167 registers per thread for gate and up, which leaves room for only 12 warps.
+        registers = {} if INTERPRETED else {"maxnreg": 65536 // (32 * resident) // 8 * 8}
+        options = dict(LOOP=loop, ROWS=LAYOUT.rows, BLOCKS=blocks, TWO=two, num_warps=warps, num_stages=1, **registers)
         programs = apart + sum(triton.cdiv(n, each * loop) for n in rows)
-        return programs, ahead, adapters | options | {"ADAPTERS": apart}
+        return programs, some and light, adapters | options | {"ADAPTERS": apart}
 
     def __call__(
         self, hidden: torch.Tensor, out: torch.Tensor, before: "SingleLinears", follow: "SingleLinears | None" = None
@@ -306,11 +271,11 @@ class SingleLinears(Linears):
         reads += self.u, self.inverse, self.count, before.count
         if ahead:
             adapters, ranks = self.adapters(4, math.inf), (self.ranks + [0, 0])[:3]
-            product_kernels.adapter_kernel[(adapters.pop("ADAPTERS"),)](
+            kernels.adapter_kernel[(adapters.pop("ADAPTERS"),)](
                 *reads, *A[:3], *ranks, **adapters, NORM=norm is not None, num_warps=4, **_options(),
                 **{name: self.constants[name] for name in ("K", "MEMBERS", "RANK")},
             )  # fmt: skip
-        product_kernels.linear_kernel[(programs,)](
+        kernels.linear_kernel[(programs,)](
             *reads, out, follow.norm.factor if follow else self.x, *self.arguments[:2], *A[:3], *self.arguments[2:],
             **self.constants, **options, MODE=self.mode, NORM=norm is not None, NEXT=follow is not None,
             OUTPUTS=self.rows[0], PARTS_2=triton.next_power_of_2(self.parts),

@@ -5,8 +5,7 @@
 MODEL is a folder or the name of a shape (tests/benchmarks/shapes.py), which --layers makes smaller. A kernel's graph launches it once for each layer,
 so that the weights of every launch come from memory: us is the time of one launch, and MB what it must read (4-bit
 weights, their constants and the adapter). Shares are of 4.8 TB/s. The last line is the whole step, and what it would be for all layers. Processes with the same --turn
-FILE load together and are timed one after the other. --layouts: times the products, one line for each layout of
-decode_step.py, such as warps=8,shares=4.
+FILE load together and are timed one after the other.
 """
 
 import argparse
@@ -103,8 +102,9 @@ def smaller(name: str, layers: int | None) -> Iterator[Path]:
             yield folder
 
 
-def new_step(model, batch: int):
-    """Return a decode step with a cache of random numbers."""
+def time_batch(model, batch: int, position: int, layers: int, name: str) -> None:
+    """Print the lines of one batch size. layers: of the whole model."""
+    import torch
     from transformers import StaticCache
 
     from fast_path.decode_step import DecodeStep
@@ -116,14 +116,7 @@ def new_step(model, batch: int):
     for layer in cache.layers:
         layer.keys.normal_()
         layer.values.normal_()
-    return DecodeStep(model, cache)
-
-
-def time_batch(model, batch: int, position: int, layers: int, name: str) -> None:
-    """Print the lines of one batch size. layers: of the whole model."""
-    import torch
-
-    step = new_step(model, batch)
+    step = DecodeStep(model, cache)
     ids = torch.randint(5, 1000, (batch, 1), device="cuda")
     at = torch.tensor([position], device="cuda")
     for kind, (call, size, launches) in parts_of(step, ids, at).items():
@@ -135,48 +128,9 @@ def time_batch(model, batch: int, position: int, layers: int, name: str) -> None
     linears = [each for layer in step.layers for each in (layer.qkv, layer.out, layer.gate_up, layer.down)]
     total = sum(map(bytes_of, linears)) / len(step.layers) * layers + step.head.weight.nbytes
     print(
-        f"{name} step of {len(step.layers)} layers {whole:.1f} us; of {layers} {full:.1f} us : {batch * 1e6 / full:.1f} tokens/s, "
+        f"{name} step of {len(step.layers)} layers {whole:.1f} us; of {layers} {full:.1f} us: {batch * 1e6 / full:.1f} tokens/s, "
         f"{total / 1e6:.0f} MB at {total / full / 1e3:.0f} GB/s {100 * total / full * 1e6 / PEAK:.1f} %", flush=True,
     )  # fmt: skip
-
-
-def time_layouts(model, layouts: list[str], position: int, name: str, alone: Callable[[], None]) -> None:
-    """Print a line for each layout: us of each product and of a layer."""
-    import torch
-
-    from fast_path import decode_step
-
-    usual, made = vars(decode_step.LAYOUT).copy(), []
-    ids, at = torch.randint(5, 1000, (1, 1), device="cuda"), torch.tensor([position], device="cuda")
-
-    def use(layout: str) -> None:
-        vars(decode_step.LAYOUT).update(usual)
-        for setting in filter(None, layout.split(",")):
-            key, value = setting.split("=")
-            setattr(decode_step.LAYOUT, key, int(value))
-
-    for layout in layouts:
-        try:
-            use(layout)
-            step = new_step(model, 1)
-            step(ids, at)
-            made.append((layout, step))
-        except Exception as error:
-            print(f"{name} {layout}: {str(error)[:150]}", flush=True)
-    alone()
-    for layout, step in made:
-        use(layout)
-        parts = parts_of(step, ids, at)
-        each = {kind: timed(parts[kind][0]) / parts[kind][2] for kind in ("qkv", "o", "gate_up", "down")}
-        layer = (timed(lambda step=step: step(ids, at)) - timed(lambda step=step: step.head(step.last))) / len(
-            step.layers
-        )
-        print(
-            f"{name} {layout or 'usual'} : "
-            + " ".join(f"{kind} {us:.2f}" for kind, us in each.items())
-            + f" layer {layer:.2f} us ",
-            flush=True,
-        )
 
 
 def main() -> int:
@@ -188,7 +142,6 @@ def main() -> int:
     parser.add_argument("--layers", type=int)
     parser.add_argument("--position", type=int, default=192, help="positions in the cache")
     parser.add_argument("--turn", default="/dev/null")
-    parser.add_argument("--layouts", nargs="*", default=[])
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     with turn({"turn": args.turn}) as alone:
@@ -207,16 +160,8 @@ def main() -> int:
         layers = layers or len(decoder.layers)
         decoder.layers = decoder.layers[: args.layers]
         model.config.num_hidden_layers = len(decoder.layers)
+        alone()
         with torch.no_grad():
-            if args.layouts:
-                name = f"{Path(args.model).name} @{args.sms or 'all'}"
-                time_layouts(model, ["", *args.layouts], args.position, name, alone)
-                return 0
-            for batch in args.batch:  # compiles beside other processes
-                new_step(model, batch)(
-                    torch.full((batch, 1), 5, device="cuda"), torch.tensor([args.position], device="cuda")
-                )
-            alone()
             for batch in args.batch:
                 name = f"{Path(args.model).name} batch {batch} @{args.sms or 'all'}"
                 time_batch(model, batch, args.position, layers, name)
