@@ -25,10 +25,10 @@ def run_script(script: str, arguments: list[str]) -> int:
     from config import ConfigError
     from toolkit.startup import report
 
-    if script == "kill_one":
-        from tests.faults.launches import kill_one_of_two
+    if script in ("forked", "kill_one_of_two"):
+        from tests.faults import launches
 
-        return kill_one_of_two(*arguments)
+        return getattr(launches, script)(*arguments)
     module = sys.modules[script]
     if script == "quantization_utils":
         return module.main()

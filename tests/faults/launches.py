@@ -126,36 +126,53 @@ def child(fault: str, rank: str, constants: str, *flags: str) -> None:
     startup.run_and_exit(lambda: train_qlora.main(given))
 
 
-def kill_one_of_two(rank: str, after: str, output_dir: str, *flags: str) -> int:
-    """Fork two processes of a run as torchrun starts them, and kill one some seconds after its next logged step.
-
-    Prints a line of JSON: the exit codes by rank and the seconds until both had ended. To be called by tests/forked.py.
-    """
+def fork_two(fault: str, rank: str, output_dir: str, *flags: str) -> list[int]:
+    """Fork two processes of a run as torchrun starts them, let `fault` happen to one, and return their process ids by rank."""
     import train_qlora
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    children, before = [], steps_logged(Path(output_dir))
+    children = []
     for number in ("0", "1"):
         if not (child := os.fork()):
             os.environ.update(RANK=number, LOCAL_RANK=number, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", OMP_NUM_THREADS="1")
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-            code = 1
+            code, given = 1, [*flags, "--output_dir", output_dir]
             try:
-                code = train_qlora.main([*flags, "--output_dir", output_dir])
+                if number == rank:
+                    become_faulty(fault, given)
+                code = train_qlora.main(given)
             finally:
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(code)
         children.append(child)
+    return children
+
+
+def codes_of(children: list[int]) -> list[int]:
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def forked(*words: str) -> int:
+    """Return 0 if two forked processes did; see fork_two. To be called by tests/forked.py, in a process that has the imports."""
+    return max(map(abs, codes_of(fork_two(*words))))
+
+
+def kill_one_of_two(rank: str, after: str, output_dir: str, *flags: str) -> int:
+    """Kill one of two forked processes some seconds after their next logged step.
+
+    Prints a line of JSON: the exit codes by rank and the seconds until both had ended. To be called by tests/forked.py.
+    """
+    before = steps_logged(Path(output_dir))
+    children = fork_two("none", rank, output_dir, *flags)
     while steps_logged(Path(output_dir)) <= before and os.waitpid(children[0], os.WNOHANG) == (0, 0):
         time.sleep(0.01)
     time.sleep(float(after))
     os.kill(children[int(rank)], signal.SIGKILL)
     killed = time.monotonic()
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    print(json.dumps([codes, time.monotonic() - killed]))
+    print(json.dumps([codes_of(children), time.monotonic() - killed]))
     return 0
 
 

@@ -231,14 +231,14 @@ def test_what_one_of_two_meets_ends_both(fault, corpus, tmp_path):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="two processes that are forked, since imports take long")
 def test_a_random_process_is_killed_at_a_random_time(corpus, tmp_path, train, forker):
     """Twice; the other one ends within a minute and leaves the last step, from which the next launch goes on."""
-    flags = [*SHORT, "--dataset", corpus, "--max_steps", 30, "--save_steps", 15, "--eval_steps", 30]
+    flags = [*SHORT, "--dataset", corpus, "--max_steps", 20, "--save_steps", 9, "--eval_steps", 20]
     argv = ["--config", ROOT / "tiny" / "config.yaml", *flags]
     output, seed, reached = tmp_path / "output", time.time_ns(), 0
     chance = random.Random(seed)
     for _ in range(2):
-        rank, after = chance.randrange(2), chance.uniform(0, 0.3)
+        rank, after = chance.randrange(2), chance.uniform(0, 0.1)
         ended = forker.run(
-            "kill_one", list(map(str, [rank, after, output, *argv])), tmp_path, dict(os.environ), None, 120
+            "kill_one_of_two", list(map(str, [rank, after, output, *argv])), tmp_path, dict(os.environ), None, 120
         )
         codes, seconds = json.loads(ended.stdout.splitlines()[-1])
         said = f"seed {seed}: {ended.stdout}{ended.stderr}"
@@ -247,7 +247,7 @@ def test_a_random_process_is_killed_at_a_random_time(corpus, tmp_path, train, fo
             rf"^error: rank {rank} \(.*\) has ended; checkpoint-\d+ is intact", ended.stdout + ended.stderr, re.M
         )
         found = step_of(checkpoints(output)[0])
-        shown = max(int(step) for step in re.findall(r"^step (\d+)/30", ended.stdout, re.M))
+        shown = max(int(step) for step in re.findall(r"^step (\d+)/20", ended.stdout, re.M))
         assert found >= shown > reached, said
         reached = found
     assert train(*flags, output_dir=output)[0] == 0
@@ -304,10 +304,12 @@ def test_a_process_that_hangs_ends_all_within_a_minute(fault, rank, corpus, tmp_
 
 
 @pytest.mark.faults
-def test_out_of_memory_on_one_reshapes_both(corpus, tmp_path, train):
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="two processes that are forked, since imports take long")
+def test_out_of_memory_on_one_reshapes_both(corpus, tmp_path, train, forker):
     """In training and in an evaluation; losses and adapter are those of one process, with dropout."""
     flags = [*SHORT, "--dataset", corpus, "--max_steps", 3, "--lora.dropout", 0.05]
-    done = launch("reshape", flags, tmp_path / "two")
+    argv = ["reshape", 1, tmp_path / "two", "--config", ROOT / "tiny" / "config.yaml", *flags]
+    done = forker.run("forked", list(map(str, argv)), tmp_path, dict(os.environ), None, 120)
     text = done.stdout + done.stderr
     assert done.returncode == 0, text
     assert (
