@@ -23,7 +23,7 @@ EXACT = False
 UNPACK_ROWS = {False: 32, True: 128}  # per program; transposed, so that a line of memory is written whole
 UNPACK_WARPS = {False: 2, True: 4}
 # Tiles of `product_kernel`: rows, outputs, products that are summed at once, warps, stages, descriptors.
-HOPPER = (128, 128, 128, 4, 3, True)
+HOPPER = (128, 128, 128, 4, 3, False)
 OTHERS = (128, 128, 64, 8, 3, False)
 ALIGNED = 16  # bytes: rows of both operands must be multiples of it
 
@@ -148,7 +148,7 @@ def product(
 def product_tile(capability: tuple[int, int]) -> dict[str, int]:
     """Return the tile of `product_kernel`. Only Hopper's was timed; the other fits 99 KiB of shared memory."""
     names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages", "DESCRIBED")
-    return dict(zip(names, HOPPER if capability[0] == 9 else OTHERS, strict=True)) | {"GROUP": 16}
+    return dict(zip(names, HOPPER if capability[0] == 9 else OTHERS, strict=True)) | {"GROUP": 8}
 
 
 def _product_kernel(a, a_scales, b, b_scales, dtype, u, B, bias, exact: bool, tile: dict | None = None):

@@ -397,9 +397,6 @@ def test_kernels_compile_within_the_shared_memory_of_each_card(capability):
         tile = fp8.product_tile((capability // 10, capability % 10)).copy()
         warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
         how = {"SCALED": True, "BIAS": True, "EXACT": exact, "BLOCK_R": 64, **tile}
-        if tile["DESCRIBED"]:
-            block = f"[{tile['BLOCK_M']}, {tile['BLOCK_K']}]"  # of both: BLOCK_N is BLOCK_M
-            operands |= dict.fromkeys("ab", f"tensordesc<fp8e4nv{block}>")
         product = compile_for(capability, fp8_kernels.product_kernel, operands, how, warps, num_stages=stages)
         assert (
             "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3" if capability == 90 else ".e4m3.e4m3"
