@@ -172,7 +172,11 @@ def process_lines(shape: ModelShape, config: Config, plan: MemoryPlan, rates: Ra
     moved, seconds = gather_seconds(shape, config) * PCIE, gather_seconds(shape, config)
     line = f"divided base: each card receives {moved / 1e9:.1f} GB per micro-batch, {duration(seconds)} at {PCIE / 1e9:.0f} GB/s"
     line = f"{line} (PCIe 4.0 x16), while it computes for {duration(computing)}; NVLink is faster"
-    return [*lines, line, "  the memory of a divided base is computed: nobody measured it yet"]
+    return [
+        *lines,
+        line,
+        "  the memory of a divided base is computed; docs/more_gpus.md has what two H200 reserved beside it",
+    ]
 
 
 def card_lines(card: Card) -> list[str]:

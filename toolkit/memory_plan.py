@@ -53,7 +53,8 @@ SLACK_BYTES, SLACK_SHARE = int(0.26 * GIB), 0.045  # constant, and as a share of
 GRAPH_SLACK_BYTES = int(0.18 * GIB)
 
 UNPAGED = 100_000  # weights of a tensor below which bitsandbytes does not page its states (Optimizer.get_state_buffer)
-# What NCCL keeps of a card for its buffers, outside of torch's allocator: a guess, as nobody measured it here.
+# What NCCL keeps of a card for its buffers, outside of torch's allocator: a guess for cards without NVLink. Two H200, whose
+# NVLink takes more channels, had 2.05 to 2.65 GiB outside the allocator (docs/more_gpus.md), context and paged states included.
 NCCL_BYTES = int(0.5 * GIB)
 # Layers of a divided base that a card holds whole at the same time: the one that runs, and in buffers of the gathering this
 # one and the next. From FSDP2's code, not measured (tests/benchmarks/bench_sharding.py does).

@@ -109,7 +109,11 @@ def _without_what_has_been(store: dist.Store, rank: int, count: int) -> dist.Sto
         store.set("start", mine)
         part = dist.PrefixStore(mine, store)
         for other in range(1, count):
-            part.set(f"greeted/{part.get(f'here/{other}').decode()}", "1")
+            try:
+                name = part.get(f"here/{other}").decode()
+            except RuntimeError:  # of torch, which says a key and no rank
+                raise RuntimeError(f"rank {other} has not come within {JOIN} s") from None
+            part.set(f"greeted/{name}", "1")
         return part
     while time.monotonic() < end:
         part = dist.PrefixStore(store.get("start").decode(), store)
