@@ -50,97 +50,95 @@ OPTIMIZERS = {
 # ------------------------------------------------------------------------------------------------ making one
 
 
-VIEWS = {
-    "state1",
-    "state2",
-    "absmax1",
-    "absmax2",
-}  # bitsandbytes' names of what a tensor's state holds per weight or block
+# Bitsandbytes' names of what a tensor's state holds per weight or per block.
+VIEWS = {"state1", "state2", "absmax1", "absmax2"}
+
+
+class OneUpdate(bnb.optim.optimizer.Optimizer2State):
+    """Makes an optimizer of bitsandbytes launch one update for all tensors of an AdapterMemory.
+
+    Its own class launches one per tensor, and waits for the GPU after each. The state of a tensor is a view of the state
+    of the whole; in a state_dict it is a tensor of its own, as bitsandbytes has it.
+    """
+
+    initialized: bool
+    state: Any
+    memory: AdapterMemory | None = None
+    wholes: dict[nn.Parameter, list[nn.Parameter]] | None = None  # a part of the memory: its tensors
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None) -> None:
+        if not self.initialized:
+            self.check_overrides()
+            self.initialized = True
+        merged = self.memory.places if self.memory is not None else {}
+        for whole in self._wholes():
+            self._update(self.param_groups[0], whole, 0, 0)
+        for number, group in enumerate(self.param_groups):
+            for i, parameter in enumerate(group["params"]):
+                if parameter not in merged:
+                    if len(self.state[parameter]) == 0:
+                        self.init_state(group, parameter, number, i)
+                    self._update(group, parameter, number, i)
+        if self.is_paged and torch.cuda.is_available():
+            torch.cuda.synchronize()  # the CPU must not touch paged states (managed memory) earlier
+
+    def _update(self, group: dict, parameter: nn.Parameter, number: int, i: int) -> None:
+        self.prefetch_state(parameter)
+        self.update_step(group, parameter, number, i)
+
+    def _wholes(self) -> dict[nn.Parameter, list[nn.Parameter]]:
+        if self.memory is not None and not self.memory.is_in_place():
+            raise RuntimeError("the adapter's tensors or gradients were replaced: change them in place, by copy_")
+        if self.wholes is None:
+            parts = self.memory.parts if self.memory is not None else []
+            self.wholes = {self._joined(tensors, place): tensors for tensors, place in parts}
+        return self.wholes
+
+    def _joined(self, tensors: list[nn.Parameter], place: slice) -> nn.Parameter:
+        """Return a part of the memory as a parameter, with a state that holds those of its tensors, if they have any."""
+        whole = nn.Parameter(self.memory.weights[place])
+        whole.grad = self.memory.gradients[place]
+        if tensors[0].numel() < SMALL:  # bitsandbytes decides by the size, here that of the whole
+            buffers = {name: self.get_state_buffer(whole, dtype=torch.float32) for name in ("state1", "state2")}
+            self.state[whole] = {"step": 0} | buffers
+        else:
+            self.init_state(self.param_groups[0], whole, 0, 0)
+        state = self.state[whole]
+        for parameter in tensors:
+            start, size = self.memory.places[parameter] - place.start, parameter.numel()
+            own = dict(state)
+            for name in VIEWS & state.keys():
+                per = BLOCK if name.startswith("absmax") else 1
+                shape = parameter.shape if per == 1 else (-1,)
+                own[name] = state[name].view(-1)[start // per : (start + size + per - 1) // per].view(shape)
+                if loaded := self.state[parameter]:
+                    own[name].copy_(loaded[name])
+                    state["step"] = own["step"] = loaded["step"]
+            self.state[parameter] = own
+        return whole
+
+    def state_dict(self) -> dict:
+        kept = self.state
+        for whole, tensors in (self.wholes or {}).items():
+            for parameter in tensors:
+                kept[parameter]["step"] = kept[whole]["step"]
+        tensors = [parameter for group in self.param_groups for parameter in group["params"] if parameter in kept]
+        self.state = {p: {k: v.clone() if k in VIEWS else v for k, v in kept[p].items()} for p in tensors}
+        try:
+            return super().state_dict()
+        finally:
+            self.state = kept
+
+    def load_state_dict(self, state_dict: dict, move_to_device: bool = True) -> None:
+        super().load_state_dict(state_dict, move_to_device)
+        self.wholes = None  # their states are made of the loaded ones at the next step
 
 
 @functools.cache
 def quick(kind: type) -> type:
-    """Return a subclass of a bitsandbytes optimizer that launches one update for all tensors of an AdapterMemory.
-
-    The class itself launches one per tensor, and waits for the GPU after each. The state of a tensor is a view of the
-    state of the whole; in a state_dict it is a tensor of its own, as the class itself has it.
-    """
-
-    class Optimizer(kind):  # type: ignore[valid-type, misc]
-        initialized: bool
-        state: Any
-        memory: AdapterMemory | None = None
-        wholes: dict[nn.Parameter, list[nn.Parameter]] | None = None  # a part of the memory: its tensors
-
-        @torch.no_grad()
-        def step(self, closure: Callable | None = None) -> None:
-            if not self.initialized:
-                self.check_overrides()
-                self.initialized = True
-            merged = self.memory.places if self.memory is not None else {}
-            for whole, tensors in self._wholes().items():
-                self._update(self.param_groups[0], whole, 0, 0)
-                for parameter in tensors:
-                    self.state[parameter]["step"] = self.state[whole]["step"]
-            for number, group in enumerate(self.param_groups):
-                for i, parameter in enumerate(group["params"]):
-                    if parameter not in merged:
-                        if len(self.state[parameter]) == 0:
-                            self.init_state(group, parameter, number, i)
-                        self._update(group, parameter, number, i)
-            if self.is_paged and torch.cuda.is_available():
-                torch.cuda.synchronize()  # the CPU must not touch paged states (managed memory) earlier
-
-        def _update(self, group: dict, parameter: nn.Parameter, number: int, i: int) -> None:
-            self.prefetch_state(parameter)
-            self.update_step(group, parameter, number, i)
-
-        def _wholes(self) -> dict[nn.Parameter, list[nn.Parameter]]:
-            if self.memory is not None and not self.memory.is_in_place():
-                raise RuntimeError("the adapter's tensors or gradients were replaced: change them in place, by copy_")
-            if self.wholes is None:
-                parts = self.memory.parts if self.memory is not None else []
-                self.wholes = {self._joined(tensors, place): tensors for tensors, place in parts}
-            return self.wholes
-
-        def _joined(self, tensors: list[nn.Parameter], place: slice) -> nn.Parameter:
-            """Return a part of the memory as a parameter, with a state that holds those of its tensors, if they have any."""
-            whole = nn.Parameter(self.memory.weights[place])
-            whole.grad = self.memory.gradients[place]
-            if tensors[0].numel() < SMALL:  # bitsandbytes decides by the size, here that of the whole
-                buffers = {name: self.get_state_buffer(whole, dtype=torch.float32) for name in ("state1", "state2")}
-                self.state[whole] = {"step": 0} | buffers
-            else:
-                self.init_state(self.param_groups[0], whole, 0, 0)
-            state = self.state[whole]
-            for parameter in tensors:
-                start, size = self.memory.places[parameter] - place.start, parameter.numel()
-                own = dict(state)
-                for name in VIEWS & state.keys():
-                    per = BLOCK if name.startswith("absmax") else 1
-                    shape = parameter.shape if per == 1 else (-1,)
-                    own[name] = state[name].view(-1)[start // per : (start + size + per - 1) // per].view(shape)
-                    if loaded := self.state[parameter]:
-                        own[name].copy_(loaded[name])
-                        state["step"] = own["step"] = loaded["step"]
-                self.state[parameter] = own
-            return whole
-
-        def state_dict(self) -> dict:
-            kept = self.state
-            tensors = [parameter for group in self.param_groups for parameter in group["params"] if parameter in kept]
-            self.state = {p: {k: v.clone() if k in VIEWS else v for k, v in kept[p].items()} for p in tensors}
-            try:
-                return super().state_dict()
-            finally:
-                self.state = kept
-
-        def load_state_dict(self, state_dict: dict, move_to_device: bool = True) -> None:
-            super().load_state_dict(state_dict, move_to_device)
-            self.wholes = None  # their states are made of the loaded ones at the next step
-
-    Optimizer.__name__ = kind.__name__
-    return Optimizer
+    """Return a subclass of a bitsandbytes optimizer with `OneUpdate`."""
+    return type(kind.__name__, (OneUpdate, kind), {})
 
 
 def create_optimizer(

@@ -259,7 +259,7 @@ def test_the_planned_column_of_the_measurements_is_the_plan(qwen_3b):
     assert len(rows) == 6
     for batch, layers, planned, measured in rows:
         plan = plan_memory(shape, config, int(batch), int(layers))
-        assert f"{plan.reserved / GIB:.2f}" == planned and 0.97 < float(planned) / float(measured) < 1.08
+        assert f"{plan.reserved / GIB:.2f}" == planned and 0.98 <= float(planned) / float(measured) <= 1.08
     (held,) = re.findall(r"an 8 GiB limit plans ([\d.]+) GiB", table)
     assert f"{plan_memory(shape, config, 4, 0, limit=8 * GIB).reserved / GIB:.2f}" == held
 

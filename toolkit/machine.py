@@ -52,11 +52,8 @@ def create_accelerator(training: TrainingConfig, shard_base: bool = False) -> Ac
     if tracker is not None and tracker not in known:
         raise ConfigError(f"training.report_to: expected none or one of {', '.join(known)}, got {tracker!r}")
     launched = int(os.environ.get("WORLD_SIZE", "1"))
-    for plugin in (
-        "fsdp",
-        "deepspeed",
-        "megatron_lm",
-    ):  # of accelerate launch; what they divide is not what is saved here
+    # Plugins of accelerate launch; what they divide is not what is saved here.
+    for plugin in ("fsdp", "deepspeed", "megatron_lm"):
         if os.environ.get(f"ACCELERATE_USE_{plugin.upper()}", "false").lower() in ("true", "1"):
             way = "to divide the base among processes, use --shard_base true"
             raise ConfigError(f"accelerate launch --use_{plugin}: expected a launch without it; {way}")

@@ -442,11 +442,6 @@ def sum_in_place(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def flat(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return the elements of all tensors in a row, to be sent at once."""
-    return torch.cat([tensor.flatten() for tensor in tensors])
-
-
 def sum_numbers(numbers: Sequence[float | torch.Tensor], device: torch.device) -> torch.Tensor:
     """Return the sums of numbers over all processes, fp64, on the device."""
     known = torch.tensor([0.0 if isinstance(n, torch.Tensor) else n for n in numbers], dtype=torch.float64)
@@ -459,16 +454,12 @@ def sum_numbers(numbers: Sequence[float | torch.Tensor], device: torch.device) -
     return sum_in_place(own)
 
 
-def _put(elements: torch.Tensor, tensors: Sequence[torch.Tensor]) -> None:
-    parts = elements.split([tensor.numel() for tensor in tensors])
-    torch._foreach_copy_(list(tensors), [part.view_as(t) for part, t in zip(parts, tensors, strict=True)])
-
-
 @torch.no_grad()
 def take_from_first(tensors: Sequence[torch.Tensor]) -> None:
     """Give tensors of all processes the values that the first one has: random numbers of two kinds of GPU differ."""
     if several():
-        elements = flat(tensors)
+        elements = torch.cat([tensor.flatten() for tensor in tensors])
         gathered(None)  # all are here: one that has failed before would let the others wait for tensors
         dist.broadcast(elements, 0, group=_launch.reduce)
-        _put(elements, tensors)
+        parts = elements.split([tensor.numel() for tensor in tensors])
+        torch._foreach_copy_(list(tensors), [part.view_as(t) for part, t in zip(parts, tensors, strict=True)])

@@ -88,9 +88,7 @@ def check_resumable(state: dict, config: Config, prints: dict[str, str], sequenc
         if same or any(changed.startswith(causes) for changed in changes):
             continue
         if key == "model.name" and "16bit" in {before.get(EXPERTS, now[EXPERTS])} ^ {now[EXPERTS]}:
-            key = (
-                EXPERTS  # may change where a model has no experts, or had them in 16 bit before this setting was there
-            )
+            key = EXPERTS  # it may change where a model has no experts, or had them in 16 bit before there was this setting
         if key in now and before.get(key) != now[key]:
             changes[key] = changed_line(key, before.get(key), now[key], name)
         else:
