@@ -144,10 +144,15 @@ def rank_main(argv: list[str]) -> int:
     """Run train_qlora.py in this process of torchrun, or alone, and print what memory it took."""
     import resource
 
+    from toolkit.startup import after_heavy_imports, before_heavy_imports
+
+    before_heavy_imports()  # as the script does: it decides how torch's allocator takes memory
     import torch
 
     import train_qlora
     from toolkit import memory
+
+    after_heavy_imports()
 
     rank, loading = os.environ.get("RANK", "0"), train_qlora.load_base
     planned = []

@@ -59,7 +59,7 @@ def test_a_run_with_experts_in_main_memory_is_the_one_with_experts_on_the_gpu(mi
     """parts: compiled and captured with the copies of experts, or neither. With adapters on attention and dropout."""
     switches = ("--compile", parts, "--cuda_graphs", parts)
     flags = ("--model_name", mixture, *FLAGS, *switches, "--lora.dropout", 0.05)
-    flags = (*flags, "--deterministic", "true" if parts == "off" else "false")
+    flags = (*flags, "--deterministic", "true")
     here, apart = tmp_path / "gpu", tmp_path / "cpu"
     for place, output in (("gpu", here), ("cpu", apart)):
         assert train(*flags, "--experts", place, output_dir=output)[0] == 0, capfd.readouterr().err
