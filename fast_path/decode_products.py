@@ -74,6 +74,11 @@ def _lookups(word: str, number: int) -> list[str]:
     return lines
 
 
+import os
+K16 = os.environ.get('DEC_K16') == '1'
+DEC_AHEAD = tl.constexpr(int(os.environ.get('DEC_AHEAD', '0')))
+
+
 def _sums_in_ptx(kind: str) -> str:
     """Return PTX for the sums of a thread's run in two rows: $0 and $1.
 
@@ -90,7 +95,13 @@ def _sums_in_ptx(kind: str) -> str:
         lines += [f"mov.b32 x{i}, 0;" for i in range(4)]
         lines.append(f"@inside ld.global.v4.b32 {{x0, x1, x2, x3}}, [$19 + {256 * half + 64 * part}];")
         lines += _lookups(f"${2 + word}", 0) + _lookups(f"${10 + word}", 1)
-        for pair in range(4):
+        for pair in range(0, 4, 2) if K16 else ():
+            d = ", ".join(f"d{pair // 2 * 4 + i}" for i in range(4))
+            lines.append(
+                f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {{{d}}}, {{s0{pair}, s1{pair}, s0{pair + 1}, s1{pair + 1}}}, "
+                f"{{x{pair}, x{pair + 1}}}, {{{d}}};"
+            )
+        for pair in range(4) if not K16 else ():
             d = ", ".join(f"d{pair % 2 * 4 + i}" for i in range(4))
             lines.append(
                 f"mma.sync.aligned.m16n8k8.row.col.f32.{kind}.{kind}.f32 {{{d}}}, {{s0{pair}, s1{pair}}}, {{x{pair}}}, {{{d}}};"
@@ -110,20 +121,21 @@ CODES_FORM = tl.constexpr(",".join(["=r"] * 16 + ["l"] * 4))
 TABLE_BYTES = tl.constexpr(256 * 32 * 4)
 
 
-def _fill_in_ptx() -> str:
+def _fill_in_ptx(threads: int) -> str:
     """Return PTX that fills the table of pairs of levels, 32 times each, and behind it that of constants; $0: its place."""
+    chunks = 8 * 256 // threads  # of 16 bytes, that a thread writes
     lines = [
-        f".shared .align 128 .b8 nf4_tables[{256 * 33 * 4}]; .reg .b32 row, chunk, place, end;",
-        "mov.u32 $0, nf4_tables; mad.lo.u32 row, $1, 128, $0; mad.lo.u32 place, $1, 4, $0;",
-        f"st.shared.b32 [place + {256 * 32 * 4}], $3;",
+        f".shared .align 128 .b8 nf4_tables[{256 * 33 * 4}]; .reg .b32 byte, row, chunk, first, place;",
+        "mov.u32 $0, nf4_tables; and.b32 byte, $1, 255; mad.lo.u32 row, byte, 128, $0; mad.lo.u32 place, byte, 4, $0;",
+        f"st.shared.b32 [place + {256 * 32 * 4}], $3; shr.u32 first, $1, 8; mad.lo.u32 first, first, {chunks}, byte;",
     ]
-    for i in range(8):  # eight threads write to different banks: each begins with another chunk of its row
-        lines.append(f"add.u32 chunk, $1, {i}; and.b32 chunk, chunk, 7; mad.lo.u32 chunk, chunk, 16, row;")
+    for i in range(chunks):  # eight threads write to different banks: each begins with another chunk of its row
+        lines.append(f"add.u32 chunk, first, {i}; and.b32 chunk, chunk, 7; mad.lo.u32 chunk, chunk, 16, row;")
         lines.append("st.shared.v4.b32 [chunk], {$2, $2, $2, $2};")
     return "{\n" + "\n".join(lines) + "\n}"
 
 
-FILL = tl.constexpr(_fill_in_ptx())
+FILL_256, FILL_512 = tl.constexpr(_fill_in_ptx(256)), tl.constexpr(_fill_in_ptx(512))
 
 
 @triton.jit
@@ -134,14 +146,29 @@ def _tables(pairs, code2, thread, NESTED: tl.constexpr, COMPILED: tl.constexpr):
     """
     base = thread
     if COMPILED:
-        tl.static_assert(thread.shape[0] == 256)
-        constant = tl.load(code2 + thread) if NESTED else thread.to(tl.float32)
+        tl.static_assert(thread.shape[0] == 256 or thread.shape[0] == 512)
+        constant = tl.load(code2 + thread % 256) if NESTED else thread.to(tl.float32)
         base = tl.inline_asm_elementwise(
-            FILL, "=&r,r,r,f", [thread, tl.load(pairs + thread), constant], tl.int32, is_pure=False, pack=1
-        )
+            FILL_256 if thread.shape[0] == 256 else FILL_512, "=&r,r,r,f", [thread, tl.load(pairs + thread % 256), constant],
+            tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
         tl.debug_barrier()
         base = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [base], tl.int32, is_pure=False, pack=1)
     return base
+
+
+@triton.jit
+def _fetch(codes, absmax, row, rows, codes1, absmax1, row1, rows1, slice, t, RUNS: tl.constexpr, BLOCKSIZE: tl.constexpr):
+    """Have the L2 cache fetch a slice of two rows and its constants: one line of memory per thread."""
+    row, row1 = tl.minimum(row, rows - 1), tl.minimum(row1, rows1 - 1)
+    place = tl.minimum(slice * 32, RUNS * 8 - 1)
+    words = (codes + row * (RUNS * 8) + place).to(tl.int64)
+    words1 = (codes1 + row1 * (RUNS * 8) + place).to(tl.int64)
+    run = tl.minimum(slice * 4, RUNS - 1)
+    constants = (absmax + (row * RUNS + run) // (BLOCKSIZE // 64)).to(tl.int64)
+    constants1 = (absmax1 + (row1 * RUNS + run) // (BLOCKSIZE // 64)).to(tl.int64)
+    place = tl.where(t < 2, tl.where(t == 0, words, words1), tl.where(t == 2, constants, constants1))
+    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [place], tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -537,6 +564,12 @@ def linear_kernel(
                 next_words, next_stored, next_stored1 = _loaded(
                     codes0, absmax0, second0, rows0, codes1, absmax1, second1, rows1, then, then1, after, t, RUNS,
                     NESTED, BLOCKSIZE, BLOCKSIZE2, SHUFFLE,
+                )  # fmt: skip
+            if DEC_AHEAD > 0 and SHUFFLE and LOOP * PIECES > DEC_AHEAD:
+                n = i * PIECES + piece + DEC_AHEAD
+                far, far1 = _rows_of(program, n // PIECES, stride, own, SWIGLU, GROUPS)
+                _fetch(
+                    codes0, absmax0, far, rows0, codes1, absmax1, far1, rows1, slice + n % PIECES * WIDE, t, RUNS, BLOCKSIZE
                 )  # fmt: skip
             constant = _constant(stored, shift, tables, code2, NESTED, SHUFFLE)
             constant1 = _constant(stored1, shift1, tables, code2, NESTED, SHUFFLE)

@@ -47,9 +47,9 @@ class Tile(NamedTuple):
 class Layout:
     """How the work of the kernels is divided among the programs and warps of a GPU."""
 
-    warps: int = 8  # per program of a product, which has 256 threads so that each fills a row of its table
+    warps: int = int(__import__("os").environ.get("DEC_WARPS", "8"))  # per program of a product, which has 256 threads so that each fills a row of its table
     # Programs of a product per multiprocessor, among which the outputs are divided. 128 registers per thread allow two.
-    resident: int = 2
+    resident: int = int(__import__("os").environ.get("DEC_RESIDENT", "2"))
     positions: int = 32  # positions in a tile of the cache
     # On sm_90 and later a kernel may start, and load its weights, before the previous kernel has ended.
     overlap: bool = True
