@@ -65,18 +65,14 @@ def _arrivals(count, expected, COMPILED: tl.constexpr):
 # ------------------------------------------------------------------------------------------------ 256 weights of 16 rows
 
 
-def _lookups(word: str, number: int) -> list[str]:
-    """Return PTX that looks up the pairs of levels of a word's four bytes: registers s<number>0 to s<number>3."""
-    lines = []
-    for byte in range(4):
-        lines.append(f"prmt.b32 t, {word}, 0, 0x444{byte}; mad.lo.u32 t, t, 128, table;")
-        lines.append(f"ld.shared.b32 s{number}{byte}, [t];")
-    return lines
-
-
 import os
 K16 = os.environ.get('DEC_K16') == '1'
+NOCONST, NOB = tl.constexpr("const" in os.environ.get("DEC_OFF", "")), tl.constexpr("bb" in os.environ.get("DEC_OFF", ""))
 DEC_AHEAD = tl.constexpr(int(os.environ.get('DEC_AHEAD', '0')))
+
+
+OFF = os.environ.get("DEC_OFF", "").split(",")  # ablation: lut mma x const b fetch
+ORDER = os.environ.get("DEC_ORDER", "0")
 
 
 def _sums_in_ptx(kind: str) -> str:
@@ -85,27 +81,56 @@ def _sums_in_ptx(kind: str) -> str:
     $2 to $9: eight words of codes of the first row, $10 to $17 of the second; $18: the table of pairs of levels; $19: x;
     $20, $21: whether this thread holds inputs of the first and of the second half of the slice. kind: bf16 or f16.
     """
-    registers = [f"s{row}{byte}" for row in range(2) for byte in range(4)] + [f"x{i}" for i in range(4)]
-    lines = [f".reg .b32 t, table, {', '.join(registers)}; .reg .pred inside; .reg .f32 {', '.join(f'd{i}' for i in range(8))};"]
+    registers = [f"s{word}{row}{byte}" for word in range(8) for row in range(2) for byte in range(4)]
+    registers += [f"x{word}{i}" for word in range(8) for i in range(4)]
+    lines = [f".reg .b32 t, table, {', '.join(registers)}; .reg .pred first, second; .reg .f32 {', '.join(f'd{i}' for i in range(8))};"]
     lines += ["bar.warp.sync 0xffffffff; mov.b32 table, $18;", *(f"mov.f32 d{i}, 0f00000000;" for i in range(8))]
-    for word in range(8):
+    lines += ["setp.ne.u32 first, $20, 0; setp.ne.u32 second, $21, 0;"]
+
+    def inputs(word):
         half, part = divmod(word, 4)
-        if not part:
-            lines.append(f"setp.ne.u32 inside, ${20 + half}, 0;")
-        lines += [f"mov.b32 x{i}, 0;" for i in range(4)]
-        lines.append(f"@inside ld.global.v4.b32 {{x0, x1, x2, x3}}, [$19 + {256 * half + 64 * part}];")
-        lines += _lookups(f"${2 + word}", 0) + _lookups(f"${10 + word}", 1)
-        for pair in range(0, 4, 2) if K16 else ():
-            d = ", ".join(f"d{pair // 2 * 4 + i}" for i in range(4))
-            lines.append(
-                f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {{{d}}}, {{s0{pair}, s1{pair}, s0{pair + 1}, s1{pair + 1}}}, "
-                f"{{x{pair}, x{pair + 1}}}, {{{d}}};"
-            )
-        for pair in range(4) if not K16 else ():
+        out = [f"mov.b32 x{word}{i}, 0;" for i in range(4)]
+        names = ", ".join(f"x{word}{i}" for i in range(4))
+        if "x" in OFF:
+            return [f"mov.b32 x{word}{i}, $20;" for i in range(4)]
+        return out + [f"@{'second' if half else 'first'} ld.global.v4.b32 {{{names}}}, [$19 + {256 * half + 64 * part}];"]
+
+    def lookups(word):
+        out = []
+        for row in range(2):
+            for byte in range(4):
+                code, name = f"${2 + 8 * row + word}", f"s{word}{row}{byte}"
+                if "lut" in OFF:
+                    out.append(f"prmt.b32 t, {code}, 0, 0x444{byte}; mad.lo.u32 {name}, t, 128, table;")
+                else:
+                    out.append(f"prmt.b32 t, {code}, 0, 0x444{byte}; mad.lo.u32 t, t, 128, table; ld.shared.b32 {name}, [t];")
+        return out
+
+    def products(word):
+        out = []
+        for pair in range(4):
             d = ", ".join(f"d{pair % 2 * 4 + i}" for i in range(4))
-            lines.append(
-                f"mma.sync.aligned.m16n8k8.row.col.f32.{kind}.{kind}.f32 {{{d}}}, {{s0{pair}, s1{pair}}}, {{x{pair}}}, {{{d}}};"
-            )
+            a0, a1, b0 = f"s{word}0{pair}", f"s{word}1{pair}", f"x{word}{pair}"
+            if "mma" in OFF:
+                out.append(f"{{ .reg .b32 q; xor.b32 q, {a0}, {b0}; xor.b32 q, q, {a1}; mov.b32 t, d{pair}; xor.b32 t, t, q; mov.b32 d{pair}, t; }}")
+            else:
+                out.append(f"mma.sync.aligned.m16n8k8.row.col.f32.{kind}.{kind}.f32 {{{d}}}, {{{a0}, {a1}}}, {{{b0}}}, {{{d}}};")
+        return out
+
+    fence = ["bar.warp.sync 0xffffffff;"]
+    if ORDER == "0":
+        for word in range(8):
+            lines += inputs(word) + lookups(word) + products(word)
+    elif ORDER == "1":  # x one word ahead, products one word behind, with fences
+        lines += inputs(0) + inputs(1) + lookups(0)
+        for word in range(1, 8):
+            lines += fence + (inputs(word + 1) if word < 7 else []) + lookups(word) + products(word - 1)
+        lines += products(7)
+    elif ORDER == "2":  # two words behind
+        lines += inputs(0) + inputs(1) + lookups(0) + lookups(1)
+        for word in range(2, 8):
+            lines += fence + inputs(word) + lookups(word) + products(word - 2)
+        lines += products(6) + products(7)
     return "{\n" + "\n".join([*lines, "add.f32 $0, d0, d4; add.f32 $1, d2, d6;"]) + "\n}"
 
 
@@ -241,6 +266,8 @@ def _stored_constants(
 ):  # fmt: skip
     """Load the quantisation constants of a row's runs as they are stored and, with NESTED, what multiplies them."""
     block = (row * RUNS + tl.minimum(run, RUNS - 1)) // (BLOCKSIZE // 64)
+    if NOCONST:
+        return row, row.to(tl.float32)
     constant = tl.load(absmax + block)
     return constant, tl.load(second + block // BLOCKSIZE2) if NESTED else constant
 
@@ -249,7 +276,9 @@ def _stored_constants(
 def _constant(stored, shift, tables, code2, NESTED: tl.constexpr, COMPILED: tl.constexpr):
     """Return the quantisation constants, fp32. stored: see `_stored_constants`."""
     constant, factor = stored
-    if NESTED:
+    if NOCONST:
+        constant = factor
+    elif NESTED:
         if COMPILED:
             place = tables + TABLE_BYTES + constant.to(tl.int32) * 4
             code = tl.inline_asm_elementwise("ld.shared.f32 $0, [$1];", "=f,r", [place], tl.float32, is_pure=True, pack=1)
@@ -257,6 +286,19 @@ def _constant(stored, shift, tables, code2, NESTED: tl.constexpr, COMPILED: tl.c
             code = tl.load(code2 + constant.to(tl.int32))
         constant = code * factor + shift
     return constant
+
+
+@triton.jit
+def _four_sums(total):
+    """Return in each thread the sum over the four threads of its rows."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .f32 t;
+        shfl.sync.bfly.b32 t, $1, 1, 31, -1; add.f32 $0, $1, t;
+        shfl.sync.bfly.b32 t, $0, 2, 31, -1; add.f32 $0, $0, t;
+        }""",
+        "=&f,f", [total], tl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -550,7 +592,7 @@ def linear_kernel(
     for i in range(LOOP):
         next_row, next_row1 = _rows_of(program, i + 1, stride, own, SWIGLU, GROUPS)
         next_b, next_b1 = b, b1
-        if LOOP > 1:  # loads past the last row are masked
+        if LOOP > 1 and not NOB:  # loads past the last row are masked
             next_b = _adapter_rows(B0, next_row, rows0, rank0, share, RANK, SHARES)
             next_b1 = _adapter_rows(B1, next_row1, rows1, rank1, share, RANK, SHARES)
         total = tl.zeros((32 * WARPS,), tl.float32)
@@ -584,15 +626,19 @@ def linear_kernel(
         if NORM:
             root = tl.load(inverse + ready)
             total, total1 = total * root, total1 * root
-        if RANK > 0:
+        if RANK > 0 and not NOB:
             own_u = u + ready + member * RANK
             other_u = own_u + RANK if SWIGLU else own_u
             total += _adapter_share(b, own_u, scale0, share, RANK, SHARES, PARTS, MEMBERS * RANK)
             total1 += _adapter_share(b1, other_u, scale1, share, RANK, SHARES, PARTS, MEMBERS * RANK)
         total = _beside(total, hidden, bias0, row, rows0, share, MODE, BIAS)
         total1 = _beside(total1, hidden, bias1, row1, rows1, share, MODE, BIAS)
-        y, y1 = _row_sums(total, total1, WIDE)
-        out_row, out_row1 = _rows_of(program, i, stride, tl.arange(0, 8 * GROUPS), SWIGLU, GROUPS)
+        if WIDE == 1 and SHUFFLE:
+            y, y1, out_row, out_row1 = _four_sums(total), _four_sums(total1), row, row1
+            out_row, out_row1 = tl.where(t == 0, row, rows0), tl.where(t == 0, row1, rows1)
+        else:
+            y, y1 = _row_sums(total, total1, WIDE)
+            out_row, out_row1 = _rows_of(program, i, stride, tl.arange(0, 8 * GROUPS), SWIGLU, GROUPS)
         _leave(
             hidden, out + first_outputs, next_weight, out_row, out_row1, rows0, rows1, y, y1, MODE, OUTPUTS, NEXT
         )  # fmt: skip

@@ -248,7 +248,7 @@ class SingleLinears(Linears):
         launch of its own, ahead of the product.
         """
         slices, warps = triton.cdiv(self.columns, SLICE), LAYOUT.warps
-        wide = min(warps, triton.next_power_of_2(slices))
+        wide = min(warps, triton.next_power_of_2(slices), int(__import__("os").environ.get("DEC_WIDE", "8")))
         each = (8 if self.mode == "swiglu" else 16) * warps // wide  # outputs of a program at a time
         rows = self.rows if self.mode == "stack" else self.rows[:1]
         tiles, slots = sum(triton.cdiv(n, each) for n in rows), self.multiprocessors * LAYOUT.resident
