@@ -66,76 +66,51 @@ def _arrivals(count, expected, COMPILED: tl.constexpr):
 
 
 import os
-K16 = os.environ.get('DEC_K16') == '1'
-NOCONST, NOB = tl.constexpr("const" in os.environ.get("DEC_OFF", "")), tl.constexpr("bb" in os.environ.get("DEC_OFF", ""))
-DEC_AHEAD = tl.constexpr(int(os.environ.get('DEC_AHEAD', '0')))
-
-
-OFF = os.environ.get("DEC_OFF", "").split(",")  # ablation: lut mma x const b fetch
-ORDER = os.environ.get("DEC_ORDER", "0")
+K16 = os.environ.get("DEC_K16", "1") == "1"
 
 
 def _sums_in_ptx(kind: str) -> str:
-    """Return PTX for the sums of a thread's run in two rows: $0 and $1.
+    """Return PTX for the sums of a thread's run in two rows: $0 and $1. See `_sums`.
 
-    $2 to $9: eight words of codes of the first row, $10 to $17 of the second; $18: the table of pairs of levels; $19: x;
-    $20, $21: whether this thread holds inputs of the first and of the second half of the slice. kind: bf16 or f16.
+    $2 to $17: words of codes, four each of rows A and B of the first eight rows and of rows A and B of the second; $18: the
+    table of pairs of levels; $19: x; $20: whether this thread holds inputs; $21: whether its number of a row is even; $22:
+    whether the sums that it gets are of its own run. kind: bf16 or f16.
     """
-    registers = [f"s{word}{row}{byte}" for word in range(8) for row in range(2) for byte in range(4)]
-    registers += [f"x{word}{i}" for word in range(8) for i in range(4)]
-    lines = [f".reg .b32 t, table, {', '.join(registers)}; .reg .pred first, second; .reg .f32 {', '.join(f'd{i}' for i in range(8))};"]
-    lines += ["bar.warp.sync 0xffffffff; mov.b32 table, $18;", *(f"mov.f32 d{i}, 0f00000000;" for i in range(8))]
-    lines += ["setp.ne.u32 first, $20, 0; setp.ne.u32 second, $21, 0;"]
-
-    def inputs(word):
-        half, part = divmod(word, 4)
-        out = [f"mov.b32 x{word}{i}, 0;" for i in range(4)]
+    sums = [f"{name}{i}" for name in "ab" for i in range(4)]
+    looked = [f"{name}{word}{byte}" for name in ("p", "q", "r", "s") for word in range(4) for byte in range(4)]
+    inputs = [f"x{word}{i}" for word in range(4) for i in range(4)]
+    lines = [
+        f".reg .b32 t, table, {', '.join(looked)}, {', '.join(inputs)}; .reg .pred inside, even, useful; .reg .f32 {', '.join(sums)}, u, v;",
+        "bar.warp.sync 0xffffffff; mov.b32 table, $18;",
+        *(f"mov.f32 {name}, 0f00000000;" for name in sums),
+        *(f"mov.b32 {name}, 0;" for name in inputs),
+        "setp.ne.u32 inside, $20, 0; setp.ne.u32 even, $21, 0; setp.ne.u32 useful, $22, 0;",
+    ]
+    for word in range(4):
         names = ", ".join(f"x{word}{i}" for i in range(4))
-        if "x" in OFF:
-            return [f"mov.b32 x{word}{i}, $20;" for i in range(4)]
-        return out + [f"@{'second' if half else 'first'} ld.global.v4.b32 {{{names}}}, [$19 + {256 * half + 64 * part}];"]
-
-    def lookups(word):
-        out = []
-        for row in range(2):
+        lines.append(f"@inside ld.global.v4.b32 {{{names}}}, [$19 + {64 * word}];")
+    for word in range(4):
+        for place, name in enumerate(("p", "q", "r", "s")):
             for byte in range(4):
-                code, name = f"${2 + 8 * row + word}", f"s{word}{row}{byte}"
-                if "lut" in OFF:
-                    out.append(f"prmt.b32 t, {code}, 0, 0x444{byte}; mad.lo.u32 {name}, t, 128, table;")
-                else:
-                    out.append(f"prmt.b32 t, {code}, 0, 0x444{byte}; mad.lo.u32 t, t, 128, table; ld.shared.b32 {name}, [t];")
-        return out
-
-    def products(word):
-        out = []
-        for pair in range(4):
-            d = ", ".join(f"d{pair % 2 * 4 + i}" for i in range(4))
-            a0, a1, b0 = f"s{word}0{pair}", f"s{word}1{pair}", f"x{word}{pair}"
-            if "mma" in OFF:
-                out.append(f"{{ .reg .b32 q; xor.b32 q, {a0}, {b0}; xor.b32 q, q, {a1}; mov.b32 t, d{pair}; xor.b32 t, t, q; mov.b32 d{pair}, t; }}")
-            else:
-                out.append(f"mma.sync.aligned.m16n8k8.row.col.f32.{kind}.{kind}.f32 {{{d}}}, {{{a0}, {a1}}}, {{{b0}}}, {{{d}}};")
-        return out
-
-    fence = ["bar.warp.sync 0xffffffff;"]
-    if ORDER == "0":
-        for word in range(8):
-            lines += inputs(word) + lookups(word) + products(word)
-    elif ORDER == "1":  # x one word ahead, products one word behind, with fences
-        lines += inputs(0) + inputs(1) + lookups(0)
-        for word in range(1, 8):
-            lines += fence + (inputs(word + 1) if word < 7 else []) + lookups(word) + products(word - 1)
-        lines += products(7)
-    elif ORDER == "2":  # two words behind
-        lines += inputs(0) + inputs(1) + lookups(0) + lookups(1)
-        for word in range(2, 8):
-            lines += fence + inputs(word) + lookups(word) + products(word - 2)
-        lines += products(6) + products(7)
-    return "{\n" + "\n".join([*lines, "add.f32 $0, d0, d4; add.f32 $1, d2, d6;"]) + "\n}"
+                lines.append(f"prmt.b32 t, ${2 + 4 * place + word}, 0, 0x444{byte}; mad.lo.u32 t, t, 128, table;")
+                lines.append(f"ld.shared.b32 {name}{word}{byte}, [t];")
+        for d, first, second in (("a", "p", "r"), ("b", "q", "s")):
+            total = "{" + ", ".join(f"{d}{i}" for i in range(4)) + "}"
+            for pair in range(0, 4, 2 if K16 else 1):
+                some = (pair, pair + 1) if K16 else (pair,)
+                left = ", ".join(f"{name}{word}{i}" for i in some for name in (first, second))
+                right = ", ".join(f"x{word}{i}" for i in some)
+                lines.append(f"mma.sync.aligned.m16n8k{16 if K16 else 8}.row.col.f32.{kind}.{kind}.f32 {total}, {{{left}}}, {{{right}}}, {total};")
+    for out, number in (("$0", 0), ("$1", 2)):
+        lines.append(
+            f"selp.f32 u, b{number}, a{number}, even; shfl.sync.bfly.b32 v, u, 4, 31, -1; "
+            f"selp.f32 u, a{number}, b{number}, even; selp.f32 {out}, u, v, useful;"
+        )
+    return "{\n" + "\n".join(lines) + "\n}"
 
 
 SUMS_BF16, SUMS_FP16 = tl.constexpr(_sums_in_ptx("bf16")), tl.constexpr(_sums_in_ptx("f16"))
-SUMS_FORM = tl.constexpr(",".join(["=&f"] * 2 + ["r"] * 17 + ["l"] + ["r"] * 2))
+SUMS_FORM = tl.constexpr(",".join(["=&f"] * 2 + ["r"] * 17 + ["l"] + ["r"] * 3))
 CODES = tl.constexpr(
     "\n".join(
         f"ld.global.L1::no_allocate.v4.b32 {{${4 * i}, ${4 * i + 1}, ${4 * i + 2}, ${4 * i + 3}}}, [${16 + i}];"
@@ -183,31 +158,21 @@ def _tables(pairs, code2, thread, NESTED: tl.constexpr, COMPILED: tl.constexpr):
 
 
 @triton.jit
-def _fetch(codes, absmax, row, rows, codes1, absmax1, row1, rows1, slice, t, RUNS: tl.constexpr, BLOCKSIZE: tl.constexpr):
-    """Have the L2 cache fetch a slice of two rows and its constants: one line of memory per thread."""
-    row, row1 = tl.minimum(row, rows - 1), tl.minimum(row1, rows1 - 1)
-    place = tl.minimum(slice * 32, RUNS * 8 - 1)
-    words = (codes + row * (RUNS * 8) + place).to(tl.int64)
-    words1 = (codes1 + row1 * (RUNS * 8) + place).to(tl.int64)
-    run = tl.minimum(slice * 4, RUNS - 1)
-    constants = (absmax + (row * RUNS + run) // (BLOCKSIZE // 64)).to(tl.int64)
-    constants1 = (absmax1 + (row1 * RUNS + run) // (BLOCKSIZE // 64)).to(tl.int64)
-    place = tl.where(t < 2, tl.where(t == 0, words, words1), tl.where(t == 2, constants, constants1))
-    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [place], tl.int32, is_pure=False, pack=1)
+def _codes(codes, row, row1, codes1, rows, rows1, slice, j, t, RUNS: tl.constexpr, COMPILED: tl.constexpr):
+    """Load a thread's words of a slice: 16 tensors. Eight threads load the 128 bytes of a row at a time.
 
-
-@triton.jit
-def _codes(codes, row, row1, codes1, slice, t, RUNS: tl.constexpr, COMPILED: tl.constexpr):
-    """Load a thread's words of a slice of two rows: 16 tensors. Four threads load 64 bytes of a row at a time."""
+    So a thread has words of two rows, an even one and the next one, and as many of `row1`.
+    """
     if COMPILED:
-        first, second = slice * 8 + t, slice * 8 + 4 + t
+        chunk = slice * 8 + j % 2 * 4 + t
         if RUNS % 4:  # past the end of a row any codes will do: their inputs are 0
-            first, second = tl.minimum(first, 2 * RUNS - 1), tl.minimum(second, 2 * RUNS - 1)
-        place, place1 = codes + row * (RUNS * 8), codes1 + row1 * (RUNS * 8)
+            chunk = tl.minimum(chunk, 2 * RUNS - 1)
+        even, even1 = row - row % 2, row1 - row1 % 2
+        odd, odd1 = tl.minimum(even + 1, rows - 1), tl.minimum(even1 + 1, rows1 - 1)
         return tl.inline_asm_elementwise(
             CODES, CODES_FORM, [
-                (place + first * 4).to(tl.int64), (place + second * 4).to(tl.int64),
-                (place1 + first * 4).to(tl.int64), (place1 + second * 4).to(tl.int64),
+                (codes + even * (RUNS * 8) + chunk * 4).to(tl.int64), (codes + odd * (RUNS * 8) + chunk * 4).to(tl.int64),
+                (codes1 + even1 * (RUNS * 8) + chunk * 4).to(tl.int64), (codes1 + odd1 * (RUNS * 8) + chunk * 4).to(tl.int64),
             ],
             dtype=(
                 tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32,
@@ -245,13 +210,14 @@ def _sums(
     their own, stay apart, and the sums of run t arrive at thread t of each row.
     """
     if COMPILED:
-        first = (j == t // 2 * 2) & (slice * 8 + t < 2 * RUNS)
-        second = (j == t // 2 * 2 + 4) & (slice * 8 + 4 + t < 2 * RUNS)
+        chunk = j // 4 * 4 + t
+        inside = (j % 2 == 0) & (j // 2 % 2 == t // 2) & (slice * 8 + chunk < 2 * RUNS)
         return tl.inline_asm_elementwise(
             SUMS_BF16 if dtype == tl.bfloat16 else SUMS_FP16, SUMS_FORM, [
                 words[0], words[1], words[2], words[3], words[4], words[5], words[6], words[7], words[8], words[9],
                 words[10], words[11], words[12], words[13], words[14], words[15], tables + j * 16 + t * 4,
-                (x + slice * 256 + t * 8).to(tl.int64), first.to(tl.int32), second.to(tl.int32),
+                (x + slice * 256 + j // 4 * 128 + t * 8).to(tl.int64), inside.to(tl.int32), (j % 2 == 0).to(tl.int32),
+                ((j % 2 == 0) == (t < 2)).to(tl.int32),
             ],
             dtype=(tl.float32, tl.float32), is_pure=False, pack=1,
         )  # fmt: skip
@@ -266,8 +232,6 @@ def _stored_constants(
 ):  # fmt: skip
     """Load the quantisation constants of a row's runs as they are stored and, with NESTED, what multiplies them."""
     block = (row * RUNS + tl.minimum(run, RUNS - 1)) // (BLOCKSIZE // 64)
-    if NOCONST:
-        return row, row.to(tl.float32)
     constant = tl.load(absmax + block)
     return constant, tl.load(second + block // BLOCKSIZE2) if NESTED else constant
 
@@ -276,9 +240,7 @@ def _stored_constants(
 def _constant(stored, shift, tables, code2, NESTED: tl.constexpr, COMPILED: tl.constexpr):
     """Return the quantisation constants, fp32. stored: see `_stored_constants`."""
     constant, factor = stored
-    if NOCONST:
-        constant = factor
-    elif NESTED:
+    if NESTED:
         if COMPILED:
             place = tables + TABLE_BYTES + constant.to(tl.int32) * 4
             code = tl.inline_asm_elementwise("ld.shared.f32 $0, [$1];", "=f,r", [place], tl.float32, is_pure=True, pack=1)
@@ -504,12 +466,12 @@ def _rows_of(program, i, stride, first, SWIGLU: tl.constexpr, GROUPS: tl.constex
 
 @triton.jit
 def _loaded(
-    codes0, absmax0, second0, rows0, codes1, absmax1, second1, rows1, row, row1, slice, t, RUNS: tl.constexpr,
+    codes0, absmax0, second0, rows0, codes1, absmax1, second1, rows1, row, row1, slice, j, t, RUNS: tl.constexpr,
     NESTED: tl.constexpr, BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr, COMPILED: tl.constexpr,
 ):  # fmt: skip
     """Load a thread's words and stored constants of a slice of two rows. Past the last row the last one is loaded."""
     row, row1 = tl.minimum(row, rows0 - 1), tl.minimum(row1, rows1 - 1)
-    words = _codes(codes0, row, row1, codes1, slice, t, RUNS, COMPILED)
+    words = _codes(codes0, row, row1, codes1, rows0, rows1, slice, j, t, RUNS, COMPILED)
     run = slice * 4 + t
     stored = _stored_constants(absmax0, second0, row, run, RUNS, NESTED, BLOCKSIZE, BLOCKSIZE2)
     stored1 = _stored_constants(absmax1, second1, row1, run, RUNS, NESTED, BLOCKSIZE, BLOCKSIZE2)
@@ -579,7 +541,7 @@ def linear_kernel(
     shift1 = tl.load(offset1) if NESTED else 0.0
     row, row1 = _rows_of(program, 0, stride, own, SWIGLU, GROUPS)
     words, stored, stored1 = _loaded(
-        codes0, absmax0, second0, rows0, codes1, absmax1, second1, rows1, row, row1, slice, t, RUNS, NESTED,
+        codes0, absmax0, second0, rows0, codes1, absmax1, second1, rows1, row, row1, slice, j, t, RUNS, NESTED,
         BLOCKSIZE, BLOCKSIZE2, SHUFFLE,
     )  # fmt: skip
     b = _adapter_rows(B0, row, rows0, rank0, share, RANK, SHARES)
@@ -592,7 +554,7 @@ def linear_kernel(
     for i in range(LOOP):
         next_row, next_row1 = _rows_of(program, i + 1, stride, own, SWIGLU, GROUPS)
         next_b, next_b1 = b, b1
-        if LOOP > 1 and not NOB:  # loads past the last row are masked
+        if LOOP > 1:  # loads past the last row are masked
             next_b = _adapter_rows(B0, next_row, rows0, rank0, share, RANK, SHARES)
             next_b1 = _adapter_rows(B1, next_row1, rows1, rank1, share, RANK, SHARES)
         total = tl.zeros((32 * WARPS,), tl.float32)
@@ -604,14 +566,8 @@ def linear_kernel(
             next_words, next_stored, next_stored1 = words, stored, stored1
             if LOOP * PIECES > 1:
                 next_words, next_stored, next_stored1 = _loaded(
-                    codes0, absmax0, second0, rows0, codes1, absmax1, second1, rows1, then, then1, after, t, RUNS,
+                    codes0, absmax0, second0, rows0, codes1, absmax1, second1, rows1, then, then1, after, j, t, RUNS,
                     NESTED, BLOCKSIZE, BLOCKSIZE2, SHUFFLE,
-                )  # fmt: skip
-            if DEC_AHEAD > 0 and SHUFFLE and LOOP * PIECES > DEC_AHEAD:
-                n = i * PIECES + piece + DEC_AHEAD
-                far, far1 = _rows_of(program, n // PIECES, stride, own, SWIGLU, GROUPS)
-                _fetch(
-                    codes0, absmax0, far, rows0, codes1, absmax1, far1, rows1, slice + n % PIECES * WIDE, t, RUNS, BLOCKSIZE
                 )  # fmt: skip
             constant = _constant(stored, shift, tables, code2, NESTED, SHUFFLE)
             constant1 = _constant(stored1, shift1, tables, code2, NESTED, SHUFFLE)
@@ -626,7 +582,7 @@ def linear_kernel(
         if NORM:
             root = tl.load(inverse + ready)
             total, total1 = total * root, total1 * root
-        if RANK > 0 and not NOB:
+        if RANK > 0:
             own_u = u + ready + member * RANK
             other_u = own_u + RANK if SWIGLU else own_u
             total += _adapter_share(b, own_u, scale0, share, RANK, SHARES, PARTS, MEMBERS * RANK)

@@ -62,6 +62,7 @@ class Layout:
 LAYOUT = Layout()
 RUN = 64  # weights of a row that a thread processes at a time; they share one quantisation constant
 SLICE = 4 * RUN  # weights of a row that a warp processes at a time
+ENDING = 0.75  # how long adding up, adapter and output of a row take, in slices
 CHUNK = 2048  # inputs per program of u = A x in down_proj
 ADAPTERS = 48  # warps per launch that compute u = A x; more only where each program would have over TAKE rows of A
 TAKE = 8
@@ -248,14 +249,27 @@ class SingleLinears(Linears):
         launch of its own, ahead of the product.
         """
         slices, warps = triton.cdiv(self.columns, SLICE), LAYOUT.warps
-        wide = min(warps, triton.next_power_of_2(slices), int(__import__("os").environ.get("DEC_WIDE", "8")))
-        each = (8 if self.mode == "swiglu" else 16) * warps // wide  # outputs of a program at a time
         rows = self.rows if self.mode == "stack" else self.rows[:1]
-        tiles, slots = sum(triton.cdiv(n, each) for n in rows), self.multiprocessors * LAYOUT.resident
-        short = tiles <= slots and slices <= wide
+        slots, pair = self.multiprocessors * LAYOUT.resident, 8 if self.mode == "swiglu" else 16
         some, adapters = not self.alone and bool(self.norm or self.rank), self.adapters(warps, ADAPTERS)
+
+        def shared(wide: int) -> tuple[float, int, int, int]:
+            """Return about how long a program takes, if `wide` warps share a row, and its loop and outputs at a time."""
+            each, pieces = pair * warps // wide, triton.cdiv(slices, wide)
+            loop = triton.cdiv(sum(triton.cdiv(n, each) for n in rows), slots)
+            return loop * (pieces + ENDING), -wide, loop, each
+
+        fewest = int(math.log2(min(warps, triton.next_power_of_2(slices))))
+        import os
+        if "DEC_WIDE" in os.environ:
+            _, wide, loop, each = shared(int(os.environ["DEC_WIDE"]))
+        else:
+            _, wide, loop, each = min(shared(2**n) for n in range(fewest + 1))
+        wide = abs(wide)
+        short = loop == 1 and slices <= wide
         apart = adapters["ADAPTERS"] if some and not short else 0
-        loop = 1 if short else triton.cdiv(tiles, max(1, slots - apart))
+        if os.environ.get("DEC_APART") == "1" and apart:
+            loop = triton.cdiv(sum(triton.cdiv(n, each) for n in rows), max(1, slots - apart))
         registers = {} if INTERPRETED else {"maxnreg": 65536 // (32 * warps * LAYOUT.resident) // 8 * 8}
         options = dict(LOOP=loop, WARPS=warps, WIDE=wide, num_warps=warps, num_stages=1, **registers)
         programs = apart + sum(triton.cdiv(n, each * loop) for n in rows)
