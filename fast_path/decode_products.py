@@ -228,26 +228,39 @@ def _sums(
 
 @triton.jit
 def _stored_constants(
-    absmax, second, row, run, RUNS: tl.constexpr, NESTED: tl.constexpr, BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr
+    absmax, second, row, run, RUNS: tl.constexpr, FACTOR: tl.constexpr, BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr
 ):  # fmt: skip
-    """Load the quantisation constants of a row's runs as they are stored and, with NESTED, what multiplies them."""
+    """Load the quantisation constants of a row's runs as they are stored and, with FACTOR, what multiplies them."""
     block = (row * RUNS + tl.minimum(run, RUNS - 1)) // (BLOCKSIZE // 64)
     constant = tl.load(absmax + block)
-    return constant, tl.load(second + block // BLOCKSIZE2) if NESTED else constant
+    return constant, tl.load(second + block // BLOCKSIZE2) if FACTOR else constant
 
 
 @triton.jit
-def _constant(stored, shift, tables, code2, NESTED: tl.constexpr, COMPILED: tl.constexpr):
-    """Return the quantisation constants, fp32. stored: see `_stored_constants`."""
+def _row_factor(
+    second, row, rows, RUNS: tl.constexpr, WHOLE: tl.constexpr, BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr
+):  # fmt: skip
+    """Return what multiplies all stored constants of a row if it is one number for the whole row, otherwise 1."""
+    factor = 1.0
+    if WHOLE:
+        block = tl.minimum(row, rows - 1) * RUNS // (BLOCKSIZE // 64)
+        factor = tl.load(second + block // BLOCKSIZE2)
+    return factor
+
+
+@triton.jit
+def _constant(stored, tables, code2, NESTED: tl.constexpr, FACTOR: tl.constexpr, COMPILED: tl.constexpr):
+    """Return the quantisation constants of runs, fp32, without what is added to all and without `_row_factor`."""
     constant, factor = stored
     if NESTED:
         if COMPILED:
             place = tables + TABLE_BYTES + constant.to(tl.int32) * 4
-            code = tl.inline_asm_elementwise("ld.shared.f32 $0, [$1];", "=f,r", [place], tl.float32, is_pure=True, pack=1)
+            constant = tl.inline_asm_elementwise(
+                "ld.shared.f32 $0, [$1];", "=f,r", [place], tl.float32, is_pure=True, pack=1
+            )
         else:
-            code = tl.load(code2 + constant.to(tl.int32))
-        constant = code * factor + shift
-    return constant
+            constant = tl.load(code2 + constant.to(tl.int32))
+    return constant * factor if FACTOR else constant
 
 
 @triton.jit
@@ -467,14 +480,14 @@ def _rows_of(program, i, stride, first, SWIGLU: tl.constexpr, GROUPS: tl.constex
 @triton.jit
 def _loaded(
     codes0, absmax0, second0, rows0, codes1, absmax1, second1, rows1, row, row1, slice, j, t, RUNS: tl.constexpr,
-    NESTED: tl.constexpr, BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr, COMPILED: tl.constexpr,
+    FACTOR: tl.constexpr, BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr, COMPILED: tl.constexpr,
 ):  # fmt: skip
     """Load a thread's words and stored constants of a slice of two rows. Past the last row the last one is loaded."""
     row, row1 = tl.minimum(row, rows0 - 1), tl.minimum(row1, rows1 - 1)
     words = _codes(codes0, row, row1, codes1, rows0, rows1, slice, j, t, RUNS, COMPILED)
     run = slice * 4 + t
-    stored = _stored_constants(absmax0, second0, row, run, RUNS, NESTED, BLOCKSIZE, BLOCKSIZE2)
-    stored1 = _stored_constants(absmax1, second1, row1, run, RUNS, NESTED, BLOCKSIZE, BLOCKSIZE2)
+    stored = _stored_constants(absmax0, second0, row, run, RUNS, FACTOR, BLOCKSIZE, BLOCKSIZE2)
+    stored1 = _stored_constants(absmax1, second1, row1, run, RUNS, FACTOR, BLOCKSIZE, BLOCKSIZE2)
     return words, stored, stored1
 
 
@@ -537,13 +550,17 @@ def linear_kernel(
     own = thread // (32 * WIDE) * 8 + j  # the number of a thread's pair of rows
     SHARES: tl.constexpr = 4 * WIDE  # threads per pair of rows
     share = slice * 4 + t
+    WHOLE: tl.constexpr = NESTED and BLOCKSIZE * BLOCKSIZE2 % K == 0  # a row's constants have one factor
+    FACTOR: tl.constexpr = NESTED and not WHOLE
     shift = tl.load(offset0) if NESTED else 0.0
     shift1 = tl.load(offset1) if NESTED else 0.0
     row, row1 = _rows_of(program, 0, stride, own, SWIGLU, GROUPS)
     words, stored, stored1 = _loaded(
-        codes0, absmax0, second0, rows0, codes1, absmax1, second1, rows1, row, row1, slice, j, t, RUNS, NESTED,
+        codes0, absmax0, second0, rows0, codes1, absmax1, second1, rows1, row, row1, slice, j, t, RUNS, FACTOR,
         BLOCKSIZE, BLOCKSIZE2, SHUFFLE,
     )  # fmt: skip
+    factor = _row_factor(second0, row, rows0, RUNS, WHOLE, BLOCKSIZE, BLOCKSIZE2)
+    factor1 = _row_factor(second1, row1, rows1, RUNS, WHOLE, BLOCKSIZE, BLOCKSIZE2)
     b = _adapter_rows(B0, row, rows0, rank0, share, RANK, SHARES)
     b1 = _adapter_rows(B1, row1, rows1, rank1, share, RANK, SHARES)
     tables = _tables(pairs, code2, thread, NESTED, SHUFFLE)
@@ -553,12 +570,14 @@ def linear_kernel(
     ready = 0  # computed from something that is known only when u and the root are in memory
     for i in range(LOOP):
         next_row, next_row1 = _rows_of(program, i + 1, stride, own, SWIGLU, GROUPS)
-        next_b, next_b1 = b, b1
+        next_b, next_b1, next_factor, next_factor1 = b, b1, factor, factor1
         if LOOP > 1:  # loads past the last row are masked
+            next_factor = _row_factor(second0, next_row, rows0, RUNS, WHOLE, BLOCKSIZE, BLOCKSIZE2)
+            next_factor1 = _row_factor(second1, next_row1, rows1, RUNS, WHOLE, BLOCKSIZE, BLOCKSIZE2)
             next_b = _adapter_rows(B0, next_row, rows0, rank0, share, RANK, SHARES)
             next_b1 = _adapter_rows(B1, next_row1, rows1, rank1, share, RANK, SHARES)
         total = tl.zeros((32 * WARPS,), tl.float32)
-        total1 = total
+        total1, plain, plain1 = total, total, total
         for piece in range(PIECES):
             then, then1, after = row, row1, slice + (piece + 1) * WIDE
             if piece == PIECES - 1:
@@ -567,16 +586,18 @@ def linear_kernel(
             if LOOP * PIECES > 1:
                 next_words, next_stored, next_stored1 = _loaded(
                     codes0, absmax0, second0, rows0, codes1, absmax1, second1, rows1, then, then1, after, j, t, RUNS,
-                    NESTED, BLOCKSIZE, BLOCKSIZE2, SHUFFLE,
+                    FACTOR, BLOCKSIZE, BLOCKSIZE2, SHUFFLE,
                 )  # fmt: skip
-            constant = _constant(stored, shift, tables, code2, NESTED, SHUFFLE)
-            constant1 = _constant(stored1, shift1, tables, code2, NESTED, SHUFFLE)
+            constant = _constant(stored, tables, code2, NESTED, FACTOR, SHUFFLE)
+            constant1 = _constant(stored1, tables, code2, NESTED, FACTOR, SHUFFLE)
             found, found1 = _sums(
                 words, codes0, codes1, row, row1, x, lut, tables, slice + piece * WIDE, j, t, HALF, RUNS, SHUFFLE
             )  # fmt: skip
             total += found * constant
             total1 += found1 * constant1
+            plain, plain1 = plain + found, plain1 + found1
             words, stored, stored1 = next_words, next_stored, next_stored1
+        total, total1 = total * factor + plain * shift, total1 * factor1 + plain1 * shift1
         if ADAPTERS > 0 and i == 0:
             ready = _arrivals(count, ADAPTERS, SHUFFLE)
         if NORM:
@@ -598,4 +619,4 @@ def linear_kernel(
         _leave(
             hidden, out + first_outputs, next_weight, out_row, out_row1, rows0, rows1, y, y1, MODE, OUTPUTS, NEXT
         )  # fmt: skip
-        row, row1, b, b1 = next_row, next_row1, next_b, next_b1
+        row, row1, b, b1, factor, factor1 = next_row, next_row1, next_b, next_b1, next_factor, next_factor1
