@@ -65,20 +65,17 @@ def _arrivals(count, expected, COMPILED: tl.constexpr):
 # ------------------------------------------------------------------------------------------------ 256 weights of 16 rows
 
 
-import os
-K16 = os.environ.get("DEC_K16", "1") == "1"
-
-
-def _sums_in_ptx(kind: str) -> str:
+def _sums_in_ptx(kind: str, depth: int) -> str:
     """Return PTX for the sums of a thread's run in two rows: $0 and $1. See `_sums`.
 
     $2 to $17: words of codes, four each of rows A and B of the first eight rows and of rows A and B of the second; $18: the
     table of pairs of levels; $19: x; $20: whether this thread holds inputs; $21: whether its number of a row is even; $22:
-    whether the sums that it gets are of its own run. kind: bf16 or f16.
+    whether the sums that it gets are of its own run. kind: bf16 or f16; depth: inputs of an instruction on tensor cores.
     """
     sums = [f"{name}{i}" for name in "ab" for i in range(4)]
     looked = [f"{name}{word}{byte}" for name in ("p", "q", "r", "s") for word in range(4) for byte in range(4)]
     inputs = [f"x{word}{i}" for word in range(4) for i in range(4)]
+    product = f"mma.sync.aligned.m16n8k{depth}.row.col.f32.{kind}.{kind}.f32"
     lines = [
         f".reg .b32 t, table, {', '.join(looked)}, {', '.join(inputs)}; .reg .pred inside, even, useful; .reg .f32 {', '.join(sums)}, u, v;",
         "bar.warp.sync 0xffffffff; mov.b32 table, $18;",
@@ -96,11 +93,11 @@ def _sums_in_ptx(kind: str) -> str:
                 lines.append(f"ld.shared.b32 {name}{word}{byte}, [t];")
         for d, first, second in (("a", "p", "r"), ("b", "q", "s")):
             total = "{" + ", ".join(f"{d}{i}" for i in range(4)) + "}"
-            for pair in range(0, 4, 2 if K16 else 1):
-                some = (pair, pair + 1) if K16 else (pair,)
+            for pair in range(0, 4, depth // 8):
+                some = range(pair, pair + depth // 8)
                 left = ", ".join(f"{name}{word}{i}" for i in some for name in (first, second))
                 right = ", ".join(f"x{word}{i}" for i in some)
-                lines.append(f"mma.sync.aligned.m16n8k{16 if K16 else 8}.row.col.f32.{kind}.{kind}.f32 {total}, {{{left}}}, {{{right}}}, {total};")
+                lines.append(f"{product} {total}, {{{left}}}, {{{right}}}, {total};")
     for out, number in (("$0", 0), ("$1", 2)):
         lines.append(
             f"selp.f32 u, b{number}, a{number}, even; shfl.sync.bfly.b32 v, u, 4, 31, -1; "
@@ -109,7 +106,8 @@ def _sums_in_ptx(kind: str) -> str:
     return "{\n" + "\n".join(lines) + "\n}"
 
 
-SUMS_BF16, SUMS_FP16 = tl.constexpr(_sums_in_ptx("bf16")), tl.constexpr(_sums_in_ptx("f16"))
+SUMS_BF16, SUMS_FP16 = tl.constexpr(_sums_in_ptx("bf16", 16)), tl.constexpr(_sums_in_ptx("f16", 16))
+SUMS_TURING = tl.constexpr(_sums_in_ptx("f16", 8))
 SUMS_FORM = tl.constexpr(",".join(["=&f"] * 2 + ["r"] * 17 + ["l"] + ["r"] * 3))
 CODES = tl.constexpr(
     "\n".join(
@@ -121,21 +119,23 @@ CODES_FORM = tl.constexpr(",".join(["=r"] * 16 + ["l"] * 4))
 TABLE_BYTES = tl.constexpr(256 * 32 * 4)
 
 
-def _fill_in_ptx(threads: int) -> str:
-    """Return PTX that fills the table of pairs of levels, 32 times each, and behind it that of constants; $0: its place."""
-    chunks = 8 * 256 // threads  # of 16 bytes, that a thread writes
+def _fill_in_ptx() -> str:
+    """Return PTX that fills the table of pairs of levels, 32 times each, and behind it that of constants; $0: its place.
+
+    $1: the thread, of 256; $2, $3: its pair and its constant.
+    """
     lines = [
-        f".shared .align 128 .b8 nf4_tables[{256 * 33 * 4}]; .reg .b32 byte, row, chunk, first, place;",
-        "mov.u32 $0, nf4_tables; and.b32 byte, $1, 255; mad.lo.u32 row, byte, 128, $0; mad.lo.u32 place, byte, 4, $0;",
-        f"st.shared.b32 [place + {256 * 32 * 4}], $3; shr.u32 first, $1, 8; mad.lo.u32 first, first, {chunks}, byte;",
+        f".shared .align 128 .b8 nf4_tables[{256 * 33 * 4}]; .reg .b32 row, chunk, place;",
+        "mov.u32 $0, nf4_tables; mad.lo.u32 row, $1, 128, $0; mad.lo.u32 place, $1, 4, $0;",
+        f"st.shared.b32 [place + {256 * 32 * 4}], $3;",
     ]
-    for i in range(chunks):  # eight threads write to different banks: each begins with another chunk of its row
-        lines.append(f"add.u32 chunk, first, {i}; and.b32 chunk, chunk, 7; mad.lo.u32 chunk, chunk, 16, row;")
+    for i in range(8):  # eight threads write to different banks: each begins with another 16 bytes of its row
+        lines.append(f"add.u32 chunk, $1, {i}; and.b32 chunk, chunk, 7; mad.lo.u32 chunk, chunk, 16, row;")
         lines.append("st.shared.v4.b32 [chunk], {$2, $2, $2, $2};")
     return "{\n" + "\n".join(lines) + "\n}"
 
 
-FILL_256, FILL_512 = tl.constexpr(_fill_in_ptx(256)), tl.constexpr(_fill_in_ptx(512))
+FILL = tl.constexpr(_fill_in_ptx())
 
 
 @triton.jit
@@ -146,12 +146,11 @@ def _tables(pairs, code2, thread, NESTED: tl.constexpr, COMPILED: tl.constexpr):
     """
     base = thread
     if COMPILED:
-        tl.static_assert(thread.shape[0] == 256 or thread.shape[0] == 512)
-        constant = tl.load(code2 + thread % 256) if NESTED else thread.to(tl.float32)
+        tl.static_assert(thread.shape[0] == 256)
+        constant = tl.load(code2 + thread) if NESTED else thread.to(tl.float32)
         base = tl.inline_asm_elementwise(
-            FILL_256 if thread.shape[0] == 256 else FILL_512, "=&r,r,r,f", [thread, tl.load(pairs + thread % 256), constant],
-            tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
+            FILL, "=&r,r,r,f", [thread, tl.load(pairs + thread), constant], tl.int32, is_pure=False, pack=1
+        )
         tl.debug_barrier()
         base = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [base], tl.int32, is_pure=False, pack=1)
     return base
@@ -201,19 +200,22 @@ def _plain_sum(codes, row, run, x, lut, RUNS: tl.constexpr):
 @triton.jit
 def _sums(
     words, codes, codes1, row, row1, x, lut, tables, slice, j, t, dtype: tl.constexpr, RUNS: tl.constexpr,
-    COMPILED: tl.constexpr,
+    TURING: tl.constexpr, COMPILED: tl.constexpr,
 ):  # fmt: skip
     """Return the sums of levels times inputs of this thread's run, for its two rows, fp32. words: see `_codes`.
 
-    A warp computes them together, on tensor cores: the 16 rows are one operand's. The other operand has eight columns,
-    of which every second one holds the inputs of one run, and zeros elsewhere; so the four runs, which have constants of
-    their own, stay apart, and the sums of run t arrive at thread t of each row.
+    A warp computes them together, on tensor cores. One operand has 16 rows: row j holds the first half of a slice of an
+    even row of W if j is even, and the second half of the same row if it is odd; rows j + 8 likewise. The other operand has
+    eight columns; column 2 t holds the inputs of run t, and zeros elsewhere, so that the four runs, which have constants of
+    their own, stay apart. Sums of the odd rows of W are computed in the same way. Half of the results are of a half and a
+    run that do not belong together; in their place a thread takes the sums of its run that its neighbour, four threads away,
+    has computed. Levels are rounded to 16 bit; products are exact, and added in fp32.
     """
     if COMPILED:
         chunk = j // 4 * 4 + t
         inside = (j % 2 == 0) & (j // 2 % 2 == t // 2) & (slice * 8 + chunk < 2 * RUNS)
         return tl.inline_asm_elementwise(
-            SUMS_BF16 if dtype == tl.bfloat16 else SUMS_FP16, SUMS_FORM, [
+            SUMS_BF16 if dtype == tl.bfloat16 else SUMS_TURING if TURING else SUMS_FP16, SUMS_FORM, [
                 words[0], words[1], words[2], words[3], words[4], words[5], words[6], words[7], words[8], words[9],
                 words[10], words[11], words[12], words[13], words[14], words[15], tables + j * 16 + t * 4,
                 (x + slice * 256 + j // 4 * 128 + t * 8).to(tl.int64), inside.to(tl.int32), (j % 2 == 0).to(tl.int32),
@@ -501,7 +503,7 @@ def linear_kernel(
     OUTPUTS: tl.constexpr, RANK: tl.constexpr, ADAPTERS: tl.constexpr, TAKE: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK: tl.constexpr, PARTS: tl.constexpr, BIAS: tl.constexpr, NESTED: tl.constexpr,
     BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr, WARPS: tl.constexpr, WIDE: tl.constexpr, LOOP: tl.constexpr,
-    SHUFFLE: tl.constexpr, HALF: tl.constexpr, OVERLAP: tl.constexpr,
+    SHUFFLE: tl.constexpr, HALF: tl.constexpr, TURING: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Compute up to three 4-bit linears with their adapters on the x of one sequence, in one launch.
 
@@ -567,7 +569,7 @@ def linear_kernel(
     wait_for_earlier_kernels(OVERLAP)
     if ADAPTERS == 0:
         tl.store(count_before, 0, mask=program == 0)
-    ready = 0  # computed from something that is known only when u and the root are in memory
+    ready = 0  # after the first rows it is computed from what is known only when u and the root are in memory
     for i in range(LOOP):
         next_row, next_row1 = _rows_of(program, i + 1, stride, own, SWIGLU, GROUPS)
         next_b, next_b1, next_factor, next_factor1 = b, b1, factor, factor1
@@ -591,7 +593,7 @@ def linear_kernel(
             constant = _constant(stored, tables, code2, NESTED, FACTOR, SHUFFLE)
             constant1 = _constant(stored1, tables, code2, NESTED, FACTOR, SHUFFLE)
             found, found1 = _sums(
-                words, codes0, codes1, row, row1, x, lut, tables, slice + piece * WIDE, j, t, HALF, RUNS, SHUFFLE
+                words, codes0, codes1, row, row1, x, lut, tables, slice + piece * WIDE, j, t, HALF, RUNS, TURING, SHUFFLE
             )  # fmt: skip
             total += found * constant
             total1 += found1 * constant1
@@ -610,8 +612,8 @@ def linear_kernel(
             total1 += _adapter_share(b1, other_u, scale1, share, RANK, SHARES, PARTS, MEMBERS * RANK)
         total = _beside(total, hidden, bias0, row, rows0, share, MODE, BIAS)
         total1 = _beside(total1, hidden, bias1, row1, rows1, share, MODE, BIAS)
-        if WIDE == 1 and SHUFFLE:
-            y, y1, out_row, out_row1 = _four_sums(total), _four_sums(total1), row, row1
+        if WIDE == 1 and SHUFFLE:  # each warp has rows of its own and waits for no other one
+            y, y1 = _four_sums(total), _four_sums(total1)
             out_row, out_row1 = tl.where(t == 0, row, rows0), tl.where(t == 0, row1, rows1)
         else:
             y, y1 = _row_sums(total, total1, WIDE)

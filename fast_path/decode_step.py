@@ -47,9 +47,10 @@ class Tile(NamedTuple):
 class Layout:
     """How the work of the kernels is divided among the programs and warps of a GPU."""
 
-    warps: int = int(__import__("os").environ.get("DEC_WARPS", "8"))  # per program of a product, which has 256 threads so that each fills a row of its table
+    warps: int = 8  # per program of a product: 256 threads, of which each fills a row of the program's table
     # Programs of a product per multiprocessor, among which the outputs are divided. 128 registers per thread allow two.
-    resident: int = int(__import__("os").environ.get("DEC_RESIDENT", "2"))
+    resident: int = 2
+    ending: float = 0.75  # how long adding up, adapter and output of a row take, in slices (docs/measurements.md)
     positions: int = 32  # positions in a tile of the cache
     # On sm_90 and later a kernel may start, and load its weights, before the previous kernel has ended.
     overlap: bool = True
@@ -62,7 +63,6 @@ class Layout:
 LAYOUT = Layout()
 RUN = 64  # weights of a row that a thread processes at a time; they share one quantisation constant
 SLICE = 4 * RUN  # weights of a row that a warp processes at a time
-ENDING = 0.75  # how long adding up, adapter and output of a row take, in slices
 CHUNK = 2048  # inputs per program of u = A x in down_proj
 ADAPTERS = 48  # warps per launch that compute u = A x; more only where each program would have over TAKE rows of A
 TAKE = 8
@@ -229,6 +229,7 @@ class SingleLinears(Linears):
     def __init__(self, *arguments: Any, **keywords: Any):
         super().__init__(*arguments, **keywords)
         self.pairs = level_pairs(self.members[0].lut, self.x.dtype)
+        self.turing = self.x.is_cuda and torch.cuda.get_device_capability(self.x.device) < (8, 0)
 
     def adapters(self, warps: int, most: float) -> dict[str, int]:
         """Return the layout of the programs that compute u = A x, and 1 / root mean square if x still needs the norm.
@@ -242,37 +243,41 @@ class SingleLinears(Linears):
         block = min(triton.next_power_of_2(chunk), 2048 * warps // take)  # 64 numbers per thread
         return dict(ADAPTERS=rows // take, TAKE=take, BLOCK=block, CHUNK=triton.cdiv(chunk, block) * block)
 
+    def sharing(self) -> tuple[int, int]:
+        """Return how many warps share a row, and how often a program takes new rows: what ends first by the count of slices.
+
+        The more share one, the more rows a program has to add up and to finish; the fewer, the more slices each has to take.
+        """
+        slices, warps = triton.cdiv(self.columns, SLICE), LAYOUT.warps
+        rows = self.rows if self.mode == "stack" else self.rows[:1]
+
+        def taken(wide: int) -> tuple[float, int, int]:
+            each = self.outputs_of(wide)
+            loop = triton.cdiv(sum(triton.cdiv(n, each) for n in rows), self.multiprocessors * LAYOUT.resident)
+            return loop * (triton.cdiv(slices, wide) + LAYOUT.ending), -wide, loop
+
+        most = min(warps, triton.next_power_of_2(slices))
+        _, wide, loop = min(taken(2**n) for n in range(most.bit_length()))
+        return -wide, loop
+
+    def outputs_of(self, wide: int) -> int:
+        """Return the outputs of a program at a time, if `wide` of its warps share a row."""
+        return (8 if self.mode == "swiglu" else 16) * LAYOUT.warps // wide
+
     def layout(self) -> tuple[int, bool, dict[str, Any]]:
         """Return the number of programs, whether u = A x gets a launch of its own, and the layout as kernel options.
 
         If the programs of a product are short, all of them would need u before it is ready. Then u is computed in a
         launch of its own, ahead of the product.
         """
-        slices, warps = triton.cdiv(self.columns, SLICE), LAYOUT.warps
-        rows = self.rows if self.mode == "stack" else self.rows[:1]
-        slots, pair = self.multiprocessors * LAYOUT.resident, 8 if self.mode == "swiglu" else 16
-        some, adapters = not self.alone and bool(self.norm or self.rank), self.adapters(warps, ADAPTERS)
-
-        def shared(wide: int) -> tuple[float, int, int, int]:
-            """Return about how long a program takes, if `wide` warps share a row, and its loop and outputs at a time."""
-            each, pieces = pair * warps // wide, triton.cdiv(slices, wide)
-            loop = triton.cdiv(sum(triton.cdiv(n, each) for n in rows), slots)
-            return loop * (pieces + ENDING), -wide, loop, each
-
-        fewest = int(math.log2(min(warps, triton.next_power_of_2(slices))))
-        import os
-        if "DEC_WIDE" in os.environ:
-            _, wide, loop, each = shared(int(os.environ["DEC_WIDE"]))
-        else:
-            _, wide, loop, each = min(shared(2**n) for n in range(fewest + 1))
-        wide = abs(wide)
-        short = loop == 1 and slices <= wide
+        (wide, loop), warps = self.sharing(), LAYOUT.warps
+        some, short = not self.alone and bool(self.norm or self.rank), loop == 1 and self.columns <= wide * SLICE
+        adapters = self.adapters(warps, ADAPTERS)
         apart = adapters["ADAPTERS"] if some and not short else 0
-        if os.environ.get("DEC_APART") == "1" and apart:
-            loop = triton.cdiv(sum(triton.cdiv(n, each) for n in rows), max(1, slots - apart))
         registers = {} if INTERPRETED else {"maxnreg": 65536 // (32 * warps * LAYOUT.resident) // 8 * 8}
         options = dict(LOOP=loop, WARPS=warps, WIDE=wide, num_warps=warps, num_stages=1, **registers)
-        programs = apart + sum(triton.cdiv(n, each * loop) for n in rows)
+        rows = self.rows if self.mode == "stack" else self.rows[:1]
+        programs = apart + sum(triton.cdiv(n, self.outputs_of(wide) * loop) for n in rows)
         return programs, some and short, adapters | options | {"ADAPTERS": apart}
 
     def __call__(
@@ -295,7 +300,7 @@ class SingleLinears(Linears):
             )  # fmt: skip
         decode_products.linear_kernel[(programs,)](
             *reads, out, follow.norm.factor if follow else self.x, self.pairs, *self.arguments[:2], *A[:3], *self.arguments[2:],
-            **self.constants, **options, MODE=self.mode, NORM=norm is not None, NEXT=follow is not None,
+            **self.constants, **options, MODE=self.mode, NORM=norm is not None, NEXT=follow is not None, TURING=self.turing,
             OUTPUTS=self.rows[0],
         )  # fmt: skip
 
