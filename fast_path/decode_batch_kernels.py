@@ -1,15 +1,15 @@
 """The Triton kernels of a batch's decode step through 4-bit weights, other than those of attention.
 
-decode_step.py launches them and describes the whole step. decode_kernels.py explains the order of x and its words
+decode_step.py launches them and describes the whole step. decode_products.py explains the order of x and its words
 (member, run); here a word holds eight consecutive 4-bit weights of a row.
 """
 
-from fast_path.decode_kernels import (
+from fast_path.decode_kernels import sum_of_parts
+from fast_path.decode_products import (
     find_member,
     input_place,
     let_next_kernel_start,
     quantisation_constants,
-    sum_of_parts,
     wait_for_earlier_kernels,
 )
 from fast_path.nf4 import lane_level, levels, tl, triton

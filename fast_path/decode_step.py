@@ -23,7 +23,7 @@ from torch import nn
 from transformers import PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
 
-from fast_path import decode_batch_kernels, families
+from fast_path import decode_batch_kernels, decode_products, families
 from fast_path import decode_kernels as kernels
 from fast_path.layers import ACTIVATIONS, norm_of
 from fast_path.loss import AS_THEY_ARE, logit_form
@@ -47,13 +47,10 @@ class Tile(NamedTuple):
 class Layout:
     """How the work of the kernels is divided among the programs and warps of a GPU."""
 
-    # Outputs that a program of a product computes side by side in the same threads; with SwiGLU this many of gate and
-    # this many of up. More are slower (docs/measurements.md).
-    rows: int = 1
-    runs: int = 64  # runs of 64 weights that a program processes of a row at a time; one per thread, so 2 warps
-    # Warps per multiprocessor, among which the outputs are divided. With 128 registers per thread it has room for 16.
-    warps: int = 16
-    light_warps: int = 24  # the same if each program has a single output; a thread then uses 80 registers
+    warps: int = 8  # per program of a product: 256 threads, of which each fills a row of the program's table
+    # Programs of a product per multiprocessor, among which the outputs are divided. 128 registers per thread allow two.
+    resident: int = 2
+    ending: float = 0.75  # how long adding up, adapter and output of a row take, in slices (docs/measurements.md)
     positions: int = 32  # positions in a tile of the cache
     # On sm_90 and later a kernel may start, and load its weights, before the previous kernel has ended.
     overlap: bool = True
@@ -65,6 +62,7 @@ class Layout:
 
 LAYOUT = Layout()
 RUN = 64  # weights of a row that a thread processes at a time; they share one quantisation constant
+SLICE = 4 * RUN  # weights of a row that a warp processes at a time
 CHUNK = 2048  # inputs per program of u = A x in down_proj
 ADAPTERS = 48  # warps per launch that compute u = A x; more only where each program would have over TAKE rows of A
 TAKE = 8
@@ -161,6 +159,12 @@ def _options() -> dict[str, bool]:
     return {"OVERLAP": overlap, "enable_fp_fusion": True, **({"launch_pdl": True} if overlap else {})}
 
 
+def level_pairs(lut: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the two levels of each byte of codes, in a 16-bit dtype, as one number: int32 [256]."""
+    byte = torch.arange(256, device=lut.device)
+    return torch.stack([lut[byte >> 4], lut[byte & 15]], 1).to(dtype).view(torch.int32).flatten()
+
+
 class Linears:
     """Up to three linears that read the same x, as the kernels of one launch read them. Subclasses launch the kernels.
 
@@ -193,7 +197,8 @@ class Linears:
         smallest = 16 if m > 1 else 1  # the smallest size that tl.dot accepts
         self.rank = max(smallest, triton.next_power_of_2(max(self.ranks))) if adapted else 0
         self.columns, self.rows = first.columns, [member.rows for member in self.members]
-        self.x = torch.zeros(self.columns * m, dtype=dtype, device=first.codes.device)
+        room = self.columns * m if m > 1 else triton.cdiv(self.columns, SLICE) * SLICE  # behind the inputs are zeros
+        self.x = torch.zeros(room, dtype=dtype, device=first.codes.device)
         self.u = torch.zeros(parts, m, len(self.members), max(self.rank, 1), dtype=torch.float32, device=self.x.device)
         self.inverse, self.count = self.u.new_zeros(1), self.u.new_zeros(1, dtype=torch.int32)
         nothing = adapted[0].A if adapted else self.x
@@ -221,6 +226,11 @@ class Linears:
 class SingleLinears(Linears):
     """Linears for one sequence: products of a matrix and a vector."""
 
+    def __init__(self, *arguments: Any, **keywords: Any):
+        super().__init__(*arguments, **keywords)
+        self.pairs = level_pairs(self.members[0].lut, self.x.dtype)
+        self.turing = self.x.is_cuda and torch.cuda.get_device_capability(self.x.device) < (8, 0)
+
     def adapters(self, warps: int, most: float) -> dict[str, int]:
         """Return the layout of the programs that compute u = A x, and 1 / root mean square if x still needs the norm.
 
@@ -233,29 +243,42 @@ class SingleLinears(Linears):
         block = min(triton.next_power_of_2(chunk), 2048 * warps // take)  # 64 numbers per thread
         return dict(ADAPTERS=rows // take, TAKE=take, BLOCK=block, CHUNK=triton.cdiv(chunk, block) * block)
 
+    def sharing(self) -> tuple[int, int]:
+        """Return how many warps share a row, and how often a program takes new rows: what ends first by the count of slices.
+
+        The more share one, the more rows a program has to add up and to finish; the fewer, the more slices each has to take.
+        """
+        slices, warps = triton.cdiv(self.columns, SLICE), LAYOUT.warps
+        rows = self.rows if self.mode == "stack" else self.rows[:1]
+
+        def taken(wide: int) -> tuple[float, int, int]:
+            each = self.outputs_of(wide)
+            loop = triton.cdiv(sum(triton.cdiv(n, each) for n in rows), self.multiprocessors * LAYOUT.resident)
+            return loop * (triton.cdiv(slices, wide) + LAYOUT.ending), -wide, loop
+
+        most = min(warps, triton.next_power_of_2(slices))
+        _, wide, loop = min(taken(2**n) for n in range(most.bit_length()))
+        return -wide, loop
+
+    def outputs_of(self, wide: int) -> int:
+        """Return the outputs of a program at a time, if `wide` of its warps share a row."""
+        return (8 if self.mode == "swiglu" else 16) * LAYOUT.warps // wide
+
     def layout(self) -> tuple[int, bool, dict[str, Any]]:
         """Return the number of programs, whether u = A x gets a launch of its own, and the layout as kernel options.
 
         If the programs of a product are short, all of them would need u before it is ready. Then u is computed in a
         launch of its own, ahead of the product.
         """
-        swiglu, runs = self.mode == "swiglu", self.columns // RUN
-        blocks = min(LAYOUT.runs, max(32, triton.next_power_of_2(runs)))
-        warps = max(1, blocks // 32)
-        two = swiglu or (self.mode == "residual" and runs > blocks)  # with several pieces two outputs share loads of x
+        (wide, loop), warps = self.sharing(), LAYOUT.warps
+        some, short = not self.alone and bool(self.norm or self.rank), loop == 1 and self.columns <= wide * SLICE
+        adapters = self.adapters(warps, ADAPTERS)
+        apart = adapters["ADAPTERS"] if some and not short else 0
+        registers = {} if INTERPRETED else {"maxnreg": 65536 // (32 * warps * LAYOUT.resident) // 8 * 8}
+        options = dict(LOOP=loop, WARPS=warps, WIDE=wide, num_warps=warps, num_stages=1, **registers)
         rows = self.rows if self.mode == "stack" else self.rows[:1]
-        each = LAYOUT.rows if swiglu or not two else 2 * LAYOUT.rows
-        shares, adapters = sum(triton.cdiv(n, each) for n in rows), self.adapters(warps, ADAPTERS)
-        light = not two and shares <= self.multiprocessors * LAYOUT.light_warps // warps
-        resident = LAYOUT.light_warps if light else LAYOUT.warps
-        some = not self.alone and bool(self.norm or self.rank)
-        apart = adapters["ADAPTERS"] if some and not light else 0
-        loop = 1 if light else triton.cdiv(shares, max(1, self.multiprocessors * resident // warps - apart))
-        # Without a limit ptxas uses 167 registers per thread for gate and up, which leaves room for only 12 warps.
-        registers = {} if INTERPRETED else {"maxnreg": 65536 // (32 * resident) // 8 * 8}
-        options = dict(LOOP=loop, ROWS=LAYOUT.rows, BLOCKS=blocks, TWO=two, num_warps=warps, num_stages=1, **registers)
-        programs = apart + sum(triton.cdiv(n, each * loop) for n in rows)
-        return programs, some and light, adapters | options | {"ADAPTERS": apart}
+        programs = apart + sum(triton.cdiv(n, self.outputs_of(wide) * loop) for n in rows)
+        return programs, some and short, adapters | options | {"ADAPTERS": apart}
 
     def __call__(
         self, hidden: torch.Tensor, out: torch.Tensor, before: "SingleLinears", follow: "SingleLinears | None" = None
@@ -271,14 +294,14 @@ class SingleLinears(Linears):
         reads += self.u, self.inverse, self.count, before.count
         if ahead:
             adapters, ranks = self.adapters(4, math.inf), (self.ranks + [0, 0])[:3]
-            kernels.adapter_kernel[(adapters.pop("ADAPTERS"),)](
+            decode_products.adapter_kernel[(adapters.pop("ADAPTERS"),)](
                 *reads, *A[:3], *ranks, **adapters, NORM=norm is not None, num_warps=4, **_options(),
                 **{name: self.constants[name] for name in ("K", "MEMBERS", "RANK")},
             )  # fmt: skip
-        kernels.linear_kernel[(programs,)](
-            *reads, out, follow.norm.factor if follow else self.x, *self.arguments[:2], *A[:3], *self.arguments[2:],
-            **self.constants, **options, MODE=self.mode, NORM=norm is not None, NEXT=follow is not None,
-            OUTPUTS=self.rows[0], PARTS_2=triton.next_power_of_2(self.parts),
+        decode_products.linear_kernel[(programs,)](
+            *reads, out, follow.norm.factor if follow else self.x, self.pairs, *self.arguments[:2], *A[:3], *self.arguments[2:],
+            **self.constants, **options, MODE=self.mode, NORM=norm is not None, NEXT=follow is not None, TURING=self.turing,
+            OUTPUTS=self.rows[0],
         )  # fmt: skip
 
 

@@ -168,10 +168,29 @@ def confine(case: dict) -> object:
         # Inductor's code calls it. Unsloth was back on the whole chip after loading and compiling, and no longer since
         # this and the second set_context of run_single; which of the two does it was not tried.
         torch.cuda.set_device = lambda device: None
+        report(case["sms"])
     if case["cap"]:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(case["cap"] * GIB / total)
     return context
+
+
+def report(multiprocessors: int) -> None:
+    """Have torch report so many multiprocessors, as a card that has no more does: what divides its work by them does so here."""
+    import torch
+
+    properties = torch.cuda.get_device_properties
+
+    class Confined:
+        multi_processor_count = multiprocessors
+
+        def __init__(self, whole):
+            self.whole = whole
+
+        def __getattr__(self, name: str):
+            return getattr(self.whole, name)
+
+    torch.cuda.get_device_properties = lambda *device: Confined(properties(*device))
 
 
 def backward_tflops() -> float:

@@ -174,7 +174,7 @@ def use_few_programs() -> decode_step.Layout:
     """Divide the work among few, large programs, since one costs the interpreter as much whatever its size."""
     layout = decode_step.LAYOUT
     # Rows in pieces, and a program that takes several; adapters of q, k and v in three programs.
-    layout.rows, layout.runs, layout.warps, layout.programs, decode_step.ADAPTERS = 128, 2, 5, 1, 4
+    layout.warps, layout.resident, layout.programs, decode_step.ADAPTERS = 16, 2, 1, 4
     layout.tile, layout.swiglu_tile = Tile(128, 16, 2), Tile(256, 32, 2)
     layout.batch_programs = 8  # of products that add up, and products of several steps
     return layout
@@ -184,7 +184,7 @@ def check_all(folders: dict[str, str], dtype: str, device: str, numbers: tuple[i
     layout = use_few_programs()
     for number in numbers:
         family, options, starts, before = CASES[number]
-        layout.light_warps = 8 * (number % 2)  # the adapters of q, k and v in their launch, or ahead of it
+        layout.resident = 2 + 30 * (number % 2)  # the adapters of q, k and v in their launch, or ahead of it
         steps, layers = 1 + (number in TWO_STEPS), 1 + (number in TWO_LAYERS)
         check_case(folders[family], options, starts, before, dtype, device, steps=steps, layers=layers)
 
@@ -260,8 +260,7 @@ def check_attention(device: str) -> None:
             score = cap * torch.tanh(torch.einsum("hd,hnd->hn", q, key.repeat_interleave(2, 0)) * 0.3 / cap)
             want = torch.einsum("hn,hnd->hd", score.softmax(-1), value.repeat_interleave(2, 0)).flatten()
             index = torch.arange(heads * size)
-            eight = (index // 32) % 2 * 4 + (index // 2) % 4  # `input_place` for one sequence
-            place = ((eight * (heads * size // 64) + index // 64) * 4 + index // 8 % 4) * 2 + index % 2
+            place = index.view(-1, 4, 4, 8).transpose(1, 2).flatten().argsort()  # `input_place` for one sequence
             place = place if m == 1 else (index % 8 * (heads * size // 8) + index // 8) * m + i
             torch.testing.assert_close(x[place.to(device)].float(), want, rtol=2e-3, atol=2e-3)
 
@@ -357,7 +356,7 @@ POINTERS = {
     "*bf16": "x hidden total keys values cos sin q_weight k_weight weight next_weight bias after",
     "*fp32": "u inverse lut code2 second offset qkv roots mixed logs parts A B",
     "fp32": "scale eps after_eps cap",
-    "*i32": "codes count count_before",
+    "*i32": "codes count count_before pairs",
     "*u8": "absmax",
     "*i64": "position starts",
 }
@@ -416,23 +415,26 @@ def check_compiled(capability: int, done: list) -> None:
 def test_kernels_compile_within_the_shared_memory_of_each_card(capability):
     """With the constants of Qwen2.5-3B."""
     from fast_path import decode_kernels as kernels
+    from fast_path import decode_products
 
-    every = packed(capability) | {"ROWS": decode_step.LAYOUT.rows, "OUTPUTS": 11008}
-    narrow, wide = every | {"K": 2048, "BLOCKS": 32}, every | {"K": 11008, "BLOCKS": 64, "LOOP": 1}
-    linear, half, single = kernels.linear_kernel, "*bf16", "*fp32"
+    every = packed(capability) | {"OUTPUTS": 11008, "WARPS": 8, "TURING": False}
+    narrow, wide = every | {"K": 2048, "WIDE": 8}, every | {"K": 11008, "LOOP": 1, "WIDE": 8}
+    apart = narrow | {"WIDE": 1}  # each warp by itself
+    linear, half, single = decode_products.linear_kernel, "*bf16", "*fp32"
     first = {"RANK": 16, "TAKE": 1, "CHUNK": 2048, "BLOCK": 2048, "NORM": True}
-    one = {"PARTS": 1, "PARTS_2": 1, "NEXT": False, **first}
-    qkv = {"MODE": "stack", "MEMBERS": 3, "BIAS": True, "TWO": False, "LOOP": 1, "ADAPTERS": 0}
-    gate_up = {"MODE": "swiglu", "MEMBERS": 2, "TWO": True, "LOOP": 6, "ADAPTERS": 32}
-    down = {"MODE": "residual", "MEMBERS": 1, "TWO": True, "NORM": False, "NEXT": True, "ADAPTERS": 24, "TAKE": 4}
-    down |= {"CHUNK": 2048, "BLOCK": 1024, "PARTS": 6, "PARTS_2": 8}
+    one = {"PARTS": 1, "NEXT": False, **first}
+    qkv = {"MODE": "stack", "MEMBERS": 3, "BIAS": True, "LOOP": 1, "ADAPTERS": 0}
+    gate_up = {"MODE": "swiglu", "MEMBERS": 2, "LOOP": 6, "ADAPTERS": 4}
+    down = {"MODE": "residual", "MEMBERS": 1, "NORM": False, "NEXT": True, "ADAPTERS": 24, "TAKE": 4}
+    down |= {"CHUNK": 2048, "BLOCK": 1024, "PARTS": 6}
     overlap = {"OVERLAP": capability >= 90}
     combine = {"K": 2048, "M": 1, "SIZE": 128, "SPLITS": 64, "POSITIONS": 32, "RANK": 16, "TILE": 16}
     done = [
-        compiled(capability, kernels.adapter_kernel, first | {"K": 2048, "MEMBERS": 3} | overlap, 4),
-        compiled(capability, linear, narrow | one | qkv, 1, maxnreg=80, out=single),
-        compiled(capability, linear, narrow | one | gate_up, 1, maxnreg=128, out=half),
-        compiled(capability, linear, wide | down, 2, maxnreg=128, out=half),
+        compiled(capability, decode_products.adapter_kernel, first | {"K": 2048, "MEMBERS": 3} | overlap, 4),
+        compiled(capability, linear, narrow | one | qkv, 8, maxnreg=128, out=single),
+        compiled(capability, linear, narrow | one | gate_up, 8, maxnreg=128, out=half),
+        compiled(capability, linear, apart | one | gate_up, 8, maxnreg=128, out=half),
+        compiled(capability, linear, wide | down, 8, maxnreg=128, out=half),
         compiled(capability, kernels.norm_kernel, {"K": 2048, "FIRST": False, "BLOCK": 2048, **overlap}, 4, out=half),
         compiled(capability, kernels.attention_kernel, attention(capability, 64, 1, 1), 4),
         compiled(capability, kernels.attention_kernel, attention(capability, 64, 1, 1) | {"TURN": 48}, 4),
