@@ -97,16 +97,19 @@ def sample_starts(sees: Callable, batch: int, length: int, most: int, device: to
 
 @torch.library.custom_op("qlora::rotate", mutates_args=())
 def rotate(
-    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int, kv_heads: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int, kv_heads: int, norms: list[torch.Tensor],
+    epsilon: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Return q and k rotated as transformers' apply_rotary_pos_emb does, and v, each [batch, length, its heads, width].
 
     qkv: [batch, length, (heads + 2 kv_heads) width]; cos, sin: [batch or 1, length, the features of a head that are
-    rotated, its first ones]. Computed in fp32 and rounded once. It has a kernel of its own because the kernel that torch.compile makes for the backward
-    pass is several times slower than its memory traffic requires (docs/measurements.md).
+    rotated, its first ones]. norms: [], or the factors of the RMS norms that q and k pass through first, as wide as a
+    head or as all of their heads; no gradient flows to them. epsilon: of these norms. Computed in fp32 and rounded once.
+    It has a kernel of its own because the kernels that torch.compile makes for the backward pass are several times slower
+    than its memory traffic requires (docs/measurements.md).
     """
     parts = _apart(qkv, heads, kv_heads)
-    _rotate(qkv, *parts, cos, sin, back=False)
+    _rotate(qkv, *parts, cos, sin, norms, epsilon)
     return parts
 
 
@@ -117,41 +120,67 @@ def _apart(qkv: torch.Tensor, heads: int, kv_heads: int) -> tuple[torch.Tensor, 
     return q, k, v
 
 
-def _rotate(qkv, q, k, v, cos, sin, back: bool) -> None:
-    """Fill q, k and v from qkv; with back, fill the gradient qkv from the gradients q, k and v."""
-    (*_, heads, width), kv_heads = q.shape, k.shape[-2]
-    rows, block, turned = qkv.numel() // width, triton.next_power_of_2(width // 2), cos.shape[-1]
-    block_m = max(1, ROTATE.block_m * ROTATE.block_k // block)
-    training_kernels.rotate_kernel[(triton.cdiv(rows, block_m),)](
-        qkv, q, k, v, cos.contiguous(), sin.contiguous(), rows, cos.numel() // turned, HEADS=heads, KV_HEADS=kv_heads,
-        HALF=turned // 2, WIDTH=width, BLOCK_M=block_m, BLOCK_K=block, BACK=back, num_warps=ROTATE.warps,
+def _rotate(qkv, q, k, v, cos, sin, norms, epsilon: float, grad: torch.Tensor | None = None) -> None:
+    """Fill q, k and v from qkv; with grad, fill the gradient of qkv from the gradients q, k and v."""
+    (*_, heads, width), kv_heads, turned = q.shape, k.shape[-2], cos.shape[-1]
+    rows = q.numel() // width // heads * (heads + 2 * kv_heads)
+    kind = ("head" if norms[0].numel() == width else "all") if norms else ""
+    grid, launch = rotate_launch(rows, heads, kv_heads, width, kind)
+    training_kernels.rotate_kernel[grid](
+        qkv, q, k, v, cos.contiguous(), sin.contiguous(), *(norms or (qkv, qkv)), qkv if grad is None else grad, rows,
+        cos.numel() // turned, epsilon, HEADS=heads, KV_HEADS=kv_heads, HALF=turned // 2, WIDTH=width,
+        BLOCK_M=launch.block_m, BLOCK_K=launch.block_k, BACK=grad is not None, NORM=kind, num_warps=launch.warps,
     )  # fmt: skip
 
 
+def rotate_launch(rows: int, heads: int, kv_heads: int, width: int, kind: str) -> tuple[tuple[int, ...], Launch]:
+    """Return the grid and the layout of the kernel behind `rotate`. rows: heads of all tokens. kind: of the norms.
+
+    Norms as wide as all heads need all heads of a token's q, k or v in one program; a thread then has as much as else.
+    """
+    block = triton.next_power_of_2(width // 2)
+    if kind != "all":
+        block_m = max(1, ROTATE.block_m * ROTATE.block_k // block)
+        return (triton.cdiv(rows, block_m),), Launch(block_m=block_m, block_k=block, warps=ROTATE.warps)
+    block_m = triton.next_power_of_2(max(heads, kv_heads))
+    warps = ROTATE.warps * block_m * block // (ROTATE.block_m * ROTATE.block_k)
+    return (rows // (heads + 2 * kv_heads), 3), Launch(block_m=block_m, block_k=block, warps=min(max(warps, 1), 16))
+
+
 @rotate.register_fake
-def _(qkv, cos, sin, heads, kv_heads):
+def _(qkv, cos, sin, heads, kv_heads, norms, epsilon):
     return _apart(qkv, heads, kv_heads)
 
 
 @torch.library.custom_op("qlora::rotate_backward", mutates_args=())
 def rotate_backward(
-    dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> torch.Tensor:
-    """Return the gradient of qkv from those of q, k and v."""
+    dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
+    normed: list[torch.Tensor], epsilon: float,
+) -> torch.Tensor:  # fmt: skip
+    """Return the gradient of qkv from those of q, k and v. normed: qkv and the norms, [] without norms."""
     grad = dq.new_empty(*dq.shape[:2], sum(part.shape[2] for part in (dq, dk, dv)) * dq.shape[3])
-    _rotate(grad, dq.contiguous(), dk.contiguous(), dv.contiguous(), cos, sin, back=True)
+    qkv, *norms = normed or [grad]
+    _rotate(qkv, dq.contiguous(), dk.contiguous(), dv.contiguous(), cos, sin, norms, epsilon, grad)
     return grad
 
 
 @rotate_backward.register_fake
-def _(dq, dk, dv, cos, sin):
+def _(dq, dk, dv, cos, sin, normed, epsilon):
     return dq.new_empty(*dq.shape[:2], sum(part.shape[2] for part in (dq, dk, dv)) * dq.shape[3])
 
 
-rotate.register_autograd(
-    lambda ctx, *grads: (rotate_backward(*grads, *ctx.saved_tensors), None, None, None, None),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[1:3]),
-)
+def _rotate_setup(ctx, inputs, output):
+    qkv, cos, sin, _, _, norms, ctx.epsilon = inputs
+    ctx.norms = len(norms)
+    ctx.save_for_backward(cos, sin, *([qkv, *norms] if norms else []))
+
+
+def _rotate_backward(ctx, *grads):
+    cos, sin, *normed = ctx.saved_tensors
+    return rotate_backward(*grads, cos, sin, normed, ctx.epsilon), None, None, None, None, [None] * ctx.norms, None
+
+
+rotate.register_autograd(_rotate_backward, setup_context=_rotate_setup)
 
 
 @torch.library.custom_op("qlora::cudnn_attention", mutates_args=())

@@ -132,9 +132,10 @@ def _rotated_heads(self, hidden_states, position_embeddings):
     """Return q, k and v, [batch, heads, length, width], from one operator. hidden_states: [batch, length, width]."""
     shape, normed = hidden_states.shape[:-1], hasattr(self, "q_norm")
     qkv = self.fused_qkv(hidden_states)
-    if self.fused_qkv.kernels and self.turns and not normed:
+    if self.fused_qkv.kernels and self.turns and len(self.head_norms) == 2 * normed:
         heads, kv_heads = (size // self.head_dim for size in self.sizes[:2])
-        return tuple(part.transpose(1, 2) for part in rotate(qkv, *position_embeddings, heads, kv_heads))
+        parts = rotate(qkv, *position_embeddings, heads, kv_heads, self.head_norms, self.epsilon)
+        return tuple(part.transpose(1, 2) for part in parts)
     q, k, v = qkv.split(self.sizes, -1)
     if normed and self.qk_norms == "all":
         q, k = self.q_norm(q), self.k_norm(k)
@@ -207,7 +208,18 @@ def _switch_attention(attention: nn.Module, qkv: Group, out: Group) -> None:
     attention.sizes = [q, (total - q) // 2, (total - q) // 2]
     attention.turns = bool(getattr(attention, family.rotates)) if family.rotates else True
     attention.qk_norms, attention.caps = family.qk_norms, family.score_cap
+    attention.head_norms, attention.epsilon = _head_norms(attention)
     _switch(attention, _fused_attention, qkv=qkv, out=out)
+
+
+def _head_norms(attention: nn.Module) -> tuple[list[torch.Tensor], float]:
+    """Return the factors of an attention's norms of q and k, and their epsilon; [] if there are none or they are trained."""
+    norms = [norm for norm in (getattr(attention, name, None) for name in ("q_norm", "k_norm")) if norm is not None]
+    known = all(type(norm).__name__ == families.of(attention).norm for norm in norms)
+    if not norms or not known or any(norm.weight.requires_grad for norm in norms):
+        return [], 0.0
+    (q_norm, epsilon), (k_norm, other) = map(norm_of, norms)
+    return ([q_norm.detach(), k_norm.detach()], epsilon) if epsilon == other else ([], 0.0)
 
 
 def _attention_linears(attention: nn.Module) -> tuple[list[nn.Module], nn.Module]:

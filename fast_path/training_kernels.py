@@ -476,26 +476,72 @@ def rotated_places(i, HALF: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def rotate_kernel(
-    qkv, q, k, v, cos, sin, rows, positions, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BACK: tl.constexpr,
+def _tile_of_heads(
+    rows, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, BLOCK_M: tl.constexpr, NORM: tl.constexpr
 ):  # fmt: skip
-    """Write rotated q, rotated k, and v from qkv; with BACK, write the gradient of qkv from those of q, k and v.
+    """Return a program's rows of qkv, which of them exist, and how many heads a norm as wide as all of them covers.
+
+    Each head of each token is a row. For such a norm a program has all heads of one token's q, k or v; otherwise it has
+    BLOCK_M rows, wherever they lie.
+    """
+    m = tl.arange(0, BLOCK_M)
+    if NORM == "all":
+        part = tl.program_id(1)
+        number = tl.where(part == 0, HEADS, KV_HEADS)
+        first = tl.where(part == 0, 0, HEADS + (part - 1) * KV_HEADS)
+        return tl.program_id(0) * (HEADS + 2 * KV_HEADS) + first + m, m < number, number
+    else:
+        r = tl.program_id(0) * BLOCK_M + m
+        return r, r < rows, 1
+
+
+@triton.jit
+def _head_weight(
+    q_weight, k_weight, head, at, in_q, in_k, HEADS: tl.constexpr, WIDTH: tl.constexpr, NORM: tl.constexpr
+):  # fmt: skip
+    """Return the factors of the norms of q and k for features `at` of a tile of heads, fp32; anything for v."""
+    if NORM == "all":
+        place = head[:, None] * WIDTH + at
+        q_part = tl.load(q_weight + place, mask=in_q, other=0.0)
+        return (q_part + tl.load(k_weight + place - HEADS * WIDTH, mask=in_k, other=0.0)).to(tl.float32)
+    else:
+        of_q = tl.load(q_weight + at, mask=at < WIDTH, other=0.0)
+        return tl.where(in_q, of_q, tl.load(k_weight + at, mask=at < WIDTH, other=0.0)).to(tl.float32)
+
+
+@triton.jit
+def _head_mean(low, high, number, WIDTH: tl.constexpr, NORM: tl.constexpr):
+    """Return the mean over what one norm covers, [rows, 1]: a head, or all `number` heads of the tile."""
+    total = tl.sum(low + high, 1)
+    if NORM == "all":
+        return tl.zeros_like(total)[:, None] + tl.sum(total, 0) / (number * WIDTH)
+    else:
+        return total[:, None] / WIDTH
+
+
+@triton.jit
+def rotate_kernel(
+    qkv, q, k, v, cos, sin, q_weight, k_weight, grad, rows, positions, epsilon, HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    BACK: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """Write normed and rotated q and k, and v from qkv; with BACK, write the gradient of qkv from those of q, k and v.
 
     A row is one head of one token, WIDTH features, of which the first 2 HALF are rotated. Each program takes BLOCK_M rows
-    and all features (BLOCK_K, a power of two, covers half of them). Every number is read and written once, with a few
+    and all features (BLOCK_K, a power of two, covers half of them). NORM: "head" if each head of q and k passes through
+    an RMS norm first, "all" if all heads together do, "" if none does. Every number is read and written once, with a few
     operations in between, so memory traffic is the limit; whole lines of memory are read and written on both sides.
     """
-    r = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    r, exists, number = _tile_of_heads(rows, HEADS, KV_HEADS, BLOCK_M, NORM)
     token, head = r // (HEADS + 2 * KV_HEADS), r % (HEADS + 2 * KV_HEADS)
     i = tl.arange(0, BLOCK_K)[None]
-    inside = (r < rows)[:, None] & (i < WIDTH // 2)
+    inside = exists[:, None] & (i < WIDTH // 2)
     in_q = inside & (head < HEADS)[:, None]
     in_k = inside & ((head >= HEADS) & (head < HEADS + KV_HEADS))[:, None]
     in_v = inside & (head >= HEADS + KV_HEADS)[:, None]
     low_at, high_at = rotated_places(i, HALF, WIDTH)
-    together = qkv + r.to(tl.int64)[:, None] * WIDTH
     long = token.to(tl.int64)
+    in_qkv = r.to(tl.int64)[:, None] * WIDTH
     to_q = q + (long * HEADS + head)[:, None] * WIDTH
     to_k = k + (long * KV_HEADS + head - HEADS)[:, None] * WIDTH
     to_v = v + (long * KV_HEADS + head - HEADS - KV_HEADS)[:, None] * WIDTH
@@ -505,9 +551,21 @@ def rotate_kernel(
         high = tl.load(to_q + high_at, mask=in_q, other=0.0) + tl.load(to_k + high_at, mask=in_k, other=0.0)
         high = (high + tl.load(to_v + high_at, mask=in_v, other=0.0)).to(tl.float32)
     else:
-        low = tl.load(together + low_at, mask=inside, other=0.0).to(tl.float32)
-        high = tl.load(together + high_at, mask=inside, other=0.0).to(tl.float32)
-    turned = (in_q | in_k) & (i < HALF)
+        low = tl.load(qkv + in_qkv + low_at, mask=inside, other=0.0).to(tl.float32)
+        high = tl.load(qkv + in_qkv + high_at, mask=inside, other=0.0).to(tl.float32)
+    normed = in_q | in_k
+    if NORM != "":
+        weight_low = _head_weight(q_weight, k_weight, head, low_at, in_q, in_k, HEADS, WIDTH, NORM)
+        weight_high = _head_weight(q_weight, k_weight, head, high_at, in_q, in_k, HEADS, WIDTH, NORM)
+        x_low, x_high = low, high
+        if BACK:
+            x_low = tl.load(qkv + in_qkv + low_at, mask=normed, other=0.0).to(tl.float32)
+            x_high = tl.load(qkv + in_qkv + high_at, mask=normed, other=0.0).to(tl.float32)
+        inverse = tl.rsqrt(_head_mean(x_low * x_low, x_high * x_high, number, WIDTH, NORM) + epsilon)
+        x_low, x_high = x_low * inverse, x_high * inverse
+        if not BACK:
+            low, high = tl.where(normed, x_low * weight_low, low), tl.where(normed, x_high * weight_high, high)
+    turned = normed & (i < HALF)
     angle = (token % positions)[:, None] * (2 * HALF) + i
     cos_low = tl.load(cos + angle, mask=turned, other=1.0).to(tl.float32)
     cos_high = tl.load(cos + angle + HALF, mask=turned, other=1.0).to(tl.float32)
@@ -517,12 +575,18 @@ def rotate_kernel(
         new_low, new_high = low * cos_low + high * sin_high, high * cos_high - low * sin_low
     else:
         new_low, new_high = low * cos_low - high * sin_low, high * cos_high + low * sin_high
+    low, high = tl.where(turned, new_low, low), tl.where(turned, new_high, high)
     dtype = qkv.dtype.element_ty
-    low, high = tl.where(turned, new_low, low).to(dtype), tl.where(turned, new_high, high).to(dtype)
     if BACK:
-        tl.store(together + low_at, low, mask=inside)
-        tl.store(together + high_at, high, mask=inside)
+        if NORM != "":
+            new_low, new_high = low * weight_low, high * weight_high
+            share = _head_mean(new_low * x_low, new_high * x_high, number, WIDTH, NORM)
+            low = tl.where(normed, (new_low - x_low * share) * inverse, low)
+            high = tl.where(normed, (new_high - x_high * share) * inverse, high)
+        tl.store(grad + in_qkv + low_at, low.to(dtype), mask=inside)
+        tl.store(grad + in_qkv + high_at, high.to(dtype), mask=inside)
     else:
+        low, high = low.to(dtype), high.to(dtype)
         tl.store(to_q + low_at, low, mask=in_q)
         tl.store(to_q + high_at, high, mask=in_q)
         tl.store(to_k + low_at, low, mask=in_k)

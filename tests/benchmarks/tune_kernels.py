@@ -115,10 +115,10 @@ def tune_rotate(rows: int, peak: float) -> None:
     batch, length = max(1, rows // 512), min(rows, 512)
     qkv = torch.randn(batch, length, (HEADS + 2 * KV_HEADS) * WIDTH, device="cuda", dtype=torch.bfloat16)
     angles = torch.randn(1, length, WIDTH, device="cuda", dtype=torch.bfloat16)
-    parts = attention.rotate(qkv, angles, angles, HEADS, KV_HEADS)
+    parts = attention.rotate(qkv, angles, angles, HEADS, KV_HEADS, [], 0.0)
     for label, call in (
-        ("rotate", functools.partial(attention.rotate, qkv, angles, angles, HEADS, KV_HEADS)),
-        ("rotate back", functools.partial(attention.rotate_backward, *parts, angles, angles)),
+        ("rotate", functools.partial(attention.rotate, qkv, angles, angles, HEADS, KV_HEADS, [], 0.0)),
+        ("rotate back", functools.partial(attention.rotate_backward, *parts, angles, angles, [], 0.0)),
     ):
         tune(
             f"{label} rows={rows}",

@@ -25,7 +25,7 @@ from fast_path import choice, families, fused_linear, micro_step, training_kerne
 from fast_path import layers as layers_module
 from fast_path import loss as loss_module
 from fast_path import packed_weights as packed_weights_module
-from fast_path.attention import ROTATE, cudnn_serves, keep_samples_apart, rotate, use_causal_attention
+from fast_path.attention import cudnn_serves, keep_samples_apart, rotate, rotate_launch, use_causal_attention
 from fast_path.choice import choose_fast_path
 from fast_path.compiled import compile_layers, compiled_in_pieces, operators_tag
 from fast_path.dropout import DropoutClock, use_stateless_dropout
@@ -712,16 +712,18 @@ def check_swiglu_backward(device: str, dtype: torch.dtype, tolerance: float) -> 
 
 
 def check_rotate(device: str, dtype: torch.dtype, tolerance: float) -> None:
-    """Compare the operator and its gradient with apply_rotary_pos_emb in fp32.
+    """Compare the operator and its gradient with RMS norms and apply_rotary_pos_emb in fp32.
 
     There are few and many heads of k and v, widths that are no power of two, positions for all with angles in `dtype` or per
-    sequence with angles in fp32, and heads of which only a part is rotated.
+    sequence with angles in fp32, heads of which only a part is rotated, and norms as wide as a head, as all heads, or none.
     """
     torch.manual_seed(0)
     batch, length = 3, 7
     tables = (1, dtype), (batch, torch.float32)
-    cases = itertools.product(((64, 64), (80, 80), (64, 48)), ((6, 2), (3, 3)), tables)
-    for (width, turned), (heads, kv_heads), (rows, angles) in cases:
+    cases = itertools.product(((64, 64), (80, 80), (64, 48)), ((6, 2), (3, 3)), tables, ("", "head", "all"))
+    for (width, turned), (heads, kv_heads), (rows, angles), kind in cases:
+        each = {"": [], "head": [width] * 2, "all": [heads * width, kv_heads * width]}[kind]
+        norms = [torch.rand(size, device=device).to(angles) + 0.5 for size in each]  # in Gemma they are in fp32
         qkv = torch.randn(batch, length, (heads + 2 * kv_heads) * width, device=device).to(dtype).requires_grad_()
         turns = torch.rand(rows, length, turned, device=device) * 100  # the halves not the same, as the function has it
         cos, sin = turns.cos().to(angles), turns.sin().to(angles)
@@ -730,15 +732,22 @@ def check_rotate(device: str, dtype: torch.dtype, tolerance: float) -> None:
             x.unflatten(-1, (-1, width)) for x in exact.split([n * width for n in (heads, kv_heads, kv_heads)], -1)
         )
         q, k, v = parts
+        if norms:
+            sizes = [(norm.numel() // width, width) if kind == "all" else (width,) for norm in norms]
+            q, k = (
+                F.rms_norm(x, size, norm.float().view(size), 1e-2)
+                for x, size, norm in zip((q, k), sizes, norms, strict=True)
+            )
         want = *apply_rotary_part(q, k, cos.float(), sin.float(), unsqueeze_dim=2), v
-        found = rotate(qkv, cos, sin, heads, kv_heads)
+        found = rotate(qkv, cos, sin, heads, kv_heads, norms, 1e-2)
         grads = [torch.randn(x.shape, device=device).to(dtype) for x in want]
         torch.autograd.backward(want, [grad.float() for grad in grads])
         torch.autograd.backward(found, [grad.transpose(1, 2).contiguous().transpose(1, 2) for grad in grads])
-        case = width, turned, heads, rows, angles
+        case = width, turned, heads, rows, angles, kind
         assert all(x.is_contiguous() and apart(x, y) < tolerance for x, y in zip(found, want, strict=True)), case
         assert torch.equal(found[2], v.to(dtype)) and apart(qkv.grad, exact.grad) < tolerance, case
-    torch.library.opcheck(rotate, (qkv, cos, sin, heads, kv_heads))
+    for own in ([], norms):
+        torch.library.opcheck(rotate, (qkv, cos, sin, heads, kv_heads, own, 1e-2))
 
 
 def check_layers(folder: str, layers: int | None = None, **chosen) -> None:
@@ -781,7 +790,8 @@ def test_kernels_in_tritons_interpreter():
 
 @pytest.mark.triton
 @pytest.mark.parametrize(
-    "kind", ["qwen2", "gemma2", *(pytest.param(k, marks=pytest.mark.long) for k in ("smollm3", "olmo2", "phi3"))]
+    "kind",
+    ["qwen2", "gemma2", *(pytest.param(k, marks=pytest.mark.long) for k in ("smollm3", "olmo2", "gemma3", "phi3"))],
 )
 def test_layers_learn_the_same_from_kernels_in_tritons_interpreter(random_models, kind):
     layers = 1 if kind in ("qwen2", "gemma2") else None  # their layers launch the same kernels
@@ -866,10 +876,14 @@ def test_kernels_compile_within_the_shared_memory_of_each_card(capability):
         pointers = {"logits": HALF, "targets": "*i64", "losses": SINGLE}
         constants = {"GRADIENT": gradient, "SCALED": scaled, "CAPPED": capped, "BLOCK": CROSS_ENTROPY.block_k}
         compile_(training_kernels.cross_entropy_kernel, pointers, constants, CROSS_ENTROPY.warps)
-    heads = {"HEADS": 16, "KV_HEADS": 2, "HALF": 64, "WIDTH": 128, "BLOCK_M": ROTATE.block_m, "BLOCK_K": 64}
-    for back, angles, half in itertools.product((False, True), (HALF, SINGLE), (64, 48)):
-        activations = dict.fromkeys(("qkv", "q", "k", "v"), HALF) | {"cos": angles, "sin": angles}
-        compile_(training_kernels.rotate_kernel, activations, heads | {"BACK": back, "HALF": half}, ROTATE.warps)
+    rotated = dict.fromkeys(("qkv", "q", "k", "v", "grad"), HALF)
+    sizes = (16, 2, 64, 128), (16, 2, 48, 128), (8, 4, 128, 256), (40, 40, 64, 128)
+    for back, angles, heads, kind in itertools.product((False, True), (HALF, SINGLE), sizes, ("", "head", "all")):
+        launch = rotate_launch(1000 * (heads[0] + 2 * heads[1]), heads[0], heads[1], heads[3], kind)[1]
+        constants = dict(zip(("HEADS", "KV_HEADS", "HALF", "WIDTH"), heads, strict=True))
+        constants |= {"BLOCK_M": launch.block_m, "BLOCK_K": launch.block_k, "BACK": back, "NORM": kind}
+        activations = rotated | dict.fromkeys(("cos", "sin", "q_weight", "k_weight"), angles)
+        compile_(training_kernels.rotate_kernel, activations, constants, launch.warps)
 
 
 @pytest.mark.triton
@@ -910,7 +924,8 @@ def test_sm_86_takes_the_code_of_sm_89_and_sm_80_takes_it_too():
     widen |= {"ACTIVATION": "silu"}
     swiglu = {"DROPOUT": True, "BLOCK_M": 16, "BLOCK_K": 64, "BLOCK_R": 16, "BLOCK_U": 16, "ACTIVATION": "silu"}
     heads = {"HEADS": 16, "KV_HEADS": 2, "HALF": 64, "WIDTH": 128, "BLOCK_M": 16, "BLOCK_K": 64, "BACK": True}
-    rotated = dict.fromkeys(("qkv", "q", "k", "v", "cos", "sin"), HALF)
+    heads |= {"NORM": "head"}
+    rotated = dict.fromkeys(("qkv", "q", "k", "v", "cos", "sin", "q_weight", "k_weight", "grad"), HALF)
     for kernel, pointers, constants in (
         (training_kernels.widen_kernel, activations, widen),
         (training_kernels.swiglu_backward_kernel, activations, swiglu),
