@@ -375,7 +375,7 @@ def _check_layer(layer: nn.Module, cache: Any) -> None:
     _check(cache.is_initialized, "the cache has no tensors yet; see its early_initialization")
     _check(cache.keys.shape[0] <= BATCH, f"a cache of {cache.keys.shape[0]} sequences, more than {BATCH}")
     _check(cache.keys.shape[3] == attention.head_dim, "the cache has other heads than the model")
-    _check(attention.head_dim in (32, 64, 128, 256), f"heads of {attention.head_dim}")
+    _check(attention.head_dim % 16 == 0 and 32 <= attention.head_dim <= 256, f"heads of {attention.head_dim}")
 
 
 class Rotary(NamedTuple):
@@ -486,12 +486,13 @@ class Layer(Generic[Kind]):
             )  # fmt: skip
         kernels.attention_kernel[(shape["KV_HEADS"], shape["SPLITS"], sequences)](
             scratch.qkv, self.keys, self.values, position, starts, rotary.cos, rotary.sin, *self.head_norms,
-            scratch.roots, scratch.mixed, scratch.logs, *self.numbers, TURN=rotary.turn, **shape, num_warps=4, **_options(),
+            scratch.roots, scratch.mixed, scratch.logs, *self.numbers, TURN=rotary.turn,
+            PAD=triton.next_power_of_2(shape["HALF"]), **shape, num_warps=4, **_options(),
         )  # fmt: skip
         kernels.combine_kernel[(shape["HEADS"], sequences)](
             scratch.mixed, scratch.logs, position, starts, out.x, out.A[0], out.u, out.ranks[0], self.window, K=out.columns, M=self.m,
             SIZE=self.keys.shape[3], SPLITS=shape["SPLITS"], POSITIONS=shape["POSITIONS"], RANK=out.rank,
-            TILE=min(max(out.rank, 1), 16), num_warps=4, **_options(),
+            TILE=min(max(out.rank, 1), 16), PAD=triton.next_power_of_2(self.keys.shape[3]), num_warps=4, **_options(),
         )  # fmt: skip
 
 

@@ -130,6 +130,7 @@ def random_models(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) ->
         "gemma2": ("Gemma2", 4, {"query_pre_attn_scalar": 64, "final_logit_softcapping": 5.0, **CAP}),
         "gemma3": ("Gemma3", 8, {"query_pre_attn_scalar": 64, "sliding_window": 16, "layer_types": KINDS}),
         "phi3": ("Phi3", 8, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, **PART}}),
+        "phi3_96": ("Phi3", 4, {"head_dim": 96}),  # Phi-3-mini's
         "smollm3": ("SmolLM3", 8, {"no_rope_layers": [0, 1], "tie_word_embeddings": True}),
         "olmo2": ("Olmo2", 8, {}),
         "olmo3": ("Olmo3", 8, {"sliding_window": 16, "layer_types": KINDS}),

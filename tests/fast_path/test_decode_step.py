@@ -1,6 +1,7 @@
 """The decode kernels compute the same as the model's own forward, in Triton's interpreter and on a GPU."""
 
 import functools
+import itertools
 import json
 import shutil
 from types import SimpleNamespace
@@ -41,9 +42,11 @@ CASES = [
     ("phi3", {"double": False, "targets": ["qkv_proj", "gate_up_proj"]}, [3, 0], 33),
     ("olmo2", {"targets": ["q_proj", "o_proj", "up_proj"]}, [0], 40),
     ("olmo3", {}, [0, 5], 40),
+    ("phi3_96", {}, [0], 40),
+    ("phi3_96", {"double": False, "targets": ["qkv_proj", "o_proj"]}, [3, 0], 33),
 ]
 # One sequence and several, NF4 and FP4, double quantisation and none, each family, adapters on all linears and on few.
-EACH_KIND = (0, 2, 3, 6, 9, 10, 11, 14, 15, 16, 17, 18, 19)
+EACH_KIND = (0, 2, 3, 6, 9, 10, 11, 14, 15, 16, 17, 18, 19, 20, 21)
 # In the interpreter, cases of two layers: one sequence, several, a layer without rotation, norms after a layer. And cases of
 # two steps, since the second shows what the first leaves behind; in case 5, one sequence's errors in one position of the
 # cache are up to 1.4 times the model's own otherwise.
@@ -64,7 +67,10 @@ def folders(random_models, tmp_path_factory):
         (found[name] / "config.json").write_text(json.dumps(config | kinds), encoding="utf-8")
     return {
         **found,
-        **{name: random_models(name) for name in ("qwen2", "qwen3", "llama", "granite", "smollm3", "phi3", "olmo2")},
+        **{
+            name: random_models(name)
+            for name in ("qwen2", "qwen3", "llama", "granite", "smollm3", "phi3", "phi3_96", "olmo2")
+        },
     }
 
 
@@ -101,7 +107,8 @@ def new_cache(model, length=LENGTH):
 def filled(caches: list[StaticCache], starts: list[int], before: int, model) -> StaticCache:
     """Return one cache with the contents of several, each from its start on; before a start there is NaN."""
     joint, config = new_cache(model), model.config
-    joint.early_initialization(len(starts), config.num_key_value_heads, 64, model.dtype, model.device)
+    width = families.head_width(config)
+    joint.early_initialization(len(starts), config.num_key_value_heads, width, model.dtype, model.device)
     for layer, *own in zip(joint.layers, *(cache.layers for cache in caches), strict=True):
         for name in ("keys", "values"):
             for i, start in enumerate(starts):
@@ -226,8 +233,8 @@ def test_a_step_reads_an_adapter_that_is_copied_into_place(folders):
 def check_attention(device: str) -> None:
     """Compare attention in a window and under a cap, of one sequence and of two, with the same by hand in fp32."""
     torch.manual_seed(0)
-    heads, kv_heads, size, position, window, cap, splits = 4, 2, 32, 90, 41, 1.5, 4
-    for starts in ([0], [0, 70]):
+    heads, kv_heads, position, window, cap, splits = 4, 2, 90, 41, 1.5, 4
+    for size, starts in itertools.product((32, 96), ([0], [0, 70])):
         m, sequences = 1 if len(starts) == 1 else 16, len(starts)
         keys, values = (torch.randn(sequences, kv_heads, 96, size).half().to(device) for _ in range(2))
         qkv = torch.randn(1, m, (heads + 2 * kv_heads) * size, device=device)
@@ -396,6 +403,7 @@ def attention(capability: int, splits: int, m: int, parts: int, half: int = 64) 
         "HEADS": 16,
         "KV_HEADS": 2,
         "HALF": half,
+        "PAD": 1 << (half - 1).bit_length(),
         "CAPPED": half > 64,
         "GROUP": 16,
         "POSITIONS": decode_step.LAYOUT.positions,
@@ -428,7 +436,7 @@ def test_kernels_compile_within_the_shared_memory_of_each_card(capability):
     down = {"MODE": "residual", "MEMBERS": 1, "NORM": False, "NEXT": True, "ADAPTERS": 24, "TAKE": 4}
     down |= {"CHUNK": 2048, "BLOCK": 1024, "PARTS": 6}
     overlap = {"OVERLAP": capability >= 90}
-    combine = {"K": 2048, "M": 1, "SIZE": 128, "SPLITS": 64, "POSITIONS": 32, "RANK": 16, "TILE": 16}
+    combine = {"K": 2048, "M": 1, "SIZE": 128, "PAD": 128, "SPLITS": 64, "POSITIONS": 32, "RANK": 16, "TILE": 16}
     done = [
         compiled(capability, decode_products.adapter_kernel, first | {"K": 2048, "MEMBERS": 3} | overlap, 4),
         compiled(capability, linear, narrow | one | qkv, 8, maxnreg=128, out=single),
@@ -438,7 +446,9 @@ def test_kernels_compile_within_the_shared_memory_of_each_card(capability):
         compiled(capability, kernels.norm_kernel, {"K": 2048, "FIRST": False, "BLOCK": 2048, **overlap}, 4, out=half),
         compiled(capability, kernels.attention_kernel, attention(capability, 64, 1, 1), 4),
         compiled(capability, kernels.attention_kernel, attention(capability, 64, 1, 1) | {"TURN": 48}, 4),
+        compiled(capability, kernels.attention_kernel, attention(capability, 64, 1, 1, half=48), 4),
         compiled(capability, kernels.combine_kernel, combine | overlap, 4, out=half),
+        compiled(capability, kernels.combine_kernel, combine | overlap | {"K": 3072, "SIZE": 96}, 4, out=half),
     ]
     check_compiled(capability, done)
 
@@ -468,7 +478,7 @@ def test_a_batchs_kernels_compile_within_the_shared_memory_of_each_card(capabili
         "AFTER": False,
         "NORM": True,
     }
-    combine = {"K": 2048, "SIZE": 128, "SPLITS": 8, "POSITIONS": 32, "TILE": 16}
+    combine = {"K": 2048, "SIZE": 128, "PAD": 128, "SPLITS": 8, "POSITIONS": 32, "TILE": 16}
     products = [
         compiled(capability, decode_batch_kernels.batch_linear_kernel, tile | qkv, warps, 1, out="*fp32"),
         compiled(capability, decode_batch_kernels.batch_linear_kernel, tile2 | gate_up, warps2, 1, out="*bf16"),
