@@ -212,11 +212,16 @@ def _switch_attention(attention: nn.Module, qkv: Group, out: Group) -> None:
     _switch(attention, _fused_attention, qkv=qkv, out=out)
 
 
+WIDEST_JOINED = 128  # heads whose norms join the rotary embedding's pass; wider ones were slower (docs/measurements.md)
+
+
 def _head_norms(attention: nn.Module) -> tuple[list[torch.Tensor], float]:
     """Return the factors of an attention's norms of q and k, and their epsilon; [] if there are none or they are trained."""
     norms = [norm for norm in (getattr(attention, name, None) for name in ("q_norm", "k_norm")) if norm is not None]
     known = all(type(norm).__name__ == families.of(attention).norm for norm in norms)
     if not norms or not known or any(norm.weight.requires_grad for norm in norms):
+        return [], 0.0
+    if attention.head_dim > WIDEST_JOINED and families.of(attention).qk_norms == "head":
         return [], 0.0
     (q_norm, epsilon), (k_norm, other) = map(norm_of, norms)
     return ([q_norm.detach(), k_norm.detach()], epsilon) if epsilon == other else ([], 0.0)
