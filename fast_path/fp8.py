@@ -22,9 +22,11 @@ SMALLEST = 1e-30  # the least amax: rows of zeros, such as the gradients of padd
 EXACT = False
 UNPACK_ROWS = {False: 32, True: 128}  # per program; transposed, so that a line of memory is written whole
 UNPACK_WARPS = {False: 2, True: 4}
-# Tiles of `product_kernel`: rows, outputs, products that are summed at once, warps, stages, descriptors.
-HOPPER = (128, 128, 128, 4, 3, False)
-OTHERS = (128, 128, 64, 8, 3, False)
+# Tiles of `product_kernel`: rows, outputs, products that are summed at once, warps, stages, descriptors, groups.
+HOPPER = (128, 128, 128, 4, 3, False, 8)
+HOPPER_WIDE = (128, 128, 128, 4, 3, True, 32)  # with at least WIDE times as many outputs as products per output
+WIDE = 4
+OTHERS = (128, 128, 64, 8, 3, False, 8)
 ALIGNED = 16  # bytes: rows of both operands must be multiples of it
 
 # ------------------------------------------------------------------------------------------------ where it runs
@@ -145,27 +147,29 @@ def product(
     return torch._scaled_mm(a, b.t(), *scales, bias, out_dtype=dtype, use_fast_accum=not EXACT)
 
 
-def product_tile(capability: tuple[int, int]) -> dict[str, int]:
-    """Return the tile of `product_kernel`. Only Hopper's was timed; the other fits 99 KiB of shared memory."""
-    names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages", "DESCRIBED")
-    return dict(zip(names, HOPPER if capability[0] == 9 else OTHERS, strict=True)) | {"GROUP": 8}
+def product_tile(capability: tuple[int, int], outputs: int, inner: int) -> dict[str, int]:
+    """Return the tile of `product_kernel`. Only Hopper's were timed; the other fits 99 KiB of shared memory."""
+    names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages", "DESCRIBED", "GROUP")
+    hopper = HOPPER_WIDE if outputs >= WIDE * inner else HOPPER
+    return dict(zip(names, hopper if capability[0] == 9 else OTHERS, strict=True))
 
 
 def _product_kernel(a, a_scales, b, b_scales, dtype, u, B, bias, exact: bool, tile: dict | None = None):
     """Do `product` in one kernel, with the adapters' product in it."""
     (rows, inner), outputs, out = a.shape, len(b), torch.empty(len(a), len(b), dtype=dtype, device=a.device)
     capability = (8, 9) if INTERPRETED else torch.cuda.get_device_capability(a.device)
-    tile = tile or product_tile(capability)
-    left, right = a, b
+    tile = tile or product_tile(capability, outputs, inner)
+    left, right, target = a, b, out
     if tile["DESCRIBED"]:
         left, right = (
             TensorDescriptor.from_tensor(x, [tile[size], tile["BLOCK_K"]])
             for x, size in ((a, "BLOCK_M"), (b, "BLOCK_N"))
         )
+        target = TensorDescriptor.from_tensor(out, [tile["BLOCK_M"], tile["BLOCK_N"]])
     grid = (triton.cdiv(rows, tile["BLOCK_M"]) * triton.cdiv(outputs, tile["BLOCK_N"]),)
     fp8_kernels.product_kernel[grid](
         left, a_scales, right, a_scales if b_scales is None else b_scales, out if u is None else u, out if B is None else B,
-        out if bias is None else bias, out, rows, outputs, inner, 0 if u is None else u.shape[1],
+        out if bias is None else bias, target, rows, outputs, inner, 0 if u is None else u.shape[1],
         SCALED=b_scales is not None, BIAS=bias is not None, EXACT=exact, BLOCK_R=0 if u is None else dot_size(u.shape[1]),
         **tile,
     )  # fmt: skip

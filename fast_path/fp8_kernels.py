@@ -195,8 +195,8 @@ def product_kernel(
 
     One-dimensional grid of tiles; GROUP tiles of rows take one tile of outputs after another, so that both operands
     stay in the L2 cache. EXACT: the sums of 128 products are added in fp32; the tensor cores of Hopper keep fewer bits.
-    u B^T, in 16 bit, is added to the tile before it is written (BLOCK_R > 0). DESCRIBED: a and b are descriptors of
-    tensors, whose tiles Hopper's copy engine loads, without an address per thread.
+    u B^T, in 16 bit, is added to the tile before it is written (BLOCK_R > 0). DESCRIBED: a, b and out are descriptors of
+    tensors, whose tiles Hopper's copy engine loads and writes, without an address per thread.
     """
     tiles_m, tiles_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(outputs, BLOCK_N)
     group = tl.program_id(0) // (GROUP * tiles_n)
@@ -233,5 +233,8 @@ def product_kernel(
         total = tl.dot(left, right, total)
     if BIAS:
         total += tl.load(bias + n, mask=n < outputs, other=0.0).to(tl.float32)[None]
-    inside = (m < rows)[:, None] & (n < outputs)[None]
-    tl.store(out + m.to(tl.int64)[:, None] * outputs + n[None], total.to(out.dtype.element_ty), mask=inside)
+    if DESCRIBED:
+        out.store([first_m, first_n], total.to(out.dtype))
+    else:
+        inside = (m < rows)[:, None] & (n < outputs)[None]
+        tl.store(out + m.to(tl.int64)[:, None] * outputs + n[None], total.to(out.dtype.element_ty), mask=inside)

@@ -163,8 +163,8 @@ def pieces(x, weight, A, B, masks, norm, swiglu) -> None:
 
 def tiles(rows: int) -> None:
     """Print the microseconds of `product_kernel` and of the pass that quantises in several layouts, and the best of each."""
-    layouts = [(128, 128, 128, 4, 3, False), (128, 128, 128, 4, 4, True), (128, 128, 128, 8, 4, True)]
-    layouts += [(128, 256, 128, 8, 3, True), (128, 256, 128, 8, 4, True), (256, 128, 128, 8, 3, True)]
+    layouts = [(128, 128, 128, 4, 3, False, 8), (128, 128, 128, 4, 3, True, 8), (128, 128, 128, 4, 3, True, 32)]
+    layouts += [(128, 256, 128, 8, 3, True, 8), (128, 256, 128, 8, 4, True, 8), (256, 128, 128, 8, 3, True, 8)]
     spent = dict.fromkeys(layouts, 0.0)
     for (outputs, inner), layout in itertools.product(((22016, 2048), (2048, 11008)), layouts):
         a, a_scales = fp8.quantise_rows(torch.randn(rows, inner, device="cuda"))
@@ -194,9 +194,8 @@ def tiles(rows: int) -> None:
 
 def tile_of(layout: tuple[int, ...]) -> dict[str, int]:
     """Return a layout as the arguments of a launch."""
-    return dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages", "DESCRIBED"), layout, strict=True)) | {
-        "GROUP": 8
-    }
+    names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages", "DESCRIBED", "GROUP")
+    return dict(zip(names, layout, strict=True))
 
 
 def timed(label: str, call: Callable, *arguments) -> float:

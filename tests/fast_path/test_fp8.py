@@ -394,7 +394,7 @@ def test_kernels_compile_within_the_shared_memory_of_each_card(capability):
     operands = {"a": eighth, "b": eighth, "a_scales": SINGLE, "b_scales": SINGLE}
     operands |= dict.fromkeys(("u", "B", "bias", "out"), HALF)
     for exact in (True, False):
-        tile = fp8.product_tile((capability // 10, capability % 10)).copy()
+        tile = fp8.product_tile((capability // 10, capability % 10), 2048, 2048)
         warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
         how = {"SCALED": True, "BIAS": True, "EXACT": exact, "BLOCK_R": 64, **tile}
         product = compile_for(capability, fp8_kernels.product_kernel, operands, how, warps, num_stages=stages)
