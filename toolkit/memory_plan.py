@@ -56,9 +56,9 @@ UNPAGED = 100_000  # weights of a tensor below which bitsandbytes does not page 
 # What NCCL keeps of a card for its buffers, outside of torch's allocator: a guess for cards without NVLink. Two H200, whose
 # NVLink takes more channels, had 2.05 to 2.65 GiB outside the allocator (docs/more_gpus.md), context and paged states included.
 NCCL_BYTES = int(0.5 * GIB)
-# Layers of a divided base that a card holds whole at the same time: the one that runs, and in buffers of the gathering this
-# one and the next. From FSDP2's code, not measured (tests/benchmarks/bench_sharding.py does).
-GATHERED = 3
+# Layers of a divided base that a card holds whole at the same time: the one that runs and the next one, two buffers of the
+# gathering, and one for gaps, since the gathering has memory of its own. Fitted to one run on two H200 (docs/more_gpus.md).
+GATHERED = 5
 
 PCIE = 20e9  # bytes per second from main memory, of a slot with 16 lanes of PCIe 4; a laptop's 8 lanes have half
 
