@@ -78,6 +78,8 @@ def _sums_in_ptx(kind: str, depth: int) -> str:
     product = f"mma.sync.aligned.m16n8k{depth}.row.col.f32.{kind}.{kind}.f32"
     lines = [
         f".reg .b32 t, table, {', '.join(looked)}, {', '.join(inputs)}; .reg .pred inside, even, useful; .reg .f32 {', '.join(sums)}, u, v;",
+        # The barrier costs nothing. ptxas would move the loads of the next slice to the end, behind all that they should
+        # overlap with; it moves no access of memory across a barrier.
         "bar.warp.sync 0xffffffff; mov.b32 table, $18;",
         *(f"mov.f32 {name}, 0f00000000;" for name in sums),
         *(f"mov.b32 {name}, 0;" for name in inputs),
