@@ -52,6 +52,7 @@ from fast_path.families import decoder_layers
 from fast_path.host_rows import keep_rows_in_main_memory, loading_to_main_memory, rows_name_of
 from fast_path.model_targets import (
     DEFAULT_TARGETS,
+    OLD_NAMES,
     expert_names,
     linear_modules,
     names_without_experts,
@@ -418,6 +419,9 @@ def quiet_libraries() -> None:
     """Stop the libraries from printing, and show a question mark for each character that the console does not have."""
     # They are about names that peft still uses.
     warnings.filterwarnings("ignore", category=FutureWarning, module="(transformers|peft)\\b")
+    # peft 0.21 looks for these among modules, and the experts are parameters: their rank and alpha are in effect.
+    unmatched = r"The following (rank|alpha)_pattern keys .* ignored: \['\.\*\\\\\.gate_up_proj'\]"
+    warnings.filterwarnings("ignore", unmatched, RuntimeWarning)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(
@@ -458,7 +462,7 @@ def prepare_model_for_training(
         not (own.exclude_modules or own.target_parameters) and names != lora_config.target_modules
     ):  # peft shortens a long list to endings
         own.target_modules = names
-    own.asked = lora_config  # an attribute and no field: what is saved are the names
+    own.asked, own.spare = lora_config, alone  # attributes and no fields: what is saved are the names
     set_gradient_checkpointing(peft_model, use_gradient_checkpointing)
     return peft_model
 
@@ -524,13 +528,30 @@ def adapter_lines(model: PeftModel) -> list[str]:
         adapted = model.base_model.targeted_module_names
         lines = [f"adapters: on {len(adapted)} of {count} linear layers, such as {adapted[0]}"]
     elif set(asked.target_modules) == set(DEFAULT_TARGETS) != set(found.target_modules):
-        left = ", ".join(sorted(set(DEFAULT_TARGETS) - set(found.target_modules)))
-        lines = [f"adapters: not on {left}: its routed experts get adapters only where they are named"]
+        lines = default_lines(model, found)
     # peft may have no name for experts that all-linear could mean, or a setting chooses among layers.
     left_out = asked.target_modules == "all-linear" and not found.target_parameters
-    if left_out and (names := expert_names(model.get_base_model())):
-        lines.append(f"adapters: not on the routed experts; name them, without other settings: {','.join(names)}")
+    if left_out and (names := ",".join(expert_names(model.get_base_model()))):
+        some = asked.exclude_modules or asked.layers_to_transform is not None
+        without = ", without exclude_modules and layers_to_transform," if some else ""
+        flags = f"--dropout 0 --target_modules {found.spare},{names}"
+        lines.append(f"adapters: not on the routed experts; {flags}{without} adapts them too")
     return [parameter_line(model), *lines]
+
+
+def default_lines(model: PeftModel, found: LoraConfig) -> list[str]:
+    """Return the lines about the default names that got no adapter in a mixture of experts, by the reason for it."""
+    left = [name for name in DEFAULT_TARGETS if name not in found.target_modules]
+    lines, experts = [], [name for name in left if name in OLD_NAMES]
+    if none := [name for name in left if name not in experts]:
+        flags = f"--target_modules {found.spare}"
+        lines.append(f"adapters: not on {', '.join(none)}, which the model does not have; its own are {flags}")
+    if experts:
+        there = {name.rpartition(".")[2] for name in linear_modules(model.get_base_model())}
+        dense = ", and peft takes dense and shared MLPs of these names for them" if there & set(experts) else ""
+        why = f"the routed experts get adapters only where they are named{dense}"
+        lines.append(f"adapters: not on {', '.join(experts)}: {why}")
+    return lines
 
 
 def parameter_line(model: nn.Module) -> str:

@@ -226,16 +226,34 @@ def expert_tensors(module: Any) -> list[str]:
     return names if all(t is not None and t.ndim == 3 and t[0].numel() % BLOCK == 0 for t in tensors) else []
 
 
-def routers(model: Any) -> list[str]:
-    """Return the names of the linear layers that choose experts; in most families the router is a class of its own."""
+# The names of the modules that choose experts, and parts of the names of their classes: "Gating" is JetMoE's.
+ROUTER, ROUTER_CLASS = re.compile("gate|router(_gate)?"), re.compile("Router|Gating")
+
+
+def router_modules(model: Any) -> list[str]:
+    """Return the names of the modules that choose experts, whatever the layout of these.
+
+    A router stands beside its experts, or in a module that knows their number (Doge's experts are two embeddings). The
+    number of its outputs tells nothing: a shared expert may be as wide as there are experts.
+    """
     found = []
     for name, parent in model.named_modules():
-        experts = [child for child in parent.children() if expert_tensors(child)]
-        for own, module in parent.named_modules() if experts else ():
-            linear = any(kind.__name__ == "Linear" for kind in type(module).__mro__)
-            if linear and module.out_features == experts[0].num_experts:
-                found.append(f"{name}.{own}")
+        children = dict(parent.named_children())
+        beside = "experts" in children or any("Expert" in type(child).__name__ for child in children.values())
+        for own, child in children.items() if beside or hasattr(parent, "num_experts") else ():
+            if ROUTER.fullmatch(own) or ROUTER_CLASS.search(type(child).__name__):
+                found.append(f"{name}.{own}" if name else own)
     return found
+
+
+def routers(model: Any) -> list[str]:
+    """Return the names of the linear layers that choose experts; in most families the router is a class of its own."""
+    found: dict[str, None] = {}
+    for name in router_modules(model):
+        for own, module in model.get_submodule(name).named_modules():
+            if any(kind.__name__ == "Linear" for kind in type(module).__mro__):  # in 4 bit too
+                found[f"{name}.{own}" if own else name] = None
+    return list(found)
 
 
 def towers(model: Any) -> list[str]:

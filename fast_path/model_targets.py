@@ -10,9 +10,9 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from config import ConfigError, LoraSettings
-from fast_path.families import REVERSIBLE, decoder_layers, expert_parameters, expert_tensors, routers, towers
-from fast_path.targets import is_pattern, select
+from config import ConfigError, LoraSettings, brief
+from fast_path.families import REVERSIBLE, decoder_layers, expert_tensors, router_modules, routers, towers
+from fast_path.targets import is_pattern, named, select
 
 DEFAULT_TARGETS = LoraSettings().target_modules
 
@@ -33,7 +33,7 @@ def linear_names(model: nn.Module) -> list[str]:
 
 def has_experts(model: nn.Module) -> bool:
     """Return whether a model has routed experts."""
-    return any(True for _ in expert_parameters(model))
+    return bool(router_modules(model))
 
 
 def taken_for_experts(model: nn.Module, names: Iterable[str]) -> set[str]:
@@ -54,6 +54,7 @@ def taken_for_experts(model: nn.Module, names: Iterable[str]) -> set[str]:
 
 
 ROUTER = "gate"  # the name by which peft 0.21 means a router that is no linear layer
+ADAPTABLE = (nn.Linear, Conv1D, nn.Embedding, nn.modules.conv._ConvNd, nn.MultiheadAttention)  # by peft
 OLD_NAMES = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")  # of experts, before transformers 5
 
 
@@ -85,20 +86,58 @@ def check_targets(model: nn.Module, targets: Collection[str]) -> None:
     if isinstance(targets, str):  # all-linear or a regular expression
         return
     modules = dict(model.named_modules())
-    missing = sorted(t for t in targets if not any(name == t or name.endswith("." + t) for name in modules))
+
+    def meant(target: str, names: Iterable[str]) -> bool:
+        return any(f".{name}".endswith(f".{target}") for name in names)
+
+    missing = sorted(t for t in targets if not meant(t, modules))
     missing = sorted(set(missing) - taken_for_experts(model, missing) - named_experts(model, missing))
     if missing:
-        raise ConfigError(
-            f"lora.target_modules: the model has no {', '.join(missing)}; "
-            f"its own are --target_modules {','.join(linear_names(model))}"
-        )
-    chosen = [*routers(model), *(name for name, module in modules.items() if "Router" in type(module).__name__)]
-    routing = [t for t in targets if any(f".{name}".endswith(f".{t}") for name in chosen)]
-    routing = [t for t in routing if not any(f".{name}".endswith(f".{t}") for name in linear_modules(model))]
+        raise _no_module(model, missing)
+    linears, chosen = linear_modules(model), [*router_modules(model), *routers(model)]
+    routing = [t for t in targets if meant(t, chosen) and not meant(t, linears)]
     routing += [t for t in targets if t.rpartition(".")[2] == ROUTER and taken_for_experts(model, [t])]
     if routing:
         raise ConfigError(
             f"lora.target_modules: {routing[0]} is the router of the experts, which stays frozen; leave it out"
+        )
+    apart = tuple(f"{name}." for name in towers(model))
+    for name, module in modules.items():
+        odd = [t for t in targets if meant(t, [name])]
+        if odd and not isinstance(module, ADAPTABLE) and not f"{name}.".startswith(apart):
+            raise ConfigError(
+                f"lora.target_modules: {odd[0]} is no linear layer but {type(module).__name__}; {_own(model)}"
+            )
+
+
+def _no_module(model: nn.Module, missing: list[str]) -> ConfigError:
+    """Return the error about targets that a model lacks, or that are tensors of experts of an unknown layout."""
+    for name, module in model.named_modules():
+        tensors = [f"{name}.{own}" for own, p in module.named_parameters(recurse=False) if p.ndim == 3]
+        found = [t for t in missing if any(tensor.endswith(f".{t}") for tensor in tensors)]
+        if found and "Expert" in type(module).__name__:
+            kind = type(module).__name__
+            return ConfigError(
+                f"lora.target_modules: {found[0]} is a tensor of experts that cannot be packed ({kind}), which get no adapters "
+                f"by that name; {_own(model)}"
+            )
+    return ConfigError(f"lora.target_modules: the model has no {', '.join(missing)}; {_own(model)}")
+
+
+def _own(model: nn.Module) -> str:
+    """Return the words for an error about the names that a model's own layers and experts have."""
+    experts = ",".join(expert_names(model))
+    also = f", and for its experts, with --dropout 0, {experts}" if experts else ""
+    return f"its own are --target_modules {','.join(linear_names(model))}{also}"
+
+
+def _check_pattern(model: nn.Module, pattern: str, linears: list[str]) -> None:
+    """Raise ConfigError if a regular expression matches no linear layer of a mixture, as one that means experts does."""
+    names = ",".join(expert_names(model))
+    if names and not named(pattern, linears, "lora.target_modules"):
+        raise ConfigError(
+            f"lora.target_modules: {brief(pattern)} matches no linear layer; experts are no layers, their adapters are "
+            f"named in a list: --target_modules {names} --dropout 0"
         )
 
 
@@ -142,8 +181,9 @@ def resolved_targets(model: nn.Module, asked: LoraConfig) -> LoraConfig:
         lora.target_modules = targets = set(targets) - own
     layers = asked.layers_to_transform
     if not (is_pattern(targets) or asked.exclude_modules or layers is not None):
+        endings = tuple(f".{target}" for target in targets)
         apart = [rf"{re.escape(name)}(\..*)?" for name in towers(model)]
-        apart += [re.escape(name) for name in routers(model) if name.rpartition(".")[2] in targets]
+        apart += [re.escape(name) for name in routers(model) if targets == "all-linear" or f".{name}".endswith(endings)]
         if apart:
             lora.exclude_modules = "|".join(apart)
         return lora
@@ -151,6 +191,8 @@ def resolved_targets(model: nn.Module, asked: LoraConfig) -> LoraConfig:
     listed = not isinstance(targets, str)
     wanted, names = tuple(targets) if listed else targets, linear_modules(model, head=listed)
     head = next((n for n, module in model.named_modules() if module is model.get_output_embeddings()), "")
+    if is_pattern(targets):
+        _check_pattern(model, targets, names)
     chosen = select(names, wanted, asked.exclude_modules, layers, len(decoder_layers(model)), head)
     if odd := sorted(taken_for_experts(model, chosen)):
         raise ConfigError(

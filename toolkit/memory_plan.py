@@ -514,13 +514,13 @@ def configured_shape(config: Config, processes: int | None = None) -> ModelShape
     processes: by default those of the launcher.
     """
     model = model_skeleton(config.model.name, config.model.revision, config.model.trust_remote_code)
-    resolved_targets(model, create_lora_config(**config.lora.arguments))
     processes = processes or int(os.environ.get("WORLD_SIZE", "1"))
     shape = dataclasses.replace(shape_of(model), processes=processes)
     experts = shape.experts
     check_layout(config, experts, shape.parameters)
     if config.quantization.experts == "cpu" and not (experts.packed and config.quantization.load_in_4bit):
         raise no_experts(config.model.name)
+    resolved_targets(model, create_lora_config(**config.lora.arguments))
     if not experts.all:
         return shape
     if config.quantization.experts == "16bit":

@@ -18,13 +18,15 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from config import ConfigError, load_config
 from fast_path import attention, compiled, dropout, expert_kernel, expert_store, experts
 from fast_path.dropout import own_dropout
-from fast_path.families import expert_tensors, routers
+from fast_path.families import expert_tensors, router_modules, routers
 from fast_path.layers import fuse
 from fast_path.loss import CausalLMLoss
+from fast_path.model_targets import linear_modules
 from quantization_utils import (
     adapter_lines,
     create_bnb_config,
@@ -33,7 +35,7 @@ from quantization_utils import (
     prepare_model_for_training,
     set_gradient_checkpointing,
 )
-from tests.families import build, small_model
+from tests.families import build, fresh_model, small_model
 from tests.fast_path.test_layers import CAPABILITIES, HALF, SINGLE, WHOLE, compile_for
 from tests.interpreter import interpret
 from toolkit import merge
@@ -121,7 +123,8 @@ def test_experts_are_packed_and_the_router_is_not(family, tmp_path):
     adapted = family == "qwen3_moe"  # peft has no old names for gpt-oss
     assert any("experts" in name for name in names) is adapted
     left_out = (
-        "adapters: not on the routed experts; name them, without other settings: experts.gate_up_proj,experts.down_proj"
+        "adapters: not on the routed experts; --dropout 0 --target_modules q_proj,k_proj,v_proj,o_proj,"
+        "experts.gate_up_proj,experts.down_proj adapts them too"
     )
     assert (left_out in adapter_lines(trained)) is not adapted
 
@@ -130,10 +133,62 @@ def test_all_linear_of_some_layers_says_that_experts_are_left_out(tmp_path):
     asked = create_lora_config(dropout=0.0, target_modules="all-linear")
     asked.layers_to_transform = [0]
     lines = adapter_lines(prepare_model_for_training(loaded("qwen3_moe", tmp_path), asked, False))
-    assert any(line.startswith("adapters: not on the routed experts; name them") for line in lines)
+    assert any("exclude_modules and layers_to_transform, adapts them too" in line for line in lines)
 
 
-@pytest.mark.parametrize("family", ["afmoe", "hunyuan_v1_moe"])
+# The linear layers that route, as transformers' classes of these families name them.
+ROUTING = {
+    "afmoe": {"router.gate"},
+    "dbrx": {"router.layer"},
+    "deepseek_v3": set(),
+    "glm4_moe": set(),
+    "hunyuan_v1_moe": {"gate.wg"},
+    "jetmoe": {"mlp.router.layer", "experts.router.layer"},
+    "llama4_text": {"feed_forward.router"},
+    "longcat_flash": {"router.classifier"},
+    "phimoe": {"mlp.router"},
+    "qwen2_moe": set(),
+    "qwen3_next": set(),
+    "zaya": {"gate.down_proj", "router_mlp.fc1", "router_mlp.fc2", "router_mlp.out_proj"},
+}
+
+
+@pytest.mark.parametrize("family", ROUTING)
+def test_routers_are_found_by_what_they_are(family):
+    """Not by a width: here shared experts, and heads of k and v where they can, are as wide as there are experts."""
+    with torch.device("meta"):
+        config = fresh_model(family).config
+        for name in ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size"):
+            if getattr(config, name, None) and family not in ("dbrx", "zaya"):
+                setattr(config, name, 32)
+        for name in ("num_experts", "n_routed_experts", "num_local_experts"):
+            if getattr(config, name, None):
+                setattr(config, name, 32)
+        model = AutoModelForCausalLM.from_config(config)
+    found = routers(model)
+    assert all(any(name.endswith(f".{end}") for end in ROUTING[family]) for name in found)
+    assert all(any(name.endswith(f".{end}") for name in found) for end in ROUTING[family])
+    assert router_modules(model) and not set(found) & set(linear_modules(model))
+    if family in ("qwen2_moe", "qwen3_next", "deepseek_v3", "glm4_moe", "hunyuan_v1_moe"):  # the trap is set
+        wide = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m.out_features == 32]
+        assert any("shared" in name for name in wide)
+
+
+def test_the_routers_of_other_mixtures_are_found_too():
+    """In parts of classes that the small models do not have: a Gemma 4 and a Doge with experts."""
+    sizes = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1, "num_experts": 32, "vocab_size": 128}
+    gemma = {"enable_moe_block": True, "top_k_experts": 2, "moe_intermediate_size": 32, "head_dim": 16,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size_per_layer_input": 128}  # fmt: skip
+    for kind, facts, name in (
+        ("gemma4_text", gemma, "router.proj"),
+        ("doge", {"is_moe": True, "num_experts_per_tok": 2}, "mlp.router_gate"),
+    ):
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**sizes | facts))
+        assert routers(model) == [f"model.layers.0.{name}"], kind
+
+
+@pytest.mark.parametrize("family", ["afmoe", "hunyuan_v1_moe", "jetmoe", "zaya"])
 def test_a_router_that_is_a_linear_layer_stays_in_16_bit(family, tmp_path):
     model = loaded(family, tmp_path)
     names = routers(model)
@@ -182,7 +237,7 @@ def test_experts_of_another_layout_are_refused_before_the_weights_are_read(famil
     folder = build(family, tmp_path / "model")
     (folder / "model.safetensors").write_bytes(b"no weights")
     capfd.readouterr()
-    code, output = train("--model_name", folder, "--target_modules", "all-linear")
+    code, output = train("--model_name", folder)  # whose default names two of these families do not have
     error = capfd.readouterr().err
     assert code == 2 and not output.exists() and error.count("\n") == 1
     assert re.search(
@@ -553,12 +608,18 @@ def test_on_a_cpu_the_setting_changes_a_line(tmp_path):
         ("qwen3_moe", "all-linear", "use --dropout 0, or --target_modules q_proj,k_proj,v_proj,o_proj without experts"),
         ("qwen3_moe", "[q_proj, gate]", "gate is the router of the experts, which stays frozen"),
         ("gpt_oss", "[q_proj, router]", "router is the router of the experts, which stays frozen"),
+        ("llama4_text", "[q_proj, router]", "router is the router of the experts, which stays frozen"),
+        ("llama4_text", "[experts.down_proj]", "experts that cannot be packed (Llama4TextExperts)"),
+        ("jetmoe", "[layer, kv_proj]", "layer is the router of the experts, which stays frozen"),
+        ("jetmoe", "[down_proj]", "the model has no down_proj; its own are --target_modules kv_proj\n"),
+        ("zaya", "[fc1, q_proj]", "fc1 is the router of the experts, which stays frozen"),
     ],
 )
 def test_bad_targets_are_named_before_the_weights_are_read(family, targets, message, train, tmp_path, capfd):
     folder = build(family, tmp_path / "model")
     (folder / "model.safetensors").write_bytes(b"no weights")
-    code, output = train("--model_name", str(folder), "--target_modules", targets)
+    layout = ("--experts", "16bit") if family in ("llama4_text", "jetmoe") else ()
+    code, output = train("--model_name", str(folder), "--target_modules", targets, *layout)
     assert code == 2 and not output.exists()
     error = capfd.readouterr().err
     assert "lora.target_modules: " in error and message in error

@@ -1,6 +1,8 @@
 """Which modules get adapters, against what peft itself makes of the same settings."""
 
 import dataclasses
+import re
+import warnings
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from quantization_utils import (
     create_lora_config,
     load_model_and_tokenizer,
     prepare_model_for_training,
+    quiet_libraries,
 )
 from toolkit.checkpoints import adapter_settings, targets_text
 from toolkit.memory_plan import adapter_parameters, configured_shape, shape_of
@@ -149,8 +152,77 @@ def test_the_seven_default_names_spare_the_experts(family):
     adapted = prepared.base_model.targeted_module_names
     assert adapted and all("attn" in name or "attention" in name for name in adapted)
     assert not any("experts" in name for name, p in prepared.named_parameters() if p.requires_grad)
+    (_, *others, line) = adapter_lines(prepared)
+    left = "adapters: not on gate_proj, up_proj, down_proj: the routed experts get adapters only where they are named"
+    shared = ", and peft takes dense and shared MLPs of these names for them"
+    assert line == left + shared * (family in ("deepseek_v3", "glm4_moe"))
+    own = "q_a_proj,q_b_proj,kv_a_proj_with_mqa,kv_b_proj,o_proj"
+    missing = (
+        f"adapters: not on q_proj, k_proj, v_proj, which the model does not have; its own are --target_modules {own}"
+    )
+    assert others == ([missing] if family == "deepseek_v3" else [])
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_peft_says_nothing_untrue_about_ranks_that_are_in_effect(family):
+    """By their old names gate and up, which are one tensor, get a rank each; by its own name it gets one."""
+    from tests.families import small_model
+
+    def ranks(names):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            quiet_libraries()
+            asked = create_lora_config(rank=4, alpha=8, dropout=0.0, target_modules=names)
+            prepared = prepare_model_for_training(small_model(family), asked, False)
+        assert not [one for one in said if issubclass(one.category, RuntimeWarning)]
+        found = [m for m in prepared.modules() if getattr(m, "parameter_name", "") in ("gate_up_proj", "down_proj")]
+        return {(m.parameter_name, m.r["default"], m.scaling["default"]) for m in found}
+
+    assert ranks("all-linear") == {("gate_up_proj", 8, 2), ("down_proj", 4, 2)}
+    assert ranks(["experts.gate_up_proj", "experts.down_proj"]) == {("gate_up_proj", 4, 2), ("down_proj", 4, 2)}
+
+
+def test_all_linear_without_a_name_of_peft_says_how_to_reach_experts():
+    from tests.families import small_model
+
+    prepared = prepare_model_for_training(
+        small_model("granitemoe"), create_lora_config(target_modules="all-linear"), False
+    )
     (_, line) = adapter_lines(prepared)
-    assert line.startswith("adapters: not on ") and "down_proj" in line and "only where they are named" in line
+    names = re.fullmatch("adapters: not on the routed experts; --dropout 0 --target_modules (.*) adapts them too", line)
+    asked = create_lora_config(dropout=0.0, target_modules=names[1].split(","))
+    again = prepare_model_for_training(small_model("granitemoe"), asked, False)
+    assert any(".experts." in name for name, p in again.named_parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("family", ["jetmoe", "dbrx", "llama4_text", "zaya"])
+def test_no_setting_adapts_a_router_of_another_layout(family):
+    from tests.families import small_model
+
+    for targets in ("all-linear", ".*"):
+        asked = create_lora_config(dropout=0.0, target_modules=targets)
+        prepared = prepare_model_for_training(small_model(family), asked, False)
+        trained = [n for n, p in prepared.named_parameters() if p.requires_grad]
+        assert trained and not any("router" in n or ".gate." in n for n in trained)
+    assert not {"layer", "router", "fc1"} & set(linear_names(small_model(family)))
+
+
+@pytest.mark.parametrize(
+    "targets, said",
+    [
+        (["experts.w1", "experts.w9"], "the model has no experts.w1, experts.w9; its own are --target_modules "
+         "q_proj,k_proj,v_proj,o_proj, and for its experts, with --dropout 0, experts.gate_up_proj,experts.down_proj"),
+        (["experts.gate_up_proj", "experts.w9"], "the model has no experts.w9; .* experts.gate_up_proj,experts.down_proj"),
+        (["experts"], "experts is no linear layer but Qwen3MoeExperts; .* experts.gate_up_proj,experts.down_proj"),
+        (["q_proj", "mlp"], "mlp is no linear layer but Qwen3MoeSparseMoeBlock; its own are .*"),
+        (".*experts.*", r"'\.\*experts\.\*' matches no linear layer; .* named in a list: --target_modules experts\..*"),
+    ],
+)  # fmt: skip
+def test_a_target_that_misses_the_experts_is_told_their_names(targets, said):
+    from tests.families import fresh_model
+
+    with torch.device("meta"), pytest.raises(ConfigError, match=f"^lora.target_modules: {said}$"):
+        resolved_targets(fresh_model("qwen3_moe"), create_lora_config(dropout=0.0, target_modules=targets))
 
 
 def test_a_convolution_is_no_expert():
