@@ -224,6 +224,7 @@ from config import LEAVES, GenerationConfig
 from fast_path import families
 from fast_path.decoder import Watch
 from fast_path.families import known_positions
+from fast_path.loss import reading
 from quantization_utils import (
     SLOW_BF16,
     keep_packing,
@@ -370,6 +371,7 @@ def generate_ids(
     """Return the new tokens of each prompt, up to and including an end token. All modes get their tokens here.
 
     rows: the tokens of the prompts; batch: as in `Generator.generate`. A temperature of 0 chooses the likeliest token.
+    Raises ConfigError for what the model's own code raises.
     """
     sampling = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k or 0}
     how = transformers.GenerationConfig(
@@ -381,7 +383,8 @@ def generate_ids(
         **({"num_beams": settings.num_beams} if settings.num_beams > 1 else {}),
         **(sampling if settings.temperature > 0 else {}),
     )
-    with stopped_by_ctrl_c(watch):
+    model = engine.model.get_base_model() if isinstance(engine.model, PeftModel) else engine.model
+    with stopped_by_ctrl_c(watch), reading(model, f"{max(map(len, rows)):,} tokens"):
         return engine.generator.generate(rows, how, watch, streamer, batch)
 
 

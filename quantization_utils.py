@@ -7,7 +7,6 @@ python quantization_utils.py     check the installation: import what a run impor
 """
 
 import functools
-import json
 import logging
 import os
 import re
@@ -45,9 +44,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
 from transformers.utils import cached_file
 
-from config import Config, ConfigError
+from config import Config, ConfigError, counted
 from fast_path.expert_store import keep_in_main_memory
-from fast_path.experts import adapting_experts, check_stored, no_experts, pack, packing_experts
+from fast_path.experts import adapting_experts, check_stored, let_sizes_fit, no_experts, pack, packing_experts
 from fast_path.families import decoder_layers
 from fast_path.host_rows import keep_rows_in_main_memory, loading_to_main_memory, rows_name_of
 from fast_path.model_targets import (
@@ -61,6 +60,7 @@ from fast_path.model_targets import (
 from fast_path.packed_weights import keep_packing
 from fast_path.sharding import is_share
 from fast_path.targets import is_pattern
+from fast_path.weight_files import damaged_file, index_of, naming_tensors
 from toolkit.hub import asking_hub, cache_problem, hub_problem
 from toolkit.local_paths import is_hub_id, missing_model
 
@@ -268,16 +268,6 @@ def stored_in_4bit(model_config: PretrainedConfig, model_name: str) -> bool:
     return True
 
 
-def check_index(model_name: str, revision: str | None) -> None:
-    """Raise ConfigError if the index of weights names files outside the model's folder, which would be opened."""
-    name = "model.safetensors.index.json"
-    path = cached_file(model_name, name, revision=revision, **QUIETLY)
-    shards = json.loads(Path(path).read_text(encoding="utf-8"))["weight_map"].values() if path is not None else ()
-    for shard in shards:
-        if Path(shard).name != shard or "\\" in shard:
-            raise ConfigError(f"model.name: {name} of {model_name}: expected names of files beside it, got {shard!r}")
-
-
 def auto_class(config: PretrainedConfig) -> Any:
     """Return the class of transformers that loads a model with this configuration.
 
@@ -321,14 +311,14 @@ def load_model_and_tokenizer(
         raise ConfigError(*problems)
     tokenizer = tokenizer or load_tokenizer(model_name, **source)
     try:
-        check_index(model_name, revision)
+        index_of(model_name, revision)  # which may name files anywhere
         model_config = AutoConfig.from_pretrained(model_name, **source)
         apart = experts == "cpu" and torch.device(device).type == "cuda"
         stored = check_storage(model_config, model_name, revision, bnb_config, apart)
         kind = auto_class(model_config)
         table = rows_name_of(kind, model_config, trust_remote_code) if rows_apart else ""
         packs = experts != "16bit"
-        with packing_experts(apart, packs), loading_to_main_memory(table):
+        with packing_experts(apart, packs), loading_to_main_memory(table), naming_tensors(model_name, revision):
             model, loaded = kind.from_pretrained(
                 model_name,
                 config=model_config,
@@ -349,7 +339,8 @@ def load_model_and_tokenizer(
     except (ConfigError, torch.OutOfMemoryError):
         raise
     except LOADING_ERRORS as error:
-        raise cannot_load(model_name, error) from None
+        raise damaged_file(model_name, revision) or cannot_load(model_name, error) from None
+    let_sizes_fit(model)
     check_loaded(model, loaded, tokenizer, model_name)
     keep_packing(model)
     for module in model.modules():  # a model stored in 4 bit keeps its quantisation, but not its compute dtype
@@ -385,7 +376,8 @@ def check_loaded(
     """Raise ConfigError if weights were missing, or if the tokenizer has ids for which the embedding has no row."""
     if missing := sorted(loaded["missing_keys"]):  # transformers would leave them at random values
         raise ConfigError(
-            f"model.name: {model_name} lacks {len(missing)} weights that its config.json needs, such as {missing[0]}"
+            f"model.name: {model_name} lacks {counted(len(missing), 'weight')} that its config.json needs, such as {missing[0]}; "
+            "fetch its weights again"
         )
     rows, ids = model.get_input_embeddings().weight.shape[0], 1 + max(tokenizer.get_vocab().values())
     if ids > rows:

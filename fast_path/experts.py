@@ -25,6 +25,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.integrations.bitsandbytes import Bnb4bitQuantize
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
@@ -32,7 +33,7 @@ from transformers.utils import cached_file
 
 from config import ConfigError
 from fast_path.expert_kernel import has_kernel, levels_of, routed_product
-from fast_path.families import expert_parameters, expert_tensors, routers
+from fast_path.families import BLOCK, expert_layout, expert_parameters, expert_tensors, routers
 from fast_path.packed_weights import Packed, operands
 
 # ------------------------------------------------------------------------------------------------ packing
@@ -66,6 +67,8 @@ def packed(tensor: torch.Tensor, config: BitsAndBytesConfig) -> bnb.nn.Params4bi
 
 class _Quantize(Bnb4bitQuantize):
     def convert(self, input_dict: dict[str, Any], model: nn.Module | None = None, **kwargs: Any) -> dict[str, Any]:
+        for name, value in input_dict.items():
+            check_shape(model, name, value[0] if isinstance(value, list) else value)
         own = {name: value for name, value in input_dict.items() if _is_packed_by(model, name)}
         result = {}
         for name, value in own.items():
@@ -73,6 +76,16 @@ class _Quantize(Bnb4bitQuantize):
             result[name] = tensor.to("cpu") if self.hf_quantizer.main_memory else tensor
         rest = {name: value for name, value in input_dict.items() if name not in own}
         return result | (super().convert(rest, model=model, **kwargs) if rest else {})
+
+
+def check_shape(model: nn.Module | None, name: str, value: torch.Tensor) -> None:
+    """Raise ValueError if what the files hold has not the shape of the parameter, which transformers packs all the same."""
+    module, leaf = get_module_from_name(model, name)
+    got = list(value.shape)
+    if issubclass(getattr(module, "source_cls", nn.Module), Conv1D):  # stored transposed
+        got.reverse()
+    if got != (own := list(getattr(module, leaf).shape)):
+        raise ValueError(f"expected the shape {own}, got {got}")
 
 
 def _is_packed_by(model: nn.Module, name: str) -> bool:
@@ -116,11 +129,17 @@ class _QuantizerOfTheRest(_Quantizer):
     packs = False
 
 
-def not_packed(name: str, classes: Iterable[str], count: int, total: int) -> ConfigError:
-    """Return the error about a mixture whose experts would stay in 16 bit though nobody asked for it."""
+def not_packed(name: str, classes: Iterable[str], count: int, total: int, uneven: Iterable[int] = ()) -> ConfigError:
+    """Return the error about a mixture whose experts would stay in 16 bit though nobody asked for it.
+
+    uneven: the weights per expert of tensors that are in the known layout, but not made of whole blocks.
+    """
+    why = "have a layout of their own and cannot be packed"
+    if sizes := " and ".join(f"{size:,}" for size in uneven):
+        why = f"cannot be packed: {sizes} weights per expert are not whole blocks of {BLOCK}"
     return ConfigError(
-        f"quantization.experts: expected 16bit, since the experts of {name} ({', '.join(classes)}) have a layout of their own "
-        f"and cannot be packed: {count:,} of {total:,} weights would stay in 16 bit"
+        f"quantization.experts: expected 16bit, since the experts of {name} ({', '.join(classes)}) {why}: "
+        f"{count:,} of {total:,} weights would stay in 16 bit"
     )
 
 
@@ -196,11 +215,31 @@ def check_stored(model_name: str, revision: str | None) -> None:
         )
 
 
-def expert_lines(model: nn.Module) -> list[str]:
-    """Return the log line about a base's routed experts in 4 bit and its router; [] without such experts."""
+def let_sizes_fit(model: nn.Module) -> None:
+    """Let transformers compute unpacked experts one after the other where torch's grouped product refuses their sizes.
+
+    It wants rows of whole 16 bytes. A plain copy of the model, which merging makes, takes the setting over.
+    """
+    for module in model.modules():
+        shapes = [getattr(t, "quant_state", t).shape for t in map(module._parameters.get, expert_layout(module))]
+        if not all(_aligned(shape[1:]) for shape in shapes):
+            module.config._experts_implementation = "eager"
+
+
+def _aligned(sizes: Iterable[int]) -> bool:
+    return all(size % 8 == 0 for size in sizes)
+
+
+def expert_lines(model: nn.Module, routes: bool = False) -> list[str]:
+    """Return the log line about a base's routed experts and its router; [] without such experts.
+
+    routes: whether the model routes tokens, though its experts may be in 16 bit.
+    """
     count = sum(p.quant_state.shape.numel() for p in expert_parameters(model) if isinstance(p, bnb.nn.Params4bit))
-    frozen = "the router stays in 16 bit and frozen, so its auxiliary loss, which balances experts, is left out"
-    return [f"experts: {count:,} weights in 4 bit; {frozen}"] if count else []
+    frozen = "frozen, so its auxiliary loss, which balances experts, is left out"
+    if count:
+        return [f"experts: {count:,} weights in 4 bit; the router stays in 16 bit and {frozen}"]
+    return [f"experts: not in 4 bit; the router stays {frozen}"] if routes else []
 
 
 # ------------------------------------------------------------------------------------------------ products by expert
@@ -288,8 +327,7 @@ GROUPED = (9, 10)  # compute capabilities for which torch has a grouped product;
 
 def _grouped(x: torch.Tensor, sizes: list[int]) -> bool:
     """Return whether one product of torch computes all experts: in bfloat16 on some GPUs, with rows of whole 16 bytes."""
-    aligned = all(size % 8 == 0 for size in sizes)
-    return x.dtype is torch.bfloat16 and aligned and x.is_cuda and grouped_gpu(x.device)
+    return x.dtype is torch.bfloat16 and _aligned(sizes) and x.is_cuda and grouped_gpu(x.device)
 
 
 def grouped_gpu(device: torch.device) -> bool:
@@ -316,13 +354,15 @@ def unpacked_whole(model: nn.Module, dtype: torch.dtype, device: torch.device) -
 
 def one_by_one(model: nn.Module, dtype: torch.dtype, device: torch.device) -> str | None:
     """Return why a model's experts are computed one after the other, as their numbers of rows reach the host; else None."""
+    loop = "its experts are computed one after the other"
     if not (tensors := packed_tensors(model)):
-        return None
+        plain = [module for module in model.modules() if expert_layout(module)]
+        return loop if any(module.config._experts_implementation == "eager" for module in plain) else None
     x = torch.empty(0, dtype=dtype, device=device)
     if all(_grouped(x, W.shape[1:]) for W in tensors):
         return None
     if not all(W.has_kernel(dtype, device) for W in tensors):
-        return "its experts are computed one after the other"
+        return loop
     adapted = any(isinstance(module, ExpertsLora) for module in model.modules())
     return "the adapters of its experts are computed one after the other" if adapted else None
 

@@ -211,11 +211,11 @@ def expert_parameters(model: Any) -> Iterator[Any]:
 BLOCK = 64  # weights per quantisation constant in 4 bit
 
 
-def expert_tensors(module: Any) -> list[str]:
+def expert_layout(module: Any) -> list[str]:
     """Return the names of a module's tensors if it is routed experts in the layout that transformers gives most, else [].
 
     These are the classes with `use_experts_implementation`: a first and a last product per expert, which may be stored
-    transposed and have biases. An expert must consist of whole quantisation blocks.
+    transposed and have biases.
     """
     if names := getattr(module, "packed_names", None):  # in 4 bit already
         return names
@@ -223,7 +223,14 @@ def expert_tensors(module: Any) -> list[str]:
         return []
     names = ["gate_up_proj" if module.has_gate else "up_proj", "down_proj"]
     tensors = [module._parameters.get(name) for name in names]
-    return names if all(t is not None and t.ndim == 3 and t[0].numel() % BLOCK == 0 for t in tensors) else []
+    return names if all(t is not None and t.ndim == 3 for t in tensors) else []
+
+
+def expert_tensors(module: Any) -> list[str]:
+    """Return `expert_layout` of experts that 4 bit can hold, or []: an expert must consist of whole quantisation blocks."""
+    names = expert_layout(module)
+    packed = getattr(module, "packed_names", None)
+    return names if packed or all(module._parameters[name][0].numel() % BLOCK == 0 for name in names) else []
 
 
 # The names of the modules that choose experts, and parts of the names of their classes: "Gating" is JetMoE's.

@@ -250,12 +250,17 @@ RAMP = torch.tensor([2.0**-20, 2.0**20, *(sign * 2.0**k for sign in (1, -1) for 
 
 @contextlib.contextmanager
 def reading(model: nn.Module, what: str) -> Iterator[None]:
-    """Raise ConfigError for what a model's own code raises when it reads tokens; what: the tokens, for the error."""
+    """Raise ConfigError for what a model's own code raises when it reads tokens; what: the tokens, for the error.
+
+    What says that memory is exhausted stays as it is.
+    """
     try:
         yield
     except (ConfigError, torch.OutOfMemoryError):
         raise
     except (RuntimeError, TypeError, AttributeError, ValueError, LookupError) as error:
+        if "allocate memory" in str(error) or "not enough memory" in str(error):
+            raise
         text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise ConfigError(f"model.name: {type(model).__name__} cannot read {what}: {text}") from None
 

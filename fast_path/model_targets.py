@@ -11,7 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from config import ConfigError, LoraSettings, brief
-from fast_path.families import REVERSIBLE, decoder_layers, expert_tensors, router_modules, routers, towers
+from fast_path.families import REVERSIBLE, decoder_layers, expert_layout, router_modules, routers, towers
 from fast_path.targets import is_pattern, named, select
 
 DEFAULT_TARGETS = LoraSettings().target_modules
@@ -61,7 +61,7 @@ OLD_NAMES = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")  # of expert
 def named_experts(model: nn.Module, targets: Collection[str]) -> set[str]:
     """Return those of some targets that are tensors of routed experts by their own names, such as experts.down_proj."""
     modules = list(model.named_modules())
-    own = [f".{name}.{tensor}" for name, module in modules for tensor in expert_tensors(module)]
+    own = [f".{name}.{tensor}" for name, module in modules for tensor in expert_layout(module)]
     found = {target for target in targets if any(name.endswith(f".{target}") for name in own)}
     return {t for t in found if not any(f".{name}".endswith(f".{t}") for name, _ in modules)} - taken_for_experts(
         model, found
@@ -71,7 +71,7 @@ def named_experts(model: nn.Module, targets: Collection[str]) -> set[str]:
 def expert_names(model: nn.Module) -> list[str]:
     """Return the different names by which adapters reach a model's routed experts, such as experts.down_proj."""
     named = ((name.rpartition(".")[2], module) for name, module in model.named_modules())
-    return list(dict.fromkeys(f"{name}.{tensor}" for name, module in named for tensor in expert_tensors(module)))
+    return list(dict.fromkeys(f"{name}.{tensor}" for name, module in named for tensor in expert_layout(module)))
 
 
 def names_without_experts(model: nn.Module) -> list[str]:

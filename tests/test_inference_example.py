@@ -26,6 +26,7 @@ import inference_example
 import quantization_utils
 from config import ConfigError, load_config, save_config
 from fast_path.decoder import Watch
+from fast_path.families import decoder_layers
 from inference_example import Conversation, Engine, attach, create_engine, encode, fitted, generate_ids, load, take_turn
 from quantization_utils import create_lora_config, keep_packing, load_model_and_tokenizer
 from toolkit import locks, merge
@@ -166,6 +167,24 @@ def test_the_fast_decoder_takes_all_settings_but_beams(engine: Engine, monkeypat
     settings = load_config((), {"generation.num_beams": 3}).generation
     inference_example.generate_ids(engine, [[5, 6]], settings, Watch())
     assert set(asked[-1].to_diff_dict()) - COVERED == {"num_beams"}
+
+
+@pytest.mark.parametrize(
+    "text, kind", [("strides", ConfigError), ("DefaultCPUAllocator: can't allocate memory", RuntimeError)]
+)
+def test_what_the_models_own_code_raises_is_one_line(engine: Engine, text: str, kind: type[Exception]) -> None:
+    """Exhausted memory has a line and an exit code of its own."""
+
+    def fail(*inputs: object) -> None:
+        raise RuntimeError(text)
+
+    hook = decoder_layers(engine.model.get_base_model())[0].register_forward_pre_hook(fail)
+    try:
+        with pytest.raises(kind, match=text) as caught:
+            generate_ids(engine, [[5, 6]], load_config(()).generation, Watch())
+        assert type(caught.value) is kind
+    finally:
+        hook.remove()
 
 
 def test_beams_are_those_of_generate_and_are_printed_at_the_end(run: Callable, engine: Engine) -> None:

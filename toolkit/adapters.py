@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from config import Config, ConfigError
 from fast_path.experts import adapting_experts
 from fast_path.families import own_value
+from fast_path.weight_files import damage
 from quantization_utils import LOADING_ERRORS, count_parameters, create_lora_config, set_gradient_checkpointing
 from toolkit.adapter_config import read_adapter_config, resolve_patterns
 from toolkit.start_adapter import WEIGHTS, naming_setting
@@ -35,6 +36,8 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, dropout: float | No
     path = folder / WEIGHTS
     if not path.is_file():
         raise ConfigError(f"--adapter: no {WEIGHTS} in {folder} (pickled weights are not loaded)")
+    if broken := damage(path):
+        raise ConfigError(f"--adapter: {WEIGHTS} of {folder} {broken}")
     misfit = f"--adapter: {folder} does not fit {model.name_or_path}"
     try:
         names = check_tensors(path, settings, count_parameters(model)[1])

@@ -10,6 +10,7 @@ from fast_path.experts import expert_lines
 from fast_path.families import decoder_layers, head_width, known_positions, of, rope_parameters
 from fast_path.nf4 import runs_on
 from quantization_utils import count_parameters, weight_count
+from toolkit.expert_plan import experts_each
 
 
 def beyond_positions(max_length: int, positions: int | None) -> list[str]:
@@ -39,7 +40,7 @@ def base_lines(config: Config, model: PreTrainedModel) -> list[str]:
     if config.model.attn_implementation == "auto" and attention != "sdpa" and head_width(model.config) and not capped:
         name = type(model).__name__
         lines.append(f"attention: {attention}, since {name} has no sdpa; it stores the scores of all pairs of tokens")
-    lines += own_dropout_line(model) + expert_lines(model)
+    lines += own_dropout_line(model) + expert_lines(model, experts_each(model.config) > 0)
     if config.quantization.experts == "cpu" and model.device.type == "cpu":
         lines.append("quantization.experts: cpu changes nothing without a GPU, since all weights are in main memory")
     return lines + (unpacked_line(model) if config.quantization.load_in_4bit else [])

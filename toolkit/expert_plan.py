@@ -8,7 +8,7 @@ from transformers import PretrainedConfig
 
 from fast_path import families
 from fast_path.experts import grouped_gpu
-from fast_path.families import expert_parameters, expert_tensors
+from fast_path.families import expert_layout, expert_parameters, expert_tensors
 from fast_path.nf4 import lacks_triton
 
 NESTED_BLOCK = 256  # constants per second-level one
@@ -29,7 +29,8 @@ class ExpertShape:
     first: int = 0  # outputs of an expert's first product, gate and up
     inner: int = 0  # inputs of its last product
     layers: int = 0  # layers with experts
-    unknown: tuple[str, ...] = ()  # classes of the experts of another layout
+    unknown: tuple[str, ...] = ()  # classes of the experts that stay in 16 bit
+    uneven: tuple[int, ...] = ()  # weights per expert of tensors that are not made of whole blocks
 
     @property
     def all(self) -> int:
@@ -124,8 +125,10 @@ def expert_shape(model: nn.Module) -> ExpertShape:
     names = tuple(dict.fromkeys(type(m).__name__ for m in three + flat if not type(m).__name__.startswith("Conv")))
     total = sum(p.numel() for p in expert_parameters(model))
     total += sum(p.numel() for m in flat for p in m.parameters(recurse=False) if p.ndim == 2)  # DBRX: all in one matrix
+    sizes_apart = sorted({m._parameters[name][0].numel() for m in apart for name in expert_layout(m)})
+    uneven = tuple(size for size in sizes_apart if size % families.BLOCK)
     if not packed:
-        return ExpertShape(plain=total, unknown=names)
+        return ExpertShape(plain=total, unknown=names, uneven=uneven)
     one = next(modules[0] for modules in known if modules)
     first, last = (one._parameters[name] for name in expert_tensors(one))
     out, into = (-1, -2) if one.is_transposed else (-2, -1)
@@ -140,4 +143,5 @@ def expert_shape(model: nn.Module) -> ExpertShape:
         inner=last.shape[into],
         layers=sum(size > 0 for size in sizes),
         unknown=names,
+        uneven=uneven,
     )

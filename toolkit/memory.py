@@ -227,7 +227,8 @@ def expert_facts(experts: ExpertShape, quantization: QuantizationConfig) -> list
         return []
     main = sum(experts.packed_bytes(experts.packed, quantization.use_double_quant))
     there = f"experts in main memory: {main / GIB:.2f} GiB, pinned; the GPU holds those of two layers at a time"
-    unknown = f" of {', '.join(experts.unknown)}, whose layout is not known" if experts.unknown else ""
+    why = "which are not whole blocks" if experts.uneven else "whose layout is not known"
+    unknown = f" of {', '.join(experts.unknown)}, {why}" if experts.unknown else ""
     kept = f"; in 16 bit: {experts.plain:,}{unknown}"
     line = f"experts: {experts.packed:,} weights in 4 bit{kept if experts.plain else ''}"
     return [line, there] if quantization.experts == "cpu" else [line]

@@ -534,7 +534,7 @@ def check_layout(config: Config, experts: ExpertShape, total: int) -> None:
     """Raise ConfigError if routed experts would stay in 16 bit though 4 bit was asked for. total: the model's weights."""
     asked = config.quantization.load_in_4bit and config.quantization.experts != "16bit"
     if asked and experts.unknown and not experts.packed:
-        raise not_packed(config.model.name, experts.unknown, experts.plain, total)
+        raise not_packed(config.model.name, experts.unknown, experts.plain, total, experts.uneven)
 
 
 def check_mixture(config: Config) -> None:

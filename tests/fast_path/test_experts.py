@@ -15,9 +15,9 @@ import pytest
 import torch
 from bitsandbytes.nn.parametrize import replace_parameter_4bit
 from peft import PeftModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from config import ConfigError, load_config
@@ -254,6 +254,7 @@ def test_experts_of_any_layout_stay_in_16_bit_where_that_is_asked_for(family, tm
     plain = [m._parameters[name] for m in model.modules() for name in expert_tensors(m)]
     assert plain and all(p.ndim == 3 and p.dtype is torch.float32 for p in plain)
     assert all(type(model.get_submodule(name)) is nn.Linear for name in routers(model))
+    assert sum("router stays frozen, so its auxiliary loss" in line for line in base_lines(load_config(()), model)) == 1
     (line,) = [line for line in base_lines(load_config(()), model) if "16 bit" in line]
     assert f"{sum(p.numel() for p in plain):,} of" in line
 
@@ -264,6 +265,90 @@ def test_experts_of_another_layout_are_named_in_the_log(tmp_path):
     assert not packed_modules(model)
     (line,) = [line for line in base_lines(load_config(()), model) if "16 bit" in line]
     assert "of Llama4TextExperts" in line
+
+
+def uneven(folder: Path, **sizes: int) -> Path:
+    """Write a Mixtral whose experts are no whole blocks and whose rows are not whole 16 bytes."""
+    sizes = {"hidden_size": 72, "intermediate_size": 50, "head_dim": 36} | sizes
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=4096, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, num_local_experts=4,
+        num_experts_per_tok=2, max_position_embeddings=128, initializer_range=0.08, **sizes,
+    )  # fmt: skip
+    MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(ROOT / "tiny" / "model" / name, folder)
+    return folder
+
+
+def test_experts_of_uneven_sizes_are_computed_as_transformers_does_it_eagerly(tmp_path):
+    """torch's grouped product refuses them. The answer has no row of whole 16 bytes either."""
+    folder = uneven(tmp_path)
+    plain = {"dtype": torch.bfloat16, "experts_implementation": "eager"}
+    expected = AutoModelForCausalLM.from_pretrained(folder, **plain)(input_ids=IDS, use_cache=False).logits
+    model, _ = load_model_and_tokenizer(str(folder), None, device="cpu")
+    torch.testing.assert_close(model(input_ids=IDS, use_cache=False).logits, expected)
+    assert experts.one_by_one(model, torch.bfloat16, torch.device("cpu"))
+    ours, _ = load_model_and_tokenizer(str(folder), create_bnb_config(), device="cpu", experts="16bit")
+    lora = create_lora_config(dropout=0.0, target_modules=["experts.gate_up_proj", "experts.down_proj"])
+    adapted = prepare_model_for_training(ours, lora, False)
+    adapted(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+    grads = {name: p.grad for name, p in adapted.named_parameters() if "lora_B" in name}
+    assert len(grads) == 4 and all(grad.abs().max() > 0 for grad in grads.values())
+
+
+def test_a_plain_copy_of_packed_experts_of_unaligned_rows_computes(tmp_path):
+    """12 x 16 weights are whole blocks, but 12 numbers are no whole 16 bytes: merging computes with such a copy."""
+    folder = uneven(tmp_path, hidden_size=12, intermediate_size=16, head_dim=12)
+    model, _ = load_model_and_tokenizer(str(folder), create_bnb_config(), device="cpu")
+    assert packed_modules(model)
+    with torch.no_grad():
+        copied = merge.plain_copy(model)(input_ids=IDS, use_cache=False).logits
+        torch.testing.assert_close(model(input_ids=IDS, use_cache=False).logits, copied, rtol=0.05, atol=0.05)
+
+
+def test_experts_of_uneven_sizes_are_refused_with_their_reason(train, tmp_path, capfd):
+    folder = uneven(tmp_path / "model")
+    (folder / "model.safetensors").write_bytes(b"no weights")
+    code, output = train("--model_name", folder)
+    assert code == 2 and not output.exists()
+    assert (
+        "(MixtralExperts) cannot be packed: 3,600 and 7,200 weights per expert are not whole" in capfd.readouterr().err
+    )
+    code, _ = train("--model_name", folder, "--experts", "16bit", "--plan")
+    assert code == 0 and "of MixtralExperts, which are not whole blocks" in capfd.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------ files of weights
+
+
+def rewritten(folder: Path, change) -> Path:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+@pytest.mark.parametrize("missing", ["3.up_proj", "3."])
+def test_a_missing_expert_is_named(quantized, missing, tmp_path):
+    """Without the last expert of a layer its tensors had one less: in 4 bit transformers loads them all the same."""
+    lost = f"model.layers.1.mlp.experts.{missing}"
+    folder = rewritten(
+        build("qwen3_moe", tmp_path), lambda t: [t.pop(name) for name in list(t) if name.startswith(lost)]
+    )
+    with pytest.raises(
+        ConfigError, match=f"lacks . weights? of experts that .* {re.escape(lost)}.*; fetch its weights"
+    ):
+        load_model_and_tokenizer(str(folder), create_bnb_config() if quantized else None, device="cpu")
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+def test_an_expert_of_another_shape_is_named(quantized, tmp_path):
+    name = "model.layers.1.mlp.experts.2.down_proj.weight"
+    folder = rewritten(build("qwen3_moe", tmp_path), lambda t: t.update({name: t[name][:-1].clone()}))
+    with pytest.raises(ConfigError, match=f"has {re.escape(name)} in the shape .* where that of its other experts is"):
+        load_model_and_tokenizer(str(folder), create_bnb_config() if quantized else None, device="cpu")
 
 
 # ------------------------------------------------------------------------------------------------ products

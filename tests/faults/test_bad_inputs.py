@@ -441,6 +441,53 @@ def test_model(refused, model, name):
     assert refused("--model_name", model).startswith(f"{setting}: ")
 
 
+def cut(model: Path, keep: int) -> None:
+    path = model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+
+
+def changed(model: Path, ending: str, change: Callable[[torch.Tensor], torch.Tensor] | None) -> None:
+    """Rewrite the first tensor whose name ends so; change: None leaves it out."""
+    tensors = load_file(model / "model.safetensors")
+    name = next(name for name in tensors if name.endswith(ending))
+    tensors = {n: t for n, t in tensors.items() if n != name} | (
+        {name: change(tensors[name]).clone()} if change else {}
+    )
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 123456\n"
+FILE, Q = "model.safetensors of", "layers.0.self_attn.q_proj.weight"
+# What is wrong with the weights: (how it is made, what is named, what is said of it).
+WEIGHTS = {
+    "truncated": (lambda m: cut(m, 100_000), FILE, "is truncated: it has 100,000 of the"),
+    "truncated in the header": (lambda m: cut(m, 500), FILE, "is truncated: it has 500 bytes, its header alone needs"),
+    "empty": (lambda m: cut(m, 0), FILE, "is empty; fetch this file again"),
+    "pointer": (lambda m: (m / "model.safetensors").write_text(POINTER), FILE, "run `git lfs pull` in its folder"),
+    "a page": (lambda m: (m / "model.safetensors").write_text("<!DOCTYPE html>"), FILE, "does not begin as a"),
+    "no header": (
+        lambda m: (m / "model.safetensors").write_bytes(struct.pack("<Q", 8) + b"not JSON"), FILE, "its header is not"
+    ),
+    "no shard": (
+        lambda m: indexed(m, {"model.norm.weight": "model-00002-of-00002.safetensors"}),
+        "model-00002-of-00002.safetensors of", "is missing, though model.safetensors.index.json names it: fetch it",
+    ),
+    "no map": (lambda m: indexed(m, "{}"), "model.safetensors.index.json of", "expected JSON with a weight_map"),
+    "no tensor": (lambda m: changed(m, Q, None), Q, "lacks 1 weight that its config.json needs"),
+    "fewer rows": (lambda m: changed(m, Q, lambda t: t[:-64]), Q, "expected the shape [256, 256], got [192, 256]"),
+    "shorter norm": (lambda m: changed(m, "model.norm.weight", lambda t: t[:-8]), "norm.weight", "got [248]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_weights_that_are_not_whole_are_named(refused, model, name):
+    make, named, said = WEIGHTS[name]
+    make(model)
+    line = refused("--model_name", model)
+    assert line.startswith("model.name: ") and named in line and said in line, line
+    assert "fetch " in line or "git lfs pull" in line
+
+
 def test_model_that_links_to_itself(refused, tmp_path):
     loop(tmp_path / "model")
     assert refused("--model_name", tmp_path / "model").startswith("model.name: ")
@@ -752,6 +799,7 @@ def test_adapter(refused, adapter, tmp_path, monkeypatch, name):
     line = refused(*flags)
     print("LINE", line)
     assert line.startswith("--config: " if "yaml" in name else "--adapter: ")
+    assert "is truncated" in line or name != "truncated"
 
 
 def test_adapter_of_another_base(refused, adapter, random_models):
