@@ -212,15 +212,9 @@ def cannot_load(model_name: str, error: Exception) -> ConfigError:
 QUIETLY = {"_raise_exceptions_for_missing_entries": False}  # return None for a file that the model does not have
 # The errors that transformers, safetensors and huggingface_hub raise for a wrong name, a bad file or network trouble.
 LOADING_ERRORS: tuple[type[Exception], ...] = (
-    OSError,
-    ValueError,
-    KeyError,
-    AttributeError,
-    ImportError,
-    RuntimeError,
-    TypeError,
-)
-LOADING_ERRORS += (StrictDataclassError, SafetensorError, IndexError, ArithmeticError)
+    OSError, ValueError, KeyError, AttributeError, ImportError, RuntimeError, TypeError, StrictDataclassError,
+    SafetensorError, IndexError, ArithmeticError,
+)  # fmt: skip
 
 
 def load_tokenizer(
