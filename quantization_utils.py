@@ -46,7 +46,15 @@ from transformers.utils import cached_file
 
 from config import Config, ConfigError, counted
 from fast_path.expert_store import keep_in_main_memory
-from fast_path.experts import adapting_experts, check_stored, let_sizes_fit, no_experts, pack, packing_experts
+from fast_path.experts import (
+    adapting_experts,
+    apart_and_stored,
+    apart_in_16_bit,
+    check_stored,
+    let_sizes_fit,
+    pack,
+    packing_experts,
+)
 from fast_path.families import decoder_layers
 from fast_path.host_rows import keep_rows_in_main_memory, loading_to_main_memory, rows_name_of
 from fast_path.model_targets import (
@@ -356,11 +364,9 @@ def check_storage(
         print(f"{model_name} is stored in 4 bit: keeping its own quantisation", file=sys.stderr)
         check_stored(model_name, revision)
     if apart and stored:
-        raise ConfigError(
-            f"quantization.experts: cpu needs a model in 16 bit, and {model_name} is stored in 4 bit; use gpu"
-        )
+        raise apart_and_stored(model_name)
     if apart and bnb_config is None:
-        raise no_experts(model_name)
+        raise apart_in_16_bit()
     return stored
 
 

@@ -112,7 +112,8 @@ class _Quantizer(Bnb4BitHfQuantizer):
         plain = self.pre_quantized or not self.packs
         found = [] if plain else expect_packed(model, self.modules_to_not_convert)
         if self.main_memory and not found:
-            raise no_experts(type(model).__name__)
+            name = type(model).__name__
+            raise own_layout(name) if any(True for _ in expert_parameters(model)) else no_experts(name, "cpu")
 
     def get_modules_to_not_convert(self, model: nn.Module, *args: Any, **kwargs: Any) -> list[str]:
         return [*super().get_modules_to_not_convert(model, *args, **kwargs), *routers(model)]
@@ -143,11 +144,31 @@ def not_packed(name: str, classes: Iterable[str], count: int, total: int, uneven
     )
 
 
-def no_experts(name: str) -> ConfigError:
-    """Return the error about experts in main memory of a model that has none which are packed."""
+def no_experts(name: str, setting: str) -> ConfigError:
+    """Return the error about a setting of quantization.experts for a model that routes nothing."""
     return ConfigError(
-        f"quantization.experts: cpu needs routed experts in 4 bit, in transformers' common layout; {name} has none, use gpu"
+        f"quantization.experts: expected gpu, since {name} has no routed experts to which {setting} applies, got {setting}"
     )
+
+
+def own_layout(name: str) -> ConfigError:
+    """Return the error about experts in main memory of a model whose experts cannot be packed."""
+    return ConfigError(
+        f"quantization.experts: expected gpu, since the experts of {name} cannot be packed and cpu is for packed ones, got cpu"
+    )
+
+
+def apart_in_16_bit() -> ConfigError:
+    """Return the error about experts in main memory of a base in 16 bit."""
+    return ConfigError(
+        "quantization.load_in_4bit: expected true with experts: cpu, which keeps experts in 4 bit in main memory, got false; "
+        "a base in 16 bit needs experts: gpu"
+    )
+
+
+def apart_and_stored(name: str) -> ConfigError:
+    """Return the error about experts in main memory of a model that is stored in 4 bit, whose experts are in 16 bit."""
+    return ConfigError(f"quantization.experts: cpu needs a model in 16 bit, and {name} is stored in 4 bit; use gpu")
 
 
 @contextlib.contextmanager

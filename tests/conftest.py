@@ -100,6 +100,19 @@ def qwen_3b(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def qwen_30b(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with nothing but the config.json of Qwen3-30B-A3B's shape, a mixture of 128 experts."""
+    config = {
+        "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "vocab_size": 151936, "hidden_size": 2048,
+        "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128,
+        "num_experts_per_tok": 8, "moe_intermediate_size": 768, "intermediate_size": 6144,
+    }  # fmt: skip
+    folder = tmp_path_factory.mktemp("qwen-30b")
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def random_models(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """A function that returns the folder of a random two-layer model of a family, made on its first use.
 

@@ -6,10 +6,12 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from config import Config
 from fast_path import families
-from fast_path.experts import grouped_gpu
+from fast_path.experts import apart_and_stored, apart_in_16_bit, grouped_gpu, no_experts, not_packed
 from fast_path.families import expert_layout, expert_parameters, expert_tensors
 from fast_path.nf4 import lacks_triton
+from quantization_utils import count_parameters, stored_in_4bit
 
 NESTED_BLOCK = 256  # constants per second-level one
 # A token's experts, by its names in transformers' configurations.
@@ -35,6 +37,15 @@ class ExpertShape:
     @property
     def all(self) -> int:
         return self.packed + self.plain
+
+    @property
+    def routed(self) -> bool:
+        """Whether there are experts, of a known layout or of another."""
+        return bool(self.layers or self.unknown)
+
+    def rows_each(self, tokens: int) -> float:
+        """Return the rows that an expert's products have in a step of so many tokens, if the router divides them evenly."""
+        return tokens * self.each / self.count if self.count else tokens
 
     @property
     def active(self) -> int:
@@ -108,6 +119,22 @@ def experts_each(config: PretrainedConfig) -> int:
     parts = (text, getattr(text, "ffn_config", None))  # DBRX's
     found = (families.own_value(part, name) for part in parts if part is not None for name in EXPERTS_EACH)
     return next(filter(None, found), 0)
+
+
+def check_experts(config: Config, model: nn.Module, experts: ExpertShape) -> None:
+    """Raise ConfigError where quantization.experts means nothing for a model or cannot be done.
+
+    Also if experts would stay in 16 bit though 4 bit was asked for. Training on a CPU makes the same checks as a plan.
+    """
+    asked, name = config.quantization, config.model.name
+    if asked.experts != "gpu" and not experts.routed:
+        raise no_experts(name, asked.experts)
+    if asked.experts == "cpu" and stored_in_4bit(model.config, name):
+        raise apart_and_stored(name)
+    if asked.experts == "cpu" and not asked.load_in_4bit:
+        raise apart_in_16_bit()
+    if asked.load_in_4bit and asked.experts != "16bit" and experts.unknown and not experts.packed:
+        raise not_packed(name, experts.unknown, experts.plain, count_parameters(model)[1], experts.uneven)
 
 
 def expert_shape(model: nn.Module) -> ExpertShape:

@@ -3,6 +3,7 @@
 The shape of a run is its micro-batch, its number of checkpointed layers and whether their inputs are offloaded.
 """
 
+import bisect
 import dataclasses
 import functools
 import math
@@ -28,6 +29,7 @@ from toolkit.memory_plan import (
     SHAPE_KNOBS,
     MemoryPlan,
     ModelShape,
+    adapted,
     adapter_parameters,
     configured_shape,
     expected_path,
@@ -42,6 +44,8 @@ from toolkit.memory_plan import (
 )
 from toolkit.processes import gathered, name_of, several
 from toolkit.text_width import for_stdout
+
+FP8_FROM = 8.9  # compute capability
 
 # ------------------------------------------------------------------------------------------------ decide and print
 
@@ -71,7 +75,7 @@ def choose_plan(
         return plan_memory(shape, config, *taken, *rest)
     if auto_fit and limit is not None:
         # Measured rates vary from day to day, and so would the shape.
-        rates = rates or (Rates() if config.performance.deterministic else measure_rates(device))
+        rates = rates or (Rates() if config.performance.deterministic else rates_here(device, config))
         return fit(shape, config, sequences, limit, rates)
     micro_batch = min(config.training.batch_size, sequences)
     checkpointed, offload = pinned_layers(shape.layers, config), wants_offload(config)
@@ -119,8 +123,8 @@ def print_plan(
     """
     card = find_card(name) if name else None
     device = torch.device("cuda", 0) if torch.cuda.is_available() and card is None else None
-    if card and config.quantization.products == "fp8" and card.capability < 8.9:
-        lacks = f"{card.name} has no FP8 (compute capability {card.capability}; 8.9 and above have it)"
+    if card and config.quantization.products == "fp8" and card.capability < FP8_FROM:
+        lacks = f"{card.name} has no FP8 (compute capability {card.capability}; {FP8_FROM} and above have it)"
         raise ConfigError(f"quantization.products: fp8 cannot run there, use bf16: {lacks}")
     if device and config.quantization.products == "fp8":
         refuse("fp8", device, compute_dtype_of(config))
@@ -131,18 +135,20 @@ def print_plan(
     if card:
         limit = min(limit or math.inf, card.free_gib * GIB)
     sequences = sequences_per_step(config.training, shape.processes)
-    rates = card.rates if card else measure_rates(device)
+    rates = card.rates if card else rates_here(device, config)
     plan = choose_plan(shape, config, sequences // shape.processes, device, limit, {}, card.rates if card else None)
     if card:
         print(for_stdout("\n".join(card_lines(card))))
     elif device is None:
         print("this machine has no GPU: the plan is that of a run on an NVIDIA GPU")
-    lines = [*chosen_lines(config, plan, limit), *facts(shape, config, plan)]
+    lines = [*chosen_lines(config, plan, limit), *facts(shape, config, sequences // shape.processes)]
     tokens = plan.micro_batch * config.data.max_length
     seconds = step_seconds(shape, config, rates, plan.micro_batch, plan.checkpointed, plan.rows_apart > 0)
     speed = shape.processes * tokens / seconds
     lines += process_lines(shape, config, plan, rates)
-    lines += speed_lines(rates, speed, device, card)
+    lines += speed_lines(rates, speed, device, card, mixture=shape.experts.routed)
+    if config.quantization.experts == "cpu":
+        lines.append(link_line(rates, device, card))
     lines += epoch_lines(config, epoch_size(config), sequences, speed)
     print(for_stdout("\n".join([*lines, *savings_lines(shape, config, plan, limit)])))
     if limit is None:
@@ -206,8 +212,8 @@ def chosen_lines(config: Config, plan: MemoryPlan, limit: float | None) -> list[
     return [plan.table(), f"shape: {reason}"]
 
 
-def facts(shape: ModelShape, config: Config, plan: MemoryPlan) -> list[str]:
-    """Return lines with other facts that help before a download."""
+def facts(shape: ModelShape, config: Config, sequences: int) -> list[str]:
+    """Return lines with other facts that help before a download. sequences: as in choose_plan."""
     trainable = adapter_parameters(shape, config)
     quantised = sum(out * into for _, out, into in shape.linears) + shape.experts.packed
     loaded = quantised // 2 if config.quantization.load_in_4bit else 2 * quantised
@@ -216,14 +222,14 @@ def facts(shape: ModelShape, config: Config, plan: MemoryPlan) -> list[str]:
         f"parameters: {shape.parameters:,}; trainable {trainable:,}, adapter {trainable * 4 / 1e6:.1f} MB",
         f"download: {2 * shape.parameters / 1e9:.2f} GB in 16 bit; loading uses about {loaded / 1e9 + 3:.1f} GB of RAM",
         *expert_facts(shape.experts, config.quantization),
-        *(card_facts(plan) if shape.experts.all else []),
+        *(card_facts(shape, config, sequences) if shape.experts.routed else []),
         *beyond_positions(config.data.max_length, shape.positions),
     ]
 
 
 def expert_facts(experts: ExpertShape, quantization: QuantizationConfig) -> list[str]:
     """Return lines about routed experts: how many of their weights are in 4 bit, where, and which have another layout."""
-    if not ((experts.layers or experts.unknown) and quantization.load_in_4bit):
+    if not (experts.routed and quantization.load_in_4bit):
         return []
     main = sum(experts.packed_bytes(experts.packed, quantization.use_double_quant))
     there = f"experts in main memory: {main / GIB:.2f} GiB, pinned; the GPU holds those of two layers at a time"
@@ -234,17 +240,36 @@ def expert_facts(experts: ExpertShape, quantization: QuantizationConfig) -> list
     return [line, there] if quantization.experts == "cpu" else [line]
 
 
-def card_facts(plan: MemoryPlan) -> list[str]:
-    """Return a line with the smallest of the known cards that hold a mixture's plan."""
-    holding = [card for card in CARDS if card.free_gib * GIB >= plan.total]
+def card_facts(shape: ModelShape, config: Config, sequences: int) -> list[str]:
+    """Return a line with the smallest of the known cards for which `--plan --card` finds a shape that fits.
+
+    Whatever shape this plan has: each card gets one of its own. A larger card has one too where a smaller one has.
+    """
+
+    def holds(card: Card) -> bool:
+        limit = card.free_gib * GIB
+        return choose_plan(shape, config, sequences, None, limit, {}, card.rates).total <= limit
+
+    able = [card for card in CARDS if config.quantization.products != "fp8" or card.capability >= FP8_FROM]
+    by_room = sorted(able, key=lambda card: card.free_gib)
+    holding = by_room[bisect.bisect_left(by_room, True, key=holds) :]
     if not holding:
         return ["no single card that the toolkit knows holds this"]
-    least = min(card.memory_mib for card in holding)
-    names = ", ".join(card.name for card in holding if card.memory_mib == least)
-    return [f"cards that hold this: from {least / 1024:.0f} GiB ({names})"]
+    least = min(card.sold_gb for card in holding)
+    names = ", ".join(card.name for card in CARDS if card in holding and card.sold_gb == least)
+    return [f"cards that hold this: from {least} GB ({names})"]
 
 
-def speed_lines(rates: Rates, speed: float, device: torch.device | None, card: Card | None) -> list[str]:
+def link_line(rates: Rates, device: torch.device | None, card: Card | None) -> str:
+    """Return the line about the way of experts from main memory, which a step passes twice."""
+    generation, lanes = (card or find_card("RTX 4060")).pcie
+    where = "measured now" if device else f"PCIe {generation}.0 x{lanes}, if the slot has it"
+    return f"  experts come from main memory at {rates.link / 1e9:.1f} GB/s ({where})"
+
+
+def speed_lines(
+    rates: Rates, speed: float, device: torch.device | None, card: Card | None, mixture: bool = False
+) -> list[str]:
     """Return lines about the tokens per second of training, and where they come from."""
     line = f"estimated, not measured: {speed:,.0f} tokens/s, {duration(1e6 / speed)} per million tokens"
     if device:
@@ -252,6 +277,11 @@ def speed_lines(rates: Rates, speed: float, device: torch.device | None, card: C
         return [f"{line} (this GPU, measured now: {measured})"]
     name = card.name if card else "RTX 4060, by default; --card NAME for another"
     error = f"such estimates are within {RATES_ERROR:.0%} of what was measured on an H100 and an H200; no other card was measured"
+    if mixture:
+        error = (
+            f"of mixtures of experts only Qwen3-30B-A3B's shape on an H200 was measured, and this estimate is within {RATES_ERROR:.0%} "
+            "there with 12 and 48 layers; with experts: 16bit it is too high"
+        )
     return [f"{line} ({name})", f"  from data sheets; {error} (docs/measurements.md)"]
 
 
@@ -283,13 +313,14 @@ def savings(shape: ModelShape, config: Config, plan: MemoryPlan, limit: float | 
     def without(section: str, micro_batch: int = plan.micro_batch, checkpointed: int = plan.checkpointed, **changes):
         other = dataclasses.replace(config, **{section: dataclasses.replace(config[section], **changes)})
         rest = None, limit, plan.offload, None, plan.rows_apart > 0
-        return plan.total - plan_memory(shape, other, micro_batch, checkpointed, *rest).total
+        changed = with_lora_of(other, shape, config)
+        return plan.total - plan_memory(changed, other, micro_batch, checkpointed, *rest).total
 
     length, rank = max(8, config.data.max_length // 2), max(1, config.lora.rank // 2)
     attention, smaller = ("q_proj", "k_proj", "v_proj", "o_proj"), plan.micro_batch // 2
     found = [(without("data", max_length=length), f"data.max_length {length}")]
     found.append((without("lora", rank=rank), f"lora.rank {rank}"))
-    if set(config.lora.target_modules) > set(attention):
+    if narrows(shape, config.lora.target_modules, attention):
         found.append((without("lora", target_modules=attention), f"lora.target_modules [{', '.join(attention)}]"))
     if plan.checkpointed < plan.layers:
         found.append((without("training", checkpointed=plan.layers), "training.gradient_checkpointing true"))
@@ -305,6 +336,28 @@ def savings(shape: ModelShape, config: Config, plan: MemoryPlan, limit: float | 
     if not config.quantization.use_double_quant:
         found.append((without("quantization", use_double_quant=True), "quantization.use_double_quant true"))
     return sorted((pair for pair in found if pair[0] > 0), reverse=True)
+
+
+def narrows(shape: ModelShape, targets: str | tuple[str, ...], attention: tuple[str, ...]) -> bool:
+    """Return whether the names of attention are fewer than the targets, and all in the model."""
+    if isinstance(targets, str):
+        own = {name.rpartition(".")[2] for name, _, _ in (*shape.linears, *shape.plain_linears)}
+        return targets == "all-linear" and set(attention) <= own
+    return set(targets) > set(attention)
+
+
+def with_lora_of(other: Config, shape: ModelShape, config: Config) -> ModelShape:
+    """Return the sizes with the trainable parameters of another rank or of targets that mean no experts.
+
+    Adapters on experts have as many parameters per rank as peft counts at the configured one.
+    """
+    if shape.trainable is None or other.lora == config.lora:
+        return shape
+    if other.lora.target_modules != config.lora.target_modules:
+        return dataclasses.replace(shape, trainable=None)
+    magnitudes = sum(out for _, out, _ in adapted(shape, config.lora)) if config.lora.use_dora else 0
+    by_rank = (shape.trainable - magnitudes) * other.lora.rank // config.lora.rank
+    return dataclasses.replace(shape, trainable=by_rank + magnitudes)
 
 
 def savings_lines(
@@ -327,6 +380,34 @@ def ran_out(config: Config, plan: MemoryPlan, device: torch.device) -> list[str]
 # ------------------------------------------------------------------------------------------------ measure and limit
 
 
+def rates_here(device: torch.device | None, config: Config) -> Rates:
+    """Return measure_rates and, where experts wait in main memory, the speed of copies from there."""
+    rates = measure_rates(device)
+    if device is None or config.quantization.experts != "cpu":
+        return rates
+    return dataclasses.replace(rates, link=measure_link(device))
+
+
+def timed(call: Callable[[], object]) -> float:
+    """Return the seconds that a GPU takes for a call, the mean of four after a first one."""
+    call()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(4):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 4e3
+
+
+@functools.cache
+def measure_link(device: torch.device) -> float:
+    """Return the bytes per second of copies from pinned main memory to this GPU."""
+    rows = torch.empty(2**26, dtype=torch.uint8, pin_memory=True)
+    here = torch.empty_like(rows, device=device, pin_memory=False)
+    return rows.numel() / timed(lambda: here.copy_(rows, non_blocking=True))
+
+
 @functools.cache
 def measure_rates(device: torch.device | None) -> Rates:
     """Return the speed of this GPU, measured in a moment; without a GPU that of an RTX 4060."""
@@ -334,19 +415,8 @@ def measure_rates(device: torch.device | None) -> Rates:
         return Rates()
     a = torch.randn(4096, 4096, device=device, dtype=torch.float16)
     b = torch.empty(2**27, dtype=torch.uint8, device=device)
-
-    def seconds(call) -> float:
-        call()
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        for _ in range(4):
-            call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 4e3
-
-    copy = seconds(lambda: b[: 2**26].copy_(b[2**26 :]))  # reads and writes 64 MiB
-    return Rates(flops=2 * 4096**3 / seconds(lambda: a @ a), bytes=b.numel() / copy)
+    copy = timed(lambda: b[: 2**26].copy_(b[2**26 :]))  # reads and writes 64 MiB
+    return Rates(flops=2 * 4096**3 / timed(lambda: a @ a), bytes=b.numel() / copy)
 
 
 def memory_line(device: torch.device) -> str:

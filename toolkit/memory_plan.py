@@ -16,7 +16,6 @@ from transformers.pytorch_utils import Conv1D
 
 from config import Config, ConfigError, LoraSettings, TrainingConfig
 from fast_path import families
-from fast_path.experts import no_experts, not_packed
 from fast_path.families import Family, known_positions
 from fast_path.host_rows import rows_name
 from fast_path.loss import default_logit_chunk
@@ -36,7 +35,7 @@ from quantization_utils import (
     stored_in_4bit,
 )
 from toolkit.cards import Rates
-from toolkit.expert_plan import NESTED_BLOCK, ExpertShape, expert_shape, experts_each
+from toolkit.expert_plan import NESTED_BLOCK, ExpertShape, check_experts, expert_shape, experts_each
 from toolkit.hub import asking_hub
 
 GIB = 2**30
@@ -60,7 +59,7 @@ NCCL_BYTES = int(0.5 * GIB)
 # gathering, and one for gaps, since the gathering has memory of its own. Fitted to one run on two H200 (docs/more_gpus.md).
 GATHERED = 5
 
-PCIE = 20e9  # bytes per second from main memory, of a slot with 16 lanes of PCIe 4; a laptop's 8 lanes have half
+PCIE = 20e9  # bytes per second to a card from others or from main memory, of a slot with 16 lanes of PCIe 4
 
 # ------------------------------------------------------------------------------------------------ sizes of the model
 
@@ -509,18 +508,15 @@ SHAPE_KNOBS = ("training.batch_size", "training.gradient_accumulation_steps", "t
 
 
 def configured_shape(config: Config, processes: int | None = None) -> ModelShape:
-    """Return the sizes of the configured model; raise ConfigError if it lacks a target module.
+    """Return the sizes of the configured model; raise ConfigError if it lacks a target module or experts asked for.
 
     processes: by default those of the launcher.
     """
     model = model_skeleton(config.model.name, config.model.revision, config.model.trust_remote_code)
+    check_experts(config, model, experts := expert_shape(model))
+    resolved_targets(model, create_lora_config(**config.lora.arguments))
     processes = processes or int(os.environ.get("WORLD_SIZE", "1"))
     shape = dataclasses.replace(shape_of(model), processes=processes)
-    experts = shape.experts
-    check_layout(config, experts, shape.parameters)
-    if config.quantization.experts == "cpu" and not (experts.packed and config.quantization.load_in_4bit):
-        raise no_experts(config.model.name)
-    resolved_targets(model, create_lora_config(**config.lora.arguments))
     if not experts.all:
         return shape
     if config.quantization.experts == "16bit":
@@ -530,27 +526,21 @@ def configured_shape(config: Config, processes: int | None = None) -> ModelShape
     return dataclasses.replace(shape, trainable=count_parameters(adapted_model)[0])
 
 
-def check_layout(config: Config, experts: ExpertShape, total: int) -> None:
-    """Raise ConfigError if routed experts would stay in 16 bit though 4 bit was asked for. total: the model's weights."""
-    asked = config.quantization.load_in_4bit and config.quantization.experts != "16bit"
-    if asked and experts.unknown and not experts.packed:
-        raise not_packed(config.model.name, experts.unknown, experts.plain, total, experts.uneven)
-
-
 def check_mixture(config: Config) -> None:
     """Raise ConfigError before the weights of a mixture of experts are read, as `configured_shape` does for any model.
 
-    For a run on a CPU, which has no plan, and where quantization.experts changes nothing. A model that is not on this
-    machine yet is left to the loading, so that no other model asks the hub once more.
+    For a run on a CPU, which has no plan. Where quantization.experts is not set, a model that is not on this machine yet
+    is left to the loading, so that no other model asks the hub once more.
     """
+    if config.quantization.experts != "gpu":
+        configured_shape(config)
+        return
     source = {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
     try:
         model = AutoConfig.from_pretrained(config.model.name, local_files_only=True, **source)
     except LOADING_ERRORS:  # loading says what is wrong
         return
     if experts_each(model):
-        if config.quantization.experts == "cpu":
-            config = dataclasses.replace(config, quantization=dataclasses.replace(config.quantization, experts="gpu"))
         configured_shape(config)
 
 
@@ -599,13 +589,18 @@ def step_flops(shape: ModelShape, config: Config, micro_batch: int, checkpointed
 def step_seconds(
     shape: ModelShape, config: Config, rates: Rates, micro_batch: int, checkpointed: int, rows_apart: bool = False
 ) -> float:
-    """Return an estimated time for one micro-batch: matrix products, dequantisation and passes over activations."""
+    """Return an estimated time for one micro-batch: matrix products, dequantisation and passes over activations.
+
+    rates.link: at which experts in main memory come, while the layer before computes.
+    """
     tokens, passes = micro_batch * config.data.max_length, 2 + checkpointed / shape.layers
-    share = tokens / (tokens + 256)  # small products use the GPU badly
-    products = step_flops(shape, config, micro_batch, checkpointed) / (rates.flops * share)
-    read = weights_read(shape, checkpointed) if config.quantization.load_in_4bit else 0
+    of_experts = 2 * tokens * shape.experts.active * passes
+    flops = step_flops(shape, config, micro_batch, checkpointed) - of_experts
+    products = flops / rates.of_products(tokens) + of_experts / rates.of_products(shape.experts.rows_each(tokens))
+    unpacked = weights_read(shape, checkpointed) - shape.experts.plain * passes
+    read = unpacked if config.quantization.load_in_4bit else 0
     activations = tokens * shape.layers * passes * 12 * (shape.hidden + shape.inner)
-    fetched = 2 * shape.experts.packed / 2 / PCIE if config.quantization.experts == "cpu" else 0  # up and down
+    fetched = 2 * shape.experts.packed / 2 / rates.link if config.quantization.experts == "cpu" else 0  # up and down
     rows = tokens * shape.hidden * 2 / PCIE if rows_apart else 0
     return max(products + (2.5 * read + activations) / rates.bytes, fetched, gather_seconds(shape, config)) + rows
 

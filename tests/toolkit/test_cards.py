@@ -1,6 +1,7 @@
 """The table of cards against arithmetic, the formula against what torch counts and what was measured, and `--plan --card`."""
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import train_qlora
 from config import ConfigError, load_config
 from toolkit import memory
 from toolkit.cards import CARDS, RATES_ERROR, Card, Rates, find_card
-from toolkit.memory_plan import GIB, model_shape, step_flops, step_seconds
+from toolkit.memory_plan import GIB, configured_shape, model_shape, step_flops, step_seconds
 
 ROOT = Path(__file__).resolve().parents[2]
 MEASUREMENTS = (ROOT / "docs" / "measurements.md").read_text(encoding="utf-8")
@@ -32,6 +33,29 @@ def test_a_rate_is_that_of_the_multiprocessors_at_a_clock_that_exists(card):
 
 def test_the_default_rates_are_those_of_the_default_card():
     assert Rates() == find_card("RTX 4060").rates
+
+
+SOLD = {
+    6: "RTX 2060, RTX 3060 Laptop", 10: "RTX 3080", 12: "RTX 3060, RTX 4070, RTX 5070", 32: "RTX 5090", 40: "A100 40GB",
+    8: "RTX 2070, RTX 3050, RTX 3070, RTX 4060, RTX 4060 Laptop, RTX 4060 Ti 8GB, RTX 5060",
+    16: "RTX 4060 Ti 16GB, RTX 4080, RTX 5080, T4", 24: "RTX 3090, RTX 4090, L4, A10", 48: "A6000, L40S",
+    80: "A100 80GB, H100", 141: "H200",
+}  # fmt: skip
+
+
+def test_cards_are_of_the_size_that_they_are_sold_with():
+    for size, names in SOLD.items():
+        assert ", ".join(card.name for card in CARDS if card.sold_gb == size) == names
+    assert sum(names.count(",") + 1 for names in SOLD.values()) == len(CARDS)
+
+
+def test_the_link_is_what_was_measured_on_an_h200_and_half_of_it_has_half_the_lanes():
+    """54.5 GB/s over PCIe 5.0 x16; PCIe doubles with each generation, to a hundredth."""
+    assert "5.5 ms per layer at 54.5 GB/s" in MEASUREMENTS
+    found = {name: find_card(name).rates.link for name in ("H200", "RTX 5060", "RTX 4090", "RTX 4060", "T4")}
+    assert found["H200"] == pytest.approx(54.5e9, rel=0.001)
+    for name, times in (("RTX 5060", 2), ("RTX 4090", 2), ("RTX 4060", 4), ("T4", 4)):
+        assert found[name] * times == pytest.approx(found["H200"], rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -156,6 +180,63 @@ def test_the_estimates_are_within_the_stated_error_of_what_was_measured(qwen_3b)
         config = load_config((), {"data.max_length": str(length)})
         estimate = batch * length / step_seconds(shape, config, card.rates, batch, layers)
         assert estimate == pytest.approx(speed, rel=RATES_ERROR), (card, batch, length, layers)
+
+
+def with_layers(model: Path, layers: int) -> Path:
+    """Return a folder with the config.json of a model of other depth."""
+    folder = model / str(layers)
+    folder.mkdir(exist_ok=True)
+    config = json.loads((model / "config.json").read_text(encoding="utf-8")) | {"num_hidden_layers": layers}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+def test_estimates_of_a_mixture_are_within_the_stated_error_where_that_is_said(qwen_30b):
+    """The rows of 12 and 48 layers; those of 4 were measured beside other work."""
+    table = MEASUREMENTS.split("### A mixture of experts")[1].split("###")[0]
+    rows = re.findall(r"^\| (12|48) \| `experts: (gpu|cpu)` \| ([\d,]+) \|", table, flags=re.M)
+    assert len(rows) == 3
+    for layers, experts, speed in rows:
+        flags = {"model.name": str(with_layers(qwen_30b, int(layers))), "data.max_length": 2048}
+        config = load_config((), {**flags, "quantization.experts": experts})
+        seconds = step_seconds(configured_shape(config), config, find_card("H200").rates, 1, int(layers))
+        assert 2048 / seconds == pytest.approx(number(speed), rel=RATES_ERROR), (layers, experts)
+
+
+def test_experts_in_16_bit_are_not_unpacked(qwen_30b):
+    """The difference is the time of 2.5 bytes per weight of the experts, forward, backward and recomputed."""
+    found = []
+    for experts in ("gpu", "16bit"):
+        config = load_config((), {"model.name": str(qwen_30b), "quantization.experts": experts})
+        shape = configured_shape(config)
+        found.append(step_seconds(shape, config, Rates(), 1, 48))
+    assert found[0] - found[1] == pytest.approx(2.5 * 3 * 48 * 128 * 3 * 768 * 2048 / Rates().bytes)
+
+
+def test_the_plan_of_a_mixture_does_not_promise_what_only_dense_models_were_measured_for(qwen_30b, qwen_3b, capsys):
+    flags = ("--card", "RTX 4090", "--model_name")
+    _, out = plan(capsys, *flags, qwen_30b, "--experts", "cpu")
+    assert "of mixtures of experts only Qwen3-30B-A3B's shape on an H200 was measured" in out
+    assert "  experts come from main memory at 27.3 GB/s (PCIe 4.0 x16, if the slot has it)\n" in out
+    assert "measured on an H100 and an H200; no other card was measured" not in out
+    _, dense = plan(capsys, *flags, qwen_3b)
+    assert "measured on an H100 and an H200; no other card was measured" in dense and "main memory at" not in dense
+
+
+def test_the_way_from_main_memory_of_a_gpu_at_hand_is_measured_where_it_counts(monkeypatch):
+    monkeypatch.setattr(memory, "measure_rates", lambda device: Rates(650e12, 2.4e12))
+    monkeypatch.setattr(memory, "measure_link", lambda device: 50e9)
+    device, found = torch.device("cuda", 0), []
+    for experts in ("gpu", "cpu"):
+        found.append(memory.rates_here(device, load_config((), {"quantization.experts": experts})))
+    assert found == [Rates(650e12, 2.4e12), Rates(650e12, 2.4e12, 50e9)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_copy_from_main_memory_is_slower_than_one_within_the_gpu():
+    device = torch.device("cuda", 0)
+    assert 1e9 < memory.measure_link(device) < memory.measure_rates(device).bytes
 
 
 # ------------------------------------------------------------------------------------------------ --plan --card

@@ -27,6 +27,7 @@ from quantization_utils import (
 )
 from tests.families import build
 from toolkit import evaluation, expert_plan, memory, memory_plan
+from toolkit.cards import CARDS
 from toolkit.expert_plan import expert_shape
 from toolkit.memory import savings
 from toolkit.memory_plan import COMPILED, FUSED, GIB, PLAIN, MemoryPlan, Rates, fit, model_shape, plan_memory, step_down
@@ -130,15 +131,9 @@ def test_the_plan_names_experts_that_stay_in_16_bit(tmp_path):
     )
 
 
-def test_the_plan_of_qwen3_30b_a3b(tmp_path):
+def test_the_plan_of_qwen3_30b_a3b(qwen_30b):
     """30.5 billion weights, of which a token uses 3.3 billion: the experts need 13.5 GiB in 4 bit."""
-    config = {
-        "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "vocab_size": 151936, "hidden_size": 2048,
-        "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128,
-        "num_experts_per_tok": 8, "moe_intermediate_size": 768, "intermediate_size": 6144,
-    }  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    shape = model_shape(str(tmp_path))
+    shape = model_shape(str(qwen_30b))
     assert shape.parameters == 30_532_122_624  # the sum of the checkpoint's index
     assert shape.parameters - shape.experts.all + shape.experts.active == 3_353_032_704
     plan = plan_memory(shape, settings(data__max_length=2048), 1, 48)
@@ -147,7 +142,6 @@ def test_the_plan_of_qwen3_30b_a3b(tmp_path):
     plan = plan_memory(shape, apart, 1, 48)
     assert plan.parts["experts of two layers, in 4 bit"] / GIB == pytest.approx(0.581, abs=0.001)
     assert "experts, in 4 bit" not in plan.parts and plan.total < 8 * GIB
-    assert memory.card_facts(plan)[0].startswith("cards that hold this: from 6 GiB (")
     lines = memory.expert_facts(shape.experts, apart.quantization)
     assert lines[1] == "experts in main memory: 13.93 GiB, pinned; the GPU holds those of two layers at a time"
     assert any(
@@ -156,10 +150,90 @@ def test_the_plan_of_qwen3_30b_a3b(tmp_path):
     )
 
 
-def test_the_plan_refuses_experts_in_main_memory_of_a_model_without(tiny_model):
-    config = settings(model__name=tiny_model, quantization__experts="cpu")
-    with pytest.raises(ConfigError, match="quantization.experts: cpu needs routed experts in 4 bit"):
-        memory_plan.configured_shape(config)
+@pytest.mark.parametrize("experts, least", [("gpu", 24), ("cpu", 6)])
+def test_the_cards_that_hold_a_mixture_are_those_whose_own_plan_fits(qwen_30b, capsys, experts, least):
+    """The line is the same whatever card is planned for, and names all of a size, though they show different MiB."""
+    flags = ["--model_name", str(qwen_30b), "--max_length", "2048", "--experts", experts]
+    lines, fits = set(), []
+    for card in CARDS:
+        if card.sold_gb <= 24:
+            code = train_qlora.main(["--plan", "--card", card.name, *flags])
+            fits += [card] * (code == 0)
+            lines |= set(re.findall(r"^cards that hold this: .*$", capsys.readouterr().out, flags=re.M))
+    assert min(card.sold_gb for card in fits) == least
+    names = ", ".join(card.name for card in fits if card.sold_gb == least)
+    assert lines == {f"cards that hold this: from {least} GB ({names})"}
+    assert experts == "cpu" or names == "RTX 3090, RTX 4090, L4, A10"
+
+
+def test_cards_without_fp8_do_not_hold_a_run_in_fp8(qwen_30b, capsys):
+    assert train_qlora.main(["--plan", "--model_name", str(qwen_30b), "--products", "fp8", "--max_length", "512"]) == 0
+    assert "cards that hold this: from 24 GB (RTX 4090, L4)\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "[q_proj, k_proj, v_proj, o_proj, experts.gate_up_proj]"])
+def test_savings_with_adapters_on_experts_are_those_of_a_plan_with_the_setting(qwen_30b, targets):
+    """Its own count of parameters is peft's, from a model with the smaller adapter."""
+    base = {"model__name": qwen_30b, "lora__dropout": 0, "lora__target_modules": targets}
+    attention = "[q_proj, k_proj, v_proj, o_proj]"
+
+    def total(**changes):
+        config = settings(**base | changes)
+        return plan_memory(memory_plan.configured_shape(config), config, 1, 48).total
+
+    config = settings(**base)
+    shape = memory_plan.configured_shape(config)
+    found = {name: saved for saved, name in savings(shape, config, plan_memory(shape, config, 1, 48))}
+    assert found["lora.rank 8"] == total() - total(lora__rank=8) > GIB
+    assert found[f"lora.target_modules {attention}"] == total() - total(lora__target_modules=attention) > GIB
+
+
+def test_savings_of_a_mixture_with_dora_on_attention_are_those_of_its_plan(qwen_30b):
+    flags = {"model__name": qwen_30b, "lora__use_dora": True}
+    config, half = settings(**flags), settings(**flags, lora__rank=8)
+    shape, smaller = memory_plan.configured_shape(config), memory_plan.configured_shape(half)
+    plan = plan_memory(shape, config, 1, 48)
+    found = {name: saved for saved, name in savings(shape, config, plan)}
+    assert found["lora.rank 8"] == plan.total - plan_memory(smaller, half, 1, 48).total > 0
+
+
+def test_all_linear_of_a_model_without_the_four_names_is_not_told_to_use_them(random_models):
+    config = settings(model__name=random_models("phi3"), lora__target_modules="all-linear")
+    shape = memory_plan.configured_shape(config)
+    assert not any("target_modules" in name for _, name in savings(shape, config, plan_memory(shape, config, 1, 2)))
+
+
+NO_EXPERTS = "quantization.experts: expected gpu, since .* has no routed experts to which {0} applies, got {0}"
+NOT_PACKED = (
+    "quantization.load_in_4bit: expected true with experts: cpu, .* got false; a base in 16 bit needs experts: gpu"
+)
+STORED = "quantization.experts: cpu needs a model in 16 bit, and .* is stored in 4 bit; use gpu"
+
+
+@pytest.mark.parametrize(
+    "family, flags, text",
+    [
+        ("dense", ["--experts", "cpu"], NO_EXPERTS.format("cpu")),
+        ("dense", ["--experts", "16bit"], NO_EXPERTS.format("16bit")),
+        ("dense", ["--experts", "cpu", "--load_in_4bit", "false"], NO_EXPERTS.format("cpu")),
+        ("mixture", ["--experts", "cpu", "--load_in_4bit", "false"], NOT_PACKED),
+        ("stored", ["--experts", "cpu"], STORED),
+    ],
+)
+def test_experts_that_a_model_does_not_have_are_refused_by_plan_and_run_alike(
+    tiny_model, tmp_path, corpus, capsys, family, flags, text
+):
+    folder = tiny_model if family == "dense" else build("qwen3_moe", tmp_path / "model")
+    if family == "stored":
+        path = folder / "config.json"
+        stored = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": stored}))
+    found = []
+    for command in (["--plan"], ["--output_dir", str(tmp_path / "run")]):
+        code = train_qlora.main([*command, "--model_name", str(folder), "--dataset", str(corpus), *flags])
+        found.append((code, capsys.readouterr().err))
+    assert found[0] == found[1] and found[0][0] == 2
+    assert re.fullmatch(f"error: {text}\n", found[0][1])
 
 
 @pytest.mark.parametrize(
