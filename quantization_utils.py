@@ -45,16 +45,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from transformers.utils import cached_file
 
 from config import Config, ConfigError, counted
+from fast_path import experts as expert_tools
 from fast_path.expert_store import keep_in_main_memory
-from fast_path.experts import (
-    adapting_experts,
-    apart_and_stored,
-    apart_in_16_bit,
-    check_stored,
-    let_sizes_fit,
-    pack,
-    packing_experts,
-)
 from fast_path.families import decoder_layers
 from fast_path.host_rows import keep_rows_in_main_memory, loading_to_main_memory, rows_name_of
 from fast_path.model_targets import (
@@ -170,7 +162,7 @@ def create_lora_config(
     )
     # Set here, since the constructor refuses it beside all-linear, which prepare_model_for_training makes a list.
     lora_config.layers_to_transform = None if layers_to_transform is None else list(layers_to_transform)
-    return adapting_experts(lora_config)
+    return expert_tools.adapting_experts(lora_config)
 
 
 # ------------------------------------------------------------------------------------------------ loading
@@ -320,7 +312,11 @@ def load_model_and_tokenizer(
         kind = auto_class(model_config)
         table = rows_name_of(kind, model_config, trust_remote_code) if rows_apart else ""
         packs = experts != "16bit"
-        with packing_experts(apart, packs), loading_to_main_memory(table), naming_tensors(model_name, revision):
+        with (
+            expert_tools.packing_experts(apart, packs),
+            loading_to_main_memory(table),
+            naming_tensors(model_name, revision),
+        ):
             model, loaded = kind.from_pretrained(
                 model_name,
                 config=model_config,
@@ -333,7 +329,7 @@ def load_model_and_tokenizer(
                 **source,
             )
         if stored:
-            pack(model, model.hf_quantizer.quantization_config, dtype, packs)
+            expert_tools.pack(model, model.hf_quantizer.quantization_config, dtype, packs)
         if apart:
             keep_in_main_memory(model, torch.device(device))
         if table:
@@ -342,7 +338,7 @@ def load_model_and_tokenizer(
         raise
     except LOADING_ERRORS as error:
         raise damaged_file(model_name, revision) or cannot_load(model_name, error) from None
-    let_sizes_fit(model)
+    expert_tools.let_sizes_fit(model)
     check_loaded(model, loaded, tokenizer, model_name)
     keep_packing(model)
     for module in model.modules():  # a model stored in 4 bit keeps its quantisation, but not its compute dtype
@@ -362,11 +358,11 @@ def check_storage(
     stored = stored_in_4bit(model_config, model_name)
     if stored:
         print(f"{model_name} is stored in 4 bit: keeping its own quantisation", file=sys.stderr)
-        check_stored(model_name, revision)
+        expert_tools.check_stored(model_name, revision)
     if apart and stored:
-        raise apart_and_stored(model_name)
+        raise expert_tools.apart_and_stored(model_name)
     if apart and bnb_config is None:
-        raise apart_in_16_bit()
+        raise expert_tools.apart_in_16_bit()
     return stored
 
 

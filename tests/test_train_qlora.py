@@ -1571,7 +1571,7 @@ def test_blocks_longer_than_the_models_positions_are_said(train, tiny_model, cor
 # ------------------------------------------------------------------------------------------------ the embedded default
 
 
-@pytest.mark.minutes
+@pytest.mark.long  # in CI README's first command is this run, whole, and .ci/check_first_run.py checks the same of it
 def test_embedded_default_takes_a_quarter_off_the_perplexity_and_leaves_what_was_promised(tmp_path):
     """A quarter of what tiny/config.yaml does, into another folder: 10 s to a minute, by the CPU."""
     folder = tmp_path / "output_tiny"
