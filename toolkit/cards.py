@@ -72,8 +72,8 @@ class Card:
 # FLOP per multiprocessor and cycle, at the boost clock. A laptop's clock depends on the power that it gives the card.
 # The others: NVIDIA's data sheets of T4, RTX A6000, L40S, L4, A10, A100, H100 SXM and H200, without sparsity. T4 and L4 rarely reach
 # their rates within 70 W.
-# docs/measurements.md lists what was compared with other people's tables of those papers. PCIe: written from memory, not
-# compared with anything; a laptop's board often has 8 of a chip's lanes, so a laptop's card counts with 8.
+# docs/measurements.md lists what was compared with other people's tables of those papers. PCIe: written from memory;
+# press reports agree for the RTX 3060, 3090, 4060, 4060 Ti and 5060. A laptop's board often has 8 of a chip's lanes, so 8 count.
 CARDS = (
     Card("RTX 2060", 6144, 336, 25.8, 30, 7.5, (3, 16)),
     Card("RTX 2070", 8192, 448, 29.9, 36, 7.5, (3, 16)),
