@@ -2,14 +2,15 @@
 
     python tests/benchmarks/bench_decode.py MODEL --batch 1 --sms 24 --layers 6
 
-MODEL is a folder or the name of a shape (tests/benchmarks/shapes.py), which --layers makes smaller. A kernel's graph launches it once for each layer,
+MODEL is a folder or the name of a shape (tests/benchmarks/shapes.py), of which --layers makes so many layers; copies of them stand for the others. A kernel's graph launches it once for each layer,
 so that the weights of every launch come from memory: us is the time of one launch, and MB what it must read (4-bit
-weights, their constants and the adapter). Shares are of 4.8 TB/s. The last line is the whole step, and what it would be for all layers. Processes with the same --turn
+weights, their constants and the adapter). Shares are of 4.8 TB/s. The last line is the whole step. Processes with the same --turn
 FILE load together and are timed one after the other.
 """
 
 import argparse
 import contextlib
+import copy
 import statistics
 import sys
 import tempfile
@@ -102,8 +103,18 @@ def smaller(name: str, layers: int | None) -> Iterator[Path]:
             yield folder
 
 
-def time_batch(model, batch: int, position: int, layers: int, name: str) -> None:
-    """Print the lines of one batch size. layers: of the whole model."""
+def complete(layers, whole: int):
+    """Return as many layers as the whole model has: those that there are and copies of them, each in memory of its own."""
+    from torch import nn
+
+    copies = [layers[i] if i < len(layers) else copy.deepcopy(layers[i % len(layers)]) for i in range(whole)]
+    for i, layer in enumerate(copies):
+        layer.self_attn.layer_idx = i
+    return nn.ModuleList(copies)
+
+
+def time_batch(model, batch: int, position: int, name: str) -> None:
+    """Print the lines of one batch size."""
     import torch
     from transformers import StaticCache
 
@@ -124,22 +135,21 @@ def time_batch(model, batch: int, position: int, layers: int, name: str) -> None
         rate = f"{size / us / 1e3:7.0f} GB/s {100 * size / us * 1e6 / PEAK:5.1f} %"
         print(f"{name} {kind:<10}{us:8.2f} us {size / 1e6:8.2f} MB {rate}", flush=True)
     whole, head = timed(lambda: step(ids, at)), timed(lambda: step.head(step.last))
-    full = head + (whole - head) / len(step.layers) * layers
     linears = [each for layer in step.layers for each in (layer.qkv, layer.out, layer.gate_up, layer.down)]
-    total = sum(map(bytes_of, linears)) / len(step.layers) * layers + step.head.weight.nbytes
+    total = sum(map(bytes_of, linears)) + step.head.weight.nbytes
     print(
-        f"{name} step of {len(step.layers)} layers {whole:.1f} us; of {layers} {full:.1f} us: {batch * 1e6 / full:.1f} tokens/s, "
-        f"{total / 1e6:.0f} MB at {total / full / 1e3:.0f} GB/s {100 * total / full * 1e6 / PEAK:.1f} %", flush=True,
+        f"{name} step of {len(step.layers)} layers {whole:.1f} us, {head:.1f} of them the head: {batch * 1e6 / whole:.1f} tokens/s, "
+        f"{total / 1e6:.0f} MB at {total / whole / 1e3:.0f} GB/s {100 * total / whole * 1e6 / PEAK:.1f} %", flush=True,
     )  # fmt: skip
 
 
 def main() -> int:
-    """Load the model, keep a few layers, and time each batch size."""
+    """Load the model and time each batch size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--batch", nargs="+", type=int, default=[1])
     parser.add_argument("--sms", type=int, default=0)
-    parser.add_argument("--layers", type=int)
+    parser.add_argument("--layers", type=int, help="of a shape: how many get weights of their own")
     parser.add_argument("--position", type=int, default=192, help="positions in the cache")
     parser.add_argument("--turn", default="/dev/null")
     args = parser.parse_args()
@@ -157,14 +167,16 @@ def main() -> int:
         from fast_path import families
 
         decoder = families.decoder_of(model)
-        layers = layers or len(decoder.layers)
-        decoder.layers = decoder.layers[: args.layers]
-        model.config.num_hidden_layers = len(decoder.layers)
+        with torch.no_grad():
+            decoder.layers = complete(decoder.layers, layers or len(decoder.layers))
+        model.config.num_hidden_layers = whole = len(decoder.layers)
+        if kinds := getattr(model.config, "layer_types", None):
+            model.config.layer_types = [kinds[i % len(kinds)] for i in range(whole)]
         alone()
         with torch.no_grad():
             for batch in args.batch:
                 name = f"{Path(args.model).name} batch {batch} @{args.sms or 'all'}"
-                time_batch(model, batch, args.position, layers, name)
+                time_batch(model, batch, args.position, name)
     return 0
 
 

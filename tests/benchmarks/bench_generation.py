@@ -36,7 +36,10 @@ ROOT = Path(__file__).resolve().parents[2]
 PEERS = ("ours", "hf", "merged", "unsloth", "unsloth-graphs")
 # Unsloth's decode graphs are off for a plain generate() and exist for the model types llama and qwen3 (its 2026.10.9); on, and
 # with the cache allocated for the whole answer, it captures once instead of each time the cache grows.
-DECODE_GRAPHS = {"UNSLOTH_DECODE_CUDA_GRAPHS": "1", "UNSLOTH_DECODE_GRAPH_PREALLOC": "1"}
+DECODE_GRAPHS = {
+    "unsloth": {"UNSLOTH_DECODE_CUDA_GRAPHS": "0"},
+    "unsloth-graphs": {"UNSLOTH_DECODE_CUDA_GRAPHS": "1", "UNSLOTH_DECODE_GRAPH_PREALLOC": "1"},
+}
 GIB = 2**30
 
 
@@ -216,7 +219,7 @@ def run_single(case: dict, alone: Callable[[], None]) -> dict:
         case["tokens_per_s"] = round(case["batch"] * case["new"] / statistics.median(wholes), 1)
         case["first_ms"] = round(statistics.median(firsts) * 1e3, 1)
         case["step_ms"] = round(statistics.median(steps) * 1e3, 3)
-        if case["peer"] == "unsloth-graphs":
+        if case["peer"].startswith("unsloth"):
             states = [vars(module).get("_unsloth_decode_graphs") for module in model.modules()]
             case["replays"] = sum(state.replays for state in states if state)
         if generator and case["check"]:
@@ -242,7 +245,7 @@ def run_process(case: dict, timeout: int, unsloth_path: str) -> dict:
     command = [sys.executable, __file__, case["model"], "--single", json.dumps(case)]
     with tempfile.TemporaryDirectory() as empty:
         environment = environment_of(case | {"peer": case["peer"].removesuffix("-graphs")}, empty, unsloth_path)
-        environment |= DECODE_GRAPHS if case["peer"] == "unsloth-graphs" else {}
+        environment |= DECODE_GRAPHS.get(case["peer"], {})
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
         except subprocess.TimeoutExpired:
