@@ -588,9 +588,9 @@ def adapter_kernel(
 
 
 @triton.jit
-def _tiles_of(program, rows, TILES: tl.constexpr):
-    """Return the first tile and the number of tiles of a program, of those of a member; no two differ by more than one."""
-    tiles, programs = tl.cdiv(rows, 8), tl.cdiv(rows, 8 * TILES)
+def _tiles_of(program, programs, rows):
+    """Return the first tile and the number of tiles of a member's program; no two programs' differ by more than one."""
+    tiles = tl.cdiv(rows, 8)
     least = tiles // programs
     more = tiles - least * programs
     return program * least + tl.minimum(program, more), least + (program < more).to(tl.int32)
@@ -674,7 +674,8 @@ def linear_kernel(
         )  # fmt: skip
     if not SWIGLU:
         codes1, absmax1, second1, offset1 = codes0, absmax0, second0, offset0
-    begin, mine = _tiles_of(program, rows0, TILES)
+    programs = tl.cdiv(rows0, 8 * TILES) if MODE == "stack" else tl.num_programs(0) - ADAPTERS
+    begin, mine = _tiles_of(program, programs, rows0)
     thread = tl.arange(0, 32 * WARPS)
     j, t, warp = thread // 4 % 8, thread % 4, thread // 32
     own = (warp * ROUND * HALVES + t % HALVES) * 8 + j  # the sum of its warp's first tile to which a thread adds

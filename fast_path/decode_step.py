@@ -235,7 +235,7 @@ class SingleLinears(Linears):
         self.much = getattr(gpu, "shared_memory_per_multiprocessor", 0) >= ROOMY
         # The interpreter's programs keep their sums here, others in shared memory.
         self.sums = torch.empty(
-            2 * TILE * LAYOUT.warps * self.division()[1] if INTERPRETED else 1, device=self.x.device
+            2 * TILE * LAYOUT.warps * self.division()[2] if INTERPRETED else 1, device=self.x.device
         )
 
     def adapters(self, warps: int, most: float) -> dict[str, int]:
@@ -251,7 +251,7 @@ class SingleLinears(Linears):
         return dict(ADAPTERS=rows // take, TAKE=take, BLOCK=block, CHUNK=triton.cdiv(chunk, block) * block)
 
     def programs_of(self, tiles: int) -> int:
-        """Return how many programs the product has if each takes up to so many tiles, of one member."""
+        """Return how many programs of up to so many tiles, of one member, the product needs."""
         rows = self.rows if self.mode == "stack" else self.rows[:1]
         return sum(triton.cdiv(n, TILE * tiles) for n in rows)
 
@@ -259,17 +259,21 @@ class SingleLinears(Linears):
         """Return how many units there are of some tiles."""
         return tiles * triton.cdiv(self.columns, SLICE if self.mode == "swiglu" else 2 * SLICE)
 
-    def division(self) -> tuple[int, int]:
-        """Return the most tiles of a program and the most of a round: as few as let all programs run at the same time.
+    def division(self) -> tuple[int, int, int]:
+        """Return the number of programs, the most tiles of one, and the most of a round.
 
-        They are at least as many as give a unit to each warp.
+        All programs run at the same time, as many as can, but none has fewer tiles than give a unit to each warp.
         """
-        tiles = triton.cdiv(LAYOUT.warps, self.units(1))
-        while self.programs_of(tiles) > max(self.multiprocessors * LAYOUT.resident, len(self.members)):
+        least = triton.cdiv(LAYOUT.warps, self.units(1))
+        tiles, room = least, max(self.multiprocessors * LAYOUT.resident, len(self.members))
+        while self.programs_of(tiles) > room:
             tiles += 1
+        programs = self.programs_of(tiles)
+        if self.mode != "stack":
+            programs = max(programs, min(room, self.programs_of(1) // least))
         most = (decode_products.MUCH_ROOM if self.much else decode_products.LITTLE_ROOM) // (64 * LAYOUT.warps)
         rounds = triton.cdiv(tiles, most if self.mode == "swiglu" else 2 * most)
-        return tiles, triton.cdiv(tiles, rounds)
+        return programs, tiles, triton.cdiv(tiles, rounds)
 
     def layout(self) -> tuple[int, bool, dict[str, Any]]:
         """Return the number of programs, whether u = A x gets a launch of its own, and the layout as kernel options.
@@ -277,7 +281,7 @@ class SingleLinears(Linears):
         If the programs of a product are short, all of them would need u before it is ready. Then u is computed in a
         launch of its own, ahead of the product.
         """
-        (tiles, at_once), warps = self.division(), LAYOUT.warps
+        (programs, tiles, at_once), warps = self.division(), LAYOUT.warps
         some, short = not self.alone and bool(self.norm or self.rank), self.units(tiles) <= warps
         adapters = self.adapters(warps, ADAPTERS)
         apart = adapters["ADAPTERS"] if some and not short else 0
@@ -285,8 +289,7 @@ class SingleLinears(Linears):
         options = dict(
             TILES=tiles, ROUND=at_once, MUCH=self.much, WARPS=warps, num_warps=warps, num_stages=1, **registers
         )
-        programs = apart + self.programs_of(tiles)
-        return programs, some and short, adapters | options | {"ADAPTERS": apart}
+        return apart + programs, some and short, adapters | options | {"ADAPTERS": apart}
 
     def __call__(
         self, hidden: torch.Tensor, out: torch.Tensor, before: "SingleLinears", follow: "SingleLinears | None" = None
