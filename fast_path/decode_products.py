@@ -434,6 +434,18 @@ def _adapter_rows(B, row, rows, rank, share, RANK: tl.constexpr, SHARES: tl.cons
 
 
 @triton.jit
+def _fetch_rows(B, row, rows, rank, thread, COMPILED: tl.constexpr):
+    """Have the rows of an adapter's B from `row` on, so many, brought into the L2 cache: 128 bytes per thread at most."""
+    if COMPILED:
+        step: tl.constexpr = 1024 // B.dtype.element_ty.primitive_bitwidth
+        last = tl.maximum(rows * rank - 1, 0)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l",
+            [(B + row * rank + tl.minimum(thread * step, last)).to(tl.int64)], tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
 def _adapter_share(
     b, u, scale, share, RANK: tl.constexpr, SHARES: tl.constexpr, PARTS: tl.constexpr, STRIDE: tl.constexpr
 ):  # fmt: skip
@@ -688,6 +700,15 @@ def linear_kernel(
         codes0, absmax0, second0, codes1, absmax1, second1, rows0, row, unit, j, t, RUNS, not SWIGLU, NESTED,
         BLOCKSIZE, BLOCKSIZE2, SHUFFLE,
     )  # fmt: skip
+    # Registers have room for an adapter's rows of one tile per warp, at most, while the products are computed.
+    EARLY: tl.constexpr = (TILES <= WARPS) & (TILES == ROUND)
+    if EARLY:
+        share = _adapter_rows(B0, (begin + warp) * 8 + j, rows0, rank0, t, RANK, 4)
+        share1 = _adapter_rows(B1, (begin + warp) * 8 + j, rows1, rank1, t, RANK, 4) if SWIGLU else share
+    elif RANK > 0:
+        _fetch_rows(B0, begin * 8, tl.minimum(mine * 8, rows0 - begin * 8), rank0, thread, SHUFFLE)
+        if SWIGLU:
+            _fetch_rows(B1, begin * 8, tl.minimum(mine * 8, rows1 - begin * 8), rank1, thread, SHUFFLE)
     tables = _tables(pairs, code2, thread, NESTED, MUCH, SHUFFLE)
     wait_for_earlier_kernels(OVERLAP)
     if ADAPTERS == 0:
@@ -725,8 +746,9 @@ def linear_kernel(
                 found * constant, found1 * constant1, own + tile * (8 * HALVES), tables, sums, t, HALVES, SHUFFLE
             )  # fmt: skip
             words, stored, stored1, tile, unit = next_words, next_stored, next_stored1, then, after
-        share = _adapter_rows(B0, (begin + warp) * 8 + j, rows0, rank0, t, RANK, 4)
-        share1 = _adapter_rows(B1, (begin + warp) * 8 + j, rows1, rank1, t, RANK, 4) if SWIGLU else share
+        if not EARLY:
+            share = _adapter_rows(B0, (begin + warp) * 8 + j, rows0, rank0, t, RANK, 4)
+            share1 = _adapter_rows(B1, (begin + warp) * 8 + j, rows1, rank1, t, RANK, 4) if SWIGLU else share
         if ADAPTERS > 0 and round == 0:
             ready = _arrivals(count, ADAPTERS, SHUFFLE)
         tl.debug_barrier()
