@@ -1265,5 +1265,5 @@ def test_adapters_of_other_ranks_or_scales_share_no_group(tiny_model, pattern):
             torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(name)))
     ids = torch.tensor([[5, 9, 33, 120, 77, 8]])
     expected = model(input_ids=ids).logits
-    assert fuse(model, DropoutClock(0, torch.device("cpu")), 0.0, False, in_pieces=True)
+    assert fuse(model, DropoutClock(0, torch.device("cpu")), 0.0, False, pieces=2)
     assert (model(input_ids=ids).logits - expected).abs().max() < 1e-4 * expected.abs().max()
