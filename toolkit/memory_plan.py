@@ -16,7 +16,6 @@ from transformers.pytorch_utils import Conv1D
 
 from config import Config, ConfigError, LoraSettings, TrainingConfig
 from fast_path import families
-from fast_path.adapter_memory import SMALL
 from fast_path.families import Family, known_positions
 from fast_path.host_rows import rows_name
 from fast_path.loss import default_logit_chunk
@@ -44,17 +43,17 @@ BLOCK = (
     families.BLOCK
 )  # weights per quantisation constant; NESTED_BLOCK: constants per second-level one (QLoRA, section 3)
 CONTEXT_BYTES = int(0.5 * GIB)  # CUDA context with cuBLAS, measured (docs/measurements.md)
-WORKSPACE_BYTES = 2**25  # cuBLAS keeps it per stream, on Hopper; of a captured step the graph's stream alone has one
-WORKSPACES = 3  # where no step is captured
+WORKSPACE_BYTES = 2**25  # cuBLAS keeps it per stream, on Hopper: the default, the warm-up and the graph stream
 # Memory that the allocator has reserved but cannot use, and all that the plan does not list. Fitted to measurements:
 # docs/measurements.md, tests/benchmarks/bench_memory.py.
 SLACK_BYTES, SLACK_SHARE = int(0.26 * GIB), 0.045  # constant, and as a share of what a step allocates and frees
 # The constant of a captured step, before which what the warm-ups need is returned. How much less it reserves since was not
 # measured: with this value the plan is what was measured before.
-GRAPH_SLACK_BYTES = int(0.2425 * GIB)
-# The same where weights are unpacked in pieces: logits need no more than these, so the memory that they share does not move to
-# a larger place.
-PIECES_SLACK_BYTES = int(0.14 * GIB)
+GRAPH_SLACK_BYTES = int(0.18 * GIB)
+# The same where weights are unpacked in pieces: such runs had more in reserve (docs/measurements.md). Logits need no more than
+# a piece, so the memory that they share does not move to a larger place; of the workspaces the graph's stream alone has one;
+# and the states of small tensors, which the plan counts, are paged with the others (OneUpdate).
+PIECES_SLACK_BYTES = int(0.115 * GIB)
 
 UNPAGED = 100_000  # weights of a tensor below which bitsandbytes does not page its states (Optimizer.get_state_buffer)
 # What NCCL keeps of a card for its buffers, outside of torch's allocator: a guess for cards without NVLink. Two H200, whose
@@ -419,15 +418,10 @@ class MemoryPlan:
 
 
 def small_states(shape: ModelShape, config: Config) -> int:
-    """Return the bytes of a paged optimizer's states that bitsandbytes does not page: the scales, and states of few weights.
-
-    The states of all tensors are two tensors: those of large ones, and in fp32 those of small ones (OneUpdate).
-    """
+    """Return the bytes of a paged optimizer's states that bitsandbytes does not page: those of small tensors."""
     rank, each = config.lora.rank, OPTIMIZERS[config.training.optim].state_bytes
-    sizes = [rank * width for _, out, into in adapted(shape, config.lora) for width in (out, into)]
-    small, large = (sum(size for size in sizes if (size < SMALL) == way) for way in (True, False))
-    scales = large // 32 if each == 2 else 0  # fp32, two per 256 weights
-    return scales + sum(width * part for width, part in ((8, small), (each, large)) if part < UNPAGED)
+    tensors = (rank * width for _, out, into in adapted(shape, config.lora) for width in (out, into))
+    return each * sum(size for size in tensors if size < UNPAGED)
 
 
 def of_this_process(shape: ModelShape, config: Config) -> float:
@@ -532,7 +526,7 @@ def plan_memory(
     captured = (
         path == COMPILED and config.performance.cuda_graphs != "off" and not (offload or config.lora.train_tokens)
     )
-    parts["workspaces of cuBLAS"] = WORKSPACE_BYTES * (1 if captured else WORKSPACES)
+    parts["workspaces of cuBLAS"] = WORKSPACE_BYTES * (1 if captured and pieces > 1 else 3)
     slack = PIECES_SLACK_BYTES if pieces > 1 else GRAPH_SLACK_BYTES
     parts["allocator slack"] = (slack if captured else SLACK_BYTES) + int(SLACK_SHARE * (sum(parts.values()) - fixed))
     parts["CUDA context"] = CONTEXT_BYTES + (NCCL_BYTES if shape.processes > 1 else 0)
