@@ -447,7 +447,7 @@ def build_learner(
     if plan.offload and not fast.compile:
         raise ConfigError(f"training.gradient_checkpointing: offload needs compiled layers; {fast.line}")
     if fast.fused_lora:
-        attention_lines += layers.fuse_for_training(peft_model, clock, p, fast.kernels, fast.fp8)
+        attention_lines += layers.fuse_for_training(peft_model, clock, p, fast.kernels, fast.fp8, plan.pieces)
     objective = CausalLMLoss(sharding.divide_base(peft_model), dtype)
     if fast.compile:
         compiled.compile_layers(peft_model)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from fast_path import fp8, fp8_kernels, training_kernels
 from fast_path.dropout import drop_threshold, dropout_mask
 from fast_path.nf4 import INTERPRETED, Launch, multiprocessors, triton
-from fast_path.packed_weights import Packed, adapter_columns, dot_size, operand_columns, operands
+from fast_path.packed_weights import Packed, Piece, adapter_columns, dot_size, operand_columns, operands
 
 # ------------------------------------------------------------------------------------------------ layouts of the kernels
 
@@ -433,8 +433,8 @@ def linear(
 
     norm: empty, or the fields of a `Norm`; its 1 / rms is computed from x, but no gradient flows through it here.
     hands_B: skip dB here, because the backward pass of the down projection computes it. before_u, before_B: u and B of
-    gate and up, passed in only so that their dB can be returned; y does not depend on them. pieces: 1, or the number
-    of members, which must all have the same size; their weights are then unpacked one after the other. row_scales: if
+    gate and up, passed in only so that their dB can be returned; y does not depend on them. pieces: into how many equal
+    pieces W is cut, which are unpacked one after the other, here and in the backward pass. row_scales: if
     there are some, the products with W are in FP8 (fp8.py), in one piece. over_x: with swiglu, the gradient of x overwrites
     x, which must be a recomputed tensor that nothing else reads.
     """
@@ -447,13 +447,7 @@ def linear(
         W, adapted = fp8.unpack(packed, False, kernels), (u, own) if A else (None, None)
         return fp8.product(x8, scales, W, row_scales, x.dtype, kernels, *adapted, bias), u
 
-    def unpack(i: int, A: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        if pieces == 1:
-            return operands(packed, A, B, scale, x.dtype, kernels)
-        own = [b if i == j else b[:0] for j, b in enumerate(B)]
-        return operands(packed.piece(i, pieces), A, own, scale, x.dtype, kernels)
-
-    W, stacked = unpack(0, A)
+    W, stacked = operands(packed, A, B, scale, x.dtype, kernels, piece=Piece(0, pieces))
     if A:
         wide, u = widen(x, stacked, masks, scale, swiglu, kernels, first, activation)
     elif swiglu:
@@ -466,7 +460,7 @@ def linear(
     for i, part in enumerate(y.chunk(pieces, 1)):
         if i:
             del W  # so that the next piece can use its memory
-            W, _ = unpack(i, [])
+            W, _ = operands(packed, [], B, scale, x.dtype, kernels, piece=Piece(i, pieces))
         if bias is None:
             torch.mm(wide, W.t(), out=part)
         else:
@@ -542,7 +536,7 @@ def linear_backward(
     norm: list[torch.Tensor], hands_B: bool, swiglu: bool, before_u: torch.Tensor | None, before_ranks: list[int],
     codes: torch.Tensor, constants: list[torch.Tensor], lut: torch.Tensor, columns: int, blocksizes: list[int],
     quant_type: str, row_scales: torch.Tensor | None, step: torch.Tensor, sequences: torch.Tensor, salt: torch.Tensor,
-    length: int, p: float, kernels: bool, activation: str,
+    length: int, p: float, kernels: bool, pieces: int, activation: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Return (dx, sums, dB [out features, rank]); sums and dB are in fp32.
 
@@ -555,19 +549,17 @@ def linear_backward(
 
 def _gradients(
     over_x, grad, x, u, A, B, scale, norm, hands_B, swiglu, before_u, before_ranks, codes, constants, lut, columns,
-    blocksizes, quant_type, row_scales, step, sequences, salt, length, p, kernels, activation,
+    blocksizes, quant_type, row_scales, step, sequences, salt, length, p, kernels, pieces, activation,
 ):  # fmt: skip
     packed = Packed(codes, constants, lut, columns, blocksizes, quant_type, row_scales)
     first, masks, du = Norm(*norm) if norm else None, Masks(step, sequences, salt, length, p), None
-    W, stacked = operands(packed, A, B, scale, grad.dtype, kernels, only_adapters=row_scales is not None)
-    dB = grad.new_empty(0, len(stacked), dtype=torch.float32) if hands_B else _product_fp32(grad.t(), u)
-    both, outputs = columns + len(stacked), [len(b) for b in B]
     if row_scales is None:
-        wide = grad.new_empty(len(grad), W.shape[1])
-        torch.mm(grad, W[:, :both], out=wide[:, :both])
+        wide, stacked = _product_backward(grad, packed, Adapters(A, B, scale), kernels, pieces)
     else:
-        wide, du = _product_backward_fp8(grad, packed, W.t(), kernels)
-    del W
+        own, stacked = operands(packed, A, B, scale, grad.dtype, kernels, only_adapters=True)
+        wide, du = _product_backward_fp8(grad, packed, own.t(), kernels)
+    dB = grad.new_empty(0, len(stacked), dtype=torch.float32) if hands_B else _product_fp32(grad.t(), u)
+    outputs = [len(b) for b in B]
     if swiglu:
         before = Before(before_u, before_ranks[0], len(before_ranks)) if before_ranks else Before()
         dx, sums = swiglu_backward(wide, x, stacked, masks, before, kernels, activation, du, over_x)
@@ -575,6 +567,47 @@ def _gradients(
     dx, dA, first = widen_backward(wide, x, stacked, masks, kernels, first, du)
     dA, dB = settle_gradients(dA, dB, outputs, len(A[0]), first, kernels)
     return dx, dA.flatten(), dB
+
+
+def _product_backward(
+    grad: torch.Tensor, packed: Packed, adapters: Adapters, kernels: bool, pieces: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return [dx | du] = grad [W | scale B], whose dx lacks the gradient through the adapters, and the stacked A.
+
+    Pieces of a W with more outputs than columns are pieces of its outputs, whose products are summed in fp32 and rounded
+    once. Those of another W are pieces of its columns, each with columns of dx of its own. So no sum is wider than the
+    narrower side, and few products are narrow.
+    """
+    summed = pieces > 1 and packed.is_tall
+
+    def unpack(i: int, A: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        piece = Piece(i, pieces, across=not summed)
+        return operands(packed, A, adapters.B, adapters.scale, grad.dtype, kernels, piece=piece)
+
+    W, stacked = unpack(0, adapters.A)
+    size, both = packed.columns // pieces, packed.columns + len(stacked)
+    wide = grad.new_empty(len(grad), operand_columns(packed.columns, len(stacked)))
+    if summed:
+        first, *parts = grad.chunk(pieces, 1)
+        total = _sum_fp32(None, first, W[:, :both])
+        for i, part in enumerate(parts, 1):
+            del W  # so that the next piece can use its memory
+            W, _ = unpack(i, [])
+            total = _sum_fp32(total, part, W[:, :both])
+        wide[:, :both] = total
+        return wide, stacked
+    for i, part in enumerate(wide[:, :both].split([size] * (pieces - 1) + [both - (pieces - 1) * size], 1)):
+        if i:
+            del W
+            W, _ = unpack(i, [])
+        torch.mm(grad, W[:, : part.shape[1]], out=part)
+    return wide, stacked
+
+
+def _sum_fp32(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return total + a @ b, or a @ b, in fp32; total may be overwritten."""
+    product = _product_fp32(a, b) if a.is_cuda else a.float() @ b.float()  # a CPU would round it first
+    return product if total is None else total.add_(product)
 
 
 def _product_backward_fp8(
@@ -587,7 +620,7 @@ def _product_backward_fp8(
 
 @linear_backward.register_fake
 def _(grad, x, u, A, B, scale, norm, hands_B, swiglu, before_u, before_ranks, codes, constants, lut, columns, *rest):
-    extra, fp8_scales, (p, kernels, _) = adapter_columns(len(A[0]), len(A)), rest[2], rest[-3:]
+    extra, fp8_scales, (p, kernels, _, _) = adapter_columns(len(A[0]), len(A)), rest[2], rest[-4:]
     alone = swiglu or fp8_scales is not None or _leaves_no_gaps(extra, p, kernels)
     dx = x.new_empty(x.shape) if alone else x.new_empty(len(x), operand_columns(columns, extra))[:, :columns]
     before_rank = before_ranks[0] if before_ranks else 0
@@ -601,7 +634,7 @@ linear_backward_over_x = over_x_of(linear_backward, _gradients)
 def _linear_setup(ctx, inputs, output):
     given = dict(zip(LINEAR_ARGUMENTS, inputs, strict=True))
     x, A, B, norm, constants, before_B = (given[name] for name in ("x", "A", "B", "norm", "constants", "before_B"))
-    for name in ("scale", "hands_B", "swiglu", "length", "p", "kernels", "activation", "over_x"):
+    for name in ("scale", "hands_B", "swiglu", "length", "p", "kernels", "pieces", "activation", "over_x"):
         setattr(ctx, name, given[name])
     ctx.quantisation = [given[name] for name in ("columns", "blocksizes", "quant_type")]
     tensors = [given[name] for name in ("before_u", "codes", "lut", "row_scales", "step", "sequences", "salt")]
@@ -624,7 +657,7 @@ def _linear_backward(ctx, grad, _):
         dx, sums, dB = backward(
             grad.contiguous(), x, u, A, B, ctx.scale, norm, ctx.hands_B, ctx.swiglu, before_u,
             [rank for rank, _ in ctx.before], *quantised, step, sequences, salt, ctx.length, ctx.p, ctx.kernels,
-            ctx.activation,
+            ctx.pieces, ctx.activation,
         )  # fmt: skip
         dx = x if ctx.over_x else dx
         rank, columns = A[0].shape
@@ -636,7 +669,7 @@ def _linear_backward(ctx, grad, _):
         grads["before_B"] = [part.to(dtype) for part, (_, dtype) in zip(parts, ctx.before, strict=False)]
     else:
         backward = product_backward_over_x if ctx.over_x else product_backward
-        dx = backward(grad.contiguous(), x, ctx.swiglu, *quantised, ctx.kernels, ctx.activation)
+        dx = backward(grad.contiguous(), x, ctx.swiglu, *quantised, ctx.kernels, ctx.pieces, ctx.activation)
         dx = x if ctx.over_x else dx
     grads["x"] = norm_backward(dx, x, Norm(*norm)) if norm else dx
     return tuple(grads.values())
@@ -649,18 +682,21 @@ linear.register_autograd(_linear_backward, setup_context=_linear_setup)
 def product_backward(
     grad: torch.Tensor, x: torch.Tensor, swiglu: bool, codes: torch.Tensor, constants: list[torch.Tensor],
     lut: torch.Tensor, columns: int, blocksizes: list[int], quant_type: str, row_scales: torch.Tensor | None,
-    kernels: bool, activation: str,
+    kernels: bool, pieces: int, activation: str,
 ) -> torch.Tensor:  # fmt: skip
     """Return dx of an operator without an adapter. With a norm, dx is the gradient of the norm's output."""
     return _product_gradient(False, **locals())
 
 
 def _product_gradient(
-    over_x, grad, x, swiglu, codes, constants, lut, columns, blocksizes, quant_type, row_scales, kernels, activation
+    over_x, grad, x, swiglu, codes, constants, lut, columns, blocksizes, quant_type, row_scales, kernels, pieces, activation
 ):  # fmt: skip
     packed = Packed(codes, constants, lut, columns, blocksizes, quant_type, row_scales)
-    W, stacked = operands(packed, [], [], 0.0, grad.dtype, kernels, only_adapters=row_scales is not None)
-    dx = grad @ W if row_scales is None else _product_backward_fp8(grad, packed, W.t(), kernels)[0]
+    if row_scales is None:
+        dx, stacked = _product_backward(grad, packed, Adapters([], [], 0.0), kernels, pieces)
+    else:
+        none, stacked = operands(packed, [], [], 0.0, grad.dtype, kernels, only_adapters=True)
+        dx = _product_backward_fp8(grad, packed, none.t(), kernels)[0]
     if not swiglu:
         return dx
     return swiglu_backward(dx, x, stacked, no_masks(x), Before(), kernels, activation, over_x=over_x)[0]

@@ -20,7 +20,7 @@ from fast_path.dropout import DropoutClock, modes_kept, salt_of
 from fast_path.experts import unpacked_whole
 from fast_path.fp8 import fits, row_scales
 from fast_path.fused_linear import NOTHING_HANDED, Adapters, Handed, Masks, Norm, inverse_rms, run_linear
-from fast_path.packed_weights import adapter_columns, fusable, operand_columns, stack_weights
+from fast_path.packed_weights import adapter_columns, fusable, operand_numbers, stack_weights
 from fast_path.scratch import scratch_of
 from fast_path.sharding import divide, make_whole
 
@@ -36,14 +36,13 @@ class Group:
     """Linears that read the same x (the members), as one operator: x [..., columns] -> [..., outputs].
 
     With swiglu, x is [gate | up], [..., 2 columns], and `activation` that of gate. norm: `norm_of` the RMS norm that the
-    operator applies to x first. in_pieces: unpack the members one after the other where their sizes allow it. fp8: in
-    training mode, multiply in FP8; evaluations use the numbers that inference does.
+    operator applies to x first. pieces: unpack the weights in so many pieces, one after the other, where their sizes allow
+    it. fp8: in training mode, multiply in FP8, in one piece; evaluations use the numbers that inference does.
     """
 
     def __init__(
         self, modules: list[nn.Module], salt: int, clock: DropoutClock, p: float, kernels: bool,
-        norm: tuple[torch.Tensor, float] | None = None, in_pieces: bool = False, activation: str = "silu",
-        fp8: bool = False,
+        norm: tuple[torch.Tensor, float] | None = None, pieces: int = 1, activation: str = "silu", fp8: bool = False,
     ):  # fmt: skip
         bases = [getattr(module, "base_layer", module) for module in modules]
         adapted = [module for module in modules if hasattr(module, "lora_A")]
@@ -55,12 +54,11 @@ class Group:
         self.row_scales = row_scales(self.weight) if fp8 and fits(self.weight) else None  # products are in FP8
         self.kernels = kernels and self.weight.columns % self.weight.blocksizes[0] == 0
         self.outputs = [base.out_features for base in bases]
-        can = len(set(self.outputs)) == 1 and self.weight.divides_by(len(modules))
-        self.pieces = len(modules) if in_pieces and can else 1
+        self.pieces = pieces if self.weight.divides_by(pieces) else 1
         self.salt = torch.tensor(clock.salted(salt), dtype=torch.int32, device=bases[0].weight.device)
-        width = operand_columns(self.weight.columns, adapter_columns(rank_of(adapted), len(adapted)))
+        extra = adapter_columns(rank_of(adapted), len(adapted))
         self.scratch = scratch_of(self.salt.device)  # kept as long as the model is fused
-        self.scratch.reserve(sum(self.outputs) // self.pieces * width)
+        self.scratch.reserve(operand_numbers(sum(self.outputs), self.weight.columns, extra, self.pieces))
         biases = [base.bias for base in bases]
         self.bias = torch.cat([bias.detach() for bias in biases]) if all(bias is not None for bias in biases) else None
         self.adapted = adapted
@@ -276,26 +274,23 @@ def plain_parts(model: PeftModel) -> dict[str, list[str]]:
     return {reason: list(parts) for reason, parts in reasons.items()}
 
 
-def fuse(
-    model: PeftModel, clock: DropoutClock, p: float, kernels: bool, in_pieces: bool = False, fp8: bool = False
-) -> int:
+def fuse(model: PeftModel, clock: DropoutClock, p: float, kernels: bool, pieces: int = 1, fp8: bool = False) -> int:
     """Fuse the 4-bit linears of the decoder layers and return how many were fused; the parameters stay with peft.
 
     If an operator applies the RMS norm itself, the norm module becomes the identity. `unfused` remembers a module's
-    original class. in_pieces: gate and up are unpacked one after the other, which halves the memory for them. fp8: as
-    in Group.
+    original class. pieces: into how many gate and up are cut, which are unpacked one after the other; down, half as large,
+    is cut into half as many. fp8: as in Group.
     """
     base, names = model.get_base_model(), {module: name for name, module in model.named_modules()}
     readers = families.of(base).readers
     fused: set[nn.Module] = set()
 
     def group(
-        *modules: nn.Module, norm: tuple[torch.Tensor, float] | None = None, in_pieces: bool = False,
-        activation: str = "silu",
+        *modules: nn.Module, norm: tuple[torch.Tensor, float] | None = None, pieces: int = 1, activation: str = "silu",
     ) -> Group:  # fmt: skip
         fused.update(modules)
         salt = salt_of(names[modules[0]], readers)
-        return Group(list(modules), salt, clock, p, kernels, norm, in_pieces, activation, fp8)
+        return Group(list(modules), salt, clock, p, kernels, norm, pieces, activation, fp8)
 
     def take_norm(layer: nn.Module, name: str) -> tuple[torch.Tensor, float] | None:
         """Return `norm_of` a norm of the layer if its reader's operator can apply it, else None; it becomes the identity.
@@ -320,8 +315,9 @@ def fuse(
                 _switch_attention(module, group(*qkv, norm=norm), group(out))
             elif families.fused("mlp", module) and mlp_obstacle(module) is None:
                 gate_up, down = _mlp_linears(module)
-                both = group(*gate_up, norm=take_norm(layer, before[1]), in_pieces=in_pieces)
-                _switch(module, _fused_mlp, gate_up=both, down=group(down, activation=families.of(module).activation))
+                both = group(*gate_up, norm=take_norm(layer, before[1]), pieces=pieces)
+                second = group(down, pieces=max(1, pieces // 2), activation=families.of(module).activation)
+                _switch(module, _fused_mlp, gate_up=both, down=second)
         for module in list(layer.modules()):
             if module not in fused and hasattr(module, "lora_A") and fusable(module):
                 _switch(module, _fused_linear, alone=group(module))
@@ -336,9 +332,11 @@ def groups_of(model: nn.Module) -> list[Group]:
     return [value for module in model.modules() for value in vars(module).values() if isinstance(value, Group)]
 
 
-def fuse_for_training(model: PeftModel, clock: DropoutClock, p: float, kernels: bool, fp8: bool) -> list[str]:
+def fuse_for_training(
+    model: PeftModel, clock: DropoutClock, p: float, kernels: bool, fp8: bool, pieces: int = 1
+) -> list[str]:
     """Fuse a model as `fuse` does and return a line about the linears whose products are in FP8, if there are some."""
-    fuse(model, clock, p, kernels, fp8=fp8)
+    fuse(model, clock, p, kernels, pieces, fp8)
     groups = groups_of(model)
     inside = [group for group in groups if group.row_scales is not None]
     if not inside:

@@ -139,7 +139,7 @@ class Captured:
             for _ in range(2):  # compile, and let every library allocate its workspace outside of the graph
                 step(**self.batch)
         torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.empty_cache()  # memory blocks belong to one stream: the next warm-up could not use these
+        forget_workspaces()  # and all else: memory blocks belong to one stream, and the next warm-up could not use these
 
     def capture(self, pool: Any) -> None:
         """Capture the step; graphs that never run at the same time may share a pool of memory."""
@@ -243,6 +243,7 @@ class Learner:
         Both warm-ups run before both captures, so the memory of the warm-ups is free again when the graphs reserve
         theirs. The graphs share one pool.
         """
+        forget_workspaces()  # of products before the first step
         self.zero_gradients()  # creates them where they do not exist yet
         pool = torch.cuda.graph_pool_handle()
         self.clock.set(0, torch.arange(self.batch_shape[0]))
@@ -253,7 +254,6 @@ class Learner:
             for mode, step in ((self.train, self._forward_backward), (self.eval, self.objective.sequence_sums)):
                 mode()
                 graphs.append(Captured(step, self.clock.step.device, *self.batch_shape, names))
-            forget_workspaces()
             for mode, graph in zip((self.train, self.eval), graphs, strict=True):
                 mode()
                 graph.capture(pool)

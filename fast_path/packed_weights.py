@@ -3,6 +3,7 @@
 import functools
 import math
 import warnings
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import bitsandbytes as bnb  # (also registers the operators that dequantise without Triton)
@@ -30,6 +31,8 @@ def adapter_columns(rank: int, members: int) -> int:
     return -(-rank * members // 16) * 16
 
 
+PIECES = 4  # in which gate and up are unpacked where memory is short; down, half as large, in half as many
+
 # The rows of the wide operands are filled with zeros up to a multiple of 128 bytes (64 numbers of 16 bits), a line of
 # memory. Matrix products are slower if rows end within a line.
 LINE = 64
@@ -38,6 +41,27 @@ LINE = 64
 def operand_columns(columns: int, extra: int) -> int:
     """Return how many columns the wide operands have. columns: of x; extra: the adapter columns."""
     return -(-(columns + extra) // LINE) * LINE if extra else columns
+
+
+def divides(outputs: int, columns: int, pieces: int, blocksizes: Sequence[int], nested: bool) -> bool:
+    """Return whether a weight can be unpacked in this number of equal pieces: each has whole blocks of constants.
+
+    blocksizes: weights per constant, and constants per second-level constant. A weight with no more outputs than columns
+    is also cut across (`operand_numbers`).
+    """
+    block, across = blocksizes[0] * (blocksizes[1] if nested else 1), outputs <= columns
+    rows_end = outputs * columns % (pieces * math.lcm(block, columns)) == 0
+    return rows_end and not (across and columns % (pieces * blocksizes[0]))
+
+
+def operand_numbers(outputs: int, columns: int, extra: int, pieces: int = 1) -> int:
+    """Return how many numbers the largest piece of an unpacked operand has, forward and backward.
+
+    The backward pass takes pieces across where there are no more outputs than columns (`Piece`).
+    """
+    along = outputs // pieces * operand_columns(columns, extra)
+    across = 0 if outputs > columns else outputs * operand_columns(columns // pieces, extra)
+    return max(along, across)
 
 
 def stack_adapters(A: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
@@ -65,9 +89,17 @@ class Packed(NamedTuple):
     row_scales: torch.Tensor | None = None
 
     def divides_by(self, pieces: int) -> bool:
-        """Return whether each of `pieces` equal pieces of the outputs ends where blocks of constants end."""
-        block = self.blocksizes[0] * (self.blocksizes[1] if len(self.constants) > 1 else 1)
-        return self.codes.numel() * 2 % (pieces * math.lcm(block, self.columns)) == 0
+        """Return whether each of `pieces` equal pieces ends where blocks of constants end, forward and backward."""
+        return divides(self.codes.numel() * 2 // self.columns, self.columns, pieces, self.blocksizes, self.nested)
+
+    @property
+    def nested(self) -> bool:
+        return len(self.constants) > 1
+
+    @property
+    def is_tall(self) -> bool:
+        """Return whether there are more outputs than columns."""
+        return self.codes.numel() * 2 > self.columns**2
 
     def piece(self, number: int, pieces: int) -> "Packed":
         """Return piece `number` of `pieces` equal pieces of the outputs."""
@@ -75,19 +107,49 @@ class Packed(NamedTuple):
         return self._replace(codes=codes, constants=[absmax, *second, *self.constants[3:]], row_scales=None)
 
 
+class Piece(NamedTuple):
+    """Piece `number` of `pieces` equal pieces of an operand: some of its rows, or with `across` some of W's columns.
+
+    Of pieces across, the last one has the columns of the adapters.
+    """
+
+    number: int = 0
+    pieces: int = 1
+    across: bool = False
+
+    @property
+    def last(self) -> bool:
+        return self.number == self.pieces - 1
+
+    def own_rows(self, B: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Return of each member's B the rows that are in this piece, perhaps none."""
+        size, end = sum(map(len, B)) // self.pieces, 0
+        start, own = self.number * size, []
+        for b in B:
+            own.append(b[max(0, start - end) : max(0, start + size - end)])
+            end += len(b)
+        return own
+
+
+WHOLE = Piece()
+
+
 def operands(
     W: Packed, A: list[torch.Tensor], B: list[torch.Tensor], scale: float, dtype: torch.dtype, kernels: bool,
-    only_adapters: bool = False,
+    only_adapters: bool = False, piece: Piece = WHOLE,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Return [W | scale B | 0], [out features, operand columns], and `stack_adapters` of A.
+    """Return [W | scale B | 0], [out features, operand columns], or a piece of it, and `stack_adapters` of A.
 
     Each member's B fills its own rows and its own columns (block diagonal). A may be empty although B is not. The next
     call overwrites the first tensor while a fused model lives (scratch.py). only_adapters: without W, so [scale B | 0],
     [out features, adapter columns], in memory of its own.
     """
+    if piece.pieces > 1 and not piece.across:
+        W, B = W.piece(piece.number, piece.pieces), piece.own_rows(B)
     rows, rank = W.codes.numel() * 2 // W.columns, B[0].shape[1] if B else 0
-    extra, before = adapter_columns(rank, len(B)), 0 if only_adapters else W.columns
-    stride = extra if only_adapters else operand_columns(W.columns, extra)
+    width = W.columns // piece.pieces if piece.across else W.columns
+    extra, before = adapter_columns(rank, len(B)), 0 if only_adapters else width
+    stride = extra if only_adapters else operand_columns(width, 0 if piece.across and not piece.last else extra)
     out = W.lut.new_empty(rows, stride, dtype=dtype) if only_adapters else take(rows, stride, dtype, W.codes.device)
     behind = stride - before
     absmax, nested = W.constants[0], len(W.constants) > 1
@@ -96,25 +158,28 @@ def operands(
     if kernels:
         stacked, none = out.new_empty(extra if A else 0, W.columns), [W.lut] * 3
         absmax2, offset, code2 = W.constants[1:] if nested else (absmax,) * 3
-        row_blocks = W.columns // W.blocksizes[0]
+        row_blocks = width // W.blocksizes[0]
         block_r = dot_size(behind or 1)
         b_rows = max(1, 1024 // block_r)  # of B per program: more rows would need more registers than W
         programs = [
             0 if only_adapters else triton.cdiv(rows * row_blocks, DEQUANTIZE.block_m),
-            triton.cdiv(rows, b_rows) if B else 0,
+            triton.cdiv(rows, b_rows) if B and behind else 0,
             triton.cdiv(stacked.numel(), 1024),
         ]  # fmt: skip
         training_kernels.dequantize_kernel[(sum(programs),)](
             W.codes.view(torch.int32), absmax, absmax2, offset, code2, W.lut, *[*A, *none][:3], *[*B, *none][:3], out,
             stacked, rows * row_blocks, rows, len(B[0]) if B else 0, len(B[1]) if len(B) > 1 else rows, stride,
             before, rank, len(A), rank * W.columns, extra, behind, scale, programs[0], programs[0] + programs[1], NESTED=nested,
-            BLOCKSIZE=W.blocksizes[0], BLOCKSIZE2=W.blocksizes[1], ROW_BLOCKS=row_blocks, BLOCKS=DEQUANTIZE.block_m,
-            ROWS=b_rows, BLOCK_R=block_r, BLOCK_A=1024, SHUFFLE=SHUFFLE, num_warps=DEQUANTIZE.warps,
+            BLOCKSIZE=W.blocksizes[0], BLOCKSIZE2=W.blocksizes[1], ROW_BLOCKS=row_blocks,
+            FIRST=piece.number * row_blocks if piece.across else 0, SKIPPED=W.columns // W.blocksizes[0] - row_blocks,
+            BLOCKS=DEQUANTIZE.block_m, ROWS=b_rows, BLOCK_R=block_r, BLOCK_A=1024, SHUFFLE=SHUFFLE,
+            num_warps=DEQUANTIZE.warps,
         )  # fmt: skip
         return out, stacked
     if not only_adapters:
-        out[:, : W.columns] = dequantize(W, dtype)
-    out[:, before:] = F.pad(torch.block_diag(*B) * scale, (0, behind - rank * len(B))) if B else 0
+        start = piece.number * width if piece.across else 0
+        out[:, :width] = dequantize(W, dtype)[:, start : start + width]
+    out[:, before:] = F.pad(torch.block_diag(*B) * scale, (0, behind - rank * len(B))) if B and behind else 0
     return out, stack_adapters(A, dtype) if A else out.new_empty(0, W.columns)
 
 

@@ -56,15 +56,17 @@ def _gate(x, ACTIVATION: tl.constexpr):
 def dequantize_kernel(
     packed, absmax, absmax2, offset, code2, lut, A0, A1, A2, B0, B1, B2, out, stacked, blocks, rows, rows0, rows1,
     stride, before, rank, members, size, extra, behind, scale, programs, b_programs, NESTED: tl.constexpr,
-    BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr, ROW_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_A: tl.constexpr, SHUFFLE: tl.constexpr,
+    BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr, ROW_BLOCKS: tl.constexpr, FIRST: tl.constexpr,
+    SKIPPED: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_A: tl.constexpr,
+    SHUFFLE: tl.constexpr,
 ):  # fmt: skip
     """Write [W | scale B | 0] (`out`) from 4-bit codes, and the stacked A of all members (`stacked`), in one launch.
 
     One-dimensional grid. The first `programs` programs write BLOCKS quantisation blocks of W each. Those from there to
     `b_programs` write the columns after W, scale B and zeros, for ROWS rows each. The others write BLOCK_A numbers of
     A each. before: columns of `out` before B's, 0 if W is left out; behind: those after W's. size: numbers of one
-    member's A; extra: rows of `stacked`.
+    member's A; extra: rows of `stacked`. ROW_BLOCKS: the blocks that are written of each row, from its block FIRST on;
+    SKIPPED: how many more blocks a row of W has.
 
     It takes 6 instructions per weight; with a gather through shared memory instead of shuffles it took 10.
     """
@@ -75,6 +77,9 @@ def dequantize_kernel(
         block = first + tl.arange(0, BLOCKS)
         inside = block < blocks
         word = tl.arange(0, BLOCKS)[:, None] * (BLOCKSIZE // 8) + tl.arange(0, BLOCKSIZE // 8)[None]
+        if SKIPPED:
+            block += FIRST + block // ROW_BLOCKS * SKIPPED
+            word += (block - first - tl.arange(0, BLOCKS))[:, None] * (BLOCKSIZE // 8)
         codes = tl.load(packed + first.to(tl.int64) * (BLOCKSIZE // 8) + word, mask=inside[:, None], other=0)
         level = lane_level(lut, SHUFFLE)
         if NESTED:  # one constant per block of 64 weights, itself an 8-bit code
@@ -108,7 +113,7 @@ def dequantize_kernel(
         a = tl.load(A0 + e, mask=e < size, other=0.0)
         a += tl.load(A1 + e - size, mask=(e >= size) & (e < 2 * size) & (e < members * size), other=0.0)
         a += tl.load(A2 + e - 2 * size, mask=(e >= 2 * size) & (e < members * size), other=0.0)
-        tl.store(stacked + e, a.to(dtype), mask=e < extra * (ROW_BLOCKS * BLOCKSIZE))
+        tl.store(stacked + e, a.to(dtype), mask=e < extra * ((ROW_BLOCKS + SKIPPED) * BLOCKSIZE))
 
 
 @triton.jit

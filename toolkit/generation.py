@@ -188,7 +188,7 @@ class Generator:
             use_own_precision(model)
             # Prompts and batches unpack each weight once and multiply once, with the adapters included.
             kernels = HAS_TRITON and base.dtype is not torch.float32
-            fuse(model, DropoutClock(0, base.device), 0.0, kernels, in_pieces=True)
+            fuse(model, DropoutClock(0, base.device), 0.0, kernels, pieces=2)
             torch.cuda.empty_cache()  # the packed weights were copied, so the old ones can go
         self.weight_bytes, self.position_bytes = weight_bytes(base), position_bytes(base)
         self.groups = groups_of(model)

@@ -22,7 +22,7 @@ from fast_path.loss import default_logit_chunk
 from fast_path.model_targets import resolved_targets
 from fast_path.nf4 import lacks_triton
 from fast_path.optimizers import OPTIMIZERS
-from fast_path.packed_weights import adapter_columns, operand_columns
+from fast_path.packed_weights import PIECES, adapter_columns, divides, operand_columns, operand_numbers
 from fast_path.scratch import MOST
 from fast_path.targets import named, select
 from quantization_utils import (
@@ -43,13 +43,17 @@ BLOCK = (
     families.BLOCK
 )  # weights per quantisation constant; NESTED_BLOCK: constants per second-level one (QLoRA, section 3)
 CONTEXT_BYTES = int(0.5 * GIB)  # CUDA context with cuBLAS, measured (docs/measurements.md)
-WORKSPACE_BYTES = 3 * 2**25  # cuBLAS keeps 32 MiB per stream: the default, the warm-up and the graph stream
+WORKSPACE_BYTES = 2**25  # cuBLAS keeps it per stream, on Hopper: the default, the warm-up and the graph stream
 # Memory that the allocator has reserved but cannot use, and all that the plan does not list. Fitted to measurements:
 # docs/measurements.md, tests/benchmarks/bench_memory.py.
 SLACK_BYTES, SLACK_SHARE = int(0.26 * GIB), 0.045  # constant, and as a share of what a step allocates and frees
 # The constant of a captured step, before which what the warm-ups need is returned. How much less it reserves since was not
 # measured: with this value the plan is what was measured before.
 GRAPH_SLACK_BYTES = int(0.18 * GIB)
+# The same where weights are unpacked in pieces: such runs had more in reserve (docs/measurements.md). Logits need no more than
+# a piece, so the memory that they share does not move to a larger place; of the workspaces the graph's stream alone has one;
+# and the states of small tensors, which the plan counts, are paged with the others (OneUpdate).
+PIECES_SLACK_BYTES = int(0.115 * GIB)
 
 UNPAGED = 100_000  # weights of a tensor below which bitsandbytes does not page its states (Optimizer.get_state_buffer)
 # What NCCL keeps of a card for its buffers, outside of torch's allocator: a guess for cards without NVLink. Two H200, whose
@@ -267,10 +271,13 @@ def fused_columns(shape: ModelShape, config: Config) -> int:
     return sum(adapter_columns(config.lora.rank, count) for count in members)
 
 
-def transient_bytes(shape: ModelShape, config: Config, path: str, tokens: int, recomputed: bool = False) -> int:
+def transient_bytes(
+    shape: ModelShape, config: Config, path: str, tokens: int, recomputed: bool = False, pieces: int = 1
+) -> int:
     """Return the largest amount that a layer's backward pass needs for a moment, in bytes: gradients of activations.
 
     recomputed: the layer is checkpointed; where it is compiled, the gradients of gate and up then take their place.
+    pieces: as in `plan_memory`; the products of gate and up's pieces are then summed in fp32.
     Without the fast path one dequantised operand comes on top; with it, `scratch_bytes` has it.
     """
     h, inner, rank = shape.hidden, shape.inner, config.lora.rank
@@ -283,19 +290,46 @@ def transient_bytes(shape: ModelShape, config: Config, path: str, tokens: int, r
     narrow = config.quantization.products == "fp8"  # a copy of the product's gradient in 8 bit
     over = recomputed and path == COMPILED
     down = tokens * (2 * (2 * h + (0 if over else 2 * inner) + wide_down) + narrow * h)
-    return max(down, tokens * (2 * (2 * h + wide) + narrow * 2 * inner), experts)
+    sums = 2 * 4 * wide if pieces > 1 else 0
+    return max(down, tokens * (2 * (2 * h + wide) + sums + narrow * 2 * inner), experts)
 
 
-def scratch_bytes(shape: ModelShape, config: Config, path: str, tokens: int, chunk: int) -> int:
-    """Return the bytes that unpacked weights and, where a kernel computes the loss, logits share (fast_path/scratch.py)."""
+def pieces_of(shape: ModelShape, config: Config, path: str) -> int:
+    """Return in how many pieces a run that is short of memory unpacks gate and up, or 1 if it cannot.
+
+    It can where the MLP's three linears are two fused operators with kernels and products in bf16 or fp16, each piece has
+    whole blocks of constants, and the smallest chunk of logits is no larger than a piece.
+    """
+    plain = plain_layers(shape, path) or shape.experts.all > 0 or config.quantization.products == "fp8"
+    if plain or not loss_kernel(config, path):
+        return 1
+    parents = [
+        {name.rpartition(".")[0] for name, _, _ in adapted(shape, config.lora) if name.rpartition(".")[2] == member}
+        for member in shape.family.gate_up
+    ]
+    blocks = (BLOCK, NESTED_BLOCK), config.quantization.use_double_quant
+    whole = divides(2 * shape.inner, shape.hidden, PIECES, *blocks)
+    whole = whole and divides(shape.hidden, shape.inner, PIECES // 2, *blocks)
+    whole = whole and all(each == parents[0] for each in parents)
+    chunk, tokens = default_logit_chunk(shape.vocabulary, 0), config.data.max_length
+    shared = logit_bytes(shape, config, path, tokens, chunk) <= scratch_bytes(shape, config, path, 0, 0, PIECES)
+    return PIECES if whole and shared else 1
+
+
+def scratch_bytes(shape: ModelShape, config: Config, path: str, tokens: int, chunk: int, pieces: int = 1) -> int:
+    """Return the bytes that unpacked weights and, where a kernel computes the loss, logits share (fast_path/scratch.py).
+
+    pieces: as in `plan_memory`.
+    """
     if path == PLAIN:
         return 0
     h, inner, rank = shape.hidden, shape.inner, config.lora.rank
     width = 2 if config.quantization.compute_dtype != "float32" else 4
-    wide_down, wide = operand_columns(inner, adapter_columns(rank, 1)), operand_columns(h, adapter_columns(rank, 2))
     together = 1 if plain_layers(shape, path) else 2  # gate and up are one operand
-    qkv = (shape.query + shape.key_value) * operand_columns(h, adapter_columns(rank, 3))
-    weights = max(h * wide_down, together * inner * wide, qkv) * width
+    gate_up = operand_numbers(together * inner, h, adapter_columns(rank, 2), pieces)
+    down = operand_numbers(h, inner, adapter_columns(rank, 1), max(1, pieces // 2))
+    qkv = operand_numbers(shape.query + shape.key_value, h, adapter_columns(rank, 3))
+    weights = max(down, gate_up, qkv) * width
     if loss_kernel(config, path):
         weights = max(weights, shape.experts.whole_bytes(width))
     logits = logit_bytes(shape, config, path, tokens, chunk)
@@ -317,13 +351,13 @@ def logit_bytes(shape: ModelShape, config: Config, path: str, tokens: int, chunk
     return min(chunk, tokens) * shape.vocabulary * width
 
 
-def loss_bytes(shape: ModelShape, config: Config, path: str, tokens: int, chunk: int) -> int:
+def loss_bytes(shape: ModelShape, config: Config, path: str, tokens: int, chunk: int, pieces: int = 1) -> int:
     """Return the bytes that the loss needs: input of the last norm in fp32, its output and gradient, a chunk of logits.
 
     Logits that are in `scratch_bytes` do not count.
     """
     logits = logit_bytes(shape, config, path, tokens, chunk)
-    shared = loss_kernel(config, path) and logits <= scratch_bytes(shape, config, path, tokens, chunk)
+    shared = loss_kernel(config, path) and logits <= scratch_bytes(shape, config, path, tokens, chunk, pieces)
     return tokens * 8 * shape.hidden + (0 if shared else logits)
 
 
@@ -352,6 +386,7 @@ class MemoryPlan:
     offload: bool = False  # whether the inputs of checkpointed layers are kept in main memory
     logit_chunk: int | None = None  # positions whose logits exist at the same time; None: default_logit_chunk
     rows_apart: int = 0  # bytes of the input embedding, if it is in main memory
+    pieces: int = 1  # in which gate and up are unpacked, one after the other
 
     @property
     def total(self) -> int:
@@ -366,11 +401,12 @@ class MemoryPlan:
     def shape(self) -> str:
         where = ", their inputs in main memory" if self.offload else ""
         where += ", the embedding in main memory" if self.rows_apart else ""
+        where += f", the MLP's weights unpacked in {self.pieces} pieces" if self.pieces > 1 else ""
         return f"micro-batch {self.micro_batch}, {self.checkpointed} of {self.layers} layers checkpointed{where}"
 
     def saved(self) -> dict[str, int | bool | None]:
         """Return what a checkpoint keeps of the shape."""
-        names = ("micro_batch", "checkpointed", "offload", "logit_chunk")
+        names = ("micro_batch", "checkpointed", "offload", "logit_chunk", "pieces")
         return {name: getattr(self, name) for name in names} | {"rows_apart": self.rows_apart > 0}
 
     def table(self) -> str:
@@ -450,11 +486,13 @@ def plan_memory(
     offload: bool = False,
     logit_chunk: int | None = None,
     rows_apart: bool = False,
+    pieces: int = 1,
 ) -> MemoryPlan:
     """Return the GPU memory that training needs if the first `checkpointed` layers recompute their activations.
 
     offload: their inputs are kept in main memory; the GPU holds only the one in use and the next one.
     rows_apart: so are the rows of the input embedding, unless the head shares them.
+    pieces: in which gate and up are unpacked, down in half as many; the chunk of logits is then as small as it can be.
     limit: bytes that the process may use, from which the chunk of logits is chosen; None: more than enough.
     logit_chunk: the chunk of a run that is continued, since its sums must be added in the same order.
     """
@@ -464,12 +502,13 @@ def plan_memory(
     fixed = sum(parts.values())
     tokens, free_layers = micro_batch * config.data.max_length, shape.layers - checkpointed
     saved = saved_bytes(shape, config, path) * tokens
-    at_once, recomputing = (transient_bytes(shape, config, path, tokens, recomputed) for recomputed in (False, True))
+    at_once, recomputing = (transient_bytes(shape, config, path, tokens, again, pieces) for again in (False, True))
     if path == PLAIN and free_layers:
         saved += 2 * adapter_parameters(shape, config) // shape.layers  # copies of the adapters in the compute dtype
     hidden = tokens * shape.hidden * 2
-    chunk = logit_chunk or default_logit_chunk(shape.vocabulary, int(limit - CONTEXT_BYTES - fixed) if limit else 2**36)
-    loss = loss_bytes(shape, config, path, tokens, chunk)
+    room = int(limit - CONTEXT_BYTES - fixed) if limit else 2**36
+    chunk = logit_chunk or default_logit_chunk(shape.vocabulary, room if pieces == 1 else 0)
+    loss = loss_bytes(shape, config, path, tokens, chunk, pieces)
     if config.lora.train_tokens:
         loss += token_rows_bytes(shape, config)
     # The backward pass starts at the last layer. When it reaches the checkpointed layers, which are the first ones, the
@@ -480,19 +519,18 @@ def plan_memory(
     parts |= {
         "checkpointed hidden states": (2 if offload else checkpointed) * hidden,
         "layers not checkpointed": free_layers * saved,
-        "unpacked weights, chunk of logits": scratch_bytes(shape, config, path, tokens, chunk),
+        "unpacked weights, chunk of logits": scratch_bytes(shape, config, path, tokens, chunk, pieces),
         "one live layer, forward and backward": live,
         "loss, beyond the live layer": max(0, loss - live),
-        "workspaces of cuBLAS": WORKSPACE_BYTES,
     }
     captured = (
         path == COMPILED and config.performance.cuda_graphs != "off" and not (offload or config.lora.train_tokens)
     )
-    parts["allocator slack"] = (GRAPH_SLACK_BYTES if captured else SLACK_BYTES) + int(
-        SLACK_SHARE * (sum(parts.values()) - fixed)
-    )
+    parts["workspaces of cuBLAS"] = WORKSPACE_BYTES * (1 if captured and pieces > 1 else 3)
+    slack = PIECES_SLACK_BYTES if pieces > 1 else GRAPH_SLACK_BYTES
+    parts["allocator slack"] = (slack if captured else SLACK_BYTES) + int(SLACK_SHARE * (sum(parts.values()) - fixed))
     parts["CUDA context"] = CONTEXT_BYTES + (NCCL_BYTES if shape.processes > 1 else 0)
-    return MemoryPlan(parts, micro_batch, checkpointed, shape.layers, paged, offload, chunk, rows)
+    return MemoryPlan(parts, micro_batch, checkpointed, shape.layers, paged, offload, chunk, rows, pieces)
 
 
 def sequences_per_step(training: TrainingConfig, processes: int) -> int:
@@ -622,15 +660,16 @@ def shapes(shape: ModelShape, config: Config, sequences: int) -> Iterator[tuple[
 def fit(shape: ModelShape, config: Config, sequences: int, limit: float, rates: Rates) -> MemoryPlan:
     """Return the plan of the fastest shape that needs at most `limit` bytes with the CUDA context, or of the smallest.
 
-    An embedding that is not tied goes to main memory only if nothing else fits, where a GB is pinned for it. Offloading is
-    used only if that is not enough either: the copies need time, and no CUDA graph can be captured.
+    An embedding that is not tied goes to main memory only if nothing else fits, where a GB is pinned for it. If that is not
+    enough, weights are unpacked in pieces, whose products are smaller. Offloading is used only if that is not enough
+    either: the copies need time, and no CUDA graph can be captured.
     """
     best, smallest = None, None
     pinned = "training.gradient_checkpointing" in config.flags and wants_offload(config)
-    ways = (False, True) if shape.rows else (False,)
-    for apart in ways:
+    most = pieces_of(shape, config, expected_path(config))
+    for pieces, apart in itertools.product(sorted({1, most}), sorted({False, shape.rows > 0})):
         for micro_batch, checkpointed in shapes(shape, config, sequences):
-            plan = plan_memory(shape, config, micro_batch, checkpointed, limit=limit, offload=pinned, rows_apart=apart)
+            plan = plan_memory(shape, config, micro_batch, checkpointed, None, limit, pinned, None, apart, pieces)
             if smallest is None or plan.total < smallest.total:
                 smallest = plan
             seconds = step_seconds(shape, config, rates, micro_batch, checkpointed, apart) / micro_batch
@@ -640,7 +679,7 @@ def fit(shape: ModelShape, config: Config, sequences: int, limit: float, rates: 
             return best[1]
     every = smallest.micro_batch, shape.layers
     if expected_path(config) == COMPILED and every in shapes(shape, config, sequences):
-        offloaded = plan_memory(shape, config, *every, limit=limit, offload=True, rows_apart=True)
+        offloaded = plan_memory(shape, config, *every, None, limit, True, None, True, most)
         return min(smallest, offloaded, key=lambda plan: plan.total)
     return smallest
 
@@ -671,12 +710,13 @@ def longest_length(shape: ModelShape, config: Config, limit: float) -> int:
     """Return the longest data.max_length that fits: a multiple of 128, or all positions that the model supports.
 
     It is computed for one sequence per micro-batch with all layers checkpointed, an embedding that is not tied in main
-    memory and, if layers are compiled, the inputs of layers too.
+    memory and, if layers are compiled, the inputs of layers too; weights in pieces where that needs less.
     """
-    low, high, ways = 0, 2**14, {False, expected_path(config) == COMPILED}  # in units of 128 tokens
+    path, low, high = expected_path(config), 0, 2**14  # in units of 128 tokens
+    ways = [*itertools.product({False, path == COMPILED}, {1, pieces_of(shape, config, path)})]
     while high - low > 1:
         middle = (low + high) // 2
         other = dataclasses.replace(config, data=dataclasses.replace(config.data, max_length=middle * 128))
-        plans = (plan_memory(shape, other, 1, shape.layers, None, limit, way, None, True) for way in ways)
+        plans = (plan_memory(shape, other, 1, shape.layers, None, limit, off, None, True, n) for off, n in ways)
         low, high = (middle, high) if min(plan.total for plan in plans) <= limit else (low, middle)
     return min(low * 128, shape.positions or low * 128)

@@ -81,7 +81,7 @@ def both_passes(x, weight: Packed, A, B, masks, norm, swiglu: bool, kernels: boo
 
     def backward():
         return fused_linear.linear_backward(
-            grad, x, u, A, B, 2.0, norm, False, swiglu, None, [], *weight, *masks, kernels, "silu"
+            grad, x, u, A, B, 2.0, norm, False, swiglu, None, [], *weight, *masks, kernels, 1, "silu"
         )
 
     return forward, backward

@@ -85,7 +85,8 @@ BY_SIZE = {
 }  # fmt: skip
 CARDS = ("RTX 3060 Laptop", "RTX 4060", "RTX 3060", "RTX 4060 Ti 16GB", "RTX 4090", "L40S")
 SMALL_CARD = {"performance.memory_limit_gib": "7.8"}  # with the context: 7.3 GiB for the allocator
-# (model, micro-batch, length, checkpointed layers, settings); embedding: cpu is no setting but what the plan may choose
+# (model, micro-batch, length, checkpointed layers, settings); embedding: cpu and pieces are no settings but what the plan may
+# choose
 GRID = [
     ("3b", 1, 512, 0, {}),
     ("3b", 1, 512, 18, {}),
@@ -119,9 +120,12 @@ GRID = [
     ("7b", 16, 512, 16, {}),
     ("qwen7b", 1, 512, 28, SMALL_CARD),
     ("qwen7b", 1, 512, 28, SMALL_CARD | {"embedding": "cpu"}),
+    ("qwen7b", 1, 512, 28, SMALL_CARD | {"embedding": "cpu", "pieces": "4"}),
     ("llama8b", 1, 512, 32, SMALL_CARD),
     ("llama8b", 1, 512, 32, SMALL_CARD | {"embedding": "cpu"}),
+    ("llama8b", 1, 512, 32, SMALL_CARD | {"embedding": "cpu", "pieces": "4"}),
     ("llama8b", 4, 512, 32, SMALL_CARD | {"embedding": "cpu"}),
+    ("llama8b", 4, 512, 32, SMALL_CARD | {"embedding": "cpu", "pieces": "4"}),
 ]  # fmt: skip
 
 
@@ -227,11 +231,11 @@ def label_of(case: tuple) -> str:
 def plan_of(case: tuple) -> tuple[Config, memory_plan.MemoryPlan]:
     """Return a case's settings and plan."""
     name, micro_batch, length, checkpointed, settings = case
-    own = {key: value for key, value in settings.items() if key != "embedding"}
+    own = {key: value for key, value in settings.items() if key not in ("embedding", "pieces")}
     config = load_config((), {"lora.dropout": "0", "data.max_length": str(length), **own})
     shape = shape_named(name)
     limit = memory.memory_limit(None, config.performance.memory_limit_gib)
-    where = memory_plan.wants_offload(config), None, "embedding" in settings
+    where = memory_plan.wants_offload(config), None, "embedding" in settings, int(settings.get("pieces", 1))
     return config, memory_plan.plan_memory(shape, config, micro_batch, checkpointed, None, limit, *where)
 
 
@@ -242,12 +246,12 @@ def shape_named(name: str) -> memory_plan.ModelShape:
 
 
 def terms_table() -> str:
-    """Return, in Markdown, the terms of the plan of each model at 1 x 512, all layers checkpointed, embedding in main memory."""
+    """Return, in Markdown, the terms of the plan of each model at 1 x 512: `least_plan`."""
     config, plans = load_config((), {"lora.dropout": "0"}), {}
     for name in BY_SIZE:
         shape = shape_named(name)
         limit = memory_plan.plan_memory(shape, config, 1, shape.layers, rows_apart=True).total + GIB
-        plans[name] = memory_plan.plan_memory(shape, config, 1, shape.layers, None, limit, False, None, True)
+        plans[name] = least_plan(shape, config, limit)
     names = dict.fromkeys(part for plan in plans.values() for part in plan.parts)
     rows = {part: [plan.parts.get(part, 0) for plan in plans.values()] for part in names}
     rows = {part: sizes for part, sizes in rows.items() if any(sizes)}
@@ -255,6 +259,12 @@ def terms_table() -> str:
     rows["in main memory: embedding"] = [plan.rows_apart for plan in plans.values()]
     lines = [f"| {part} | {' | '.join(f'{size / GIB:.3f}' for size in sizes)} |" for part, sizes in rows.items()]
     return "\n".join([f"| | {' | '.join(BY_SIZE.values())} |", "|---" * (len(plans) + 1) + "|", *lines])
+
+
+def least_plan(shape: memory_plan.ModelShape, config: Config, limit: float) -> memory_plan.MemoryPlan:
+    """Return the plan of one sequence, all layers checkpointed, embedding in main memory, weights unpacked in pieces."""
+    pieces = memory_plan.pieces_of(shape, config, memory_plan.expected_path(config))
+    return memory_plan.plan_memory(shape, config, 1, shape.layers, None, limit, False, None, True, pieces)
 
 
 def cards_table() -> str:
@@ -267,10 +277,7 @@ def cards_table() -> str:
     ]
     for card in map(find_card, CARDS):
         limit = card.free_gib * GIB
-        least = {
-            name: memory_plan.plan_memory(shape, config, 1, shape.layers, limit=limit, rows_apart=True).total
-            for name, shape in shapes.items()
-        }
+        least = {name: least_plan(shape, config, limit).total for name, shape in shapes.items()}
         name = next(name for name, total in least.items() if total <= limit)
         shape = shapes[name]
         plan = memory_plan.fit(shape, config, sequences, limit, card.rates)
@@ -279,6 +286,7 @@ def cards_table() -> str:
         )
         taken = f"{plan.micro_batch} x 512, {plan.checkpointed} of {plan.layers} layers checkpointed"
         taken += ", embedding in main memory" if plan.rows_apart else ""
+        taken += ", weights in pieces" if plan.pieces > 1 else ""
         longest = memory_plan.longest_length(shape, config, limit)
         rows.append(
             f"| {card.name} | {card.free_gib:.2f} | {BY_SIZE[name]} | {least[name] / GIB:.2f} | {taken} | "

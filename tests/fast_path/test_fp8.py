@@ -148,7 +148,7 @@ def test_opcheck_of_the_operators_with_scales():
     arguments = (x, A, B, None, 0.5, [], False, False, None, [], *weight, *masks, False, 1, "silu", False)
     torch.library.opcheck(fused_linear.linear, arguments)
     u = fused_linear.linear(*arguments)[1]
-    backward = (torch.randn(6, 96), x, u, A, B, 0.5, [], False, False, None, [], *weight, *masks, False, "silu")
+    backward = (torch.randn(6, 96), x, u, A, B, 0.5, [], False, False, None, [], *weight, *masks, False, 1, "silu")
     torch.library.opcheck(fused_linear.linear_backward, backward)
 
 

@@ -107,7 +107,7 @@ def test_fused_operators_read_the_active_adapter(folders, alone, tiny_model):
     from fast_path.layers import fuse
 
     adapters = AdapterSet(load_base(tiny_model), folders)
-    assert fuse(adapters.model, DropoutClock(0, torch.device("cpu")), 0.0, False, in_pieces=True)
+    assert fuse(adapters.model, DropoutClock(0, torch.device("cpu")), 0.0, False, pieces=2)
     adapters.generator = Generator(adapters.model, pytest.fail, fast=False)
     for name in ["r4", "r8", "pattern", "r8 too", "attention"]:
         adapters.use(name)

@@ -331,7 +331,7 @@ def test_fused_layers_answer_as_peft_does(family: str, random_models: Callable) 
         base = reference(model, LONG, config())
     kinds = {module: type(module) for module in model.modules()}
     decoder = Decoder(model, kernels=False)
-    layers.fuse(model, dropout.DropoutClock(0, model.device), 0.0, False, in_pieces=True)
+    layers.fuse(model, dropout.DropoutClock(0, model.device), 0.0, False, pieces=2)
     for layer in model.get_base_model().get_decoder().layers:
         assert type(layer.self_attn).forward is layers._fused_attention and layer.mlp.fused_gate_up.pieces == 2
     assert decode(decoder, LONG, SHORT, MIDDLE) == expected

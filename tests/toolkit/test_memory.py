@@ -358,6 +358,36 @@ def test_main_memory_is_for_what_fits_in_no_other_way(qwen_3b):
     assert memory.choose_plan(shape, config, 16, None, 24 * GIB, saved).offload
 
 
+LLAMA_8B = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256,
+    "tie_word_embeddings": False, "max_position_embeddings": 131072, "head_dim": 128,
+}  # fmt: skip
+
+
+def test_weights_are_unpacked_in_pieces_where_nothing_else_fits(qwen_3b, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B), encoding="utf-8")
+    config, shape = settings(), model_shape(str(tmp_path))
+    most = memory_plan.pieces_of(shape, config, "compiled")
+    whole, cut = (plan_memory(shape, config, 1, 32, rows_apart=True, pieces=n) for n in (1, most))
+    assert most == 4 and cut.total <= 5.6 * GIB < whole.total and cut.logit_chunk == 128
+    before, after = (plan.parts["unpacked weights, chunk of logits"] for plan in (whole, cut))
+    assert before == 2 * 14336 * (4096 + 64) * 2 and after == before // 4
+    chosen = fit(shape, config, 16, 5.6 * GIB, Rates())
+    assert chosen == plan_memory(shape, config, 1, 32, limit=5.6 * GIB, rows_apart=True, pieces=4)
+    assert "the MLP's weights unpacked in 4 pieces" in chosen.table()
+    assert fit(shape, config, 16, whole.total + GIB // 10, Rates()).pieces == 1
+    resumed = memory.choose_plan(shape, config, 16, None, 24 * GIB, chosen.saved())
+    assert (resumed.pieces, resumed.shape) == (4, chosen.shape)
+    others = ({"quantization__products": "fp8"}, {"performance__fused_lora": "off"}, {"quantization__compute_dtype": "float32"},
+              {"lora__target_modules": "[gate_proj]"})  # fmt: skip
+    for other in others:
+        assert memory_plan.pieces_of(shape, settings(**other), memory_plan.expected_path(settings(**other))) == 1
+    assert memory_plan.pieces_of(model_shape(str(qwen_3b)), config, "compiled") == 1  # logits need more than a piece
+    assert train_qlora.main(["--plan", "--model_name", str(tmp_path), "--memory_limit_gib", "5.6"]) == 0
+    assert "the MLP's weights unpacked in 4 pieces\n" in capsys.readouterr().out
+
+
 def test_savings_are_differences_of_plans(qwen_3b):
     shape, config = model_shape(str(qwen_3b)), settings()
     plan = plan_memory(shape, config, 1, 36)
