@@ -450,7 +450,7 @@ def build_learner(
         attention_lines += layers.fuse_for_training(peft_model, clock, p, fast.kernels, fast.fp8, plan.pieces)
     objective = CausalLMLoss(sharding.divide_base(peft_model), dtype)
     if fast.compile:
-        compiled.compile_layers(peft_model)
+        compiled.compile_layers(peft_model, plan.kept)
         objective.chunk_loss = compiled_chunk_loss()
     if fast.fused_lora and fast.kernels:
         objective.chunk_loss = kernel_chunk_loss
@@ -705,7 +705,7 @@ def use_less_memory(run: Run, problem: torch.OutOfMemoryError) -> None:
     )
     run.plan = smaller
     processes.settle(False)  # a graph is captured again
-    run.learner.reshape(smaller.micro_batch, smaller.checkpointed, smaller.offload)
+    run.learner.reshape(smaller.micro_batch, smaller.checkpointed, smaller.offload, smaller.kept)
 
 
 # ------------------------------------------------------------------------------------------------ evaluation

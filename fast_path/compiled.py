@@ -4,6 +4,7 @@ import functools
 import inspect
 import logging
 import zlib
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -33,13 +34,14 @@ def _policy(ctx, op, *args, **kwargs) -> CheckpointPolicy:
 
     The backward pass reads only this operator's u, 32 bytes per token. Recomputing u would repeat the whole pass over
     the activations and the matrix product, which costs much more time than the memory is worth (docs/measurements.md).
-    A norm after it reads its whole output, as large as the layer's input: then nothing is saved (`_save_nothing`).
+    A norm after it reads its whole output, as large as the layer's input: then only the layers that the memory plan has
+    chosen keep it, and the others save nothing (`_save_nothing`).
     """
     keep = op is torch.ops.qlora.linear.default and args[LINEAR_ARGUMENTS.index("swiglu")]
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _keep_small_products():
+def _keep_down():
     return create_selective_checkpoint_contexts(_policy)
 
 
@@ -53,7 +55,7 @@ def _run_layer(layer: nn.Module, hidden: torch.Tensor, **kwargs) -> torch.Tensor
     """
     forward = type(layer).forward
     if layer.recompute and layer.training and torch.is_grad_enabled():
-        keep = _save_nothing if layer.norms_follow else _keep_small_products
+        keep = _keep_down if layer.keeps_down else _save_nothing
         return checkpoint(
             forward, layer, hidden, use_reentrant=False, preserve_rng_state=False, context_fn=keep, **kwargs,
         )  # fmt: skip
@@ -70,19 +72,24 @@ def operators_tag(
     return "qlora " + " ".join(f"{zlib.crc32(inspect.getsource(module).encode()):08x}" for module in modules)
 
 
-def recompute(layer: nn.Module, yes: bool) -> None:
-    """Checkpoint a compiled layer or not.
+def recompute(layers: Sequence[nn.Module], checkpointed: int, kept: int) -> None:
+    """Checkpoint the first `checkpointed` of the compiled layers, and no others.
 
-    Its MLP's backward pass writes the gradients of gate and up over their recomputed values, which saves 4 bytes per token
-    and feature at the peak. Saved ones belong to autograd, and a compiler would copy them first.
+    kept: how many of these keep the down projection's output although a norm reads it. They are the last ones, which the
+    backward pass reaches first. Without such a norm all do, since u is all that is saved then.
+
+    A checkpointed MLP's backward pass writes the gradients of gate and up over their recomputed values, which saves 4 bytes
+    per token and feature at the peak. Saved ones belong to autograd, and a compiler would copy them first.
     """
-    layer.recompute = yes
-    for group in groups_of(layer):
-        group.recomputed = yes
+    for number, layer in enumerate(layers):
+        layer.recompute = number < checkpointed
+        layer.keeps_down = number >= checkpointed - kept or not families.of(layer).norms_after[1]
+        for group in groups_of(layer):
+            group.recomputed = layer.recompute
 
 
-def compile_layers(model: PeftModel) -> None:
-    """Compile the decoder layer once for all layers, for training.
+def compile_layers(model: PeftModel, kept: int = 0) -> None:
+    """Compile the decoder layer once for all layers, for training. kept: as in `recompute`.
 
     Evaluation runs the layers uncompiled, because it is too little work to pay for another compilation.
     """
@@ -105,9 +112,9 @@ def compile_layers(model: PeftModel) -> None:
             hidden = hidden.detach().requires_grad_()
         return (compiled if layer.training else _run_layer)(layer, hidden, **kwargs)
 
-    for layer in families.decoder_layers(model.get_base_model()):
-        layer.norms_follow = families.of(layer).further_norms > 0
-        recompute(layer, layer.gradient_checkpointing)
+    layers = families.decoder_layers(model.get_base_model())
+    recompute(layers, sum(layer.gradient_checkpointing for layer in layers), kept)
+    for layer in layers:
         layer.gradient_checkpointing = False  # transformers would put its own checkpoint around the compiled layer
         layer.forward = functools.partial(run, layer)
 

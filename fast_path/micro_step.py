@@ -260,17 +260,20 @@ class Learner:
         self.captured, self.captured_evaluation = graphs
         self.zero_gradients()
 
-    def reshape(self, micro_batch: int, checkpointed: int, offload: bool) -> None:
-        """Change to this micro-batch and number of checkpointed layers, and free the memory of the graphs."""
+    def reshape(self, micro_batch: int, checkpointed: int, offload: bool, kept: int = 0) -> None:
+        """Change to this micro-batch and number of checkpointed layers, and free the memory of the graphs.
+
+        kept: as in `compiled.recompute`.
+        """
         self.captured = self.captured_evaluation = None
         self.batch_shape, self.offload = (micro_batch, self.batch_shape[1]), offload
         # A graph cannot contain copies to main memory.
         self.fast = dataclasses.replace(self.fast, cuda_graphs=self.fast.cuda_graphs and not offload)
         layers = families.decoder_layers(self.model.get_base_model())
-        for number, layer in enumerate(layers):
-            if self.fast.compile:
-                recompute(layer, number < checkpointed)
-            else:
+        if self.fast.compile:
+            recompute(layers, checkpointed, kept)
+        else:
+            for number, layer in enumerate(layers):
                 layer.gradient_checkpointing = number < checkpointed
         let_go()
 

@@ -72,15 +72,15 @@ def choose_plan(
     if saved and auto_fit and not config.flags & set(SHAPE_KNOBS):
         taken = saved["micro_batch"], saved["checkpointed"], None, limit
         rest = saved.get("offload", False), saved.get("logit_chunk"), saved.get("rows_apart", False)
-        return plan_memory(shape, config, *taken, *rest, saved.get("pieces", 1))
+        return plan_memory(shape, config, *taken, *rest, saved.get("pieces", 1), saved.get("kept", 0))
     if auto_fit and limit is not None:
         # Measured rates vary from day to day, and so would the shape.
         rates = rates or (Rates() if config.performance.deterministic else rates_here(device, config))
         return fit(shape, config, sequences, limit, rates)
     micro_batch = min(config.training.batch_size, sequences)
     checkpointed, offload = pinned_layers(shape.layers, config), wants_offload(config)
-    chunk = saved.get("logit_chunk")
-    return plan_memory(shape, config, micro_batch, checkpointed, limit=limit, offload=offload, logit_chunk=chunk)
+    chunk, kept = saved.get("logit_chunk"), saved.get("kept")
+    return plan_memory(shape, config, micro_batch, checkpointed, None, limit, offload, chunk, kept=kept)
 
 
 def plan_run(
@@ -312,7 +312,7 @@ def savings(shape: ModelShape, config: Config, plan: MemoryPlan, limit: float | 
 
     def without(section: str, micro_batch: int = plan.micro_batch, checkpointed: int = plan.checkpointed, **changes):
         other = dataclasses.replace(config, **{section: dataclasses.replace(config[section], **changes)})
-        rest = None, limit, plan.offload, None, plan.rows_apart > 0, plan.pieces
+        rest = None, limit, plan.offload, None, plan.rows_apart > 0, plan.pieces, plan.kept
         changed = with_lora_of(other, shape, config)
         return plan.total - plan_memory(changed, other, micro_batch, checkpointed, *rest).total
 
@@ -372,7 +372,7 @@ def savings_lines(
 def ran_out(config: Config, plan: MemoryPlan, device: torch.device) -> list[str]:
     """Return the table of a shape that ran out of memory, and lines with the three settings that would save most."""
     shape, limit = configured_shape(config), memory_limit(device, config.performance.memory_limit_gib)
-    rest = None, limit, plan.offload, None, plan.rows_apart > 0, plan.pieces
+    rest = None, limit, plan.offload, None, plan.rows_apart > 0, plan.pieces, plan.kept
     plan = plan_memory(shape, config, plan.micro_batch, plan.checkpointed, *rest)
     return [plan.table(), *savings_lines(shape, config, plan, limit, count=3)]
 

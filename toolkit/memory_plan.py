@@ -5,6 +5,7 @@ The shape of a run is its micro-batch, its number of checkpointed layers and whe
 
 import dataclasses
 import itertools
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -62,6 +63,10 @@ NCCL_BYTES = int(0.5 * GIB)
 # Layers of a divided base that a card holds whole at the same time: the one that runs and the next one, two buffers of the
 # gathering, and one for gaps, since the gathering has memory of its own. Fitted to one run on two H200 (docs/more_gpus.md).
 GATHERED = 5
+
+# Where a norm follows the MLP, one checkpointed layer in so many keeps the MLP's output for the backward pass, which then
+# does not repeat the product of the down projection. A quarter adds 5 to 6 % to the memory of such a run (docs/fast_path.md).
+ONE_KEEPS_IN = 4
 
 PCIE = 20e9  # bytes per second to a card from others or from main memory, of a slot with 16 lanes of PCIe 4
 
@@ -264,6 +269,12 @@ def saved_bytes(shape: ModelShape, config: Config, path: str) -> int:
     return kept + shape.experts.saved_bytes()
 
 
+def kept_bytes(shape: ModelShape, config: Config) -> int:
+    """Return the bytes per token of what a checkpointed layer that keeps its MLP's output keeps: that and the adapter's u."""
+    names = {name.rpartition(".")[2] for name, _, _ in adapted(shape, config.lora)}
+    return 2 * (shape.hidden + adapter_columns(config.lora.rank, shape.family.down in names))
+
+
 def fused_columns(shape: ModelShape, config: Config) -> int:
     """Return the columns of u = x A^T that the four operators of a layer keep."""
     names = {name.rpartition(".")[2] for name, _, _ in adapted(shape, config.lora)}
@@ -387,6 +398,7 @@ class MemoryPlan:
     logit_chunk: int | None = None  # positions whose logits exist at the same time; None: default_logit_chunk
     rows_apart: int = 0  # bytes of the input embedding, if it is in main memory
     pieces: int = 1  # in which gate and up are unpacked, one after the other
+    kept: int = 0  # checkpointed layers, the last of them, that keep their MLP's output
 
     @property
     def total(self) -> int:
@@ -400,13 +412,14 @@ class MemoryPlan:
     @property
     def shape(self) -> str:
         where = ", their inputs in main memory" if self.offload else ""
+        where += f", {self.kept} of these keep their MLP's output" if self.kept else ""
         where += ", the embedding in main memory" if self.rows_apart else ""
         where += f", the MLP's weights unpacked in {self.pieces} pieces" if self.pieces > 1 else ""
         return f"micro-batch {self.micro_batch}, {self.checkpointed} of {self.layers} layers checkpointed{where}"
 
     def saved(self) -> dict[str, int | bool | None]:
         """Return what a checkpoint keeps of the shape."""
-        names = ("micro_batch", "checkpointed", "offload", "logit_chunk", "pieces")
+        names = ("micro_batch", "checkpointed", "offload", "logit_chunk", "pieces", "kept")
         return {name: getattr(self, name) for name in names} | {"rows_apart": self.rows_apart > 0}
 
     def table(self) -> str:
@@ -487,6 +500,7 @@ def plan_memory(
     logit_chunk: int | None = None,
     rows_apart: bool = False,
     pieces: int = 1,
+    kept: int | None = None,
 ) -> MemoryPlan:
     """Return the GPU memory that training needs if the first `checkpointed` layers recompute their activations.
 
@@ -495,12 +509,16 @@ def plan_memory(
     pieces: in which gate and up are unpacked, down in half as many; the chunk of logits is then as small as it can be.
     limit: bytes that the process may use, from which the chunk of logits is chosen; None: more than enough.
     logit_chunk: the chunk of a run that is continued, since its sums must be added in the same order.
+    kept: checkpointed layers that keep their MLP's output; by default a quarter, or as many as fit into the limit.
     """
     path, rows_apart = path or expected_path(config), rows_apart and shape.rows > 0
     parts, paged = static_parts(shape, config, path, rows_apart)
     rows = rows_apart * shape.rows * (4 if config.quantization.compute_dtype == "float32" else 2)
     fixed = sum(parts.values())
     tokens, free_layers = micro_batch * config.data.max_length, shape.layers - checkpointed
+    can_keep = path == COMPILED and shape.family.norms_after[1] and not offload
+    most, each = checkpointed // ONE_KEEPS_IN if can_keep else 0, kept_bytes(shape, config) * tokens
+    keeping = most if kept is None else min(kept, most)
     saved = saved_bytes(shape, config, path) * tokens
     at_once, recomputing = (transient_bytes(shape, config, path, tokens, again, pieces) for again in (False, True))
     if path == PLAIN and free_layers:
@@ -518,6 +536,7 @@ def plan_memory(
     live = max(live, at_once if free_layers else 0)
     parts |= {
         "checkpointed hidden states": (2 if offload else checkpointed) * hidden,
+        **({"kept outputs of MLPs": keeping * each} if keeping else {}),
         "layers not checkpointed": free_layers * saved,
         "unpacked weights, chunk of logits": scratch_bytes(shape, config, path, tokens, chunk, pieces),
         "one live layer, forward and backward": live,
@@ -530,7 +549,14 @@ def plan_memory(
     slack = PIECES_SLACK_BYTES if pieces > 1 else GRAPH_SLACK_BYTES
     parts["allocator slack"] = (slack if captured else SLACK_BYTES) + int(SLACK_SHARE * (sum(parts.values()) - fixed))
     parts["CUDA context"] = CONTEXT_BYTES + (NCCL_BYTES if shape.processes > 1 else 0)
-    return MemoryPlan(parts, micro_batch, checkpointed, shape.layers, paged, offload, chunk, rows, pieces)
+    plan = MemoryPlan(parts, micro_batch, checkpointed, shape.layers, paged, offload, chunk, rows, pieces, keeping)
+    if kept is None and keeping and limit and plan.total > limit:
+        over = (plan.total - limit + 1) / (each * (1 + SLACK_SHARE))  # 1: the slack is rounded
+        fewer = max(0, keeping - math.ceil(over))
+        return plan_memory(
+            shape, config, micro_batch, checkpointed, path, limit, offload, logit_chunk, rows_apart, pieces, fewer
+        )
+    return plan
 
 
 def sequences_per_step(training: TrainingConfig, processes: int) -> int:
@@ -693,10 +719,12 @@ def unplanned(config: Config, sequences: int, layers: int) -> MemoryPlan:
 def step_down(plan: MemoryPlan, sequences: int, compiled: bool) -> MemoryPlan | None:
     """Return the next smaller shape after a run ran out of memory; None if there is no smaller one.
 
-    First a quarter more of the layers are checkpointed. If all are, the micro-batch becomes the next smaller one that
-    divides the sequences. With one sequence the layers' inputs go to main memory, which needs compiled layers. It
+    First no layer keeps its MLP's output any more, then a quarter more of the layers are checkpointed. If all are, the
+    micro-batch becomes the next smaller one that divides the sequences. With one sequence the layers' inputs go to main memory, which needs compiled layers. It
     carries no estimate (parts is empty), since the estimate of the larger shape has just proved wrong.
     """
+    if plan.kept:
+        return dataclasses.replace(plan, parts={}, kept=0)
     more = min(plan.layers, plan.checkpointed + max(1, plan.layers // 4))
     if more > plan.checkpointed:
         return dataclasses.replace(plan, parts={}, checkpointed=more)

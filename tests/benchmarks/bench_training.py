@@ -19,6 +19,7 @@ prints a JSON line; the table comes last. Compare only figures of one call on on
 
 import argparse
 import contextlib
+import dataclasses
 import fcntl
 import itertools
 import json
@@ -265,6 +266,7 @@ def load_ours(case: dict):
     plan = memory_plan.unplanned(config, case["batch"], len(model.get_decoder().layers))
     shape = memory_plan.configured_shape(config)
     planned = memory_plan.plan_memory(shape, config, case["batch"], plan.checkpointed, offload=plan.offload)
+    plan = dataclasses.replace(plan, kept=planned.kept)
     case["planned_gib"] = round(planned.reserved / GIB, 2)
     learner = train_qlora.build_learner(config, model, plan, say, samples)
     if case["attention"] == "mask":

@@ -400,6 +400,31 @@ def test_layers_of_other_families_are_compiled_whole(random_models, kind):
 
 
 @pytest.mark.compiled
+@pytest.mark.parametrize("kind, dtype", [("gemma3", "bfloat16"), ("olmo2", "float32")])
+def test_a_layer_that_keeps_its_mlps_output_repeats_one_product_less_and_changes_no_bit(random_models, kind, dtype):
+    """A norm reads this output. Layers that are not compiled keep nothing and learn the same, too."""
+    found, product = [], F.linear
+    for kept in (0, 1):
+        torch._dynamo.reset()
+        model, clock, loss = prepared(random_models(kind), dtype=dtype, checkpointing=True)
+        fuse(model, clock, 0.05, kernels=False)
+        if kept == 0:
+            uncompiled, _ = gradients(model, clock, loss)
+            model.zero_grad()
+        compile_layers(model, kept)
+        layers = families.decoder_layers(model.get_base_model())
+        assert [layer.keeps_down for layer in layers] == [False, bool(kept)]
+        gradients(model, clock, loss)
+        model.zero_grad()
+        with mock.patch.object(F, "linear", side_effect=product) as products:
+            value, grads = gradients(model, clock, loss)
+        found.append((value, grads, products.call_count))
+    (without, recomputed, all_products), (value, grads, products) = found
+    assert compiled_in_pieces() is None and value == without == pytest.approx(uncompiled, rel=1e-2)
+    assert all_products - products == 1 and all(torch.equal(grads[name], recomputed[name]) for name in recomputed)
+
+
+@pytest.mark.compiled
 def test_a_layer_compiled_in_pieces_is_said(train, monkeypatch, tmp_path):
     """Its results do not change, so only the log can show it."""
     whole, flags = _fused_mlp, ("--max_steps", 1, "--fused_lora", "on", "--compile", "on")
@@ -1036,6 +1061,31 @@ def test_fused_error_on_the_gpu_is_no_larger_than_pefts(random_models, kind, com
 
     worst = sorted(((found - reference[n]).norm() / reference[n].norm(), n) for n, found in fused.items())[-4:]
     assert error(fused) <= allowed(folder) * error(plain), worst
+
+
+@gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["gemma3", "gemma2", "olmo2"])
+def test_a_kept_output_on_the_gpu_is_the_recomputed_one(random_models, kind):
+    """Compiled and in a graph; reshaping changes how many layers keep it."""
+    model, clock, loss = prepared(random_models(kind), dtype="bfloat16", device="cuda", checkpointing=True)
+    fuse(model, clock, 0.05, kernels=True)
+    compile_layers(model, 1)
+    loss.chunk_loss = kernel_chunk_loss
+    trained, found = [parameter for parameter in model.parameters() if parameter.requires_grad], []
+    scaler, parts = torch.amp.GradScaler("cuda", enabled=False), choice.FastPath(True, True, True, True, "")
+    learner = micro_step.Learner(model, trained, loss, clock, scaler, parts, (2, 64))
+    learner.train()
+    ids = torch.randint(0, 4096, (2, 64), generator=torch.Generator().manual_seed(5)).cuda()
+    for kept in (1, 0, 2):
+        learner.reshape(2, 2, False, kept)
+        learner.zero_gradients()
+        value = learner.micro_step(3, torch.tensor([5, 7]), {"input_ids": ids, "labels": ids}).item()
+        found.append((value, {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}))
+    (want, grads), *others = found
+    for value, other in others:
+        print(f"kept or recomputed in {kind}: furthest gradients {furthest(other, grads):.1e} (0 is the same bits)")
+        assert value == pytest.approx(want, rel=1e-5) and furthest(other, grads) < 1e-3
 
 
 @gpu

@@ -15,7 +15,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import train_qlora
 from config import ConfigError, ModelConfig, load_config
-from fast_path import attention, choice, compiled, dropout, experts, micro_step
+from fast_path import attention, choice, compiled, dropout, experts, families, micro_step
 from fast_path.families import expert_parameters
 from fast_path.layers import fuse
 from fast_path.loss import CausalLMLoss
@@ -51,12 +51,12 @@ def linears_of(folder: str) -> list[str]:
     return list(itertools.chain(*model_shape(folder).family.groups))
 
 
-def saved_by_autograd(folder: str, path: str, p: float, layers: int) -> int:
+def saved_by_autograd(folder: str, path: str, p: float, layers: int, checkpointed: bool = False, kept: int = 0) -> int:
     """Return the bytes that the first layers keep for the backward of 2 x 200 tokens, as autograd's hooks see them."""
     model, _ = load_model_and_tokenizer(folder, create_bnb_config())
     model.config.sliding_window = None if getattr(model.config, "sliding_window", None) is None else 4096  # no mask
     lora = create_lora_config(dropout=p, target_modules=linears_of(folder))
-    model = prepare_model_for_training(model, lora, False)
+    model = prepare_model_for_training(model, lora, checkpointed)
     attention.use_causal_attention(model.get_base_model())
     clock = dropout.DropoutClock(42, torch.device("cpu"))
     dropout.use_stateless_dropout(model, p, clock)
@@ -65,7 +65,7 @@ def saved_by_autograd(folder: str, path: str, p: float, layers: int) -> int:
         fuse(model, clock, p, kernels=False)
     if path == COMPILED:
         torch._dynamo.reset()
-        compiled.compile_layers(model)
+        compiled.compile_layers(model, kept)
     model.train()
     loss.decoder.layers = loss.decoder.layers[:layers]
     seen: dict[int, int] = {}
@@ -102,6 +102,50 @@ def test_saved_activations_are_what_autograd_keeps(random_models, monkeypatch, k
     config = settings(lora__dropout=p, lora__target_modules=f"[{', '.join(linears_of(folder))}]")
     planned = memory_plan.saved_bytes(model_shape(folder), config, path)
     assert planned == pytest.approx(found, rel=0.03)
+
+
+@pytest.mark.compiled
+def test_kept_outputs_of_mlps_are_planned_to_the_byte(random_models):
+    """Of two checkpointed layers each keeps its input; the last one, or both, its MLP's output and the adapter's u, too."""
+    folder = str(random_models("gemma3"))
+    none, one, both = (saved_by_autograd(folder, COMPILED, 0.0, 2, True, kept) for kept in range(3))
+    each = 400 * memory_plan.kept_bytes(model_shape(folder), settings())
+    assert one - none == both - one == each == 400 * 2 * (256 + 16)
+
+
+def test_a_quarter_of_checkpointed_layers_keep_their_mlps_output_where_a_norm_reads_it_and_it_fits(random_models):
+    shape = dataclasses.replace(model_shape(str(random_models("gemma3"))), layers=34, hidden=2560)
+    config = settings(data__max_length=512)
+
+    def plan(checkpointed=34, shape=shape, config=config, **rest):
+        return plan_memory(shape, config, 16, checkpointed, **rest)
+
+    none, full = plan(kept=0), plan()
+    assert (none.kept, full.kept, plan(13).kept, plan(3).kept) == (0, 8, 3, 0)
+    assert "8 of these keep their MLP's output" in full.shape and "keep" not in none.shape
+    assert (
+        full.parts["kept outputs of MLPs"] == 8 * 16 * 512 * 2 * (2560 + 16)
+        and "kept outputs of MLPs" not in none.parts
+    )
+    each = (full.total - none.total) / 8
+    for room in (0, 0.5, 1, 3.5, 7.9, 8):
+        limit = none.total + room * each + 2
+        fitted = plan(limit=limit)
+        assert fitted.kept == int(room) and fitted.total <= limit
+    assert plan(limit=none.total - 1).kept == 0
+    ways = [
+        {"path": FUSED},
+        {"path": PLAIN},
+        {"offload": True},
+        {"shape": dataclasses.replace(shape, family=families.UNKNOWN)},
+    ]
+    assert all(plan(**way).kept == 0 for way in ways)
+    assert plan(kept=5).kept == 5 and plan(kept=99).kept == 8
+    again = memory.choose_plan(shape, config, 16, None, 80 * GIB, plan(kept=5).saved())
+    old = {name: value for name, value in plan().saved().items() if name != "kept"}  # of a version that kept none
+    assert again.kept == 5 and memory.choose_plan(shape, config, 16, None, 80 * GIB, old).kept == 0
+    smaller = step_down(full, 16, compiled=True)
+    assert (smaller.kept, smaller.checkpointed, smaller.micro_batch) == (0, 34, 16)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
