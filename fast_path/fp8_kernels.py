@@ -239,6 +239,17 @@ def _row_part(x, row, k, columns, SWIGLU: tl.constexpr):
 
 
 @triton.jit
+def _rounded(x, dtype: tl.constexpr, ROUND: tl.constexpr):
+    """Return fp32 numbers in 16 bit, two per instruction; one per instruction runs at a quarter of the speed."""
+    if dtype == tl.bfloat16 and not ROUND:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=tl.bfloat16, is_pure=True, pack=2
+        )
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
 def _input(
     tile,
     up,
@@ -250,6 +261,7 @@ def _input(
     SWIGLU: tl.constexpr,
     NORM: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    ROUND: tl.constexpr,
 ):
     """Return what a product reads: x, its norm, or SwiGLU of [gate | up], rounded to dtype as `widen_kernel` does."""
     if NORM:
@@ -260,7 +272,7 @@ def _input(
     if SWIGLU:
         gate = tile.to(tl.float32)
         sigmoid, _ = _gate(gate, ACTIVATION)
-        tile = (gate * sigmoid * up.to(tl.float32)).to(dtype)
+        tile = _rounded(gate * sigmoid * up.to(tl.float32), dtype, ROUND)
     return tile
 
 
@@ -294,7 +306,7 @@ def narrow_kernel(
             tile, up = parts[2 * chunk], parts[2 * chunk + 1]
         else:
             tile, up = _row_part(x, row, place, columns, SWIGLU)
-        value = _input(tile, up, norm, place, columns, rms, dtype, SWIGLU, NORM, ACTIVATION)
+        value = _input(tile, up, norm, place, columns, rms, dtype, SWIGLU, NORM, ACTIVATION, ROUND)
         if KEEP:
             kept = value
             if DROPOUT:
@@ -316,7 +328,7 @@ def narrow_kernel(
             value = values[chunk]
         else:
             tile, up = _row_part(x, row, place, columns, SWIGLU)
-            value = _input(tile, up, norm, place, columns, rms, dtype, SWIGLU, NORM, ACTIVATION)
+            value = _input(tile, up, norm, place, columns, rms, dtype, SWIGLU, NORM, ACTIVATION, ROUND)
             if FOLDED:
                 value = value.to(tl.float32) * tl.load(folded + place, mask=place < columns, other=0.0)
         tl.store(narrow + row * columns + place, to_e4m3(value.to(tl.float32) * to_row, ROUND), mask=place < columns)
