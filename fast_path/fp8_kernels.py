@@ -110,7 +110,9 @@ def _unpack_transposed_in_ptx() -> str:
             lines.append(_look_up_in_ptx((f"o{row}", f"o{4 + row}"), f"w{8 * row + word}", name, False))
         for side in range(2):
             o = [f"o{4 * side + row}" for row in range(4)]
-            for i, (pair, order) in enumerate((((0, 1), "0x5140"), ((2, 3), "0x5140"), ((0, 1), "0x7362"), ((2, 3), "0x7362"))):
+            for i, (pair, order) in enumerate(
+                (((0, 1), "0x5140"), ((2, 3), "0x5140"), ((0, 1), "0x7362"), ((2, 3), "0x7362"))
+            ):
                 lines.append(f"prmt.b32 p{i}, {o[pair[0]]}, {o[pair[1]]}, {order};")
             for i in range(4):
                 lines.append(f"prmt.b32 c{i}, p{i // 2 * 2}, p{i // 2 * 2 + 1}, {('0x5410', '0x7632')[i % 2]};")
