@@ -22,6 +22,8 @@ SMALLEST = 1e-30  # the least amax: rows of zeros, such as the gradients of padd
 EXACT = False
 UNPACK_ROWS = {False: 32, True: 128}  # per program; transposed, so that a line of memory is written whole
 UNPACK_WARPS = {False: 2, True: 4}
+RUN = 64  # weights that a thread unpacks at once, where blocks are multiples of it
+RUN_WARPS, TRANSPOSED_WARPS = 4, 4
 # Tiles of `product_kernel`: rows, outputs, products that are summed at once, warps, stages, descriptors, groups.
 HOPPER = (128, 128, 128, 4, 3, False, 8)
 HOPPER_WIDE = (128, 128, 128, 4, 3, True, 32)  # with at least WIDE times as many outputs as products per output
@@ -109,6 +111,19 @@ def unpack(weight: Packed, transposed: bool, kernels: bool) -> torch.Tensor:
     )  # in the memory that evaluations unpack into
     absmax, *second = weight.constants
     second = second or [absmax] * 3
+    if SHUFFLE and weight.blocksizes[0] % RUN == 0 and weight.codes.data_ptr() % 16 == 0:
+        runs, per_block = columns // RUN, weight.blocksizes[0] // RUN
+        arguments = weight.codes.view(torch.int32), absmax, *second, weight.lut, scales, out
+        how = {"NESTED": nested, "RUNS": per_block, "BLOCKSIZE2": weight.blocksizes[1], "ROW_RUNS": runs}
+        if transposed:
+            fp8_kernels.unpack_e4m3_transposed_kernel[(triton.cdiv(rows, 128), triton.cdiv(runs, TRANSPOSED_WARPS))](
+                *arguments, rows, **how, WARPS=TRANSPOSED_WARPS, num_warps=TRANSPOSED_WARPS
+            )
+        else:
+            fp8_kernels.unpack_e4m3_kernel[(triton.cdiv(rows * runs, 32 * RUN_WARPS),)](
+                *arguments, rows * runs, **how, THREADS=32 * RUN_WARPS, num_warps=RUN_WARPS
+            )
+        return out
     tile, row_blocks = UNPACK_ROWS[transposed], columns // weight.blocksizes[0]
     fp8_kernels.dequantize_e4m3_kernel[(triton.cdiv(rows, tile), row_blocks)](
         weight.codes.view(torch.int32), absmax, *second, weight.lut, scales, out, rows, NESTED=nested,

@@ -375,6 +375,12 @@ def test_kernels_compile_within_the_shared_memory_of_each_card(capability):
             capability, fp8_kernels.dequantize_e4m3_kernel, weights, constants, fp8.UNPACK_WARPS[transposed]
         )
         assert "cvt.rn.satfinite.e4m3x2.f32" in unpack  # two numbers per instruction, saturated
+        kernel = fp8_kernels.unpack_e4m3_transposed_kernel if transposed else fp8_kernels.unpack_e4m3_kernel
+        constants = {"NESTED": True, "RUNS": 1, "BLOCKSIZE2": 256, "ROW_RUNS": 172}
+        constants |= {"WARPS": fp8.TRANSPOSED_WARPS} if transposed else {"THREADS": 32 * fp8.RUN_WARPS}
+        warps = fp8.TRANSPOSED_WARPS if transposed else fp8.RUN_WARPS
+        unpack = compile_for(capability, kernel, weights, constants, warps)
+        assert unpack.count("prmt.b32") >= 48 and ".local" not in unpack
     pointers = {"x": HALF, "narrow": eighth, "read": HALF, "norm": HALF, **MASKS, "smallest": "fp32"}
     pointers |= dict.fromkeys(("inverse_rms", "scales", "folded"), SINGLE)
     for swiglu, norm, folded, columns in (
