@@ -106,9 +106,10 @@ def test_saved_activations_are_what_autograd_keeps(random_models, monkeypatch, k
 
 @pytest.mark.compiled
 def test_kept_outputs_of_mlps_are_planned_to_the_byte(random_models):
-    """Of two checkpointed layers each keeps its input; the last one, or both, its MLP's output and the adapter's u, too."""
-    folder = str(random_models("gemma3"))
+    """Each checkpointed layer keeps its input and a number per norm; of two the last one, or both, its MLP's output and u."""
+    folder = str(random_models("olmo2"))
     none, one, both = (saved_by_autograd(folder, COMPILED, 0.0, 2, True, kept) for kept in range(3))
+    assert none - saved_by_autograd(folder, COMPILED, 0.0, 1, True) == 400 * (2 * 256 + 4 * 4)
     each = 400 * memory_plan.kept_bytes(model_shape(folder), settings())
     assert one - none == both - one == each == 400 * 2 * (256 + 16)
 
