@@ -156,12 +156,12 @@ CODES = tl.constexpr(
 CODES_FORM = tl.constexpr(",".join(["=r"] * 16 + ["l"] * 4))
 TABLE_BYTES = tl.constexpr(256 * 32 * 4)
 TABLES_BYTES = tl.constexpr(256 * 33 * 4)
-# Behind the tables a program keeps sums: room for 30 tiles of gate and up, as much as ptxas allows, or for 12 where two
-# programs would not fit into a multiprocessor's shared memory otherwise.
-MUCH_ROOM, LITTLE_ROOM = 30 * 512, 12 * 512
+# Behind the tables a program keeps sums: room for 12 tiles of gate and up. Triton's own shared memory, up to 8 KiB, comes on top,
+# and CUDA launches no program with more than 48 KiB in all unless it is asked to.
+ROOM = 12 * 512
 
 
-def _fill_in_ptx(room: int) -> str:
+def _fill_in_ptx(room: int = ROOM) -> str:
     """Return PTX that fills the table of pairs of levels, 32 times each, and behind it that of constants; $0: its place.
 
     $1: the thread, of 256; $2, $3: its pair and its constant; room: bytes behind the tables.
@@ -177,11 +177,11 @@ def _fill_in_ptx(room: int) -> str:
     return "{\n" + "\n".join(lines) + "\n}"
 
 
-FILL_MUCH, FILL_LITTLE = tl.constexpr(_fill_in_ptx(MUCH_ROOM)), tl.constexpr(_fill_in_ptx(LITTLE_ROOM))
+FILL = tl.constexpr(_fill_in_ptx())
 
 
 @triton.jit
-def _tables(pairs, code2, thread, NESTED: tl.constexpr, MUCH: tl.constexpr, COMPILED: tl.constexpr):
+def _tables(pairs, code2, thread, NESTED: tl.constexpr, COMPILED: tl.constexpr):
     """Write the tables into shared memory and return their place: a pair of levels for each byte, and the constants' codes.
 
     Each of the 32 threads of a warp reads a copy of its own, so that no two ever wait for the same memory bank.
@@ -191,7 +191,7 @@ def _tables(pairs, code2, thread, NESTED: tl.constexpr, MUCH: tl.constexpr, COMP
         tl.static_assert(thread.shape[0] == 256)
         constant = tl.load(code2 + thread) if NESTED else thread.to(tl.float32)
         base = tl.inline_asm_elementwise(
-            FILL_MUCH if MUCH else FILL_LITTLE,
+            FILL,
             "=&r,r,r,f",
             [thread, tl.load(pairs + thread), constant],
             tl.int32,
@@ -645,7 +645,7 @@ def linear_kernel(
     OUTPUTS: tl.constexpr, RANK: tl.constexpr, ADAPTERS: tl.constexpr, TAKE: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK: tl.constexpr, PARTS: tl.constexpr, BIAS: tl.constexpr, NESTED: tl.constexpr,
     BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr, WARPS: tl.constexpr, TILES: tl.constexpr, ROUND: tl.constexpr,
-    MUCH: tl.constexpr, SHUFFLE: tl.constexpr, HALF: tl.constexpr, TURING: tl.constexpr, OVERLAP: tl.constexpr,
+    SHUFFLE: tl.constexpr, HALF: tl.constexpr, TURING: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Compute up to three 4-bit linears with their adapters on the x of one sequence, in one launch.
 
@@ -709,7 +709,7 @@ def linear_kernel(
         _fetch_rows(B0, begin * 8, tl.minimum(mine * 8, rows0 - begin * 8), rank0, thread, SHUFFLE)
         if SWIGLU:
             _fetch_rows(B1, begin * 8, tl.minimum(mine * 8, rows1 - begin * 8), rank1, thread, SHUFFLE)
-    tables = _tables(pairs, code2, thread, NESTED, MUCH, SHUFFLE)
+    tables = _tables(pairs, code2, thread, NESTED, SHUFFLE)
     wait_for_earlier_kernels(OVERLAP)
     if ADAPTERS == 0:
         tl.store(count_before, 0, mask=program == 0)

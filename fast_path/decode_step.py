@@ -64,7 +64,6 @@ RUN = 64  # weights of a row that a thread processes at a time; they share one q
 SLICE = 4 * RUN  # weights of a row that a warp processes at a time; of gate and of up one, otherwise two
 TILE = 8  # outputs
 CHUNK = 2048  # inputs per program of u = A x in down_proj
-ROOMY = 120 * 2**10  # bytes of shared memory that two programs of a product with much room for sums need
 ADAPTERS = 48  # warps per launch that compute u = A x; more only where each program would have over TAKE rows of A
 TAKE = 8
 BATCH_CHUNK = 256  # CHUNK for a batch, where a program takes all rows of A and all sequences
@@ -231,8 +230,6 @@ class SingleLinears(Linears):
         super().__init__(*arguments, **keywords)
         self.pairs = level_pairs(self.members[0].lut, self.x.dtype)
         self.turing = self.x.is_cuda and torch.cuda.get_device_capability(self.x.device) < (8, 0)
-        gpu = self.x.is_cuda and torch.cuda.get_device_properties(self.x.device)
-        self.much = getattr(gpu, "shared_memory_per_multiprocessor", 0) >= ROOMY
         # The interpreter's programs keep their sums here, others in shared memory.
         self.sums = torch.empty(
             2 * TILE * LAYOUT.warps * self.division()[2] if INTERPRETED else 1, device=self.x.device
@@ -271,7 +268,7 @@ class SingleLinears(Linears):
         programs = self.programs_of(tiles)
         if self.mode != "stack":
             programs = max(programs, min(room, self.programs_of(1) // least))
-        most = (decode_products.MUCH_ROOM if self.much else decode_products.LITTLE_ROOM) // (64 * LAYOUT.warps)
+        most = decode_products.ROOM // (64 * LAYOUT.warps)
         rounds = triton.cdiv(tiles, most if self.mode == "swiglu" else 2 * most)
         return programs, tiles, triton.cdiv(tiles, rounds)
 
@@ -286,9 +283,7 @@ class SingleLinears(Linears):
         adapters = self.adapters(warps, ADAPTERS)
         apart = adapters["ADAPTERS"] if some and not short else 0
         registers = {} if INTERPRETED else {"maxnreg": 65536 // (32 * warps * LAYOUT.resident) // 8 * 8}
-        options = dict(
-            TILES=tiles, ROUND=at_once, MUCH=self.much, WARPS=warps, num_warps=warps, num_stages=1, **registers
-        )
+        options = dict(TILES=tiles, ROUND=at_once, WARPS=warps, num_warps=warps, num_stages=1, **registers)
         return apart + programs, some and short, adapters | options | {"ADAPTERS": apart}
 
     def __call__(

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -182,7 +183,7 @@ def use_few_programs() -> decode_step.Layout:
     layout = decode_step.LAYOUT
     # Programs that take several tiles, some of them in two rounds; adapters of q, k and v in three programs.
     layout.warps, layout.resident, layout.programs, decode_step.ADAPTERS = 16, 2, 1, 4
-    decode_products.LITTLE_ROOM = 16 * 1024  # where nothing limits it, for fewer rounds
+    decode_products.ROOM = 16 * 1024  # where nothing limits it, for fewer rounds
     layout.tile, layout.swiglu_tile = Tile(128, 16, 2), Tile(256, 32, 2)
     layout.batch_programs = 8  # of products that add up, and products of several steps
     return layout
@@ -414,7 +415,10 @@ def attention(capability: int, splits: int, m: int, parts: int, half: int = 64) 
 
 def check_compiled(capability: int, done: list) -> None:
     for kernel in done:
-        assert kernel.metadata.shared <= SHARED_LIMIT[capability]
+        own = sum(
+            map(int, re.findall(r"\.shared .*\[(\d+)\]", kernel.asm["ptx"]))
+        )  # what the kernel's PTX itself declares
+        assert own + kernel.metadata.shared <= (48 * 1024 if own else SHARED_LIMIT[capability])
         assert f"sm_{capability}" in kernel.asm["ptx"]
         assert ("griddepcontrol.wait" in kernel.asm["ptx"]) == (capability >= 90)
 
@@ -426,7 +430,6 @@ def test_kernels_compile_within_the_shared_memory_of_each_card(capability):
     from fast_path import decode_kernels as kernels
 
     every = packed(capability) | {"OUTPUTS": 11008, "WARPS": 8, "TURING": False}
-    every["MUCH"] = SHARED_LIMIT[capability] > 128 * 1024
     narrow, wide = every | {"K": 2048}, every | {"K": 11008, "TILES": 1, "ROUND": 1}
     rounds = {"TILES": 29, "ROUND": 10}
     linear, half, single = decode_products.linear_kernel, "*bf16", "*fp32"
