@@ -23,7 +23,8 @@ EXACT = False
 UNPACK_ROWS = {False: 32, True: 128}  # per program; transposed, so that a line of memory is written whole
 UNPACK_WARPS = {False: 2, True: 4}
 RUN = 64  # weights that a thread unpacks at once, where blocks are multiples of it
-RUN_WARPS, TRANSPOSED_WARPS = 4, 4
+RUN_WARPS = 4
+TRANSPOSED_RUNS = 4  # of a program; 2 halves it
 # Tiles of `product_kernel`: rows, outputs, products that are summed at once, warps, stages, descriptors, groups.
 HOPPER = (128, 128, 128, 4, 3, False, 8)
 HOPPER_WIDE = (128, 128, 128, 4, 3, True, 32)  # with at least WIDE times as many outputs as products per output
@@ -116,8 +117,10 @@ def unpack(weight: Packed, transposed: bool, kernels: bool) -> torch.Tensor:
         arguments = weight.codes.view(torch.int32), absmax, *second, weight.lut, scales, out
         how = {"NESTED": nested, "RUNS": per_block, "BLOCKSIZE2": weight.blocksizes[1], "ROW_RUNS": runs}
         if transposed:
-            fp8_kernels.unpack_e4m3_transposed_kernel[(triton.cdiv(rows, 128), triton.cdiv(runs, TRANSPOSED_WARPS))](
-                *arguments, rows, **how, WARPS=TRANSPOSED_WARPS, num_warps=TRANSPOSED_WARPS
+            width = TRANSPOSED_RUNS
+            how |= {"WIDTH": width, "PTX": fp8_kernels.unpack_transposed_in_ptx(width, rows)}
+            fp8_kernels.unpack_e4m3_transposed_kernel[(triton.cdiv(rows, 128), triton.cdiv(runs, width))](
+                *arguments, rows, **how, num_warps=2 * width
             )
         else:
             fp8_kernels.unpack_e4m3_kernel[(triton.cdiv(rows * runs, 32 * RUN_WARPS),)](

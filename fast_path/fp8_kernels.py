@@ -3,6 +3,8 @@
 Where they cannot run, the torch calls beside their launches compute the same numbers.
 """
 
+import functools
+
 from fast_path.nf4 import lane_level, levels, tl, triton
 from fast_path.training_kernels import _gate, _keep, _key
 
@@ -58,7 +60,7 @@ def _look_up_in_ptx(out: tuple[str, str], word: str, table: str, swapped: bool) 
         lines.append(f"shr.u32 half, {word}, 5; shl.b32 other, {word}, 3; and.b32 half, half, 0x04040404;")
         lines.append("or.b32 half, half, 0x23012301; and.b32 other, other, 0x40404040; or.b32 half, half, other;")
     else:
-        lines.append(f"shr.u32 half, {word}, 1; and.b32 half, half, 0x44444444; or.b32 half, half, 0x32103210;")
+        lines.append(f"shr.u32 half, {word}, 1; lop3.b32 half, half, 0x44444444, 0x32103210, 0xEA;")
     lines.append("shr.u32 other, half, 16;")
     for target, code, which in ((out[0], "low7", "half"), (out[1], "high7", "other")):
         lines.append(f"prmt.b32 below, {table}0, {table}1, {code}; prmt.b32 above, {table}2, {table}3, {code};")
@@ -90,40 +92,52 @@ def _unpack_in_ptx() -> str:
     return "{\n" + "\n".join(lines) + "\nmov.b32 $0, 0;\n}"
 
 
-def _unpack_transposed_in_ptx() -> str:
-    """Return PTX by which a thread unpacks 64 weights of each of four rows and writes them transposed; $0: nothing.
+@functools.cache
+def unpack_transposed_in_ptx(runs: int, rows: int) -> str:
+    """Return PTX by which a block unpacks `runs` runs of 64 weights of each of 128 rows, transposed; $0: nothing.
 
-    $1 to $4: the rows' constants; $5: the levels; $6 to $9: the rows' codes; $10: the place of the first weight in the result;
-    $11: how far apart columns are there; $12: 0 if the thread is beyond the rows. A warp writes 128 bytes of a column at a time.
+    rows: how far apart columns are in the result; as a number in the text it costs no instruction for addresses.
+
+    A thread builds the tables of two rows, $1 and $2 being their constants, reads 16 bytes of four rows, and puts all of it
+    into shared memory. Then it takes 32 weights of each of four rows, so that a warp writes 128 bytes of a column at a time.
+    $3: the levels; $4 to $7: the rows' codes; $8, $9: where they go in shared memory and whence they are read; $10: where the
+    tables go; $11, $12: whence those of the first and the last two rows are read; $13: the place of the first weight in the
+    result; $14: 0 if the thread is beyond the weights.
     """
-    lines = [_REGISTERS, ".reg .b32 t<16>, w<32>, o<8>, p<4>, c<4>; .reg .b64 place; setp.ne.s32 inside, $12, 0;"]
-    lines.append(_TABLE.format(lut="$5"))
-    for row in range(4):
-        for i in range(2):
-            words = ", ".join(f"w{8 * row + 4 * i + j}" for j in range(4))
-            lines.append(f"ld.global.v4.b32 {{{words}}}, [${6 + row} + {16 * i}];")
-    names = [f"t{row}_" for row in range(4)]
-    lines[1] += " .reg .b32 " + ", ".join(f"{name}{i}" for name in names for i in range(4)) + ";"
-    lines += [_table_in_ptx(name, f"${1 + row}") for row, name in enumerate(names)]
-    for word in range(8):
-        for row, name in enumerate(names):
-            lines.append(_look_up_in_ptx((f"o{row}", f"o{4 + row}"), f"w{8 * row + word}", name, False))
+    # Bytes: of 32 rows' codes, of all codes, of 32 rows' tables.
+    row, tables, pair = 1024 * runs, 4096 * runs, 512 * runs
+    lines = [_REGISTERS, ".reg .b32 w<16>, o<8>, p<4>, c<4>, base, at; setp.ne.s32 inside, $14, 0;"]
+    names = [f"t{i}_" for i in range(4)]
+    lines.append(".reg .b32 " + ", ".join(f"{name}{i}" for name in names for i in range(4)) + ";")
+    lines.append(f".shared .align 16 .b8 kept[{tables + 2048 * runs}]; mov.u32 base, kept;")
+    words = ["{" + ", ".join(f"w{4 * i + j}" for j in range(4)) + "}" for i in range(4)]
+    table = ["{" + ", ".join(f"{name}{j}" for j in range(4)) + "}" for name in names]
+    lines += [f"ld.global.v4.b32 {words[i]}, [${4 + i}];" for i in range(4)]
+    lines += [_TABLE.format(lut="$3"), _table_in_ptx(names[0], "$1"), _table_in_ptx(names[1], "$2")]
+    lines.append("add.u32 at, base, $10;")
+    lines += [f"st.shared.v4.b32 [at + {tables + i * pair}], {table[i]};" for i in range(2)]
+    lines.append("add.u32 at, base, $8;")
+    lines += [f"st.shared.v4.b32 [at + {i * row}], {words[i]};" for i in range(4)]
+    lines.append("bar.sync 0; add.u32 at, base, $9;")
+    lines += [f"ld.shared.v4.b32 {words[i]}, [at + {i * row}];" for i in range(4)]
+    for i in range(4):
+        lines.append(f"add.u32 at, base, ${11 + i // 2}; ld.shared.v4.b32 {table[i]}, [at + {tables + i % 2 * pair}];")
+    for word in range(4):
+        for i, name in enumerate(names):
+            lines.append(_look_up_in_ptx((f"o{i}", f"o{4 + i}"), f"w{4 * i + word}", name, False))
         for side in range(2):
-            o = [f"o{4 * side + row}" for row in range(4)]
-            for i, (pair, order) in enumerate(
-                (((0, 1), "0x5140"), ((2, 3), "0x5140"), ((0, 1), "0x7362"), ((2, 3), "0x7362"))
-            ):
-                lines.append(f"prmt.b32 p{i}, {o[pair[0]]}, {o[pair[1]]}, {order};")
+            o = [f"o{4 * side + i}" for i in range(4)]
+            for i, order in enumerate(("0x5140", "0x5140", "0x7362", "0x7362")):
+                lines.append(f"prmt.b32 p{i}, {o[i % 2 * 2]}, {o[i % 2 * 2 + 1]}, {order};")
             for i in range(4):
                 lines.append(f"prmt.b32 c{i}, p{i // 2 * 2}, p{i // 2 * 2 + 1}, {('0x5410', '0x7632')[i % 2]};")
                 column = 8 * word + 4 * side + (i ^ 1)
-                lines.append(f"mad.wide.u32 place, $11, {column}, $10; @inside st.global.b32 [place], c{i};")
+                lines.append(f"@inside st.global.b32 [$13 + {column * rows}], c{i};")
     return "{\n" + "\n".join(lines) + "\nmov.b32 $0, 0;\n}"
 
 
 UNPACK, UNPACK_FORM = tl.constexpr(_unpack_in_ptx()), tl.constexpr("=r,f,l,l,l,r")
-UNPACK_TRANSPOSED = tl.constexpr(_unpack_transposed_in_ptx())
-UNPACK_TRANSPOSED_FORM = tl.constexpr("=r,f,f,f,f,l,l,l,l,l,l,r,r")
+UNPACK_TRANSPOSED_FORM = tl.constexpr("=r,f,f,l,l,l,l,l,r,r,r,r,r,l,r")
 
 
 @triton.jit
@@ -136,7 +150,10 @@ def _constant(absmax, absmax2, offset, code2, scales, block, row, NESTED: tl.con
         constant += tl.load(offset + second)
     else:
         constant = tl.load(absmax + block)
-    return constant * tl.div_rn(1.0, tl.load(scales + row))
+    reciprocal = tl.inline_asm_elementwise(  # the bits of a division, in fewer instructions
+        "rcp.rn.f32 $0, $1;", "=f,f", [tl.load(scales + row)], dtype=tl.float32, is_pure=True, pack=1
+    )
+    return constant * reciprocal
 
 
 @triton.jit
@@ -165,33 +182,44 @@ def unpack_e4m3_kernel(
 @triton.jit
 def unpack_e4m3_transposed_kernel(
     packed, absmax, absmax2, offset, code2, lut, scales, out, rows, NESTED: tl.constexpr, RUNS: tl.constexpr,
-    BLOCKSIZE2: tl.constexpr, ROW_RUNS: tl.constexpr, WARPS: tl.constexpr,
+    BLOCKSIZE2: tl.constexpr, ROW_RUNS: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """Write W / scales in e4m3, [columns, rows], as `dequantize_e4m3_kernel` does. Each warp takes 128 rows of 64 columns.
+    """Write W / scales in e4m3, [columns, rows], as `dequantize_e4m3_kernel` does, with 2 * WIDTH warps and
+    PTX from `unpack_transposed_in_ptx`.
 
-    Grid: dimension 0 takes 128 rows, dimension 1 WARPS runs of 64 columns, one for each warp.
+    Grid: dimension 0 takes 128 rows, dimension 1 WIDTH (2 or 4) runs of 64 columns. Codes and tables are exchanged in shared
+    memory, because rows lie far apart: without it each lane of a load touched a line of its own, which was the limit.
     """
-    thread = tl.arange(0, WARPS * 32)
-    row = tl.program_id(0) * 128 + thread % 32 * 4
-    inside = row < rows
-    row = tl.minimum(row, rows - 4)
-    column = tl.program_id(1) * WARPS + thread // 32
-    inside = inside & (column < ROW_RUNS)
-    column = tl.minimum(column, ROW_RUNS - 1)
-    run = row * ROW_RUNS + column
-    block: tl.constexpr = ROW_RUNS // RUNS
-    first = row * block + column // RUNS
-    c0 = _constant(absmax, absmax2, offset, code2, scales, first, row, NESTED, BLOCKSIZE2)
-    c1 = _constant(absmax, absmax2, offset, code2, scales, first + block, row + 1, NESTED, BLOCKSIZE2)
-    c2 = _constant(absmax, absmax2, offset, code2, scales, first + 2 * block, row + 2, NESTED, BLOCKSIZE2)
-    c3 = _constant(absmax, absmax2, offset, code2, scales, first + 3 * block, row + 3, NESTED, BLOCKSIZE2)
-    codes = packed + run.to(tl.int64) * 8
-    place = (out + column.to(tl.int64) * 64 * rows + row).to(tl.int64)
+    HALVES: tl.constexpr = 2 * WIDTH  # of runs: 32 weights or 16 bytes
+    SPREAD: tl.constexpr = 4 // WIDTH
+    thread = tl.arange(0, 32 * HALVES)
+    row, run = tl.program_id(0) * 128, tl.program_id(1) * WIDTH
+    # The places in shared memory are permuted, so that the eight lanes of each access use all banks.
+    quad, half = thread // HALVES, thread % HALVES
+    put = (quad * HALVES + (half ^ (quad // SPREAD % HALVES))) * 16
+    first = tl.minimum(row + 4 * quad, rows - 4).to(tl.int64)
+    codes = packed + (first * ROW_RUNS + tl.minimum(run + half // 2, ROW_RUNS - 1)) * 8 + half % 2 * 4
+
+    own_run, two = thread % WIDTH, thread // WIDTH
+    put_table = ((two % 2 * 2 * WIDTH + own_run) * 32 + (two // 2 ^ (own_run * SPREAD + two % 2 * 4))) * 16
+    own = tl.minimum(row + 2 * two, rows - 2)
+    blocks: tl.constexpr = ROW_RUNS // RUNS
+    block = own * blocks + tl.minimum(run + own_run, ROW_RUNS - 1) // RUNS
+    constant = _constant(absmax, absmax2, offset, code2, scales, block, own, NESTED, BLOCKSIZE2)
+    other = _constant(absmax, absmax2, offset, code2, scales, block + blocks, own + 1, NESTED, BLOCKSIZE2)
+
+    lane, warp = thread % 32, thread // 32
+    get = (lane * HALVES + (warp ^ (lane // SPREAD % HALVES))) * 16
+    which = warp // 2
+    get_first = (which * 32 + (lane ^ which * SPREAD)) * 16
+    get_last = ((2 * WIDTH + which) * 32 + (lane ^ (which * SPREAD + 4))) * 16
+    inside = (row + 4 * lane < rows) & (run + which < ROW_RUNS)
+    place = (out + (run * 64 + warp * 32).to(tl.int64) * rows + row + 4 * lane).to(tl.int64)
     tl.inline_asm_elementwise(
-        UNPACK_TRANSPOSED, UNPACK_TRANSPOSED_FORM, [
-            c0, c1, c2, c3, lut.to(tl.int64), codes.to(tl.int64), (codes + ROW_RUNS * 8).to(tl.int64),
-            (codes + 2 * ROW_RUNS * 8).to(tl.int64), (codes + 3 * ROW_RUNS * 8).to(tl.int64), place, rows,
-            inside.to(tl.int32),
+        PTX, UNPACK_TRANSPOSED_FORM, [
+            constant, other, lut.to(tl.int64), codes.to(tl.int64), (codes + ROW_RUNS * 8).to(tl.int64),
+            (codes + 2 * ROW_RUNS * 8).to(tl.int64), (codes + 3 * ROW_RUNS * 8).to(tl.int64), put, get, put_table,
+            get_first, get_last, place, inside.to(tl.int32),
         ], tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 

@@ -27,6 +27,7 @@ MOST_WIDEN_COLUMNS = 32
 # The pass that quantises takes a row per program, a chunk of it at a time: 8 columns, 16 bytes, per thread. It holds this
 # many chunks in registers, enough for 28,672 columns; longer rows are read twice.
 MOST_HELD = 14
+WIDEST_NARROW = 16384  # columns up to which SwiGLU's rows take 16 warps, whose threads have 128 registers
 # With at most this number of adapter columns an own kernel computes u from what that pass read; else cuBLAS does.
 MOST_THIN_COLUMNS = 64
 WIDEN_BACKWARD = Launch(block_m=64, block_k=64, warps=4)
@@ -60,8 +61,10 @@ def swiglu_launch(columns: int) -> Launch:
     return Launch(block_m=16, block_k=32, warps=8)
 
 
-def narrow_launch(columns: int) -> Launch:
+def narrow_launch(columns: int, swiglu: bool = False) -> Launch:
     """Return the layout of the pass that quantises: one row per program, and a chunk of it at a time."""
+    if swiglu and 8192 < columns <= WIDEST_NARROW:
+        return Launch(block_m=1, block_k=4096, warps=16)
     warps = 4 if columns <= 4096 else 8
     return Launch(block_m=1, block_k=256 * warps, warps=warps)
 
@@ -254,7 +257,7 @@ def narrow(
     rows, p = len(x), masks.p if extra else 0.0
     scales, x8 = x.new_empty(rows, dtype=torch.float32), torch.empty(rows, columns, dtype=fp8.E4M3, device=x.device)
     keep = extra > 0 and (swiglu or norm is not None or p > 0)
-    read, launch = x.new_empty(rows, columns) if keep else x, narrow_launch(columns)
+    read, launch = x.new_empty(rows, columns) if keep else x, narrow_launch(columns, swiglu)
     chunks = triton.cdiv(columns, launch.block_k)
     fp8_kernels.narrow_kernel[(rows,)](
         x, x8, scales, read, *(norm or (x, x)), scales if folded is None else folded, masks.step, masks.sequences,

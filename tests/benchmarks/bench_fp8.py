@@ -185,7 +185,7 @@ def tiles(rows: int) -> None:
             arguments = grad, own.t(), fused_linear.no_masks(grad), 1.0, False, True
             how = {"folded": weight.row_scales}
         launch = nf4.Launch(*layout)
-        with mock.patch.object(fused_linear, "narrow_launch", lambda _, own=launch: own):
+        with mock.patch.object(fused_linear, "narrow_launch", lambda *_, own=launch: own):
             spent[layout] += timed(
                 f"narrow of {name} {layout}", functools.partial(fused_linear.narrow, **how), *arguments
             )

@@ -293,8 +293,9 @@ def check_fp8_kernels(device: str, dtype: torch.dtype, tolerance: float) -> None
     """Compare each kernel with the torch calls, with sizes that no tile divides; numbers in e4m3 must be the same."""
     for quant_type, double in (("nf4", True), ("nf4", False), ("fp4", True)):
         weight = scaled(packed_weights((64, 48), 192, quant_type, double, device, dtype))
-        for transposed in (False, True):
-            found, want = (fp8.unpack(weight, transposed, kernels) for kernels in (True, False))
+        for transposed, width in ((False, 4), (True, 2), (True, 4)):
+            with mock.patch.object(fp8, "TRANSPOSED_RUNS", width):
+                found, want = (fp8.unpack(weight, transposed, kernels) for kernels in (True, False))
             assert torch.equal(found.float(), want.float()), (quant_type, double, transposed)
     x = some_numbers(device)[:, :240].to(dtype)
     none = Masks(x, x, x, len(x), 0.0)
@@ -323,7 +324,7 @@ def check_narrow(device: str, dtype: torch.dtype, tolerance: float) -> None:
         kinds = [(None, "silu"), (None, "gelu_pytorch_tanh")] if swiglu else [(n, "silu") for n in (None, norm, once)]
         for (norm, activation), (held, block, most) in zip(kinds, ways, strict=False):
             launch = fused_linear.Launch(block_m=1, block_k=block, warps=4)
-            own = {"MOST_HELD": held, "MOST_THIN_COLUMNS": most, "narrow_launch": lambda _, own=launch: own}
+            own = {"MOST_HELD": held, "MOST_THIN_COLUMNS": most, "narrow_launch": lambda *_, own=launch: own}
             with mock.patch.multiple(fused_linear, **own):
                 found = fused_linear.narrow(x, A, masks, 0.5, swiglu, True, norm, activation)
             want = fused_linear.narrow(x, A, masks, 0.5, swiglu, False, norm, activation)
@@ -377,19 +378,22 @@ def test_kernels_compile_within_the_shared_memory_of_each_card(capability):
         assert "cvt.rn.satfinite.e4m3x2.f32" in unpack  # two numbers per instruction, saturated
         kernel = fp8_kernels.unpack_e4m3_transposed_kernel if transposed else fp8_kernels.unpack_e4m3_kernel
         constants = {"NESTED": True, "RUNS": 1, "BLOCKSIZE2": 256, "ROW_RUNS": 172}
-        constants |= {"WARPS": fp8.TRANSPOSED_WARPS} if transposed else {"THREADS": 32 * fp8.RUN_WARPS}
-        warps = fp8.TRANSPOSED_WARPS if transposed else fp8.RUN_WARPS
+        runs = fp8.TRANSPOSED_RUNS
+        own = {"WIDTH": runs, "PTX": fp8_kernels.unpack_transposed_in_ptx(runs, 22016)}
+        constants |= own if transposed else {"THREADS": 32 * fp8.RUN_WARPS}
+        warps = 2 * runs if transposed else fp8.RUN_WARPS
         unpack = compile_for(capability, kernel, weights, constants, warps)
         assert unpack.count("prmt.b32") >= 48 and ".local" not in unpack
     pointers = {"x": HALF, "narrow": eighth, "read": HALF, "norm": HALF, **MASKS, "smallest": "fp32"}
     pointers |= dict.fromkeys(("inverse_rms", "scales", "folded"), SINGLE)
     for swiglu, norm, folded, columns in (
         (True, False, False, 11008),
+        (True, False, False, 16384),
         (False, True, False, 2048),
         (False, False, True, 22016),
     ):
         how = {"SWIGLU": swiglu, "NORM": norm, "FOLDED": folded, "ACTIVATION": "silu", "DROPOUT": not folded}
-        launch = fused_linear.narrow_launch(columns)
+        launch = fused_linear.narrow_launch(columns, swiglu)
         how |= {"KEEP": not folded, "BLOCK": launch.block_k, "CHUNKS": -(-columns // launch.block_k), "ROUND": False}
         narrow = compile_for(capability, fp8_kernels.narrow_kernel, pointers, how | {"HELD": True}, launch.warps)
         assert "cvt.rn.satfinite.e4m3x2.f32" in narrow and ".local" not in narrow
