@@ -118,9 +118,9 @@ def unpack(weight: Packed, transposed: bool, kernels: bool) -> torch.Tensor:
         how = {"NESTED": nested, "RUNS": per_block, "BLOCKSIZE2": weight.blocksizes[1], "ROW_RUNS": runs}
         if transposed:
             width = TRANSPOSED_RUNS
-            how |= {"WIDTH": width, "PTX": fp8_kernels.unpack_transposed_in_ptx(width, rows)}
+            text = fp8_kernels.unpack_transposed_in_ptx(width, rows)
             fp8_kernels.unpack_e4m3_transposed_kernel[(triton.cdiv(rows, 128), triton.cdiv(runs, width))](
-                *arguments, rows, **how, num_warps=2 * width
+                *arguments, rows, **how, WIDTH=width, PTX=text, num_warps=2 * width
             )
         else:
             fp8_kernels.unpack_e4m3_kernel[(triton.cdiv(rows * runs, 32 * RUN_WARPS),)](
