@@ -51,10 +51,10 @@ SLACK_BYTES, SLACK_SHARE = int(0.26 * GIB), 0.045  # constant, and as a share of
 # The constant of a captured step, before which what the warm-ups need is returned. How much less it reserves since was not
 # measured: with this value the plan is what was measured before.
 GRAPH_SLACK_BYTES = int(0.18 * GIB)
-# The same where weights are unpacked in pieces: such runs had more in reserve (docs/measurements.md). Logits need no more than
-# a piece, so the memory that they share does not move to a larger place; of the workspaces the graph's stream alone has one;
-# and the states of small tensors, which the plan counts, are paged with the others (OneUpdate).
-PIECES_SLACK_BYTES = int(0.115 * GIB)
+# The same where weights are unpacked in pieces: fitted to the one such run that was measured, Llama-3.1-8B's shape on an H200
+# (docs/measurements.md). Logits need no more than a piece, so the memory that they share does not move to a larger place; of
+# the workspaces the graph's stream alone has one; and the states of small tensors, which the plan counts, are paged.
+PIECES_SLACK_BYTES = int(0.145 * GIB)
 
 UNPAGED = 100_000  # weights of a tensor below which bitsandbytes does not page its states (Optimizer.get_state_buffer)
 # What NCCL keeps of a card for its buffers, outside of torch's allocator: a guess for cards without NVLink. Two H200, whose
