@@ -415,11 +415,11 @@ def test_weights_are_unpacked_in_pieces_where_nothing_else_fits(qwen_3b, tmp_pat
     config, shape = settings(), model_shape(str(tmp_path))
     most = memory_plan.pieces_of(shape, config, "compiled")
     whole, cut = (plan_memory(shape, config, 1, 32, rows_apart=True, pieces=n) for n in (1, most))
-    assert most == 4 and cut.total <= 5.65 * GIB < whole.total and cut.logit_chunk == 128
+    assert most == 4 and cut.total <= 5.63 * GIB < whole.total and cut.logit_chunk == 128
     before, after = (plan.parts["unpacked weights, chunk of logits"] for plan in (whole, cut))
     assert before == 2 * 14336 * (4096 + 64) * 2 and after == before // 4
-    chosen = fit(shape, config, 16, 5.65 * GIB, Rates())
-    assert chosen == plan_memory(shape, config, 1, 32, limit=5.65 * GIB, rows_apart=True, pieces=4)
+    chosen = fit(shape, config, 16, 5.63 * GIB, Rates())
+    assert chosen == plan_memory(shape, config, 1, 32, limit=5.63 * GIB, rows_apart=True, pieces=4)
     assert "the MLP's weights unpacked in 4 pieces" in chosen.table()
     assert fit(shape, config, 16, whole.total + GIB // 10, Rates()).pieces == 1
     resumed = memory.choose_plan(shape, config, 16, None, 24 * GIB, chosen.saved())
@@ -429,7 +429,7 @@ def test_weights_are_unpacked_in_pieces_where_nothing_else_fits(qwen_3b, tmp_pat
     for other in others:
         assert memory_plan.pieces_of(shape, settings(**other), memory_plan.expected_path(settings(**other))) == 1
     assert memory_plan.pieces_of(model_shape(str(qwen_3b)), config, "compiled") == 1  # logits need more than a piece
-    assert train_qlora.main(["--plan", "--model_name", str(tmp_path), "--memory_limit_gib", "5.65"]) == 0
+    assert train_qlora.main(["--plan", "--model_name", str(tmp_path), "--memory_limit_gib", "5.63"]) == 0
     assert "the MLP's weights unpacked in 4 pieces\n" in capsys.readouterr().out
 
 
