@@ -50,6 +50,7 @@ class Layout:
     warps: int = 8  # per program of a product: 256 threads, of which each fills a row of the program's table
     # Programs of a product per multiprocessor, among which the outputs are divided. 128 registers per thread allow two.
     resident: int = 2
+    ending: float = 0.75  # how long adding up, adapter and output of a row take, in slices (docs/measurements.md)
     positions: int = 32  # positions in a tile of the cache
     # On sm_90 and later a kernel may start, and load its weights, before the previous kernel has ended.
     overlap: bool = True
@@ -61,8 +62,7 @@ class Layout:
 
 LAYOUT = Layout()
 RUN = 64  # weights of a row that a thread processes at a time; they share one quantisation constant
-SLICE = 4 * RUN  # weights of a row that a warp processes at a time; of gate and of up one, otherwise two
-TILE = 8  # outputs
+SLICE = 4 * RUN  # weights of a row that a warp processes at a time
 CHUNK = 2048  # inputs per program of u = A x in down_proj
 ADAPTERS = 48  # warps per launch that compute u = A x; more only where each program would have over TAKE rows of A
 TAKE = 8
@@ -230,10 +230,6 @@ class SingleLinears(Linears):
         super().__init__(*arguments, **keywords)
         self.pairs = level_pairs(self.members[0].lut, self.x.dtype)
         self.turing = self.x.is_cuda and torch.cuda.get_device_capability(self.x.device) < (8, 0)
-        # The interpreter's programs keep their sums here, others in shared memory.
-        self.sums = torch.empty(
-            2 * TILE * LAYOUT.warps * self.division()[2] if INTERPRETED else 1, device=self.x.device
-        )
 
     def adapters(self, warps: int, most: float) -> dict[str, int]:
         """Return the layout of the programs that compute u = A x, and 1 / root mean square if x still needs the norm.
@@ -247,30 +243,26 @@ class SingleLinears(Linears):
         block = min(triton.next_power_of_2(chunk), 2048 * warps // take)  # 64 numbers per thread
         return dict(ADAPTERS=rows // take, TAKE=take, BLOCK=block, CHUNK=triton.cdiv(chunk, block) * block)
 
-    def programs_of(self, tiles: int) -> int:
-        """Return how many programs of up to so many tiles, of one member, the product needs."""
-        rows = self.rows if self.mode == "stack" else self.rows[:1]
-        return sum(triton.cdiv(n, TILE * tiles) for n in rows)
+    def sharing(self) -> tuple[int, int]:
+        """Return how many warps share a row, and how often a program takes new rows: what ends first by the count of slices.
 
-    def units(self, tiles: int) -> int:
-        """Return how many units there are of some tiles."""
-        return tiles * triton.cdiv(self.columns, SLICE if self.mode == "swiglu" else 2 * SLICE)
-
-    def division(self) -> tuple[int, int, int]:
-        """Return the number of programs, the most tiles of one, and the most of a round.
-
-        All programs run at the same time, as many as can, but none has fewer tiles than give a unit to each warp.
+        The more share one, the more rows a program has to add up and to finish; the fewer, the more slices each has to take.
         """
-        least = triton.cdiv(LAYOUT.warps, self.units(1))
-        tiles, room = least, max(self.multiprocessors * LAYOUT.resident, len(self.members))
-        while self.programs_of(tiles) > room:
-            tiles += 1
-        programs = self.programs_of(tiles)
-        if self.mode != "stack":
-            programs = max(programs, min(room, self.programs_of(1) // least))
-        most = decode_products.ROOM // (64 * LAYOUT.warps)
-        rounds = triton.cdiv(tiles, most if self.mode == "swiglu" else 2 * most)
-        return programs, tiles, triton.cdiv(tiles, rounds)
+        slices, warps = triton.cdiv(self.columns, SLICE), LAYOUT.warps
+        rows = self.rows if self.mode == "stack" else self.rows[:1]
+
+        def taken(wide: int) -> tuple[float, int, int]:
+            each = self.outputs_of(wide)
+            loop = triton.cdiv(sum(triton.cdiv(n, each) for n in rows), self.multiprocessors * LAYOUT.resident)
+            return loop * (triton.cdiv(slices, wide) + LAYOUT.ending), -wide, loop
+
+        most = min(warps, triton.next_power_of_2(slices))
+        _, wide, loop = min(taken(2**n) for n in range(most.bit_length()))
+        return -wide, loop
+
+    def outputs_of(self, wide: int) -> int:
+        """Return the outputs of a program at a time, if `wide` of its warps share a row."""
+        return (8 if self.mode == "swiglu" else 16) * LAYOUT.warps // wide
 
     def layout(self) -> tuple[int, bool, dict[str, Any]]:
         """Return the number of programs, whether u = A x gets a launch of its own, and the layout as kernel options.
@@ -278,13 +270,15 @@ class SingleLinears(Linears):
         If the programs of a product are short, all of them would need u before it is ready. Then u is computed in a
         launch of its own, ahead of the product.
         """
-        (programs, tiles, at_once), warps = self.division(), LAYOUT.warps
-        some, short = not self.alone and bool(self.norm or self.rank), self.units(tiles) <= warps
+        (wide, loop), warps = self.sharing(), LAYOUT.warps
+        some, short = not self.alone and bool(self.norm or self.rank), loop == 1 and self.columns <= wide * SLICE
         adapters = self.adapters(warps, ADAPTERS)
         apart = adapters["ADAPTERS"] if some and not short else 0
         registers = {} if INTERPRETED else {"maxnreg": 65536 // (32 * warps * LAYOUT.resident) // 8 * 8}
-        options = dict(TILES=tiles, ROUND=at_once, WARPS=warps, num_warps=warps, num_stages=1, **registers)
-        return apart + programs, some and short, adapters | options | {"ADAPTERS": apart}
+        options = dict(LOOP=loop, WARPS=warps, WIDE=wide, num_warps=warps, num_stages=1, **registers)
+        rows = self.rows if self.mode == "stack" else self.rows[:1]
+        programs = apart + sum(triton.cdiv(n, self.outputs_of(wide) * loop) for n in rows)
+        return programs, some and short, adapters | options | {"ADAPTERS": apart}
 
     def __call__(
         self, hidden: torch.Tensor, out: torch.Tensor, before: "SingleLinears", follow: "SingleLinears | None" = None
@@ -305,7 +299,7 @@ class SingleLinears(Linears):
                 **{name: self.constants[name] for name in ("K", "MEMBERS", "RANK")},
             )  # fmt: skip
         decode_products.linear_kernel[(programs,)](
-            *reads, out, follow.norm.factor if follow else self.x, self.sums, self.pairs, *self.arguments[:2], *A[:3], *self.arguments[2:],
+            *reads, out, follow.norm.factor if follow else self.x, self.pairs, *self.arguments[:2], *A[:3], *self.arguments[2:],
             **self.constants, **options, MODE=self.mode, NORM=norm is not None, NEXT=follow is not None, TURING=self.turing,
             OUTPUTS=self.rows[0],
         )  # fmt: skip
