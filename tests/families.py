@@ -241,7 +241,7 @@ EXCEPTIONS: dict[str, Exceptional] = {
     "minimax": Exceptional("its decays follow from the number of heads", derived=r"slope_rate|_decay"),
     "xlnet": Exceptional("its layers read tokens before sequences", refuses={"dropout": "dropout 0"}),
     "phimoe": Exceptional("peft cannot adapt its router", targets=ATTENTION),
-    "longcat_flash": Exceptional("its router reads a weight that is in 4 bit", flags=IN_16_BIT, targets="[q_a_proj, q_b_proj, kv_a_proj_with_mqa, o_proj]", impossible="1x8320"),
+    "longcat_flash": Exceptional("its router reads its weight itself", flags=IN_16_BIT, targets="[q_a_proj, q_b_proj, kv_a_proj_with_mqa, o_proj]"),
     "deepseek_v4": Exceptional("no small config runs in plain transformers yet", impossible="The size of tensor a (32)"),
     "mllama": Exceptional("a wrapper", cls="MllamaForConditionalGeneration"),
     "falcon_mamba": Exceptional("peft refuses out_proj", targets="[in_proj]"),
@@ -457,7 +457,8 @@ class Plain:
         )
         small = small_model(self.family)
         if kept := routers(small):  # stay in 16 bit, as the head does by default
-            quantized.llm_int8_skip_modules = [*get_keys_to_not_convert(small), *kept]
+            names = [*get_keys_to_not_convert(small), *kept]  # of a wrapper, whose text model alone may be loaded
+            quantized.llm_int8_skip_modules = [name.removeprefix("language_model.") for name in names]
         known = (self.odd.of or self.family) in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
         cls = AutoModelForCausalLM if known else getattr(transformers, self.odd.cls)
         model = cls.from_pretrained(self.folder, quantization_config=quantized, dtype=torch.float32, device_map="cpu")
