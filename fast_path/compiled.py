@@ -29,7 +29,7 @@ from fast_path.fused_linear import LINEAR_ARGUMENTS
 from fast_path.layers import groups_of
 
 
-def _numbers(ctx, op, *args, **kwargs) -> CheckpointPolicy:
+def _rms_policy(ctx, op, *args, **kwargs) -> CheckpointPolicy:
     """Tell a checkpoint to save a norm's 1 / rms, 4 bytes per token, for which a pass would read the norm's whole input again.
 
     Those of the heads of q and k are more, and the pass that reads these heads recomputes them on its way.
@@ -38,8 +38,8 @@ def _numbers(ctx, op, *args, **kwargs) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _policy(ctx, op, *args, **kwargs) -> CheckpointPolicy:
-    """Tell a checkpoint to save the outputs of the down projection (`linear` with swiglu), too.
+def _down_policy(ctx, op, *args, **kwargs) -> CheckpointPolicy:
+    """Tell a checkpoint to save the outputs of the down projection (`linear` with swiglu) and each 1 / rms.
 
     The backward pass reads only this operator's u, 32 bytes per token. Recomputing u would repeat the whole pass over
     the activations and the matrix product, which costs much more time than the memory is worth (docs/measurements.md).
@@ -47,15 +47,15 @@ def _policy(ctx, op, *args, **kwargs) -> CheckpointPolicy:
     chosen keep it.
     """
     keep = op is torch.ops.qlora.linear.default and args[LINEAR_ARGUMENTS.index("swiglu")]
-    return CheckpointPolicy.MUST_SAVE if keep else _numbers(ctx, op, *args, **kwargs)
+    return CheckpointPolicy.MUST_SAVE if keep else _rms_policy(ctx, op, *args, **kwargs)
 
 
 def _keep_down():
-    return create_selective_checkpoint_contexts(_policy)
+    return create_selective_checkpoint_contexts(_down_policy)
 
 
-def _keep_numbers():
-    return create_selective_checkpoint_contexts(_numbers)
+def _keep_rms():
+    return create_selective_checkpoint_contexts(_rms_policy)
 
 
 def _run_layer(layer: nn.Module, hidden: torch.Tensor, **kwargs) -> torch.Tensor:
@@ -64,7 +64,7 @@ def _run_layer(layer: nn.Module, hidden: torch.Tensor, **kwargs) -> torch.Tensor
     """
     forward = type(layer).forward
     if layer.recompute and layer.training and torch.is_grad_enabled():
-        keep = _keep_down if layer.keeps_down else _keep_numbers
+        keep = _keep_down if layer.keeps_down else _keep_rms
         return checkpoint(
             forward, layer, hidden, use_reentrant=False, preserve_rng_state=False, context_fn=keep, **kwargs,
         )  # fmt: skip

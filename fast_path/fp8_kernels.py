@@ -31,8 +31,8 @@ def to_e4m3(x, ROUND: tl.constexpr):
 #
 # All weights of a quantisation block have one constant, so a block has only 16 different numbers in e4m3: 16 bytes, four
 # registers. They are computed once, and `prmt`, which selects four of eight bytes by four 4-bit selectors, looks up four codes
-# in one half of that table at a time; the highest bit of a code then selects one of the halves. That is 1.6 instructions per
-# weight; a shuffle, a multiplication and a conversion per weight, with what it takes to bring bytes into order, took 14 and 12.
+# in one half of that table at a time; the highest bit of a code then selects one of the halves. With loads, tables and stores
+# that is about 5 instructions per weight; with a shuffle, a multiplication and a conversion for each weight it was 12 to 14.
 
 _TABLE = """
 ld.global.nc.v4.f32 {{l0, l1, l2, l3}}, [{lut}]; ld.global.nc.v4.f32 {{l4, l5, l6, l7}}, [{lut} + 16];

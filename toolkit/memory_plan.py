@@ -489,6 +489,20 @@ def static_parts(shape: ModelShape, config: Config, path: str, rows_apart: bool 
     return parts, paged
 
 
+def add_allowances(
+    parts: dict[str, int], moving: int, shape: ModelShape, config: Config, graphs: bool, pieces: int
+) -> None:
+    """Add what no tensor accounts for to the parts of a plan: workspaces, the allocator's slack and the CUDA context.
+
+    moving: bytes of the parts that come and go in a step. graphs: whether the shape's steps can be captured.
+    """
+    captured = graphs and config.performance.cuda_graphs != "off" and not config.lora.train_tokens
+    slack = PIECES_SLACK_BYTES if pieces > 1 else GRAPH_SLACK_BYTES
+    parts["workspaces of cuBLAS"] = workspaces = WORKSPACE_BYTES * (1 if captured and pieces > 1 else 3)
+    parts["allocator slack"] = (slack if captured else SLACK_BYTES) + int(SLACK_SHARE * (moving + workspaces))
+    parts["CUDA context"] = CONTEXT_BYTES + (NCCL_BYTES if shape.processes > 1 else 0)
+
+
 def plan_memory(
     shape: ModelShape,
     config: Config,
@@ -542,17 +556,11 @@ def plan_memory(
         "one live layer, forward and backward": live,
         "loss, beyond the live layer": max(0, loss - live),
     }
-    captured = (
-        path == COMPILED and config.performance.cuda_graphs != "off" and not (offload or config.lora.train_tokens)
-    )
-    parts["workspaces of cuBLAS"] = WORKSPACE_BYTES * (1 if captured and pieces > 1 else 3)
-    slack = PIECES_SLACK_BYTES if pieces > 1 else GRAPH_SLACK_BYTES
-    parts["allocator slack"] = (slack if captured else SLACK_BYTES) + int(SLACK_SHARE * (sum(parts.values()) - fixed))
-    parts["CUDA context"] = CONTEXT_BYTES + (NCCL_BYTES if shape.processes > 1 else 0)
+    add_allowances(parts, sum(parts.values()) - fixed, shape, config, path == COMPILED and not offload, pieces)
     plan = MemoryPlan(parts, micro_batch, checkpointed, shape.layers, paged, offload, chunk, rows, pieces, keeping)
     if kept is None and keeping and limit and plan.total > limit:
-        over = (plan.total - limit + 1) / (each * (1 + SLACK_SHARE))  # 1: the slack is rounded
-        fewer = max(0, keeping - math.ceil(over))
+        # One byte more, since the slack is rounded.
+        fewer = max(0, keeping - math.ceil((plan.total - limit + 1) / (each * (1 + SLACK_SHARE))))
         return plan_memory(
             shape, config, micro_batch, checkpointed, path, limit, offload, logit_chunk, rows_apart, pieces, fewer
         )
