@@ -33,14 +33,14 @@ MOST_THIN_COLUMNS = 64
 WIDEN_BACKWARD = Launch(block_m=64, block_k=64, warps=4)
 MASKED_BACKWARD = Launch(block_m=16, block_k=64, warps=2)
 # The most adapter columns for which SwiGLU's backward runs as a kernel. It holds three sums [columns, block_k] in
-# registers; with 256 columns it uses 250 of the 255 registers of a thread on sm_89 (Triton 3.6; Triton 3.9 spills 24
-# bytes). With more columns torch calls compute it, with copies in fp32.
+# registers; with 256 columns it uses 220 of the 255 registers of a thread on sm_89 (Triton 3.6). With more columns torch
+# calls compute it, with copies in fp32.
 MOST_COLUMNS = 256
 SETTLE_BLOCK = 1024
 # The fewest rows per share of the kernel behind `swiglu_backward`. Each share writes sums of its own, 192 bytes per
 # column at rank 16; with this number of rows they are 8 % of the bytes that the share reads and writes.
 SHARE_ROWS = 256
-# Programs per multiprocessor: as many of that kernel as fit its registers at rank 16.
+# Programs of four warps per multiprocessor: as many of that kernel as fit its registers at rank 16.
 SHARE_PROGRAMS = 4
 
 
@@ -54,11 +54,17 @@ def widen_share(rows: int, columns: int, device: torch.device) -> int:
     return min(2048, triton.cdiv(columns, 512 * shares) * 512)
 
 
-def swiglu_launch(columns: int) -> Launch:
+def swiglu_launch(columns: int, dropout: bool = False, activation: str = "silu") -> Launch:
     """Return the layout of the kernel behind `swiglu_backward`. columns: the adapter columns of its largest sum."""
     if columns <= 32:
+        if dropout:
+            return Launch(block_m=16, block_k=32, warps=2)
+        if columns <= 16 and activation == "silu":
+            return Launch(block_m=32, block_k=64, warps=4)
+        return Launch(block_m=16, block_k=128, warps=8)
+    if columns <= 64:
         return Launch(block_m=16, block_k=64, warps=4)
-    return Launch(block_m=16, block_k=32, warps=8)
+    return Launch(block_m=16, block_k=32 if columns <= 128 else 16, warps=8)
 
 
 def narrow_launch(columns: int, swiglu: bool = False) -> Launch:
@@ -76,9 +82,10 @@ def thin_launch(rows: int, device: torch.device) -> Launch:
     return Launch(block_m=block_m, block_k=128, warps=4)
 
 
-def share_rows(rows: int, blocks: int, device: torch.device) -> int:
-    """Return over how many rows each program of that kernel sums up. blocks: the blocks of columns in the grid."""
-    shares = max(1, min(rows // SHARE_ROWS, SHARE_PROGRAMS * multiprocessors(device) // blocks))
+def share_rows(rows: int, blocks: int, warps: int, device: torch.device) -> int:
+    """Return over how many rows each program of SwiGLU's backward sums up. blocks: the blocks of columns in the grid."""
+    programs = SHARE_PROGRAMS * 4 // warps * multiprocessors(device)
+    shares = max(1, min(rows // SHARE_ROWS, programs // blocks))
     return -(-rows // shares)
 
 
@@ -378,16 +385,16 @@ def _swiglu_backward_kernel(wide, du, x, A, masks, before: Before, activation, g
     grads may be x: each number of x is read once, by the program that overwrites it.
     """
     (extra, columns), rows, (u, rank, _) = A.shape, len(x), before
-    launch = swiglu_launch(max(extra, rank))
+    launch = swiglu_launch(max(extra, rank), masks.p > 0, activation)
     blocks = triton.cdiv(columns, launch.block_k)
-    share = triton.cdiv(share_rows(rows, blocks, x.device), launch.block_m) * launch.block_m
+    share = triton.cdiv(share_rows(rows, blocks, launch.warps, x.device), launch.block_m) * launch.block_m
     shares = triton.cdiv(rows, share)
     sums = x.new_empty(shares, (extra + 2 * rank) * columns, dtype=torch.float32)
     training_kernels.swiglu_backward_kernel[(blocks, shares)](
         wide, du, x, grads, A, u if rank else x, sums, masks.step, masks.sequences, masks.salt, rows, share, masks.length,
         columns, wide.shape[1], du.stride(0), extra, u.stride(0) if rank else 0, before.part(1).start, rank, drop_threshold(masks.p), 1 / (1 - masks.p),
-        DROPOUT=masks.p > 0, BLOCK_M=launch.block_m, BLOCK_K=launch.block_k, BLOCK_R=dot_size(extra) if extra else 0,
-        BLOCK_U=dot_size(rank) if rank else 0, ACTIVATION=activation, num_warps=launch.warps, num_stages=1,
+        DROPOUT=masks.p > 0, WHOLE=masks.length % launch.block_m == 0, BLOCK_M=launch.block_m, BLOCK_K=launch.block_k,
+        BLOCK_R=dot_size(extra) if extra else 0, BLOCK_U=dot_size(rank) if rank else 0, ACTIVATION=activation, num_warps=launch.warps, num_stages=1,
     )  # fmt: skip
     return grads, sums.sum(0)
 

@@ -3,7 +3,9 @@
 Where they cannot run, plain torch calls with the same result run instead.
 """
 
-from fast_path.nf4 import lane_level, levels, tl, triton
+from fast_path.nf4 import INTERPRETED, lane_level, levels, tl, triton
+
+COMPILED = tl.constexpr(not INTERPRETED)
 
 
 @triton.jit
@@ -279,32 +281,66 @@ def widen_backward_kernel(
 
 
 @triton.jit
+def _keep_transposed(key, sequences, start, m, end, k, length, threshold, WHOLE: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Return the part of `dropout_mask` that covers rows m = start, start + 1, ... of columns k, bool [columns, rows].
+
+    Rows from `end` on may have any values. WHOLE: all these rows are of one sequence, so that a division per tile finds it instead of one per row and thread.
+    """
+    if WHOLE:
+        sequence, place = tl.load(sequences + start // length), start % length + tl.arange(0, BLOCK_M)
+    else:
+        m = tl.minimum(m, end - 1)
+        sequence, place = tl.load(sequences + m // length), m % length
+    rows = _mix(_mix(key ^ sequence.to(tl.uint32, bitcast=True)) ^ _mix(place.to(tl.uint32)))
+    bits = _mix(rows[None] ^ ((k // 2).to(tl.uint32) * 0x9E3779B1)[:, None])
+    return ((bits >> (k % 2 * 16).to(tl.uint32)[:, None]) & 0xFFFF) >= threshold
+
+
+@triton.jit
+def _placed_as(x, other):
+    """Return x, in registers of the same threads as `other`, through an instruction that reads both.
+
+    Otherwise Triton moves inputs to two places and computes everything from them twice, which it takes for cheaper than
+    to move results.
+    """
+    if COMPILED:
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=f,f,f", [x, other], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return x
+
+
+@triton.jit
 def _swiglu_rows(
     wide, upstream, x, u, m, end, k, columns, stride, du_stride, extra, u_stride, up_u, rank,
     BLOCK_R: tl.constexpr, BLOCK_U: tl.constexpr,
 ):  # fmt: skip
-    """Load the tiles that `swiglu_backward_kernel` reads for rows m < end: dx, gate, up, du, u of gate and of up."""
-    row, below = m.to(tl.int64)[:, None], (m < end)[:, None]
-    inside = below & (k < columns)[None]
-    place = x + row * (2 * columns) + k[None]
-    grad = tl.load(wide + row * stride + k[None], mask=inside, other=0.0)
+    """Load the tiles that `swiglu_backward_kernel` reads for rows m < end.
+
+    They are dx, gate and up, [columns, rows], and du, u of gate and u of up, [rows, adapter columns].
+    """
+    row, below = m.to(tl.int64), m < end
+    inside = (k < columns)[:, None] & below[None]
+    place = x + (row * (2 * columns))[None] + k[:, None]
+    grad = tl.load(wide + (row * stride)[None] + k[:, None], mask=inside, other=0.0)
     gate, up = tl.load(place, mask=inside, other=0.0), tl.load(place + columns, mask=inside, other=0.0)
     du, u_gate, u_up = grad, grad, grad  # placeholders: nothing reads them if there are none
     if BLOCK_R:
         j = tl.arange(0, BLOCK_R)[None]
-        du = tl.load(upstream + row * du_stride + j, mask=below & (j < extra), other=0.0)
+        du = tl.load(upstream + row[:, None] * du_stride + j, mask=below[:, None] & (j < extra), other=0.0)
     if BLOCK_U:
         i = tl.arange(0, BLOCK_U)[None]
-        u_gate = tl.load(u + row * u_stride + i, mask=below & (i < rank), other=0.0)
-        u_up = tl.load(u + row * u_stride + up_u + i, mask=below & (i < rank), other=0.0)
+        u_gate = tl.load(u + row[:, None] * u_stride + i, mask=below[:, None] & (i < rank), other=0.0)
+        u_up = tl.load(u + row[:, None] * u_stride + up_u + i, mask=below[:, None] & (i < rank), other=0.0)
     return grad, gate, up, du, u_gate, u_up
 
 
 @triton.jit
 def swiglu_backward_kernel(
     wide, upstream, x, grads, A, u, sums, step, sequences, salt, rows, share, length, columns, stride, du_stride, extra,
-    u_stride, up_u, rank, threshold, inverse, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_U: tl.constexpr, ACTIVATION: tl.constexpr,
+    u_stride, up_u, rank, threshold, inverse, DROPOUT: tl.constexpr, WHOLE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_U: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """Write the gradients of [gate | up], and sums over rows for dA and for dB of gate and up.
 
@@ -314,61 +350,66 @@ def swiglu_backward_kernel(
     its share in steps of BLOCK_M rows and keeps its sums in registers. Each share writes its own sums, so the result
     does not depend on the order in which programs run. BLOCK_R, BLOCK_U: the sizes of the tiles for `extra` (the
     adapter columns here) and `rank` (the rank of gate and up); 0 where there are none. up_u: the first column of up's u.
-    grads may be x, whose numbers are read once, by the program that overwrites them.
+    grads may be x, whose numbers are read once, by the program that overwrites them. WHOLE: BLOCK_M divides `length`.
+
+    Tiles lie transposed, [columns, rows]: then a thread's part of the first product, A^T du^T, and of what is computed from
+    it, is its part of the first operand of the products for the sums, and nothing is moved in between.
     """
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     first = tl.program_id(1) * share
-    within = (k < columns)[None]
+    within = (k < columns)[:, None]
     dtype = wide.dtype.element_ty
     if DROPOUT:
         key = _key(step, salt)
-        pairs = tl.program_id(0) * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
     if BLOCK_R:
-        j = tl.arange(0, BLOCK_R)
-        a = tl.load(A + j[:, None] * columns + k[None], mask=(j < extra)[:, None] & within, other=0.0)
-        sum_a = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
+        j = tl.arange(0, BLOCK_R)[None]
+        a = tl.load(A + j * columns + k[:, None], mask=(j < extra) & within, other=0.0)
+        sum_a = tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
     if BLOCK_U:
-        i = tl.arange(0, BLOCK_U)
-        sum_gate = tl.zeros((BLOCK_U, BLOCK_K), tl.float32)
-        sum_up = tl.zeros((BLOCK_U, BLOCK_K), tl.float32)
+        i = tl.arange(0, BLOCK_U)[None]
+        sum_gate = tl.zeros((BLOCK_K, BLOCK_U), tl.float32)
+        sum_up = tl.zeros((BLOCK_K, BLOCK_U), tl.float32)
     end = tl.minimum(first + share, rows)
     m = first + tl.arange(0, BLOCK_M)
     after = _swiglu_rows(
         wide, upstream, x, u, m, end, k, columns, stride, du_stride, extra, u_stride, up_u, rank, BLOCK_R, BLOCK_U
     )  # fmt: skip
-    for _ in range(first, end, BLOCK_M):
+    for start in range(first, end, BLOCK_M):
         grad, gate, up, du, u_gate, u_up = after
         after = _swiglu_rows(
             wide, upstream, x, u, m + BLOCK_M, end, k, columns, stride, du_stride, extra, u_stride, up_u, rank, BLOCK_R, BLOCK_U
         )  # fmt: skip
         grad, gate, up = grad.to(tl.float32), gate.to(tl.float32), up.to(tl.float32)
+        if BLOCK_R:
+            back = tl.dot(a, tl.trans(du))
+            gate, up = _placed_as(gate, back), _placed_as(up, back)
         sigmoid, slope = _gate(gate, ACTIVATION)
         silu = gate * sigmoid
         if BLOCK_R:
-            tile, back = silu * up, tl.dot(du, a)
+            tile = silu * up
             if DROPOUT:
-                keep = _keep(key, sequences, m, pairs, length, threshold)
+                keep = _keep_transposed(key, sequences, start, m, end, k, length, threshold, WHOLE, BLOCK_M)
                 tile = tl.where(keep, tile * inverse, 0.0)
                 back = tl.where(keep, back * inverse, 0.0)
             grad += back
-            sum_a = tl.dot(tl.trans(du), tile.to(dtype), sum_a)
+            sum_a = tl.dot(tile.to(dtype), du, sum_a)
         d_gate = (grad * up * (sigmoid + silu * (1 - sigmoid) * slope)).to(dtype)
         d_up = (grad * silu).to(dtype)
-        inside = (m < end)[:, None] & within
-        place = m.to(tl.int64)[:, None] * (2 * columns) + k[None]
-        tl.store(grads + place, d_gate, mask=inside)
-        tl.store(grads + place + columns, d_up, mask=inside)
         if BLOCK_U:
-            sum_gate = tl.dot(tl.trans(u_gate), d_gate, sum_gate)
-            sum_up = tl.dot(tl.trans(u_up), d_up, sum_up)
+            sum_gate = tl.dot(d_gate, u_gate, sum_gate)
+            sum_up = tl.dot(d_up, u_up, sum_up)
+        inside = (m < end)[None] & within
+        place = grads + (m.to(tl.int64) * (2 * columns))[None] + k[:, None]
+        tl.store(place, d_gate, mask=inside)
+        tl.store(place + columns, d_up, mask=inside)
         m += BLOCK_M
     sums += tl.program_id(1) * (extra + 2 * rank) * columns
     if BLOCK_R:
-        tl.store(sums + j[:, None] * columns + k[None], sum_a, mask=(j < extra)[:, None] & within)
+        tl.store(sums + j * columns + k[:, None], sum_a, mask=(j < extra) & within)
     if BLOCK_U:
-        target = sums + extra * columns + k[None] * rank + i[:, None]
-        tl.store(target, sum_gate, mask=(i < rank)[:, None] & within)
-        tl.store(target + columns * rank, sum_up, mask=(i < rank)[:, None] & within)
+        target = sums + extra * columns + k[:, None] * rank + i
+        tl.store(target, sum_gate, mask=(i < rank) & within)
+        tl.store(target + columns * rank, sum_up, mask=(i < rank) & within)
 
 
 @triton.jit

@@ -101,8 +101,8 @@ def tune_swiglu_backward(label: str, wide, x, A, masks, peak: float) -> None:
             fused_linear.share_rows = lambda *_, shares=shares: -(-rows // shares)
         tune(
             f"backward {label} shares={shares or 'as chosen'}",
-            [*itertools.product((16,), (32, 64, 128), (4, 8)), *itertools.product((32,), (64,), (4, 8))],
-            lambda launch: setattr(fused_linear, "swiglu_launch", lambda _: launch),
+            [*itertools.product((16,), (32, 64, 128), (2, 4, 8)), *itertools.product((32,), (64,), (4, 8))],
+            lambda launch: setattr(fused_linear, "swiglu_launch", lambda *_: launch),
             call,
             rows * columns * 2 * 5,
             peak,
