@@ -273,6 +273,7 @@ def test_experts_that_a_model_does_not_have_are_refused_by_plan_and_run_alike(
         path = folder / "config.json"
         stored = {"quant_method": "bitsandbytes", "load_in_4bit": True}
         path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": stored}))
+    capsys.readouterr()  # the progress bar of writing the model
     found = []
     for command in (["--plan"], ["--output_dir", str(tmp_path / "run")]):
         code = train_qlora.main([*command, "--model_name", str(folder), "--dataset", str(corpus), *flags])
