@@ -33,8 +33,8 @@ MOST_THIN_COLUMNS = 64
 WIDEN_BACKWARD = Launch(block_m=64, block_k=64, warps=4)
 MASKED_BACKWARD = Launch(block_m=16, block_k=64, warps=2)
 # The most adapter columns for which SwiGLU's backward runs as a kernel. It holds three sums [columns, block_k] in
-# registers; with 256 columns it uses 220 of the 255 registers of a thread on sm_89 (Triton 3.6). With more columns torch
-# calls compute it, with copies in fp32.
+# registers; with 256 columns it uses 220 of the 255 registers of a thread on sm_89 (Triton 3.6), and on sm_90 it moves 64
+# of them to memory. With more columns torch calls compute it, with copies in fp32.
 MOST_COLUMNS = 256
 SETTLE_BLOCK = 1024
 # The fewest rows per share of the kernel behind `swiglu_backward`. Each share writes sums of its own, 192 bytes per
@@ -42,6 +42,8 @@ SETTLE_BLOCK = 1024
 SHARE_ROWS = 256
 # Programs of four warps per multiprocessor: as many of that kernel as fit its registers at rank 16.
 SHARE_PROGRAMS = 4
+START_ROWS = 40  # a program's start and its sums cost about what so many rows do
+MOST_SHARES = 6  # whose sums are added up afterwards
 
 
 def widen_share(rows: int, columns: int, device: torch.device) -> int:
@@ -54,17 +56,17 @@ def widen_share(rows: int, columns: int, device: torch.device) -> int:
     return min(2048, triton.cdiv(columns, 512 * shares) * 512)
 
 
-def swiglu_launch(columns: int, dropout: bool = False, activation: str = "silu") -> Launch:
+def swiglu_launch(columns: int, dropout: bool, activation: str, hopper: bool) -> Launch:
     """Return the layout of the kernel behind `swiglu_backward`. columns: the adapter columns of its largest sum."""
+    if columns <= 16 and dropout:
+        return Launch(block_m=16, block_k=32, warps=2)
+    if columns <= 16 and activation == "silu":
+        return Launch(block_m=32, block_k=64, warps=4)
     if columns <= 32:
-        if dropout:
-            return Launch(block_m=16, block_k=32, warps=2)
-        if columns <= 16 and activation == "silu":
-            return Launch(block_m=32, block_k=64, warps=4)
         return Launch(block_m=16, block_k=128, warps=8)
-    if columns <= 64:
-        return Launch(block_m=16, block_k=64, warps=4)
-    return Launch(block_m=16, block_k=32 if columns <= 128 else 16, warps=8)
+    if columns <= 64 or hopper:
+        return Launch(block_m=16, block_k=64, warps=4 if columns <= 64 else 8)
+    return Launch(block_m=32 if columns <= 128 else 16, block_k=32 if columns <= 128 else 16, warps=8)
 
 
 def narrow_launch(columns: int, swiglu: bool = False) -> Launch:
@@ -83,10 +85,17 @@ def thin_launch(rows: int, device: torch.device) -> Launch:
 
 
 def share_rows(rows: int, blocks: int, warps: int, device: torch.device) -> int:
-    """Return over how many rows each program of SwiGLU's backward sums up. blocks: the blocks of columns in the grid."""
-    programs = SHARE_PROGRAMS * 4 // warps * multiprocessors(device)
-    shares = max(1, min(rows // SHARE_ROWS, programs // blocks))
-    return -(-rows // shares)
+    """Return over how many rows each program of SwiGLU's backward sums up. blocks: the blocks of columns in the grid.
+
+    As many programs as fit on the GPU at once are a wave, and the last wave takes as long as any: the shares with the
+    fewest rows in all waves are taken.
+    """
+    at_once = SHARE_PROGRAMS * 4 // warps * multiprocessors(device)
+
+    def rows_in_turn(shares: int) -> float:
+        return -(-blocks * shares // at_once) * (rows / shares + START_ROWS)
+
+    return -(-rows // min(range(1, max(1, min(MOST_SHARES, rows // SHARE_ROWS)) + 1), key=rows_in_turn))
 
 
 # ------------------------------------------------------------------------------------------------ operators
@@ -385,7 +394,8 @@ def _swiglu_backward_kernel(wide, du, x, A, masks, before: Before, activation, g
     grads may be x: each number of x is read once, by the program that overwrites it.
     """
     (extra, columns), rows, (u, rank, _) = A.shape, len(x), before
-    launch = swiglu_launch(max(extra, rank), masks.p > 0, activation)
+    hopper = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9
+    launch = swiglu_launch(max(extra, rank), masks.p > 0, activation, hopper)
     blocks = triton.cdiv(columns, launch.block_k)
     share = triton.cdiv(share_rows(rows, blocks, launch.warps, x.device), launch.block_m) * launch.block_m
     shares = triton.cdiv(rows, share)
