@@ -6,7 +6,7 @@ Where they cannot run, the torch calls beside their launches compute the same nu
 import functools
 
 from fast_path.nf4 import lane_level, levels, tl, triton
-from fast_path.training_kernels import _gate, _keep, _key
+from fast_path.training_kernels import _gate, _keep, _key, _row_keys
 
 
 @triton.jit
@@ -325,7 +325,8 @@ def narrow_kernel(
     if NORM:
         rms = tl.load(inverse_rms + row)
     if DROPOUT and KEEP:
-        key, m = _key(step, salt), tl.program_id(0) + tl.zeros((1,), tl.int32)
+        m = tl.program_id(0) + tl.zeros((1,), tl.int32)
+        row_keys = _row_keys(_key(step, salt), sequences, m, tl.num_programs(0), length)
     if HELD:  # all loads come first: none may pass a store that might write what it reads
         parts = _row_part(x, row, k, columns, SWIGLU)
         for chunk in tl.static_range(1, CHUNKS):
@@ -341,7 +342,7 @@ def narrow_kernel(
             kept = value
             if DROPOUT:
                 pairs = chunk * (BLOCK // 2) + tl.arange(0, BLOCK // 2)
-                keep = tl.reshape(_keep(key, sequences, m, pairs, length, threshold), (BLOCK,))
+                keep = tl.reshape(_keep(row_keys, pairs, threshold), (BLOCK,))
                 kept = tl.where(keep, value.to(tl.float32) * inverse, 0.0).to(value.dtype)
             tl.store(read + row * columns + place, kept, mask=place < columns)
         if FOLDED:

@@ -26,11 +26,17 @@ def _key(step, salt):
 
 
 @triton.jit
-def _keep(key, sequences, rows, pairs, length, threshold):
+def _row_keys(key, sequences, m, rows, length):
+    """Return the hashes that rows m of a dropout mask start from, uint32; rows from `rows` on get those of the last one."""
+    m = tl.minimum(m, rows - 1)
+    sequence = tl.load(sequences + m // length).to(tl.uint32, bitcast=True)
+    return _mix(_mix(key ^ sequence) ^ _mix((m % length).to(tl.uint32)))
+
+
+@triton.jit
+def _keep(row_keys, pairs, threshold):
     """Return the part of `dropout_mask` that covers a tile, bool [rows, 2 pairs]."""
-    sequence = tl.load(sequences + rows // length).to(tl.uint32, bitcast=True)
-    key = _mix(_mix(key ^ sequence) ^ _mix((rows % length).to(tl.uint32)))
-    bits = _mix(key[:, None] ^ (pairs.to(tl.uint32) * 0x9E3779B1)[None])
+    bits = _mix(row_keys[:, None] ^ (pairs.to(tl.uint32) * 0x9E3779B1)[None])
     return tl.interleave((bits & 0xFFFF) >= threshold, (bits >> 16) >= threshold)
 
 
@@ -184,7 +190,7 @@ def widen_kernel(
     k = first + tl.arange(0, BLOCK_K)
     row = m.to(tl.int64)[:, None]
     if DROPOUT:
-        key = _key(step, salt)
+        row_keys = _row_keys(_key(step, salt), sequences, m, rows, length)
     if NORM:
         rms = tl.load(inverse_rms + m, mask=m < rows, other=0.0)[:, None]
     if BLOCK_R:
@@ -206,7 +212,7 @@ def widen_kernel(
         tl.store(wide + row * stride + k[None], tile, mask=inside)
         if DROPOUT:
             pairs = start // 2 + tl.arange(0, BLOCK_K // 2)
-            keep = _keep(key, sequences, m, pairs, length, threshold)
+            keep = _keep(row_keys, pairs, threshold)
             tile = tl.where(keep, tile.to(tl.float32) * inverse, 0.0).to(tile.dtype)
         if BLOCK_R:
             total = tl.dot(tile, tl.trans(a), total)
@@ -274,26 +280,24 @@ def widen_backward_kernel(
     back = tl.dot(upstream, a)
     if DROPOUT:
         pairs = tl.program_id(1) * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
-        keep = _keep(_key(step, salt), sequences, m, pairs, length, threshold)
+        keep = _keep(_row_keys(_key(step, salt), sequences, m, rows, length), pairs, threshold)
         back = tl.where(keep, back * inverse, 0.0)
         tl.store(dropped + target, tl.where(keep, tile * inverse, 0.0).to(dtype), mask=inside)
     tl.store(out + target, (grad + back).to(dtype), mask=inside)
 
 
 @triton.jit
-def _keep_transposed(key, sequences, start, m, end, k, length, threshold, WHOLE: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Return the part of `dropout_mask` that covers rows m = start, start + 1, ... of columns k, bool [columns, rows].
-
-    Rows from `end` on may have any values. WHOLE: all these rows are of one sequence, so that a division per tile finds it instead of one per row and thread.
-    """
-    if WHOLE:
-        sequence, place = tl.load(sequences + start // length), start % length + tl.arange(0, BLOCK_M)
-    else:
-        m = tl.minimum(m, end - 1)
-        sequence, place = tl.load(sequences + m // length), m % length
-    rows = _mix(_mix(key ^ sequence.to(tl.uint32, bitcast=True)) ^ _mix(place.to(tl.uint32)))
-    bits = _mix(rows[None] ^ ((k // 2).to(tl.uint32) * 0x9E3779B1)[:, None])
+def _keep_transposed(row_keys, k, threshold):
+    """Return the part of `dropout_mask` that covers columns k of rows, bool [columns, rows]."""
+    bits = _mix(row_keys[None] ^ ((k // 2).to(tl.uint32) * 0x9E3779B1)[:, None])
     return ((bits >> (k % 2 * 16).to(tl.uint32)[:, None]) & 0xFFFF) >= threshold
+
+
+@triton.jit
+def _keys_of_sequence(key, sequences, start, length, BLOCK_M: tl.constexpr):
+    """Return `_row_keys` of BLOCK_M rows of one sequence: a division per tile finds it, instead of one per row and thread."""
+    sequence = tl.load(sequences + start // length).to(tl.uint32, bitcast=True)
+    return _mix(_mix(key ^ sequence) ^ _mix((start % length + tl.arange(0, BLOCK_M)).to(tl.uint32)))
 
 
 @triton.jit
@@ -388,7 +392,11 @@ def swiglu_backward_kernel(
         if BLOCK_R:
             tile = silu * up
             if DROPOUT:
-                keep = _keep_transposed(key, sequences, start, m, end, k, length, threshold, WHOLE, BLOCK_M)
+                if WHOLE:
+                    row_keys = _keys_of_sequence(key, sequences, start, length, BLOCK_M)
+                else:
+                    row_keys = _row_keys(key, sequences, m, end, length)
+                keep = _keep_transposed(row_keys, k, threshold)
                 tile = tl.where(keep, tile * inverse, 0.0)
                 back = tl.where(keep, back * inverse, 0.0)
             grad += back
