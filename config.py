@@ -294,7 +294,7 @@ class TrainingConfig(Section):
     )
     resume: str = free_knob(
         "auto",
-        "auto: continue from the last checkpoint in output_dir; never: start over; or the path of a checkpoint folder",
+        "auto: from the last checkpoint in output_dir; never: from the start, with --overwrite where a run is; or a checkpoint's path",
         path=True,
         words=("auto", "never"),
     )

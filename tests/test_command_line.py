@@ -368,6 +368,14 @@ def test_evaluate_with_an_adapter_that_does_not_fit(refused, train, tmp_path, ra
     assert code == 0
     (problem,) = refused("--evaluate", "--adapter", adapter, "--model_name", random_models("mistral"))
     assert problem.startswith(f"--adapter: {adapter} does not fit")
+    settings = (adapter / "adapter_config.json").read_text(encoding="utf-8")
+    changed = json.dumps(json.loads(settings) | {"r": 9})
+    (adapter / "adapter_config.json").write_text(changed, encoding="utf-8")
+    (problem,) = refused("--evaluate", "--adapter", adapter)
+    rank = json.loads(settings)["r"]
+    assert f"lora_A.default.weight is [{rank}, " in problem
+    assert problem.endswith("] by adapter_config.json (r: 9) and the model")
+    (adapter / "adapter_config.json").write_text(settings, encoding="utf-8")
     weights = (adapter / "adapter_model.safetensors").read_bytes()
     (adapter / "adapter_model.safetensors").write_bytes(weights[:1000])
     (problem,) = refused("--evaluate", "--adapter", adapter)
@@ -492,6 +500,16 @@ def test_edited_and_resumed_from_a_checkpoint_by_name(refused, train, tmp_path):
     assert train(*flags, "--overwrite", "--resume", output / "checkpoint-2", output_dir=output)[0] == 0
 
 
+def test_never_does_not_replace_an_unfinished_run(refused, train, tmp_path):
+    _, output = train("--max_steps", 1, output_dir=tmp_path / "run")
+    (output / "adapter_model.safetensors").unlink()
+    (problem,) = refused("--resume", "never", output_dir=output)
+    rest = "choose another --output_dir, or use --overwrite to replace it, or --resume auto to continue it"
+    assert problem == f"training.output_dir: {output} holds an unfinished run; {rest}"
+    assert (output / "checkpoint-1").is_dir()
+    assert train("--max_steps", 1, "--resume", "never", "--overwrite", output_dir=output)[0] == 0
+
+
 def test_never_in_the_current_folder_does_not_replace_a_finished_run(refused, train, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert train("--max_steps", 1, output_dir=tmp_path / "here")[0] == 0
@@ -513,8 +531,13 @@ def test_an_edit_is_refused_before_torch_is_imported(run_cli, train, tmp_path, c
 
 def test_resume_from_a_folder_that_is_no_checkpoint(refused, train, tmp_path):
     (problem,) = refused("--resume", tmp_path / "none")
-    assert problem.startswith(f"training.resume: cannot continue from {tmp_path / 'none'}")
+    expected = "expected auto, never or the folder of a checkpoint"
+    assert problem == f"training.resume: cannot continue from {tmp_path / 'none'}: it does not exist; {expected}"
     _, output = train("--max_steps", 1, output_dir=tmp_path / "run")
+    near = f"{expected}, such as {output / 'checkpoint-1'}"
+    for wrong, what in ((output, "is no checkpoint"), (output / "checkpoint-99", "does not exist")):
+        (problem,) = refused("--resume", wrong, output_dir=tmp_path / "new")
+        assert problem == f"training.resume: cannot continue from {wrong}: it {what}; {near}"
     cut(output / "checkpoint-1" / "training_state.safetensors")
     (problem,) = refused("--resume", output / "checkpoint-1")
     assert "does not match its checksum" in problem

@@ -1,6 +1,7 @@
 """Put an adapter on its base: its files may come from anybody, so each is checked before peft uses it."""
 
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -23,6 +24,9 @@ from toolkit.start_adapter import WEIGHTS, naming_setting
 
 TYPES = ("F32", "F16", "BF16")
 PREFIX = "base_model.model."
+MISMATCH = re.compile(  # of torch's load_state_dict: the tensor, its size in the file, its size in the model
+    r"size mismatch for (?:base_model\.model\.)?(\S+): .*?torch\.Size\((\[[\d, ]*\])\).*?torch\.Size\((\[[\d, ]*\])\)"
+)
 LARGEST = 1e6  # bound of an entry of the update of a weight, whose own entries are below 10
 
 
@@ -56,7 +60,12 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, dropout: float | No
     except ConfigError:
         raise
     except LOADING_ERRORS as error:
-        raise ConfigError(f"{misfit}: {type(error).__name__}: {' '.join(str(error).split())[:250]}") from None
+        said_by_torch = " ".join(str(error).split())
+        if sizes := MISMATCH.search(said_by_torch):
+            name, found_size, wanted_size = sizes.groups()
+            by = f"by adapter_config.json (r: {settings.get('r')}) and the model"
+            raise ConfigError(f"{misfit}: {name} is {found_size} in {WEIGHTS}, {wanted_size} {by}") from None
+        raise ConfigError(f"{misfit}: {type(error).__name__}: {said_by_torch[:250]}") from None
     odd = names ^ set(get_peft_model_state_dict(peft_model, save_embedding_layers=False))
     for name in sorted(odd):
         owner = "adapter" if name in names else "model"

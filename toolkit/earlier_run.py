@@ -227,21 +227,37 @@ def begun_since(output_dir: Path, then: float) -> bool:
     return False
 
 
+def refuse_no_checkpoint(folder: Path) -> None:
+    """Raise a ConfigError if training.resume names a folder that is no checkpoint: what is near it instead."""
+    if os.path.isfile(folder / "checksums.json"):
+        return
+    what = "is no checkpoint" if os.path.isdir(folder) else "does not exist"
+    near = next(
+        (found for place in (folder, folder.parent) if os.path.isdir(place) and (found := checkpoints(place))), []
+    )
+    those = f", such as {' or '.join(map(str, near))}" if near else ""
+    expected = f"expected auto, never or the folder of a checkpoint{those}"
+    raise ConfigError(f"training.resume: cannot continue from {folder}: it {what}; {expected}")
+
+
 def refuse_other_run(config: Config, overwrite: bool) -> None:
     """Raise a ConfigError if the output folder holds a run that this one would neither continue nor replace."""
     training, folder = config.training, Path(config.training.resume)
     output_dir, resume = Path(training.output_dir), training.resume
     if overwrite:
         return
+    if resume not in ("auto", "never"):
+        refuse_no_checkpoint(folder)
     finished = os.path.isfile(output_dir / "adapter_model.safetensors")  # Path.is_file raises for long names
     found = checkpoints(output_dir) if os.path.isdir(output_dir) else []
     own = resume == "auto" or (
         resume != "never" and os.path.abspath(output_dir) == os.path.dirname(os.path.abspath(resume))
     )
-    if (finished and not (own and found)) or (found and not own and resume != "never"):
-        kind = "a finished run" if finished else "another run"
+    if (finished or found) and not (own and found):
+        kind = "a finished run" if finished else "an unfinished run" if resume == "never" else "another run"
         # If a checkpoint of another folder was asked for, --overwrite is no help: it would start at step 0.
         remedy = ", or use --overwrite to replace it" if resume in ("auto", "never") else ""
+        remedy += ", or --resume auto to continue it" if kind == "an unfinished run" else ""
         raise ConfigError(f"training.output_dir: {output_dir} holds {kind}; choose another --output_dir{remedy}")
     window = training.batch_size * training.gradient_accumulation_steps
     candidates = {"auto": found, "never": []}.get(resume, [folder])
