@@ -345,7 +345,8 @@ def room_after(engine: Engine, length: int, settings: GenerationConfig) -> int:
     """Return how many tokens may follow a prompt of `length` tokens: max_new_tokens, or fewer if positions run out."""
     if length >= engine.limit:
         raise ConfigError(
-            f"a prompt has {counted(length, 'token')}, but the model supports only {engine.limit:,} positions"
+            f"a prompt (--prompt, a row of --prompts or a chat so far) has {counted(length, 'token')}, but the model "
+            f"supports only {engine.limit:,} positions"
         )
     return int(min(settings.max_new_tokens, engine.limit - length))
 

@@ -8,6 +8,7 @@ import platform
 import shutil
 import tempfile
 import time
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,9 @@ def create_accelerator(training: TrainingConfig, shard_base: bool = False) -> Ac
     cpu = not torch.cuda.is_available()  # without it accelerate starts no gloo group on a machine without a GPU
     runs = os.path.join(training.output_dir, "runs")
     try:
-        accelerator = Accelerator(cpu=cpu, gradient_accumulation_steps=1, log_with=tracker, project_dir=runs)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`log_with")  # about a tracker that is not installed: an error below
+            accelerator = Accelerator(cpu=cpu, gradient_accumulation_steps=1, log_with=tracker, project_dir=runs)
     except (ImportError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         if tracker is None:  # such as a launch by mpirun, whose variables accelerate reads too
