@@ -33,8 +33,8 @@ MOST_THIN_COLUMNS = 64
 WIDEN_BACKWARD = Launch(block_m=64, block_k=64, warps=4)
 MASKED_BACKWARD = Launch(block_m=16, block_k=64, warps=2)
 # The most adapter columns for which SwiGLU's backward runs as a kernel. It holds three sums [columns, block_k] in
-# registers; with 256 columns it uses 220 of the 255 registers of a thread on sm_89 (Triton 3.6), and on sm_90 it moves 64
-# of them to memory. With more columns torch calls compute it, with copies in fp32.
+# registers; with 256 columns it uses 220 of the 255 registers of a thread on sm_89 (Triton 3.6), and on sm_90 all and 184
+# to 264 bytes of memory per thread. With more columns torch calls compute it, with copies in fp32.
 MOST_COLUMNS = 256
 SETTLE_BLOCK = 1024
 # The fewest rows per share of the kernel behind `swiglu_backward`. Each share writes sums of its own, 192 bytes per
@@ -64,9 +64,11 @@ def swiglu_launch(columns: int, dropout: bool, activation: str, hopper: bool) ->
         return Launch(block_m=32, block_k=64, warps=4)
     if columns <= 32:
         return Launch(block_m=16, block_k=128, warps=8)
-    if columns <= 64 or hopper:
-        return Launch(block_m=16, block_k=64, warps=4 if columns <= 64 else 8)
-    return Launch(block_m=32 if columns <= 128 else 16, block_k=32 if columns <= 128 else 16, warps=8)
+    if columns <= 64:
+        return Launch(block_m=16, block_k=64, warps=4)
+    if hopper:
+        return Launch(block_m=16, block_k=64, warps=8)
+    return Launch(block_m=32, block_k=32, warps=8) if columns <= 128 else Launch(block_m=16, block_k=16, warps=8)
 
 
 def narrow_launch(columns: int, swiglu: bool = False) -> Launch:

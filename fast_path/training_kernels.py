@@ -287,25 +287,28 @@ def widen_backward_kernel(
 
 
 @triton.jit
-def _keep_transposed(row_keys, k, threshold):
-    """Return the part of `dropout_mask` that covers columns k of rows, bool [columns, rows]."""
+def _keep_transposed(
+    key, sequences, start, m, end, k, length, threshold, WHOLE: tl.constexpr, BLOCK_M: tl.constexpr
+):  # fmt: skip
+    """Return the part of `dropout_mask` that covers columns k of rows m, which begin at `start`, bool [columns, rows].
+
+    WHOLE: the BLOCK_M rows are of one sequence: a division per tile finds it, instead of one per row and thread.
+    """
+    if WHOLE:
+        sequence = tl.load(sequences + start // length).to(tl.uint32, bitcast=True)
+        row_keys = _mix(_mix(key ^ sequence) ^ _mix((start % length + tl.arange(0, BLOCK_M)).to(tl.uint32)))
+    else:
+        row_keys = _row_keys(key, sequences, m, end, length)
     bits = _mix(row_keys[None] ^ ((k // 2).to(tl.uint32) * 0x9E3779B1)[:, None])
     return ((bits >> (k % 2 * 16).to(tl.uint32)[:, None]) & 0xFFFF) >= threshold
 
 
 @triton.jit
-def _keys_of_sequence(key, sequences, start, length, BLOCK_M: tl.constexpr):
-    """Return `_row_keys` of BLOCK_M rows of one sequence: a division per tile finds it, instead of one per row and thread."""
-    sequence = tl.load(sequences + start // length).to(tl.uint32, bitcast=True)
-    return _mix(_mix(key ^ sequence) ^ _mix((start % length + tl.arange(0, BLOCK_M)).to(tl.uint32)))
-
-
-@triton.jit
 def _placed_as(x, other):
-    """Return x, in registers of the same threads as `other`, through an instruction that reads both.
+    """Return x, held by the threads that hold `other`, through an instruction that reads both.
 
-    Otherwise Triton moves inputs to two places and computes everything from them twice, which it takes for cheaper than
-    to move results.
+    Otherwise Triton gives copies of the inputs to two sets of threads, and each set computes everything from them: it
+    takes this for cheaper than to move results.
     """
     if COMPILED:
         return tl.inline_asm_elementwise(
@@ -341,6 +344,15 @@ def _swiglu_rows(
 
 
 @triton.jit
+def _store_sums_of_B(target, sum_gate, sum_up, k, columns, rank, BLOCK_U: tl.constexpr):
+    """Write the sums for dB of gate, and of up behind them, each [columns, rank]."""
+    i = tl.arange(0, BLOCK_U)[None]
+    place, inside = target + k[:, None] * rank + i, (i < rank) & (k < columns)[:, None]
+    tl.store(place, sum_gate, mask=inside)
+    tl.store(place + columns * rank, sum_up, mask=inside)
+
+
+@triton.jit
 def swiglu_backward_kernel(
     wide, upstream, x, grads, A, u, sums, step, sequences, salt, rows, share, length, columns, stride, du_stride, extra,
     u_stride, up_u, rank, threshold, inverse, DROPOUT: tl.constexpr, WHOLE: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -370,7 +382,6 @@ def swiglu_backward_kernel(
         a = tl.load(A + j * columns + k[:, None], mask=(j < extra) & within, other=0.0)
         sum_a = tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
     if BLOCK_U:
-        i = tl.arange(0, BLOCK_U)[None]
         sum_gate = tl.zeros((BLOCK_K, BLOCK_U), tl.float32)
         sum_up = tl.zeros((BLOCK_K, BLOCK_U), tl.float32)
     end = tl.minimum(first + share, rows)
@@ -392,11 +403,7 @@ def swiglu_backward_kernel(
         if BLOCK_R:
             tile = silu * up
             if DROPOUT:
-                if WHOLE:
-                    row_keys = _keys_of_sequence(key, sequences, start, length, BLOCK_M)
-                else:
-                    row_keys = _row_keys(key, sequences, m, end, length)
-                keep = _keep_transposed(row_keys, k, threshold)
+                keep = _keep_transposed(key, sequences, start, m, end, k, length, threshold, WHOLE, BLOCK_M)
                 tile = tl.where(keep, tile * inverse, 0.0)
                 back = tl.where(keep, back * inverse, 0.0)
             grad += back
@@ -415,9 +422,7 @@ def swiglu_backward_kernel(
     if BLOCK_R:
         tl.store(sums + j * columns + k[:, None], sum_a, mask=(j < extra) & within)
     if BLOCK_U:
-        target = sums + extra * columns + k[:, None] * rank + i
-        tl.store(target, sum_gate, mask=(i < rank) & within)
-        tl.store(target + columns * rank, sum_up, mask=(i < rank) & within)
+        _store_sums_of_B(sums + extra * columns, sum_gate, sum_up, k, columns, rank, BLOCK_U)
 
 
 @triton.jit

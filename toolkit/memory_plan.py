@@ -728,8 +728,9 @@ def step_down(plan: MemoryPlan, sequences: int, compiled: bool) -> MemoryPlan | 
     """Return the next smaller shape after a run ran out of memory; None if there is no smaller one.
 
     First no layer keeps its MLP's output any more, then a quarter more of the layers are checkpointed. If all are, the
-    micro-batch becomes the next smaller one that divides the sequences. With one sequence the layers' inputs go to main memory, which needs compiled layers. It
-    carries no estimate (parts is empty), since the estimate of the larger shape has just proved wrong.
+    micro-batch becomes the next smaller one that divides the sequences. With one sequence the layers' inputs go to main
+    memory, which needs compiled layers. It carries no estimate (parts is empty), since the estimate of the larger shape
+    has just proved wrong.
     """
     if plan.kept:
         return dataclasses.replace(plan, parts={}, kept=0)
