@@ -6,6 +6,7 @@ decode_step.py launches them and describes the whole step. decode_products.py ex
 
 from fast_path.decode_kernels import sum_of_parts
 from fast_path.decode_products import (
+    activated,
     find_member,
     input_place,
     let_next_kernel_start,
@@ -166,10 +167,7 @@ def batch_linear_kernel(
         up = _batch_adapter(
             up, u + RANK, B1, bias1, row, rows1, rank1, scale1, split, M, MEMBERS, RANK, PARTS, SPLITS, BIAS
         )  # fmt: skip
-        z = y
-        if ACTIVATION == "gelu_pytorch_tanh":  # `_gate` of fused_linear.py
-            z = 1.5957691216057308 * y * (1 + 0.044715 * y * y)
-        y = (y / (1.0 + tl.exp(-z)) * up).to(HALF)
+        y = (activated(y, ACTIVATION) * up).to(HALF)
         tl.store(out + input_place(row[:, None], OUTPUTS, M, m[None]), y, mask=inside)
     else:
         place = (split * M + m)[None] * OUTPUTS + first_outputs + row[:, None]

@@ -338,6 +338,15 @@ def _beside(
 
 
 @triton.jit
+def activated(y, ACTIVATION: tl.constexpr):
+    """Return an MLP's activation of y, as `_gate` of fused_linear.py explains it."""
+    z = y
+    if ACTIVATION == "gelu_pytorch_tanh":
+        z = 1.5957691216057308 * y * (1 + 0.044715 * y * y)
+    return y / (1.0 + tl.exp(-z))
+
+
+@triton.jit
 def _add(hidden, out, weight, row, rows, y, OUTPUTS: tl.constexpr, NEXT: tl.constexpr):
     """Write rows of hidden and, with NEXT, of the next product's x: hidden times the weight of its norm."""
     y = y.to(hidden.dtype.element_ty)
@@ -349,11 +358,12 @@ def _add(hidden, out, weight, row, rows, y, OUTPUTS: tl.constexpr, NEXT: tl.cons
 
 @triton.jit
 def _leave(
-    hidden, out, weight, row, row1, rows, rows1, y, y1, MODE: tl.constexpr, OUTPUTS: tl.constexpr, NEXT: tl.constexpr
+    hidden, out, weight, row, row1, rows, rows1, y, y1, MODE: tl.constexpr, OUTPUTS: tl.constexpr, NEXT: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """Write the outputs of the rows row and row1 in the way that `linear_kernel` describes for MODE."""
     if MODE == "swiglu":
-        y = y / (1.0 + tl.exp(-y)) * y1
+        y = activated(y, ACTIVATION) * y1
         tl.store(out + input_place(row, OUTPUTS), y.to(out.dtype.element_ty), mask=row < rows)
     elif MODE == "stack":
         tl.store(out + row, y, mask=row < rows)
@@ -505,7 +515,7 @@ def linear_kernel(
     OUTPUTS: tl.constexpr, RANK: tl.constexpr, ADAPTERS: tl.constexpr, TAKE: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK: tl.constexpr, PARTS: tl.constexpr, BIAS: tl.constexpr, NESTED: tl.constexpr,
     BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr, WARPS: tl.constexpr, WIDE: tl.constexpr, LOOP: tl.constexpr,
-    SHUFFLE: tl.constexpr, HALF: tl.constexpr, TURING: tl.constexpr, OVERLAP: tl.constexpr,
+    SHUFFLE: tl.constexpr, HALF: tl.constexpr, TURING: tl.constexpr, ACTIVATION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Compute up to three 4-bit linears with their adapters on the x of one sequence, in one launch.
 
@@ -520,7 +530,7 @@ def linear_kernel(
 
     MODE says where the outputs go. "stack": to out, fp32 [outputs of all members]. "residual": they are added to
     hidden, and with NEXT hidden times next_weight is written to out in the order of `input_place`. "swiglu":
-    silu(first) * second is written to out in that order.
+    activation(first) * second is written to out in that order.
     """
     let_next_kernel_start(OVERLAP)
     program = tl.program_id(0)
@@ -621,6 +631,6 @@ def linear_kernel(
             y, y1 = _row_sums(total, total1, WIDE)
             out_row, out_row1 = _rows_of(program, i, stride, tl.arange(0, 8 * GROUPS), SWIGLU, GROUPS)
         _leave(
-            hidden, out + first_outputs, next_weight, out_row, out_row1, rows0, rows1, y, y1, MODE, OUTPUTS, NEXT
+            hidden, out + first_outputs, next_weight, out_row, out_row1, rows0, rows1, y, y1, MODE, OUTPUTS, NEXT, ACTIVATION
         )  # fmt: skip
         row, row1, b, b1, factor, factor1 = next_row, next_row1, next_b, next_b1, next_factor, next_factor1

@@ -301,7 +301,7 @@ class SingleLinears(Linears):
         decode_products.linear_kernel[(programs,)](
             *reads, out, follow.norm.factor if follow else self.x, self.pairs, *self.arguments[:2], *A[:3], *self.arguments[2:],
             **self.constants, **options, MODE=self.mode, NORM=norm is not None, NEXT=follow is not None, TURING=self.turing,
-            OUTPUTS=self.rows[0],
+            OUTPUTS=self.rows[0], ACTIVATION=self.activation,
         )  # fmt: skip
 
 
@@ -340,12 +340,12 @@ def _norm(x: torch.Tensor, norm: Norm, out: torch.Tensor, first: bool = False) -
 
 def _batch_norm(
     x: torch.Tensor, parts: torch.Tensor, total: torch.Tensor, norm: Norm | None, out: torch.Tensor,
-    linears: Linears | None = None, after: Norm | None = None,
+    linears: Linears | None = None, after: Norm | None = None, ordered: bool = False,
 ) -> None:  # fmt: skip
     """Write total = x + parts, or x + after(parts), and the norm of total to out, or total itself if there is no norm.
 
-    With `linears`, out is in the order in which they read it, and u of their adapters is computed too. x, total:
-    [sequences, width]; parts: [parts, m, width].
+    With `linears`, out is in the order in which they read it, and u of their adapters is computed too; with `ordered`, it
+    is in that order without u. x, total: [sequences, width]; parts: [parts, m, width].
     """
     sequences, width = x.shape
     adapters: tuple[Any, ...] = (x, *[x] * 3, 0, 0, 0)
@@ -358,7 +358,7 @@ def _batch_norm(
     decode_batch_kernels.batch_norm_kernel[(sequences, members)](
         x, parts, after.weight if after else x, norm.weight if norm else x, total, out, *adapters,
         after.eps if after else 0.0, norm.eps if norm else 0.0, AFTER=after is not None, NORM=norm is not None, K=width, M=parts.shape[1],
-        PARTS=len(parts), MEMBERS=members, RANK=rank, ORDERED=linears is not None, BLOCK=block, TILE=tile,
+        PARTS=len(parts), MEMBERS=members, RANK=rank, ORDERED=ordered or linears is not None, BLOCK=block, TILE=tile,
         num_warps=8, **_options(),
     )  # fmt: skip
 
@@ -413,6 +413,7 @@ class Layer(Generic[Kind]):
 
     kind: type[Kind]  # the class of its linears
     chunk: int  # inputs per program of u = A x in down_proj
+    norms_apart: bool  # whether its norms are launches of their own, which also add to the residual
 
     def __init__(self, layer: nn.Module, cache: Any, dtype: torch.dtype):
         _check_layer(layer, cache)
@@ -424,10 +425,10 @@ class Layer(Generic[Kind]):
             owner: nn.Module, names: Iterable[str], mode: str, norm: Norm | None = None, parts: int = 1,
             alone: bool = False,
         ) -> Kind:  # fmt: skip
-            modules = {name: getattr(owner, name) for name in names}
-            return self.kind(
-                modules, mode, dtype, norm, parts, alone, m, factor if mode == "residual" else 1.0, family.activation
-            )
+            modules, scale = {name: getattr(owner, name) for name in names}, factor if mode == "residual" else 1.0
+            if self.norms_apart:
+                norm, mode = None, "stack" if mode == "residual" else mode
+            return self.kind(modules, mode, dtype, norm, parts, alone, m, scale, family.activation)
 
         factor = float(getattr(layer, family.residual_factor)) if family.residual_factor else 1.0
         self.turns = bool(getattr(attention, family.rotates)) if family.rotates else True
@@ -499,7 +500,7 @@ class Layer(Generic[Kind]):
 class SingleLayer(Layer[SingleLinears]):
     """A decoder layer for one sequence, in seven launches."""
 
-    kind, chunk = SingleLinears, CHUNK
+    kind, chunk, norms_apart = SingleLinears, CHUNK, False
 
     def __call__(
         self, hidden: torch.Tensor, position: torch.Tensor, rotary: Rotary, scratch: Scratch,
@@ -517,10 +518,10 @@ class SingleLayer(Layer[SingleLinears]):
         self.down(hidden, follow.x if follow else hidden, self.gate_up, follow)
 
 
-class BatchLayer(Layer[BatchLinears]):
-    """A decoder layer for a batch, in nine launches."""
+class ApartLayer(Layer[Kind]):
+    """A decoder layer whose norms are launches of their own: for a batch, or where norms follow attention and the MLP."""
 
-    kind, chunk = BatchLinears, BATCH_CHUNK
+    norms_apart = True
 
     def __call__(
         self, hidden: torch.Tensor, other: torch.Tensor, known: torch.Tensor, position: torch.Tensor,
@@ -531,6 +532,33 @@ class BatchLayer(Layer[BatchLinears]):
         hidden: [sequences, width], overwritten; other: a buffer of the same shape; known and returned: fp32 [parts, m,
         width], parts that are still to be added, through the norm `before` if there is one; starts: int64 [sequences, 1].
         """
+        raise NotImplementedError
+
+
+class SingleApartLayer(ApartLayer[SingleLinears]):
+    """A decoder layer for one sequence, in eight launches, or nine with norms of q and k as wide as all heads."""
+
+    kind, chunk = SingleLinears, CHUNK
+    before: SingleLinears  # the last product of the layer before, of the last layer for the first one
+
+    def __call__(self, hidden, other, known, position, starts, rotary, scratch, before=None):
+        gate_up, down, parts = self.gate_up, self.down, scratch.parts
+        _batch_norm(hidden, known, other, self.norms[0], self.qkv.x, after=before, ordered=True)
+        self.qkv(other, scratch.qkv, self.before)
+        self.attend(position, position, rotary, scratch)
+        self.out(other, parts, self.qkv)
+        _batch_norm(other, parts, hidden, self.norms[1], gate_up.x, after=self.after[0], ordered=True)
+        gate_up(hidden, down.x, self.out)
+        down(hidden, parts, gate_up)
+        return parts
+
+
+class BatchLayer(ApartLayer[BatchLinears]):
+    """A decoder layer for a batch, in nine launches."""
+
+    kind, chunk = BatchLinears, BATCH_CHUNK
+
+    def __call__(self, hidden, other, known, position, starts, rotary, scratch, before=None):
         down, parts = self.down, scratch.parts
         _batch_norm(hidden, known, other, self.norms[0], self.qkv.x, self.qkv, before)
         self.qkv(scratch.qkv)
@@ -578,10 +606,17 @@ class DecodeStep:
         sequences = len(cache.layers[0].keys)
         pairs = list(zip(decoder.layers, cache.layers, strict=True))
         # One of these is empty.
-        alone = sequences == 1 and not families.of(model).decodes_as_batch
-        self.single_layers = [SingleLayer(*pair, dtype) for pair in pairs] if alone else []
-        self.batch_layers = [] if alone else [BatchLayer(*pair, dtype) for pair in pairs]
-        self.layers: list[Layer] = [*self.single_layers, *self.batch_layers]
+        alone, apart = sequences == 1, families.of(model).decodes_with_norms_apart
+        self.single_layers = [SingleLayer(*pair, dtype) for pair in pairs] if alone and not apart else []
+        self.apart_layers: list[ApartLayer] = []
+        if alone and apart:
+            layers = [SingleApartLayer(*pair, dtype) for pair in pairs]
+            for layer, previous in zip(layers, layers[-1:] + layers[:-1], strict=True):
+                layer.before = previous.down
+            self.apart_layers = [*layers]
+        elif not alone:
+            self.apart_layers = [BatchLayer(*pair, dtype) for pair in pairs]
+        self.layers: list[Layer] = [*self.single_layers, *self.apart_layers]
         kinds = {(layer.keys.shape, layer.keys.dtype, layer.keys.device, layer.qkv.x.device) for layer in self.layers}
         _check(
             kinds == {(self.layers[0].keys.shape, dtype, device, device)},
@@ -627,8 +662,8 @@ class DecodeStep:
             other, parts = torch.empty_like(hidden), self.scratch.parts[:0]
             starts = self.starts if starts is None else starts
             after = None
-            for batch_layer, angles in zip(self.batch_layers, self.angles, strict=True):
-                parts = batch_layer(hidden, other, parts, position, starts, angles, self.scratch, after)
-                after = batch_layer.after[1]
+            for apart_layer, angles in zip(self.apart_layers, self.angles, strict=True):
+                parts = apart_layer(hidden, other, parts, position, starts, angles, self.scratch, after)
+                after = apart_layer.after[1]
             _batch_norm(hidden, parts, other, self.norm, self.last, after=after)
         return self.form.apply_(self.head(self.last)[:, 0].float())

@@ -80,8 +80,8 @@ class Family:
         return sum(name != "" for name in self.norms_before) + self.further_norms
 
     @property
-    def decodes_as_batch(self) -> bool:
-        """Whether the decode step runs its kernels for batches for a single sequence too: only these know the facts."""
+    def decodes_with_norms_apart(self) -> bool:
+        """Whether norms are launches of their own in a decode step for one sequence: no product's kernel knows the facts."""
         return (
             self.further_norms > 0 or self.activation != "silu" or self.norm_scale != "weight" or self.qk_norms == "all"
         )

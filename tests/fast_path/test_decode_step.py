@@ -44,6 +44,8 @@ CASES = [
     ("olmo3", {}, [0, 5], 40),
     ("phi3_96", {}, [0], 40),
     ("phi3_96", {"double": False, "targets": ["qkv_proj", "o_proj"]}, [3, 0], 33),
+    ("gemma3", {}, [0], 40),
+    ("olmo3", {"double": False}, [0], 65),
 ]
 # One sequence and several, NF4 and FP4, double quantisation and none, each family, adapters on all linears and on few.
 EACH_KIND = (0, 2, 3, 6, 9, 10, 11, 14, 15, 16, 17, 18, 19, 20, 21)
