@@ -250,7 +250,8 @@ def memory_bar(path: Path) -> None:
     from transformers import AutoModelForCausalLM, Qwen2Config
 
     from config import Config
-    from toolkit.memory_plan import GIB, plan_memory, shape_of
+    from toolkit.memory_plan import GIB, plan_memory
+    from toolkit.model_shape import shape_of
 
     sizes = {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16}
     with torch.device("meta"):

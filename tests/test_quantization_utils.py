@@ -50,7 +50,8 @@ from toolkit import machine
 from toolkit.adapters import load_adapter
 from toolkit.base_lines import base_lines, check_length, unpacked_line
 from toolkit.machine import check_nf4
-from toolkit.memory_plan import PLAIN, adapter_parameters, configured_shape, model_shape, plan_memory
+from toolkit.memory_plan import PLAIN, configured_shape, plan_memory
+from toolkit.model_shape import adapter_parameters, model_shape
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 

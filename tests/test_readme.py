@@ -14,7 +14,8 @@ import torch
 import inference_example
 import train_qlora
 from config import ConfigError, leaves, load_config
-from toolkit.memory_plan import GIB, model_shape, plan_memory
+from toolkit.memory_plan import GIB, plan_memory
+from toolkit.model_shape import model_shape
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -28,9 +28,6 @@ from toolkit.memory_plan import (
     PCIE,
     SHAPE_KNOBS,
     MemoryPlan,
-    ModelShape,
-    adapted,
-    adapter_parameters,
     configured_shape,
     expected_path,
     fit,
@@ -42,6 +39,7 @@ from toolkit.memory_plan import (
     step_seconds,
     wants_offload,
 )
+from toolkit.model_shape import ModelShape, adapted, adapter_parameters
 from toolkit.processes import gathered, name_of, several
 from toolkit.text_width import for_stdout
 

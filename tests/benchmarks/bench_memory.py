@@ -39,6 +39,7 @@ import train_qlora
 from fast_path import host_rows, micro_step, optimizers
 from toolkit import memory, memory_plan
 from toolkit.cards import find_card
+from toolkit.model_shape import ModelShape, shape_of
 
 after_heavy_imports()
 
@@ -254,10 +255,10 @@ def plan_of(case: tuple) -> tuple[Config, memory_plan.MemoryPlan]:
     return config, memory_plan.plan_memory(shape, config, micro_batch, checkpointed, None, limit, *where)
 
 
-def shape_named(name: str) -> memory_plan.ModelShape:
+def shape_named(name: str) -> ModelShape:
     """Return the sizes of a model of MODELS."""
     with torch.device("meta"):
-        return memory_plan.shape_of(AutoModelForCausalLM.from_config(MODELS[name]))
+        return shape_of(AutoModelForCausalLM.from_config(MODELS[name]))
 
 
 def terms_table() -> str:
@@ -276,7 +277,7 @@ def terms_table() -> str:
     return "\n".join([f"| | {' | '.join(BY_SIZE.values())} |", "|---" * (len(plans) + 1) + "|", *lines])
 
 
-def least_plan(shape: memory_plan.ModelShape, config: Config, limit: float) -> memory_plan.MemoryPlan:
+def least_plan(shape: ModelShape, config: Config, limit: float) -> memory_plan.MemoryPlan:
     """Return the plan of one sequence, all layers checkpointed, embedding in main memory, weights unpacked in pieces."""
     pieces = memory_plan.pieces_of(shape, config, memory_plan.expected_path(config))
     return memory_plan.plan_memory(shape, config, 1, shape.layers, None, limit, False, None, True, pieces)

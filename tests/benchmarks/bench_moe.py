@@ -48,6 +48,7 @@ from fast_path.families import expert_tensors
 from fast_path.micro_step import let_go
 from quantization_utils import create_bnb_config, quiet_libraries
 from toolkit import memory_plan
+from toolkit.model_shape import shape_of
 
 after_heavy_imports()
 
@@ -130,7 +131,7 @@ def load_ours(case: dict, device: torch.device) -> tuple[Callable[[int, torch.Te
     config, shape = settings(case), shape_config(case["tiny"], case["layers"])
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(shape)
-    sizes = memory_plan.shape_of(skeleton)
+    sizes = shape_of(skeleton)
     if case["experts"] == "16bit":
         sizes = dataclasses.replace(sizes, experts=sizes.experts.in_16_bit())
     plan = memory_plan.plan_memory(sizes, config, 1, case["layers"])

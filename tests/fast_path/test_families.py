@@ -15,7 +15,7 @@ from fast_path.layers import ACTIVATIONS, fuse
 from tests.fast_path.test_decode_step import check_case, use_few_programs
 from tests.fast_path.test_layers import furthest, gradients, prepared
 from tests.interpreter import interpret
-from toolkit.memory_plan import model_shape
+from toolkit.model_shape import model_shape
 
 SIZES = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "pad_token_id": 0}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}

@@ -13,6 +13,7 @@ from fast_path.host_rows import as_tensor_of, loading_to_main_memory, pinned_cop
 from quantization_utils import create_bnb_config, load_base, load_model_and_tokenizer
 from toolkit import memory, memory_plan
 from toolkit.merge import plain_copy
+from toolkit.model_shape import model_shape
 from toolkit.resume import fingerprint
 
 TABLE = "model.embed_tokens.weight"
@@ -76,7 +77,7 @@ def test_a_gpu_that_reads_other_rows_is_said_in_a_line(random_models, monkeypatc
 
 
 def test_the_plan_moves_an_embedding_only_where_nothing_else_fits(random_models):
-    shape, config = memory_plan.model_shape(str(random_models("llama"))), load_config([], {"data.max_length": "128"})
+    shape, config = model_shape(str(random_models("llama"))), load_config([], {"data.max_length": "128"})
     here, apart = (memory_plan.plan_memory(shape, config, 1, 2, rows_apart=way) for way in (False, True))
     assert here.total - apart.total == apart.rows_apart == 2 * shape.rows > 0 and apart.parts["head"] == 2 * shape.rows
     fits = memory_plan.fit(shape, config, 1, here.total, memory_plan.Rates())

@@ -25,7 +25,8 @@ from quantization_utils import (
     quiet_libraries,
 )
 from toolkit.checkpoints import adapter_settings, targets_text
-from toolkit.memory_plan import adapter_parameters, configured_shape, shape_of
+from toolkit.memory_plan import configured_shape
+from toolkit.model_shape import adapter_parameters, shape_of
 
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

@@ -14,7 +14,8 @@ import train_qlora
 from config import ConfigError, load_config
 from toolkit import memory
 from toolkit.cards import CARDS, RATES_ERROR, Card, Rates, find_card
-from toolkit.memory_plan import GIB, configured_shape, model_shape, step_flops, step_seconds
+from toolkit.memory_plan import GIB, configured_shape, step_flops, step_seconds
+from toolkit.model_shape import model_shape
 
 ROOT = Path(__file__).resolve().parents[2]
 MEASUREMENTS = (ROOT / "docs" / "measurements.md").read_text(encoding="utf-8")

@@ -30,7 +30,8 @@ from toolkit import evaluation, expert_plan, memory, memory_plan
 from toolkit.cards import CARDS
 from toolkit.expert_plan import expert_shape
 from toolkit.memory import savings
-from toolkit.memory_plan import COMPILED, FUSED, GIB, PLAIN, MemoryPlan, Rates, fit, model_shape, plan_memory, step_down
+from toolkit.memory_plan import COMPILED, FUSED, GIB, PLAIN, MemoryPlan, Rates, fit, plan_memory, step_down
+from toolkit.model_shape import adapter_parameters, model_shape
 
 
 def settings(**flags: object):
@@ -297,7 +298,7 @@ def test_plan_has_the_figures_of_the_3b_model(qwen_3b, flags, weights, trainable
     parts = plan_memory(shape, config, 1, 36).parts
     found = sum(size for name, size in parts.items() if name in WEIGHTS)
     assert found / 1e9 == pytest.approx(weights, abs=0.002)
-    assert memory_plan.adapter_parameters(shape, config) == trainable == parts["adapters (fp32)"] // 4
+    assert adapter_parameters(shape, config) == trainable == parts["adapters (fp32)"] // 4
 
 
 WEIGHTS = ("packed weights", "quantisation constants", "embedding and head", "norms and biases")

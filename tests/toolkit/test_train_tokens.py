@@ -21,8 +21,9 @@ from tests.families import small_model
 from toolkit.adapters import load_adapter
 from toolkit.checkpoints import targets_text
 from toolkit.generation import obstacle
-from toolkit.memory_plan import adapter_parameters, shape_of, token_rows_bytes
+from toolkit.memory_plan import token_rows_bytes
 from toolkit.merge import logits_on, merge_adapter
+from toolkit.model_shape import adapter_parameters, shape_of
 
 TOKENS = ("<|im_start|>", "<|im_end|>")
 
