@@ -13,7 +13,7 @@ import torch._dynamo.utils
 import torch._functorch.config
 from peft import PeftModel
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
 from fast_path import (
     attention,
@@ -25,37 +25,8 @@ from fast_path import (
     fused_linear,
     packed_weights,
 )
-from fast_path.fused_linear import LINEAR_ARGUMENTS
+from fast_path.kept_outputs import NOTHING_KEPT, Kept, contexts
 from fast_path.layers import groups_of
-
-
-def _rms_policy(ctx, op, *args, **kwargs) -> CheckpointPolicy:
-    """Tell a checkpoint to save a norm's 1 / rms, 4 bytes per token, for which a pass would read the norm's whole input again.
-
-    Those of the heads of q and k are more, and the pass that reads these heads recomputes them on its way.
-    """
-    keep = op is torch.ops.aten.rsqrt.default and args[0].dim() < 4
-    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def _down_policy(ctx, op, *args, **kwargs) -> CheckpointPolicy:
-    """Tell a checkpoint to save the outputs of the down projection (`linear` with swiglu) and each 1 / rms.
-
-    The backward pass reads only this operator's u, 32 bytes per token. Recomputing u would repeat the whole pass over
-    the activations and the matrix product, which costs much more time than the memory is worth (docs/measurements.md).
-    A norm after it reads its whole output, as large as the layer's input: then only the layers that the memory plan has
-    chosen keep it.
-    """
-    keep = op is torch.ops.qlora.linear.default and args[LINEAR_ARGUMENTS.index("swiglu")]
-    return CheckpointPolicy.MUST_SAVE if keep else _rms_policy(ctx, op, *args, **kwargs)
-
-
-def _keep_down():
-    return create_selective_checkpoint_contexts(_down_policy)
-
-
-def _keep_rms():
-    return create_selective_checkpoint_contexts(_rms_policy)
 
 
 def _run_layer(layer: nn.Module, hidden: torch.Tensor, **kwargs) -> torch.Tensor:
@@ -64,9 +35,9 @@ def _run_layer(layer: nn.Module, hidden: torch.Tensor, **kwargs) -> torch.Tensor
     """
     forward = type(layer).forward
     if layer.recompute and layer.training and torch.is_grad_enabled():
-        keep = _keep_down if layer.keeps_down else _keep_rms
         return checkpoint(
-            forward, layer, hidden, use_reentrant=False, preserve_rng_state=False, context_fn=keep, **kwargs,
+            forward, layer, hidden, use_reentrant=False, preserve_rng_state=False,
+            context_fn=functools.partial(contexts, layer.keeps_down, layer.keeps_attention), **kwargs,
         )  # fmt: skip
     return forward(layer, hidden, **kwargs)
 
@@ -81,23 +52,23 @@ def operators_tag(
     return "qlora " + " ".join(f"{zlib.crc32(inspect.getsource(module).encode()):08x}" for module in modules)
 
 
-def recompute(layers: Sequence[nn.Module], checkpointed: int, kept: int) -> None:
-    """Checkpoint the first `checkpointed` of the compiled layers, and no others.
+def recompute(layers: Sequence[nn.Module], checkpointed: int, kept: Kept) -> None:
+    """Checkpoint the first `checkpointed` of the compiled layers, and no others; the last of them keep what `kept` says.
 
-    kept: how many of these keep the down projection's output although a norm reads it. They are the last ones, which the
-    backward pass reaches first. Without such a norm all do, since u is all that is saved then.
+    Without a norm after the MLP all keep the outputs of the down projection that are read, since u is all of them then.
 
     A checkpointed MLP's backward pass writes the gradients of gate and up over their recomputed values, which saves 4 bytes
     per token and feature at the peak. Saved ones belong to autograd, and a compiler would copy them first.
     """
     for number, layer in enumerate(layers):
         layer.recompute = number < checkpointed
-        layer.keeps_down = number >= checkpointed - kept or not families.of(layer).norms_after[1]
+        layer.keeps_down = number >= checkpointed - kept.mlp or not families.of(layer).norms_after[1]
+        layer.keeps_attention = number >= checkpointed - kept.attention
         for group in groups_of(layer):
             group.recomputed = layer.recompute
 
 
-def compile_layers(model: PeftModel, kept: int = 0) -> None:
+def compile_layers(model: PeftModel, kept: Kept = NOTHING_KEPT) -> None:
     """Compile the decoder layer once for all layers, for training. kept: as in `recompute`.
 
     Evaluation runs the layers uncompiled, because it is too little work to pay for another compilation.

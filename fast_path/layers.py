@@ -20,6 +20,7 @@ from fast_path.dropout import DropoutClock, modes_kept, salt_of
 from fast_path.experts import unpacked_whole
 from fast_path.fp8 import fits, row_scales
 from fast_path.fused_linear import NOTHING_HANDED, Adapters, Handed, Masks, Norm, inverse_rms, run_linear
+from fast_path.norm_after import NormAfter
 from fast_path.packed_weights import adapter_columns, fusable, operand_numbers, stack_weights
 from fast_path.scratch import scratch_of
 from fast_path.sharding import divide, make_whole
@@ -186,6 +187,12 @@ def _left_to_the_reader(self, hidden):
     return hidden
 
 
+def _norm_after(self, hidden):
+    if not torch.is_grad_enabled() or hidden.dtype == torch.float32:
+        return self.unfused.forward(self, hidden)
+    return NormAfter.apply(hidden, *self.factor_and_epsilon)
+
+
 @functools.cache
 def _with_forward(kind: type, forward: Callable) -> type:
     """Return a subclass with another forward. All layers get the same class, so one compilation serves them all."""
@@ -208,6 +215,15 @@ def _switch_attention(attention: nn.Module, qkv: Group, out: Group) -> None:
     attention.qk_norms, attention.caps = family.qk_norms, family.score_cap
     attention.head_norms, attention.epsilon = _head_norms(attention)
     _switch(attention, _fused_attention, qkv=qkv, out=out)
+
+
+def switch_norm_after(layer: nn.Module) -> None:
+    """Give the norm after the MLP, where there is one, a backward pass that reads 8 bits, unless it is trained."""
+    family = families.of(layer)
+    norm = getattr(layer, family.norms_after[1], None) if families.fused("layer", layer) else None
+    if norm is not None and type(norm).__name__ == family.norm and not norm.weight.requires_grad:
+        norm.factor_and_epsilon = norm_of(norm)
+        _switch(norm, _norm_after)
 
 
 WIDEST_JOINED = 128  # heads whose norms join the rotary embedding's pass; wider ones were slower (docs/measurements.md)
@@ -307,6 +323,7 @@ def fuse(model: PeftModel, clock: DropoutClock, p: float, kernels: bool, pieces:
 
     for layer in families.decoder_layers(base):
         before = families.of(layer).norms_before
+        switch_norm_after(layer)
         make_whole(layer)  # of a divided base: one layer at a time
         for module in list(layer.modules()):
             if families.fused("attention", module) and attention_obstacle(module) is None:

@@ -16,6 +16,7 @@ from fast_path import choice, dropout, families
 from fast_path.adapter_memory import AdapterMemory
 from fast_path.compiled import recompute
 from fast_path.expert_store import join_copies
+from fast_path.kept_outputs import NOTHING_KEPT, Kept
 from fast_path.loss import IGNORED, Objective
 
 # ------------------------------------------------------------------------------------------------ memory
@@ -260,7 +261,7 @@ class Learner:
         self.captured, self.captured_evaluation = graphs
         self.zero_gradients()
 
-    def reshape(self, micro_batch: int, checkpointed: int, offload: bool, kept: int = 0) -> None:
+    def reshape(self, micro_batch: int, checkpointed: int, offload: bool, kept: Kept = NOTHING_KEPT) -> None:
         """Change to this micro-batch and number of checkpointed layers, and free the memory of the graphs.
 
         kept: as in `compiled.recompute`.

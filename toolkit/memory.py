@@ -16,6 +16,7 @@ from accelerate import Accelerator
 
 from config import Config, ConfigError, QuantizationConfig, counted
 from fast_path.fp8 import refuse
+from fast_path.kept_outputs import NOTHING_KEPT, Kept
 from quantization_utils import compute_dtype_of
 from toolkit.base_lines import beyond_positions
 from toolkit.cards import CARDS, RATES_ERROR, Card, Rates, find_card
@@ -70,15 +71,20 @@ def choose_plan(
     if saved and auto_fit and not config.flags & set(SHAPE_KNOBS):
         taken = saved["micro_batch"], saved["checkpointed"], None, limit
         rest = saved.get("offload", False), saved.get("logit_chunk"), saved.get("rows_apart", False)
-        return plan_memory(shape, config, *taken, *rest, saved.get("pieces", 1), saved.get("kept", 0))
+        return plan_memory(shape, config, *taken, *rest, saved.get("pieces", 1), kept_before(saved) or NOTHING_KEPT)
     if auto_fit and limit is not None:
         # Measured rates vary from day to day, and so would the shape.
         rates = rates or (Rates() if config.performance.deterministic else rates_here(device, config))
         return fit(shape, config, sequences, limit, rates)
     micro_batch = min(config.training.batch_size, sequences)
     checkpointed, offload = pinned_layers(shape.layers, config), wants_offload(config)
-    chunk, kept = saved.get("logit_chunk"), saved.get("kept")
+    chunk, kept = saved.get("logit_chunk"), kept_before(saved)
     return plan_memory(shape, config, micro_batch, checkpointed, None, limit, offload, chunk, kept=kept)
+
+
+def kept_before(saved: dict) -> Kept | None:
+    """Return the kept outputs of a checkpoint's shape; None where it says nothing about them."""
+    return Kept(saved["kept"], saved.get("kept_attention", 0)) if "kept" in saved else None
 
 
 def plan_run(
@@ -141,7 +147,7 @@ def print_plan(
         print("this machine has no GPU: the plan is that of a run on an NVIDIA GPU")
     lines = [*chosen_lines(config, plan, limit), *facts(shape, config, sequences // shape.processes)]
     tokens = plan.micro_batch * config.data.max_length
-    seconds = step_seconds(shape, config, rates, plan.micro_batch, plan.checkpointed, plan.rows_apart > 0)
+    seconds = step_seconds(shape, config, rates, plan.micro_batch, plan.checkpointed, plan.rows_apart > 0, plan.kept)
     speed = shape.processes * tokens / seconds
     lines += process_lines(shape, config, plan, rates)
     lines += speed_lines(rates, speed, device, card, mixture=shape.experts.routed)

@@ -14,6 +14,7 @@ from transformers import AutoConfig
 
 from config import Config, ConfigError, LoraSettings, TrainingConfig
 from fast_path import families
+from fast_path.kept_outputs import NOTHING_KEPT, Kept
 from fast_path.loss import default_logit_chunk
 from fast_path.model_targets import resolved_targets
 from fast_path.nf4 import lacks_triton
@@ -56,8 +57,11 @@ NCCL_BYTES = int(0.5 * GIB)
 GATHERED = 5
 
 # Where a norm follows the MLP, one checkpointed layer in so many keeps the MLP's output for the backward pass, which then
-# does not repeat the product of the down projection. A quarter adds 5 to 6 % to the memory of such a run (docs/fast_path.md).
-ONE_KEEPS_IN = 4
+# does not repeat the product of the down projection. A half adds 5 to 6 % to the memory of such a run (docs/fast_path.md).
+ONE_KEEPS_IN = 2
+# Tokens per sequence from which checkpointed layers keep what attention returns, as many as fit: attention's time grows with
+# the square of the length and what it returns does not. At 512 tokens fewer checkpointed layers are worth more per byte.
+LONG = 2048
 
 PCIE = 20e9  # bytes per second to a card from others or from main memory, of a slot with 16 lanes of PCIe 4
 
@@ -96,10 +100,14 @@ def saved_bytes(shape: ModelShape, config: Config, path: str) -> int:
         attention += 2 * (q + kv) if path == COMPILED else 4 * (q + kv // 2)
         attention += 8 if shape.family.qk_norms == "all" else 4 * (q + kv // 2) * shape.heads // q
     if path == COMPILED or not plain_layers(shape, path):
-        # A norm is made again from its input, the layer's or the sum after attention, and a number. Further norms read
-        # what a product writes, which is kept for them (uncompiled: in fp32); the sum is then made again from it.
+        # A norm is made again from its input, the layer's or the sum after attention, and a number. Norms after attention
+        # and MLP read what a product writes, which is kept for them: attention's (uncompiled in fp32; compiled, the sum is
+        # made again from it) and 8 bits of the MLP's.
         family = shape.family
-        further = family.further_norms * ((2 if path == COMPILED else 4) * h + 4)
+        first = (2 if path == COMPILED else 4) * h + 4
+        further = sum(
+            size for size, name in zip((first, normed_bytes(shape, config)), family.norms_after, strict=True) if name
+        )
         summed = 0 if further and path == COMPILED else 2 * h
         numbers = 4 * (family.layer_norms - family.further_norms)
         kept = attention + 2 * h + summed + 4 * inner + 2 * fused_columns(shape, config) + numbers + further
@@ -115,10 +123,19 @@ def saved_bytes(shape: ModelShape, config: Config, path: str) -> int:
     return kept + shape.experts.saved_bytes()
 
 
-def kept_bytes(shape: ModelShape, config: Config) -> int:
-    """Return the bytes per token of what a checkpointed layer that keeps its MLP's output keeps: that and the adapter's u."""
+def normed_bytes(shape: ModelShape, config: Config) -> int:
+    """Return the bytes per token that a norm after the MLP keeps: 8 bits of each number, its row's largest, and 1 / rms."""
+    return shape.hidden + 8 if config.quantization.compute_dtype != "float32" else 4 * shape.hidden + 4
+
+
+def kept_bytes(shape: ModelShape, config: Config) -> dict[str, int]:
+    """Return the bytes per token that a checkpointed layer keeps with an output, by the names in `Kept.named`.
+
+    With that of the MLP, 8 bits of each number, it keeps u; with attention's a logarithm per head.
+    """
     names = {name.rpartition(".")[2] for name, _, _ in adapted(shape, config.lora)}
-    return 2 * (shape.hidden + adapter_columns(config.lora.rank, shape.family.down in names))
+    u = 2 * adapter_columns(config.lora.rank, shape.family.down in names)
+    return {"MLP": normed_bytes(shape, config) - 4 + u, "attention": 2 * shape.query + 4 * shape.heads}
 
 
 def fused_columns(shape: ModelShape, config: Config) -> int:
@@ -244,7 +261,7 @@ class MemoryPlan:
     logit_chunk: int | None = None  # positions whose logits exist at the same time; None: default_logit_chunk
     rows_apart: int = 0  # bytes of the input embedding, if it is in main memory
     pieces: int = 1  # in which gate and up are unpacked, one after the other
-    kept: int = 0  # checkpointed layers, the last of them, that keep their MLP's output
+    kept: Kept = NOTHING_KEPT  # how many checkpointed layers keep outputs
 
     @property
     def total(self) -> int:
@@ -258,15 +275,16 @@ class MemoryPlan:
     @property
     def shape(self) -> str:
         where = ", their inputs in main memory" if self.offload else ""
-        where += f", {self.kept} of these keep their MLP's output" if self.kept else ""
+        where += "".join(f", {n} of these keep their {name}'s output" for n, name in self.kept.named() if n)
         where += ", the embedding in main memory" if self.rows_apart else ""
         where += f", the MLP's weights unpacked in {self.pieces} pieces" if self.pieces > 1 else ""
         return f"micro-batch {self.micro_batch}, {self.checkpointed} of {self.layers} layers checkpointed{where}"
 
     def saved(self) -> dict[str, int | bool | None]:
         """Return what a checkpoint keeps of the shape."""
-        names = ("micro_batch", "checkpointed", "offload", "logit_chunk", "pieces", "kept")
-        return {name: getattr(self, name) for name in names} | {"rows_apart": self.rows_apart > 0}
+        names = ("micro_batch", "checkpointed", "offload", "logit_chunk", "pieces")
+        kept = {"kept": self.kept.mlp, "kept_attention": self.kept.attention}
+        return {name: getattr(self, name) for name in names} | kept | {"rows_apart": self.rows_apart > 0}
 
     def table(self) -> str:
         """Return the plan in GiB, one line per purpose."""
@@ -360,7 +378,7 @@ def plan_memory(
     logit_chunk: int | None = None,
     rows_apart: bool = False,
     pieces: int = 1,
-    kept: int | None = None,
+    kept: Kept | None = None,
 ) -> MemoryPlan:
     """Return the GPU memory that training needs if the first `checkpointed` layers recompute their activations.
 
@@ -369,16 +387,19 @@ def plan_memory(
     pieces: in which gate and up are unpacked, down in half as many; the chunk of logits is then as small as it can be.
     limit: bytes that the process may use, from which the chunk of logits is chosen; None: more than enough.
     logit_chunk: the chunk of a run that is continued, since its sums must be added in the same order.
-    kept: checkpointed layers that keep their MLP's output; by default a quarter, or as many as fit into the limit.
+    kept: checkpointed layers that keep outputs; by default of the MLP a half, of attention all, or as many as fit into the limit.
     """
     path, rows_apart = path or expected_path(config), rows_apart and shape.rows > 0
     parts, paged = static_parts(shape, config, path, rows_apart)
     rows = rows_apart * shape.rows * (4 if config.quantization.compute_dtype == "float32" else 2)
     fixed = sum(parts.values())
     tokens, free_layers = micro_batch * config.data.max_length, shape.layers - checkpointed
-    can_keep = path == COMPILED and shape.family.norms_after[1] and not offload
-    most, each = checkpointed // ONE_KEEPS_IN if can_keep else 0, kept_bytes(shape, config) * tokens
-    keeping = most if kept is None else min(kept, most)
+    can_keep = path == COMPILED and not offload
+    most = Kept(
+        checkpointed // ONE_KEEPS_IN if can_keep and shape.family.norms_after[1] else 0,
+        checkpointed if can_keep and config.data.max_length >= LONG else 0,
+    )
+    keeping, each = most.at_most(most if kept is None else kept), kept_bytes(shape, config)
     saved = saved_bytes(shape, config, path) * tokens
     at_once, recomputing = (transient_bytes(shape, config, path, tokens, again, pieces) for again in (False, True))
     if path == PLAIN and free_layers:
@@ -396,7 +417,7 @@ def plan_memory(
     live = max(live, at_once if free_layers else 0)
     parts |= {
         "checkpointed hidden states": (2 if offload else checkpointed) * hidden,
-        **({"kept outputs of MLPs": keeping * each} if keeping else {}),
+        **{f"kept outputs of {name}": n * each[name] * tokens for n, name in keeping.named() if n},
         "layers not checkpointed": free_layers * saved,
         "unpacked weights, chunk of logits": scratch_bytes(shape, config, path, tokens, chunk, pieces),
         "one live layer, forward and backward": live,
@@ -404,9 +425,10 @@ def plan_memory(
     }
     add_allowances(parts, sum(parts.values()) - fixed, shape, config, path == COMPILED and not offload, pieces)
     plan = MemoryPlan(parts, micro_batch, checkpointed, shape.layers, paged, offload, chunk, rows, pieces, keeping)
-    if kept is None and keeping and limit and plan.total > limit:
+    if kept is None and any(keeping) and limit and plan.total > limit:
         # One byte more, since the slack is rounded.
-        fewer = max(0, keeping - math.ceil((plan.total - limit + 1) / (each * (1 + SLACK_SHARE))))
+        over = math.ceil((plan.total - limit + 1) / (1 + SLACK_SHARE))
+        fewer = keeping.without(over, {name: size * tokens for name, size in each.items()})
         return plan_memory(
             shape, config, micro_batch, checkpointed, path, limit, offload, logit_chunk, rows_apart, pieces, fewer
         )
@@ -488,7 +510,9 @@ def weights_read(shape: ModelShape, checkpointed: int) -> float:
     return 2 * weights + (weights - shape.layers * out * into) * checkpointed / shape.layers + experts
 
 
-def step_flops(shape: ModelShape, config: Config, micro_batch: int, checkpointed: int) -> float:
+def step_flops(
+    shape: ModelShape, config: Config, micro_batch: int, checkpointed: int, kept: Kept = NOTHING_KEPT
+) -> float:
     """Return the FLOP of the products of one micro-batch. Those of adapters, about a hundredth of them, are left out.
 
     A product with N weights takes 2 N FLOP per token in the forward pass and 2 N in the backward pass, which needs no
@@ -496,7 +520,7 @@ def step_flops(shape: ModelShape, config: Config, micro_batch: int, checkpointed
     takes 2 x length x width FLOP per token and layer forward, and 2.5 times that backward (FlashAttention-2,
     arXiv:2307.08691, section 4.1).
     """
-    passes = 3.5 + checkpointed / shape.layers
+    passes = 3.5 + (checkpointed - kept.attention) / shape.layers
     attention = 2 * config.data.max_length * shape.query * shape.layers * passes
     head = 2 * shape.vocabulary * shape.hidden
     idle = (shape.experts.all - shape.experts.active) * (2 + checkpointed / shape.layers)
@@ -505,15 +529,16 @@ def step_flops(shape: ModelShape, config: Config, micro_batch: int, checkpointed
 
 
 def step_seconds(
-    shape: ModelShape, config: Config, rates: Rates, micro_batch: int, checkpointed: int, rows_apart: bool = False
-) -> float:
+    shape: ModelShape, config: Config, rates: Rates, micro_batch: int, checkpointed: int, rows_apart: bool = False,
+    kept: Kept = NOTHING_KEPT,
+) -> float:  # fmt: skip
     """Return an estimated time for one micro-batch: matrix products, dequantisation and passes over activations.
 
     rates.link: at which experts in main memory come, while the layer before computes.
     """
     tokens, passes = micro_batch * config.data.max_length, 2 + checkpointed / shape.layers
     of_experts = 2 * tokens * shape.experts.active * passes
-    flops = step_flops(shape, config, micro_batch, checkpointed) - of_experts
+    flops = step_flops(shape, config, micro_batch, checkpointed, kept) - of_experts
     products = flops / rates.of_products(tokens) + of_experts / rates.of_products(shape.experts.rows_each(tokens))
     unpacked = weights_read(shape, checkpointed) - shape.experts.plain * passes
     read = unpacked if config.quantization.load_in_4bit else 0
@@ -552,7 +577,7 @@ def fit(shape: ModelShape, config: Config, sequences: int, limit: float, rates: 
             plan = plan_memory(shape, config, micro_batch, checkpointed, None, limit, pinned, None, apart, pieces)
             if smallest is None or plan.total < smallest.total:
                 smallest = plan
-            seconds = step_seconds(shape, config, rates, micro_batch, checkpointed, apart) / micro_batch
+            seconds = step_seconds(shape, config, rates, micro_batch, checkpointed, apart, plan.kept) / micro_batch
             if plan.total <= limit and (best is None or seconds < best[0]):
                 best = (seconds, plan)
         if best:
@@ -573,13 +598,13 @@ def unplanned(config: Config, sequences: int, layers: int) -> MemoryPlan:
 def step_down(plan: MemoryPlan, sequences: int, compiled: bool) -> MemoryPlan | None:
     """Return the next smaller shape after a run ran out of memory; None if there is no smaller one.
 
-    First no layer keeps its MLP's output any more, then a quarter more of the layers are checkpointed. If all are, the
+    First no checkpointed layer keeps an output any more, then a quarter more of the layers are checkpointed. If all are, the
     micro-batch becomes the next smaller one that divides the sequences. With one sequence the layers' inputs go to main
     memory, which needs compiled layers. It carries no estimate (parts is empty), since the estimate of the larger shape
     has just proved wrong.
     """
-    if plan.kept:
-        return dataclasses.replace(plan, parts={}, kept=0)
+    if any(plan.kept):
+        return dataclasses.replace(plan, parts={}, kept=NOTHING_KEPT)
     more = min(plan.layers, plan.checkpointed + max(1, plan.layers // 4))
     if more > plan.checkpointed:
         return dataclasses.replace(plan, parts={}, checkpointed=more)

@@ -215,6 +215,7 @@ def check_numbers(state: Any) -> None:
     expect_count(shape.get("logit_chunk") or 1, "shape.logit_chunk", 1)
     expect_count(shape.get("pieces", 1), "shape.pieces", 1)
     expect_count(shape.get("kept", 0), "shape.kept")
+    expect_count(shape.get("kept_attention", 0), "shape.kept_attention")
     expect(type(shape.get("offload", False)) is bool, "shape.offload", "true or false", shape.get("offload"))
     check_progress(state["progress"])
     step, done = state["progress"]["step"], state["scheduler"].get("last_epoch")

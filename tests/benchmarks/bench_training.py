@@ -265,7 +265,10 @@ def load_ours(case: dict):
 
     plan = memory_plan.unplanned(config, case["batch"], len(model.get_decoder().layers))
     shape = memory_plan.configured_shape(config)
-    planned = memory_plan.plan_memory(shape, config, case["batch"], plan.checkpointed, offload=plan.offload)
+    limit = case["cap"] * GIB + memory_plan.CONTEXT_BYTES if case["cap"] else None
+    planned = memory_plan.plan_memory(
+        shape, config, case["batch"], plan.checkpointed, limit=limit, offload=plan.offload
+    )
     plan = dataclasses.replace(plan, kept=planned.kept)
     case["planned_gib"] = round(planned.reserved / GIB, 2)
     learner = train_qlora.build_learner(config, model, plan, say, samples)

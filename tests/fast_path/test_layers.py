@@ -30,6 +30,7 @@ from fast_path.attention import cudnn_serves, keep_samples_apart, rotate, rotate
 from fast_path.choice import choose_fast_path
 from fast_path.compiled import compile_layers, compiled_in_pieces, operators_tag
 from fast_path.dropout import DropoutClock, use_stateless_dropout
+from fast_path.kept_outputs import Kept
 from fast_path.layers import _fused_mlp, fuse
 from fast_path.loss import CROSS_ENTROPY, CausalLMLoss, LogitForm, kernel_chunk_loss
 from fast_path.micro_step import inputs_in_main_memory
@@ -411,7 +412,7 @@ def test_a_layer_that_keeps_its_mlps_output_repeats_one_product_less_and_changes
         if kept == 0:
             uncompiled, _ = gradients(model, clock, loss)
             model.zero_grad()
-        compile_layers(model, kept)
+        compile_layers(model, Kept(mlp=kept))
         layers = families.decoder_layers(model.get_base_model())
         assert [layer.keeps_down for layer in layers] == [False, bool(kept)]
         gradients(model, clock, loss)
@@ -1092,15 +1093,15 @@ def test_a_kept_output_on_the_gpu_is_the_recomputed_one(random_models, kind):
     """Compiled, not in a graph, since these models get a mask here in a capture alone; reshaping changes how many keep it."""
     model, clock, loss = prepared(random_models(kind), dtype="bfloat16", device="cuda", checkpointing=True)
     fuse(model, clock, 0.05, kernels=True)
-    compile_layers(model, 1)
+    compile_layers(model, Kept(mlp=1))
     loss.chunk_loss = kernel_chunk_loss
     trained, found = [parameter for parameter in model.parameters() if parameter.requires_grad], []
     scaler, parts = torch.amp.GradScaler("cuda", enabled=False), choice.FastPath(True, True, False, True, "")
     learner = micro_step.Learner(model, trained, loss, clock, scaler, parts, (2, 64))
     learner.train()
     ids = torch.randint(0, 4096, (2, 64), generator=torch.Generator().manual_seed(5)).cuda()
-    for kept in (1, 0, 2):
-        learner.reshape(2, 2, False, kept)
+    for kept in ((1, 0), (0, 0), (2, 2), (0, 1)):
+        learner.reshape(2, 2, False, Kept(*kept))
         learner.zero_gradients()
         value = learner.micro_step(3, torch.tensor([5, 7]), {"input_ids": ids, "labels": ids}).item()
         found.append((value, {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}))

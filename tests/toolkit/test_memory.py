@@ -17,6 +17,7 @@ import train_qlora
 from config import ConfigError, ModelConfig, load_config
 from fast_path import attention, choice, compiled, dropout, experts, families, micro_step
 from fast_path.families import expert_parameters
+from fast_path.kept_outputs import NOTHING_KEPT, Kept
 from fast_path.layers import fuse
 from fast_path.loss import CausalLMLoss
 from quantization_utils import (
@@ -52,7 +53,9 @@ def linears_of(folder: str) -> list[str]:
     return list(itertools.chain(*model_shape(folder).family.groups))
 
 
-def saved_by_autograd(folder: str, path: str, p: float, layers: int, checkpointed: bool = False, kept: int = 0) -> int:
+def saved_by_autograd(
+    folder: str, path: str, p: float, layers: int, checkpointed: bool = False, kept: Kept = NOTHING_KEPT
+) -> int:
     """Return the bytes that the first layers keep for the backward of 2 x 200 tokens, as autograd's hooks see them."""
     model, _ = load_model_and_tokenizer(folder, create_bnb_config())
     model.config.sliding_window = None if getattr(model.config, "sliding_window", None) is None else 4096  # no mask
@@ -109,45 +112,78 @@ def test_saved_activations_are_what_autograd_keeps(random_models, monkeypatch, k
 def test_kept_outputs_of_mlps_are_planned_to_the_byte(random_models):
     """Each checkpointed layer keeps its input and a number per norm; of two the last one, or both, its MLP's output and u."""
     folder = str(random_models("olmo2"))
-    none, one, both = (saved_by_autograd(folder, COMPILED, 0.0, 2, True, kept) for kept in range(3))
+    none, one, both = (saved_by_autograd(folder, COMPILED, 0.0, 2, True, Kept(mlp=kept)) for kept in range(3))
     assert none - saved_by_autograd(folder, COMPILED, 0.0, 1, True) == 400 * (2 * 256 + 4 * 4)
-    each = 400 * memory_plan.kept_bytes(model_shape(folder), settings())
-    assert one - none == both - one == each == 400 * 2 * (256 + 16)
+    each = 400 * memory_plan.kept_bytes(model_shape(folder), settings())["MLP"]
+    assert one - none == both - one == each == 400 * (256 + 4 + 2 * 16)
 
 
-def test_a_quarter_of_checkpointed_layers_keep_their_mlps_output_where_a_norm_reads_it_and_it_fits(random_models):
+@pytest.mark.compiled
+@pytest.mark.parametrize("kind", ["qwen2", "gemma3"])
+def test_kept_outputs_of_attention_are_planned_to_the_byte(random_models, kind):
+    folder = str(random_models(kind))
+    none, one, both = (saved_by_autograd(folder, COMPILED, 0.0, 2, True, Kept(attention=kept)) for kept in range(3))
+    assert one - none == both - one == 400 * memory_plan.kept_bytes(model_shape(folder), settings())["attention"]
+
+
+def test_a_half_of_checkpointed_layers_keep_their_mlps_output_where_a_norm_reads_it_and_it_fits(random_models):
     shape = dataclasses.replace(model_shape(str(random_models("gemma3"))), layers=34, hidden=2560)
     config = settings(data__max_length=512)
 
     def plan(checkpointed=34, shape=shape, config=config, **rest):
         return plan_memory(shape, config, 16, checkpointed, **rest)
 
-    none, full = plan(kept=0), plan()
-    assert (none.kept, full.kept, plan(13).kept, plan(3).kept) == (0, 8, 3, 0)
-    assert "8 of these keep their MLP's output" in full.shape and "keep" not in none.shape
-    assert (
-        full.parts["kept outputs of MLPs"] == 8 * 16 * 512 * 2 * (2560 + 16)
-        and "kept outputs of MLPs" not in none.parts
-    )
-    each = (full.total - none.total) / 8
-    for room in (0, 0.5, 1, 3.5, 7.9, 8):
+    none, full = plan(kept=NOTHING_KEPT), plan()
+    assert [found.kept.mlp for found in (none, full, plan(13), plan(1))] == [0, 17, 6, 0]
+    assert "17 of these keep their MLP's output" in full.shape and "keep" not in none.shape
+    assert full.parts["kept outputs of MLP"] == 17 * 16 * 512 * (2560 + 4 + 2 * 16)
+    assert "kept outputs of MLP" not in none.parts and not full.kept.attention
+    each = (full.total - none.total) / 17
+    for room in (0, 0.5, 1, 3.5, 16.9, 17):
         limit = none.total + room * each + 2
         fitted = plan(limit=limit)
-        assert fitted.kept == int(room) and fitted.total <= limit
-    assert plan(limit=none.total - 1).kept == 0
+        assert fitted.kept.mlp == int(room) and fitted.total <= limit
+    assert plan(limit=none.total - 1).kept == NOTHING_KEPT
     ways = [
         {"path": FUSED},
         {"path": PLAIN},
         {"offload": True},
         {"shape": dataclasses.replace(shape, family=families.UNKNOWN)},
     ]
-    assert all(plan(**way).kept == 0 for way in ways)
-    assert plan(kept=5).kept == 5 and plan(kept=99).kept == 8
-    again = memory.choose_plan(shape, config, 16, None, 80 * GIB, plan(kept=5).saved())
-    old = {name: value for name, value in plan().saved().items() if name != "kept"}  # of a version that kept none
-    assert again.kept == 5 and memory.choose_plan(shape, config, 16, None, 80 * GIB, old).kept == 0
+    assert all(plan(**way).kept == NOTHING_KEPT for way in ways)
+    assert plan(kept=Kept(5)).kept == Kept(5) and plan(kept=Kept(99, 99)).kept == Kept(17)
+    again = memory.choose_plan(shape, config, 16, None, 80 * GIB, plan(kept=Kept(5)).saved())
+    old = {name: value for name, value in plan().saved().items() if "kept" not in name}  # of a version that kept none
+    assert again.kept == Kept(5) and memory.choose_plan(shape, config, 16, None, 80 * GIB, old).kept == NOTHING_KEPT
     smaller = step_down(full, 16, compiled=True)
-    assert (smaller.kept, smaller.checkpointed, smaller.micro_batch) == (0, 34, 16)
+    assert (smaller.kept, smaller.checkpointed, smaller.micro_batch) == (NOTHING_KEPT, 34, 16)
+
+
+def test_long_sequences_keep_what_attention_returns_where_it_fits(random_models):
+    shape = dataclasses.replace(model_shape(str(random_models("gemma3"))), layers=34)
+    assert plan_memory(shape, settings(data__max_length=memory_plan.LONG - 8), 1, 34).kept == Kept(17)
+    config = settings(data__max_length=8192)
+
+    def plan(checkpointed=34, shape=shape, **rest):
+        return plan_memory(shape, config, 1, checkpointed, **rest)
+
+    none, full = plan(kept=NOTHING_KEPT), plan()
+    assert full.kept == Kept(17, 34) and plan(30).kept == Kept(15, 30) and plan(offload=True).kept == NOTHING_KEPT
+    assert plan(path=FUSED).kept == NOTHING_KEPT
+    assert "34 of these keep their attention's output" in full.shape
+    assert full.parts["kept outputs of attention"] == 34 * 8192 * (2 * shape.query + 4 * shape.heads)
+    for limit in range(none.total, full.total, (full.total - none.total) // 20):
+        fitted = plan(limit=limit)
+        assert fitted.total <= limit and (
+            fitted.kept.mlp == 17 or not fitted.kept.attention
+        )  # attention's are given up first
+    old = {"micro_batch": 1, "checkpointed": 34, "kept": 3}  # of a version that kept outputs of MLPs alone
+    assert memory.choose_plan(shape, config, 1, None, 80 * GIB, old).kept == Kept(3)
+    assert memory.choose_plan(shape, config, 1, None, 80 * GIB, full.saved()).kept == full.kept
+    assert step_down(full, 1, compiled=True).kept == NOTHING_KEPT
+    flops = [memory_plan.step_flops(shape, config, 1, 34, kept) for kept in (NOTHING_KEPT, full.kept)]
+    forward = 2 * 8192 * shape.query * 34 * 8192  # of attention: 2 x length x width per token and layer
+    assert flops[0] - flops[1] == pytest.approx(forward)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
