@@ -628,8 +628,10 @@ def _product_backward(
 
 def _sum_fp32(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Return total + a @ b, or a @ b, in fp32; total may be overwritten."""
-    product = _product_fp32(a, b) if a.is_cuda else a.float() @ b.float()  # a CPU would round it first
-    return product if total is None else total.add_(product)
+    if not a.is_cuda:  # a CPU would round the product first
+        a, b = a.float(), b.float()
+        return a @ b if total is None else total.addmm_(a, b)
+    return _product_fp32(a, b) if total is None else torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
 
 
 def _product_backward_fp8(

@@ -164,7 +164,7 @@ def transient_bytes(
     narrow = config.quantization.products == "fp8"  # a copy of the product's gradient in 8 bit
     over = recomputed and path == COMPILED
     down = tokens * (2 * (2 * h + (0 if over else 2 * inner) + wide_down) + narrow * h)
-    sums = 2 * 4 * wide if pieces > 1 else 0
+    sums = 4 * wide if pieces > 1 else 0
     return max(down, tokens * (2 * (2 * h + wide) + sums + narrow * 2 * inner), experts)
 
 
