@@ -21,7 +21,7 @@ from fast_path.experts import unpacked_whole
 from fast_path.fp8 import fits, row_scales
 from fast_path.fused_linear import NOTHING_HANDED, Adapters, Handed, Masks, Norm, inverse_rms, run_linear
 from fast_path.norm_after import NormAfter
-from fast_path.packed_weights import adapter_columns, fusable, operand_numbers, stack_weights
+from fast_path.packed_weights import adapter_columns, fusable, operand_numbers, pieces_each, stack_weights
 from fast_path.scratch import scratch_of
 from fast_path.sharding import divide, make_whole
 
@@ -294,11 +294,12 @@ def fuse(model: PeftModel, clock: DropoutClock, p: float, kernels: bool, pieces:
     """Fuse the 4-bit linears of the decoder layers and return how many were fused; the parameters stay with peft.
 
     If an operator applies the RMS norm itself, the norm module becomes the identity. `unfused` remembers a module's
-    original class. pieces: into how many gate and up are cut, which are unpacked one after the other; down, half as large,
-    is cut into half as many. fp8: as in Group.
+    original class. pieces: into how many gate and up are cut, which are unpacked one after the other; the others as
+    `pieces_each` says. fp8: as in Group.
     """
     base, names = model.get_base_model(), {module: name for name, module in model.named_modules()}
     readers = families.of(base).readers
+    of_gate_up, of_down, of_qkv = pieces_each(pieces)
     fused: set[nn.Module] = set()
 
     def group(
@@ -329,11 +330,11 @@ def fuse(model: PeftModel, clock: DropoutClock, p: float, kernels: bool, pieces:
             if families.fused("attention", module) and attention_obstacle(module) is None:
                 qkv, out = _attention_linears(module)
                 norm = take_norm(layer, before[0])
-                _switch_attention(module, group(*qkv, norm=norm), group(out))
+                _switch_attention(module, group(*qkv, norm=norm, pieces=of_qkv), group(out))
             elif families.fused("mlp", module) and mlp_obstacle(module) is None:
                 gate_up, down = _mlp_linears(module)
-                both = group(*gate_up, norm=take_norm(layer, before[1]), pieces=pieces)
-                second = group(down, pieces=max(1, pieces // 2), activation=families.of(module).activation)
+                both = group(*gate_up, norm=take_norm(layer, before[1]), pieces=of_gate_up)
+                second = group(down, pieces=of_down, activation=families.of(module).activation)
                 _switch(module, _fused_mlp, gate_up=both, down=second)
         for module in list(layer.modules()):
             if module not in fused and hasattr(module, "lora_A") and fusable(module):

@@ -31,7 +31,17 @@ def adapter_columns(rank: int, members: int) -> int:
     return -(-rank * members // 16) * 16
 
 
-PIECES = 4  # in which gate and up are unpacked where memory is short; down, half as large, in half as many
+PIECES = (4, 8)  # in which gate and up are unpacked where memory is short; 8 only where 4 do not fit: they are slower
+
+
+def pieces_each(pieces: int) -> tuple[int, int, int]:
+    """Return the pieces of gate and up, of down, half as large, and of q, k and v, about a quarter as large.
+
+    The output projection stays whole. Where Llama-3.1-8B is cut in 8 it is the largest, 34 MB, but a chunk of logits in the
+    same memory takes 33.
+    """
+    return pieces, max(1, pieces // 2), max(1, pieces // 4)
+
 
 # The rows of the wide operands are filled with zeros up to a multiple of 128 bytes (64 numbers of 16 bits), a line of
 # memory. Matrix products are slower if rows end within a line.

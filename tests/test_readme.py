@@ -265,6 +265,19 @@ def test_the_planned_column_of_the_measurements_is_the_plan(qwen_3b):
     assert f"{plan_memory(shape, config, 4, 0, limit=8 * GIB).reserved / GIB:.2f}" == held
 
 
+def test_the_tables_of_large_models_are_those_that_the_plan_makes():
+    """What `bench_memory.py --cards` prints; at 1 x 512 a 14B, an 8B and a 7B need no more GiB than issue 30 asks for."""
+    command = [sys.executable, ROOT / "tests" / "benchmarks" / "bench_memory.py", "--cards"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    measured = (ROOT / "docs" / "measurements.md").read_text(encoding="utf-8")
+    rows = [line for line in printed.splitlines() if line.startswith("|")]
+    assert len(rows) > 20 and [row for row in rows if f"\n{row}\n" not in measured] == []
+    longest = re.findall(r"in ([\d.]+ GiB): ([\d,]+)", printed)
+    assert len(longest) == 2 and all(re.search(rf"\b{n}( tokens)? in {gib}", measured) for gib, n in longest)
+    (totals,) = (row.split(" | ") for row in rows if row.startswith("| total, GiB"))
+    assert all(float(total) <= asked for total, asked in zip(totals[3:6], (9.8, 5.6, 5.9), strict=True))
+
+
 def test_every_picture_is_drawn_and_shown(tmp_path):
     spec = importlib.util.spec_from_file_location("make_pictures", ROOT / "docs" / "make_pictures.py")
     pictures = importlib.util.module_from_spec(spec)

@@ -19,7 +19,7 @@ from fast_path.loss import default_logit_chunk
 from fast_path.model_targets import resolved_targets
 from fast_path.nf4 import lacks_triton
 from fast_path.optimizers import OPTIMIZERS
-from fast_path.packed_weights import PIECES, adapter_columns, divides, operand_columns, operand_numbers
+from fast_path.packed_weights import PIECES, adapter_columns, divides, operand_columns, operand_numbers, pieces_each
 from fast_path.scratch import MOST
 from quantization_utils import (
     LOADING_ERRORS,
@@ -168,26 +168,36 @@ def transient_bytes(
     return max(down, tokens * (2 * (2 * h + wide) + sums + narrow * 2 * inner), experts)
 
 
-def pieces_of(shape: ModelShape, config: Config, path: str) -> int:
-    """Return in how many pieces a run that is short of memory unpacks gate and up, or 1 if it cannot.
+def pieces_of(shape: ModelShape, config: Config, path: str) -> tuple[int, ...]:
+    """Return in how many pieces gate and up can be unpacked: 1, and those of PIECES that a run short of memory may use.
 
-    It can where the MLP's three linears are two fused operators with kernels and products in bf16 or fp16, each piece has
-    whole blocks of constants, and the smallest chunk of logits is no larger than a piece.
+    That takes fused operators with kernels and products in bf16 or fp16, and weights that can be cut. The smallest chunk of
+    logits must be no larger than the largest piece: the buffer that they share then has its size before the first step and
+    stays where it is, as in the run that PIECES_SLACK_BYTES was fitted to.
     """
     plain = plain_layers(shape, path) or shape.experts.all > 0 or config.quantization.products == "fp8"
     if plain or not loss_kernel(config, path):
-        return 1
-    parents = [
-        {name.rpartition(".")[0] for name, _, _ in adapted(shape, config.lora) if name.rpartition(".")[2] == member}
-        for member in shape.family.gate_up
-    ]
-    blocks = (BLOCK, NESTED_BLOCK), config.quantization.use_double_quant
-    whole = divides(2 * shape.inner, shape.hidden, PIECES, *blocks)
-    whole = whole and divides(shape.hidden, shape.inner, PIECES // 2, *blocks)
-    whole = whole and all(each == parents[0] for each in parents)
-    chunk, tokens = default_logit_chunk(shape.vocabulary, 0), config.data.max_length
-    shared = logit_bytes(shape, config, path, tokens, chunk) <= scratch_bytes(shape, config, path, 0, 0, PIECES)
-    return PIECES if whole and shared else 1
+        return (1,)
+    chunk = default_logit_chunk(shape.vocabulary, 0)
+    logits = logit_bytes(shape, config, path, chunk, chunk)
+    held = (n for n in PIECES if logits <= scratch_bytes(shape, config, path, 0, 0, n))
+    return 1, *(pieces for pieces in held if can_cut(shape, config, pieces))
+
+
+def can_cut(shape: ModelShape, config: Config, pieces: int) -> bool:
+    """Return whether the weights that `pieces_each` cuts are one operator in each layer and each piece has whole blocks.
+
+    Linears that read the same x are one operator where all of them have adapters or none has.
+    """
+    family, blocks = shape.family, ((BLOCK, NESTED_BLOCK), config.quantization.use_double_quant)
+    names = [name.rpartition(".") for name, _, _ in adapted(shape, config.lora)]
+    h, inner = shape.hidden, shape.inner
+    sizes = (2 * inner, h, family.gate_up), (h, inner, ()), (shape.query + shape.key_value, h, family.qkv)
+    for (out, into, members), count in zip(sizes, pieces_each(pieces), strict=True):
+        layers = [{before for before, _, name in names if name == member} for member in members]
+        if count > 1 and not (divides(out, into, count, *blocks) and all(each == layers[0] for each in layers)):
+            return False
+    return True
 
 
 def scratch_bytes(shape: ModelShape, config: Config, path: str, tokens: int, chunk: int, pieces: int = 1) -> int:
@@ -200,10 +210,12 @@ def scratch_bytes(shape: ModelShape, config: Config, path: str, tokens: int, chu
     h, inner, rank = shape.hidden, shape.inner, config.lora.rank
     width = 2 if config.quantization.compute_dtype != "float32" else 4
     together = 1 if plain_layers(shape, path) else 2  # gate and up are one operand
-    gate_up = operand_numbers(together * inner, h, adapter_columns(rank, 2), pieces)
-    down = operand_numbers(h, inner, adapter_columns(rank, 1), max(1, pieces // 2))
-    qkv = operand_numbers(shape.query + shape.key_value, h, adapter_columns(rank, 3))
-    weights = max(down, gate_up, qkv) * width
+    of_gate_up, of_down, of_qkv = pieces_each(pieces)
+    gate_up = operand_numbers(together * inner, h, adapter_columns(rank, 2), of_gate_up)
+    down = operand_numbers(h, inner, adapter_columns(rank, 1), of_down)
+    qkv = operand_numbers(shape.query + shape.key_value, h, adapter_columns(rank, 3), of_qkv)
+    out = operand_numbers(h, shape.query, adapter_columns(rank, 1))
+    weights = max(down, gate_up, qkv, out) * width
     if loss_kernel(config, path):
         weights = max(weights, shape.experts.whole_bytes(width))
     logits = logit_bytes(shape, config, path, tokens, chunk)
@@ -384,7 +396,7 @@ def plan_memory(
 
     offload: their inputs are kept in main memory; the GPU holds only the one in use and the next one.
     rows_apart: so are the rows of the input embedding, unless the head shares them.
-    pieces: in which gate and up are unpacked, down in half as many; the chunk of logits is then as small as it can be.
+    pieces: in which gate and up are unpacked (`pieces_each`); the chunk of logits is then as small as it can be.
     limit: bytes that the process may use, from which the chunk of logits is chosen; None: more than enough.
     logit_chunk: the chunk of a run that is continued, since its sums must be added in the same order.
     kept: checkpointed layers that keep outputs; by default of the MLP a half, of attention all, or as many as fit into the limit.
@@ -571,8 +583,8 @@ def fit(shape: ModelShape, config: Config, sequences: int, limit: float, rates: 
     """
     best, smallest = None, None
     pinned = "training.gradient_checkpointing" in config.flags and wants_offload(config)
-    most = pieces_of(shape, config, expected_path(config))
-    for pieces, apart in itertools.product(sorted({1, most}), sorted({False, shape.rows > 0})):
+    ways = pieces_of(shape, config, expected_path(config))
+    for pieces, apart in itertools.product(ways, sorted({False, shape.rows > 0})):
         for micro_batch, checkpointed in shapes(shape, config, sequences):
             plan = plan_memory(shape, config, micro_batch, checkpointed, None, limit, pinned, None, apart, pieces)
             if smallest is None or plan.total < smallest.total:
@@ -584,7 +596,7 @@ def fit(shape: ModelShape, config: Config, sequences: int, limit: float, rates: 
             return best[1]
     every = smallest.micro_batch, shape.layers
     if expected_path(config) == COMPILED and every in shapes(shape, config, sequences):
-        offloaded = plan_memory(shape, config, *every, None, limit, True, None, True, most)
+        offloaded = plan_memory(shape, config, *every, None, limit, True, None, True, ways[-1])
         return min(smallest, offloaded, key=lambda plan: plan.total)
     return smallest
 
@@ -621,7 +633,7 @@ def longest_length(shape: ModelShape, config: Config, limit: float) -> int:
     memory and, if layers are compiled, the inputs of layers too; weights in pieces where that needs less.
     """
     path, low, high = expected_path(config), 0, 2**14  # in units of 128 tokens
-    ways = [*itertools.product({False, path == COMPILED}, {1, pieces_of(shape, config, path)})]
+    ways = [*itertools.product({False, path == COMPILED}, pieces_of(shape, config, path))]
     while high - low > 1:
         middle = (low + high) // 2
         other = dataclasses.replace(config, data=dataclasses.replace(config.data, max_length=middle * 128))

@@ -131,6 +131,7 @@ GRID = [
     ("llama8b", 1, 512, 32, SMALL_CARD),
     ("llama8b", 1, 512, 32, SMALL_CARD | {"embedding": "cpu"}),
     ("llama8b", 1, 512, 32, SMALL_CARD | {"embedding": "cpu", "pieces": "4"}),
+    ("llama8b", 1, 512, 32, SMALL_CARD | {"embedding": "cpu", "pieces": "8"}),
     ("llama8b", 4, 512, 32, SMALL_CARD | {"embedding": "cpu"}),
     ("llama8b", 4, 512, 32, SMALL_CARD | {"embedding": "cpu", "pieces": "4"}),
     ("llama8b", 1, 8192, 32, LONG | {"performance.memory_limit_gib": "7.3"}),
@@ -279,7 +280,7 @@ def terms_table() -> str:
 
 def least_plan(shape: ModelShape, config: Config, limit: float) -> memory_plan.MemoryPlan:
     """Return the plan of one sequence, all layers checkpointed, embedding in main memory, weights unpacked in pieces."""
-    pieces = memory_plan.pieces_of(shape, config, memory_plan.expected_path(config))
+    pieces = memory_plan.pieces_of(shape, config, memory_plan.expected_path(config))[-1]
     return memory_plan.plan_memory(shape, config, 1, shape.layers, None, limit, False, None, True, pieces)
 
 

@@ -219,12 +219,15 @@ def test_a_gradient_over_what_was_recomputed_is_the_same_and_is_told_to_the_comp
 
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("adapted", [False, True])
-@pytest.mark.parametrize("outputs, columns", [((512, 512), 128), ((256,), 512)])  # gate and up; down, with SwiGLU
-def test_weights_unpacked_in_pieces_give_the_same(outputs, columns, adapted, double):
+@pytest.mark.parametrize(  # gate and up; down, with SwiGLU; q, k and v
+    "outputs, columns, cuts",
+    [((512, 512), 128, (1, 2, 4, 8)), ((256,), 512, (1, 2, 4)), ((512, 128, 128), 256, (1, 2))],
+)
+def test_weights_unpacked_in_pieces_give_the_same(outputs, columns, cuts, adapted, double):
     """More outputs than columns: the backward pass sums products of rows; else it takes pieces across."""
     swiglu, rows = len(outputs) == 1, sum(outputs)
     weights = packed_weights(outputs, columns, "nf4", double, "cpu", torch.float32)
-    assert weights.divides_by(2) and weights.divides_by(4) and weights.is_tall is not swiglu
+    assert all(map(weights.divides_by, cuts)) and weights.is_tall is not swiglu
     x, bias = torch.randn(6, columns * (1 + swiglu), requires_grad=True), torch.randn(rows)
     A = [torch.randn(8, columns, requires_grad=True) for _ in outputs * adapted]
     B = [torch.randn(size, 8, requires_grad=True) for size in outputs * adapted]
@@ -236,26 +239,29 @@ def test_weights_unpacked_in_pieces_give_the_same(outputs, columns, adapted, dou
         sizes[-1].append(tuple(W.shape))
         return W, stacked
 
-    for pieces, bias_or_none in itertools.product((1, 2, 4), (bias, None)):
+    for pieces, bias_or_none in itertools.product(cuts, (bias, None)):
         sizes.append([])
         with mock.patch.object(fused_linear, "operands", noted):
             arguments = (x, A, B, bias_or_none, 0.5, [], False, swiglu, None, [], *weights, *masks)
             y, u = fused_linear.linear(*arguments, False, pieces, "silu", False)
             grads = torch.autograd.grad(y.square().sum(), [x, *A, *B])
         results.append([y, u, *grads])
-    for found, want in zip(results[2:], 2 * results[:2], strict=True):
+    for found, want in zip(results[2:], (len(cuts) - 1) * results[:2], strict=True):
         assert all((a - b).norm() <= 1e-6 * b.norm() for a, b in zip(found, want, strict=True))
-    for pieces, seen in zip((1, 1, 2, 2, 4, 4), sizes, strict=True):
+    for pieces, seen in zip(sorted(2 * cuts), sizes, strict=True):
         extra = 64 * adapted
         along = [(rows // pieces, columns + extra)] * pieces
         across = [(rows, columns // pieces)] * (pieces - 1) + [(rows, columns // pieces + extra)]
         assert seen == along + (across if swiglu else along)
         largest = max(math.prod(shape) for shape in seen)
-        assert largest == packed_weights_module.operand_numbers(rows, columns, 16 * adapted, pieces)
+        assert largest == packed_weights_module.operand_numbers(rows, columns, adapter_columns(8, len(A)), pieces)
 
 
-@pytest.mark.parametrize("outputs, columns", [((1024, 1024), 256), ((256,), 1024)])
-def test_a_gradient_in_pieces_is_rounded_once(outputs, columns):
+@pytest.mark.parametrize(
+    "outputs, columns, cuts",
+    [((1024, 1024), 256, (1, 2, 4, 8)), ((256,), 1024, (1, 2, 4)), ((512, 128, 128), 256, (1, 2))],
+)
+def test_a_gradient_in_pieces_is_rounded_once(outputs, columns, cuts):
     """In bfloat16 it is as near to fp32 as that of one piece; sums that are rounded between pieces are further away."""
     weights = packed_weights(outputs, columns, "nf4", True, "cpu", torch.bfloat16)
     adapters = fused_linear.Adapters(
@@ -264,19 +270,38 @@ def test_a_gradient_in_pieces_is_rounded_once(outputs, columns):
     grad = torch.randn(64, sum(outputs)).bfloat16()
     exact, stacked = fused_linear._product_backward(grad.float(), weights, adapters, False, 1)
     errors = {}
-    for pieces in (1, 2, 4):
+    for pieces in cuts:
         wide, other = fused_linear._product_backward(grad, weights, adapters, False, pieces)
         both = columns + len(stacked)
         assert torch.equal(other, stacked.bfloat16())
         errors[pieces] = ((wide - exact)[:, :both].norm() / exact[:, :both].norm()).item()
     assert max(errors.values()) < 1.02 * errors[1] < 0.01
     if weights.is_tall:
+        most, none = cuts[-1], fused_linear.Adapters([], [], 0.0)
         parts = (
-            fused_linear._product_backward(part, weights.piece(i, 4), fused_linear.Adapters([], [], 0.0), False, 1)[0]
-            for i, part in enumerate(grad.chunk(4, 1))
+            fused_linear._product_backward(part, weights.piece(i, most), none, False, 1)[0]
+            for i, part in enumerate(grad.chunk(most, 1))
         )
         rounded = functools.reduce(torch.add, parts)
-        assert (rounded - exact[:, :columns]).norm() / exact[:, :columns].norm() > 1.2 * errors[4]
+        assert (rounded - exact[:, :columns]).norm() / exact[:, :columns].norm() > 1.2 * errors[most]
+
+
+@pytest.mark.parametrize(
+    "kind", ["llama", "qwen2", "phi3"]
+)  # without biases, with those of q, k and v, with one linear for these
+@pytest.mark.parametrize("pieces, of_qkv", [(4, 1), (8, 2)])
+def test_layers_with_weights_in_pieces_learn_what_plain_ones_do(random_models, kind, pieces, of_qkv):
+    plain_loss, plain = gradients(*prepared(random_models(kind)))
+    model, clock, loss = prepared(random_models(kind), checkpointing=True)
+    assert fuse(model, clock, 0.05, False, pieces)
+    found = [
+        [group.pieces for group in layers_module.groups_of(layer)]
+        for layer in families.decoder_layers(model.get_base_model())
+    ]
+    assert found == 2 * [[of_qkv, 1, pieces, pieces // 2]]
+    fused_loss, fused = gradients(model, clock, loss)
+    assert fused_loss == pytest.approx(plain_loss, rel=1e-6)
+    assert furthest(fused, plain) < 1e-4  # fp32 rounding
 
 
 @pytest.mark.triton
@@ -631,13 +656,21 @@ def check_kernels(device: str, dtype: torch.dtype, tolerance: float) -> None:
         assert torch.equal(found[:, : weights.columns], want[:, : weights.columns])  # as bitsandbytes rounds
         behind = weights.columns + 8 * len(outputs)
         assert found.shape[1] % 64 == 0 and not any(side[:, behind:].any() for side in (found, want))
-    weights = packed_weights((512, 512), 64, "nf4", True, device, dtype)
-    A, B = ([torch.randn(shape, device=device) for _ in range(2)] for shape in ((8, 64), (512, 8)))
-    whole, _ = packed_weights_module.operands(weights, A, B, 0.5, dtype, True)
-    for pieces, i in ((2, 0), (2, 1), (4, 1), (4, 2)):
-        piece = packed_weights_module.Piece(i, pieces)
-        found, _ = packed_weights_module.operands(weights, [] if i else A, B, 0.5, dtype, True, piece=piece)
-        assert torch.equal(found, whole[1024 // pieces * i : 1024 // pieces * (i + 1)])
+    for outputs, columns, cuts in (
+        ((1024, 1024), 64, ((2, 0), (2, 1), (4, 1), (8, 3), (8, 4))),  # gate and up
+        ((512, 128, 128), 256, ((2, 0), (2, 1))),  # q, k and v: none of k and v in the first piece
+    ):
+        weights, rows = packed_weights(outputs, columns, "nf4", True, device, dtype), sum(outputs)
+        A, B = (
+            [torch.randn(size, device=device) for size in sizes]
+            for sizes in ([(8, columns)] * len(outputs), [(n, 8) for n in outputs])
+        )
+        whole, _ = packed_weights_module.operands(weights, A, B, 0.5, dtype, True)
+        for pieces, i in cuts:
+            piece = packed_weights_module.Piece(i, pieces)
+            found, _ = packed_weights_module.operands(weights, [] if i else A, B, 0.5, dtype, True, piece=piece)
+            assert weights.divides_by(pieces)
+            assert torch.equal(found, whole[rows // pieces * i : rows // pieces * (i + 1)])
     for double, rows in ((True, 64), (False, 48)):
         weights = packed_weights((rows,), 768, "nf4", double, device, dtype)
         A, B = [torch.randn(8, 768, device=device)], [torch.randn(rows, 8, device=device)]
@@ -1115,8 +1148,8 @@ def test_a_kept_output_on_the_gpu_is_the_recomputed_one(random_models, kind):
 
 @gpu
 @pytest.mark.gpu
-@pytest.mark.parametrize("chosen", PARTLY)
-def test_captured_layers_with_some_adapters_or_none_err_no_more_than_plain_ones(random_models, chosen):
+@pytest.mark.parametrize("chosen, pieces", [*((chosen, 1) for chosen in PARTLY), ({}, 4), ({}, 8)])
+def test_captured_layers_with_some_adapters_or_none_err_no_more_than_plain_ones(random_models, chosen, pieces):
     """Compiled and in a graph, in bfloat16, against fp32; the graph's second replay adds to the gradients of the first."""
     folder, ids = random_models("qwen3"), torch.randint(0, 4096, (2, 64), generator=torch.Generator().manual_seed(5))
     errors, reference, value = {}, {}, {}
@@ -1124,7 +1157,7 @@ def test_captured_layers_with_some_adapters_or_none_err_no_more_than_plain_ones(
         model, clock, loss = prepared(folder, dtype=dtype, device="cuda", checkpointing=1, **chosen)
         fast = path == "captured"
         if fast:
-            fuse(model, clock, 0.05, kernels=True)
+            fuse(model, clock, 0.05, kernels=True, pieces=pieces)
             compile_layers(model)
             loss.chunk_loss = kernel_chunk_loss
         parts = choice.FastPath(fast, fast, fast, fast, "")

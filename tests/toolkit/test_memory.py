@@ -451,24 +451,41 @@ LLAMA_8B = {
 def test_weights_are_unpacked_in_pieces_where_nothing_else_fits(qwen_3b, tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B), encoding="utf-8")
     config, shape = settings(), model_shape(str(tmp_path))
-    most = memory_plan.pieces_of(shape, config, "compiled")
-    whole, cut = (plan_memory(shape, config, 1, 32, rows_apart=True, pieces=n) for n in (1, most))
-    assert most == 4 and cut.total <= 5.63 * GIB < whole.total and cut.logit_chunk == 128
-    before, after = (plan.parts["unpacked weights, chunk of logits"] for plan in (whole, cut))
-    assert before == 2 * 14336 * (4096 + 64) * 2 and after == before // 4
-    chosen = fit(shape, config, 16, 5.63 * GIB, Rates())
-    assert chosen == plan_memory(shape, config, 1, 32, limit=5.63 * GIB, rows_apart=True, pieces=4)
-    assert "the MLP's weights unpacked in 4 pieces" in chosen.table()
+    assert memory_plan.pieces_of(shape, config, "compiled") == (1, 4, 8)
+    whole, four, eight = (plan_memory(shape, config, 1, 32, rows_apart=True, pieces=n) for n in (1, 4, 8))
+    assert eight.total <= 5.6 * GIB < four.total <= 5.62 * GIB < whole.total
+    assert four.logit_chunk == eight.logit_chunk == 128
+    sizes = [plan.parts["unpacked weights, chunk of logits"] for plan in (whole, four, eight)]
+    gate_up, out, logits = 2 * 14336 * (4096 + 64) * 2, 4096 * (4096 + 64) * 2, 128 * 128256 * 2
+    assert sizes == [gate_up, gate_up // 4, out] and max(gate_up // 8, logits) < out
+    for limit, pieces in ((5.62, 4), (5.6, 8)):
+        chosen = fit(shape, config, 16, limit * GIB, Rates())
+        assert chosen == plan_memory(shape, config, 1, 32, limit=limit * GIB, rows_apart=True, pieces=pieces)
+        assert f"the MLP's weights unpacked in {pieces} pieces" in chosen.table()
+        resumed = memory.choose_plan(shape, config, 16, None, 24 * GIB, chosen.saved())
+        assert (resumed.pieces, resumed.logit_chunk, resumed.shape) == (pieces, 128, chosen.shape)
     assert fit(shape, config, 16, whole.total + GIB // 10, Rates()).pieces == 1
-    resumed = memory.choose_plan(shape, config, 16, None, 24 * GIB, chosen.saved())
-    assert (resumed.pieces, resumed.shape) == (4, chosen.shape)
     others = ({"quantization__products": "fp8"}, {"performance__fused_lora": "off"}, {"quantization__compute_dtype": "float32"},
               {"lora__target_modules": "[gate_proj]"})  # fmt: skip
     for other in others:
-        assert memory_plan.pieces_of(shape, settings(**other), memory_plan.expected_path(settings(**other))) == 1
-    assert memory_plan.pieces_of(model_shape(str(qwen_3b)), config, "compiled") == 1  # logits need more than a piece
-    assert train_qlora.main(["--plan", "--model_name", str(tmp_path), "--memory_limit_gib", "5.63"]) == 0
-    assert "the MLP's weights unpacked in 4 pieces\n" in capsys.readouterr().out
+        path = memory_plan.expected_path(settings(**other))
+        assert memory_plan.pieces_of(shape, settings(**other), path) == (1,)
+    assert memory_plan.pieces_of(model_shape(str(qwen_3b)), config, "compiled") == (1,)  # logits need more than a piece
+    assert train_qlora.main(["--plan", "--model_name", str(tmp_path), "--memory_limit_gib", "5.6"]) == 0
+    assert "the MLP's weights unpacked in 8 pieces\n" in capsys.readouterr().out
+
+
+def test_a_model_is_cut_in_the_pieces_that_divide_it_and_hold_its_logits(tmp_path):
+    for own, taken in (
+        ({"lora__target_modules": "[q_proj, v_proj]"}, (1, 4)),  # q, k and v are no single operator
+        ({"intermediate_size": 14336 + 128}, (1, 4)),  # blocks of 64 weights: down divides into 2 pieces, not into 4
+        ({"intermediate_size": 14336 + 64}, (1,)),
+        ({"vocab_size": 140_000}, (1, 4)),  # a chunk of its logits needs more than the largest piece
+    ):
+        lora = {name: value for name, value in own.items() if "__" in name}
+        sizes = LLAMA_8B | {name: value for name, value in own.items() if name not in lora}
+        (tmp_path / "config.json").write_text(json.dumps(sizes), encoding="utf-8")
+        assert memory_plan.pieces_of(model_shape(str(tmp_path)), settings(**lora), "compiled") == taken, own
 
 
 def test_savings_are_differences_of_plans(qwen_3b):
