@@ -269,7 +269,7 @@ def load_ours(case: dict):
     planned = memory_plan.plan_memory(
         shape, config, case["batch"], plan.checkpointed, limit=limit, offload=plan.offload
     )
-    plan = dataclasses.replace(plan, kept=planned.kept)
+    plan = dataclasses.replace(plan, kept=planned.kept, logit_chunk=planned.logit_chunk)
     case["planned_gib"] = round(planned.reserved / GIB, 2)
     learner = train_qlora.build_learner(config, model, plan, say, samples)
     if case["attention"] == "mask":
