@@ -496,15 +496,15 @@ def learnable_rows(dataset: Dataset, name: str, data: DataConfig) -> tuple[np.nd
     The lines tell how many rows are left out, and how many are cut.
     """
     learned, lengths, notes = learned_tokens(dataset, data.max_length), row_lengths(dataset), []
-    empty, numbers = np.flatnonzero(learned == 0), _column(dataset, ROW).to_numpy()
-    if len(empty):
-        named = ", ".join(f"{row + 1:,}" for row in numbers[empty[:5]]) + (", …" if len(empty) > 5 else "")
-        notes.append(
-            f"{name}: {len(empty):,} of {len(learned):,} rows are left out, since their first {data.max_length} tokens "
-            f"(data.max_length) hold nothing to train on: row{'s'[: len(empty) > 1]} {named}"
-        )
-    if len(empty) == len(learned):
-        raise ConfigError(f"data.dataset: {data.dataset} has nothing to train on; {notes[0]}")
+    numbers, later = _column(dataset, ROW).to_numpy(), learned_tokens(dataset, max(lengths)) > 0
+    within = f"since their first {data.max_length} tokens (data.max_length) hold nothing to train on"
+    for reason, rows in ((within, later), ("which hold nothing to train on, such as a chat without an answer", ~later)):
+        if len(empty := np.flatnonzero((learned == 0) & rows)):
+            named = ", ".join(f"{row + 1:,}" for row in numbers[empty[:5]]) + (", …" if len(empty) > 5 else "")
+            which = f"row{'s'[: len(empty) > 1]} {named}"
+            notes.append(f"{name}: {len(empty):,} of {len(learned):,} rows are left out, {reason}: {which}")
+    if not learned.any():
+        raise ConfigError(f"data.dataset: {data.dataset} has nothing to train on; {'; '.join(notes)}")
     if cut := int((lengths > data.max_length).sum()):
         gone = np.maximum(lengths - data.max_length, 0).sum() / lengths.sum()
         notes.append(

@@ -957,11 +957,12 @@ def test_rows_of_which_nothing_is_learned_are_named_and_left_out(tmp_path, token
     data = settings(write_rows(tmp_path / "a.jsonl", [{"messages": row} for row in rows]), max_length=32)
     part = blocks_of(data, tokenizer)["train"]
     assert part.rows == 4
-    assert part.notes[0] == (
-        "train: 8 of 12 rows are left out, since their first 32 tokens (data.max_length) hold nothing to train on: "
-        "rows 2, 3, 4, 6, 8, …"
+    assert part.notes[:2] == (
+        "train: 4 of 12 rows are left out, since their first 32 tokens (data.max_length) hold nothing to train on: "
+        "rows 3, 6, 9, 12",
+        "train: 4 of 12 rows are left out, which hold nothing to train on, such as a chat without an answer: rows 2, 4, 8, 10",
     )
-    assert part.notes[1].startswith("train: 6 of 12 rows are cut at data.max_length: ")
+    assert part.notes[2].startswith("train: 6 of 12 rows are cut at data.max_length: ")
     assert part.supervised == sum(int((part[i][1] != IGNORED).sum()) for i in range(len(part)))
 
 
