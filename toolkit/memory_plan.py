@@ -407,9 +407,13 @@ def plan_memory(
     fixed = sum(parts.values())
     tokens, free_layers = micro_batch * config.data.max_length, shape.layers - checkpointed
     can_keep = path == COMPILED and not offload
+    long = config.data.max_length >= LONG and config.model.attn_implementation in (
+        "auto",
+        "sdpa",
+    )  # others are not known
     most = Kept(
         checkpointed // ONE_KEEPS_IN if can_keep and shape.family.norms_after[1] else 0,
-        checkpointed if can_keep and config.data.max_length >= LONG else 0,
+        checkpointed if can_keep and long else 0,
     )
     keeping, each = most.at_most(most if kept is None else kept), kept_bytes(shape, config)
     saved = saved_bytes(shape, config, path) * tokens

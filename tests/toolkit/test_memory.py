@@ -170,6 +170,8 @@ def test_long_sequences_keep_what_attention_returns_where_it_fits(random_models)
     none, full = plan(kept=NOTHING_KEPT), plan()
     assert full.kept == Kept(17, 34) and plan(30).kept == Kept(15, 30) and plan(offload=True).kept == NOTHING_KEPT
     assert plan(path=FUSED).kept == NOTHING_KEPT
+    eager = settings(data__max_length=8192, model__attn_implementation="eager")
+    assert plan_memory(shape, eager, 1, 34).kept == Kept(17)
     assert "34 of these keep their attention's output" in full.shape
     assert full.parts["kept outputs of attention"] == 34 * 8192 * (2 * shape.query + 4 * shape.heads)
     for limit in range(none.total, full.total, (full.total - none.total) // 20):
