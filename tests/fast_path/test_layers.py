@@ -451,6 +451,22 @@ def test_a_layer_that_keeps_its_mlps_output_repeats_one_product_less_and_changes
 
 
 @pytest.mark.compiled
+def test_a_layer_that_keeps_its_attentions_output_changes_no_bit(random_models):
+    found = []
+    for kept in (0, 1, 2):
+        torch._dynamo.reset()
+        model, clock, loss = prepared(random_models("qwen3"), dtype="bfloat16", checkpointing=True)
+        fuse(model, clock, 0.05, kernels=False)
+        compile_layers(model, Kept(attention=kept))
+        layers = families.decoder_layers(model.get_base_model())
+        assert [layer.keeps_attention for layer in layers] == [kept == 2, kept > 0]
+        found.append(gradients(model, clock, loss))
+    (value, grads), *others = found
+    for other, kept_grads in others:
+        assert other == value and all(torch.equal(grads[name], kept_grads[name]) for name in grads)
+
+
+@pytest.mark.compiled
 def test_a_layer_compiled_in_pieces_is_said(train, monkeypatch, tmp_path):
     """Its results do not change, so only the log can show it."""
     whole, flags = _fused_mlp, ("--max_steps", 1, "--fused_lora", "on", "--compile", "on")
