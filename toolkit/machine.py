@@ -139,6 +139,8 @@ def failed(error: Exception, advice: str) -> int:
     if "does not have a deterministic implementation" in first:
         problem = f"{first.split()[0]} has no form that gives the same bits each time; use false"
         return report(ConfigError(f"performance.deterministic: {problem}"))
+    if type(error).__name__ == "InductorError":  # no C++ compiler, or one that fails; importing the class takes seconds
+        return report(ConfigError(f"performance.compile: torch.compile failed here, use off: {first}"))
     if isinstance(error, BrokenPipeError) and reader_gone("\n"):
         return 1
     if not isinstance(error, (OSError, SafetensorError, torch.AcceleratorError, RankFailed)):

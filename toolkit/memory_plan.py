@@ -287,7 +287,8 @@ class MemoryPlan:
     @property
     def shape(self) -> str:
         where = ", their inputs in main memory" if self.offload else ""
-        where += "".join(f", {n} of these keep their {name}'s output" for n, name in self.kept.named() if n)
+        for n, name in self.kept.named():
+            where += f", {n} of these {'keeps its' if n == 1 else 'keep their'} {name}'s output" if n else ""
         where += ", the embedding in main memory" if self.rows_apart else ""
         where += f", the MLP's weights unpacked in {self.pieces} pieces" if self.pieces > 1 else ""
         return f"micro-batch {self.micro_batch}, {self.checkpointed} of {self.layers} layers checkpointed{where}"

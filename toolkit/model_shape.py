@@ -112,6 +112,8 @@ def shape_of(model: nn.Module) -> ModelShape:
     embedding = sum(p.numel() for p in {head.weight, table.weight})
     total = sum(p.numel() for p in model.parameters())
     text = model.config.get_text_config()
+    if not table.weight.numel():
+        raise ConfigError(f"model.name: expected an embedding with weights, got vocab_size {text.vocab_size}")
     if missing := [name for name in ("hidden_size", "num_hidden_layers") if not families.own_value(text, name)]:
         name = type(model).__name__  # BLT has three stacks of layers, each of a width of its own
         raise ConfigError(

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from config import Config, ConfigError, TrainingConfig
 from fast_path.optimizers import state_after_a_step
+from fast_path.packed_weights import PIECES
 from fast_path.sharding import whole_parameters
 from toolkit.checkpoints import Progress, latest_checkpoint, read_checkpoint, refusing
 from toolkit.data_blocks import Blocks
@@ -188,11 +189,12 @@ def expect(holds: bool, name: str, expected: str, got: Any) -> None:
 
 
 def expect_count(value: Any, name: str, least: int = 0, most: int = MOST) -> None:
-    expect(type(value) is int and least <= value <= most, name, f"a whole number from {least} to {most}", value)
+    whole = type(value) is int and least <= value <= most
+    expect(whole, name, f"a whole number from {least} to {most}", reprlib.repr(value))
 
 
 def expect_number(value: Any, name: str) -> None:
-    expect(type(value) in (int, float) and abs(value) <= 1e308, name, "a finite number", value)
+    expect(type(value) in (int, float) and abs(value) <= 1e308, name, "a finite number", reprlib.repr(value))
 
 
 def check_numbers(state: Any) -> None:
@@ -213,7 +215,8 @@ def check_numbers(state: Any) -> None:
     for name, least in (("window", 1), ("micro_batch", 1), ("checkpointed", 0), ("processes", 1)):
         expect_count(shape.get(name), f"shape.{name}", least)
     expect_count(shape.get("logit_chunk") or 1, "shape.logit_chunk", 1)
-    expect_count(shape.get("pieces", 1), "shape.pieces", 1)
+    expect_count(pieces := shape.get("pieces", 1), "shape.pieces", 1)
+    expect(pieces in (1, *PIECES), "shape.pieces", f"one of {', '.join(map(str, (1, *PIECES)))}", pieces)
     expect_count(shape.get("kept", 0), "shape.kept")
     expect_count(shape.get("kept_attention", 0), "shape.kept_attention")
     expect(type(shape.get("offload", False)) is bool, "shape.offload", "true or false", shape.get("offload"))

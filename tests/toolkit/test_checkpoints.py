@@ -616,6 +616,22 @@ def test_checkpoint_to_go_on_from(tmp_path):
         find_checkpoint(training, False, ignore)
 
 
+@pytest.mark.parametrize(
+    "edit, line",
+    [
+        ({"pieces": 3}, r"shape.pieces: expected one of 1, 4, 8, got 3"),
+        ({"kept_attention": "3"}, r"shape.kept_attention: expected a whole number from 0 to \d+, got '3'"),
+        ({"kept": -1}, r"shape.kept: expected a whole number from 0 to \d+, got -1"),
+    ],
+)
+def test_a_shape_that_no_run_writes_is_refused(tmp_path, edit, line):
+    state = state_of(2)
+    write(tmp_path, 2, **state | {"shape": state["shape"] | edit})
+    training = dataclasses.replace(Config().training, output_dir=str(tmp_path))
+    with pytest.raises(ConfigError, match=line):
+        find_checkpoint(training, False, ignore)
+
+
 def test_progress_counts_steps_and_finds_evaluations():
     progress = Progress()
     progress.count(6.0, 3, 4, 0.5)
