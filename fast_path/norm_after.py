@@ -28,8 +28,8 @@ class NormAfter(torch.autograd.Function):
 
     Its input is what a product wrote, as large as a layer's input, and a checkpointed layer would repeat that product for it.
     But the backward pass only needs it to take the part along x out of the gradient g = factor * dy: with n = x / rms(x),
-    dx = (g - n mean(g n)) / rms(x). There an error of n counts in proportion to the cosine of g and n, which is 0.04 in real
-    models (docs/measurements.md), so that 8 bits of n are enough: tests/fast_path/test_norm_after.py.
+    dx = (g - n mean(g n)) / rms(x). There an error of n counts in proportion to the cosine of g and n, which was 0.04 where it
+    was measured (docs/measurements.md), so that 8 bits of n are enough: tests/fast_path/test_norm_after.py.
     """
 
     @staticmethod
