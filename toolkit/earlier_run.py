@@ -215,9 +215,18 @@ def other_run(changes: list[str], training: TrainingConfig) -> ConfigError:
     return ConfigError(f"{'; '.join(changes)}; {output_dir} holds {kind}: {remedy}")
 
 
-def all_damaged(output_dir: Path) -> ConfigError:
-    """Return the error about an output folder in which no checkpoint can be read."""
-    return ConfigError(f"training.resume: all checkpoints in {output_dir} are damaged; use --overwrite to start over")
+def all_damaged(output_dir: Path, newest: Path | None = None) -> ConfigError:
+    """Return the error about an output folder in which no checkpoint can be read. newest: one whose reason was not said yet."""
+    reason = ""
+    if newest:
+        try:
+            read_tree(newest)
+            reason = f" ({newest.name}: its training_state.json holds no settings of a run)"
+        except ValueError as error:
+            reason = f" ({newest.name}: {error})"
+    return ConfigError(
+        f"training.resume: all checkpoints in {output_dir} are damaged{reason}; use --overwrite to start over"
+    )
 
 
 def begun_since(output_dir: Path, then: float) -> bool:
@@ -271,7 +280,7 @@ def refuse_other_run(config: Config, overwrite: bool) -> None:
                 raise other_run(list(changes.values()), training)
             return
     if resume == "auto" and candidates:
-        raise all_damaged(output_dir)
+        raise all_damaged(output_dir, candidates[0])
 
 
 # ------------------------------------------------------------------------------------------------ using its adapter

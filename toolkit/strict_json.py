@@ -47,7 +47,15 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 DECODER = json.JSONDecoder(parse_constant=_no_number, parse_float=_number, object_pairs_hook=_object)
+HALF = re.compile(r"\\u[dD][89a-fA-F]")
 SPACE = re.compile(r"[ \t\n\r]*")
+
+
+def _storable(value: Any, text: str) -> Any:
+    """Return a value; raise UnicodeEncodeError, a ValueError, if a text in it has half of a surrogate pair, as UTF-8 has none."""
+    if HALF.search(text):
+        json.dumps(value, ensure_ascii=False, default=str).encode()
+    return value
 
 
 def _explained(error: Exception, where: str, by_column: bool) -> ValueError:
@@ -66,7 +74,7 @@ def decode(text: str, where: str = "") -> Any:
     NaN, Infinity, numbers that are too large, a key that stands twice in one object, and deep nesting are refused.
     """
     try:
-        return DECODER.decode(text)
+        return _storable(DECODER.decode(text), text)
     except (ValueError, RecursionError) as error:
         raise _explained(error, where, "\n" not in text.strip()) from None
 
@@ -80,7 +88,9 @@ def entries(text: str) -> Iterator[tuple[int, Any]]:
             place = SPACE.match(text, place).end()
             if number == 1 and text[place : place + 1] == "]":
                 break
+            start = place
             value, place = DECODER.raw_decode(text, place)
+            _storable(value, text[start:place])
             place = SPACE.match(text, place).end()
             if text[place : place + 1] not in ("]", ","):
                 raise json.JSONDecodeError("Expecting ',' or ']'", text, place)

@@ -66,7 +66,8 @@ def test_the_newest_readable_checkpoint_counts(tmp_path):
     assert problem.startswith("training.seed: was 1 in checkpoint-2, is 42 now; ")
     (tmp_path / "checkpoint-2" / "training_state.json").write_text("half", encoding="utf-8")
     assert refused(tmp_path) == (
-        f"training.resume: all checkpoints in {tmp_path} are damaged; use --overwrite to start over",
+        f"training.resume: all checkpoints in {tmp_path} are damaged (checkpoint-10: training_state.json does not match its "
+        "checksum); use --overwrite to start over",
     )
 
 
