@@ -22,7 +22,7 @@ def clean(value: Any) -> Any:
 def read_row(line: str) -> Prompt:
     """Return the prompt of a line of .jsonl, `prompt` or `messages` up to the user's last one; raise ValueError."""
     with contextlib.suppress(Exception):  # whatever is wrong with the line, the error below says what is expected
-        row = strict_json.decode(line)
+        row = strict_json.decode(line, halves=True)  # `clean` replaces them
         prompt = row.get("prompt", row.get("messages"))
         if isinstance(prompt, str) and prompt.strip():
             return clean(prompt)

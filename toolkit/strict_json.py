@@ -67,14 +67,16 @@ def _explained(error: Exception, where: str, by_column: bool) -> ValueError:
     return ValueError(f"{where}{str(error)[:200]}")
 
 
-def decode(text: str, where: str = "") -> Any:
+def decode(text: str, where: str = "", halves: bool = False) -> Any:
     """Return the value of a text of JSON; raise a ValueError that begins with `where` and names the column.
 
     A number with more digits than a float keeps is a Decimal.
-    NaN, Infinity, numbers that are too large, a key that stands twice in one object, and deep nesting are refused.
+    NaN, Infinity, numbers that are too large, a key that stands twice in one object, deep nesting and, but with `halves`,
+    half of a surrogate pair are refused.
     """
     try:
-        return _storable(DECODER.decode(text), text)
+        value = DECODER.decode(text)
+        return value if halves else _storable(value, text)
     except (ValueError, RecursionError) as error:
         raise _explained(error, where, "\n" not in text.strip()) from None
 

@@ -44,6 +44,7 @@ def test_digits_that_would_be_lost_are_refused_only_where_they_are_learned(tmp_p
 def test_half_of_a_surrogate_pair_is_refused_with_its_place_and_a_whole_pair_is_not():
     """UTF-8 has no half; Python's json reads it without a word, and whoever stores the text fails much later."""
     assert strict_json.decode(r'{"text": "\ud83d\ude00"}') == {"text": "😀"}
+    assert strict_json.decode(r'"\ud800"', halves=True) == "\ud800"
     with pytest.raises(ValueError, match=r"^line 3: 'utf-8' codec can't encode character '\\ud800'"):
         strict_json.decode(r'{"text": "a \ud800 b"}', "line 3: ")
     with pytest.raises(ValueError, match=r"^entry 2: .*'\\ud800'"):
