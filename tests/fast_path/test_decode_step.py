@@ -427,7 +427,7 @@ def test_kernels_compile_within_the_shared_memory_of_each_card(capability):
     from fast_path import decode_kernels as kernels
     from fast_path import decode_products
 
-    every = packed(capability) | {"OUTPUTS": 11008, "WARPS": 8, "TURING": False}
+    every = packed(capability) | {"OUTPUTS": 11008, "WARPS": 8, "TURING": False, "ACTIVATION": "silu"}
     narrow, wide = every | {"K": 2048, "WIDE": 8}, every | {"K": 11008, "LOOP": 1, "WIDE": 8}
     apart = narrow | {"WIDE": 1}  # each warp by itself
     linear, half, single = decode_products.linear_kernel, "*bf16", "*fp32"
@@ -444,6 +444,9 @@ def test_kernels_compile_within_the_shared_memory_of_each_card(capability):
         compiled(capability, linear, narrow | one | qkv, 8, maxnreg=128, out=single),
         compiled(capability, linear, narrow | one | gate_up, 8, maxnreg=128, out=half),
         compiled(capability, linear, apart | one | gate_up, 8, maxnreg=128, out=half),
+        compiled(
+            capability, linear, apart | one | gate_up | {"ACTIVATION": "gelu_pytorch_tanh"}, 8, maxnreg=128, out=half
+        ),
         compiled(capability, linear, wide | down, 8, maxnreg=128, out=half),
         compiled(capability, kernels.norm_kernel, {"K": 2048, "FIRST": False, "BLOCK": 2048, **overlap}, 4, out=half),
         compiled(capability, kernels.attention_kernel, attention(capability, 64, 1, 1), 4),
