@@ -63,7 +63,7 @@ def choose_fast_path(
         why = unfusable or "performance.fused_lora is off"
         raise ConfigError(f"quantization.products: fp8 needs the fused operators, use bf16: {why}")
     no_triton = gpu and not HAS_TRITON and "Triton is not installed (Windows: pip install triton-windows)"
-    compiled = decide("compile", no_triton or (None if fused else "it needs fused_lora: on"))
+    compiled = decide("compile", no_triton or (None if fused else "it needs fused_lora (--fused_lora on)"))
     copies = "no graph can hold the copies to main memory" if offload else None
     if trains_tokens(model):
         copies = "the rows of lora.train_tokens are looked up by numbers from the host"

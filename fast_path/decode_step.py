@@ -8,6 +8,7 @@ For one sequence the products are matrix times vector, with seven kernels per la
 products on tensor cores; all norms and the adapter of down_proj then have kernels of their own, nine kernels per layer.
 """
 
+import abc
 import dataclasses
 import functools
 import itertools
@@ -518,11 +519,12 @@ class SingleLayer(Layer[SingleLinears]):
         self.down(hidden, follow.x if follow else hidden, self.gate_up, follow)
 
 
-class ApartLayer(Layer[Kind]):
+class ApartLayer(Layer[Kind], abc.ABC):
     """A decoder layer whose norms are launches of their own: for a batch, or where norms follow attention and the MLP."""
 
     norms_apart = True
 
+    @abc.abstractmethod
     def __call__(
         self, hidden: torch.Tensor, other: torch.Tensor, known: torch.Tensor, position: torch.Tensor,
         starts: torch.Tensor, rotary: Rotary, scratch: Scratch, before: Norm | None = None,
@@ -532,7 +534,6 @@ class ApartLayer(Layer[Kind]):
         hidden: [sequences, width], overwritten; other: a buffer of the same shape; known and returned: fp32 [parts, m,
         width], parts that are still to be added, through the norm `before` if there is one; starts: int64 [sequences, 1].
         """
-        raise NotImplementedError
 
 
 class SingleApartLayer(ApartLayer[SingleLinears]):

@@ -81,7 +81,7 @@ class Family:
 
     @property
     def decodes_with_norms_apart(self) -> bool:
-        """Whether norms are launches of their own in a decode step for one sequence: no product's kernel knows the facts."""
+        """Whether a decode step for one sequence computes norms in kernels of their own, since its products' kernel cannot."""
         return (
             self.further_norms > 0 or self.activation != "silu" or self.norm_scale != "weight" or self.qk_norms == "all"
         )

@@ -5,7 +5,9 @@ from typing import NamedTuple
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from fast_path import attention, capped_attention, fused_linear
+from fast_path.attention import cudnn_attention
+from fast_path.capped_attention import capped_attention
+from fast_path.fused_linear import LINEAR_ARGUMENTS
 
 
 class Kept(NamedTuple):
@@ -33,8 +35,8 @@ class Kept(NamedTuple):
 
 NOTHING_KEPT = Kept()
 ATTENTIONS = (
-    attention.cudnn_attention._opoverload,
-    capped_attention.capped_attention._opoverload,
+    cudnn_attention._opoverload,
+    capped_attention._opoverload,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
@@ -43,7 +45,7 @@ ATTENTIONS = (
 )
 
 
-def keep_norms(op, args: tuple) -> bool:
+def is_inverse_rms(op, args: tuple) -> bool:
     """Return whether an operation is a norm's 1 / rms, 4 bytes per token, for which a pass would read the norm's whole input again.
 
     Those of the heads of q and k are more, and the pass that reads these heads recomputes them on its way.
@@ -51,8 +53,8 @@ def keep_norms(op, args: tuple) -> bool:
     return op is torch.ops.aten.rsqrt.default and args[0].dim() < 4
 
 
-def contexts(mlp: bool, mixed: bool):
-    """Return the contexts of a layer's checkpoint. mlp, mixed: whether it keeps what its MLP and its attention return.
+def contexts(keeps_mlp: bool, keeps_attention: bool):
+    """Return the contexts of the checkpoint of a layer that keeps what its MLP or its attention returns, or neither.
 
     Each layer keeps every norm's 1 / rms. Of the MLP the backward pass reads no more than u of its last operator (`linear`
     with swiglu), 32 bytes per token. Recomputing u would repeat the whole pass over the activations and the matrix product,
@@ -61,13 +63,13 @@ def contexts(mlp: bool, mixed: bool):
     choose between output and codes.
     """
     past = {False: False, True: False}  # that operator, in the forward pass and while recomputing
-    swiglu = fused_linear.LINEAR_ARGUMENTS.index("swiglu")
+    swiglu = LINEAR_ARGUMENTS.index("swiglu")
 
     def policy(ctx, op, *args, **kwargs) -> CheckpointPolicy:
-        if mlp and op is torch.ops.qlora.linear.default and args[swiglu]:
+        if keeps_mlp and op is torch.ops.qlora.linear.default and args[swiglu]:
             past[ctx.is_recompute] = True
             return CheckpointPolicy.MUST_SAVE
-        if keep_norms(op, args) or (mixed and op in ATTENTIONS):
+        if is_inverse_rms(op, args) or (keeps_attention and op in ATTENTIONS):
             return CheckpointPolicy.MUST_SAVE
         return CheckpointPolicy.PREFER_SAVE if past[ctx.is_recompute] else CheckpointPolicy.PREFER_RECOMPUTE
 

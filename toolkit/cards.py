@@ -9,7 +9,8 @@ from config import ConfigError
 # Shares of a data sheet's two rates with which `step_seconds` gives the tokens/s that were measured on an H100, on 24
 # and 60 of its multiprocessors, within 10 %, and on an H200, within 16 % (docs/measurements.md; tests/toolkit/test_cards.py).
 # They are no shares of one product or one copy: whatever the formula leaves out is in them. No other card was measured.
-PRODUCT_SHARE, COPY_SHARE, RATES_ERROR = 0.85, 0.45, 0.16
+PRODUCT_SHARE, COPY_SHARE = 0.85, 0.45
+RATES_ERROR, BEST_ERROR = 0.16, 0.10  # of all measured cards; of an H100, and of mixtures of experts on an H200
 
 # GB/s of a lane in one direction by PCIe's generation, and the share of 16 lanes' that copies from pinned main memory had
 # on an H200: 54.5 GB/s (docs/measurements.md). On no other card was it measured.

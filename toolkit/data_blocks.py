@@ -496,7 +496,8 @@ def learnable_rows(dataset: Dataset, name: str, data: DataConfig) -> tuple[np.nd
     The lines tell how many rows are left out, and how many are cut.
     """
     learned, lengths, notes = learned_tokens(dataset, data.max_length), row_lengths(dataset), []
-    numbers, later = _column(dataset, ROW).to_numpy(), learned_tokens(dataset, max(lengths)) > 0
+    numbers = _column(dataset, ROW).to_numpy()
+    later = learned_tokens(dataset, int(lengths.max())) > 0 if not learned.all() else learned > 0
     within = f"since their first {data.max_length} tokens (data.max_length) hold nothing to train on"
     for reason, rows in ((within, later), ("which hold nothing to train on, such as a chat without an answer", ~later)):
         if len(empty := np.flatnonzero((learned == 0) & rows)):

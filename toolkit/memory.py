@@ -19,7 +19,7 @@ from fast_path.fp8 import refuse
 from fast_path.kept_outputs import NOTHING_KEPT, Kept
 from quantization_utils import compute_dtype_of
 from toolkit.base_lines import beyond_positions
-from toolkit.cards import CARDS, RATES_ERROR, Card, Rates, find_card
+from toolkit.cards import BEST_ERROR, CARDS, RATES_ERROR, Card, Rates, find_card
 from toolkit.expert_plan import ExpertShape
 from toolkit.memory_plan import (
     COMPILED,
@@ -153,7 +153,7 @@ def print_plan(
     lines += speed_lines(rates, speed, device, card, mixture=shape.experts.routed)
     if config.quantization.products == "fp8":
         lines.append(
-            "  that is with products in bf16; fp8 was 1.3 to 1.45 times as fast on an H200 (docs/measurements.md)"
+            "  that is with products in bf16; fp8 was 1.26 to 1.45 times as fast on an H200 (docs/measurements.md)"
         )
     if config.quantization.experts == "cpu":
         lines.append(link_line(rates, device, card))
@@ -287,7 +287,7 @@ def speed_lines(
     error = f"such estimates are within {RATES_ERROR:.0%} of what was measured on an H100 and an H200; no other card was measured"
     if mixture:
         error = (
-            f"of mixtures of experts only Qwen3-30B-A3B's shape on an H200 was measured, and this estimate is within {RATES_ERROR:.0%} "
+            f"of mixtures of experts only Qwen3-30B-A3B's shape on an H200 was measured, and this estimate is within {BEST_ERROR:.0%} "
             "there with 12 and 48 layers; with experts: 16bit it is too high"
         )
     return [f"{line} ({name})", f"  from data sheets; {error} (docs/measurements.md)"]

@@ -57,7 +57,7 @@ NCCL_BYTES = int(0.5 * GIB)
 GATHERED = 5
 
 # Where a norm follows the MLP, one checkpointed layer in so many keeps the MLP's output for the backward pass, which then
-# does not repeat the product of the down projection. A half adds 5 to 6 % to the memory of such a run (docs/fast_path.md).
+# does not repeat the product of the down projection. A half adds 5 to 7 % to the memory of such a run (docs/fast_path.md).
 ONE_KEEPS_IN = 2
 # Tokens per sequence from which checkpointed layers keep what attention returns, as many as fit: attention's time grows with
 # the square of the length and what it returns does not. At 512 tokens fewer checkpointed layers are worth more per byte.
@@ -136,6 +136,13 @@ def kept_bytes(shape: ModelShape, config: Config) -> dict[str, int]:
     names = {name.rpartition(".")[2] for name, _, _ in adapted(shape, config.lora)}
     u = 2 * adapter_columns(config.lora.rank, shape.family.down in names)
     return {"MLP": normed_bytes(shape, config) - 4 + u, "attention": 2 * shape.query + 4 * shape.heads}
+
+
+def most_kept(shape: ModelShape, config: Config, checkpointed: int) -> Kept:
+    """Return how many checkpointed layers keep outputs where there is room for all that are worth it."""
+    known = config.model.attn_implementation in ("auto", "sdpa")  # of other attentions nothing is kept (ATTENTIONS)
+    long = known and config.data.max_length >= LONG
+    return Kept(checkpointed // ONE_KEEPS_IN * bool(shape.family.norms_after[1]), checkpointed * long)
 
 
 def fused_columns(shape: ModelShape, config: Config) -> int:
@@ -407,15 +414,7 @@ def plan_memory(
     rows = rows_apart * shape.rows * (4 if config.quantization.compute_dtype == "float32" else 2)
     fixed = sum(parts.values())
     tokens, free_layers = micro_batch * config.data.max_length, shape.layers - checkpointed
-    can_keep = path == COMPILED and not offload
-    long = config.data.max_length >= LONG and config.model.attn_implementation in (
-        "auto",
-        "sdpa",
-    )  # others are not known
-    most = Kept(
-        checkpointed // ONE_KEEPS_IN if can_keep and shape.family.norms_after[1] else 0,
-        checkpointed if can_keep and long else 0,
-    )
+    most = most_kept(shape, config, checkpointed) if path == COMPILED and not offload else NOTHING_KEPT
     keeping, each = most.at_most(most if kept is None else kept), kept_bytes(shape, config)
     saved = saved_bytes(shape, config, path) * tokens
     at_once, recomputing = (transient_bytes(shape, config, path, tokens, again, pieces) for again in (False, True))
