@@ -102,7 +102,8 @@ def plan_run(
     limit, least = min(limits), limits.index(min(limits))
     saved = saved if saved.get("processes") == accelerator.num_processes else {}
     chosen = choose_plan(shape, config, sequences, device, limit, saved)
-    plan = MemoryPlan(**gathered(dataclasses.asdict(chosen))[0])
+    first = gathered(dataclasses.asdict(chosen))[0]
+    plan = MemoryPlan(**first | {"kept": Kept(*first["kept"])})  # JSON knows no named tuples
     if max(limits) - min(limits) > GIB:
         say(f"memory: {name_of(least)} has least, {limits[least] / GIB:.2f} GiB of at most {max(limits) / GIB:.2f}")
     for line in chosen_lines(config, plan, limit):

@@ -184,7 +184,7 @@ def gathered(value: T, patience: float | None = None) -> list[T]:
     does not answer, and instead of an answer the error of one that has failed (see together).
     """
     if not several():
-        return [value]
+        return [json.loads(json.dumps(value))]
     values, failures = _exchange(value, None, patience)
     if failures:
         raise _agreed(failures)

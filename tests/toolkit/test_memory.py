@@ -427,18 +427,22 @@ def test_stepping_down_ends_at_the_smallest_shape():
 
 
 def test_processes_of_unequal_memory_take_the_plan_of_the_smallest(qwen_3b, monkeypatch):
-    """Each one has chosen its own; all take that of the first, which has to fit the smallest."""
+    """Each one has chosen its own; all take that of the first, as JSON brings it, which has to fit the smallest."""
     limits, said = iter([24 * GIB, 8 * GIB]), []
+
+    def exchanged(value):
+        return json.loads(json.dumps([value, next(limits) if value == 24 * GIB else None]))
+
     config = dataclasses.replace(settings(), model=ModelConfig(name=str(qwen_3b)))
     alone = memory.choose_plan(model_shape(str(qwen_3b)), config, 8, None, 8 * GIB, {}, Rates())
     monkeypatch.setattr(memory, "memory_limit", lambda *_: next(limits))
     monkeypatch.setattr(memory, "measure_rates", lambda device: Rates())
     monkeypatch.setattr(memory, "several", lambda: True)
     monkeypatch.setattr(memory, "name_of", "rank {}".format)
-    monkeypatch.setattr(memory, "gathered", lambda value: [value, next(limits)] if value == 24 * GIB else [value, None])
+    monkeypatch.setattr(memory, "gathered", exchanged)
     accelerator = SimpleNamespace(device=None, num_processes=2)
     plan = memory.plan_run(config, accelerator, 8, {}, said.append)
-    assert alone.total <= 8 * GIB and plan.total <= 8 * GIB
+    assert alone.total <= 8 * GIB and plan == alone
     assert any(line.startswith("memory: rank 1") and "8.00 GiB of at most 24.00" in line for line in said)
 
 
