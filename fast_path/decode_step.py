@@ -26,6 +26,7 @@ from transformers.cache_utils import StaticLayer
 
 from fast_path import decode_batch_kernels, decode_products, families
 from fast_path import decode_kernels as kernels
+from fast_path.head import head_product, padded
 from fast_path.layers import ACTIVATIONS, norm_of
 from fast_path.loss import AS_THEY_ARE, logit_form
 from fast_path.nf4 import HAS_TRITON, INTERPRETED, SHUFFLE, runs_on, tl, triton
@@ -667,4 +668,12 @@ class DecodeStep:
                 parts = apart_layer(hidden, other, parts, position, starts, angles, self.scratch, after)
                 after = apart_layer.after[1]
             _batch_norm(hidden, parts, other, self.norm, self.last, after=after)
-        return self.form.apply_(self.head(self.last)[:, 0].float())
+        return self.form.apply_(self._logits().float())
+
+    def _logits(self) -> torch.Tensor:
+        """Return the head's product with the last norm's output, [sequences, vocabulary]."""
+        if type(self.head) is not nn.Linear:  # it has an adapter, or trained rows
+            return self.head(self.last)[:, 0]
+        rows, weight = self.last[:, 0], self.head.weight
+        logits = rows.new_empty(len(rows), padded(len(weight)))[:, : len(weight)]
+        return head_product(rows, weight, self.head.bias, logits)

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from config import ConfigError
 from fast_path import families, training_kernels
 from fast_path.dropout import modes_kept
+from fast_path.head import head_gradient, head_product, padded
 from fast_path.nf4 import Launch, multiprocessors
 from fast_path.scratch import take
 from fast_path.token_rows import TokenRows, trained_rows
@@ -204,11 +205,11 @@ def cross_entropy(
 ) -> None:  # fmt: skip
     """Write each position's loss to `losses`, fp32 [rows], and, if asked, the gradient over the logits.
 
-    logits: the head's product, [rows, vocabulary]; targets: [rows].
+    logits: the head's product, [rows, vocabulary], whose rows may lie apart; targets: [rows].
     """
     programs = min(len(logits), multiprocessors(logits.device))
     training_kernels.cross_entropy_kernel[(programs,)](
-        logits, targets, losses, len(logits), logits.shape[1], *form, GRADIENT=with_gradient, SCALED=form.scale != 1,
+        logits, targets, losses, *logits.shape, logits.stride(0), *form, GRADIENT=with_gradient, SCALED=form.scale != 1,
         CAPPED=form.cap > 0, BLOCK=CROSS_ENTROPY.block_k, num_warps=CROSS_ENTROPY.warps,
     )  # fmt: skip
 
@@ -218,16 +219,13 @@ def kernel_chunk_loss(rows, weight, bias, targets, with_gradient: bool, form: Lo
 
     The compiled `_chunk_loss` is slower and needs twice the memory.
     """
-    logits, rows16 = take(len(rows), len(weight), weight.dtype, weight.device), rows.to(weight.dtype)
-    if bias is None:
-        torch.mm(rows16, weight.t(), out=logits)
-    else:
-        torch.addmm(bias, rows16, weight.t(), out=logits)
+    logits = take(len(rows), padded(len(weight)), weight.dtype, weight.device)[:, : len(weight)]
+    head_product(rows.to(weight.dtype), weight, bias, logits)
     losses = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
     cross_entropy(logits, targets, losses, with_gradient, form)
     if not with_gradient:
         return losses, None, None
-    return losses, (logits @ weight).to(rows.dtype), _of_trained(logits, rows, trained)
+    return losses, head_gradient(logits, weight).to(rows.dtype), _of_trained(logits, rows, trained)
 
 
 def shift_labels(labels: torch.Tensor) -> torch.Tensor:

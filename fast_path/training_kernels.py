@@ -504,19 +504,20 @@ def _row_cross_entropy(
 
 @triton.jit
 def cross_entropy_kernel(
-    logits, targets, losses, rows, columns, scale, cap, GRADIENT: tl.constexpr, SCALED: tl.constexpr,
+    logits, targets, losses, rows, columns, stride, scale, cap, GRADIENT: tl.constexpr, SCALED: tl.constexpr,
     CAPPED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write the loss of each row of logits, 0 where the target is -100, and overwrite the logits with their gradient.
 
-    SCALED, CAPPED: whether the model multiplies its head's product by `scale`, or caps it with cap tanh(x / cap).
+    stride: from one row of the logits to the next. SCALED, CAPPED: whether the model multiplies its head's product by
+    `scale`, or caps it with cap tanh(x / cap).
 
     There is one program per multiprocessor, and each takes one row after another, in blocks of BLOCK columns. So few
     rows are in work at the same time, and they fit the L2 cache (300 kB per row for a vocabulary of 151,936), from
     which the second pass reads them.
     """
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
-        place = logits + columns.to(tl.int64) * row
+        place = logits + stride.to(tl.int64) * row
         _row_cross_entropy(
             place, tl.load(targets + row), losses + row, columns, scale, cap, GRADIENT, SCALED, CAPPED, BLOCK
         )
