@@ -115,6 +115,17 @@ def test_a_script_runs_from_another_folder(run_cli, script, flag, tmp_path):
     assert done.returncode == 2 and "expected an integer >= 1 and <= " in done.stderr, done.stderr
 
 
+@pytest.mark.parametrize(
+    "words", [("train_qlora.py",), ("inference_example.py", "--adapter", "none"), ("quantization_utils.py",)]
+)
+def test_a_cache_that_cannot_be_written_is_one_line(run_cli, words, tmp_path):
+    """torch makes this folder while it is imported."""
+    (tmp_path / "file").touch()
+    done = run_cli(*words, env={"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "file" / "cache")}, fresh=True)
+    wanted = "error: TORCHINDUCTOR_CACHE_DIR: expected a folder that can be written, got "
+    assert done.returncode == 2 and done.stderr.startswith(wanted) and done.stderr.count("\n") == 1, done.stderr
+
+
 @pytest.mark.parametrize("script", ["train_qlora.py", "inference_example.py"])
 def test_a_package_that_is_missing_is_named_with_the_remedy(script, tmp_path):
     """As where the environment was not activated: -S leaves the installed packages out."""

@@ -246,6 +246,20 @@ def test_auto_takes_what_the_model_has_and_says_what_it_costs(random_models):
     ]
 
 
+def test_more_checkpointed_layers_than_there_are_is_said(random_models):
+    model = load(random_models("qwen2"))
+    layers = model.config.num_hidden_layers
+    said = [
+        base_lines(schema.load_config([], {"training.gradient_checkpointing": str(n)}), model)
+        for n in (layers, layers + 1)
+    ]
+    assert said[0] == []
+    assert said[1] == [
+        f"warning: training.gradient_checkpointing: {layers + 1} layers are more than the {layers} that the model has: "
+        "all are checkpointed"
+    ]
+
+
 SIZES = {"vocab_size": 4096, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA_LIKE = SIZES | {"num_key_value_heads": 2, "intermediate_size": 128, "head_dim": 16}
 SEEING = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -1561,7 +1561,7 @@ def test_blocks_longer_than_the_models_positions_are_said(train, tiny_model, cor
     shutil.copytree(tiny_model, folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 48}), encoding="utf-8")
-    line = "data.max_length: 64 tokens are more than the 48 positions that the model supports"
+    line = "warning: data.max_length: 64 tokens are more than the 48 positions that the model supports"
     code, output = train("--model_name", folder, "--max_steps", 1)
     assert code == 0 and line in capsys.readouterr().out.splitlines()
     assert main(["--evaluate", "--adapter", str(output)]) == 0

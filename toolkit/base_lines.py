@@ -17,7 +17,8 @@ def beyond_positions(max_length: int, positions: int | None) -> list[str]:
     """Return a list with a line if blocks are longer than the positions that a model supports, else []."""
     if not positions or max_length <= positions:
         return []
-    return [f"data.max_length: {max_length:,} tokens are more than the {positions:,} positions that the model supports"]
+    more = f"{max_length:,} tokens are more than the {positions:,} positions that the model supports"
+    return [f"warning: data.max_length: {more}"]
 
 
 def check_length(max_length: int, config: PretrainedConfig) -> list[str]:
@@ -35,6 +36,10 @@ def check_length(max_length: int, config: PretrainedConfig) -> list[str]:
 def base_lines(config: Config, model: PreTrainedModel) -> list[str]:
     """Return the log lines about a loaded base: what of it is unusual in training. Raises ConfigError, as check_length."""
     lines = check_length(config.data.max_length, model.config)
+    layers, wanted = len(decoder_layers(model)), config.training.gradient_checkpointing
+    if not isinstance(wanted, bool | str) and wanted > layers:
+        more = f"{wanted} layers are more than the {layers} that the model has: all are checkpointed"
+        lines.append(f"warning: training.gradient_checkpointing: {more}")
     attention = model.config._attn_implementation
     capped = runs_on(model.device) and of(decoder_layers(model)[0]).score_cap  # training runs capped_attention.py
     if config.model.attn_implementation == "auto" and attention != "sdpa" and head_width(model.config) and not capped:

@@ -14,6 +14,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -84,6 +85,7 @@ def before_heavy_imports(announce: bool = False) -> None:
     print a message if not. Where the system allows it, torch's allocator grows its segments, which reserves less
     memory (docs/measurements.md). `after_heavy_imports` undoes what holds for the imports alone.
     """
+    refuse_unwritable_folders()
     if announce:
         say_loading()
     gc.disable()  # the imports make a million objects that stay; to look through them again and again takes a second
@@ -102,6 +104,26 @@ def before_heavy_imports(announce: bool = False) -> None:
     sys.modules.setdefault("sklearn", None)  # type: ignore[arg-type]
     with compiling_later():
         import bitsandbytes  # noqa: F401  (calls torch.compile for four functions that are rarely used)
+
+
+def refuse_unwritable_folders() -> None:
+    """Exit with a line unless torch can write to the folders that it needs while it is imported."""
+    from config import (
+        ConfigError,
+    )  # not at the top, since the installation check must be able to say that PyYAML is missing
+
+    setting, folder = "TMPDIR", os.environ.get("TMPDIR", "")
+    try:
+        tempfile.gettempdir()
+        if chosen := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
+            setting, folder = "TORCHINDUCTOR_CACHE_DIR", chosen
+            os.makedirs(folder, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        where = f"{folder!r}" if folder else "none"
+        sys.exit(
+            report(ConfigError(f"{setting}: expected a folder that can be written, got {where}: {error.strerror}"))
+        )
 
 
 def say_loading() -> None:

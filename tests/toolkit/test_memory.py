@@ -535,7 +535,7 @@ def test_no_length_is_longer_than_the_models_positions(qwen_3b, capsys):
     )
     assert "data.max_length: " not in out
     assert train_qlora.main([*flags, "--max_length", "32769"]) == 0
-    line = "data.max_length: 32,769 tokens are more than the 32,768 positions that the model supports\n"
+    line = "warning: data.max_length: 32,769 tokens are more than the 32,768 positions that the model supports\n"
     assert line in capsys.readouterr().out
 
 
