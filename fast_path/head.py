@@ -8,17 +8,17 @@ token more than the pretrained model's, or 49,159 as Granite's. Such products to
 import torch
 import torch.nn.functional as F
 
-WHOLE = 8  # numbers of 16 bits: 16 bytes
+MULTIPLE = 8  # numbers of 16 bits: 16 bytes
 
 
 def padded(vocabulary: int) -> int:
     """Return the numbers from one row of logits to the next, so that each row begins at whole 16 bytes."""
-    return -(-vocabulary // WHOLE) * WHOLE
+    return -(-vocabulary // MULTIPLE) * MULTIPLE
 
 
 def _rest(vocabulary: int) -> int:
     """Return how many of the last tokens have a product of their own."""
-    return vocabulary % WHOLE if vocabulary > WHOLE else 0
+    return vocabulary % MULTIPLE if vocabulary > MULTIPLE else 0
 
 
 def head_product(
@@ -35,7 +35,7 @@ def head_product(
     else:
         torch.addmm(bias[:whole], rows, weight[:whole].t(), out=logits[:, :whole])
     if rest:  # a few tokens are computed twice, so that there are eight
-        last = F.linear(rows, weight[-WHOLE:], None if bias is None else bias[-WHOLE:])
+        last = F.linear(rows, weight[-MULTIPLE:], None if bias is None else bias[-MULTIPLE:])
         logits[:, whole:] = last[:, -rest:]
     return logits
 

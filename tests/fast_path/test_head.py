@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fast_path import loss
-from fast_path.head import WHOLE, head_gradient, head_product, padded
+from fast_path.head import MULTIPLE, head_gradient, head_product, padded
 
 SIZES = (3, 8, 9, 15, 16, 101, 104, 20_001)
 
@@ -62,7 +62,7 @@ def test_every_large_product_has_sizes_that_cublas_is_fast_with(monkeypatch):
     assert len(seen) == 4
     for tensor in (tensor for call in seen for tensor in call):
         sizes = [*tensor.shape, *(stride for stride in tensor.stride() if stride != 1)]
-        assert all(size % WHOLE == 0 for size in sizes) and tensor.data_ptr() % 16 == 0, sizes
+        assert all(size % MULTIPLE == 0 for size in sizes) and tensor.data_ptr() % 16 == 0, sizes
 
 
 def test_a_vocabulary_of_whole_eights_has_one_product():
