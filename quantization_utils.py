@@ -47,7 +47,7 @@ from transformers.utils import cached_file
 from config import Config, ConfigError, counted
 from fast_path import experts as expert_tools
 from fast_path.expert_store import keep_in_main_memory
-from fast_path.families import decoder_layers
+from fast_path.families import check_layers, decoder_layers
 from fast_path.host_rows import keep_rows_in_main_memory, loading_to_main_memory, rows_name_of
 from fast_path.model_targets import (
     DEFAULT_TARGETS,
@@ -206,6 +206,7 @@ def cannot_load(model_name: str, error: Exception) -> ConfigError:
         return ConfigError(
             f"model.name: expected safetensors weights in {model_name}, found none (pickled weights are not loaded)"
         )
+    text = re.sub("^Padding_idx .*", "pad_token_id in its config.json is not below vocab_size", text)
     return ConfigError(f"model.name: cannot load {model_name}: {type(error).__name__}: {text[:300]}")
 
 
@@ -213,7 +214,7 @@ QUIETLY = {"_raise_exceptions_for_missing_entries": False}  # return None for a 
 # The errors that transformers, safetensors and huggingface_hub raise for a wrong name, a bad file or network trouble.
 LOADING_ERRORS: tuple[type[Exception], ...] = (
     OSError, ValueError, KeyError, AttributeError, ImportError, RuntimeError, TypeError, StrictDataclassError,
-    SafetensorError, IndexError, ArithmeticError,
+    SafetensorError, IndexError, ArithmeticError, AssertionError,
 )  # fmt: skip
 
 
@@ -268,6 +269,7 @@ def auto_class(config: PretrainedConfig) -> Any:
     A model that also sees or hears, and which the class for causal language models does not know, has a class for such
     models; its language half is trained and answers. Raises ConfigError for an encoder with a decoder.
     """
+    check_layers(config)
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if remote or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) not in MODEL_FOR_MULTIMODAL_LM_MAPPING:
         return AutoModelForCausalLM

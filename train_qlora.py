@@ -236,6 +236,7 @@ def execute(run: Run, request: checkpoints.StopRequest, again: str) -> int:
     """Train, write the adapter and the curves, and return the exit code. again: the command that continues the run."""
     say, accelerator, progress = run.log.say, run.accelerator, run.progress
     accelerator.init_trackers("qlora", config={key: str(value) for key, value in flatten(run.effective).items()})
+    done = False
     try:
         done = train(run, request)
         if done:
@@ -252,6 +253,9 @@ def execute(run: Run, request: checkpoints.StopRequest, again: str) -> int:
         for line in memory.ran_out(run.config, run.plan, accelerator.device):
             say(line)
         return 3
+    except RuntimeError as error:
+        if request.signum is None or type(error).__name__ != "InductorError":  # Ctrl-C ends its compiler too
+            raise
     finally:
         unwritten = curves_and_log(run)
         if run.config.training.report_to != "none":
@@ -279,14 +283,14 @@ def curves_and_log(run: Run) -> str:
     return ""
 
 
-def epoch_size(config: Config) -> tuple[int, int] | None:
-    """Return (tokens, sequences) of one epoch for --plan, which works without data and tokenizer: then None."""
+def epoch_size(config: Config) -> tuple[int, int] | str:
+    """Return (tokens, sequences) of one epoch for --plan, which works without data and tokenizer: then what is missing."""
     try:
         tokenizer = load_tokenizer(config)
         blocks = make_blocks(prepare_dataset(config, tokenizer), tokenizer, config.data, config.training.seed)["train"]
         return blocks.tokens, len(blocks)
-    except ConfigError:
-        return None
+    except ConfigError as error:
+        return error.problems[0]
 
 
 def evaluate_adapter(config: Config, adapter: str | None, stride: int | None, prompts: int | None = None) -> int:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from toolkit.startup import share_cores
+
 ROOT = Path(__file__).resolve().parents[1]
 FILES = [path for path in sorted(ROOT.rglob("*.py")) if not path.relative_to(ROOT).parts[0].startswith((".", "output"))]
 SOURCES = [path for path in FILES if path.relative_to(ROOT).parts[0] not in ("tests", "tiny")]
@@ -124,6 +126,27 @@ def test_a_cache_that_cannot_be_written_is_one_line(run_cli, words, tmp_path):
     done = run_cli(*words, env={"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "file" / "cache")}, fresh=True)
     wanted = "error: TORCHINDUCTOR_CACHE_DIR: expected a folder that can be written, got "
     assert done.returncode == 2 and done.stderr.startswith(wanted) and done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.parametrize(
+    "given, kept", [({}, "10000"), ({"OMP_WAIT_POLICY": "active"}, None), ({"GOMP_SPINCOUNT": "7"}, "7")]
+)
+def test_threads_do_not_keep_cores_that_others_want(given, kept, monkeypatch):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    share_cores()
+    assert os.environ.get("GOMP_SPINCOUNT") == kept
+
+
+def test_the_cores_are_shared_before_torch_is_imported(run_cli, tmp_path):
+    (tmp_path / "torch.py").write_text("import os\nraise SystemExit(os.environ['GOMP_SPINCOUNT'])", encoding="utf-8")
+    done = run_cli(
+        "train_qlora.py", "--config", ROOT / "tiny" / "config.yaml", env={"PYTHONPATH": str(tmp_path)}, fresh=True
+    )
+    assert done.stderr.splitlines()[-1] == "10000"
 
 
 @pytest.mark.parametrize("script", ["train_qlora.py", "inference_example.py"])

@@ -309,6 +309,25 @@ def test_pickled_weights_are_refused(random_models, tmp_path):
     assert len(caught.value.problems) == 1 and "\n" not in caught.value.problems[0]
 
 
+@pytest.mark.parametrize(
+    "key, value, words",
+    [
+        ("pad_token_id", 99_999, "pad_token_id in its config.json is not below vocab_size"),
+        ("num_hidden_layers", 10**9, "expected at most 1,000 layers, got num_hidden_layers 1000000000 in config.json"),
+    ],
+)
+def test_impossible_numbers_in_config_json_are_one_line(random_models, tmp_path, key, value, words):
+    """From loading, and from the plan, which builds the model without weights."""
+    folder = shutil.copytree(random_models("llama"), tmp_path / "model")
+    found = json.loads((folder / "config.json").read_text(encoding="utf-8")) | {key: value}
+    (folder / "config.json").write_text(json.dumps(found), encoding="utf-8")
+    for read in (load, model_shape):
+        with pytest.raises(ConfigError) as caught:
+            read(str(folder))
+        (problem,) = caught.value.problems
+        assert problem.startswith("model.name: ") and problem.endswith(words), problem
+
+
 @pytest.mark.parametrize("damage", ["model.safetensors", "config.json", "tokenizer.json"])
 def test_damaged_folder_is_one_line_that_names_it(random_models, tmp_path, damage):
     for path in random_models("qwen2").iterdir():

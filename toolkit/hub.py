@@ -47,6 +47,8 @@ def cache_problem(error: BaseException) -> ConfigError | None:
         place = os.path.abspath(os.fsdecode(cause.filename or constants.HF_HOME))
         for name, folder in sorted(folders.items(), key=lambda item: -len(item[1])):  # the innermost folder first
             folder = os.path.abspath(os.path.expanduser(folder))
+            if cause.errno == errno.ENOENT and not folder.startswith(place + os.sep):
+                continue  # a file that is missing in the cache, and not a folder that cannot be made
             # makedirs names the first folder that it cannot create, which may be one above the cache.
             if os.path.commonpath([place, folder]) in (place, folder):
                 name = name if name in os.environ else "HF_HOME"
@@ -159,4 +161,4 @@ def asking_hub(name: str, kind: str = "model", patience: float = 3.0) -> Iterato
         timer.cancel()
 
 
-UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOSPC}
+UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOSPC, errno.ENOENT}

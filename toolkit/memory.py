@@ -117,13 +117,13 @@ def plan_run(
 
 def print_plan(
     config: Config,
-    epoch_size: Callable[[Config], tuple[int, int] | None],
+    epoch_size: Callable[[Config], tuple[int, int] | str],
     name: str | None = None,
     processes: int | None = None,
 ) -> int:
     """Print the plan of the shape that a run would use; return 3 if it exceeds the limit or the GPU, otherwise 0.
 
-    epoch_size: returns (tokens, sequences) of an epoch, or None if the data cannot be read from here. name: of a card that
+    epoch_size: returns (tokens, sequences) of an epoch, or why the data cannot be read from here. name: of a card that
     is not at hand, for which the plan is made. processes: of the run, each on such a card; by default one.
     """
     card = find_card(name) if name else None
@@ -146,6 +146,8 @@ def print_plan(
         print(for_stdout("\n".join(card_lines(card))))
     elif device is None:
         print("this machine has no GPU: the plan is that of a run on an NVIDIA GPU")
+        if limit is None:
+            print("  of any memory, in the shape as configured; --card NAME fits the shape to a card, as auto_fit does")
     lines = [*chosen_lines(config, plan, limit), *facts(shape, config, sequences // shape.processes)]
     tokens = plan.micro_batch * config.data.max_length
     seconds = step_seconds(shape, config, rates, plan.micro_batch, plan.checkpointed, plan.rows_apart > 0, plan.kept)
@@ -294,10 +296,10 @@ def speed_lines(
     return [f"{line} ({name})", f"  from data sheets; {error} (docs/measurements.md)"]
 
 
-def epoch_lines(config: Config, size: tuple[int, int] | None, sequences: int, speed: float) -> list[str]:
+def epoch_lines(config: Config, size: tuple[int, int] | str, sequences: int, speed: float) -> list[str]:
     """Return lines about one epoch and about the time of the whole run at `speed` tokens per second."""
-    if size is None:
-        return ["one epoch: unknown, since the tokenizer or data.dataset cannot be read from here"]
+    if isinstance(size, str):
+        return [f"one epoch: unknown: {size}"]
     training, tokens, steps = config.training, size[0], math.ceil(size[1] / sequences)
     each = f"{counted(steps, 'optimizer step')} of {counted(sequences, 'sequence')}"
     total = training.max_steps or max(1, math.ceil(training.num_epochs * steps))

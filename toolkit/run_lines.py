@@ -30,14 +30,15 @@ def data_lines(
     blocks: the parts train and validation. steps: of the whole run.
     """
     part, held = blocks["train"], blocks["validation"]
-    per_epoch = math.ceil(len(part) / sequences_per_step)
+    per_epoch, rest = math.ceil(len(part) / sequences_per_step), len(part) % sequences_per_step
+    last = f", the last of {rest}" if rest else ""
     unpacked = f" ({math.ceil(part.rows / sequences_per_step):,} without packing)" if data.packing else ""
     held_out = f"{counted(held.tokens, 'token')} in {counted(len(held), 'block')}" if held else "nothing"
     return [
         f"data: {counted(part.rows, 'row')}, {counted(part.documents, 'document')}, {counted(part.tokens, 'token')} in "
         f"{counted(len(part), 'block')} of {part.length}",
         f"data: held out: {held_out}",
-        f"steps: {steps:,} of {counted(sequences_per_step, 'sequence')}; {per_epoch:,} per epoch{unpacked}",
+        f"steps: {steps:,} of {counted(sequences_per_step, 'sequence')}; {per_epoch:,} per epoch{last}{unpacked}",
         *(f"data: {line}" for line in (f"read as {part.source}", *part.notes, *(held.notes if held else ()))),
         *some(
             [f"first block{of}: {show_block(own[0], tokenizer, 64)}" for of, own in named_parts(part)], "more sources"

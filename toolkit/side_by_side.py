@@ -92,6 +92,9 @@ def summary(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+OFF = "/ab off"  # what ends the test
+
+
 class BlindTest:
     """The commands of a chat about its voices: /adapter and /adapters, and /ab, which compares two without names.
 
@@ -177,8 +180,10 @@ class BlindTest:
             choice = self.ask()
         finally:
             self.use(self.active)
-        if choice == "s":
+        if choice in ("s", OFF):
             remark("[nothing was counted, and the message was dropped]")
+            if choice == OFF:
+                self.end()
             return
         better = {"1": 0, "2": 1}.get(choice)
         self.record(
@@ -189,11 +194,12 @@ class BlindTest:
         remark(f"[1 was {pair[0]}, 2 was {pair[1]}; {counted(len(self.rows), 'comparison')} so far]")
 
     def ask(self) -> str:
-        """Return 1, 2, = or s, as the user types it."""
+        """Return 1, 2, =, s or /ab off, as the user types it."""
         while True:
             typed = input("which is better? 1, 2, = (alike) or s (skip): ").strip().lower()
-            if typed in ("1", "2", "=", "s"):
+            if typed in ("1", "2", "=", "s", OFF):
                 return typed
+            remark(f"[not read: here 1, 2, =, s or {OFF} is expected, then the next message]")
 
     def record(self, row: dict[str, Any]) -> None:
         """Add a comparison to the file."""

@@ -91,6 +91,7 @@ def before_heavy_imports(announce: bool = False) -> None:
     gc.disable()  # the imports make a million objects that stay; to look through them again and again takes a second
     if sys.platform != "win32" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    share_cores()
     # Use Triton's own folder, or the one beside Inductor's cache, from the start. Otherwise Inductor changes the folder
     # when it first compiles a kernel, and a second run does not find the kernels of the first one.
     home = os.path.join(os.environ.get("TRITON_HOME", os.path.expanduser("~")), ".triton", "cache")
@@ -104,6 +105,16 @@ def before_heavy_imports(announce: bool = False) -> None:
     sys.modules.setdefault("sklearn", None)  # type: ignore[arg-type]
     with compiling_later():
         import bitsandbytes  # noqa: F401  (calls torch.compile for four functions that are rarely used)
+
+
+def share_cores() -> None:
+    """Let OpenMP's threads wait for each other in a loop for a shorter time, unless the user has chosen how they wait.
+
+    By default they keep their cores for so long that another program which wants these, such as a browser, makes
+    everything several times slower (docs/measurements.md, "A CPU that is shared"). Must be called before torch is imported.
+    """
+    if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
+        os.environ["GOMP_SPINCOUNT"] = "10000"
 
 
 def refuse_unwritable_folders() -> None:

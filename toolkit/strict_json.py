@@ -58,11 +58,13 @@ def _storable(value: Any, text: str) -> Any:
     return value
 
 
-def _explained(error: Exception, where: str, by_column: bool) -> ValueError:
+def _explained(error: Exception, where: str, line: str = "") -> ValueError:
+    """Return the error as a ValueError; line: the text, if it is one line, whose end may lie before a line break."""
     if isinstance(error, RecursionError):
         return ValueError(f"{where}nested too deeply")
     if isinstance(error, json.JSONDecodeError):
-        place = f"(column {error.colno})" if by_column else f"(line {error.lineno}, column {error.colno})"
+        column = min(error.pos, len(line.rstrip())) + 1
+        place = f"(column {column})" if line else f"(line {error.lineno}, column {error.colno})"
         return ValueError(f"{where}{error.msg} {place}")
     return ValueError(f"{where}{str(error)[:200]}")
 
@@ -78,7 +80,7 @@ def decode(text: str, where: str = "", halves: bool = False) -> Any:
         value = DECODER.decode(text)
         return value if halves else _storable(value, text)
     except (ValueError, RecursionError) as error:
-        raise _explained(error, where, "\n" not in text.strip()) from None
+        raise _explained(error, where, "" if "\n" in text.strip() else text) from None
 
 
 def entries(text: str) -> Iterator[tuple[int, Any]]:
@@ -97,7 +99,7 @@ def entries(text: str) -> Iterator[tuple[int, Any]]:
             if text[place : place + 1] not in ("]", ","):
                 raise json.JSONDecodeError("Expecting ',' or ']'", text, place)
         except (ValueError, RecursionError) as error:
-            raise _explained(error, f"entry {number}: ", by_column=False) from None
+            raise _explained(error, f"entry {number}: ") from None
         yield number, value
         if text[place] == "]":
             break

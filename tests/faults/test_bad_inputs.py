@@ -719,6 +719,9 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, hub):
     assert called(tmp_path, [local, remote], HF_HOME=home, HF_ENDPOINT=hub) == [datasets, expected]
     named = expected.replace("HF_HOME", "HF_DATASETS_CACHE")
     assert called(tmp_path, [local], HF_DATASETS_CACHE=home) == [named]
+    if os.path.isdir("/proc"):  # where no folder can be made
+        (line,) = called(tmp_path, [local], HF_HOME="/proc/nope/cache")
+        assert line.startswith("HF_HOME: cannot write in /proc/nope/cache/datasets: ") and line.endswith(expected[-40:])
 
 
 # ------------------------------------------------------------------------------------------------ adapters

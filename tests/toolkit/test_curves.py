@@ -56,6 +56,19 @@ def test_every_point_is_a_mean_over_the_steps_since_the_one_before(steps, every)
         assert end - start >= min(every, steps)  # none is over fewer steps than the others
 
 
+def test_where_a_finished_run_was_continued_no_point_scatters():
+    """126 steps, logged every 5 and at the end, then 24 more: the one step of row 126 is a point with the five before."""
+    random = np.random.default_rng(0)
+    losses, tokens = list(random.normal(3, 1, 150)), [int(n) for n in random.integers(20, 400, 150)]
+    rows = logged(losses[:126], tokens[:126], 5)
+    later = [row for row in logged(losses, tokens, 5) if row["step"] > 126]
+    later[0]["loss"] = float(np.average(losses[126:130], weights=tokens[126:130]))  # of steps 127 to 130
+    found = training_losses([*rows, *later])
+    assert 125 not in found and {120, 126, 130, 135} <= found.keys()
+    assert found[126] == pytest.approx(np.average(losses[120:126], weights=tokens[120:126]))
+    assert found[130] == pytest.approx(later[0]["loss"])
+
+
 @pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
 @pytest.mark.parametrize("every", [1, 4, 10, 50])
 def test_the_rate_of_every_step_is_drawn(name, every):

@@ -554,7 +554,10 @@ def test_plan_command_needs_no_weights_and_no_gpu(qwen_3b, capsys, limit, code):
     assert re.search(
         r"estimated, not measured: [\d,]+ tokens/s, \d+\.\d min per million tokens \(RTX 4060, by default", out
     )
-    assert out.startswith("this machine has no GPU: the plan is that of a run on an NVIDIA GPU\n")
+    assert out.startswith("this machine has no GPU: the plan is that of a run on an NVIDIA GPU\nmemory plan")
+    assert re.search(r"^one epoch: unknown: [\w.]+: .+", out, re.M)
+    train_qlora.main(["--plan", "--model_name", str(qwen_3b)])
+    assert "  of any memory, in the shape as configured; --card NAME" in capsys.readouterr().out.splitlines()[1]
 
 
 def test_the_plan_of_a_small_model_has_no_zeros(tiny_model, capsys):

@@ -35,6 +35,9 @@ def test_lines_about_data_fit_a_terminal(tiny_model, text):
     assert lines[0].endswith(f"{part.tokens:,} tokens in {len(part):,} blocks of 32")
     assert lines[1] == f"data: held out: {held.tokens:,} tokens in {len(held)} block{'s' * (len(held) > 1)}"
     per_epoch = -(-len(part) // 16)
-    assert lines[2] == f"steps: 891 of 16 sequences; {per_epoch} per epoch ({-(-part.rows // 16)} without packing)"
+    rest = f", the last of {len(part) % 16}" if len(part) % 16 else ""
+    assert (
+        lines[2] == f"steps: 891 of 16 sequences; {per_epoch} per epoch{rest} ({-(-part.rows // 16)} without packing)"
+    )
     assert lines[-1].startswith("first block: ") and lines[-1].endswith(" …")
     assert part.positions(np.arange(len(part))) == part.tokens and part.positions([0]) == len(part[0])

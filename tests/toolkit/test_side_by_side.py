@@ -107,6 +107,16 @@ def test_a_comparison_is_blind_and_counted(here, monkeypatch, capsys):
     assert "alike 1: sign test p = 1" in capsys.readouterr().out and bench.test.file is None
 
 
+def test_the_question_says_what_it_reads_and_lets_the_test_end(here, monkeypatch, capsys):
+    bench = Bench(monkeypatch, ["Tell me a tale", "/ab off", "never read"])
+    bench.command("/ab r8 r16")
+    bench.test.turn("hello", bench.talk)
+    out = capsys.readouterr().out
+    assert out.count("[not read: here 1, 2, =, s or /ab off is expected, then the next message]") == 1
+    assert "the message was dropped" in out and "no comparison was made" in out
+    assert bench.test.file is None and bench.typed == ["never read"] and bench.talk.messages == [] and bench.now == "r8"
+
+
 def test_both_orders_come(here, monkeypatch):
     bench = Bench(monkeypatch, ["1"] * 20)
     bench.command("/ab base r8")
