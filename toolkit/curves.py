@@ -32,19 +32,22 @@ def points(history: list[dict], key: str) -> dict[int, float]:
 def training_losses(history: list[dict]) -> dict[int, float]:
     """Return the training losses to draw by their step: each the mean over the steps since the one before.
 
-    A run's last step is logged even if it is soon after the row before, and the run may have been continued from there. The
-    mean over so few steps scatters more than the others and can look like a change, so the two become one point, weighted
+    A run's last step is logged even if it is soon after the row before, and the run may be continued from there. The mean
+    over so few steps scatters more than the others and can look like a change, so the two rows become one point, weighted
     by their tokens.
     """
     rows = [row for row in history if "loss" in row]
-    found = points(rows, "loss")
     steps = np.diff([row["step"] for row in rows], prepend=0)
     tokens = np.diff([row["tokens"] for row in rows], prepend=0)
-    for i in range(1, len(rows)):
-        if steps[i] < steps[i - 1]:
-            found.pop(rows[i - 1]["step"], None)
-            losses = [row["loss"] for row in rows[i - 1 : i + 1]]
-            found[rows[i]["step"]] = float(np.average(losses, weights=tokens[i - 1 : i + 1]))
+    found: dict[int, float] = {}
+    first = 0  # the first of the rows that become one point
+    for i, row in enumerate(rows):
+        if i and steps[i] < steps[i - 1]:
+            del found[rows[i - 1]["step"]]
+            losses = [row["loss"] for row in rows[first : i + 1]]
+            found[row["step"]] = float(np.average(losses, weights=tokens[first : i + 1]))
+        else:
+            first, found[row["step"]] = i, row["loss"]
     return found
 
 

@@ -119,9 +119,7 @@ def share_cores() -> None:
 
 def refuse_unwritable_folders() -> None:
     """Exit with a line unless torch can write to the folders that it needs while it is imported."""
-    from config import (
-        ConfigError,
-    )  # not at the top, since the installation check must be able to say that PyYAML is missing
+    from config import ConfigError  # not at the top: it needs PyYAML, whose absence is reported elsewhere
 
     setting, folder = "TMPDIR", os.environ.get("TMPDIR", "")
     try:

@@ -66,6 +66,13 @@ def test_where_a_finished_run_was_continued_no_point_scatters():
     found = training_losses([*rows, *later])
     assert 125 not in found and {120, 126, 130, 135} <= found.keys()
     assert found[126] == pytest.approx(np.average(losses[120:126], weights=tokens[120:126]))
+    few = logged(losses[:17], tokens[:17], 10)  # and where it stopped at 15, then at 17
+    few[1:] = [
+        few[1] | {"step": 15, "tokens": sum(tokens[:15]), "loss": np.average(losses[10:15], weights=tokens[10:15])},
+        few[1],
+    ]
+    few[2] = few[2] | {"loss": np.average(losses[15:17], weights=tokens[15:17])}
+    assert training_losses(few) == pytest.approx({17: np.average(losses[:17], weights=tokens[:17])})
     assert found[130] == pytest.approx(later[0]["loss"])
 
 
