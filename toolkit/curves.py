@@ -38,14 +38,15 @@ def training_losses(history: list[dict]) -> dict[int, float]:
     """
     rows = [row for row in history if "loss" in row]
     steps = np.diff([row["step"] for row in rows], prepend=0)
-    tokens = np.diff([row["tokens"] for row in rows], prepend=0)
     found: dict[int, float] = {}
     first = 0  # the first of the rows that become one point
     for i, row in enumerate(rows):
         if i and steps[i] < steps[i - 1]:
             del found[rows[i - 1]["step"]]
-            losses = [row["loss"] for row in rows[first : i + 1]]
-            found[row["step"]] = float(np.average(losses, weights=tokens[first : i + 1]))
+            start = rows[first - 1]["tokens"] if first else 0
+            one = rows[first : i + 1]
+            tokens = np.diff([other["tokens"] for other in one], prepend=start)
+            found[row["step"]] = float(np.average([other["loss"] for other in one], weights=tokens))
         else:
             first, found[row["step"]] = i, row["loss"]
     return found
