@@ -677,6 +677,26 @@ def test_a_process_that_fails_while_the_others_log_a_step_loses_no_row(train, fe
     assert same_rows(tmp_path / "parts", tmp_path / "whole")
 
 
+def test_a_stop_while_the_compiler_runs_is_no_fault_of_the_compiler(train, few, tmp_path, monkeypatch, capsys):
+    """A terminal sends Ctrl-C to the compiler too, which then fails; without a stop the setting is named."""
+    failure = type("InductorError", (RuntimeError,), {})
+    ways = (
+        (signal.SIGINT, 130, "stopped after step 0 of 6; to continue:"),
+        (None, 2, "performance.compile: torch.compile failed"),
+    )
+    for signum, wanted, words in ways:
+
+        def fails(run, request, signum=signum):
+            request.signum = signum
+            raise failure("CppCompileError: C++ compile error")
+
+        monkeypatch.setattr(train_qlora, "train", fails)
+        code, _ = train(*RESUMABLE, "--dataset", few, output_dir=tmp_path / str(wanted))
+        said = capsys.readouterr()
+        assert code == wanted and words in said.out + said.err
+        assert ("performance.compile" in said.out + said.err) == (signum is None)
+
+
 def test_a_stopped_run_says_how_to_continue(train, few, tmp_path, monkeypatch, capsys):
     """The command as it is printed: without what would start over."""
     flags = (*RESUMABLE, "--dataset", few)
