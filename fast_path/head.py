@@ -1,7 +1,7 @@
 """Products of a model's head, for any size of the vocabulary.
 
 cuBLAS multiplies 16-bit matrices at full speed only if their sizes are multiples of 8. A vocabulary often is not: it has one
-token more than the pretrained model's, or 49,159 as Granite's. Such products took up to seven times as long on an H200
+token more than the pretrained model's, or 49,159 as Granite's. Such products took five to eight times as long on an H200
 (docs/measurements.md, "Constants in the code"). So the last few tokens, fewer than 8, have a product of their own.
 """
 

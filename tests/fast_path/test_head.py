@@ -1,11 +1,13 @@
 """Products of heads whose vocabulary is no multiple of 8, against torch's in fp64."""
 
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
 
 from fast_path import loss
+from fast_path.decode_step import DecodeStep
 from fast_path.head import MULTIPLE, head_gradient, head_product, padded
 
 SIZES = (3, 8, 9, 15, 16, 101, 104, 20_001)
@@ -69,3 +71,12 @@ def test_a_vocabulary_of_whole_eights_has_one_product():
     weight, rows = torch.randn(16, 8), torch.randn(2, 8)
     with mock.patch("torch.nn.functional.linear", side_effect=AssertionError):
         assert torch.equal(head_product(rows, weight, None, torch.empty(2, 16)), rows @ weight.t())
+
+
+def test_a_decode_step_reads_any_vocabulary():
+    """And a head that is not a plain linear computes its product itself."""
+    last, head = torch.randn(3, 1, 24), torch.nn.Linear(24, 101)
+    for layer in (head, torch.nn.Sequential(head)):
+        with torch.no_grad():
+            found = DecodeStep._logits(SimpleNamespace(last=last, head=layer))
+            assert torch.allclose(found, head(last)[:, 0], atol=1e-5) and found.shape == (3, 101)
