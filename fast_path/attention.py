@@ -68,6 +68,10 @@ def _no_mask(
     if packed and not slides and choice.varlen_samples:
         batch, apart = kwargs["batch_size"], kwargs["mask_function"]
         return sample_starts(apart, batch, kv_length, most_samples(choice.varlen_samples, batch), kwargs["device"])
+    if not choice.packed and kwargs.get("attention_mask") is None:
+        # All sequences have the same window. A mask for each would have other strides in a captured graph than before it,
+        # where transformers can see that no positions restart, and the layers would be compiled anew within the capture.
+        kwargs["batch_size"] = 1
     kwargs.update(allow_is_causal_skip=allow_is_causal_skip, config=config)
     return sdpa_mask(kv_length=kv_length, local_size=local_size, **kwargs)
 

@@ -484,6 +484,21 @@ def test_a_layer_compiled_in_pieces_is_said(train, monkeypatch, tmp_path):
         assert code == 0 and ("fast path: the layers are compiled in pieces" in log) == (name == "pieces")
 
 
+@pytest.mark.parametrize("kind", ["mistral", "gemma3", "olmo3"])
+def test_the_mask_of_a_window_is_the_same_within_a_captured_graph(random_models, kind, monkeypatch):
+    """Where transformers cannot look at positions. With other strides the layers would be compiled within the capture."""
+    made, mask_of = [], attention_module.sdpa_mask
+    monkeypatch.setattr(attention_module, "sdpa_mask", lambda **given: made.append(mask_of(**given)) or made[-1])
+    model, clock, loss = prepared(random_models(kind))
+    gradients(model, clock, loss, 48)  # longer than the window of 16
+    seen = len(made)
+    monkeypatch.setattr("transformers.masking_utils.is_tracing", lambda *_: True)
+    gradients(model, clock, loss, 48)
+    before, within = made[:seen], made[seen:]
+    assert seen and all(torch.equal(a, b) and a.stride() == b.stride() for a, b in zip(before, within, strict=True))
+    assert before[0].shape == (1, 1, 48, 48)  # for all sequences
+
+
 @pytest.mark.compiled
 def test_inputs_in_main_memory_change_nothing(random_models):
     from torch._dynamo.utils import counters
