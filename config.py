@@ -315,6 +315,9 @@ class PerformanceConfig(Section):
     fused_lora: str = free_knob("auto", "compute a 4-bit linear layer and its adapter in one operator", choices=SWITCH)
     compile: str = free_knob("auto", "compile the layers with torch.compile", choices=SWITCH)
     cuda_graphs: str = free_knob("auto", "replay each micro-batch as one CUDA graph", choices=SWITCH)
+    swap_activations: int | str = free_knob(
+        "auto", "checkpointed layers whose activations wait in main memory", at_least=0, at_most=MANY, choices=("auto",)
+    )
     deterministic: bool = free_knob(False, "make runs on a GPU repeatable bit for bit")
     shard_base: bool = free_knob(False, "divide the 4-bit weights of the base among the processes of torchrun")
 

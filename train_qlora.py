@@ -136,6 +136,7 @@ from fast_path import attention, choice, compiled, dropout, families, layers, sh
 from fast_path.loss import CausalLMLoss, compiled_chunk_loss, default_logit_chunk, kernel_chunk_loss, perplexity
 from fast_path.micro_step import Learner, be_deterministic
 from fast_path.optimizers import create_optimizer
+from fast_path.swapping import NoMainMemory
 from quantization_utils import compute_dtype_of, create_lora_config, prepare_model_for_training, with_tokens
 from toolkit import checkpoints, data_sources, earlier_run, evaluation, machine, memory, memory_plan, processes
 from toolkit.adapters import put_weights, start_from_adapter
@@ -454,7 +455,7 @@ def build_learner(
         attention_lines += layers.fuse_for_training(peft_model, clock, p, fast.kernels, fast.fp8, plan.pieces)
     objective = CausalLMLoss(sharding.divide_base(peft_model), dtype)
     if fast.compile:
-        compiled.compile_layers(peft_model, plan.kept)
+        compiled.compile_layers(peft_model, plan.kept, plan.swapped)
         objective.chunk_loss = compiled_chunk_loss()
     if fast.fused_lora and fast.kernels:
         objective.chunk_loss = kernel_chunk_loss
@@ -698,18 +699,19 @@ def micro_batches(run: Run, numbers: np.ndarray) -> Iterator[tuple[dict[str, tor
 def use_less_memory(run: Run, problem: torch.OutOfMemoryError) -> None:
     """Change to the next smaller shape, which repeats the step from its start; raise `problem` where there is none."""
     sequences = run.sequences_per_step // run.accelerator.num_processes
-    smaller = memory_plan.step_down(run.plan, sequences, run.learner.fast.compile)
+    kind = "main" if (main := isinstance(problem, NoMainMemory)) else "GPU"
+    smaller = memory_plan.step_down(run.plan, sequences, run.learner.fast.compile, main)
     if sharding.is_divided():
         raise cannot_repeat(problem)
     if smaller is None:
         raise problem
     run.log.say(
-        f"out of GPU memory{processes.where(problem)} with {run.plan.shape}: repeating the step with {smaller.shape}; "
+        f"out of {kind} memory{processes.where(problem)} with {run.plan.shape}: repeating the step with {smaller.shape}; "
         "the effective batch size, and so the training result, does not change"
     )
     run.plan = smaller
     processes.settle(False)  # a graph is captured again
-    run.learner.reshape(smaller.micro_batch, smaller.checkpointed, smaller.offload, smaller.kept)
+    run.learner.reshape(smaller.micro_batch, smaller.checkpointed, smaller.offload, smaller.kept, smaller.swapped)
 
 
 # ------------------------------------------------------------------------------------------------ evaluation

@@ -27,6 +27,7 @@ from fast_path import (
 )
 from fast_path.kept_outputs import NOTHING_KEPT, Kept, contexts
 from fast_path.layers import groups_of
+from fast_path.swapping import Swap, swapped_layers
 
 
 def _run_layer(layer: nn.Module, hidden: torch.Tensor, **kwargs) -> torch.Tensor:
@@ -52,24 +53,32 @@ def operators_tag(
     return "qlora " + " ".join(f"{zlib.crc32(inspect.getsource(module).encode()):08x}" for module in modules)
 
 
-def recompute(layers: Sequence[nn.Module], checkpointed: int, kept: Kept) -> None:
+def recompute(layers: Sequence[nn.Module], checkpointed: int, kept: Kept, swapped: int = 0) -> None:
     """Checkpoint the first `checkpointed` of the compiled layers, and no others; the last of them keep what `kept` says.
+
+    swapped: how many of them are swapped instead of recomputed (swapping.py).
 
     Without a norm after the MLP all keep the outputs of the down projection that are read, since u is all of them then.
 
     A checkpointed MLP's backward pass writes the gradients of gate and up over their recomputed values, which saves 4 bytes
     per token and feature at the peak. Saved ones belong to autograd, and a compiler would copy them first.
     """
+    numbers = swapped_layers(checkpointed, swapped, len(layers))
+    end = min(checkpointed, len(layers) - 1)
+    swap = Swap(numbers, end, next(layers[0].parameters()).device) if numbers else None
+    repeating = [number for number in range(checkpointed) if number not in numbers]
+    mlp, attention = (set(repeating[max(0, len(repeating) - n) :]) for n in kept)
     for number, layer in enumerate(layers):
-        layer.recompute = number < checkpointed
-        layer.keeps_down = number >= checkpointed - kept.mlp or not families.of(layer).norms_after[1]
-        layer.keeps_attention = number >= checkpointed - kept.attention
+        layer.swap = swap
+        layer.recompute = number in repeating
+        layer.keeps_down = number in mlp or not layer.recompute or not families.of(layer).norms_after[1]
+        layer.keeps_attention = number in attention
         for group in groups_of(layer):
             group.recomputed = layer.recompute
 
 
-def compile_layers(model: PeftModel, kept: Kept = NOTHING_KEPT) -> None:
-    """Compile the decoder layer once for all layers, for training. kept: as in `recompute`.
+def compile_layers(model: PeftModel, kept: Kept = NOTHING_KEPT, swapped: int = 0) -> None:
+    """Compile the decoder layer once for all layers, for training. kept, swapped: as in `recompute`.
 
     Evaluation runs the layers uncompiled, because it is too little work to pay for another compilation.
     """
@@ -86,17 +95,23 @@ def compile_layers(model: PeftModel, kept: Kept = NOTHING_KEPT) -> None:
     logging.getLogger("torch._higher_order_ops.wrap").addFilter(lambda record: "context_fn" not in record.getMessage())
     compiled = torch.compile(_run_layer, dynamic=False)
 
-    def run(layer: nn.Module, hidden: torch.Tensor, **kwargs) -> torch.Tensor:
+    def run(layer: nn.Module, number: int, hidden: torch.Tensor, **kwargs) -> torch.Tensor:
         # The embedding's output needs no gradient, and the first layer would be compiled a second time for that case.
         if torch.is_grad_enabled() and not hidden.requires_grad:
             hidden = hidden.detach().requires_grad_()
-        return (compiled if layer.training else _run_layer)(layer, hidden, **kwargs)
+        forward = compiled if layer.training else _run_layer
+        if layer.swap is None or not (layer.training and torch.is_grad_enabled()):
+            return forward(layer, hidden, **kwargs)
+        with layer.swap.around(number, layer, hidden, kwargs):
+            out = forward(layer, hidden, **kwargs)
+        layer.swap.after(number, out)
+        return out
 
     layers = families.decoder_layers(model.get_base_model())
-    recompute(layers, sum(layer.gradient_checkpointing for layer in layers), kept)
-    for layer in layers:
+    recompute(layers, sum(layer.gradient_checkpointing for layer in layers), kept, swapped)
+    for number, layer in enumerate(layers):
         layer.gradient_checkpointing = False  # transformers would put its own checkpoint around the compiled layer
-        layer.forward = functools.partial(run, layer)
+        layer.forward = functools.partial(run, layer, number)
 
 
 def compiled_in_pieces() -> str | None:

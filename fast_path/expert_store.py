@@ -45,7 +45,7 @@ class ExpertStore:
                 start = -(-end // ALIGNED) * ALIGNED
                 end = start + tensor.nbytes
                 places.setdefault(name, []).append(slice(start, end))
-        buffer = _pinned(end) if pin else torch.empty(end, dtype=torch.uint8)
+        buffer = pinned(end, pin)
         for name, tensors in parts.items():
             views = [_view(buffer, place, tensor) for place, tensor in zip(places[name], tensors, strict=True)]
             for view, tensor in zip(views, tensors, strict=True):
@@ -88,9 +88,15 @@ class ExpertStore:
             self.ready[slot].record(self.stream)
 
 
-def _pinned(size: int) -> torch.Tensor:
-    """Return a buffer of pinned memory. torch's own allocator would round its size up to a power of two."""
-    buffer, runtime = torch.empty(size, dtype=torch.uint8), torch.cuda.cudart()
+def pinned(size: int, pin: bool = True) -> torch.Tensor:
+    """Return a buffer of pinned memory. torch's own allocator would round its size up to a power of two.
+
+    pin: False for a device without such memory (tests): any memory.
+    """
+    buffer = torch.empty(size, dtype=torch.uint8)
+    if not pin:
+        return buffer
+    runtime = torch.cuda.cudart()
     if int(runtime.cudaHostRegister(buffer.data_ptr(), size, 1)):  # 1: for all contexts
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
     weakref.finalize(buffer, runtime.cudaHostUnregister, buffer.data_ptr()).atexit = False

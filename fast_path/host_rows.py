@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from config import ConfigError
-from fast_path.expert_store import _pinned as registered
+from fast_path.expert_store import pinned as registered
 
 
 def rows_name(model: nn.Module) -> str:

@@ -261,10 +261,12 @@ class Learner:
         self.captured, self.captured_evaluation = graphs
         self.zero_gradients()
 
-    def reshape(self, micro_batch: int, checkpointed: int, offload: bool, kept: Kept = NOTHING_KEPT) -> None:
+    def reshape(
+        self, micro_batch: int, checkpointed: int, offload: bool, kept: Kept = NOTHING_KEPT, swapped: int = 0
+    ) -> None:
         """Change to this micro-batch and number of checkpointed layers, and free the memory of the graphs.
 
-        kept: as in `compiled.recompute`.
+        kept, swapped: as in `compiled.recompute`.
         """
         self.captured = self.captured_evaluation = None
         self.batch_shape, self.offload = (micro_batch, self.batch_shape[1]), offload
@@ -272,7 +274,7 @@ class Learner:
         self.fast = dataclasses.replace(self.fast, cuda_graphs=self.fast.cuda_graphs and not offload)
         layers = families.decoder_layers(self.model.get_base_model())
         if self.fast.compile:
-            recompute(layers, checkpointed, kept)
+            recompute(layers, checkpointed, kept, swapped)
         else:
             for number, layer in enumerate(layers):
                 layer.gradient_checkpointing = number < checkpointed

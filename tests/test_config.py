@@ -38,7 +38,7 @@ training:     {num_epochs: 3, max_steps: null, batch_size: 1, gradient_accumulat
                save_steps: null, save_minutes: 15, save_total_limit: 2, early_stopping_patience: null, resume: auto,
                output_dir: output_qlora_qwen_3b, report_to: none}
 performance:  {auto_fit: true, memory_limit_gib: null, fused_lora: auto, compile: auto, cuda_graphs: auto,
-               deterministic: false, shard_base: false}
+               swap_activations: auto, deterministic: false, shard_base: false}
 generation:   {max_new_tokens: 128, temperature: 0.7, top_p: 0.9, top_k: null, repetition_penalty: 1.0, num_beams: 1,
                system_prompt: null}
 """
@@ -200,6 +200,8 @@ WRONG = [
     ("data.packing", "auto"),
     ("performance.compile", "1"),
     ("performance.compile", "fast"),
+    ("performance.swap_activations", "off"),
+    ("performance.swap_activations", "on"),
     ("training.gradient_checkpointing", "some"),
     ("training.gradient_checkpointing", "1.5"),
     ("training.gradient_checkpointing", "-1"),
@@ -267,6 +269,7 @@ RANGES = [  # leaf, values inside (the edges among them), values outside (an ope
     ("training.save_minutes", [TINY, 1e6], [0.0, 1e7]),
     ("training.save_total_limit", [1, 10**6], [0, 10**400]),
     ("training.early_stopping_patience", [1, 10**9], [0, 10**9 + 1]),
+    ("performance.swap_activations", [0, 10**9], [-1, 10**9 + 1, True]),
     ("performance.memory_limit_gib", [TINY, 141.0], [0.0, 4097.0]),
     ("generation.max_new_tokens", [1, 2**20], [0, 2**20 + 1]),
     ("generation.temperature", [0.0, 0.001, 100.0], [-TINY, 1e-320, 0.0009, 101.0]),

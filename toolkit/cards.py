@@ -26,12 +26,13 @@ DRIVER_GIB, DESKTOP_GIB = 0.5, 0.5
 class Rates:
     """Speed of a GPU: FLOP/s of a large product, bytes/s of a large copy within it, and of one from main memory.
 
-    The defaults are those of an RTX 4060.
+    The defaults are those of an RTX 4060. main_memory: bytes that activations may take there; 0 for a card that is not at hand.
     """
 
     flops: float = PRODUCT_SHARE * 30.2e12
     bytes: float = COPY_SHARE * 272e9
     link: float = LINK_SHARE * 8 * LANE[4] * 1e9
+    main_memory: int = 0
 
     def of_products(self, rows: float) -> float:
         """Return the FLOP/s of a product with so many rows: small ones use the GPU badly."""

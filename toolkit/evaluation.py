@@ -67,7 +67,7 @@ def block_losses(
 def halved(micro_batch: int, say: Callable[[str], None]) -> int:
     """Return half of a micro-batch that ran out of GPU memory, say so, and let go of what nothing needs any more."""
     smaller = max(1, micro_batch // 2)
-    say(f"an evaluation ran out of GPU memory; repeating it with {counted(smaller, 'sequence')} at a time")
+    say(f"an evaluation ran out of memory; repeating it with {counted(smaller, 'sequence')} at a time")
     let_go()
     return smaller
 

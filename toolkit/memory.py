@@ -1,14 +1,16 @@
 """GPU memory of a run: choose its shape, print the plan, measure what is used, and limit it.
 
-The shape of a run is its micro-batch, its number of checkpointed layers and whether their inputs are offloaded.
+The shape of a run is as in memory_plan.py.
 """
 
 import bisect
+import contextlib
 import dataclasses
 import functools
 import math
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import psutil
 import torch
@@ -34,10 +36,12 @@ from toolkit.memory_plan import (
     fit,
     gather_seconds,
     longest_length,
+    most_swapped,
     pinned_layers,
     plan_memory,
     sequences_per_step,
     step_seconds,
+    swapping_obstacle,
     wants_offload,
 )
 from toolkit.model_shape import ModelShape, adapted, adapter_parameters
@@ -45,6 +49,12 @@ from toolkit.processes import gathered, name_of, several
 from toolkit.text_width import for_stdout
 
 FP8_FROM = 8.9  # compute capability
+# Of the main memory that is free: loading the base has not begun, and pinned memory is taken from all other programs.
+MAIN_MEMORY_SHARE = 0.5
+GROUP_FILES = [
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+]
 
 # ------------------------------------------------------------------------------------------------ decide and print
 
@@ -71,7 +81,8 @@ def choose_plan(
     if saved and auto_fit and not config.flags & set(SHAPE_KNOBS):
         taken = saved["micro_batch"], min(saved["checkpointed"], shape.layers), None, limit
         rest = saved.get("offload", False), saved.get("logit_chunk"), saved.get("rows_apart", False)
-        return plan_memory(shape, config, *taken, *rest, saved.get("pieces", 1), kept_before(saved) or NOTHING_KEPT)
+        last = saved.get("pieces", 1), kept_before(saved) or NOTHING_KEPT, swapped_before(shape, config, saved)
+        return plan_memory(shape, config, *taken, *rest, *last)
     if auto_fit and limit is not None:
         # Measured rates vary from day to day, and so would the shape.
         rates = rates or (Rates() if config.performance.deterministic else rates_here(device, config))
@@ -79,12 +90,38 @@ def choose_plan(
     micro_batch = min(config.training.batch_size, sequences)
     checkpointed, offload = pinned_layers(shape.layers, config), wants_offload(config)
     chunk, kept = saved.get("logit_chunk"), kept_before(saved)
-    return plan_memory(shape, config, micro_batch, checkpointed, None, limit, offload, chunk, kept=kept)
+    swapped = most_swapped(shape, config, Rates(), micro_batch, checkpointed)  # as configured, or none
+    return plan_memory(
+        shape, config, micro_batch, checkpointed, None, limit, offload, chunk, kept=kept, swapped=swapped
+    )
 
 
 def kept_before(saved: dict) -> Kept | None:
     """Return the kept outputs of a checkpoint's shape; None where it says nothing about them."""
     return Kept(saved["kept"], saved.get("kept_attention", 0)) if "kept" in saved else None
+
+
+def swapped_before(shape: ModelShape, config: Config, saved: dict) -> int:
+    """Return how many layers of a checkpoint's shape are swapped: as then, as configured now, or what main memory allows."""
+    before, checkpointed = saved.get("swapped", 0), saved["checkpointed"]
+    if config.performance.swap_activations != "auto":
+        return most_swapped(shape, config, Rates(), saved["micro_batch"], checkpointed)
+    if not before or swapping_obstacle(shape, config):
+        return 0
+    each = plan_memory(shape, config, saved["micro_batch"], checkpointed, swapped=1).waiting
+    return min(before, int(main_memory() / each)) if each else 0
+
+
+def main_memory() -> int:
+    """Return how many bytes of what is free in main memory activations may take.
+
+    A container may have less than its machine: control groups of version 2 and 1 name its limit and what it uses.
+    """
+    free = psutil.virtual_memory().available
+    for limit, used in GROUP_FILES:
+        with contextlib.suppress(OSError, ValueError):  # there is none, or its limit is "max"
+            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+    return int(MAIN_MEMORY_SHARE * max(0, free))
 
 
 def plan_run(
@@ -150,7 +187,8 @@ def print_plan(
             print("  of any memory, in the shape as configured; --card NAME fits the shape to a card, as auto_fit does")
     lines = [*chosen_lines(config, plan, limit), *facts(shape, config, sequences // shape.processes)]
     tokens = plan.micro_batch * config.data.max_length
-    seconds = step_seconds(shape, config, rates, plan.micro_batch, plan.checkpointed, plan.rows_apart > 0, plan.kept)
+    how = plan.checkpointed, plan.rows_apart > 0, plan.kept, plan.swapped
+    seconds = step_seconds(shape, config, rates, plan.micro_batch, *how)
     speed = shape.processes * tokens / seconds
     lines += process_lines(shape, config, plan, rates)
     lines += speed_lines(rates, speed, device, card, mixture=shape.experts.routed)
@@ -160,6 +198,7 @@ def print_plan(
         )
     if config.quantization.experts == "cpu":
         lines.append(link_line(rates, device, card))
+    lines += swap_lines(shape, config, plan, rates, device)
     lines += epoch_lines(config, epoch_size(config), sequences, speed)
     print(for_stdout("\n".join([*lines, *savings_lines(shape, config, plan, limit)])))
     if limit is None:
@@ -278,6 +317,20 @@ def link_line(rates: Rates, device: torch.device | None, card: Card | None) -> s
     return f"  experts come from main memory at {rates.link / 1e9:.1f} GB/s ({where})"
 
 
+def swap_lines(
+    shape: ModelShape, config: Config, plan: MemoryPlan, rates: Rates, device: torch.device | None
+) -> list[str]:
+    """Return a line about layers that are swapped to main memory, or that could be where a plan cannot know it."""
+    if plan.swapped:
+        return [f"  swapped layers leave and come back at {rates.link / 1e9:.1f} GB/s (measured now)"]
+    unknown = device is None and plan.checkpointed and config.performance.swap_activations == "auto"
+    if not unknown or swapping_obstacle(shape, config):
+        return []
+    return [
+        "  a run may be faster: it swaps layers to main memory instead of recomputing them where the bus is fast enough"
+    ]
+
+
 def speed_lines(
     rates: Rates, speed: float, device: torch.device | None, card: Card | None, mixture: bool = False
 ) -> list[str]:
@@ -323,7 +376,7 @@ def savings(shape: ModelShape, config: Config, plan: MemoryPlan, limit: float | 
 
     def without(section: str, micro_batch: int = plan.micro_batch, checkpointed: int = plan.checkpointed, **changes):
         other = dataclasses.replace(config, **{section: dataclasses.replace(config[section], **changes)})
-        rest = None, limit, plan.offload, None, plan.rows_apart > 0, plan.pieces, plan.kept
+        rest = None, limit, plan.offload, None, plan.rows_apart > 0, plan.pieces, plan.kept, plan.swapped
         changed = with_lora_of(other, shape, config)
         return plan.total - plan_memory(changed, other, micro_batch, checkpointed, *rest).total
 
@@ -383,7 +436,7 @@ def savings_lines(
 def ran_out(config: Config, plan: MemoryPlan, device: torch.device) -> list[str]:
     """Return the table of a shape that ran out of memory, and lines with the three settings that would save most."""
     shape, limit = configured_shape(config), memory_limit(device, config.performance.memory_limit_gib)
-    rest = None, limit, plan.offload, None, plan.rows_apart > 0, plan.pieces, plan.kept
+    rest = None, limit, plan.offload, None, plan.rows_apart > 0, plan.pieces, plan.kept, plan.swapped
     plan = plan_memory(shape, config, plan.micro_batch, plan.checkpointed, *rest)
     return [plan.table(), *savings_lines(shape, config, plan, limit, count=3)]
 
@@ -392,11 +445,14 @@ def ran_out(config: Config, plan: MemoryPlan, device: torch.device) -> list[str]
 
 
 def rates_here(device: torch.device | None, config: Config) -> Rates:
-    """Return measure_rates and, where experts wait in main memory, the speed of copies from there."""
+    """Return measure_rates, the speed of copies from main memory, and how much of what is free there activations may take."""
     rates = measure_rates(device)
-    if device is None or config.quantization.experts != "cpu":
+    if device is not None and config.quantization.experts == "cpu":
+        return dataclasses.replace(rates, link=measure_link(device))
+    if device is None or config.performance.swap_activations != "auto":
         return rates
-    return dataclasses.replace(rates, link=measure_link(device))
+    link = min(measure_link(device), measure_link(device, away=True))
+    return dataclasses.replace(rates, link=link, main_memory=main_memory())
 
 
 def timed(call: Callable[[], object]) -> float:
@@ -412,11 +468,12 @@ def timed(call: Callable[[], object]) -> float:
 
 
 @functools.cache
-def measure_link(device: torch.device) -> float:
-    """Return the bytes per second of copies from pinned main memory to this GPU."""
+def measure_link(device: torch.device, away: bool = False) -> float:
+    """Return the bytes per second of copies from pinned main memory to this GPU, or away from it."""
     rows = torch.empty(2**26, dtype=torch.uint8, pin_memory=True)
     here = torch.empty_like(rows, device=device, pin_memory=False)
-    return rows.numel() / timed(lambda: here.copy_(rows, non_blocking=True))
+    to, source = (rows, here) if away else (here, rows)
+    return rows.numel() / timed(lambda: to.copy_(source, non_blocking=True))
 
 
 @functools.cache

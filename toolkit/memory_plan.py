@@ -1,6 +1,7 @@
 """GPU memory that a run needs, computed from the model's config.json alone: the plan, and the shape that fits best.
 
-The shape of a run is its micro-batch, its number of checkpointed layers and whether their inputs are offloaded.
+The shape of a run is its micro-batch, its number of checkpointed layers, how many of them are swapped to main memory
+instead of recomputed, and whether the layers' inputs are offloaded.
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ from fast_path.nf4 import lacks_triton
 from fast_path.optimizers import OPTIMIZERS
 from fast_path.packed_weights import PIECES, adapter_columns, divides, operand_columns, operand_numbers, pieces_each
 from fast_path.scratch import MOST
+from fast_path.swapping import swapped_layers
 from quantization_utils import (
     LOADING_ERRORS,
     count_parameters,
@@ -62,6 +64,11 @@ ONE_KEEPS_IN = 2
 # Tokens per sequence from which checkpointed layers keep what attention returns, as many as fit: attention's time grows with
 # the square of the length and what it returns does not. At 512 tokens fewer checkpointed layers are worth more per byte.
 LONG = 2048
+# Gaps in the allocator's memory where layers are swapped, as a share of what a layer keeps: its tensors come and go at other
+# times than the GPU's own. Fitted to measurements (docs/measurements.md, "Swapped layers").
+SWAP_GAPS = 0.15
+# The share of a micro-batch's time that swapping must save by estimate: within it the bus would be as good as full.
+WORTH_SWAPPING = 0.05
 
 PCIE = 20e9  # bytes per second to a card from others or from main memory, of a slot with 16 lanes of PCIe 4
 
@@ -281,6 +288,8 @@ class MemoryPlan:
     rows_apart: int = 0  # bytes of the input embedding, if it is in main memory
     pieces: int = 1  # in which gate and up are unpacked, one after the other
     kept: Kept = NOTHING_KEPT  # how many checkpointed layers keep outputs
+    swapped: int = 0  # how many of them are swapped instead of recomputed (fast_path/swapping.py)
+    waiting: int = 0  # bytes of main memory that these take
 
     @property
     def total(self) -> int:
@@ -294,6 +303,7 @@ class MemoryPlan:
     @property
     def shape(self) -> str:
         where = ", their inputs in main memory" if self.offload else ""
+        where += f", {self.swapped} of these swapped to main memory instead of recomputed" if self.swapped else ""
         for n, name in self.kept.named():
             where += f", {n} of these {'keeps its' if n == 1 else 'keep their'} {name}'s output" if n else ""
         where += ", the embedding in main memory" if self.rows_apart else ""
@@ -302,7 +312,7 @@ class MemoryPlan:
 
     def saved(self) -> dict[str, int | bool | None]:
         """Return what a checkpoint keeps of the shape."""
-        names = ("micro_batch", "checkpointed", "offload", "logit_chunk", "pieces")
+        names = ("micro_batch", "checkpointed", "offload", "logit_chunk", "pieces", "swapped")
         kept = {"kept": self.kept.mlp, "kept_attention": self.kept.attention}
         return {name: getattr(self, name) for name in names} | kept | {"rows_apart": self.rows_apart > 0}
 
@@ -311,6 +321,7 @@ class MemoryPlan:
         rows = [f"  {name:<38}{size / GIB:8.3f}" for name, size in self.parts.items()]
         paged = [f"  (paged, to main memory when needed {self.paged / GIB:8.3f})"] if self.paged else []
         paged += [f"  (embedding, in pinned main memory  {self.rows_apart / GIB:8.3f})"] if self.rows_apart else []
+        paged += [f"  (swapped, in pinned main memory    {self.waiting / GIB:8.3f})"] if self.waiting else []
         return "\n".join([f"memory plan, GiB: {self.shape}", *rows, *paged, f"  {'total':<38}{self.total / GIB:8.3f}"])
 
 
@@ -399,6 +410,7 @@ def plan_memory(
     rows_apart: bool = False,
     pieces: int = 1,
     kept: Kept | None = None,
+    swapped: int = 0,
 ) -> MemoryPlan:
     """Return the GPU memory that training needs if the first `checkpointed` layers recompute their activations.
 
@@ -408,13 +420,16 @@ def plan_memory(
     limit: bytes that the process may use, from which the chunk of logits is chosen; None: more than enough.
     logit_chunk: the chunk of a run that is continued, since its sums must be added in the same order.
     kept: checkpointed layers that keep outputs; by default of the MLP a half, of attention all, or as many as fit into the limit.
+    swapped: how many of them are swapped instead, of which the GPU holds two at a time.
     """
     path, rows_apart = path or expected_path(config), rows_apart and shape.rows > 0
     parts, paged = static_parts(shape, config, path, rows_apart)
     rows = rows_apart * shape.rows * (4 if config.quantization.compute_dtype == "float32" else 2)
     fixed = sum(parts.values())
     tokens, free_layers = micro_batch * config.data.max_length, shape.layers - checkpointed
-    most = most_kept(shape, config, checkpointed) if path == COMPILED and not offload else NOTHING_KEPT
+    swapped = len(swapped_layers(checkpointed, 0 if offload else swapped, shape.layers))
+    recomputed = checkpointed - swapped
+    most = most_kept(shape, config, recomputed) if path == COMPILED and not offload else NOTHING_KEPT
     keeping, each = most.at_most(most if kept is None else kept), kept_bytes(shape, config)
     saved = saved_bytes(shape, config, path) * tokens
     at_once, recomputing = (transient_bytes(shape, config, path, tokens, again, pieces) for again in (False, True))
@@ -429,10 +444,11 @@ def plan_memory(
     # The backward pass starts at the last layer. When it reaches the checkpointed layers, which are the first ones, the
     # activations of the other layers are gone already.
     norms = 2 * hidden if plain_layers(shape, path) else 0  # recomputing makes the outputs of the norms too
-    live = recomputing + saved + norms - free_layers * saved if checkpointed else 0
+    most_live = max(recomputing + norms, at_once) + saved if swapped else recomputing + norms  # the next one comes
+    live = most_live + saved - free_layers * saved if checkpointed else 0
     live = max(live, at_once if free_layers else 0)
     parts |= {
-        "checkpointed hidden states": (2 if offload else checkpointed) * hidden,
+        "checkpointed hidden states": (2 if offload else recomputed) * hidden,
         **{f"kept outputs of {name}": n * each[name] * tokens for n, name in keeping.named() if n},
         "layers not checkpointed": free_layers * saved,
         "unpacked weights, chunk of logits": scratch_bytes(shape, config, path, tokens, chunk, pieces),
@@ -440,14 +456,15 @@ def plan_memory(
         "loss, beyond the live layer": max(0, loss - live),
     }
     add_allowances(parts, sum(parts.values()) - fixed, shape, config, path == COMPILED and not offload, pieces)
-    plan = MemoryPlan(parts, micro_batch, checkpointed, shape.layers, paged, offload, chunk, rows, pieces, keeping)
+    parts["allocator slack"] += int(SWAP_GAPS * saved) if swapped else 0
+    more = keeping, swapped, swapped * saved
+    plan = MemoryPlan(parts, micro_batch, checkpointed, shape.layers, paged, offload, chunk, rows, pieces, *more)
     if kept is None and any(keeping) and limit and plan.total > limit:
         # One byte more, since the slack is rounded.
         over = math.ceil((plan.total - limit + 1) / (1 + SLACK_SHARE))
         fewer = keeping.without(over, {name: size * tokens for name, size in each.items()})
-        return plan_memory(
-            shape, config, micro_batch, checkpointed, path, limit, offload, logit_chunk, rows_apart, pieces, fewer
-        )
+        rest = path, limit, offload, logit_chunk, rows_apart, pieces, fewer, swapped
+        return plan_memory(shape, config, micro_batch, checkpointed, *rest)
     return plan
 
 
@@ -546,12 +563,14 @@ def step_flops(
 
 def step_seconds(
     shape: ModelShape, config: Config, rates: Rates, micro_batch: int, checkpointed: int, rows_apart: bool = False,
-    kept: Kept = NOTHING_KEPT,
+    kept: Kept = NOTHING_KEPT, swapped: int = 0,
 ) -> float:  # fmt: skip
     """Return an estimated time for one micro-batch: matrix products, dequantisation and passes over activations.
 
-    rates.link: at which experts in main memory come, while the layer before computes.
+    rates.link: at which experts in main memory come, while the layer before computes. swapped: how many of the checkpointed
+    layers are not recomputed; there are as many as the link carries meanwhile (`most_swapped`).
     """
+    checkpointed -= swapped
     tokens, passes = micro_batch * config.data.max_length, 2 + checkpointed / shape.layers
     of_experts = 2 * tokens * shape.experts.active * passes
     flops = step_flops(shape, config, micro_batch, checkpointed, kept) - of_experts
@@ -562,6 +581,42 @@ def step_seconds(
     fetched = 2 * shape.experts.packed / 2 / rates.link if config.quantization.experts == "cpu" else 0  # up and down
     rows = tokens * shape.hidden * 2 / PCIE if rows_apart else 0
     return max(products + (2.5 * read + activations) / rates.bytes, fetched, gather_seconds(shape, config)) + rows
+
+
+def swapping_obstacle(shape: ModelShape, config: Config) -> str | None:
+    """Return why a run on a GPU cannot swap layers of this model; None if it can.
+
+    Of layers that families.py does not have it is not known which tensors they save.
+    """
+    path = expected_path(config)
+    if path != COMPILED:
+        return "it needs compiled layers (performance.compile and what that needs)"
+    if plain_layers(shape, path):
+        return "fast_path/families.py has no layers of this model"
+    if shape.experts.all:
+        return "it is not for mixtures of experts"
+    if wants_offload(config):
+        return "training.gradient_checkpointing: offload already keeps the layers' inputs in main memory"
+    return "it is for one process" if shape.processes > 1 else None
+
+
+def most_swapped(shape: ModelShape, config: Config, rates: Rates, micro_batch: int, checkpointed: int) -> int:
+    """Return how many of the checkpointed layers to swap instead of recomputing them: N as configured, or what pays.
+
+    The copies of a forward pass must end within it. It takes at least as long as recomputing does, which leaves out a
+    layer's last product.
+    """
+    wanted, obstacle = config.performance.swap_activations, swapping_obstacle(shape, config)
+    if isinstance(wanted, int):
+        if wanted and obstacle:
+            raise ConfigError(f"performance.swap_activations: expected auto or 0, got {wanted}: {obstacle}")
+        return min(wanted, checkpointed)
+    if not (rates.main_memory and checkpointed) or obstacle:
+        return 0
+    each = saved_bytes(shape, config, COMPILED) * micro_batch * config.data.max_length
+    free, all_of_them = (step_seconds(shape, config, rates, micro_batch, n) for n in (0, checkpointed))
+    most = min(checkpointed, int(min((all_of_them - free) * rates.link, rates.main_memory) / each))
+    return most if (all_of_them - free) * most / checkpointed > WORTH_SWAPPING * all_of_them else 0
 
 
 def shapes(shape: ModelShape, config: Config, sequences: int) -> Iterator[tuple[int, int]]:
@@ -578,6 +633,15 @@ def shapes(shape: ModelShape, config: Config, sequences: int) -> Iterator[tuple[
     yield from itertools.product(batches, layers)
 
 
+def shapes_and_swaps(shape: ModelShape, config: Config, sequences: int, rates: Rates) -> Iterator[tuple[int, int, int]]:
+    """Yield each of `shapes` without swapped layers, and with as many as pay if any do, or with those configured alone."""
+    for micro_batch, checkpointed in shapes(shape, config, sequences):
+        most = most_swapped(shape, config, rates, micro_batch, checkpointed)
+        configured = config.performance.swap_activations != "auto"
+        for swapped in [most] if configured else sorted({0, most}):
+            yield micro_batch, checkpointed, swapped
+
+
 def fit(shape: ModelShape, config: Config, sequences: int, limit: float, rates: Rates) -> MemoryPlan:
     """Return the plan of the fastest shape that needs at most `limit` bytes with the CUDA context, or of the smallest.
 
@@ -589,11 +653,13 @@ def fit(shape: ModelShape, config: Config, sequences: int, limit: float, rates: 
     pinned = "training.gradient_checkpointing" in config.flags and wants_offload(config)
     ways = pieces_of(shape, config, expected_path(config))
     for pieces, apart in itertools.product(ways, sorted({False, shape.rows > 0})):
-        for micro_batch, checkpointed in shapes(shape, config, sequences):
-            plan = plan_memory(shape, config, micro_batch, checkpointed, None, limit, pinned, None, apart, pieces)
+        for micro_batch, checkpointed, swapped in shapes_and_swaps(shape, config, sequences, rates):
+            how = None, limit, pinned, None, apart, pieces, None, swapped
+            plan = plan_memory(shape, config, micro_batch, checkpointed, *how)
             if smallest is None or plan.total < smallest.total:
                 smallest = plan
-            seconds = step_seconds(shape, config, rates, micro_batch, checkpointed, apart, plan.kept) / micro_batch
+            rest = apart, plan.kept, plan.swapped
+            seconds = step_seconds(shape, config, rates, micro_batch, checkpointed, *rest) / micro_batch
             if plan.total <= limit and (best is None or seconds < best[0]):
                 best = (seconds, plan)
         if best:
@@ -607,18 +673,25 @@ def fit(shape: ModelShape, config: Config, sequences: int, limit: float, rates: 
 
 def unplanned(config: Config, sequences: int, layers: int) -> MemoryPlan:
     """Return the configured shape of a run on a CPU, without an estimate: parts is empty."""
+    if config.performance.swap_activations not in ("auto", 0):
+        wanted = config.performance.swap_activations
+        raise ConfigError(f"performance.swap_activations: expected auto or 0, got {wanted}: there is no CUDA GPU")
     micro_batch, checkpointed = min(config.training.batch_size, sequences), pinned_layers(layers, config)
     return MemoryPlan({}, micro_batch, checkpointed, layers, offload=wants_offload(config))
 
 
-def step_down(plan: MemoryPlan, sequences: int, compiled: bool) -> MemoryPlan | None:
+def step_down(plan: MemoryPlan, sequences: int, compiled: bool, in_main_memory: bool = False) -> MemoryPlan | None:
     """Return the next smaller shape after a run ran out of memory; None if there is no smaller one.
+
+    in_main_memory: it was main memory that swapped layers did not get; then none is swapped any more.
 
     First no checkpointed layer keeps an output any more, then a quarter more of the layers are checkpointed. If all are, the
     micro-batch becomes the next smaller one that divides the sequences. With one sequence the layers' inputs go to main
     memory, which needs compiled layers. It carries no estimate (parts is empty), since the estimate of the larger shape
     has just proved wrong.
     """
+    if in_main_memory and plan.swapped:
+        return dataclasses.replace(plan, parts={}, swapped=0, waiting=0)
     if any(plan.kept):
         return dataclasses.replace(plan, parts={}, kept=NOTHING_KEPT)
     more = min(plan.layers, plan.checkpointed + max(1, plan.layers // 4))
@@ -627,7 +700,9 @@ def step_down(plan: MemoryPlan, sequences: int, compiled: bool) -> MemoryPlan | 
     smaller = [n for n in range(1, plan.micro_batch) if sequences % n == 0]
     if smaller:
         return dataclasses.replace(plan, parts={}, micro_batch=max(smaller))
-    return dataclasses.replace(plan, parts={}, offload=True) if compiled and not plan.offload else None
+    if not compiled or plan.offload:
+        return None
+    return dataclasses.replace(plan, parts={}, offload=True, swapped=0, waiting=0)
 
 
 def longest_length(shape: ModelShape, config: Config, limit: float) -> int:

@@ -219,6 +219,7 @@ def check_numbers(state: Any) -> None:
     expect(pieces in (1, *PIECES), "shape.pieces", f"one of {', '.join(map(str, (1, *PIECES)))}", pieces)
     expect_count(shape.get("kept", 0), "shape.kept")
     expect_count(shape.get("kept_attention", 0), "shape.kept_attention")
+    expect_count(shape.get("swapped", 0), "shape.swapped")
     expect(type(shape.get("offload", False)) is bool, "shape.offload", "true or false", shape.get("offload"))
     check_progress(state["progress"])
     step, done = state["progress"]["step"], state["scheduler"].get("last_epoch")

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from fast_path import expert_kernel, experts
-from fast_path.expert_store import _pinned
+from fast_path.expert_store import pinned
 from fast_path.nf4 import Launch
 from quantization_utils import create_bnb_config
 
@@ -119,7 +119,7 @@ def main() -> None:
     size = 3 * options.experts * options.hidden * options.inner // 2
     there = torch.empty(size, dtype=torch.uint8, device="cuda")
     for name, buffer in (
-        ("cudaHostRegister", _pinned(size)),
+        ("cudaHostRegister", pinned(size)),
         ("torch's pin_memory", torch.empty(size, dtype=torch.uint8, pin_memory=True)),
     ):
         time = milliseconds(lambda buffer=buffer: there.copy_(buffer, non_blocking=True))

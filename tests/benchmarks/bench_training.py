@@ -9,7 +9,7 @@
 MODEL is a folder, the name of a shape (tests/benchmarks/shapes.py), which is made with random weights and removed afterwards, or
 `families`, all of these; more than one may be named, and with peers of its own as in gemma-2-2b=ours,hf. The peer `plain` is this
 toolkit without its fast path. --unsloth-path: the PYTHONPATH of Unsloth's processes, where it needs another transformers than the rest.
-A case is BATCHxLENGTH, with :on or :off in the place of --checkpointing, @N confined to N multiprocessors (a stand-in for a smaller card;
+A case is BATCHxLENGTH, with :on or :off in the place of --checkpointing, sN after it for N swapped layers, @N confined to N multiprocessors (a stand-in for a smaller card;
 `tflops` of the line shows whether it held: about 6.5 for each) and %G capped at G GiB. LoRA r = 16 on all
 seven projections, NF4 + double quantisation, bf16, full blocks of random tokens. Each case runs in a process of its own and
 prints a JSON line; the table comes last. Compare only figures of one call on one machine. Memory is what the allocator reserved.
@@ -71,7 +71,7 @@ def checkpointing(text: str) -> str:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="+", help=f"folder of a model, or families, or of these: {', '.join(SHAPES)}")
-    parser.add_argument("--cases", nargs="+", default=["1x512", "16x512"], metavar="BxL[:CKPT][@SMS][%%GIB]")
+    parser.add_argument("--cases", nargs="+", default=["1x512", "16x512"], metavar="BxL[:CKPT[sN]][@SMS][%%GIB]")
     parser.add_argument("--peers", nargs="+", default=["ours", "hf", "unsloth"], choices=PEERS)
     parser.add_argument("--checkpointing", nargs="+", default=["on", "off"], type=checkpointing, help="N layers: ours")
     parser.add_argument("--dropout", nargs="+", type=float, default=[0.0])
@@ -267,9 +267,9 @@ def load_ours(case: dict):
     shape = memory_plan.configured_shape(config)
     limit = case["cap"] * GIB + memory_plan.CONTEXT_BYTES if case["cap"] else None
     planned = memory_plan.plan_memory(
-        shape, config, case["batch"], plan.checkpointed, limit=limit, offload=plan.offload
+        shape, config, case["batch"], plan.checkpointed, limit=limit, offload=plan.offload, swapped=case["swapped"]
     )
-    plan = dataclasses.replace(plan, kept=planned.kept, logit_chunk=planned.logit_chunk)
+    plan = dataclasses.replace(plan, kept=planned.kept, logit_chunk=planned.logit_chunk, swapped=planned.swapped)
     case["planned_gib"] = round(planned.reserved / GIB, 2)
     learner = train_qlora.build_learner(config, model, plan, say, samples)
     if case["attention"] == "mask":
@@ -518,6 +518,7 @@ def table(results: list[dict]) -> str:
         rows.append(
             f"{name:<34}{r['peer'] + ' fp8' * (r.get('products') == 'fp8'):<9}{r['checkpointing']:<9}{r['dropout']:<9}{speed}"
             f"{r.get('peak_reserved_gib', 0):>8}{r.get('planned_gib', 0):>9}{r.get('first_s', 0):>9}{'  in pieces' if r.get('pieces') else ''}"
+            + (f"  {r['swapped']} swapped" if r.get("swapped") else "")
         )
     return "\n".join(rows)
 
@@ -549,14 +550,15 @@ def cases_of(args: argparse.Namespace, model: str, own_peers: list[str]) -> list
     """Return the cases of one model; end the program if one is written wrongly. own_peers: in the place of --peers."""
     cases = []
     for text in [args.profile] if args.profile else args.cases:
-        match = re.fullmatch(r"(\d+)x(\d+)(?::(on|off|offload|\d+))?(?:@(\d+))?(?:%([\d.]+))?", text)
+        match = re.fullmatch(r"(\d+)x(\d+)(?::(on|off|offload|\d+)(?:s(\d+))?)?(?:@(\d+))?(?:%([\d.]+))?", text)
         if not match:
-            sys.exit(f"--cases: expected BATCHxLENGTH[:CKPT][@SMS][%GIB], got {text}")
+            sys.exit(f"--cases: expected BATCHxLENGTH[:CKPT[sN]][@SMS][%GIB], got {text}")
         shape = {
             "batch": int(match[1]),
             "length": int(match[2]),
-            "sms": int(match[4] or 0),
-            "cap": float(match[5] or 0),
+            "swapped": int(match[4] or 0),
+            "sms": int(match[5] or 0),
+            "cap": float(match[6] or 0),
         }
         peers = ["ours"] if args.packed or args.profile else own_peers or args.peers
         ways = args.attention if args.packed else [None]

@@ -233,11 +233,14 @@ def test_the_plan_of_a_mixture_does_not_promise_what_only_dense_models_were_meas
 
 def test_the_way_from_main_memory_of_a_gpu_at_hand_is_measured_where_it_counts(monkeypatch):
     monkeypatch.setattr(memory, "measure_rates", lambda device: Rates(650e12, 2.4e12))
-    monkeypatch.setattr(memory, "measure_link", lambda device: 50e9)
+    monkeypatch.setattr(memory, "measure_link", lambda device, away=False: 20e9 if away else 50e9)
+    monkeypatch.setattr(memory, "main_memory", lambda: 8 * GIB)
     device, found = torch.device("cuda", 0), []
-    for experts in ("gpu", "cpu"):
-        found.append(memory.rates_here(device, load_config((), {"quantization.experts": experts})))
-    assert found == [Rates(650e12, 2.4e12), Rates(650e12, 2.4e12, 50e9)]
+    for experts, swaps in (("gpu", 0), ("cpu", "auto"), ("gpu", "auto")):
+        overrides = {"quantization.experts": experts, "performance.swap_activations": swaps}
+        found.append(memory.rates_here(device, load_config((), overrides)))
+    rates = 650e12, 2.4e12
+    assert found == [Rates(*rates), Rates(*rates, 50e9), Rates(*rates, 20e9, 8 * GIB)]
 
 
 @pytest.mark.gpu
@@ -245,6 +248,7 @@ def test_the_way_from_main_memory_of_a_gpu_at_hand_is_measured_where_it_counts(m
 def test_a_copy_from_main_memory_is_slower_than_one_within_the_gpu():
     device = torch.device("cuda", 0)
     assert 1e9 < memory.measure_link(device) < memory.measure_rates(device).bytes
+    assert 1e9 < memory.measure_link(device, away=True) < memory.measure_rates(device).bytes
 
 
 # ------------------------------------------------------------------------------------------------ --plan --card
@@ -296,6 +300,7 @@ def test_the_gpu_at_hand_is_told_without_a_name(qwen_3b, capsys, monkeypatch):
     """With its memory and the rates that it is measured to have; here both are those of an H100."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(memory, "measure_rates", lambda device: Rates(650e12, 2.4e12))
+    monkeypatch.setattr(memory, "measure_link", lambda device, away=False: 20e9)
     monkeypatch.setattr(memory, "memory_limit", lambda *arguments: 79 * GIB)
     code, out = plan(capsys, "--model_name", qwen_3b)
     assert code == 0 and "no GPU" not in out and "data sheet" not in out and "fits in 79.00 GiB\n" in out

@@ -146,8 +146,8 @@ def another(leaf: Leaf) -> object:
         return [1] if leaf.items is int else ["one"]
     if dict in leaf.kinds:
         return {"one": True}
-    if "choices" in limits:
-        return next(choice for choice in limits["choices"] if choice != default)
+    if others := [choice for choice in limits.get("choices", ()) if choice != default]:
+        return others[0]
     if float in leaf.kinds:
         return 0.5 if default != 0.5 else 0.25
     return 33 if int in leaf.kinds else "another"
