@@ -268,6 +268,8 @@ class Learner:
 
         kept, swapped: as in `compiled.recompute`.
         """
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # the step that failed may have left copies of swapped layers on their way
         self.captured = self.captured_evaluation = None
         self.batch_shape, self.offload = (micro_batch, self.batch_shape[1]), offload
         # A graph cannot contain copies to main memory.

@@ -93,8 +93,7 @@ class Swap:
 
         with torch.autograd.graph.saved_tensors_hooks(pack, self._unpack):
             yield
-        if self.stream is not None:
-            self.copied[turn].record(self.stream)
+        self._note(turn)
 
     def after(self, number: int, out: torch.Tensor) -> None:
         """Free the layer that waited for the end of this one, and have it fetched when this one's backward pass begins."""
@@ -135,13 +134,14 @@ class Swap:
     # ------------------------------------------------------------------------------------------ backward
 
     def _fetch(self, turn: int) -> None:
-        """Begin to bring the memory of a layer back."""
+        """Begin to bring the memory of a layer back, if any has left."""
+        if not self.sizes[turn]:
+            return
         self.here[turn] = [torch.empty(size, dtype=torch.uint8, device=self.device) for size in self.sizes[turn]]
         with self._beside():
             for memory, host in zip(self.here[turn], self.hosts[turn], strict=False):
                 memory.copy_(host[: memory.nbytes], non_blocking=True)
-            if self.stream is not None:
-                self.copied[turn].record(self.stream)
+        self._note(turn)
 
     def _unpack(self, saved: torch.Tensor | Waiting) -> torch.Tensor:
         if isinstance(saved, torch.Tensor):
@@ -164,9 +164,14 @@ class Swap:
         with torch.cuda.stream(self.stream):
             yield
 
+    def _note(self, turn: int) -> None:
+        """Note that the copies of a layer end here. A capture must not wait for a layer without any: nothing of it is captured."""
+        if self.stream is not None and self.sizes[turn]:
+            self.copied[turn].record(self.stream)
+
     def _wait(self, turn: int) -> None:
         """Have the computation wait for the copies of a layer."""
-        if self.stream is not None:
+        if self.stream is not None and self.sizes[turn]:
             torch.cuda.current_stream(self.device).wait_event(self.copied[turn])
 
 

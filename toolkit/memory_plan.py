@@ -67,8 +67,8 @@ LONG = 2048
 # Gaps in the allocator's memory where layers are swapped, as a share of what a layer keeps: its tensors come and go at other
 # times than the GPU's own. Fitted to measurements (docs/measurements.md, "Swapped layers").
 SWAP_GAPS = 0.15
-# The share of a micro-batch's time that swapping must save by estimate: within it the bus would be as good as full.
-WORTH_SWAPPING = 0.05
+# The share of the fastest other shape's time that swapping must save by estimate: it takes main memory from other programs.
+WORTH_SWAPPING = 0.1
 
 PCIE = 20e9  # bytes per second to a card from others or from main memory, of a slot with 16 lanes of PCIe 4
 
@@ -615,8 +615,7 @@ def most_swapped(shape: ModelShape, config: Config, rates: Rates, micro_batch: i
         return 0
     each = saved_bytes(shape, config, COMPILED) * micro_batch * config.data.max_length
     free, all_of_them = (step_seconds(shape, config, rates, micro_batch, n) for n in (0, checkpointed))
-    most = min(checkpointed, int(min((all_of_them - free) * rates.link, rates.main_memory) / each))
-    return most if (all_of_them - free) * most / checkpointed > WORTH_SWAPPING * all_of_them else 0
+    return min(checkpointed, int(min((all_of_them - free) * rates.link, rates.main_memory) / each))
 
 
 def shapes(shape: ModelShape, config: Config, sequences: int) -> Iterator[tuple[int, int]]:
@@ -647,7 +646,7 @@ def fit(shape: ModelShape, config: Config, sequences: int, limit: float, rates: 
 
     An embedding that is not tied goes to main memory only if nothing else fits, where a GB is pinned for it. If that is not
     enough, weights are unpacked in pieces, whose products are smaller. Offloading is used only if that is not enough
-    either: the copies need time, and no CUDA graph can be captured.
+    either: the copies need time, and no CUDA graph can be captured. Layers are swapped only where that is clearly faster.
     """
     best, smallest = None, None
     pinned = "training.gradient_checkpointing" in config.flags and wants_offload(config)
@@ -660,6 +659,7 @@ def fit(shape: ModelShape, config: Config, sequences: int, limit: float, rates: 
                 smallest = plan
             rest = apart, plan.kept, plan.swapped
             seconds = step_seconds(shape, config, rates, micro_batch, checkpointed, *rest) / micro_batch
+            seconds /= 1 - WORTH_SWAPPING * (plan.swapped > 0)
             if plan.total <= limit and (best is None or seconds < best[0]):
                 best = (seconds, plan)
         if best:

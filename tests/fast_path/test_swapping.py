@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from unittest import mock
 
 import pytest
 import torch
@@ -178,6 +179,20 @@ def test_activations_leave_once_and_come_back_as_they_were(everything):
     assert swap.here == [[]]
     assert not is_activation(torch.zeros(2, 64), {2, 8})  # too small
     assert not is_activation(torch.zeros(2**19), {2, 2**19})
+
+
+@pytest.mark.compiled
+def test_where_everything_is_small_nothing_waits_for_copies(deep):
+    """A capture would fail at an event that was recorded outside of it."""
+    model, clock, loss, layers = compiled(deep("qwen2"))
+    value, repeated = gradients(model, clock, loss)
+    recompute(layers, 7, NOTHING_KEPT, 3)
+    swap, called = layers[0].swap, mock.Mock()
+    swap.stream, swap.copied = called, [called] * 3
+    model.zero_grad()
+    again, found = gradients(model, clock, loss)
+    assert again == value and furthest(found, repeated) == 0
+    assert not called.mock_calls and swap.sizes == [[], [], []]
 
 
 # ------------------------------------------------------------------------------------------------ on a GPU

@@ -61,8 +61,7 @@ def test_as_many_layers_are_swapped_as_the_bus_carries_and_main_memory_holds(sha
     assert 10 < most < 36 and most * each / slower.link <= all_of_them - free < (most + 1) * each / slower.link
     half = dataclasses.replace(SLOW, main_memory=9 * each)
     assert most_swapped(shape, config, half, 4, 36) == 9
-    for rates in (dataclasses.replace(SLOW, main_memory=0), dataclasses.replace(SLOW, link=0.3e9)):
-        assert most_swapped(shape, config, rates, 4, 36) == 0
+    assert most_swapped(shape, config, dataclasses.replace(SLOW, main_memory=0), 4, 36) == 0
     assert most_swapped(shape, config, dataclasses.replace(SLOW, link=1e12), 4, 36) == 36
     assert most_swapped(shape, config, SLOW, 4, 0) == 0
     assert step_seconds(shape, config, SLOW, 4, 36, swapped=36) == pytest.approx(free)
@@ -79,8 +78,13 @@ def test_the_fastest_shape_that_fits_swaps_layers_where_that_pays(shape):
         how = plan.checkpointed, plan.rows_apart > 0, plan.kept, plan.swapped
         return step_seconds(shape, config, SLOW, plan.micro_batch, *how) / plan.micro_batch
 
-    assert seconds(found) < 0.97 * seconds(without)
+    assert seconds(found) < 0.9 * seconds(without)
     assert fit(shape, config, 16, 30 * GIB, SLOW).swapped == 0  # all layers keep their activations on the GPU
+    assert fit(shape, config, 16, limit, dataclasses.replace(SLOW, link=0.3e9)).swapped == 0  # too little to gain
+    others = dataclasses.replace(SLOW, main_memory=0)
+    for gib in (3.5, 4, 5, 6, 7, 8, 12):
+        chosen, best = (fit(shape, config, 16, gib * GIB, rates) for rates in (SLOW, others))
+        assert chosen == best or (chosen.swapped and seconds(chosen) < 0.9 * seconds(best))
     given = fit(shape, settings(data__max_length=512, performance__swap_activations=3), 16, limit, Rates())
     assert given.swapped == 3
 
