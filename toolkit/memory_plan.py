@@ -303,7 +303,7 @@ class MemoryPlan:
     @property
     def shape(self) -> str:
         where = ", their inputs in main memory" if self.offload else ""
-        where += f", {self.swapped} of these swapped to main memory instead of recomputed" if self.swapped else ""
+        where += f", {self.swapped} of them swapped" if self.swapped else ""
         for n, name in self.kept.named():
             where += f", {n} of these {'keeps its' if n == 1 else 'keep their'} {name}'s output" if n else ""
         where += ", the embedding in main memory" if self.rows_apart else ""
