@@ -18,6 +18,7 @@ from fast_path.compiled import recompute
 from fast_path.expert_store import join_copies
 from fast_path.kept_outputs import NOTHING_KEPT, Kept
 from fast_path.loss import IGNORED, Objective
+from fast_path.swapping import join_swaps
 
 # ------------------------------------------------------------------------------------------------ memory
 
@@ -146,8 +147,13 @@ class Captured:
         """Capture the step; graphs that never run at the same time may share a pool of memory."""
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, pool=pool):
-            self.result = self.step(**self.batch)
-            join_copies()
+            try:
+                self.result = self.step(**self.batch)
+            except torch.OutOfMemoryError:
+                join_swaps()  # or the end of the capture would raise an error of its own in the place of this one
+                raise
+            finally:
+                join_copies()
 
     def __call__(self, **batch: torch.Tensor) -> torch.Tensor:
         """Replay the graph for a batch of at most the captured shape. The next replay overwrites the returned tensor."""

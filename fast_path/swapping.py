@@ -8,6 +8,7 @@ activations on the GPU.
 """
 
 import contextlib
+import weakref
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -46,6 +47,9 @@ class Waiting(NamedTuple):
     strides: tuple[int, ...]
 
 
+SWAPS: "weakref.WeakSet[Swap]" = weakref.WeakSet()  # all that exist
+
+
 class NoMainMemory(torch.OutOfMemoryError):
     """Main memory could not be pinned for swapped layers; the run goes on without them, as it does without GPU memory."""
 
@@ -63,6 +67,7 @@ class Swap:
         end the last one's copies must have ended."""
         cuda = device.type == "cuda"
         self.device, self.stream = device, torch.cuda.Stream(device) if cuda else None
+        SWAPS.add(self)
         self.turns = {number: turn for turn, number in enumerate(layers)}
         self.ends = dict(zip([*layers[1:], last], range(len(layers)), strict=True))  # by the layer that is waited for
         self.copied = [torch.cuda.Event() if cuda else None for _ in layers]
@@ -85,6 +90,8 @@ class Swap:
         turn, firsts = self.turns[number], {hidden.shape[0], hidden.shape[0] * hidden.shape[1]}
         staying = [*layer.parameters(), *layer.buffers(), *tree_leaves(others)]
         places = {place_of(tensor) for tensor in staying if isinstance(tensor, torch.Tensor)}
+        if self.here[turn]:  # of a step that failed
+            self._end_copies()
         self.sizes[turn], self.here[turn], self.away[turn] = [], [], 0
 
         def pack(tensor: torch.Tensor) -> torch.Tensor | Waiting:
@@ -113,7 +120,9 @@ class Swap:
             self.here[turn].append(memory)  # which must not be used again before it has been copied
             hosts = self.hosts[turn]
             hosts += [torch.empty(0)] * (len(places) - len(hosts))
-            if hosts[len(places) - 1].nbytes < size:
+            if (before := hosts[len(places) - 1].nbytes) < size:
+                if before:
+                    self._end_copies()
                 hosts[len(places) - 1] = self._host(size)
             with self._beside():
                 hosts[len(places) - 1][:size].copy_(memory, non_blocking=True)
@@ -164,6 +173,11 @@ class Swap:
         with torch.cuda.stream(self.stream):
             yield
 
+    def _end_copies(self) -> None:
+        """Wait until no copy runs, before memory is let go of that one may still use. It never comes to that in a capture."""
+        if self.stream is not None:
+            self.stream.synchronize()
+
     def _note(self, turn: int) -> None:
         """Note that the copies of a layer end here. A capture must not wait for a layer without any: nothing of it is captured."""
         if self.stream is not None and self.sizes[turn]:
@@ -181,6 +195,16 @@ def is_activation(tensor: torch.Tensor, firsts: set[int]) -> bool:
     firsts: the first dimensions that activations have, the batch or all of its tokens.
     """
     return tensor.dim() > 1 and tensor.shape[0] in firsts and tensor.untyped_storage().nbytes() >= SMALL
+
+
+def join_swaps() -> None:
+    """Have the current stream wait for copies that are part of the graph which it is capturing, where a step failed."""
+    for swap in SWAPS:
+        if swap.stream is not None:
+            with torch.cuda.stream(swap.stream):
+                captures = torch.cuda.is_current_stream_capturing()
+            if captures:
+                torch.cuda.current_stream(swap.device).wait_stream(swap.stream)
 
 
 def place_of(tensor: torch.Tensor) -> int:

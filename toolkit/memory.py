@@ -4,7 +4,6 @@ The shape of a run is as in memory_plan.py.
 """
 
 import bisect
-import contextlib
 import dataclasses
 import functools
 import math
@@ -22,6 +21,7 @@ from fast_path.kept_outputs import NOTHING_KEPT, Kept
 from quantization_utils import compute_dtype_of
 from toolkit.base_lines import beyond_positions
 from toolkit.cards import BEST_ERROR, CARDS, RATES_ERROR, Card, Rates, find_card
+from toolkit.control_groups import free_in_groups
 from toolkit.expert_plan import ExpertShape
 from toolkit.memory_plan import (
     COMPILED,
@@ -51,10 +51,6 @@ from toolkit.text_width import for_stdout
 FP8_FROM = 8.9  # compute capability
 # Of the main memory that is free: loading the base has not begun, and pinned memory is taken from all other programs.
 MAIN_MEMORY_SHARE = 0.5
-GROUP_FILES = [
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-]
 
 # ------------------------------------------------------------------------------------------------ decide and print
 
@@ -85,7 +81,7 @@ def choose_plan(
         return plan_memory(shape, config, *taken, *rest, *last)
     if auto_fit and limit is not None:
         # Measured rates vary from day to day, and so would the shape.
-        rates = rates or (Rates() if config.performance.deterministic else rates_here(device, config))
+        rates = rates or (Rates() if config.performance.deterministic else rates_here(device, config, shape))
         return fit(shape, config, sequences, limit, rates)
     micro_batch = min(config.training.batch_size, sequences)
     checkpointed, offload = pinned_layers(shape.layers, config), wants_offload(config)
@@ -115,13 +111,9 @@ def swapped_before(shape: ModelShape, config: Config, saved: dict) -> int:
 def main_memory() -> int:
     """Return how many bytes of what is free in main memory activations may take.
 
-    A container may have less than its machine: control groups of version 2 and 1 name its limit and what it uses.
+    A container or a job of a cluster may have less than its machine.
     """
-    free = psutil.virtual_memory().available
-    for limit, used in GROUP_FILES:
-        with contextlib.suppress(OSError, ValueError):  # there is none, or its limit is "max"
-            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
-    return int(MAIN_MEMORY_SHARE * max(0, free))
+    return int(MAIN_MEMORY_SHARE * max(0, min(psutil.virtual_memory().available, *free_in_groups(Path("/")), math.inf)))
 
 
 def plan_run(
@@ -177,7 +169,7 @@ def print_plan(
     if card:
         limit = min(limit or math.inf, card.free_gib * GIB)
     sequences = sequences_per_step(config.training, shape.processes)
-    rates = card.rates if card else rates_here(device, config)
+    rates = card.rates if card else rates_here(device, config, shape)
     plan = choose_plan(shape, config, sequences // shape.processes, device, limit, {}, card.rates if card else None)
     if card:
         print(for_stdout("\n".join(card_lines(card))))
@@ -197,8 +189,8 @@ def print_plan(
             "  that is with products in bf16; fp8 was 1.26 to 1.45 times as fast on an H200 (docs/measurements.md)"
         )
     if config.quantization.experts == "cpu":
-        lines.append(link_line(rates, device, card))
-    lines += swap_lines(shape, config, plan, rates, device)
+        lines.append(link_line("experts come from main memory", rates, device, card))
+    lines += swap_lines(shape, config, plan, rates, device, card)
     lines += epoch_lines(config, epoch_size(config), sequences, speed)
     print(for_stdout("\n".join([*lines, *savings_lines(shape, config, plan, limit)])))
     if limit is None:
@@ -259,7 +251,11 @@ def chosen_lines(config: Config, plan: MemoryPlan, limit: float | None) -> list[
         pinned = [name for name in sorted(config.flags) if name in SHAPE_KNOBS]
         kept = f" with {' and '.join(pinned)} as given by flag" if pinned else ""
         reason = f"the fastest estimated in {limit / GIB:.2f} GiB{kept}; the training result stays the same"
-    return [plan.table(), f"shape: {reason}"]
+    lines, asked = [plan.table(), f"shape: {reason}"], config.performance.swap_activations
+    if isinstance(asked, int) and plan.swapped < asked:
+        fewer = f"swap_activations: {asked} asked, {plan.swapped} swapped"
+        lines.append(f"{fewer}: only checkpointed layers are, and never the model's last one")
+    return lines
 
 
 def facts(shape: ModelShape, config: Config, sequences: int) -> list[str]:
@@ -310,21 +306,22 @@ def card_facts(shape: ModelShape, config: Config, sequences: int) -> list[str]:
     return [f"cards that hold this: from {least} GB ({names})"]
 
 
-def link_line(rates: Rates, device: torch.device | None, card: Card | None) -> str:
-    """Return the line about the way of experts from main memory, which a step passes twice."""
+def link_line(what: str, rates: Rates, device: torch.device | None, card: Card | None) -> str:
+    """Return the line about what a step copies from main memory, or to it and back."""
     generation, lanes = (card or find_card("RTX 4060")).pcie
     where = "measured now" if device else f"PCIe {generation}.0 x{lanes}, if the slot has it"
-    return f"  experts come from main memory at {rates.link / 1e9:.1f} GB/s ({where})"
+    return f"  {what} at {rates.link / 1e9:.1f} GB/s ({where})"
 
 
 def swap_lines(
-    shape: ModelShape, config: Config, plan: MemoryPlan, rates: Rates, device: torch.device | None
+    shape: ModelShape, config: Config, plan: MemoryPlan, rates: Rates, device: torch.device | None, card: Card | None
 ) -> list[str]:
     """Return a line about layers that are swapped to main memory, or that could be where a plan cannot know it."""
     if plan.swapped:
-        return [f"  swapped layers leave and come back at {rates.link / 1e9:.1f} GB/s (measured now)"]
-    unknown = device is None and plan.checkpointed and config.performance.swap_activations == "auto"
-    if not unknown or swapping_obstacle(shape, config):
+        return [link_line("swapped layers leave and come back", rates, device, card)]
+    performance = config.performance
+    chosen = performance.swap_activations == "auto" and performance.auto_fit and not performance.deterministic
+    if device is not None or not plan.checkpointed or not chosen or swapping_obstacle(shape, config):
         return []
     return [
         "  a run may be faster: it swaps layers to main memory instead of recomputing them where the bus is fast enough"
@@ -444,14 +441,20 @@ def ran_out(config: Config, plan: MemoryPlan, device: torch.device) -> list[str]
 # ------------------------------------------------------------------------------------------------ measure and limit
 
 
-def rates_here(device: torch.device | None, config: Config) -> Rates:
-    """Return measure_rates, the speed of copies from main memory, and how much of what is free there activations may take."""
+def rates_here(device: torch.device | None, config: Config, shape: ModelShape) -> Rates:
+    """Return measure_rates and, where they count, the speed of copies from and to main memory and how much it may take.
+
+    Where no main memory can be pinned to measure with, no layer is swapped.
+    """
     rates = measure_rates(device)
     if device is not None and config.quantization.experts == "cpu":
         return dataclasses.replace(rates, link=measure_link(device))
-    if device is None or config.performance.swap_activations != "auto":
+    if device is None or config.performance.swap_activations == 0 or swapping_obstacle(shape, config):
         return rates
-    link = min(measure_link(device), measure_link(device, away=True))
+    try:
+        link = min(measure_link(device), measure_link(device, away=True))
+    except RuntimeError:
+        return rates
     return dataclasses.replace(rates, link=link, main_memory=main_memory())
 
 

@@ -22,7 +22,7 @@ from fast_path.nf4 import lacks_triton
 from fast_path.optimizers import OPTIMIZERS
 from fast_path.packed_weights import PIECES, adapter_columns, divides, operand_columns, operand_numbers, pieces_each
 from fast_path.scratch import MOST
-from fast_path.swapping import swapped_layers
+from fast_path.swapping import SMALL, swapped_layers
 from quantization_utils import (
     LOADING_ERRORS,
     count_parameters,
@@ -568,7 +568,7 @@ def step_seconds(
     """Return an estimated time for one micro-batch: matrix products, dequantisation and passes over activations.
 
     rates.link: at which experts in main memory come, while the layer before computes. swapped: how many of the checkpointed
-    layers are not recomputed; there are as many as the link carries meanwhile (`most_swapped`).
+    layers are not recomputed; their copies out must end within the forward pass, and those back within the backward pass.
     """
     checkpointed -= swapped
     tokens, passes = micro_batch * config.data.max_length, 2 + checkpointed / shape.layers
@@ -580,7 +580,11 @@ def step_seconds(
     activations = tokens * shape.layers * passes * 12 * (shape.hidden + shape.inner)
     fetched = 2 * shape.experts.packed / 2 / rates.link if config.quantization.experts == "cpu" else 0  # up and down
     rows = tokens * shape.hidden * 2 / PCIE if rows_apart else 0
-    return max(products + (2.5 * read + activations) / rates.bytes, fetched, gather_seconds(shape, config)) + rows
+    computing = products + (2.5 * read + activations) / rates.bytes
+    copying = swapped * saved_bytes(shape, config, COMPILED) * tokens / rates.link if swapped else 0
+    forward = computing / passes
+    computing = max(forward, copying) + max(computing - forward, copying)
+    return max(computing, fetched, gather_seconds(shape, config)) + rows
 
 
 def swapping_obstacle(shape: ModelShape, config: Config) -> str | None:
@@ -613,7 +617,10 @@ def most_swapped(shape: ModelShape, config: Config, rates: Rates, micro_batch: i
         return min(wanted, checkpointed)
     if not (rates.main_memory and checkpointed) or obstacle:
         return 0
-    each = saved_bytes(shape, config, COMPILED) * micro_batch * config.data.max_length
+    tokens = micro_batch * config.data.max_length
+    if 4 * shape.inner * tokens < SMALL:  # gate and up, the largest of what a layer saves
+        return 0
+    each = saved_bytes(shape, config, COMPILED) * tokens
     free, all_of_them = (step_seconds(shape, config, rates, micro_batch, n) for n in (0, checkpointed))
     return min(checkpointed, int(min((all_of_them - free) * rates.link, rates.main_memory) / each))
 

@@ -231,16 +231,34 @@ def test_the_plan_of_a_mixture_does_not_promise_what_only_dense_models_were_meas
     assert "measured on an H100 and an H200; no other card was measured" in dense and "main memory at" not in dense
 
 
-def test_the_way_from_main_memory_of_a_gpu_at_hand_is_measured_where_it_counts(monkeypatch):
+def test_the_way_from_main_memory_of_a_gpu_at_hand_is_measured_where_it_counts(qwen_3b, monkeypatch):
+    shape = model_shape(str(qwen_3b))
     monkeypatch.setattr(memory, "measure_rates", lambda device: Rates(650e12, 2.4e12))
     monkeypatch.setattr(memory, "measure_link", lambda device, away=False: 20e9 if away else 50e9)
     monkeypatch.setattr(memory, "main_memory", lambda: 8 * GIB)
     device, found = torch.device("cuda", 0), []
-    for experts, swaps in (("gpu", 0), ("cpu", "auto"), ("gpu", "auto")):
-        overrides = {"quantization.experts": experts, "performance.swap_activations": swaps}
-        found.append(memory.rates_here(device, load_config((), overrides)))
+    ways = [
+        ("gpu", 0, "auto"),
+        ("cpu", "auto", "auto"),
+        ("gpu", "auto", "off"),
+        ("gpu", "auto", "auto"),
+        ("gpu", 3, "auto"),
+    ]
+    for experts, swaps, compiles in ways:
+        overrides = {
+            "quantization.experts": experts,
+            "performance.swap_activations": swaps,
+            "performance.compile": compiles,
+        }
+        found.append(memory.rates_here(device, load_config((), overrides), shape))
     rates = 650e12, 2.4e12
-    assert found == [Rates(*rates), Rates(*rates, 50e9), Rates(*rates, 20e9, 8 * GIB)]
+    assert found == [Rates(*rates), Rates(*rates, 50e9), Rates(*rates), *[Rates(*rates, 20e9, 8 * GIB)] * 2]
+
+    def refuse(device, away=False):
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(memory, "measure_link", refuse)  # no main memory can be pinned: no layer is swapped
+    assert memory.rates_here(device, load_config(()), shape) == Rates(*rates)
 
 
 @pytest.mark.gpu

@@ -12,6 +12,7 @@ from fast_path import families, swapping
 from tests.conftest import ROOT
 from toolkit import memory, memory_plan
 from toolkit.cards import Rates
+from toolkit.control_groups import free_in_groups
 from toolkit.memory_plan import COMPILED, GIB, MemoryPlan, fit, most_swapped, plan_memory, step_down, step_seconds
 from toolkit.model_shape import model_shape
 
@@ -143,7 +144,7 @@ def test_without_auto_fit_or_with_deterministic_only_a_number_swaps(shape):
 def test_all_processes_take_the_number_that_the_first_one_chose(qwen_3b, monkeypatch):
     config = settings(model__name=str(qwen_3b), data__max_length=512)
     monkeypatch.setattr(memory, "memory_limit", lambda *_: 3.3 * GIB)
-    monkeypatch.setattr(memory, "rates_here", lambda device, config: SLOW)
+    monkeypatch.setattr(memory, "rates_here", lambda device, config, shape: SLOW)
     monkeypatch.setattr(memory, "gathered", lambda value: json.loads(json.dumps([value])))
     said = []
     plan = memory.plan_run(config, SimpleNamespace(device=None, num_processes=1), 16, {}, said.append)
@@ -194,16 +195,66 @@ def test_a_run_with_swapped_layers_learns_the_same_and_goes_on_where_main_memory
     assert a == b == c
 
 
-def test_a_container_has_the_memory_of_its_control_group(monkeypatch, tmp_path):
+def group(folder, limit, used, cached=0, version=2):
+    """Make a control group's files, in GiB. limit: a number or max."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    for name, size in zip(names, (limit, used), strict=True):
+        (folder / name).write_text(f"{size if size == 'max' else int(size * GIB)}\n")
+    word = "inactive_file" if version == 2 else "total_inactive_file"
+    (folder / "memory.stat").write_text(f"anon 17\n{word} {int(cached * GIB)}\nactive_file 5\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "groups", "expected"),
+    [
+        ("0::/", {"": ("max", 3)}, []),
+        ("0::/", {"": (32, 8)}, [24]),
+        ("0::/", {"": (32, 30, 25)}, [27]),  # what is cached of files is given up
+        ("0::/", {"": (4, 8)}, [0]),
+        ("0::/slurm/job_7", {"": ("max", 90), "slurm": (64, 60), "slurm/job_7": (16, 4)}, [12, 4]),
+        ("0::/outside/of/this/container", {"": (32, 8)}, [24]),
+        ("4:cpu,cpuacct:/x\n3:memory:/job", {"memory": (99, 1), "memory/job": (10, 1, 0)}, [9, 98]),
+        ("4:cpu,cpuacct:/x", {"": (32, 8)}, []),
+    ],
+)
+def test_a_process_has_the_memory_of_its_control_groups(line, groups, expected, tmp_path):
+    version = 1 if ":memory:" in line else 2
+    for name, sizes in groups.items():
+        group(tmp_path / "sys/fs/cgroup" / name, *sizes, **({"version": version}))
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(line + "\n")
+    assert [free / GIB for free in free_in_groups(tmp_path)] == expected
+
+
+def test_main_memory_is_a_half_of_what_is_free_for_the_process(monkeypatch, tmp_path):
+    assert [*free_in_groups(tmp_path)] == []  # no Linux
     monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=100 * GIB))
-    limit, used = tmp_path / "limit", tmp_path / "used"
-    monkeypatch.setattr(memory, "GROUP_FILES", [(tmp_path / "none", used), (limit, used)])
-    found = []
-    for line in ("max", str(32 * GIB), str(999 * GIB), str(4 * GIB)):
-        limit.write_text(f"{line}\n")
-        used.write_text(f"{8 * GIB}\n")
-        found.append(memory.main_memory() / GIB / memory.MAIN_MEMORY_SHARE)
-    assert found == [100, 24, 100, 0]
+    for limits, expected in (([], 50), ([24 * GIB, 200 * GIB], 12), ([0], 0)):
+        monkeypatch.setattr(memory, "free_in_groups", lambda root, limits=limits: iter(limits))
+        assert memory.main_memory() == expected * GIB
+
+
+def test_too_few_tokens_for_a_copy_swap_nothing_by_themselves(shape):
+    config = settings(data__max_length=16)
+    assert 4 * shape.inner * 16 < swapping.SMALL and most_swapped(shape, config, SLOW, 1, 36) == 0
+
+
+def test_copies_that_take_longer_than_the_passes_take_their_time(shape):
+    config, slow = settings(data__max_length=512), dataclasses.replace(SLOW, link=1e9)
+    plan = plan_memory(shape, config, 4, 36, swapped=35)
+    assert step_seconds(shape, config, slow, 4, 36, swapped=35) == pytest.approx(2 * plan.waiting / 1e9)
+    few = plan_memory(shape, config, 4, 36, swapped=2).waiting / SLOW.link
+    assert few < 0.1 * step_seconds(shape, config, SLOW, 4, 36, swapped=2) < step_seconds(shape, config, SLOW, 4, 36)
+
+
+def test_fewer_swapped_layers_than_asked_for_are_said(shape):
+    config = settings(data__max_length=512, performance__swap_activations=20, performance__auto_fit=False)
+    for layers, expected in ((0, 0), (7, 7), (36, 20)):
+        plan = plan_memory(shape, config, 4, layers, swapped=20)
+        lines = memory.chosen_lines(config, plan, None)
+        said = f"swap_activations: 20 asked, {expected} swapped: only checkpointed layers are, and never the model's last one"
+        assert (said in lines) == (expected < 20)
 
 
 def test_the_plan_says_how_fast_layers_are_swapped_or_that_a_run_may(qwen_3b, monkeypatch, capsys):
@@ -212,12 +263,20 @@ def test_the_plan_says_how_fast_layers_are_swapped_or_that_a_run_may(qwen_3b, mo
     flags = ["--plan", "--model_name", str(qwen_3b), "--dataset", str(ROOT / "tiny" / "text")]
     assert train_qlora.main([*flags, "--memory_limit_gib", "3.3"]) == 0
     assert "  a run may be faster: it swaps layers to main memory instead of recomputing" in capsys.readouterr().out
-    for more in (["--memory_limit_gib", "30"], ["--memory_limit_gib", "3.3", "--swap_activations", "0"]):
+    small = ["--memory_limit_gib", "3.3"]
+    for more in (
+        ["--memory_limit_gib", "30"],
+        [*small, "--swap_activations", "0"],
+        [*small, "--deterministic", "true"],
+    ):
         assert train_qlora.main([*flags, *more]) == 0
         assert "swap" not in capsys.readouterr().out
+    assert train_qlora.main([*flags, *small, "--swap_activations", "3"]) == 0
+    out = capsys.readouterr().out
+    assert "  swapped layers leave and come back at 13.6 GB/s (PCIe 4.0 x8, if the slot has it)" in out
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(memory_plan, "lacks_triton", lambda: False)
-    monkeypatch.setattr(memory, "rates_here", lambda device, config: SLOW)
+    monkeypatch.setattr(memory, "rates_here", lambda device, config, shape: SLOW)
     monkeypatch.setattr(memory, "memory_limit", lambda *_: 3.3 * GIB)
     assert train_qlora.main(flags) == 0
     out = capsys.readouterr().out
