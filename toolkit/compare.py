@@ -60,6 +60,12 @@ class RunSummary:
         return "" if self.total is None else f"step {self.step}" + (f" of {self.total}" if self.total else "")
 
     @property
+    def evaluated(self) -> bool:
+        """Whether there was an evaluation after the first step; without held-out rows there never is one."""
+        steps = [row["step"] for row in self.rows if "eval_loss" in row]
+        return not steps or max(steps) > 0
+
+    @property
     def base_loss(self) -> float | None:
         """The validation loss before the first step, which is the base's; a run from an adapter notes that of the base."""
         first = next((row for row in self.rows if row["step"] == 0 and "eval_loss" in row), {})
@@ -171,7 +177,11 @@ def shown_targets(targets: list[str] | str) -> str:
 def warnings(runs: list[RunSummary], keys: list[str]) -> list[str]:
     """Return lines that say why the losses of these runs cannot be compared, if there is a reason. keys: what differs."""
     data = [short_name(key, runs[0]) for key in keys if key.startswith("data.") and key != "data.max_train_samples"]
-    found = [f"warning: {run.name} is not finished ({run.unfinished})" for run in runs if run.unfinished]
+    found = [
+        f"warning: {run.name} is not finished ({run.unfinished}){'' if run.evaluated else ', and its loss is that of step 0'}"
+        for run in runs
+        if run.unfinished
+    ]
     bases = [run.base_loss for run in runs if run.base_loss is not None]
     if data:
         found.append(f"warning: the data differ ({', '.join(data)}), so the losses are not those of the same text")

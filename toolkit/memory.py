@@ -383,10 +383,11 @@ def savings(shape: ModelShape, config: Config, plan: MemoryPlan, limit: float | 
     found.append((without("lora", rank=rank), f"lora.rank {rank}"))
     if narrows(shape, config.lora.target_modules, attention):
         found.append((without("lora", target_modules=attention), f"lora.target_modules [{', '.join(attention)}]"))
+    way = "--" if config.performance.auto_fit else "training."  # auto_fit heeds the flags of a shape, not config.yaml
     if plan.checkpointed < plan.layers:
-        found.append((without("training", checkpointed=plan.layers), "training.gradient_checkpointing true"))
+        found.append((without("training", checkpointed=plan.layers), f"{way}gradient_checkpointing true"))
     if plan.micro_batch > 1:
-        line = f"training.batch_size {smaller} with twice the training.gradient_accumulation_steps"
+        line = f"{way}batch_size {smaller} with twice the {way}gradient_accumulation_steps"
         found.append((without("training", micro_batch=smaller), line))
     if config.training.optim != "paged_adamw_8bit":
         found.append((without("training", optim="paged_adamw_8bit"), "training.optim paged_adamw_8bit"))

@@ -255,6 +255,16 @@ def test_a_run_that_has_not_finished_is_marked(tmp_path, finished, logged, train
     assert labels(found, other)[0].startswith("run_0" + (f" (not finished: {unfinished})" if unfinished else ""))
 
 
+def test_a_run_that_was_stopped_before_its_second_evaluation_has_the_loss_of_step_0(tmp_path):
+    folder = folder_of(tmp_path, False, LOGGED)
+    first = {"step": 0, "eval_loss": 6.2, "perplexity": 492.7}
+    lines = [json.dumps(first), *(folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    for rows, expected in ((lines, ""), (lines[:1], ", and its loss is that of step 0")):
+        (folder / "metrics.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+        (line,) = [line for line in warnings([compare.read_run(folder)], []) if "finished" in line]
+        assert line.endswith(f"){expected}")
+
+
 def test_a_folder_without_any_adapter_is_refused(tmp_path):
     folder = folder_of(tmp_path, False)
     (folder / "checkpoint-12").rename(folder / "elsewhere")
