@@ -18,9 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from fast_path.expert_store import pinned
 
-SMALL = (
-    2**20
-)  # bytes: tensors with less stay on the GPU; a layer has dozens of them, which a copy each would not be worth
+# Tensors of fewer bytes stay on the GPU: a layer saves dozens of them, and a copy of each would cost more than it frees.
+SMALL = 2**20
 
 
 def swapped_layers(checkpointed: int, swapped: int, layers: int) -> list[int]:
