@@ -449,8 +449,7 @@ def build_learner(
     dropout.use_stateless_dropout(peft_model, p, clock)
     token_rows.use_token_rows(peft_model)
     fast = choice.choose_fast_path(config.performance, peft_model, dtype, device, plan.offload, products)
-    if plan.offload and not fast.compile:
-        raise ConfigError(f"training.gradient_checkpointing: offload needs compiled layers; {fast.line}")
+    attention_lines += memory_plan.without_compiled_layers(plan, fast)
     if fast.fused_lora:
         attention_lines += layers.fuse_for_training(peft_model, clock, p, fast.kernels, fast.fp8, plan.pieces)
     objective = CausalLMLoss(sharding.divide_base(peft_model), dtype)

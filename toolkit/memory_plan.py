@@ -15,6 +15,7 @@ from transformers import AutoConfig
 
 from config import Config, ConfigError, LoraSettings, TrainingConfig
 from fast_path import families
+from fast_path.choice import FastPath
 from fast_path.kept_outputs import NOTHING_KEPT, Kept
 from fast_path.loss import default_logit_chunk
 from fast_path.model_targets import resolved_targets
@@ -605,7 +606,7 @@ def swapping_obstacle(shape: ModelShape, config: Config) -> str | None:
 
 
 def most_swapped(shape: ModelShape, config: Config, rates: Rates, micro_batch: int, checkpointed: int) -> int:
-    """Return how many of the checkpointed layers to swap instead of recomputing them: N as configured, or what pays.
+    """Return how many of the checkpointed layers to swap: N as configured, or what bus and main memory carry.
 
     The copies of a forward pass must end within it. It takes at least as long as recomputing does, which leaves out a
     layer's last product.
@@ -640,7 +641,7 @@ def shapes(shape: ModelShape, config: Config, sequences: int) -> Iterator[tuple[
 
 
 def shapes_and_swaps(shape: ModelShape, config: Config, sequences: int, rates: Rates) -> Iterator[tuple[int, int, int]]:
-    """Yield each of `shapes` without swapped layers, and with as many as pay if any do, or with those configured alone."""
+    """Yield each of `shapes` without swapped layers, and with `most_swapped`, or with those configured alone."""
     for micro_batch, checkpointed in shapes(shape, config, sequences):
         most = most_swapped(shape, config, rates, micro_batch, checkpointed)
         configured = config.performance.swap_activations != "auto"
@@ -685,6 +686,15 @@ def unplanned(config: Config, sequences: int, layers: int) -> MemoryPlan:
         raise ConfigError(f"performance.swap_activations: expected auto or 0, got {wanted}: there is no CUDA GPU")
     micro_batch, checkpointed = min(config.training.batch_size, sequences), pinned_layers(layers, config)
     return MemoryPlan({}, micro_batch, checkpointed, layers, offload=wants_offload(config))
+
+
+def without_compiled_layers(plan: MemoryPlan, fast: FastPath) -> list[str]:
+    """Return a line if layers of the plan are not swapped since they are not compiled; raise ConfigError for offload."""
+    if fast.compile:
+        return []
+    if plan.offload:
+        raise ConfigError(f"training.gradient_checkpointing: offload needs compiled layers; {fast.line}")
+    return [f"the {plan.swapped} swapped layers are recomputed: they are not compiled"] if plan.swapped else []
 
 
 def step_down(plan: MemoryPlan, sequences: int, compiled: bool, in_main_memory: bool = False) -> MemoryPlan | None:

@@ -257,6 +257,17 @@ def test_fewer_swapped_layers_than_asked_for_are_said(shape):
         assert (said in lines) == (expected < 20)
 
 
+def test_swapped_layers_that_are_not_compiled_are_said(shape):
+    plan = plan_memory(shape, settings(data__max_length=512), 1, 36, swapped=8)
+    fast = {way: SimpleNamespace(compile=way, line="fast path: none") for way in (True, False)}
+    assert memory_plan.without_compiled_layers(plan, fast[True]) == []
+    said = memory_plan.without_compiled_layers(plan, fast[False])
+    assert said == ["the 8 swapped layers are recomputed: they are not compiled"]
+    assert memory_plan.without_compiled_layers(dataclasses.replace(plan, swapped=0), fast[False]) == []
+    with pytest.raises(ConfigError, match="offload needs compiled layers; fast path: none"):
+        memory_plan.without_compiled_layers(dataclasses.replace(plan, swapped=0, offload=True), fast[False])
+
+
 def test_the_plan_says_how_fast_layers_are_swapped_or_that_a_run_may(qwen_3b, monkeypatch, capsys):
     import train_qlora
 
