@@ -11,7 +11,7 @@ import torch
 
 from config import ConfigError
 from fast_path import fp8_kernels
-from fast_path.nf4 import HAS_TRITON, INTERPRETED, SHUFFLE, TensorDescriptor, triton
+from fast_path.nf4 import HAS_TRITON, INTERPRETED, SHUFFLE, TensorDescriptor, multiprocessors, triton
 from fast_path.packed_weights import Packed, absmax_of, dequantize, dot_size
 from fast_path.scratch import take
 
@@ -26,10 +26,12 @@ RUN = 64  # weights that a thread unpacks at once, where blocks are multiples of
 RUN_WARPS = 4
 TRANSPOSED_RUNS = 4  # of a program; 2 halves it
 # Tiles of `product_kernel`: rows, outputs, products that are summed at once, warps, stages, descriptors, groups.
-HOPPER = (128, 128, 128, 4, 3, False, 8)
+HOPPER = (128, 128, 128, 4, 3, True, 8)
 HOPPER_WIDE = (128, 128, 128, 4, 3, True, 32)  # with at least WIDE times as many outputs as products per output
+HOPPER_DEEP = (128, 128, 128, 4, 3, False, 8)  # the other way round
 WIDE = 4
 OTHERS = (128, 128, 64, 8, 3, False, 8)
+MOST_OF_A_CHIP = 100  # multiprocessors; a whole Hopper has 114 or 132
 ALIGNED = 16  # bytes: rows of both operands must be multiples of it
 
 # ------------------------------------------------------------------------------------------------ where it runs
@@ -60,12 +62,15 @@ def refuse(products: str, device: torch.device, dtype: torch.dtype) -> None:
 
 
 @functools.cache
-def has_scaled_mm(device: torch.device) -> bool:
+def has_scaled_mm(device: torch.device, outputs: int, inner: int) -> bool:
     """Return whether torch multiplies e4m3 operands with a scale per row on a device; else `product_kernel` does.
 
-    torch's builds for Windows lack it, and on other GPUs than Hopper it takes other kernels, which nobody tried here.
+    torch's builds for Windows lack it, and on other GPUs than Hopper it takes other kernels, which nobody tried here. On a
+    part of a Hopper its products with few outputs are slower than ours (docs/measurements.md, "Constants in the code").
     """
-    return device.type == "cuda" and sys.platform != "win32" and torch.cuda.get_device_capability(device)[0] == 9
+    if device.type != "cuda" or sys.platform == "win32" or torch.cuda.get_device_capability(device)[0] != 9:
+        return False
+    return multiprocessors(device) >= MOST_OF_A_CHIP or outputs >= WIDE * inner
 
 
 def fits(weight: Packed) -> bool:
@@ -158,7 +163,7 @@ def product(
         y = y if b_scales is None else y * b_scales
         y = y if u is None else y + u.float() @ B.float().t()
         return (y if bias is None else y + bias.float()).to(dtype)
-    if u is not None or not has_scaled_mm(a.device):  # torch would read and write y again for u B^T
+    if u is not None or not has_scaled_mm(a.device, *b.shape):  # torch would read and write y again for u B^T
         return _product_kernel(a, a_scales, b, b_scales, dtype, u, B, bias, EXACT)
     b_scales = _ones(a.device)[: len(b)] if b_scales is None else b_scales
     scales = a_scales[:, None], b_scales[None]
@@ -168,7 +173,7 @@ def product(
 def product_tile(capability: tuple[int, int], outputs: int, inner: int) -> dict[str, int]:
     """Return the tile of `product_kernel`. Only Hopper's were timed; the other fits 99 KiB of shared memory."""
     names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages", "DESCRIBED", "GROUP")
-    hopper = HOPPER_WIDE if outputs >= WIDE * inner else HOPPER
+    hopper = HOPPER_WIDE if outputs >= WIDE * inner else HOPPER_DEEP if inner >= WIDE * outputs else HOPPER
     return dict(zip(names, hopper if capability[0] == 9 else OTHERS, strict=True))
 
 

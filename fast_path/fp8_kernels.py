@@ -367,25 +367,42 @@ def narrow_kernel(
 
 @triton.jit
 def thin_kernel(
-    x, A, u, rows, columns, extra, a_row, a_column, scale, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    x, A, u, norm, inverse_rms, rows, columns, share, extra, a_row, a_column, scale, NORM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Write u = scale x A^T, [rows, extra], for a few adapter columns. A is read at A + j a_row + k a_column.
+    """Write u = scale x A^T, [shares, rows, extra], for a few adapter columns. A is read at A + j a_row + k a_column.
 
-    Each program takes BLOCK_M rows and walks over all columns, so x is read once: memory traffic is the limit.
+    Grid: dimension 0 takes BLOCK_M rows, dimension 1 a share of `share` columns, over which a program walks. So x is read
+    once: memory traffic is the limit. With NORM the norm of x is meant: its factors multiply A's columns, and 1 / rms the
+    rows of the result.
     """
     m, j = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R)
+    first = tl.program_id(1) * share
+    end = tl.minimum(first + share, columns)
     total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     place, below = x + m.to(tl.int64)[:, None] * columns, (m < rows)[:, None]
-    for start in range(0, columns, BLOCK_K):
+    for start in range(first, end, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        tile = tl.load(place + k[None], mask=below & (k < columns)[None], other=0.0)
-        a = tl.load(
-            A + j[None] * a_row + k[:, None] * a_column, mask=(j < extra)[None] & (k < columns)[:, None], other=0.0
-        )
+        tile = tl.load(place + k[None], mask=below & (k < end)[None], other=0.0)
+        a = tl.load(A + j[None] * a_row + k[:, None] * a_column, mask=(j < extra)[None] & (k < end)[:, None], other=0.0)
+        if NORM:
+            factor = tl.load(norm + k, mask=k < end, other=0.0).to(tl.float32)
+            a = (a.to(tl.float32) * factor[:, None]).to(tile.dtype)
         total = tl.dot(tile, a, total)
-    target = u + m.to(tl.int64)[:, None] * extra + j[None]
+    if NORM:
+        total *= tl.load(inverse_rms + m, mask=m < rows, other=0.0)[:, None]
+    target = u + (tl.program_id(1) * rows + m).to(tl.int64)[:, None] * extra + j[None]
     tl.store(target, (total * scale).to(u.dtype.element_ty), mask=below & (j < extra)[None])
+
+
+@triton.jit
+def settle_thin_kernel(sums, u, numbers, shares, BLOCK: tl.constexpr):
+    """Write u, the sum of `thin_kernel`'s shares, always in the same order; one-dimensional grid, BLOCK numbers a program."""
+    e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for share in range(shares):
+        total += tl.load(sums + share * numbers + e, mask=e < numbers, other=0.0)
+    tl.store(u + e, total.to(u.dtype.element_ty), mask=e < numbers)
 
 
 @triton.jit

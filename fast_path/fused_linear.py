@@ -30,6 +30,9 @@ MOST_HELD = 14
 WIDEST_NARROW = 16384  # columns up to which SwiGLU's rows take 16 warps, whose threads have 128 registers
 # With at most this number of adapter columns an own kernel computes u from what that pass read; else cuBLAS does.
 MOST_THIN_COLUMNS = 64
+# Of that kernel: from THIN_FULL programs per multiprocessor on, one has all columns of its rows; with fewer, the columns are
+# shared so that there are about THIN_PROGRAMS. Each share writes sums of its own, which are added up afterwards.
+THIN_FULL, THIN_PROGRAMS, MOST_THIN_SHARES = 0.9, 2.5, 16
 WIDEN_BACKWARD = Launch(block_m=64, block_k=64, warps=4)
 MASKED_BACKWARD = Launch(block_m=16, block_k=64, warps=2)
 # The most adapter columns for which SwiGLU's backward runs as a kernel. It holds three sums [columns, block_k] in
@@ -79,11 +82,16 @@ def narrow_launch(columns: int, swiglu: bool = False) -> Launch:
     return Launch(block_m=1, block_k=256 * warps, warps=warps)
 
 
-def thin_launch(rows: int, device: torch.device) -> Launch:
-    """Return the layout of the adapters' product after that pass: fewer rows per program where there are few rows."""
-    programs = multiprocessors(device)
-    block_m = next((size for size in (64, 32) if triton.cdiv(rows, size) >= programs * 0.9), 16)
-    return Launch(block_m=block_m, block_k=128, warps=4)
+def thin_launch(rows: int, columns: int, normed: bool, device: torch.device) -> tuple[Launch, int]:
+    """Return the layout of the adapters' product after that pass, and over how many columns each program sums up.
+
+    With few rows several programs share a row: a multiprocessor must wait for several loads at once to be fast.
+    """
+    launch, programs = Launch(block_m=64, block_k=128, warps=8 if normed else 4), multiprocessors(device)
+    blocks = triton.cdiv(rows, launch.block_m)
+    shares = 1 if blocks >= THIN_FULL * programs else round(THIN_PROGRAMS * programs / blocks)
+    shares = max(1, min(shares, MOST_THIN_SHARES, columns // (4 * launch.block_k)))
+    return launch, triton.cdiv(triton.cdiv(columns, shares), launch.block_k) * launch.block_k
 
 
 def share_rows(rows: int, blocks: int, warps: int, device: torch.device) -> int:
@@ -274,7 +282,8 @@ def narrow(
         return x8, scales, (dropped @ A.t()) * scale
     rows, p = len(x), masks.p if extra else 0.0
     scales, x8 = x.new_empty(rows, dtype=torch.float32), torch.empty(rows, columns, dtype=fp8.E4M3, device=x.device)
-    keep = extra > 0 and (swiglu or norm is not None or p > 0)
+    joined = norm is not None and extra <= MOST_THIN_COLUMNS and p == 0  # the adapters' product applies the norm itself
+    keep = extra > 0 and (swiglu or p > 0 or (norm is not None and not joined))
     read, launch = x.new_empty(rows, columns) if keep else x, narrow_launch(columns, swiglu)
     chunks = triton.cdiv(columns, launch.block_k)
     fp8_kernels.narrow_kernel[(rows,)](
@@ -283,20 +292,28 @@ def narrow(
         NORM=norm is not None, FOLDED=folded is not None, DROPOUT=p > 0, KEEP=keep, CHUNKS=chunks, BLOCK=launch.block_k,
         HELD=chunks <= MOST_HELD, ACTIVATION=activation, ROUND=INTERPRETED, num_warps=launch.warps,
     )  # fmt: skip
-    return x8, scales, adapters_product(read, A, scale)
+    return x8, scales, adapters_product(read, A, scale, norm if joined else None)
 
 
-def adapters_product(x: torch.Tensor, A: torch.Tensor, scale: float) -> torch.Tensor:
-    """Return scale x A^T, [rows, adapter columns], in x's dtype, summed in fp32. A may lie transposed."""
+def adapters_product(x: torch.Tensor, A: torch.Tensor, scale: float, norm: Norm | None = None) -> torch.Tensor:
+    """Return scale x A^T, [rows, adapter columns], in x's dtype, summed in fp32. A may lie transposed.
+
+    norm: applied to x first; only with at most MOST_THIN_COLUMNS adapter columns.
+    """
     (extra, columns), rows = A.shape, len(x)
     if not extra or extra > MOST_THIN_COLUMNS:
         return (_product_fp32(x, A.t()) * scale).to(x.dtype) if extra else x.new_empty(rows, 0)
-    u, launch = x.new_empty(rows, extra), thin_launch(rows, x.device)
-    fp8_kernels.thin_kernel[(triton.cdiv(rows, launch.block_m),)](
-        x, A, u, rows, columns, extra, *A.stride(), scale, BLOCK_M=launch.block_m, BLOCK_K=launch.block_k,
-        BLOCK_R=dot_size(extra), num_warps=launch.warps,
-        num_stages=4 if extra <= 32 else 3,
+    launch, share = thin_launch(rows, columns, norm is not None, x.device)
+    u, shares = x.new_empty(rows, extra), triton.cdiv(columns, share)
+    sums = x.new_empty(shares, rows, extra, dtype=torch.float32) if shares > 1 else u
+    fp8_kernels.thin_kernel[(triton.cdiv(rows, launch.block_m), shares)](
+        x, A, sums, *(norm or (x, x)), rows, columns, share, extra, *A.stride(), scale, NORM=norm is not None,
+        BLOCK_M=launch.block_m, BLOCK_K=launch.block_k, BLOCK_R=dot_size(extra), num_warps=launch.warps,
+        num_stages=4 if extra <= 32 and shares == 1 else 3,
     )  # fmt: skip
+    if shares > 1:
+        grid = (triton.cdiv(u.numel(), SETTLE_BLOCK),)
+        fp8_kernels.settle_thin_kernel[grid](sums, u, u.numel(), shares, BLOCK=SETTLE_BLOCK)
     return u
 
 

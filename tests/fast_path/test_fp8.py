@@ -312,9 +312,9 @@ def check_narrow(device: str, dtype: torch.dtype, tolerance: float) -> None:
     columns, length = 160, 5
     step, salt = (torch.tensor(n, dtype=torch.int32, device=device) for n in (3, -12345))
     sequences = torch.tensor([5, 9], dtype=torch.int32, device=device)
-    ways = itertools.cycle(
-        [(14, 64, 64), (2, 64, 0), (1, 1024, 64), (5, 32, 64)]
-    )  # four, so that each kind has several
+    # Chunks that are held, their columns, most adapter columns of the own product, and over how many columns it sums up.
+    # There are four, so that each kind has several.
+    ways = itertools.cycle([(14, 64, 64, 160), (2, 64, 0, 160), (1, 1024, 64, 64), (5, 32, 64, 32)])
     for swiglu, members, p in ((False, 1, 0.1), (False, 3, 0.0), (False, 9, 0.1), (True, 1, 0.1)):
         masks = Masks(step, sequences, salt, length, p)
         x = torch.randn(2 * length, columns * (2 if swiglu else 1), device=device).to(dtype)
@@ -322,13 +322,15 @@ def check_narrow(device: str, dtype: torch.dtype, tolerance: float) -> None:
         norm = Norm(torch.rand(columns, device=device).to(dtype), fused_linear.inverse_rms(x, 1e-6, False))
         once = Norm(norm.weight.float() + 1, norm.inverse)  # rounded after its factor alone, as in Gemma
         kinds = [(None, "silu"), (None, "gelu_pytorch_tanh")] if swiglu else [(n, "silu") for n in (None, norm, once)]
-        for (norm, activation), (held, block, most) in zip(kinds, ways, strict=False):
+        for (norm, activation), (held, block, most, share) in zip(kinds, ways, strict=False):
             launch = fused_linear.Launch(block_m=1, block_k=block, warps=4)
+            thin = fused_linear.Launch(block_m=16, block_k=32, warps=4), share
             own = {"MOST_HELD": held, "MOST_THIN_COLUMNS": most, "narrow_launch": lambda *_, own=launch: own}
+            own["thin_launch"] = lambda *_, own=thin: own
             with mock.patch.multiple(fused_linear, **own):
                 found = fused_linear.narrow(x, A, masks, 0.5, swiglu, True, norm, activation)
             want = fused_linear.narrow(x, A, masks, 0.5, swiglu, False, norm, activation)
-            case = swiglu, members, p, activation, held, block
+            case = swiglu, members, p, activation, held, block, share
             assert apart(found[1], want[1]) < tolerance and apart(found[2], want[2]) < tolerance, case
             there = (side[0].float() * side[1][:, None] for side in (found, want))
             assert apart(*there) < 0.01, case  # a rounding in 16 bit before may choose the neighbour in e4m3
@@ -397,14 +399,16 @@ def test_kernels_compile_within_the_shared_memory_of_each_card(capability):
         how |= {"KEEP": not folded, "BLOCK": launch.block_k, "CHUNKS": -(-columns // launch.block_k), "ROUND": False}
         narrow = compile_for(capability, fp8_kernels.narrow_kernel, pointers, how | {"HELD": True}, launch.warps)
         assert "cvt.rn.satfinite.e4m3x2.f32" in narrow and ".local" not in narrow
-    for extra, stages in ((32, 4), (64, 3)):
-        how = {"BLOCK_M": 64, "BLOCK_K": 128, "BLOCK_R": extra}
-        thin = {"x": HALF, "A": HALF, "u": HALF}
-        compile_for(capability, fp8_kernels.thin_kernel, thin, how, 4, num_stages=stages)
+    for (extra, stages), norm in itertools.product(((32, 4), (64, 3)), (False, True)):
+        how = {"BLOCK_M": 64, "BLOCK_K": 128, "BLOCK_R": extra, "NORM": norm}
+        thin = {"x": HALF, "A": HALF, "u": HALF, "norm": HALF, "inverse_rms": SINGLE}
+        compile_for(capability, fp8_kernels.thin_kernel, thin, how, 8 if norm else 4, num_stages=stages)
+    settle = {"sums": SINGLE, "u": HALF}
+    compile_for(capability, fp8_kernels.settle_thin_kernel, settle, {"BLOCK": fused_linear.SETTLE_BLOCK}, 4)
     operands = {"a": eighth, "b": eighth, "a_scales": SINGLE, "b_scales": SINGLE}
     operands |= dict.fromkeys(("u", "B", "bias", "out"), HALF)
     for exact in (True, False):
-        tile = fp8.product_tile((capability // 10, capability % 10), 2048, 2048)
+        tile = fp8.product_tile((capability // 10, capability % 10), 2048, 11008)  # pointers, not descriptors
         warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
         how = {"SCALED": True, "BIAS": True, "EXACT": exact, "BLOCK_R": 64, **tile}
         product = compile_for(capability, fp8_kernels.product_kernel, operands, how, warps, num_stages=stages)
@@ -430,7 +434,7 @@ def test_operators_on_the_gpu_are_as_far_from_fp32_as_the_reference_is(swiglu):
     exact = passes(plain, x, torch.float32, swiglu)
     reference, half = passes(scaled(plain), x, torch.float32, swiglu), passes(plain, x, torch.bfloat16, swiglu, True)
     for own in (True, False):
-        with mock.patch.object(fp8, "has_scaled_mm", lambda _, own=own: not own):
+        with mock.patch.object(fp8, "has_scaled_mm", lambda *_, own=own: not own):
             found = passes(scaled(plain), x, torch.bfloat16, swiglu, True)
         for name in exact:
             most = 1.1 * apart(reference[name], exact[name]) + 1.5 * apart(half[name], exact[name])
