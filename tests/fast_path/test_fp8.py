@@ -274,6 +274,42 @@ def test_fp8_is_refused_on_a_gpu_without_it(monkeypatch):
         fp8.refuse("fp8", device, torch.float16)
 
 
+def test_torch_multiplies_on_a_whole_hopper_and_the_own_kernel_elsewhere(monkeypatch):
+    """The tall operands of gate and up, [22,016, 2,048], and the small ones of the output projection."""
+    device, wide, square = torch.device("cuda"), (22016, 2048), (2048, 2048)
+    cases = (
+        ((9, 0), 132, True, True),
+        ((9, 0), 60, True, False),
+        ((8, 9), 128, False, False),
+        ((12, 0), 170, False, False),
+    )
+    for capability, count, of_wide, of_square in cases:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        monkeypatch.setattr(fp8, "multiprocessors", lambda _, found=count: found)
+        found = [fp8.has_scaled_mm.__wrapped__(device, *shape) for shape in (wide, square)]
+        assert found == [of_wide, of_square], (capability, count)
+    assert not fp8.has_scaled_mm.__wrapped__(torch.device("cpu"), *wide)
+
+
+@pytest.mark.parametrize(
+    "multiprocessors, rows, columns, shares",
+    [
+        (132, 8192, 22016, 1),
+        (132, 2048, 22016, 10),
+        (60, 2048, 22016, 5),
+        (24, 2048, 11008, 2),
+        (60, 2048, 2048, 4),
+        (132, 16, 22016, 16),
+    ],
+)
+def test_few_rows_of_the_adapters_product_are_shared_among_programs(
+    monkeypatch, multiprocessors, rows, columns, shares
+):
+    monkeypatch.setattr(fused_linear, "multiprocessors", lambda _: multiprocessors)
+    launch, share = fused_linear.thin_launch(rows, columns, False, torch.device("cuda"))
+    assert -(-columns // share) in (shares, shares - 1) and share % launch.block_k == 0
+
+
 def test_the_plan_knows_fp8_and_refuses_a_card_without_it(train, capsys):
     """A gradient's copy in 8 bit and the scales of the rows are a little more; what is unpacked shares memory."""
     needed = []
