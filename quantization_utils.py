@@ -47,7 +47,7 @@ from transformers.utils import cached_file
 from config import Config, ConfigError, counted
 from fast_path import experts as expert_tools
 from fast_path.expert_store import keep_in_main_memory
-from fast_path.families import check_layers, decoder_layers
+from fast_path.families import decoder_layers
 from fast_path.host_rows import keep_rows_in_main_memory, loading_to_main_memory, rows_name_of
 from fast_path.model_targets import (
     DEFAULT_TARGETS,
@@ -62,7 +62,7 @@ from fast_path.sharding import is_share
 from fast_path.targets import is_pattern
 from fast_path.weight_files import damaged_file, index_of, naming_tensors
 from toolkit.hub import asking_hub, cache_problem, hub_problem
-from toolkit.local_paths import is_hub_id, missing_model
+from toolkit.local_paths import check_layers, is_hub_id, missing_model
 
 # ------------------------------------------------------------------------------------------------ configurations
 
@@ -269,7 +269,7 @@ def auto_class(config: PretrainedConfig) -> Any:
     A model that also sees or hears, and which the class for causal language models does not know, has a class for such
     models; its language half is trained and answers. Raises ConfigError for an encoder with a decoder.
     """
-    check_layers(config)
+    check_layers(config.to_dict())
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if remote or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) not in MODEL_FOR_MULTIMODAL_LM_MAPPING:
         return AutoModelForCausalLM

@@ -326,18 +326,6 @@ def rope_parameters(config: PretrainedConfig) -> list[dict[str, Any]]:
     return [ropes] if any(not isinstance(rope, dict) for rope in ropes.values()) else list(ropes.values())
 
 
-MOST_LAYERS = 1000  # the largest models have 126 (Llama 3.1 405B)
-
-
-def check_layers(config: PretrainedConfig) -> None:
-    """Raise ConfigError if a model's configuration names more layers than any has: transformers would make all of them."""
-    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
-    if isinstance(layers, int) and layers > MOST_LAYERS:
-        raise ConfigError(
-            f"model.name: expected at most {MOST_LAYERS:,} layers, got num_hidden_layers {layers} in config.json"
-        )
-
-
 def known_positions(config: PretrainedConfig) -> int | None:
     """Return how many positions a model supports, or None if its configuration has no such number.
 

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import struct
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 LARGEST_HEADER = 100_000_000  # bytes; safetensors refuses more
 POINTER = b"version https://git-lfs"  # what stands in place of a large file in a clone without git-lfs
 EXPERT = re.compile(r"(?P<layer>.*\.experts\.)(?P<number>\d+)\.(?P<rest>.+)")
+OF_LAYER = re.compile(r"\.layers\.\d+\.")
 SHAPES = re.compile(r"expected the shape \[[\d, ]*\], got \[[\d, ]*\]")  # of fast_path/experts.py
 
 # ------------------------------------------------------------------------------------------------ files
@@ -127,13 +129,20 @@ def damaged_file(model_name: str, revision: str | None) -> ConfigError | None:
 def naming_tensors(model_name: str, revision: str | None) -> Iterator[None]:
     """Let transformers' `from_pretrained` name the tensor that it cannot load, in a ConfigError, while the context is open.
 
-    Its own error names none: it points to a table in the log.
+    Its own error names none: it points to a table in the log. Weights of layers that the model does not have are a warning.
     """
     before = transformers.modeling_utils.log_state_dict_report
 
     def report(model: Any, *rest: Any, loading_info: Any, **named: Any) -> None:
         if loading_info.conversion_errors or loading_info.mismatched_keys:
             raise tensor_problem(model_name, revision, model, loading_info)
+        if unread := sorted(filter(OF_LAYER.search, loading_info.unexpected_keys)):
+            layers = model.config.get_text_config().num_hidden_layers
+            print(
+                f"warning: model.name: {model_name} has weights that its config.json (num_hidden_layers: {layers}) leaves out, "
+                f"such as {unread[0]}: they are not used",
+                file=sys.stderr,
+            )
         before(model, *rest, loading_info=loading_info, **named)
 
     transformers.modeling_utils.log_state_dict_report = report

@@ -310,15 +310,19 @@ def test_pickled_weights_are_refused(random_models, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "key, value, words",
+    "family, key, value, words",
     [
-        ("pad_token_id", 99_999, "pad_token_id in its config.json is not below vocab_size"),
-        ("num_hidden_layers", 10**9, "expected at most 1,000 layers, got num_hidden_layers 1000000000 in config.json"),
+        ("llama", "pad_token_id", 99_999, "pad_token_id in its config.json is not below vocab_size"),
+        ("llama", "num_hidden_layers", 10**9, "at most 1,000 layers, got num_hidden_layers 1000000000 in config.json"),
+        ("qwen2", "num_hidden_layers", 10**9, "at most 1,000 layers, got num_hidden_layers 1000000000 in config.json"),
     ],
 )
-def test_impossible_numbers_in_config_json_are_one_line(random_models, tmp_path, key, value, words):
-    """From loading, and from the plan, which builds the model without weights."""
-    folder = shutil.copytree(random_models("llama"), tmp_path / "model")
+def test_impossible_numbers_in_config_json_are_one_line(random_models, tmp_path, family, key, value, words):
+    """From loading, and from the plan, which builds the model without weights.
+
+    Qwen2's configuration lists the kinds of its layers, a billion of them before anybody could look at the number.
+    """
+    folder = shutil.copytree(random_models(family), tmp_path / "model")
     found = json.loads((folder / "config.json").read_text(encoding="utf-8")) | {key: value}
     (folder / "config.json").write_text(json.dumps(found), encoding="utf-8")
     for read in (load, model_shape):
@@ -326,6 +330,17 @@ def test_impossible_numbers_in_config_json_are_one_line(random_models, tmp_path,
             read(str(folder))
         (problem,) = caught.value.problems
         assert problem.startswith("model.name: ") and problem.endswith(words), problem
+
+
+def test_weights_of_layers_that_config_json_leaves_out_are_said(random_models, tmp_path, capsys):
+    folder = shutil.copytree(random_models("llama"), tmp_path / "model")
+    found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    load(folder)
+    assert "leaves out" not in capsys.readouterr().err
+    (folder / "config.json").write_text(json.dumps(found | {"num_hidden_layers": 1}), encoding="utf-8")
+    load(folder)
+    said = f"warning: model.name: {folder} has weights that its config.json (num_hidden_layers: 1) leaves out, such as model.layers.1."
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("damage", ["model.safetensors", "config.json", "tokenizer.json"])

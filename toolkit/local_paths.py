@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from config import DataConfig, sources_of
+from config import ConfigError, DataConfig, sources_of
 
 # Endings of data files, each with the kind of its content; toolkit/data_files.py reads them.
 DATA_FILES = {".txt": "text", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -46,6 +46,38 @@ def missing_sources(data: DataConfig) -> list[str]:
     return [problem for source in sources_of(data) for problem in missing_data(source.dataset, source.name)]
 
 
+MOST_LAYERS = 1000  # the largest models have 126 (Llama 3.1 405B)
+COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")  # names of their number in config.json
+
+
+def too_many_layers(settings: object) -> list[str]:
+    """Return a list with one message if a model's config.json, or a part of it, names more layers than any has, else [].
+
+    transformers would make all of them, or first a list with an entry for each.
+    """
+    if isinstance(settings, list):
+        return next(filter(None, map(too_many_layers, settings)), [])
+    if not isinstance(settings, dict):
+        return []
+    for key in COUNTS:
+        if isinstance(settings.get(key), int | float) and settings[key] > MOST_LAYERS:
+            return [f"model.name: expected at most {MOST_LAYERS:,} layers, got {key} {settings[key]} in config.json"]
+    return too_many_layers([part for part in settings.values() if isinstance(part, dict)])
+
+
+def check_layers(settings: object) -> None:
+    """Raise ConfigError with the message of `too_many_layers`, if there is one."""
+    if problems := too_many_layers(settings):
+        raise ConfigError(*problems)
+
+
+def _of_config(path: Path) -> list[str]:
+    """Return `too_many_layers` of a model's folder; one whose config.json cannot be read is left to transformers."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        return too_many_layers(json.loads((path / "config.json").read_text(encoding="utf-8")))
+    return []
+
+
 MODEL_PARTS = ("config.json", "tokenizer.json", "safetensors weights")
 # Any of these can be made into a tokenizer; tokenizer_config.json alone cannot.
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json", "tokenization_*.py")
@@ -54,7 +86,7 @@ TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken
 def missing_model(name: str, parts: Sequence[str] = MODEL_PARTS) -> list[str]:
     """Return a list with one message if model.name is a file, no folder or one that lacks one of `parts`, else [].
 
-    Only names of files are looked at, so that the answer needs no torch. A hub id is not checked here.
+    So is a config.json with more layers than any model has. The answer needs no torch. A hub id is not checked here.
     """
     path = Path(name)
     if os.path.islink(path) and not os.path.exists(path):
@@ -80,7 +112,7 @@ def missing_model(name: str, parts: Sequence[str] = MODEL_PARTS) -> list[str]:
     }
     lacking = [part for part in parts if not found[part]]
     if not lacking:
-        return []
+        return _of_config(path)
     listed = " and ".join(filter(None, [", ".join(lacking[:-1]), lacking[-1]]))
     return [f"model.name: {name} has no {listed}{_found_instead(path, found)}"]
 

@@ -16,6 +16,7 @@ from fast_path.targets import named, select
 from quantization_utils import LOADING_ERRORS, auto_class, cannot_load, stored_in_4bit
 from toolkit.expert_plan import ExpertShape, expert_shape
 from toolkit.hub import asking_hub
+from toolkit.local_paths import missing_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +77,8 @@ class ModelShape:
 
 def model_skeleton(model_name: str, revision: str | None = None, trust_remote_code: bool = False) -> nn.Module:
     """Return the model with this hub id or folder on the meta device; only config.json (a few kB) is read, no weights."""
+    if problems := missing_model(model_name, ("config.json",)):
+        raise ConfigError(*problems)
     try:
         with asking_hub(model_name):
             model_config = AutoConfig.from_pretrained(
