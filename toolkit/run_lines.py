@@ -17,6 +17,9 @@ from toolkit.evaluation import comparison, difference_line, mean_loss
 from toolkit.file_lines import some
 from toolkit.memory_plan import GIB, MemoryPlan
 
+FEW_STEPS = 20  # of a run whose epochs have at most FEW_PER_EPOCH: a warm-up and a few updates teach a model little
+FEW_PER_EPOCH = 3
+
 
 def data_lines(
     blocks: dict[str, Blocks | None],
@@ -33,12 +36,14 @@ def data_lines(
     per_epoch, rest = math.ceil(len(part) / sequences_per_step), len(part) % sequences_per_step
     last = f", the last of {rest}" if rest else ""
     unpacked = f" ({math.ceil(part.rows / sequences_per_step):,} without packing)" if data.packing else ""
+    few = f"steps: {steps} in all learn little: more epochs, or fewer sequences per step, help"
     held_out = f"{counted(held.tokens, 'token')} in {counted(len(held), 'block')}" if held else "nothing"
     return [
         f"data: {counted(part.rows, 'row')}, {counted(part.documents, 'document')}, {counted(part.tokens, 'token')} in "
         f"{counted(len(part), 'block')} of {part.length}",
         f"data: held out: {held_out}",
         f"steps: {steps:,} of {counted(sequences_per_step, 'sequence')}; {per_epoch:,} per epoch{last}{unpacked}",
+        *([few] if steps < FEW_STEPS and per_epoch <= FEW_PER_EPOCH else []),
         *(f"data: {line}" for line in (f"read as {part.source}", *part.notes, *(held.notes if held else ()))),
         *some(
             [f"first block{of}: {show_block(own[0], tokenizer, 64)}" for of, own in named_parts(part)], "more sources"

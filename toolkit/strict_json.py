@@ -65,7 +65,7 @@ def _explained(error: Exception, where: str, line: str = "") -> ValueError:
     if isinstance(error, json.JSONDecodeError):
         column = min(error.pos, len(line.rstrip())) + 1
         place = f"(column {column})" if line else f"(line {error.lineno}, column {error.colno})"
-        return ValueError(f"{where}{error.msg} {place}")
+        return ValueError(f"{where}no valid JSON: {error.msg.removesuffix(' at')} {place}")
     return ValueError(f"{where}{str(error)[:200]}")
 
 

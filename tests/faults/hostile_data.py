@@ -404,10 +404,12 @@ ATTACKS: dict[str, Build] = {
     "deep lists": data("a.json", depth("[", 200_000, "]"), CUT),
     "depth beside empty lists": data("a.jsonl", depth('{"a":[],"b":', 50_000, "}"), CUT),
     "depth after closing brackets": data(
-        "a.jsonl", "]" * 60_000 + "\n" + depth("[[],", 50_000, "]"), "line 1: Expecting value"
+        "a.jsonl", "]" * 60_000 + "\n" + depth("[[],", 50_000, "]"), "line 1: no valid JSON: Expecting value"
     ),
     "depth after an open quote": data(
-        "a.jsonl", '{"text": "\n' + depth('{"a":[],"b":', 50_000, "}"), "line 1: Invalid control character"
+        "a.jsonl",
+        '{"text": "\n' + depth('{"a":[],"b":', 50_000, "}"),
+        "line 1: no valid JSON: Invalid control character",
     ),
     "depth after a backslash": data("a.jsonl", '{"text": "\\\\"}\n' + depth('{"a":"\\\\","b":', 50_000, "}"), CUT),
     "depth in a chat": data("a.jsonl", chat("x") + '{"messages": ' + depth('[{"content":', 30_000)[:-1] + "\n", CUT),

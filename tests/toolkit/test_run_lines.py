@@ -40,4 +40,7 @@ def test_lines_about_data_fit_a_terminal(tiny_model, text):
         lines[2] == f"steps: 891 of 16 sequences; {per_epoch} per epoch{rest} ({-(-part.rows // 16)} without packing)"
     )
     assert lines[-1].startswith("first block: ") and lines[-1].endswith(" …")
+    few = "steps: 2 in all learn little: more epochs, or fewer sequences per step, help"
+    assert data_lines(blocks, data, tokenizer, 2, 10**6)[3] == few and width(few) <= 80
+    assert few not in data_lines(blocks, data, tokenizer, 2, 1)  # --max_steps of a long run
     assert part.positions(np.arange(len(part))) == part.tokens and part.positions([0]) == len(part[0])

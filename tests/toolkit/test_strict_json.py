@@ -54,7 +54,9 @@ def test_half_of_a_surrogate_pair_is_refused_with_its_place_and_a_whole_pair_is_
 @pytest.mark.parametrize("end", ["", "\n", "\r\n"])
 def test_the_column_of_a_line_that_stops_early_is_its_end(end):
     text = '{"messages": [{"role": "user", "content": "Hi"'
-    with pytest.raises(ValueError, match=rf"^line 2: Expecting ',' delimiter \(column {len(text) + 1}\)$"):
+    with pytest.raises(
+        ValueError, match=rf"^line 2: no valid JSON: Expecting ',' delimiter \(column {len(text) + 1}\)$"
+    ):
         strict_json.decode(text + end, "line 2: ")
     with pytest.raises(ValueError, match=r"\(column 7\)$"):
         strict_json.decode('{"a": x}' + end)
