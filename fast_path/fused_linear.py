@@ -88,7 +88,7 @@ def thin_launch(rows: int, columns: int, normed: bool, device: torch.device) -> 
     With few rows several programs share a row: a multiprocessor must wait for several loads at once to be fast.
     """
     launch, programs = Launch(block_m=64, block_k=128, warps=8 if normed else 4), multiprocessors(device)
-    blocks = -(-rows // launch.block_m)
+    blocks = max(1, -(-rows // launch.block_m))
     shares = 1 if blocks >= THIN_FULL * programs else round(THIN_PROGRAMS * programs / blocks)
     shares = max(1, min(shares, MOST_THIN_SHARES, columns // (4 * launch.block_k)))
     return launch, -(-columns // (shares * launch.block_k)) * launch.block_k

@@ -25,7 +25,7 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 LARGEST_HEADER = 100_000_000  # bytes; safetensors refuses more
 POINTER = b"version https://git-lfs"  # what stands in place of a large file in a clone without git-lfs
 EXPERT = re.compile(r"(?P<layer>.*\.experts\.)(?P<number>\d+)\.(?P<rest>.+)")
-OF_LAYER = re.compile(r"\.layers\.\d+\.")
+OF_LAYER = re.compile(r"(^|\.)(layers|h|blocks)\.\d+\.")
 SHAPES = re.compile(r"expected the shape \[[\d, ]*\], got \[[\d, ]*\]")  # of fast_path/experts.py
 
 # ------------------------------------------------------------------------------------------------ files
@@ -136,11 +136,11 @@ def naming_tensors(model_name: str, revision: str | None) -> Iterator[None]:
     def report(model: Any, *rest: Any, loading_info: Any, **named: Any) -> None:
         if loading_info.conversion_errors or loading_info.mismatched_keys:
             raise tensor_problem(model_name, revision, model, loading_info)
-        if unread := sorted(filter(OF_LAYER.search, loading_info.unexpected_keys)):
-            layers = model.config.get_text_config().num_hidden_layers
+        unread = sorted(filter(OF_LAYER.search, loading_info.unexpected_keys))
+        if unread and not loading_info.missing_keys:  # of which `check_loaded` makes an error
             print(
-                f"warning: model.name: {model_name} has weights that its config.json (num_hidden_layers: {layers}) leaves out, "
-                f"such as {unread[0]}: they are not used",
+                f"warning: model.name: {model_name} has weights for which its config.json has no place, such as {unread[0]}: "
+                "they are not used",
                 file=sys.stderr,
             )
         before(model, *rest, loading_info=loading_info, **named)

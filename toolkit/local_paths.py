@@ -62,7 +62,7 @@ def too_many_layers(settings: object) -> list[str]:
     for key in COUNTS:
         if isinstance(settings.get(key), int | float) and settings[key] > MOST_LAYERS:
             return [f"model.name: expected at most {MOST_LAYERS:,} layers, got {key} {settings[key]} in config.json"]
-    return too_many_layers([part for part in settings.values() if isinstance(part, dict)])
+    return too_many_layers([part for part in settings.values() if isinstance(part, dict | list)])
 
 
 def check_layers(settings: object) -> None:
