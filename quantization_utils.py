@@ -269,6 +269,7 @@ def auto_class(config: PretrainedConfig) -> Any:
     A model that also sees or hears, and which the class for causal language models does not know, has a class for such
     models; its language half is trained and answers. Raises ConfigError for an encoder with a decoder.
     """
+    # Some families store the number under a name of their own, which the attribute knows.
     check_layers([config.to_dict(), {"num_hidden_layers": getattr(config.get_text_config(), "num_hidden_layers", 0)}])
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if remote or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) not in MODEL_FOR_MULTIMODAL_LM_MAPPING:

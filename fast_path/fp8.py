@@ -28,7 +28,7 @@ TRANSPOSED_RUNS = 4  # of a program; 2 halves it
 # Tiles of `product_kernel`: rows, outputs, products that are summed at once, warps, stages, descriptors, groups.
 HOPPER = (128, 128, 128, 4, 3, True, 8)
 HOPPER_WIDE = (128, 128, 128, 4, 3, True, 32)  # with at least WIDE times as many outputs as products per output
-HOPPER_DEEP = (128, 128, 128, 4, 3, False, 8)  # the other way round
+HOPPER_DEEP = (128, 128, 128, 4, 3, False, 8)  # with at least WIDE times as many products per output as outputs
 WIDE = 4
 OTHERS = (128, 128, 64, 8, 3, False, 8)
 MOST_OF_A_CHIP = 100  # multiprocessors; a whole Hopper has 114 or 132
@@ -62,8 +62,8 @@ def refuse(products: str, device: torch.device, dtype: torch.dtype) -> None:
 
 
 @functools.cache
-def has_scaled_mm(device: torch.device, outputs: int, inner: int) -> bool:
-    """Return whether torch multiplies e4m3 operands with a scale per row on a device; else `product_kernel` does.
+def torch_multiplies(device: torch.device, outputs: int, inner: int) -> bool:
+    """Return whether `torch._scaled_mm` multiplies b, [outputs, inner], on a device; else `product_kernel` does.
 
     torch's builds for Windows lack it, and on other GPUs than Hopper it takes other kernels, which nobody tried here. On a
     part of a Hopper its products with few outputs are slower than ours (docs/measurements.md, "Constants in the code").
@@ -163,7 +163,7 @@ def product(
         y = y if b_scales is None else y * b_scales
         y = y if u is None else y + u.float() @ B.float().t()
         return (y if bias is None else y + bias.float()).to(dtype)
-    if u is not None or not has_scaled_mm(a.device, *b.shape):  # torch would read and write y again for u B^T
+    if u is not None or not torch_multiplies(a.device, *b.shape):  # torch would read and write y again for u B^T
         return _product_kernel(a, a_scales, b, b_scales, dtype, u, B, bias, EXACT)
     b_scales = _ones(a.device)[: len(b)] if b_scales is None else b_scales
     scales = a_scales[:, None], b_scales[None]

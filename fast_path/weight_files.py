@@ -129,7 +129,7 @@ def damaged_file(model_name: str, revision: str | None) -> ConfigError | None:
 def naming_tensors(model_name: str, revision: str | None) -> Iterator[None]:
     """Let transformers' `from_pretrained` name the tensor that it cannot load, in a ConfigError, while the context is open.
 
-    Its own error names none: it points to a table in the log. Weights of layers that the model does not have are a warning.
+    Its own error names none: it points to a table in the log. It warns of weights of layers for which the model has no place.
     """
     before = transformers.modeling_utils.log_state_dict_report
 
@@ -137,7 +137,7 @@ def naming_tensors(model_name: str, revision: str | None) -> Iterator[None]:
         if loading_info.conversion_errors or loading_info.mismatched_keys:
             raise tensor_problem(model_name, revision, model, loading_info)
         unread = sorted(filter(OF_LAYER.search, loading_info.unexpected_keys))
-        if unread and not loading_info.missing_keys:  # of which `check_loaded` makes an error
+        if unread and not loading_info.missing_keys:  # where weights are missing, loading ends in an error
             print(
                 f"warning: model.name: {model_name} has weights for which its config.json has no place, such as {unread[0]}: "
                 "they are not used",

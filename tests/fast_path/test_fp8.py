@@ -286,9 +286,9 @@ def test_torch_multiplies_on_a_whole_hopper_and_the_own_kernel_elsewhere(monkeyp
     for capability, count, of_wide, of_square in cases:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
         monkeypatch.setattr(fp8, "multiprocessors", lambda _, found=count: found)
-        found = [fp8.has_scaled_mm.__wrapped__(device, *shape) for shape in (wide, square)]
+        found = [fp8.torch_multiplies.__wrapped__(device, *shape) for shape in (wide, square)]
         assert found == [of_wide, of_square], (capability, count)
-    assert not fp8.has_scaled_mm.__wrapped__(torch.device("cpu"), *wide)
+    assert not fp8.torch_multiplies.__wrapped__(torch.device("cpu"), *wide)
 
 
 @pytest.mark.parametrize(
@@ -470,7 +470,7 @@ def test_operators_on_the_gpu_are_as_far_from_fp32_as_the_reference_is(swiglu):
     exact = passes(plain, x, torch.float32, swiglu)
     reference, half = passes(scaled(plain), x, torch.float32, swiglu), passes(plain, x, torch.bfloat16, swiglu, True)
     for own in (True, False):
-        with mock.patch.object(fp8, "has_scaled_mm", lambda *_, own=own: not own):
+        with mock.patch.object(fp8, "torch_multiplies", lambda *_, own=own: not own):
             found = passes(scaled(plain), x, torch.bfloat16, swiglu, True)
         for name in exact:
             most = 1.1 * apart(reference[name], exact[name]) + 1.5 * apart(half[name], exact[name])
