@@ -10,7 +10,7 @@ import sys
 import torch
 
 from config import ConfigError
-from fast_path import fp8_kernels
+from fast_path import fp8_kernels, hopper_product
 from fast_path.nf4 import HAS_TRITON, INTERPRETED, SHUFFLE, TensorDescriptor, multiprocessors, triton
 from fast_path.packed_weights import Packed, absmax_of, dequantize, dot_size
 from fast_path.scratch import take
@@ -32,6 +32,7 @@ HOPPER_DEEP = (128, 128, 128, 4, 3, False, 8)  # with at least WIDE times as man
 WIDE = 4
 OTHERS = (128, 128, 64, 8, 3, False, 8)
 MOST_OF_A_CHIP = 100  # multiprocessors; a whole Hopper has 114 or 132
+MOST_LOST = 0.16  # of the time of Hopper's own product, by partial tiles and by waiting for the last ones
 ALIGNED = 16  # bytes: rows of both operands must be multiples of it
 
 # ------------------------------------------------------------------------------------------------ where it runs
@@ -71,6 +72,21 @@ def torch_multiplies(device: torch.device, outputs: int, inner: int) -> bool:
     if device.type != "cuda" or sys.platform == "win32" or torch.cuda.get_device_capability(device)[0] != 9:
         return False
     return multiprocessors(device) >= MOST_OF_A_CHIP or outputs >= WIDE * inner
+
+
+def hopper_form(device: torch.device, rows: int, outputs: int, inner: int, extra: int) -> hopper_product.Form | None:
+    """Return the form of `hopper_product` for a product with `extra` adapter columns; None: another kernel multiplies.
+
+    It is the fastest where tiles fill all multiprocessors, but on a part of a Hopper not where few outputs are sums of many
+    products (docs/measurements.md, "Constants in the code").
+    """
+    aligned = 0 < extra <= hopper_product.MOST_ADAPTER_COLUMNS and extra % 8 == 0  # the copy engine takes 16 bytes
+    if EXACT or not aligned or not hopper_product.runs_on(device):
+        return None
+    count, forms = multiprocessors(device), [hopper_product.LARGE, hopper_product.IN_TURN]
+    if count < MOST_OF_A_CHIP:
+        forms = forms[1:] if inner < WIDE * outputs else []
+    return next((form for form in forms if hopper_product.lost(rows, outputs, count, form) <= MOST_LOST), None)
 
 
 def fits(weight: Packed) -> bool:
@@ -163,9 +179,12 @@ def product(
         y = y if b_scales is None else y * b_scales
         y = y if u is None else y + u.float() @ B.float().t()
         return (y if bias is None else y + bias.float()).to(dtype)
-    if u is not None or not torch_multiplies(a.device, *b.shape):  # torch would read and write y again for u B^T
+    (rows, inner), outputs = a.shape, len(b)
+    if form := hopper_form(a.device, rows, outputs, inner, 0 if u is None else u.shape[1]):
+        return hopper_product.product(a, a_scales, b, b_scales, dtype, u, B, bias, form)
+    if u is not None or not torch_multiplies(a.device, outputs, inner):  # torch would read and write y again for u B^T
         return _product_kernel(a, a_scales, b, b_scales, dtype, u, B, bias, EXACT)
-    b_scales = _ones(a.device)[: len(b)] if b_scales is None else b_scales
+    b_scales = _ones(a.device)[:outputs] if b_scales is None else b_scales
     scales = a_scales[:, None], b_scales[None]
     return torch._scaled_mm(a, b.t(), *scales, bias, out_dtype=dtype, use_fast_accum=not EXACT)
 

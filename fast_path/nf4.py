@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 
-class _Absent:
+class Absent:
     """Replaces Triton where it is not installed, so that every module still imports and every name exists.
 
     Kernels are then plain Python functions that nothing calls: code that would launch one checks HAS_TRITON first.
     """
 
-    def __getattr__(self, name: str) -> "_Absent":
+    def __getattr__(self, name: str) -> "Absent":
         if name.startswith("__"):  # names that Python itself looks up, such as __wrapped__ or __file__
             raise AttributeError(name)
         return self
@@ -32,7 +32,7 @@ try:
 
     HAS_TRITON = True
 except ImportError:  # a CPU build of torch, macOS, Windows without triton-windows
-    triton = tl = TensorDescriptor = _Absent()
+    triton = tl = TensorDescriptor = Absent()
     HAS_TRITON = False
 
 

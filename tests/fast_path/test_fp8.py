@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from config import ConfigError, load_config
-from fast_path import fp8, fp8_kernels, fused_linear, micro_step
+from fast_path import fp8, fp8_kernels, fused_linear, hopper_product, micro_step
 from fast_path import layers as layers_module
 from fast_path.choice import FastPath
 from fast_path.compiled import compile_layers
@@ -457,6 +457,30 @@ def test_kernels_compile_within_the_shared_memory_of_each_card(capability):
 @pytest.mark.gpu
 def test_kernels_on_the_gpu():
     check_fp8_kernels("cuda", torch.bfloat16, 1e-2)
+
+
+@gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", [hopper_product.LARGE, hopper_product.IN_TURN])
+@pytest.mark.parametrize(
+    "rows, outputs, inner, extra", [(300, 896, 208, 8), (70, 512, 1008, 144), (8192, 2560, 2048, 48)]
+)
+def test_hoppers_product_on_the_gpu(rows, outputs, inner, extra, form):
+    """Partial tiles, more tiles than programs, and adapter columns in one and in three steps."""
+    if not hopper_product.runs_on(torch.device("cuda")):
+        pytest.skip("needs a Hopper, and a Triton whose Gluon the kernel knows")
+    torch.manual_seed(2)
+    a, a_scales = fp8.quantise_rows(torch.randn(rows, inner, device="cuda"))
+    b, b_scales = fp8.quantise_rows(torch.randn(outputs, inner, device="cuda"))
+    u, B, bias = (
+        torch.randn(shape, device="cuda").bfloat16() for shape in ((rows, extra), (outputs, extra), (outputs,))
+    )
+    for scales, adapted, added in ((b_scales, (u, B), bias), (None, (None, None), None), (b_scales, (u, B), None)):
+        found = hopper_product.product(a, a_scales, b, scales, torch.bfloat16, *adapted, added, form)
+        want = fp8.product(a, a_scales, b, scales, torch.float32, False, *adapted, added)
+        assert apart(found, want) < 5e-3, (scales is None, adapted[0] is None, added is None)
+        again = hopper_product.product(a, a_scales, b, scales, torch.bfloat16, *adapted, added, form)
+        assert torch.equal(again, found)
 
 
 @gpu
