@@ -18,10 +18,15 @@ from fast_path.nf4 import HAS_TRITON, INTERPRETED, Absent, multiprocessors, trit
 from fast_path.packed_weights import dot_size
 
 # Gluon is experimental: its names change from one version of Triton to the next. With these versions the kernel was compiled
-# (tests/fast_path/test_hopper_product.py compiles it with the installed one); with others fp8.py takes the other products.
+# (tests/fast_path/test_hopper_product.py compiles it with the installed one). With others, and with builds that lack Gluon,
+# fp8.py takes the other products.
 VERSIONS = ("3.6", "3.7", "3.8", "3.9")
-HAS_GLUON = HAS_TRITON and not INTERPRETED and ".".join(triton.__version__.split(".")[:2]) in VERSIONS
-if HAS_GLUON:
+HAS_GLUON = (
+    HAS_TRITON and not INTERPRETED and not torch.version.hip and ".".join(triton.__version__.split(".")[:2]) in VERSIONS
+)
+try:
+    if not HAS_GLUON:
+        raise ImportError
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.language.nvidia.hopper import (
@@ -36,7 +41,8 @@ if HAS_GLUON:
     copy_in = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
     copy_out = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
     RENAMED = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
-else:
+except ImportError:
+    HAS_GLUON = False
     gluon = gl = fence_async_shared = mbarrier = tma = warpgroup_mma = warpgroup_mma_wait = TensorDescriptor = Absent()
     copy_in = copy_out = RENAMED = gl
 
