@@ -225,7 +225,7 @@ def fine_tune(config: Config, overwrite: bool, again: str) -> int:
         memory.cap_memory(device, config.performance.memory_limit_gib)
         found = find_checkpoint(config.training, overwrite, log.say)
         run = build_run(config, accelerator, log, found)
-        for line in data_lines(run.blocks, config.data, run.tokenizer, run.total_steps, run.sequences_per_step):
+        for line in data_lines(run.blocks, config, run.tokenizer, run.total_steps, run.sequences_per_step):
             log.say(line)
         start_run(run, found)
         last = functools.partial(checkpoints.stopped_at_once, run.output_dir, again)

@@ -87,7 +87,7 @@ fast path: none (no gain on a CPU)
 data: 57 rows, 1 document, 675 tokens in 22 blocks of 32
 data: held out: 37 tokens in 2 blocks
 steps: 3 of 8 sequences; 3 per epoch, the last of 6 (8 without packing)
-steps: 3 in all learn little: more epochs, or fewer sequences per step, help
+steps: 3 in all learn little: training.max_steps ends the run there
 data: read as text, from column text, each row a line of one running text
 first block: line 0 of a text for the terminal\\nline 1 of a text for the term …
 step 0: validation loss N | perplexity N | best

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from config import Config, DataConfig, counted, flatten
+from config import Config, counted, flatten
 from fast_path.loss import perplexity
 from toolkit.checkpoints import Progress
 from toolkit.data_blocks import Blocks, show_block
@@ -23,7 +23,7 @@ FEW_PER_EPOCH = 3
 
 def data_lines(
     blocks: dict[str, Blocks | None],
-    data: DataConfig,
+    config: Config,
     tokenizer: PreTrainedTokenizerBase,
     steps: int,
     sequences_per_step: int,
@@ -35,8 +35,11 @@ def data_lines(
     part, held = blocks["train"], blocks["validation"]
     per_epoch, rest = math.ceil(len(part) / sequences_per_step), len(part) % sequences_per_step
     last = f", the last of {rest}" if rest else ""
-    unpacked = f" ({math.ceil(part.rows / sequences_per_step):,} without packing)" if data.packing else ""
-    few = f"steps: {steps} in all learn little: more epochs, or fewer sequences per step, help"
+    unpacked = f" ({math.ceil(part.rows / sequences_per_step):,} without packing)" if config.data.packing else ""
+    remedy = "more epochs, or fewer sequences per step, help"
+    if config.training.max_steps is not None:  # which counts, whatever the epochs
+        remedy = "training.max_steps ends the run there"
+    few = f"steps: {steps} in all learn little: {remedy}"
     held_out = f"{counted(held.tokens, 'token')} in {counted(len(held), 'block')}" if held else "nothing"
     return [
         f"data: {counted(part.rows, 'row')}, {counted(part.documents, 'document')}, {counted(part.tokens, 'token')} in "

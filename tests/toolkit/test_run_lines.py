@@ -1,10 +1,12 @@
 """The lines of a run's log: what they say, and that they fit 80 columns in the largest usual run."""
 
+import dataclasses
+
 import datasets
 import numpy as np
 import pytest
 
-from config import DataConfig
+from config import Config, DataConfig, TrainingConfig
 from quantization_utils import load_tokenizer
 from toolkit.data_blocks import make_blocks
 from toolkit.run_lines import data_lines, step_line
@@ -27,9 +29,9 @@ def test_a_step_is_one_line_of_a_terminal():
 def test_lines_about_data_fit_a_terminal(tiny_model, text):
     tokenizer = load_tokenizer(str(tiny_model))
     rows = datasets.Dataset.from_dict({"input_ids": [tokenizer(text)["input_ids"]] * 20})
-    data = DataConfig(max_length=32)
-    blocks = make_blocks(datasets.DatasetDict(train=rows), tokenizer, data, seed=0)
-    lines = data_lines(blocks, data, tokenizer, 891, 16)
+    config = Config(data=DataConfig(max_length=32))
+    blocks = make_blocks(datasets.DatasetDict(train=rows), tokenizer, config.data, seed=0)
+    lines = data_lines(blocks, config, tokenizer, 891, 16)
     part, held = blocks["train"], blocks["validation"]
     assert max(map(width, lines)) <= 80
     assert lines[0].endswith(f"{part.tokens:,} tokens in {len(part):,} blocks of 32")
@@ -41,6 +43,9 @@ def test_lines_about_data_fit_a_terminal(tiny_model, text):
     )
     assert lines[-1].startswith("first block: ") and lines[-1].endswith(" …")
     few = "steps: 2 in all learn little: more epochs, or fewer sequences per step, help"
-    assert data_lines(blocks, data, tokenizer, 2, 10**6)[3] == few and width(few) <= 80
-    assert few not in data_lines(blocks, data, tokenizer, 2, 1)  # --max_steps of a long run
+    assert data_lines(blocks, config, tokenizer, 2, 10**6)[3] == few and width(few) <= 80
+    assert few not in data_lines(blocks, config, tokenizer, 2, 1)  # --max_steps of a long run
+    ended = dataclasses.replace(config, training=TrainingConfig(max_steps=2))
+    few = "steps: 2 in all learn little: training.max_steps ends the run there"  # more epochs would change nothing
+    assert data_lines(blocks, ended, tokenizer, 2, 10**6)[3] == few
     assert part.positions(np.arange(len(part))) == part.tokens and part.positions([0]) == len(part[0])
