@@ -206,7 +206,7 @@ def _multiply(
         if SCALED:
             b_scale = gl.load(b_scales + n, mask=n < outputs, other=0.0)
         total = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, sums8)
-        if TURNS > 1:  # else it would wait for a phase of a later step, whose number may be that of an earlier one
+        if TURNS > 1:  # until all copies of the tile before have ended: two phases apart have the same number
             mbarrier.wait(turns.index(TURN), phase ^ (1 - TURN))
             phase ^= 1
         for k in range(0, inner, BLOCK_K):
@@ -217,6 +217,9 @@ def _multiply(
             mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), pred=k > 0)
             step += 1
         if TURNS > 1:
+            if BLOCK_R:  # copies may end out of order, and the other group must not wait for a phase after the next one
+                for ahead in range(0, gl.cdiv(extra, BLOCK_K // 2)):
+                    mbarrier.wait(full.index((step + ahead) % STAGES), (step + ahead) // STAGES & 1)
             mbarrier.arrive(turns.index(1 - TURN))
         total = warpgroup_mma_wait(num_outstanding=0, deps=(total,))
         mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
