@@ -4,10 +4,10 @@
 for the tiles of the operands, others multiply them. A program stays on its multiprocessor and takes one tile of the result after
 another, so the operands of the next tile arrive while this one is scaled and written. There are two forms:
 
-- large tiles: two groups of four warps multiply the same tile, 64 rows each. Operands are read least often, which takes least
-  energy, and a whole chip is limited by its energy.
-- tiles in turn: each group multiplies a tile of its own, one while the other scales and writes. A part of a chip has energy to
-  spare, and waits less so.
+- large tiles: two groups of four warps multiply the same tile, 64 rows each. Operands are read least often; a whole chip runs at
+  its power limit, and what it reads takes power.
+- tiles in turn: each group multiplies a tile of its own, one while the other scales and writes. On a part of a chip this was
+  faster (docs/measurements.md, "Constants in the code").
 """
 
 from typing import NamedTuple
@@ -64,9 +64,8 @@ LARGE = Form(256, 1, 3, 16)
 IN_TURN = Form(128, 2, 5, 16)
 ROWS, INNER = 128, 128  # INNER: the products that are summed up in a step
 ADAPTER_COLUMNS = INNER // 2  # in 16 bit they fit the place of an operand in FP8
-MOST_ADAPTER_COLUMNS = (
-    4 * ADAPTER_COLUMNS
-)  # in turn, a tile's next steps may be fewer than `stages` ahead of the other's
+# In turn, all adapter columns of a tile wait in places of their own, beside the last step of a and b.
+MOST_ADAPTER_COLUMNS = (IN_TURN.stages - 1) * ADAPTER_COLUMNS
 MULTIPLY_REGISTERS, COPY_REGISTERS = 240, 24  # of a thread; one that multiplies holds 128 sums
 
 
