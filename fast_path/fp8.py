@@ -32,7 +32,7 @@ HOPPER_DEEP = (128, 128, 128, 4, 3, False, 8)  # with at least WIDE times as man
 WIDE = 4
 OTHERS = (128, 128, 64, 8, 3, False, 8)
 MOST_OF_A_CHIP = 100  # multiprocessors; a whole Hopper has 114 or 132
-MOST_LOST = 0.16  # of the time of Hopper's own product, by partial tiles and by waiting for the last ones
+MOST_LOST = 0.16  # the largest share of time that Hopper's own product may lose (`hopper_product.lost`)
 ALIGNED = 16  # bytes: rows of both operands must be multiples of it
 
 # ------------------------------------------------------------------------------------------------ where it runs
@@ -81,7 +81,7 @@ def hopper_form(device: torch.device, rows: int, outputs: int, inner: int, extra
     products (docs/measurements.md, "Constants in the code").
     """
     aligned = 0 < extra <= hopper_product.MOST_ADAPTER_COLUMNS and extra % 8 == 0  # the copy engine takes 16 bytes
-    if EXACT or not aligned or not hopper_product.runs_on(device):
+    if EXACT or rows == 0 or not aligned or not hopper_product.runs_on(device):
         return None
     count, forms = multiprocessors(device), [hopper_product.LARGE, hopper_product.IN_TURN]
     if count < MOST_OF_A_CHIP:
@@ -180,7 +180,8 @@ def product(
         y = y if u is None else y + u.float() @ B.float().t()
         return (y if bias is None else y + bias.float()).to(dtype)
     (rows, inner), outputs = a.shape, len(b)
-    if form := hopper_form(a.device, rows, outputs, inner, 0 if u is None else u.shape[1]):
+    form = hopper_form(a.device, rows, outputs, inner, 0 if u is None else u.shape[1])
+    if form and dtype is torch.bfloat16:
         return hopper_product.product(a, a_scales, b, b_scales, dtype, u, B, bias, form)
     if u is not None or not torch_multiplies(a.device, outputs, inner):  # torch would read and write y again for u B^T
         return _product_kernel(a, a_scales, b, b_scales, dtype, u, B, bias, EXACT)

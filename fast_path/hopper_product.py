@@ -10,6 +10,7 @@ another, so the operands of the next tile arrive while this one is scaled and wr
   faster (docs/measurements.md, "Constants in the code").
 """
 
+import sys
 from typing import NamedTuple
 
 import torch
@@ -21,11 +22,9 @@ from fast_path.packed_weights import dot_size
 # (tests/fast_path/test_hopper_product.py compiles it with the installed one). With others, and with builds that lack Gluon,
 # fp8.py takes the other products.
 VERSIONS = ("3.6", "3.7", "3.8", "3.9")
-HAS_GLUON = (
-    HAS_TRITON and not INTERPRETED and not torch.version.hip and ".".join(triton.__version__.split(".")[:2]) in VERSIONS
-)
+HAS_GLUON = HAS_TRITON and not INTERPRETED and not torch.version.hip and sys.platform != "win32"
 try:
-    if not HAS_GLUON:
+    if not HAS_GLUON or ".".join(triton.__version__.split(".")[:2]) not in VERSIONS:
         raise ImportError
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
@@ -41,16 +40,18 @@ try:
     copy_in = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
     copy_out = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
     RENAMED = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
-except ImportError:
+except (ImportError, AttributeError):  # a build without Gluon, or with other names
     HAS_GLUON = False
     gluon = gl = fence_async_shared = mbarrier = tma = warpgroup_mma = warpgroup_mma_wait = TensorDescriptor = Absent()
     copy_in = copy_out = RENAMED = gl
 
 
 class Form(NamedTuple):
-    """The tiles of the kernel: ROWS x outputs, of which `turns` are under way, `stages` steps of their operands, and groups.
+    """The tiles of the kernel.
 
-    A group is the tiles of rows that take one tile of outputs after another, so that both operands stay in the L2 cache.
+    outputs: of a tile, which has ROWS rows. turns: how many tiles a program has under way. stages: the steps whose operands lie
+    in shared memory. group: the tiles of rows that take one tile of outputs after another, so that both operands stay in the L2
+    cache.
     """
 
     outputs: int
@@ -59,7 +60,7 @@ class Form(NamedTuple):
     group: int
 
 
-# Both use nearly all of the 227 KiB of shared memory: 3 x 48 KiB of operands and 64 of results, or 5 x 32 and 2 x 32.
+# They use 208 and 224 of the 227 KiB of shared memory: 3 x 48 KiB of operands and 64 of results, and 5 x 32 and 2 x 32.
 LARGE = Form(256, 1, 3, 16)
 IN_TURN = Form(128, 2, 5, 16)
 ROWS, INNER = 128, 128  # INNER: the products that are summed up in a step
@@ -89,6 +90,8 @@ def product(
 ) -> torch.Tensor:  # fmt: skip
     """Return what `fp8.product` does. u, B: in bfloat16, with a multiple of 8 and at most MOST_ADAPTER_COLUMNS columns."""
     (rows, inner), outputs, extra = a.shape, len(b), 0 if u is None else u.shape[1]
+    if extra > MOST_ADAPTER_COLUMNS:  # the kernel would wait for ever
+        raise ValueError(f"at most {MOST_ADAPTER_COLUMNS} adapter columns, got {extra}")
     out = torch.empty(rows, outputs, dtype=dtype, device=a.device)
     left, right = _described(a, ROWS, INNER, gl.float8e4nv), _described(b, form.outputs, INNER, gl.float8e4nv)
     target = _described(out, ROWS, form.outputs, gl.bfloat16)
@@ -120,8 +123,9 @@ def _described(x: torch.Tensor, rows: int, columns: int, dtype):
 # ------------------------------------------------------------------------------------------------ the kernel
 #
 # The operands of STAGES steps lie in shared memory, whose places are used in turn. Each place has two barriers: `full` opens when
-# the copy engine has written it, `empty` when it has been multiplied. The phases of a barrier are 0 and 1 in turn; waiting for
-# the phase before the first one returns at once, and one may wait for the present phase only. All roles count the same steps.
+# the copy engine has written it, `empty` when it has been multiplied. A barrier tells only
+# odd phases from even ones: waiting for the phase before the first one returns at once, and one may wait for a phase only once the
+# phase before it has ended. All roles count the same steps.
 
 
 @gluon.jit
@@ -205,7 +209,7 @@ def _multiply(
         if SCALED:
             b_scale = gl.load(b_scales + n, mask=n < outputs, other=0.0)
         total = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, sums8)
-        if TURNS > 1:  # until all copies of the tile before have ended: two phases apart have the same number
+        if TURNS > 1:  # until the tile before has seen all its copies end, so that no phase is waited for too early
             mbarrier.wait(turns.index(TURN), phase ^ (1 - TURN))
             phase ^= 1
         for k in range(0, inner, BLOCK_K):
@@ -216,7 +220,7 @@ def _multiply(
             mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), pred=k > 0)
             step += 1
         if TURNS > 1:
-            if BLOCK_R:  # copies may end out of order, and the other group must not wait for a phase after the next one
+            if BLOCK_R:  # copies may end out of order, and the other group waits for the phases that follow these
                 for ahead in range(0, gl.cdiv(extra, BLOCK_K // 2)):
                     mbarrier.wait(full.index((step + ahead) % STAGES), (step + ahead) // STAGES & 1)
             mbarrier.arrive(turns.index(1 - TURN))
