@@ -123,9 +123,9 @@ def _described(x: torch.Tensor, rows: int, columns: int, dtype):
 # ------------------------------------------------------------------------------------------------ the kernel
 #
 # The operands of STAGES steps lie in shared memory, whose places are used in turn. Each place has two barriers: `full` opens when
-# the copy engine has written it, `empty` when it has been multiplied. A barrier tells only
-# odd phases from even ones: waiting for the phase before the first one returns at once, and one may wait for a phase only once the
-# phase before it has ended. All roles count the same steps.
+# the copy engine has written it, `empty` when it has been multiplied. A barrier tells only odd phases from even ones: waiting for
+# the phase before the first one returns at once, and one may wait for a phase only once the phase before it has ended. All roles
+# count the same steps.
 
 
 @gluon.jit

@@ -170,13 +170,8 @@ class Number:
     __mul__ = __radd__ = __rmul__ = __lt__ = __add__
 
 
-def multiplied(seed: int, form, tiles: int, steps: int, added: int) -> dict[int, list]:
-    """Run the kernel's own functions, whose tiles are names, in a random order; return what was multiplied for each tile."""
-    roles, results = Roles(seed), {}
-    full, empty, turns = (Place(0) for _ in range(3))
-    for barriers, count in ((full, form.stages), (empty, form.stages), (turns, 2)):
-        barriers.parts = [Barrier() for _ in range(count)]
-        barriers.index = barriers.parts.__getitem__
+def fakes_of(roles: Roles, results: dict[tuple, list]) -> dict:
+    """Return what replaces the names of the kernel's module, so that its functions are plain Python; they fill results."""
 
     def copy_in(descriptor, coordinates, barrier, place):
         def end():
@@ -214,7 +209,17 @@ def multiplied(seed: int, form, tiles: int, steps: int, added: int) -> dict[int,
     fakes |= {"warpgroup_mma_wait": lambda num_outstanding, deps: deps[0], "fence_async_shared": lambda: None}
     fakes |= {"tma": SimpleNamespace(store_wait=lambda _: None), "RENAMED": True}
     names = ("_tile", "_seen_as", "_copy_step", "_copy", "_multiply")
-    fakes |= {name: getattr(getattr(hopper_product, name), "fn", getattr(hopper_product, name)) for name in names}
+    return fakes | {name: getattr(getattr(hopper_product, name), "fn", getattr(hopper_product, name)) for name in names}
+
+
+def multiplied(seed: int, form, tiles: int, steps: int, added: int) -> dict[tuple, list]:
+    """Run the kernel's own functions, whose tiles are names, in a random order; return what was multiplied for each tile."""
+    roles, results = Roles(seed), {}
+    fakes = fakes_of(roles, results)
+    full, empty, turns = (Place(0) for _ in range(3))
+    for barriers, count in ((full, form.stages), (empty, form.stages), (turns, 2)):
+        barriers.parts = [Barrier() for _ in range(count)]
+        barriers.index = barriers.parts.__getitem__
     width, rows = hopper_product.INNER, hopper_product.ROWS
     a, b, u, B, out = (
         SimpleNamespace(name=name, block_shape=shape, dtype=None, layout=None)
